@@ -1,0 +1,84 @@
+# Works on a fresh clone with nothing but make and Python >= 3.11. `make` alone lists what there is.
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+# PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from.
+PYTHON ?=
+
+NOTEBOOKS := $(sort $(wildcard notebooks/*.ipynb))
+STRIP     := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
+             --extra-keys "metadata.language_info.version metadata.vscode metadata.colab metadata.accelerator"
+
+# A notebook's `!lowvram …` and its `python3` kernel are then those of .venv, and stdout is left to the commands.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lab lint format gpu-check notebooks coverage clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## the whole story once, on this machine (ARGS=--json for JSON)
+	@$(BIN)/lowvram demo $(ARGS)
+
+test: $(STAMP) ## lint, tests with coverage, and every notebook
+	$(BIN)/ruff check
+	$(BIN)/pytest --cov --cov-report=term-missing $(ARGS)
+	$(call run_notebooks)
+
+test-all: $(STAMP) ## also the slow, network, GPU and browser tests (those this machine can run)
+	$(BIN)/ruff check
+	HF_HUB_OFFLINE=0 $(BIN)/pytest -m "" --cov --cov-report=term-missing $(ARGS)
+	$(call run_notebooks)
+
+lab: $(STAMP) ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
+
+lint: $(STAMP) ## ruff, check only
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMP) ## ruff, mend in place
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+gpu-check: $(STAMP) ## tests that need CUDA, and the forecast measured against it
+	$(BIN)/pytest -m gpu $(ARGS)
+	$(if $(wildcard benchmarks/forecast_accuracy.py),$(BIN)/python benchmarks/forecast_accuracy.py)
+
+notebooks: $(STAMP) ## run the notebooks in place, keeping outputs
+	$(if $(NOTEBOOKS),$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS))
+
+coverage: $(STAMP) ## tests with an HTML coverage report in htmlcov/
+	$(BIN)/pytest --cov --cov-report=term --cov-report=html $(ARGS)
+
+clean: ## remove caches and reports (.venv stays)
+	rm -rf .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist
+	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf
+
+define run_notebooks
+	$(if $(NOTEBOOKS),$(BIN)/pytest --nbmake --nbmake-timeout=180 --durations=0 $(NOTEBOOKS),@echo "no notebooks yet")
+endef
+
+# The stamp is written last. An install that was killed half-way leaves .venv/.installing behind, and the next run
+# starts from an empty .venv; one that pip refused by itself (no network, say) is simply tried again.
+works = $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' && $(BIN)/python -m pip --version
+
+$(STAMP): pyproject.toml constraints.txt
+	@{ \
+	if test -e $(VENV)/.installing || ! { $(works); } >/dev/null 2>&1; then \
+	  for py in $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python3.14 python); do \
+	    "$$py" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; py=; \
+	  done; \
+	  test -n "$$py" || { echo "make: found no Python >= 3.11 with venv in: $(or $(PYTHON),PATH); install one or say make PYTHON=/path/to/python3"; exit 1; }; \
+	  "$$py" -m venv --clear $(VENV) || exit 1; \
+	fi; \
+	echo "Installing into $(VENV) (once; a few minutes) ..."; \
+	touch $(VENV)/.installing; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebook,test,export]'; status=$$?; \
+	rm -f $(VENV)/.installing; \
+	test $$status -eq 0 || exit $$status; \
+	touch $@; \
+	} >&2

@@ -1,0 +1,38 @@
+"""lowvram_lab: run a language model that does not fit your GPU, and see why it then does.
+
+Public names are loaded when first used: ``import lowvram_lab`` imports neither torch nor transformers.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Plan": "plan",
+    "ModelSpec": "spec",
+    "find_source": "source",
+    "open_gpu": "memory.device",
+    "GpuBudget": "memory.device",
+    "forecast": "dry_run",
+    "load": "loader",
+    "Workload": "profile",
+    "MemoryProfile": "profile",
+    "run_workload": "profile",
+    "LowvramError": "errors",
+    "format_bytes": "units",
+    "parse_bytes": "units",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,83 @@
+"""What holds the package together: versions, constraints, sizes of files, data, and what an import may cost."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "lowvram_lab"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+MAX_LINES = 400
+HEAVY = ("torch", "transformers", "matplotlib", "ipywidgets", "bitsandbytes")
+
+modules = pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+
+
+def constraints() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def test_version_agrees():
+    import lowvram_lab
+
+    assert lowvram_lab.__version__ == PROJECT["version"]
+
+
+def test_constraints_pin_exactly_and_leave_cuda_to_torch():
+    for name, pin in constraints().items():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and "+" not in specifier.version, f"{pin}: want name==version, no local part"
+        assert not name.startswith(("nvidia-", "triton", "cuda-")), f"{name} is torch's own affair"
+
+
+@pytest.mark.parametrize("extra", ["", "notebook", "test", "export"])
+def test_constraints_cover_what_is_declared(extra):
+    declared = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
+    pins = constraints()
+    for requirement in map(Requirement, declared):
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin is not None, f"{requirement.name} is declared but not in constraints.txt"
+        (specifier,) = pin.specifier
+        assert requirement.specifier.contains(specifier.version), f"{pin} lies below {requirement}"
+
+
+def test_llama_cpp_is_only_in_bench():
+    where = [extra for extra, names in PROJECT["optional-dependencies"].items() if "llama" in " ".join(names)]
+    assert where == ["bench"] and "llama-cpp-python" not in constraints()
+
+
+@modules
+def test_module_is_short_enough_to_read(path):
+    lines = len(path.read_text("utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{path.name} has {lines} lines, over {MAX_LINES}: delete or split"
+
+
+@modules
+def test_every_folder_with_code_is_a_package(path):
+    assert (path.parent / "__init__.py").is_file(), f"{path.parent.name}/ has no __init__.py and would not be installed"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.json")), ids=lambda p: p.name)
+def test_data_parses(path):
+    assert json.loads(path.read_text("utf-8"))
+
+
+def test_bilingual_text_is_half_english_half_chinese():
+    paragraphs = (PACKAGE / "data" / "bilingual.txt").read_text("utf-8").strip().split("\n\n")
+    chinese = [max(p) >= "\u4e00" for p in paragraphs]
+    assert len(paragraphs) >= 8 and chinese == [i % 2 == 1 for i in range(len(paragraphs))]
+
+
+def test_import_is_light():
+    code = f"import lowvram_lab, sys; print(*[m for m in {HEAVY} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "", f"import lowvram_lab also imports {run.stdout.strip()}"
