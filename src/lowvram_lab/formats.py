@@ -1,0 +1,140 @@
+"""Precision formats as one frozen table: what tensors a weight becomes, hence its exact bytes, and who may hold it.
+
+Every other module reads this table: the quantised layers allocate what it says, the forecast adds up what it says. It
+knows nothing about models or kernels.
+
+Sources: nf4, Dettmers et al. 2023, arXiv:2305.14314; group-wise integer weights, Frantar et al. 2022, arXiv:2210.17323.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+
+from lowvram_lab.errors import PlanError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+GROUP_SIZES = (32, 64, 128, 256)
+"""The group sizes torch's int4 kernels take (``aten/src/ATen/native/LinearAlgebra.cpp``)."""
+
+SCALE_DTYPE = torch.bfloat16
+"""torch's CPU int4 and int8 kernels want scales in bfloat16; the solvers round the scale *before* they choose codes."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data, without any allocator's rounding."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store a weight.
+
+    Attributes:
+        name: As written in a plan, e.g. ``"int4-g128"``.
+        kind: ``"float"``, ``"int8"`` (one scale per output channel), ``"int4"`` (scale and zero per group of
+            ``group_size`` inputs) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
+        bits: Bits of one code, without scales.
+        group_size: Weights that share a scale, or ``None`` for a whole row.
+        modules: Kinds of module that may hold it.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    group_size: int | None = None
+    modules: tuple[str, ...] = ("linear",)
+
+    def tensors(self, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, TensorSpec]:
+        """The tensors that hold a weight of ``shape``.
+
+        Args:
+            shape: ``(out_features, in_features)`` of a linear layer, ``(num_embeddings, embedding_dim)`` of an
+                embedding, or any shape for a float format.
+            dtype: The plan's activation dtype; a float format's own dtype wins.
+
+        Returns:
+            Buffer name → shape and dtype. A float weight has the one entry ``"weight"``.
+        """
+        if self.kind == "float":
+            return {"weight": TensorSpec(tuple(shape), DTYPES.get(self.name, dtype))}
+        rows, columns = shape
+        if self.kind == "int8":
+            return {"weight": TensorSpec((rows, columns), torch.int8), "scale": TensorSpec((rows,), SCALE_DTYPE)}
+        if self.kind == "int4":
+            groups = columns // self.group_size
+            return {
+                "packed": TensorSpec((rows, columns // 2), torch.uint8),
+                "scale_and_zero": TensorSpec((groups, rows, 2), SCALE_DTYPE),
+            }
+        return {
+            "packed": TensorSpec((rows * columns // 2, 1), torch.uint8),
+            "absmax": TensorSpec((rows * columns // self.group_size,), torch.float32),
+        }
+
+    def weight_bytes(self, shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> int:
+        """Exact bytes of a weight of ``shape``: codes, scales and zero points."""
+        return sum(spec.nbytes for spec in self.tensors(shape, dtype).values())
+
+    def refuse(self, module_kind: str, shape: tuple[int, ...]) -> str | None:
+        """Why a module of this kind and shape cannot hold the format, or ``None`` where it can."""
+        if self.kind == "float":
+            return None
+        if module_kind not in self.modules:
+            return f"{self.name} is for {' and '.join(self.modules)} modules, found a module of kind {module_kind}"
+        rows, columns = shape
+        if self.kind == "int4" and columns % self.group_size:
+            return f"{self.name} needs in_features divisible by {self.group_size}, found {columns}"
+        if self.kind == "nf4" and rows * columns % self.group_size:
+            return f"{self.name} needs a multiple of {self.group_size} weights, found {rows} x {columns}"
+        return None
+
+
+def _table() -> dict[str, Format]:
+    everything = ("linear", "embedding", "other")
+    formats = [
+        Format("fp32", "float", 32, modules=everything),
+        Format("bf16", "float", 16, modules=everything),
+        Format("fp16", "float", 16, modules=everything),
+        Format("int8", "int8", 8, modules=("linear", "embedding")),
+        Format("int4", "int4", 4, group_size=64),
+        *(Format(f"int4-g{size}", "int4", 4, group_size=size) for size in GROUP_SIZES if size != 64),
+        Format("nf4", "nf4", 4, group_size=64),
+    ]
+    return {entry.name: entry for entry in formats}
+
+
+FORMATS = _table()
+
+
+def get_format(name: str) -> Format:
+    """Looks a format up by name.
+
+    Raises:
+        PlanError: There is no such format; the message lists those there are.
+    """
+    found = FORMATS.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise PlanError(f"unknown format {name!r}; the formats are {', '.join(FORMATS)}")
+    return found
+
+
+def format_of_dtype(dtype: torch.dtype) -> str:
+    """The float format's name of a dtype, e.g. ``"bf16"``.
+
+    Raises:
+        PlanError: The dtype is not one a model can run in here.
+    """
+    for name, known in DTYPES.items():
+        if known == dtype:
+            return name
+    raise PlanError(f"expected one of {', '.join(DTYPES)}, found dtype {re.sub('^torch.', '', str(dtype))}")

@@ -1,0 +1,301 @@
+"""Plan: a format and a device for every module of a model, plus KV format, context and threads. The library's one noun.
+
+A plan can be written by hand, by a widget, by a solver or read from JSON; nothing downstream knows the difference.
+It knows nothing about budgets: whether it fits one is what the forecast says.
+
+Derived in: notebooks/01_analyze_the_oom.ipynb
+"""
+
+import fnmatch
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lowvram_lab.errors import PlanError
+from lowvram_lab.files import write_atomically
+from lowvram_lab.formats import DTYPES, get_format
+from lowvram_lab.spec import ModelSpec, ModuleSpec
+from lowvram_lab.units import format_bytes
+
+DEVICES = ("gpu", "cpu")
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one module is stored as, and where."""
+
+    format: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A format and a device for every module.
+
+    Attributes:
+        model: Source name the plan was made for.
+        fingerprint: ``ModelSpec.fingerprint`` of that model.
+        modules: Module name → assignment, in forward order.
+        dtype: Activations, norms, biases and the KV cache: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        context: Tokens the plan is made for, prompt and answer together.
+        threads: CPU threads, or ``None`` for torch's choice.
+    """
+
+    model: str
+    fingerprint: str
+    modules: Mapping[str, Assignment] = field(repr=False)
+    dtype: str = "bf16"
+    kv_format: str = "bf16"
+    context: int = 2048
+    threads: int | None = None
+
+    @classmethod
+    def uniform(cls, spec: ModelSpec, recipe: str = "bf16", *, context: int = 2048, dtype: str | None = None) -> "Plan":
+        """Gives the whole model one recipe, everything on the GPU.
+
+        Args:
+            spec: The model.
+            recipe: A format's name. ``nf4`` follows bitsandbytes' default and leaves embeddings and head in 16 bits;
+                ``int4`` gives embeddings and head ``int8``, which a tied pair can share row by row. A linear layer
+                whose shape the format cannot hold falls back to ``int8``.
+            context: Tokens to plan for.
+            dtype: Activation dtype; by default the recipe's own if it is a float format, else ``bf16``.
+
+        Raises:
+            PlanError: Unknown recipe, or a context the model does not have.
+        """
+        chosen = get_format(recipe)
+        dtype = dtype or (recipe if chosen.kind == "float" else "bf16")
+        modules = {m.name: Assignment(_uniform_format(m, spec, recipe, dtype), "gpu") for m in spec.modules}
+        plan = cls(spec.name, spec.fingerprint, modules, dtype=dtype, kv_format=dtype, context=context)
+        plan.validate(spec)
+        return plan
+
+    def with_modules(self, pattern: str, *, format: str | None = None, device: str | None = None) -> "Plan":
+        """The same plan with every module that matches a glob pattern changed.
+
+        Args:
+            pattern: Shell pattern over module names, e.g. ``"model.layers.3.*"`` or ``"*.down_proj"``.
+            format: New format, or ``None`` to keep each module's own.
+            device: New device, or ``None`` to keep each module's own.
+
+        Raises:
+            PlanError: No module matches.
+        """
+        names = set(fnmatch.filter(self.modules, pattern))
+        if not names:
+            raise PlanError(
+                f"no module of {self.model} matches {pattern!r}; names look like {next(iter(self.modules))}"
+            )
+        changed = {
+            name: Assignment(format or old.format, device or old.device) if name in names else old
+            for name, old in self.modules.items()
+        }
+        return replace(self, modules=changed)
+
+    def with_gpu_layers(self, spec: ModelSpec, count: int) -> "Plan":
+        """The same plan with the last ``count`` decoder layers on the GPU and the earlier ones on the CPU.
+
+        The *first* layers go to the CPU: the embedding lookup is there too, so hidden states cross once.
+
+        Raises:
+            PlanError: More layers than the model has.
+        """
+        total = spec.num_hidden_layers
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= total:
+            raise PlanError(f"expected 0 to {total} GPU layers for {spec.name}, found {count!r}")
+        places = {m.name: "cpu" if m.layer < total - count else "gpu" for m in spec.modules if m.layer is not None}
+        changed = {name: replace(old, device=places.get(name, old.device)) for name, old in self.modules.items()}
+        return replace(self, modules=changed)
+
+    def validate(self, spec: ModelSpec) -> None:
+        """Checks the plan against the model it is to run.
+
+        Raises:
+            PlanError: Names the first module (or setting) that does not fit, and what would.
+        """
+        if self.fingerprint != spec.fingerprint:
+            raise PlanError(
+                f"this plan was made for {self.model!r} (fingerprint {self.fingerprint}), found model "
+                f"{spec.name!r} (fingerprint {spec.fingerprint}); make a new plan"
+            )
+        missing = [m.name for m in spec.modules if m.name not in self.modules]
+        if missing:
+            raise PlanError(f"the plan says nothing about module {missing[0]} ({len(missing)} missing)")
+        known = {m.name: m for m in spec.modules}
+        for name, assignment in self.modules.items():
+            if name not in known:
+                raise PlanError(f"the plan names module {name!r}, which {spec.name or 'the model'} does not have")
+            self._validate_module(known[name], assignment)
+        self._validate_layers(spec)
+        self._validate_settings(spec)
+
+    def _validate_module(self, module: ModuleSpec, assignment: Assignment) -> None:
+        if assignment.device not in DEVICES:
+            raise PlanError(f"{module.name}: expected device {' or '.join(DEVICES)}, found {assignment.device!r}")
+        chosen = get_format(assignment.format)
+        if reason := chosen.refuse(module.kind, module.weight_shape):
+            raise PlanError(f"{module.name}: {reason}")
+        if chosen.kind == "float" and assignment.format != self.dtype:
+            raise PlanError(
+                f"{module.name}: an unquantised module has the plan's dtype {self.dtype}, found {assignment.format}"
+            )
+        if module.tied_to and assignment != self.modules.get(module.tied_to):
+            raise PlanError(
+                f"{module.name} shares its weight with {module.tied_to}: "
+                f"both need one format and one device, found {assignment} and {self.modules.get(module.tied_to)}"
+            )
+
+    def _validate_layers(self, spec: ModelSpec) -> None:
+        for module in spec.modules:
+            if module.layer is not None:
+                first = next(m for m in spec.modules if m.layer == module.layer)
+                if self.modules[first.name].device != self.modules[module.name].device:
+                    raise PlanError(
+                        f"{module.name}: a decoder layer lives on one device, found "
+                        f"{self.modules[module.name].device} beside {first.name} on {self.modules[first.name].device}"
+                    )
+
+    def _validate_settings(self, spec: ModelSpec) -> None:
+        if self.dtype not in DTYPES:
+            raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {self.dtype!r}")
+        if self.kv_format != self.dtype:
+            raise PlanError(f"the KV cache has the plan's dtype {self.dtype}, found kv_format {self.kv_format!r}")
+        if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2:
+            raise PlanError(f"expected a context of 2 tokens or more, found {self.context!r}")
+        if spec.max_position_embeddings and self.context > spec.max_position_embeddings:
+            raise PlanError(
+                f"context {self.context} is beyond the {spec.max_position_embeddings} positions {spec.name} was "
+                f"trained for; ask for {spec.max_position_embeddings} or less"
+            )
+        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+            raise PlanError(f"expected 1 or more threads, found {self.threads!r}")
+
+    def layer_devices(self, spec: ModelSpec) -> list[str]:
+        """The device of every decoder layer, by index."""
+        devices = {m.layer: self.modules[m.name].device for m in spec.modules if m.layer is not None}
+        return [devices[index] for index in range(spec.num_hidden_layers)]
+
+    def weight_bytes(self, spec: ModelSpec, device: str | None = None) -> int:
+        """Exact bytes of all weights, or of those on one device; a shared weight counts once."""
+        dtype, total = DTYPES[self.dtype], 0
+        for module in spec.modules:
+            assignment = self.modules[module.name]
+            if device not in (None, assignment.device):
+                continue
+            for key, shape in module.parameters.items():
+                if key == "weight" and module.tied_to:
+                    continue
+                stored = assignment.format if key == "weight" else self.dtype
+                total += get_format(stored).weight_bytes(shape, dtype)
+        return total
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the plan's content."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def to_dict(self) -> dict:
+        """Plain data, ready for JSON."""
+        return {
+            "version": VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "kv_format": self.kv_format,
+            "context": self.context,
+            "threads": self.threads,
+            "modules": {name: {"format": a.format, "device": a.device} for name, a in self.modules.items()},
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text; written to ``path`` too, whole or not at all, if one is given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            write_atomically(Path(path), text)
+        return text
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> "Plan":
+        """Reads a plan from JSON text or from a file.
+
+        Raises:
+            PlanError: Not JSON, or a field is missing, unknown or of the wrong type; the field is named.
+        """
+        if isinstance(text, Path):
+            try:
+                text = text.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise PlanError(f"expected a plan's JSON file, found {text}: {error}") from error
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"expected a plan as JSON, found text that is not JSON ({error})") from error
+        return _plan_from_dict(cls, values)
+
+    def table(self):
+        """Formats and devices counted by kind of module. A DataFrame."""
+        import pandas as pd
+
+        counts = Counter((_role(name), a.format, a.device) for name, a in self.modules.items())
+        rows = [(role, fmt, device, count) for (role, fmt, device), count in counts.items()]
+        return pd.DataFrame(rows, columns=["modules", "format", "device", "count"])
+
+    def summary(self, spec: ModelSpec) -> str:
+        """One line: recipe, split, bytes on either side."""
+        layers = self.layer_devices(spec)
+        weights = (
+            "/".join(dict.fromkeys(a.format for a in self.modules.values() if a.format != self.dtype)) or self.dtype
+        )
+        return (
+            f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on the "
+            f"{self.modules[spec.embedding].device.upper()}, {self.kv_format} KV, context {self.context}: "
+            f"{format_bytes(self.weight_bytes(spec, 'gpu'))} GPU + {format_bytes(self.weight_bytes(spec, 'cpu'))} CPU"
+        )
+
+    def _repr_html_(self) -> str:
+        heading = f"<b>Plan</b> {self.model}, {self.dtype}, KV {self.kv_format}, context {self.context}"
+        return heading + self.table().to_html(index=False)
+
+
+def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str) -> str:
+    if module.kind == "other" or get_format(recipe).kind == "float":
+        return dtype
+    shape, ends = module.weight_shape, module.name in (spec.embedding, spec.head)
+    if ends and recipe == "nf4":
+        return dtype
+    if ends or get_format(recipe).refuse(module.kind, shape):
+        return "int8"
+    return recipe
+
+
+def _role(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _plan_from_dict(cls, values) -> Plan:
+    if not isinstance(values, dict):
+        raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
+    expected = {"version", "model", "fingerprint", "dtype", "kv_format", "context", "threads", "modules"}
+    if values.get("version") != VERSION:
+        raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
+    if odd := set(values) ^ expected:
+        name = sorted(odd)[0]
+        raise PlanError(f"plan field {name!r} is {'missing' if name in expected else 'not known'}")
+    types = {"model": str, "fingerprint": str, "dtype": str, "kv_format": str, "context": int, "modules": dict}
+    for name, kind in types.items():
+        if not isinstance(values[name], kind):
+            raise PlanError(f"plan field {name!r}: expected {kind.__name__}, found {values[name]!r}"[:200])
+    modules = {}
+    for name, entry in values["modules"].items():
+        if not isinstance(entry, dict) or set(entry) != {"format", "device"}:
+            raise PlanError(f"{name}: expected an object with format and device, found {entry!r}"[:200])
+        modules[name] = Assignment(str(entry["format"]), str(entry["device"]))
+    return cls(**{**{key: values[key] for key in expected - {"version"}}, "modules": modules})
