@@ -1,0 +1,149 @@
+"""PyTorch's CUDA caching allocator as a small simulator: what ``reserved`` will be, and when it runs out.
+
+Sizes and rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13; functions named in the comments).
+One stream, default settings. Knows nothing about tensors: callers say ``allocate`` and ``free``.
+
+Derived in: notebooks/01_analyze_the_oom.ipynb
+"""
+
+import bisect
+import itertools
+from dataclasses import dataclass, field
+
+from lowvram_lab.units import KiB, MiB
+
+MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
+SMALL_SIZE = 1 * MiB  # kSmallSize: the largest request the small pool takes
+SMALL_SEGMENT = 2 * MiB  # kSmallBuffer: a small-pool segment
+LARGE_SEGMENT = 20 * MiB  # kLargeBuffer: a large-pool segment for requests below kMinLargeAlloc
+MIN_LARGE = 10 * MiB  # kMinLargeAlloc: from here a request gets a segment of its own size
+ROUND_LARGE = 2 * MiB  # kRoundLarge: ... rounded up to a multiple of this
+
+assert MIN_BLOCK * 2 == KiB
+
+
+def round_size(size: int) -> int:
+    """Bytes a request occupies: at least 512, a multiple of 512 (``round_size``)."""
+    return max(MIN_BLOCK, -(-size // MIN_BLOCK) * MIN_BLOCK)
+
+
+def segment_size(size: int) -> int:
+    """Bytes asked of ``cudaMalloc`` for a rounded request (``get_allocation_size``)."""
+    if size <= SMALL_SIZE:
+        return SMALL_SEGMENT
+    if size < MIN_LARGE:
+        return LARGE_SEGMENT
+    return -(-size // ROUND_LARGE) * ROUND_LARGE
+
+
+@dataclass(eq=False)
+class Block:
+    """A piece of a segment, free or in use, linked to its neighbours in address order."""
+
+    segment: int
+    offset: int
+    size: int
+    small: bool
+    free: bool = False
+    before: "Block | None" = field(default=None, repr=False)
+    after: "Block | None" = field(default=None, repr=False)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the block is all of its segment."""
+        return self.before is None and self.after is None
+
+
+class OutOfCapacity(Exception):  # noqa: N818  (a signal between simulator and GPU, not an error users meet)
+    """No segment of the needed size fits the capacity, even after emptying the cache."""
+
+
+class CachingAllocator:
+    """Replays allocations and frees; reports what CUDA would report.
+
+    Attributes:
+        capacity: Bytes ``cudaMalloc`` may hand out in all, or ``None`` for no limit.
+        allocated: Bytes in blocks in use (``torch.cuda.memory_allocated``).
+        reserved: Bytes in segments (``torch.cuda.memory_reserved``).
+        peak_allocated: Highest ``allocated`` so far.
+        peak_reserved: Highest ``reserved`` so far.
+    """
+
+    def __init__(self, capacity: int | None = None):
+        self.capacity = capacity
+        self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
+        self.segments: dict[int, int] = {}
+        self._free: dict[bool, list[tuple[int, int, int, Block]]] = {True: [], False: []}
+        self._numbers = itertools.count()
+
+    def allocate(self, size: int) -> Block:
+        """Takes a block for ``size`` bytes (``malloc``).
+
+        Raises:
+            OutOfCapacity: The request does not fit, not even with every unused segment given back.
+        """
+        size = round_size(size)
+        small = size <= SMALL_SIZE
+        block = self._best_fit(size, small) or self._new_segment(segment_size(size), small)
+        remaining = block.size - size
+        if remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE:  # should_split
+            rest = Block(block.segment, block.offset + size, remaining, small, True, block, block.after)
+            if block.after:
+                block.after.before = rest
+            block.after, block.size = rest, size
+            self._put(rest)
+        block.free = False
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Returns a block to its pool, joined with free neighbours (``free_block``, ``try_merge_blocks``)."""
+        self.allocated -= block.size
+        block.free = True
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and neighbour.free:
+                self._take(neighbour)
+                block.offset = min(block.offset, neighbour.offset)
+                block.size += neighbour.size
+                if neighbour is block.before:
+                    block.before = neighbour.before
+                    if block.before:
+                        block.before.after = block
+                else:
+                    block.after = neighbour.after
+                    if block.after:
+                        block.after.before = block
+        self._put(block)
+
+    def empty_cache(self) -> None:
+        """Gives back every segment that is wholly free (``release_cached_blocks``)."""
+        for small in (True, False):
+            for entry in list(self._free[small]):
+                block = entry[-1]
+                if block.whole:
+                    self._take(block)
+                    self.reserved -= self.segments.pop(block.segment)
+
+    def _best_fit(self, size: int, small: bool) -> Block | None:
+        pool = self._free[small]
+        index = bisect.bisect_left(pool, (size,))
+        return pool.pop(index)[-1] if index < len(pool) else None
+
+    def _new_segment(self, size: int, small: bool) -> Block:
+        if self.capacity is not None and self.reserved + size > self.capacity:
+            self.empty_cache()
+            if self.reserved + size > self.capacity:
+                raise OutOfCapacity
+        number = next(self._numbers)
+        self.segments[number] = size
+        self.reserved += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return Block(number, 0, size, small)
+
+    def _put(self, block: Block) -> None:
+        bisect.insort(self._free[block.small], (block.size, block.segment, block.offset, block))
+
+    def _take(self, block: Block) -> None:
+        pool = self._free[block.small]
+        pool.pop(bisect.bisect_left(pool, (block.size, block.segment, block.offset)))

@@ -1,0 +1,294 @@
+"""The GPU with a byte budget: CUDA with a real cap, a metered stand-in in RAM, or a dry run on meta. One interface.
+
+Everything above says ``gpu`` or ``cpu`` and moves tensors with ``Gpu.move``; only this file knows what they mean here.
+"""
+
+import threading
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from lowvram_lab.errors import BudgetError
+from lowvram_lab.memory.allocator import CachingAllocator
+from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
+from lowvram_lab.units import GiB, MiB, format_bytes, parse_bytes
+
+CUDA_CONTEXT_BYTES = 384 * MiB
+"""What a CUDA context and its loaded kernels take beside PyTorch's allocator: 0.25 to 0.5 GiB, by card and driver."""
+
+SMALLEST_CARD = 1 * GiB
+"""A budget below this is no real card but a teaching one: no CUDA context is counted unless one is asked for."""
+
+
+@dataclass(frozen=True)
+class GpuBudget:
+    """What a card has, and what of it the CUDA context takes before the first tensor.
+
+    Attributes:
+        total_bytes: The card's memory.
+        context_bytes: CUDA context, not available to tensors.
+    """
+
+    total_bytes: int
+    context_bytes: int = 0
+
+    @classmethod
+    def parse(cls, size: "str | int | GpuBudget", cuda_context: str | int | None = None) -> "GpuBudget":
+        """Reads a budget such as ``"4GiB"``.
+
+        Args:
+            size: The card's memory.
+            cuda_context: Bytes of the CUDA context; by default 384 MiB, and 0 for a card under 1 GiB.
+
+        Raises:
+            UnitError: A size cannot be read.
+            BudgetError: Nothing is left for tensors.
+        """
+        if isinstance(size, GpuBudget):
+            return size
+        total = parse_bytes(size)
+        if cuda_context is None:
+            context = CUDA_CONTEXT_BYTES if total >= SMALLEST_CARD else 0
+        else:
+            context = 0 if str(cuda_context).strip("0") == "" else parse_bytes(cuda_context)
+        if total < MiB:
+            raise BudgetError(f"a GPU budget of {size!r} was read as {total} bytes; write it with a unit, e.g. 4GiB")
+        if context >= total:
+            raise BudgetError(
+                f"the CUDA context ({format_bytes(context)}) leaves nothing of a {format_bytes(total)} GPU; "
+                "give a larger budget"
+            )
+        return cls(total, context)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors may take."""
+        return self.total_bytes - self.context_bytes
+
+
+class StandInOutOfMemoryError(torch.OutOfMemoryError):
+    """Out of memory on the simulated GPU. Caught by ``except torch.OutOfMemoryError``, like CUDA's own.
+
+    Attributes:
+        event: What was asked, by which module, in which phase, and who held the memory.
+    """
+
+    def __init__(self, message: str, event: OomEvent):
+        super().__init__(message)
+        self.event = event
+
+
+class Gpu:
+    """A GPU with a budget. Use ``open_gpu``.
+
+    Attributes:
+        budget: Total and context bytes, or ``None`` for no limit.
+        kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` on the stand-in.
+        simulated: Whether figures come from a stand-in or a dry run.
+        meter: Counts what is live.
+        transfers: (from, to) → bytes moved so far.
+        phases: Every phase measured so far, oldest first.
+    """
+
+    name = "gpu"
+    kernels = "cpu"
+    simulated = True
+    meta = False
+
+    def __init__(self, budget: GpuBudget | None):
+        self.budget = budget
+        self.transfers: Counter = Counter()
+        self.phases: list[PhaseMemory] = []
+        self._local = threading.local()
+        capacity = budget.usable_bytes if budget else None
+        self.meter = Meter(allocator=CachingAllocator(capacity), on_oom=self._out_of_memory)
+
+    def kernels_of(self, place: str) -> str:
+        """Whose kernels run modules at a place: ``"cuda"`` or ``"cpu"``."""
+        return self.kernels if place == "gpu" else "cpu"
+
+    @contextmanager
+    def active(self):
+        """Meters everything inside. May be nested; each thread enters for itself."""
+        depth = getattr(self._local, "depth", 0)
+        self._local.depth = depth + 1
+        try:
+            with nullcontext() if depth else self.meter:
+                yield self
+        finally:
+            self._local.depth = depth
+
+    @contextmanager
+    def phase(self, name: str):
+        """Measures a named phase on the GPU; yields its ``PhaseMemory``, complete when the block ends."""
+        with self.active(), self.meter.phase(name) as record:
+            self.phases.append(record)
+            yield record
+
+    def reset_peak(self) -> None:
+        """Lets ``peak_allocated_bytes`` start again from what is live now."""
+        self.meter.peak_allocated = self.meter.allocated["gpu"]
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """Most GPU bytes live at once since ``reset_peak``, without the CUDA context."""
+        return self.meter.peak_allocated
+
+    def move(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        """The tensor at ``place``: itself if it is there, else a counted copy."""
+        source = self.meter.place_of(tensor)
+        if source == place:
+            return tensor
+        self.transfers[source, place] += tensor.nbytes
+        with self.active(), self.meter.scope(place=place, force=True):
+            return self._copy(tensor, place)
+
+    def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        return tensor.clone()
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as this GPU's kind of memory holds it; the dry run turns real tensors into meta ones."""
+        return tensor
+
+    def _out_of_memory(self, event: OomEvent) -> None:
+        raise StandInOutOfMemoryError(oom_message(event, self.budget), event)
+
+
+class StandInGpu(Gpu):
+    """RAM that counts as a GPU: metered, and out of memory where CUDA's allocator would be. Always *simulated*."""
+
+    name = "stand-in GPU (simulated)"
+
+
+class DryRunGpu(Gpu):
+    """A GPU of meta tensors: nothing is computed, everything is counted. It records the first OOM and goes on.
+
+    Args:
+        budget: The card.
+        kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's).
+    """
+
+    name = "dry run"
+    meta = True
+
+    def __init__(self, budget: GpuBudget | None, kernels: str):
+        super().__init__(budget)
+        self.kernels = kernels
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor's shape and dtype on meta."""
+        return torch.empty_like(tensor, device="meta")
+
+    def _out_of_memory(self, event: OomEvent) -> None:
+        """Goes on, without a limit: the forecast wants the whole peak."""
+
+
+class CudaGpu(Gpu):
+    """A CUDA card, capped for this process so that a small card's OOM is real on any card.
+
+    The meter is not run over CUDA work outside ``phase``: CUDA's own counters are the truth and cost nothing.
+    """
+
+    kernels = "cuda"
+    simulated = False
+
+    def __init__(self, budget: GpuBudget | None):
+        super().__init__(budget)
+        self.meter = Meter(by_device=True)
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.name = torch.cuda.get_device_name(self.device)
+        card_bytes = torch.cuda.mem_get_info(self.device)[1]
+        if budget and budget.total_bytes > card_bytes:
+            raise BudgetError(
+                f"asked for a {format_bytes(budget.total_bytes)} GPU, found {self.name} with "
+                f"{format_bytes(card_bytes)}; give a smaller budget"
+            )
+        fraction = budget.usable_bytes / card_bytes if budget else 1.0
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+
+    @contextmanager
+    def active(self):
+        """Nothing to do: CUDA counts by itself."""
+        yield self
+
+    @contextmanager
+    def phase(self, name: str):
+        """Measures a phase with CUDA's own counters; the meter runs beside them only to name who holds the memory."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        depth = getattr(self._local, "depth", 0)
+        self._local.depth = depth + 1
+        record = PhaseMemory(name)
+        self.phases.append(record)
+        try:
+            with nullcontext() if depth else self.meter, self.meter.phase(name) as metered:
+                yield record
+        finally:
+            self._local.depth = depth
+            torch.cuda.synchronize(self.device)
+            record.peak_allocated_bytes = torch.cuda.max_memory_allocated(self.device)
+            record.end_allocated_bytes = torch.cuda.memory_allocated(self.device)
+            record.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.device)
+            record.breakdown = dict(metered.breakdown)
+
+    def reset_peak(self) -> None:
+        """See ``Gpu``."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """CUDA's own counter."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        return tensor.to(self.device if place == "gpu" else "cpu")
+
+
+def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int | None = None) -> Gpu:
+    """Opens the GPU of this machine with a byte budget: CUDA where there is one, else the simulated stand-in.
+
+    Args:
+        size: The card to be, e.g. ``"4GiB"``; ``None`` for no limit.
+        cuda_context: See ``GpuBudget.parse``.
+
+    Raises:
+        UnitError: The size cannot be read.
+        BudgetError: The size is too small, or larger than the card.
+    """
+    budget = None if size is None else GpuBudget.parse(size, cuda_context)
+    return CudaGpu(budget) if torch.cuda.is_available() else StandInGpu(budget)
+
+
+def oom_message(event: OomEvent, budget: GpuBudget) -> str:
+    """An out-of-memory message in CUDA's order of facts, plus what CUDA leaves out: who asked, who held."""
+    free = max(0, budget.usable_bytes - event.reserved_bytes)
+    context = f", {format_bytes(budget.context_bytes)} of it the CUDA context" if budget.context_bytes else ""
+    return (
+        f"simulated GPU out of memory. Tried to allocate {format_bytes(event.requested_bytes)} for "
+        f"{event.module or 'the model'} during {event.phase}. The GPU has a total capacity of "
+        f"{format_bytes(budget.total_bytes)}{context}, of which {format_bytes(free)} is free. "
+        f"{format_bytes(event.allocated_bytes)} is allocated by tensors and "
+        f"{format_bytes(event.reserved_bytes - event.allocated_bytes)} is reserved but unallocated. "
+        f"Held by: {describe_holders(event.holders)}."
+    )
+
+
+def describe_holders(holders: list[tuple[str, int]], top: int = 4) -> str:
+    """Holders in one line, decoder layers joined: ``model.layers.0-21 (137.0 MiB), model.embed_tokens (54.0 MiB)``."""
+    totals, layers = Counter(), {}
+    for owner, size in holders:
+        parts = owner.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        key = ".".join(parts[:index]) if index is not None else owner or "other"
+        totals[key] += size
+        if index is not None:
+            layers.setdefault(key, set()).add(int(parts[index]))
+    named = []
+    for key, size in totals.most_common(top):
+        span = layers.get(key)
+        label = f"{key}.{min(span)}-{max(span)}" if span and len(span) > 1 else key + (f".{min(span)}" if span else "")
+        named.append(f"{label} ({format_bytes(size)})")
+    return ", ".join(named) or "nothing"

@@ -1,0 +1,232 @@
+"""The meter: every storage that is live now, by place and by module. It runs over real and over meta tensors.
+
+A ``TorchDispatchMode`` sees the result of every operator, follows its storage by weak reference, and counts it in
+blocks of 512 bytes as CUDA's allocator does. It does not see temporaries inside a kernel; neither does the dry run.
+
+Where there is no CUDA both "gpu" and "cpu" tensors lie in RAM. Then a result's place follows its inputs, as a CUDA
+result's device would, and mixing places is refused with CUDA's reason.
+"""
+
+import weakref
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
+
+aten = torch.ops.aten
+_MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default}
+_FACTORIES = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
+
+
+@dataclass
+class PhaseMemory:
+    """GPU memory of one phase of a run, in bytes.
+
+    Attributes:
+        name: ``load``, ``prefill``, ``decode``, …
+        peak_allocated_bytes: Most bytes live at once, in 512-byte blocks, without the CUDA context.
+        end_allocated_bytes: Bytes live when the phase ended.
+        peak_reserved_bytes: Most bytes the caching allocator held (simulated unless CUDA counted them).
+        breakdown: Bytes at the moment of the peak: weights, kv, activations. Sums to the peak.
+    """
+
+    name: str
+    peak_allocated_bytes: int = 0
+    end_allocated_bytes: int = 0
+    peak_reserved_bytes: int = 0
+    breakdown: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class OomEvent:
+    """One allocation that did not fit: who asked for how much, when, and who held the memory."""
+
+    phase: str
+    module: str
+    requested_bytes: int
+    allocated_bytes: int
+    reserved_bytes: int
+    holders: list[tuple[str, int]]
+
+
+@dataclass(eq=False)
+class _Live:
+    place: str
+    size: int
+    owner: str
+    category: str
+    reference: object
+    handle: object = None
+
+
+class Meter(TorchDispatchMode):
+    """Counts live bytes by place, module and category (weights, kv, activations).
+
+    Args:
+        by_device: Take a tensor's place from its device (CUDA) instead of from its inputs (stand-in, dry run).
+        allocator: Model of the GPU's allocator, asked for every GPU block.
+        on_oom: Called with an ``OomEvent`` when the allocator is out of capacity. If it returns, the run goes on
+            without a limit: that is how a forecast sees past the first failure.
+    """
+
+    def __init__(self, *, by_device: bool = False, allocator: CachingAllocator | None = None, on_oom=None):
+        super().__init__()
+        self.by_device, self.allocator, self.on_oom = by_device, allocator, on_oom
+        self.allocated = Counter()
+        self.peak_allocated = 0
+        self.first_oom: OomEvent | None = None
+        self._phase: PhaseMemory | None = None
+        self._live: dict[int, _Live] = {}
+        self._categories = Counter()
+        self._owner, self._place, self._category, self._forced = "", "cpu", "activations", False
+
+    @contextmanager
+    def scope(self, owner: str | None = None, place: str | None = None, category: str | None = None, force=False):
+        """Charges what is allocated inside to a module, a place, a category; ``None`` leaves each as it was.
+
+        Args:
+            owner: Module path.
+            place: ``"gpu"`` or ``"cpu"``, for operators without tensor inputs.
+            category: ``"weights"``, ``"kv"`` or ``"activations"``.
+            force: Use ``place`` for results of tensors elsewhere too: this scope is a transfer.
+        """
+        saved = self._owner, self._place, self._category, self._forced
+        self._owner = self._owner if owner is None else owner
+        self._place = self._place if place is None else place
+        self._category = self._category if category is None else category
+        self._forced = force
+        try:
+            yield
+        finally:
+            self._owner, self._place, self._category, self._forced = saved
+
+    @contextmanager
+    def phase(self, name: str):
+        """Measures a named phase; the ``PhaseMemory`` it yields is complete when the block ends, also by an error."""
+        record, outer = PhaseMemory(name), self._phase
+        self._phase = record
+        if self.allocator:
+            self.allocator.peak_reserved = self.allocator.reserved
+        self._note_peak()
+        try:
+            yield record
+        finally:
+            self._phase = outer
+            record.end_allocated_bytes = self.allocated["gpu"]
+            record.peak_reserved_bytes = self.allocator.peak_reserved if self.allocator else 0
+
+    def place_of(self, tensor: torch.Tensor) -> str:
+        """Where a tensor counts as being: ``"gpu"`` or ``"cpu"``. One the meter never saw is on the CPU."""
+        if self.by_device:
+            return "gpu" if tensor.device.type == "cuda" else "cpu"
+        live = self._live.get(tensor.untyped_storage()._cdata)
+        return live.place if live else "cpu"
+
+    def holders(self, place: str = "gpu") -> list[tuple[str, int]]:
+        """Who holds the memory of a place: (module path, bytes), largest first."""
+        totals = Counter()
+        for live in self._live.values():
+            if live.place == place:
+                totals[live.owner] += live.size
+        return totals.most_common()
+
+    def category_bytes(self, category: str) -> int:
+        """GPU bytes live now in a category."""
+        return self._categories[category]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs the operator, then counts each storage among its results that was not there before."""
+        kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # composite operators arrive whole here; look inside them
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        place = None if self.by_device else self._place_for(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor):
+            self._see(result, place)
+        elif isinstance(result, list | tuple):
+            for item in result:
+                if isinstance(item, torch.Tensor):
+                    self._see(item, place)
+        return result
+
+    def _place_for(self, func, args, kwargs) -> str:
+        if self._forced or func in _FACTORIES:
+            return self._place
+        places = set()
+        for value in (*args, *kwargs.values()):
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, torch.Tensor) and item.numel() > 0:
+                    found = self.place_of(item)
+                    if item.dim() > 0 or found == "gpu":  # CUDA lets a scalar on the CPU into any operator
+                        places.add(found)
+        if len(places) > 1:
+            if func not in _MAY_MIX:
+                raise RuntimeError(
+                    f"Expected all tensors to be on the same device, but found at least two, gpu and cpu, in {func} "
+                    f"under {self._owner or 'the model'} (simulated: CUDA would refuse this too)"
+                )
+            first = next(value for value in args if isinstance(value, torch.Tensor))
+            return self.place_of(first)
+        return places.pop() if places else self._place
+
+    def _see(self, tensor: torch.Tensor, place: str | None) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        size = storage.nbytes()
+        if size == 0:
+            return
+        if place is None:
+            place = "gpu" if tensor.device.type == "cuda" else "cpu"
+        live = _Live(place, round_size(size), self._owner, self._category, None)
+        if place == "gpu" and self.allocator is not None:
+            live.handle = self._take(size)
+        live.reference = weakref.ref(storage, lambda _, key=key: self._release(key))
+        self._live[key] = live
+        self.allocated[place] += live.size
+        if place == "gpu":
+            self._categories[live.category] += live.size
+            self.peak_allocated = max(self.peak_allocated, self.allocated["gpu"])
+            self._note_peak()
+
+    def _take(self, size: int):
+        try:
+            return self.allocator.allocate(size)
+        except OutOfCapacity:
+            event = OomEvent(
+                phase=self._phase.name if self._phase else "run",
+                module=self._owner,
+                requested_bytes=round_size(size),
+                allocated_bytes=self.allocated["gpu"],
+                reserved_bytes=self.allocator.reserved,
+                holders=self.holders(),
+            )
+            self.first_oom = self.first_oom or event
+            if self.on_oom:
+                self.on_oom(event)
+            self.allocator.capacity = None
+            return self.allocator.allocate(size)
+
+    def _note_peak(self) -> None:
+        record = self._phase
+        if record is not None and self.allocated["gpu"] >= record.peak_allocated_bytes:
+            record.peak_allocated_bytes = self.allocated["gpu"]
+            record.breakdown = dict(self._categories)
+
+    def _release(self, key: int) -> None:
+        live = self._live.pop(key, None)
+        if live is None:
+            return
+        self.allocated[live.place] -= live.size
+        if live.place == "gpu":
+            self._categories[live.category] -= live.size
+            if live.handle is not None:
+                self.allocator.free(live.handle)
