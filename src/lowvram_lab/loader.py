@@ -1,0 +1,150 @@
+"""Realise a plan: a plain transformers ``PreTrainedModel`` whose weights have the plan's formats and places.
+
+Weights are read, converted, quantised and moved one module at a time, so peak RAM stays near the final size. The dry
+run of a forecast goes through the very same code with tensors on meta.
+"""
+
+import logging
+
+import torch
+from tqdm.auto import tqdm
+
+from lowvram_lab.errors import CheckpointError
+from lowvram_lab.formats import DTYPES, get_format
+from lowvram_lab.memory.device import Gpu, open_gpu
+from lowvram_lab.offload import attach, block_places
+from lowvram_lab.plan import Plan
+from lowvram_lab.quantize.linear import Int8Embedding, quantized_linear
+from lowvram_lab.source import find_source
+from lowvram_lab.spec import ModelSpec, ModuleSpec, build_on_meta
+
+logger = logging.getLogger(__name__)
+
+
+class ShapesOnly:
+    """Stands for a checkpoint in a dry run: the right shapes, on meta, no bytes."""
+
+    def __init__(self, spec: ModelSpec):
+        self.spec = spec
+        self._shapes = {f"{m.name}.{key}": shape for m in spec.modules for key, shape in m.parameters.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self._shapes[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        """An empty meta tensor of the parameter's shape, in 16 bits as checkpoints are."""
+        return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="meta")
+
+
+def load(plan: Plan, gpu: Gpu | None = None, *, checkpoint=None, spec: ModelSpec | None = None, progress: bool = True):
+    """Loads the plan's model onto a GPU, real or simulated, within its budget.
+
+    Args:
+        plan: What goes where, in which format.
+        gpu: From ``open_gpu``; by default this machine's GPU without a limit.
+        checkpoint: Anything with ``read(name)``, ``shape(name)`` and ``in``; by default the plan's source is fetched.
+        spec: The model's spec; by default from the source's config.
+        progress: Show a progress bar.
+
+    Returns:
+        A ``PreTrainedModel`` in eval mode: ``generate``, streamers and chat templates work. ``model.hf_device_map``
+        tells the placement, ``model.plan`` the plan, ``model.gpu`` the GPU.
+
+    Raises:
+        PlanError: The plan does not fit the model.
+        CheckpointError: A weight is missing, has the wrong shape, or is not finite.
+        torch.OutOfMemoryError: The budget is too small; nothing of the model stays on the GPU.
+    """
+    gpu = gpu or open_gpu()
+    if spec is None:
+        source = find_source(plan.model)
+        spec = ModelSpec.from_config(source.config(), source.name)
+    plan.validate(spec)
+    if checkpoint is None:
+        checkpoint = find_source(plan.model).checkpoint()
+    _check_names_and_shapes(spec, checkpoint)
+    if plan.threads and not gpu.meta:
+        torch.set_num_threads(plan.threads)
+    config = spec.pretrained_config()
+    config.dtype = DTYPES[plan.dtype]
+    model = build_on_meta(config)
+    with torch.no_grad(), gpu.phase("load"), gpu.meter.scope(category="weights"):
+        filling = tqdm(spec.modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
+        for module in filling:
+            with gpu.meter.scope(owner=module.name):
+                _fill(model, module, plan, checkpoint, gpu)
+        _place_buffers(model, plan, spec, gpu)
+    attach(model, plan, spec, gpu)
+    model.plan, model.gpu, model.spec = plan, gpu, spec
+    model.hf_device_map = {path: _device_name(place, gpu) for path, place in block_places(model, plan, spec).items()}
+    return model.eval()
+
+
+def _fill(model, module: ModuleSpec, plan: Plan, checkpoint, gpu: Gpu) -> None:
+    assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
+    fmt = get_format(assignment.format)
+    target = model.get_submodule(module.name)
+
+    def move(tensor):
+        return gpu.move(tensor, assignment.device)
+
+    def read(key):
+        name = f"{module.name}.{key}"
+        tensor = checkpoint.read(name)
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")
+        return tensor
+
+    if fmt.kind == "float":
+        for key in module.parameters:
+            if key == "weight" and module.tied_to:
+                value = model.get_submodule(module.tied_to).weight
+            else:
+                value = torch.nn.Parameter(move(read(key).to(dtype)), requires_grad=False)
+            setattr(target, key, value)
+        return
+    rows, columns = module.weight_shape
+    if module.kind == "embedding":
+        layer = Int8Embedding(rows, columns, fmt, dtype)
+    else:
+        layer = quantized_linear(columns, rows, fmt, gpu.kernels_of(assignment.device))
+    if module.tied_to:
+        for key, buffer in model.get_submodule(module.tied_to).named_buffers(recurse=False):
+            layer.register_buffer(key, buffer)
+    else:
+        layer.store(read("weight"), move)
+    if "bias" in module.parameters:
+        layer.bias = torch.nn.Parameter(move(read("bias").to(dtype)), requires_grad=False)
+    parent, _, child = module.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer.eval())
+
+
+def _place_buffers(model, plan, spec, gpu: Gpu) -> None:
+    """Rotary frequencies and the like: made by the constructor on the CPU, wanted where their block computes."""
+    places = block_places(model, plan, spec)
+    for path, module in model.named_modules():
+        if path in places and not dict(module.named_parameters(recurse=False)):
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                if not buffer.is_meta:
+                    with gpu.meter.scope(owner=path):
+                        module._buffers[key] = gpu.move(gpu.own(buffer), places[path])
+
+
+def _check_names_and_shapes(spec: ModelSpec, checkpoint) -> None:
+    for module in spec.modules:
+        for key, shape in module.parameters.items():
+            if key == "weight" and module.tied_to:
+                continue
+            name = f"{module.name}.{key}"
+            if name not in checkpoint:
+                raise CheckpointError(f"expected a tensor {name} in the checkpoint of {spec.name}, found none")
+            if tuple(checkpoint.shape(name)) != tuple(shape):
+                raise CheckpointError(f"{name}: expected shape {tuple(shape)}, found {tuple(checkpoint.shape(name))}")
+
+
+def _device_name(place: str, gpu: Gpu) -> str:
+    return str(gpu.device) if place == "gpu" and gpu.kernels == "cuda" and not gpu.meta else place

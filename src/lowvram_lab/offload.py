@@ -1,0 +1,101 @@
+"""Let a model's blocks compute where the plan puts them: hidden states travel, weights and KV cache stay.
+
+``attach`` wraps the ``forward`` of the model and of every placed block; ``detach`` takes all of it back. A block on the
+CPU computes on the CPU. (accelerate's offload hooks move its weights to the GPU for every call instead.)
+"""
+
+import functools
+
+import torch
+
+_ORIGINAL = "_lowvram_forward"
+
+
+def block_places(model, plan, spec) -> dict[str, str]:
+    """The place of every block that computes: embedding, decoder layers, final norm, rotary embedding, head.
+
+    Blocks without weights (rotary embedding) live where the first decoder layer does.
+
+    Returns:
+        Module path → ``"gpu"`` or ``"cpu"``.
+    """
+    layers = plan.layer_devices(spec)
+    places = {f"{spec.layers_path}.{index}": place for index, place in enumerate(layers)}
+    for module in spec.modules:
+        if module.layer is None:
+            places[module.name] = plan.modules[module.name].device
+    for path, module in model.named_modules():
+        inside = any(path == block or path.startswith(block + ".") for block in places)
+        if not inside and dict(module.named_buffers(recurse=False)):
+            places[path] = layers[0]
+    return places
+
+
+def attach(model, plan, spec, gpu) -> None:
+    """Makes each block move its inputs to its place and charge its allocations there. Undone by ``detach``.
+
+    Args:
+        model: A model whose weights already are where the plan says.
+        plan: The plan.
+        spec: The model's spec.
+        gpu: The ``Gpu`` the model lives on.
+    """
+    places = block_places(model, plan, spec)
+    first = places[f"{spec.layers_path}.0"]
+    moved: dict[tuple[int, str], tuple] = {}
+    for path, place in places.items():
+        # masks and rotary tables are made once, where the first layer is: so the embedding hands over there
+        hand_over = first if path == spec.embedding else None
+        _wrap(model.get_submodule(path), functools.partial(_block_forward, path, place, hand_over, moved, gpu))
+    _wrap(model, functools.partial(_model_forward, first, moved, gpu))
+
+
+def detach(model) -> None:
+    """Removes what ``attach`` put on: every ``forward`` is the class's own again."""
+    for module in model.modules():
+        if _ORIGINAL in vars(module):
+            delattr(module, _ORIGINAL)
+            del module.forward
+
+
+def _wrap(module, around) -> None:
+    original = module.forward
+    setattr(module, _ORIGINAL, original)
+    module.forward = functools.update_wrapper(functools.partial(around, original), original)
+
+
+def _model_forward(first, moved, gpu, original, *args, **kwargs):
+    with gpu.active(), gpu.meter.scope(owner="model", place=first):
+        try:
+            return original(*args, **kwargs)
+        finally:
+            moved.clear()
+
+
+def _block_forward(path, place, hand_over, moved, gpu, original, *args, **kwargs):
+    def here(value):
+        return _to_place(value, place, gpu)
+
+    args = tuple(here(value) for value in args)
+    kwargs = {key: _shared(value, place, moved, here) for key, value in kwargs.items()}
+    with gpu.meter.scope(owner=path, place=place):
+        result = original(*args, **kwargs)
+    return result if hand_over is None else _to_place(result, hand_over, gpu)
+
+
+def _shared(value, place, moved, here):
+    """Keyword inputs (mask, rotary tables) are the same for every layer: moved once a forward, not once a layer."""
+    if not isinstance(value, torch.Tensor | tuple):
+        return value
+    key = (id(value), place)
+    if key not in moved:
+        moved[key] = (value, here(value))  # the original is kept too, so that its id stays its own
+    return moved[key][1]
+
+
+def _to_place(value, place, gpu):
+    if isinstance(value, torch.Tensor):
+        return gpu.move(value, place)
+    if isinstance(value, tuple):
+        return tuple(_to_place(item, place, gpu) for item in value)
+    return value
