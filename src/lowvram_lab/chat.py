@@ -1,0 +1,168 @@
+"""A streaming chat: history, the model's own template, stop ids that are right, and the KV cache kept between turns.
+
+Derived in: notebooks/09_validated_chat.ipynb
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from lowvram_lab.engine.decode import MeteredCache, Sampling, stream
+from lowvram_lab.errors import BudgetError, SourceError
+
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
+"""Checkpoints disagree on ``eos_token_id`` (Qwen1.5's chat and base models do): stop at any of these."""
+
+
+@dataclass(frozen=True)
+class TurnStats:
+    """What one answer took.
+
+    Attributes:
+        prompt_tokens: Length of the whole rendered chat.
+        cached_tokens: How many of them were still in the KV cache.
+        new_tokens: Tokens generated, without the stop token.
+        ttft_s: Seconds to the first token.
+        tokens_per_s: Decoding speed after the first token, or ``None`` for a shorter answer.
+        peak_bytes: Highest allocated GPU memory during the turn, without the CUDA context.
+        stopped: Whether the model ended its turn itself, rather than running out of room.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    ttft_s: float
+    tokens_per_s: float | None
+    peak_bytes: int
+    stopped: bool
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return asdict(self)
+
+
+def stop_ids(model, tokenizer) -> frozenset[int]:
+    """Every id that ends a turn: from generation config, config, tokenizer, and well-known names it has."""
+    found = set()
+    for holder in (model.generation_config, model.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    vocabulary = tokenizer.get_vocab()
+    found.update(vocabulary[token] for token in END_OF_TURN_TOKENS if token in vocabulary)
+    return frozenset(found)
+
+
+class ChatSession:
+    """A conversation with a loaded model.
+
+    Args:
+        model: From ``load``.
+        tokenizer: Its tokenizer, with a chat template.
+        system: System message, or ``None`` for the template's own.
+        max_new_tokens: Longest answer.
+        sampling: Greedy by default.
+
+    Attributes:
+        history: Messages so far, each with ``role`` and ``content``.
+        turns: What each answer took.
+        dropped_turns: How many of the oldest turns had to be forgotten for want of context.
+    """
+
+    def __init__(
+        self, model, tokenizer, *, system: str | None = None, max_new_tokens=256, sampling: Sampling | None = None
+    ):
+        if not getattr(tokenizer, "chat_template", None):
+            raise SourceError(
+                f"{model.plan.model} has no chat template, so it is a base model; name an instruction-tuned one"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling()
+        self.history: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+        self.turns: list[TurnStats] = []
+        self.dropped_turns = 0
+        self._stop = stop_ids(model, tokenizer)
+        self._cache, self._cached_ids = MeteredCache(model.gpu), []
+
+    def ask(self, text: str) -> str:
+        """Sends a message and returns the whole answer."""
+        return "".join(self.send(text))
+
+    def send(self, text: str) -> Iterator[str]:
+        """Sends a message, yields the answer as it is made. History keeps what was yielded, also if cut off.
+
+        Args:
+            text: The user's message.
+
+        Yields:
+            Pieces of text, never half a character.
+
+        Raises:
+            BudgetError: The message alone is longer than the plan's context.
+        """
+        self.history.append({"role": "user", "content": text})
+        try:
+            prompt = self._fitting_prompt()
+        except BudgetError:
+            self.history.pop()
+            raise
+        return self._answer(prompt)
+
+    def _answer(self, prompt: list[int]) -> Iterator[str]:
+        gpu, started = self.model.gpu, time.perf_counter()
+        cached = self._reuse_cache(prompt)
+        room = min(self.max_new_tokens, self.model.plan.context - len(prompt))
+        ids = torch.tensor([prompt[cached:]])
+        tokens, shown, first_at, ended = [], "", None, False
+        gpu.reset_peak()
+        try:
+            for token in stream(
+                self.model, ids, self._cache, max_new_tokens=room, stop_ids=self._stop, sampling=self.sampling
+            ):
+                first_at = first_at or time.perf_counter()
+                tokens.append(token)
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
+                    yield text[len(shown) :]
+                    shown = text
+            ended = len(tokens) < room
+        finally:
+            now = time.perf_counter()
+            self._cached_ids = (prompt + tokens)[: self._cache.get_seq_length()]
+            self.history.append({"role": "assistant", "content": shown})
+            speed = (len(tokens) - 1) / (now - first_at) if len(tokens) > 1 else None
+            ttft = (first_at or now) - started
+            peak = gpu.peak_allocated_bytes
+            self.turns.append(TurnStats(len(prompt), cached, len(tokens), ttft, speed, peak, ended))
+
+    def _fitting_prompt(self) -> list[int]:
+        """Renders the chat; forgets the oldest turns, whole ones, until there is room for an answer."""
+        context = self.model.plan.context
+        while True:
+            prompt = self.tokenizer.apply_chat_template(self.history, add_generation_prompt=True, return_dict=True)[
+                "input_ids"
+            ]
+            first = 1 if self.history[0]["role"] == "system" else 0
+            if len(prompt) + min(self.max_new_tokens, context // 4) <= context:
+                return prompt
+            if len(self.history) - first > 2:
+                del self.history[first : first + 2]
+                self.dropped_turns += 1
+            elif len(prompt) < context:
+                return prompt
+            else:
+                raise BudgetError(
+                    f"this message takes {len(prompt)} tokens, the plan's context is {context}; "
+                    "shorten it or plan for more"
+                )
+
+    def _reuse_cache(self, prompt: list[int]) -> int:
+        """Keeps the part of the KV cache that the new prompt begins with; returns its length in tokens."""
+        common = 0
+        for old, new in zip(self._cached_ids, prompt[:-1], strict=False):  # at least one token must be fed
+            if old != new:
+                break
+            common += 1
+        self._cache.keep(common)
+        return common

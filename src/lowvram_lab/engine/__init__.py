@@ -1,0 +1,1 @@
+"""Run a loaded model: the cache and the decode loop."""

@@ -1,0 +1,115 @@
+"""The decode loop: prefill, one token at a time, choose the next. The engine knows nothing about tokenization or chat.
+
+The same functions run over a real model and, on meta, in a forecast; that is why the two agree.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+
+class MeteredCache(DynamicCache):
+    """transformers' growing KV cache; what it allocates is charged to the category ``kv``."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """See ``DynamicCache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""
+        with self.gpu.meter.scope(category="kv"):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def keep(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` tokens."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys = layer.keys[..., :tokens, :]
+                layer.values = layer.values[..., :tokens, :]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the most likely token (greedy).
+        top_p: Smallest set of tokens with at least this probability (Holtzman et al. 2019, arXiv:1904.09751).
+        seed: Makes a sampled answer repeatable.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+def prefill(model, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """Reads a prompt into the cache.
+
+    Args:
+        model: A causal language model.
+        ids: ``(batch, tokens)`` int64, those the cache has not seen.
+        cache: Grows by ``tokens``.
+
+    Returns:
+        Logits of the last token, ``(batch, vocab)``.
+    """
+    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def decode_one_token(model, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """Feeds one token back. ``token``: ``(batch, 1)``; returns logits ``(batch, vocab)``."""
+    return model(token, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> torch.Tensor:
+    """The next token, ``(batch, 1)``, from logits ``(batch, vocab)``."""
+    if sampling.temperature <= 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        ordered, indices = probabilities.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        probabilities = torch.zeros_like(probabilities).scatter(-1, indices, ordered.masked_fill(beyond, 0))
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
+@torch.no_grad()
+def stream(
+    model,
+    ids: torch.Tensor,
+    cache: DynamicCache,
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    sampling: Sampling | None = None,
+) -> Iterator[int]:
+    """Generates token by token, batch 1.
+
+    Args:
+        model: From ``load``.
+        ids: ``(1, tokens)``, the part of the prompt the cache has not seen; at least one token.
+        cache: Holds prompt and answer afterwards (but for the last token yielded, which was never fed back).
+        max_new_tokens: Stop after so many.
+        stop_ids: Stop at one of these; it is not yielded.
+        sampling: Greedy by default.
+
+    Yields:
+        Token ids.
+    """
+    sampling = sampling or Sampling()
+    generator = None
+    logits = prefill(model, ids, cache)
+    if sampling.temperature > 0:
+        generator = torch.Generator(device=logits.device).manual_seed(sampling.seed)
+    for produced in range(1, max_new_tokens + 1):
+        with model.gpu.active():
+            token = choose(logits, sampling, generator)
+        value = int(token)
+        if value in stop_ids:
+            return
+        yield value
+        if produced < max_new_tokens:
+            logits = decode_one_token(model, token, cache)
