@@ -1,0 +1,58 @@
+"""Forecast what a plan will take: load, prefill and decode replayed on meta tensors. No GPU, no weights.
+
+The replay is the real loader and the real decode loop over tensors without data, counted by the real meter, through a
+model of CUDA's allocator. Nothing here is a formula, so what the code does is what is forecast.
+
+Derived in: notebooks/01_analyze_the_oom.ipynb
+"""
+
+from lowvram_lab.errors import PlanError
+from lowvram_lab.loader import ShapesOnly, load
+from lowvram_lab.memory.attention import ImitateAttention
+from lowvram_lab.memory.device import DryRunGpu, Gpu, GpuBudget
+from lowvram_lab.plan import Plan
+from lowvram_lab.profile import MemoryProfile, Workload, run_workload
+from lowvram_lab.spec import ModelSpec
+
+
+def forecast(
+    plan: Plan,
+    spec: ModelSpec,
+    gpu: str | int | GpuBudget | Gpu | None = None,
+    *,
+    workload: Workload | None = None,
+    kernels: str | None = None,
+) -> MemoryProfile:
+    """Forecasts the GPU memory of a plan.
+
+    Args:
+        plan: The plan.
+        spec: The model.
+        gpu: A budget such as ``"4GiB"``, or an opened GPU, whose budget and kernels are then taken.
+        workload: What to run; by default the plan's whole context.
+        kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` for the stand-in. By default those of ``gpu``
+            if it is an opened one, else CUDA's.
+
+    Returns:
+        A profile with origin ``"forecast"``. ``first_oom`` is the first allocation that would fail; the figures go on
+        as if the card had no limit.
+
+    Raises:
+        PlanError: The plan does not fit the model, or the workload is longer than the plan's context.
+        UnitError, BudgetError: The budget cannot be read or used.
+    """
+    if isinstance(gpu, Gpu):
+        budget, kernels = gpu.budget, kernels or gpu.kernels
+    else:
+        budget = None if gpu is None else GpuBudget.parse(gpu)
+    plan.validate(spec)
+    workload = workload or Workload.full_context(plan.context)
+    if workload.prompt_tokens + workload.new_tokens > plan.context:
+        raise PlanError(
+            f"the workload has {workload.prompt_tokens} + {workload.new_tokens} tokens, "
+            f"the plan a context of {plan.context}"
+        )
+    dry = DryRunGpu(budget, kernels or "cuda")
+    with ImitateAttention(dry):
+        model = load(plan, dry, checkpoint=ShapesOnly(spec), spec=spec, progress=False)
+        return run_workload(model, workload)
