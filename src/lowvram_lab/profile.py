@@ -3,6 +3,7 @@
 ``dry_run.py`` runs it dry, ``measure`` runs it for real; both return a ``MemoryProfile``, so the two subtract.
 """
 
+import time
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -199,4 +200,53 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         workload=workload,
         first_oom=gpu.meter.first_oom,
         transferred_bytes=sum(gpu.transfers.values()) - before,
+    )
+
+
+@dataclass(frozen=True)
+class SpeedProfile:
+    """How fast a loaded model ran, with no meter beside it.
+
+    Attributes:
+        where: What ran it, in words; for the stand-in that it is this machine's CPU.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Tokens decoded.
+        ttft_s: Seconds from prompt to first token.
+        decode_tokens_per_s: Tokens a second after the first.
+    """
+
+    where: str
+    prompt_tokens: int
+    new_tokens: int
+    ttft_s: float
+    decode_tokens_per_s: float
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def run_speed(model, workload: Workload) -> SpeedProfile:
+    """Times one prompt and greedy decoding, once, without metering. Timings on a shared machine vary: repeat them.
+
+    Args:
+        model: From ``load``, not a dry run.
+        workload: How many tokens.
+    """
+    gpu: Gpu = model.gpu
+    ids = torch.ones(1, workload.prompt_tokens, dtype=torch.long)
+    with gpu.unmetered():
+        cache = MeteredCache(gpu)
+        started = time.perf_counter()
+        token = choose(prefill(model, ids, cache), Sampling())
+        int(token)  # waits for the device
+        first = time.perf_counter()
+        for _ in range(workload.new_tokens):
+            token = choose(decode_one_token(model, token, cache), Sampling())
+            int(token)
+        ended = time.perf_counter()
+    where = "this CPU, standing in for a GPU" if gpu.simulated else gpu.name
+    return SpeedProfile(
+        where, workload.prompt_tokens, workload.new_tokens, first - started, workload.new_tokens / (ended - first)
     )

@@ -43,11 +43,14 @@ class PhaseMemory:
 
 @dataclass
 class OomEvent:
-    """One allocation that did not fit: who asked for how much, when, and who held the memory."""
+    """One allocation that did not fit: who asked for how much, when, and who held the memory.
+
+    CUDA states ``requested_bytes`` only in the text of its error; it is ``None`` then.
+    """
 
     phase: str
     module: str
-    requested_bytes: int
+    requested_bytes: int | None
     allocated_bytes: int
     reserved_bytes: int
     holders: list[tuple[str, int]]
@@ -147,7 +150,13 @@ class Meter(TorchDispatchMode):
             if result is not NotImplemented:
                 return result
         place = None if self.by_device else self._place_for(func, args, kwargs)
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except torch.OutOfMemoryError as error:  # CUDA's own: only here is it known which module asked
+            if self.by_device and not hasattr(error, "event"):
+                allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+                error.event = self._oom_event(None, allocated, reserved)
+            raise
         if isinstance(result, torch.Tensor):
             self._see(result, place)
         elif isinstance(result, list | tuple):
@@ -201,19 +210,16 @@ class Meter(TorchDispatchMode):
         try:
             return self.allocator.allocate(size)
         except OutOfCapacity:
-            event = OomEvent(
-                phase=self._phase.name if self._phase else "run",
-                module=self._owner,
-                requested_bytes=round_size(size),
-                allocated_bytes=self.allocated["gpu"],
-                reserved_bytes=self.allocator.reserved,
-                holders=self.holders(),
-            )
+            event = self._oom_event(round_size(size), self.allocated["gpu"], self.allocator.reserved)
             self.first_oom = self.first_oom or event
             if self.on_oom:
                 self.on_oom(event)
             self.allocator.capacity = None
             return self.allocator.allocate(size)
+
+    def _oom_event(self, requested_bytes: int | None, allocated_bytes: int, reserved_bytes: int) -> OomEvent:
+        phase = self._phase.name if self._phase else "run"
+        return OomEvent(phase, self._owner, requested_bytes, allocated_bytes, reserved_bytes, self.holders())
 
     def _note_peak(self) -> None:
         record = self._phase

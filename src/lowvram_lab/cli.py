@@ -1,0 +1,317 @@
+"""The ``lowvram`` command. Results on stdout, progress on stderr; a user's mistake is one line and exit status 2."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+
+from lowvram_lab import __version__
+from lowvram_lab.errors import LowvramError
+
+EXIT_USAGE = 2
+EXIT_FAILED_VALIDATION = 1
+EXIT_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """One line instead of argparse's usage block."""
+        self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: Words after ``lowvram``; by default ``sys.argv``'s.
+
+    Returns:
+        Exit status: 0 done, 1 a validation that failed, 2 a mistake explained in one line, 130 interrupted.
+    """
+    args = _parser().parse_args(arguments)
+    _quiet_other_libraries()
+    try:
+        return args.run(args)
+    except LowvramError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return _complain("interrupted", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of a pipe (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        return _complain(str(error))
+
+
+def _complain(message: str, status: int = EXIT_USAGE) -> int:
+    print(f"lowvram: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _quiet_other_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it could not download
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="lowvram", description="Run a language model that does not fit your GPU, and see why it does."
+    )
+    parser.add_argument("--version", action="version", version=f"lowvram {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print JSON on stdout, everything else on stderr")
+        return sub
+
+    command("doctor", _doctor, "say what this machine can do")
+    command("models", _models, "list the models known by name")
+    forecast = command("forecast", _forecast, "say what a model will take of a GPU, without one and without weights")
+    _add_plan_options(forecast, budget_required=False)
+    plan = command("plan", _plan, "choose the most precise plan that fits a GPU")
+    _add_plan_options(plan, budget_required=True)
+    plan.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
+    chat = command("chat", _chat, "chat with a model inside a GPU budget")
+    _add_plan_options(chat, budget_required=False)
+    chat.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
+    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    chat.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
+    chat.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
+    demo = command("demo", _demo, "the whole story on a small model: out of memory, plan, load, chat, validation")
+    demo.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default smollm2-135m")
+    demo.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")
+    demo.add_argument("--context", type=_positive, default=1024, metavar="N", help="tokens to plan for (1024)")
+    return parser
+
+
+def _add_plan_options(parser, *, budget_required: bool) -> None:
+    parser.add_argument("model", metavar="MODEL", help="name (see lowvram models), hub id, directory or .gguf file")
+    parser.add_argument("--gpu", required=budget_required, metavar="SIZE", help="the card's memory, e.g. 4GiB")
+    parser.add_argument(
+        "--cuda-context", metavar="SIZE", help="what of it the CUDA context takes (384MiB; 0 under 1GiB)"
+    )
+    parser.add_argument("--context", type=_positive, metavar="N", help="tokens, prompt and answer (2048)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--format", metavar="NAME", help="one recipe for the whole model: fp16, bf16, int8, int4, nf4")
+    how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
+    parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, found {text!r}")
+    return int(text)
+
+
+def _print_json(values: dict) -> None:
+    print(json.dumps(values, indent=1, ensure_ascii=False))
+
+
+def _say(args):
+    """Where prose goes: stdout, or stderr if stdout is for JSON."""
+    return lambda text="", end="\n": print(text, end=end, flush=True, file=sys.stderr if args.json else sys.stdout)
+
+
+def _doctor(args) -> int:
+    from lowvram_lab.doctor import examine
+
+    found = examine()
+    if args.json:
+        _print_json(found)
+    else:
+        for key, value in found.items():
+            print(f"{key:22} {value}")
+    return 0
+
+
+def _models(args) -> int:
+    from lowvram_lab.source import builtin_names
+
+    names = builtin_names()
+    if args.json:
+        _print_json({"models": names})
+    else:
+        for name, line in names.items():
+            print(f"{name:14} {line}")
+        print("\nAlso: a hub id such as Qwen/Qwen1.5-4B-Chat, a directory with safetensors, or a .gguf file.")
+    return 0
+
+
+def _spec_of(args):
+    from lowvram_lab.source import find_source
+    from lowvram_lab.spec import ModelSpec
+
+    source = find_source(args.model)
+    return source, ModelSpec.from_config(source.config(), source.name)
+
+
+def _stated_plan(args, spec, default_format: str | None = None):
+    """The plan the options state, or ``None`` where they leave the choice to the planner."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from lowvram_lab.plan import Plan
+
+    if args.plan:
+        plan = Plan.from_json(Path(args.plan))
+        if args.context:
+            plan = replace(plan, context=args.context)
+    elif args.format or default_format:
+        plan = Plan.uniform(spec, args.format or default_format, context=args.context or 2048)
+    else:
+        return None
+    if args.gpu_layers is not None:
+        plan = plan.with_gpu_layers(spec, args.gpu_layers)
+    plan = replace(plan, threads=args.threads or plan.threads)
+    plan.validate(spec)
+    return plan
+
+
+def _chosen_plan(args, spec, gpu):
+    """The stated plan with its forecast, or the planner's choice; and why."""
+    from dataclasses import replace
+
+    from lowvram_lab.dry_run import forecast
+    from lowvram_lab.errors import BudgetError
+    from lowvram_lab.planner.auto import auto_plan
+
+    plan = _stated_plan(args, spec, None if gpu.budget else "bf16")
+    if plan is not None:
+        profile = forecast(plan, spec, gpu)
+        return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
+    if args.gpu_layers is not None:
+        raise BudgetError("--gpu-layers needs --format or --plan: without them the planner chooses the split itself")
+    choice = auto_plan(spec, gpu, args.context or 2048)
+    return replace(choice.plan, threads=args.threads), choice.forecast, list(choice.why)
+
+
+def _forecast(args) -> int:
+    from dataclasses import replace
+
+    from lowvram_lab.dry_run import forecast
+    from lowvram_lab.memory.device import GpuBudget
+    from lowvram_lab.planner.suggest import suggest
+
+    budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
+    _, spec = _spec_of(args)
+    plan = _stated_plan(args, spec, "fp16")
+    profile = forecast(plan, spec, budget)
+    found = [] if profile.fits else suggest(plan, spec, budget)
+    profile = replace(profile, suggestions=tuple(map(str, found)))
+    if args.json:
+        _print_json({**profile.to_dict(), "plan": plan.digest, "suggestions": [s.to_dict() for s in found]})
+        return 0
+    print(plan.summary(spec))
+    print(profile.table().to_string(index=False), "\n(MiB; reserved is the simulated CUDA allocator's)")
+    print(profile.summary())
+    for line in profile.suggestions:
+        print("would fit:", line)
+    return 0
+
+
+def _plan(args) -> int:
+    from pathlib import Path
+
+    from lowvram_lab.memory.device import DryRunGpu, GpuBudget
+
+    budget = GpuBudget.parse(args.gpu, args.cuda_context)
+    _, spec = _spec_of(args)
+    plan, profile, why = _chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
+    if args.output:
+        plan.to_json(Path(args.output))
+    if args.json:
+        _print_json({"plan": plan.to_dict(), "forecast": profile.to_dict(), "speed": None, "why": why})
+        return 0
+    for line in why:
+        print("-", line)
+    print(plan.summary(spec))
+    print(plan.table().to_string(index=False))
+    print(profile.summary())
+    return 0
+
+
+def _chat(args) -> int:
+    from lowvram_lab.chat import ChatSession
+    from lowvram_lab.engine.decode import Sampling
+    from lowvram_lab.loader import load
+    from lowvram_lab.memory.device import open_gpu
+
+    say = _say(args)
+    if args.json and args.prompt is None:
+        raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    gpu = open_gpu(args.gpu, args.cuda_context)
+    source, spec = _spec_of(args)
+    plan, profile, _ = _chosen_plan(args, spec, gpu)
+    print(f"{plan.summary(spec)}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
+    model = load(plan, gpu, spec=spec)
+    session = ChatSession(
+        model, source.tokenizer(), system=args.system, max_new_tokens=args.max_new_tokens, sampling=sampling
+    )
+    if args.prompt is None:
+        return _converse(session)
+    answer = ""
+    for piece in session.send(args.prompt):
+        answer += piece
+        if not args.json:
+            say(piece, end="")
+    turn = session.turns[-1]
+    if args.json:
+        budget_bytes = gpu.budget.total_bytes if gpu.budget else None
+        _print_json({"text": answer, **turn.to_dict(), "budget_bytes": budget_bytes, "gpu": gpu.name})
+    else:
+        say()
+        print(_turn_line(turn), file=sys.stderr)
+    return 0
+
+
+def _converse(session) -> int:
+    print("Type a message; Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not text:
+            continue
+        try:
+            for piece in session.send(text):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except LowvramError as error:
+            print(f"lowvram: {error}", file=sys.stderr)
+            continue
+        print()
+        print(_turn_line(session.turns[-1]), file=sys.stderr)
+
+
+def _turn_line(turn) -> str:
+    from lowvram_lab.units import format_bytes
+
+    speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
+    return f"[first token {turn.ttft_s:.2f} s{speed}, peak {format_bytes(turn.peak_bytes)}]"
+
+
+def _demo(args) -> int:
+    from lowvram_lab.demo import run_demo
+
+    result = run_demo(args.model, args.gpu, args.context, _say(args))
+    if args.json:
+        _print_json(result)
+    return 0 if result["validation"]["passed"] else EXIT_FAILED_VALIDATION
+
+
+if __name__ == "__main__":
+    sys.exit(main())
