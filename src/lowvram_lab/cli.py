@@ -254,7 +254,7 @@ def _chat(args) -> int:
     source, spec = _spec_of(args)
     plan, profile, _ = _chosen_plan(args, spec, gpu)
     print(f"{plan.summary(spec)}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
-    model = load(plan, gpu, spec=spec)
+    model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
     session = ChatSession(
         model, source.tokenizer(), system=args.system, max_new_tokens=args.max_new_tokens, sampling=sampling
     )
@@ -307,7 +307,7 @@ def _turn_line(turn) -> str:
 def _demo(args) -> int:
     from lowvram_lab.demo import run_demo
 
-    result = run_demo(args.model, args.gpu, args.context, _say(args))
+    result = run_demo(args.model, args.gpu, args.context, _say(args), progress=sys.stderr.isatty())
     if args.json:
         _print_json(result)
     return 0 if result["validation"]["passed"] else EXIT_FAILED_VALIDATION

@@ -23,7 +23,7 @@ QUESTIONS = ("What is the capital of France?", "Write one sentence about its mos
 RUNNING_CASE = ("qwen1.5-4b", "4GiB", 4096)
 
 
-def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., None]) -> dict:
+def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., None], *, progress: bool = True) -> dict:
     """Tells the story on one model and returns every figure in it.
 
     Args:
@@ -31,6 +31,7 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
         gpu_size: The card to be.
         context: Tokens to plan for.
         say: Prints a line; takes ``end=`` like ``print``.
+        progress: Show progress bars.
 
     Returns:
         Plain data with the keys ``oom``, ``plan``, ``forecast``, ``measured``, ``validation``, ``answer`` and, beside
@@ -45,10 +46,10 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     say(f"   {forecast(naive, spec, gpu).summary()}\n")
 
     say("2. Try it anyway")
-    marker = read_marker(source.fetch())
+    marker = read_marker(source.fetch(progress))
     checkpoint = source.checkpoint()
     say(f"   weights from {(marker or {}).get('source', source.name)}")
-    oom = _provoke_oom(naive, spec, gpu_size, checkpoint)
+    oom = _provoke_oom(naive, spec, gpu_size, checkpoint, progress)
     say(f"   {oom['type']}: {oom['message']}\n" if oom else "   it fits: no need to compress\n")
 
     say("3. Plan")
@@ -58,7 +59,7 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     say(f"   {choice.plan.summary(spec)}\n")
 
     say(f"4. Load inside the cap, on the {gpu.name}, and chat")
-    model = load(choice.plan, gpu, checkpoint=checkpoint, spec=spec)
+    model = load(choice.plan, gpu, checkpoint=checkpoint, spec=spec, progress=progress)
     workload = Workload(prompt_tokens=context // 2, new_tokens=8)
     predicted = forecast(choice.plan, spec, gpu, workload=workload)
     measured = run_workload(model, workload)
@@ -66,9 +67,11 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     answers = [_converse(session, question, say) for question in QUESTIONS]
 
     say("\n5. Validate against the 16-bit model")
-    reference = load_reference(choice.plan, spec, checkpoint=checkpoint)
+    reference = load_reference(choice.plan, spec, checkpoint=checkpoint, progress=progress)
     speed = run_speed(model, Workload(prompt_tokens=64, new_tokens=32))
-    report = validate(session, reference=reference, forecast=predicted, measured=measured, speed=speed)
+    report = validate(
+        session, reference=reference, forecast=predicted, measured=measured, speed=speed, progress=progress
+    )
     say(report.table().to_string(index=False))
     say(f"   {report.summary()}\n")
 
@@ -88,11 +91,11 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     }
 
 
-def _provoke_oom(plan: Plan, spec: ModelSpec, gpu_size: str, checkpoint) -> dict | None:
+def _provoke_oom(plan: Plan, spec: ModelSpec, gpu_size: str, checkpoint, progress: bool) -> dict | None:
     """Really loads the plan under the cap; returns what the error said, or ``None`` if there was none."""
     gpu = open_gpu(gpu_size)
     try:
-        load(plan, gpu, checkpoint=checkpoint, spec=spec)
+        load(plan, gpu, checkpoint=checkpoint, spec=spec, progress=progress)
     except torch.OutOfMemoryError as error:
         event = error.event
         return {

@@ -79,9 +79,21 @@ def load(plan: Plan, gpu: Gpu | None = None, *, checkpoint=None, spec: ModelSpec
                 _fill(model, module, plan, checkpoint, gpu)
         _place_buffers(model, plan, spec, gpu)
     attach(model, plan, spec, gpu)
+    _read_generation_config(model, getattr(checkpoint, "directory", None))
     model.plan, model.gpu, model.spec = plan, gpu, spec
     model.hf_device_map = {path: _device_name(place, gpu) for path, place in block_places(model, plan, spec).items()}
     return model.eval()
+
+
+def _read_generation_config(model, directory) -> None:
+    """The checkpoint's own generation settings (stop ids above all), where it has a file of them."""
+    from transformers import GenerationConfig
+
+    if directory is not None and (directory / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # an odd file must not stop a model whose config names its stop ids as well
+            logger.warning("ignoring %s: %s", directory / "generation_config.json", error)
 
 
 def _fill(model, module: ModuleSpec, plan: Plan, checkpoint, gpu: Gpu) -> None:

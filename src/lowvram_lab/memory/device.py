@@ -13,6 +13,7 @@ import torch
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
+from lowvram_lab.memory.replay import MetaResults
 from lowvram_lab.units import GiB, MiB, format_bytes, parse_bytes
 
 CUDA_CONTEXT_BYTES = 384 * MiB
@@ -186,6 +187,7 @@ class DryRunGpu(Gpu):
     def __init__(self, budget: GpuBudget | None, kernels: str):
         super().__init__(budget)
         self.kernels = kernels
+        self.meter.run = MetaResults()
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""

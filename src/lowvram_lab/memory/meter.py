@@ -74,11 +74,12 @@ class Meter(TorchDispatchMode):
         allocator: Model of the GPU's allocator, asked for every GPU block.
         on_oom: Called with an ``OomEvent`` when the allocator is out of capacity. If it returns, the run goes on
             without a limit: that is how a forecast sees past the first failure.
+        run: Called with operator, arguments and keyword arguments instead of the operator itself; see ``replay.py``.
     """
 
-    def __init__(self, *, by_device: bool = False, allocator: CachingAllocator | None = None, on_oom=None):
+    def __init__(self, *, by_device=False, allocator: CachingAllocator | None = None, on_oom=None, run=None):
         super().__init__()
-        self.by_device, self.allocator, self.on_oom = by_device, allocator, on_oom
+        self.by_device, self.allocator, self.on_oom, self.run = by_device, allocator, on_oom, run
         self.allocated = Counter()
         self.peak_allocated = 0
         self.first_oom: OomEvent | None = None
@@ -151,7 +152,7 @@ class Meter(TorchDispatchMode):
                 return result
         place = None if self.by_device else self._place_for(func, args, kwargs)
         try:
-            result = func(*args, **kwargs)
+            result = self.run(func, args, kwargs) if self.run else func(*args, **kwargs)
         except torch.OutOfMemoryError as error:  # CUDA's own: only here is it known which module asked
             if self.by_device and not hasattr(error, "event"):
                 allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
