@@ -35,11 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
         return args.run(args)
     except LowvramError as error:
         return _complain(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe (head, say) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        return _complain(f"{error.filename or 'input/output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
-    except BrokenPipeError:  # the reader of a pipe (head, say) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except RuntimeError as error:
         import torch
 

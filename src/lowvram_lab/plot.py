@@ -27,6 +27,7 @@ COLOURS = {"context": "#9e9e9e", "weights": "#4c72b0", "kv": "#dd8452", "activat
 LABELS = {"context": "CUDA context", "weights": "weights", "kv": "KV cache", "activations": "activations"}
 BUDGET_COLOUR = "#c44e52"
 UNUSED = "reserved, unused"
+UNUSED_STYLE = {"facecolor": "white", "edgecolor": "#9e9e9e", "hatch": "////", "linewidth": 0.5}
 
 
 def plot_profiles(
@@ -114,8 +115,7 @@ def plot_kv(specs: Sequence[ModelSpec], context: int, budget: GpuBudget | None =
     ax.set_ylabel(f"KV cache in 16 bits, {_name(unit)}")
     ax.set_xlim(0, context)
     ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(0, 0.93))
-    return ax
+    return _legend(ax)
 
 
 def plot_oom(event: OomEvent, budget: GpuBudget, ax: Axes | None = None) -> Axes:
@@ -131,7 +131,7 @@ def plot_oom(event: OomEvent, budget: GpuBudget, ax: Axes | None = None) -> Axes
         totals[_block(owner)] += size
     blocks = sorted(totals, key=_forward_order)
     unit, top = _unit(budget.total_bytes), budget.context_bytes
-    ax = ax or _new_axes(width=max(5.0, 0.3 * len(blocks) + 2), height=3.8)
+    ax = ax or _new_axes(width=max(5.0, 0.3 * len(blocks) + 2), height=4.4)
     if top:
         ax.axhspan(0, top / unit, color=COLOURS["context"], label=LABELS["context"], linewidth=0)
     for position, block in enumerate(blocks):
@@ -140,7 +140,7 @@ def plot_oom(event: OomEvent, budget: GpuBudget, ax: Axes | None = None) -> Axes
         top += totals[block]
     ax.plot([], [], "s", color=COLOURS["weights"], label="added by this block")
     reserved = budget.context_bytes + event.reserved_bytes
-    ax.axhspan(top / unit, reserved / unit, color="#f3d9bd", linewidth=0, label=UNUSED)
+    ax.axhspan(top / unit, reserved / unit, label=UNUSED, zorder=0, **UNUSED_STYLE)
     _draw_card(ax, budget, unit)
     short = [re.sub(r"^model\.(layers\.)?", "", block) for block in blocks]
     ax.set_xticks(range(len(blocks)), short, rotation=90)
@@ -221,7 +221,7 @@ def _draw_stacks(ax: Axes, names: Sequence[str], stacks) -> tuple[int, list[int]
             add(sizes, LABELS[category], color=colour)
     unused = [max(0, context + reserved - top) for (context, _, reserved), top in zip(stacks, tops, strict=True)]
     if any(unused):
-        add(unused, UNUSED, color="white", edgecolor="#9e9e9e", hatch="////", linewidth=0.5)
+        add(unused, UNUSED, **UNUSED_STYLE)
     ax.set_xticks(range(len(names)), names)
     return unit, tops
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache
 
+from lowvram_lab.errors import LowvramError
+
 
 class MeteredCache(DynamicCache):
     """transformers' growing KV cache; what it allocates is charged to the category ``kv``."""
@@ -43,6 +45,12 @@ class Sampling:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise LowvramError(f"expected a temperature of 0 (greedy) or above, found {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise LowvramError(f"expected top_p above 0 and at most 1, found {self.top_p}")
 
 
 def prefill(model, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:

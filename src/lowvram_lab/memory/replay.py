@@ -1,7 +1,7 @@
 """Remember what operators return on meta, by the shapes they were given, so that a dry run pays for each only once.
 
-A decoder's layers are alike: of some ten thousand operator calls in a forecast a few hundred differ. torch works each of
-them out in Python (about 0.1 ms); a remembered one costs a hundredth of that.
+A decoder's layers are alike: of some ten thousand operator calls in a forecast a few hundred differ. torch works each
+of them out in Python (about 0.1 ms); a remembered one costs a fraction of that.
 """
 
 import torch

@@ -12,6 +12,9 @@ from lowvram_lab.formats import SCALE_DTYPE, Format
 INT4_OFFSET = 8
 """torch's int4 kernels compute ``(code - 8) * scale + zero`` (``aten/src/ATen/native/cpu/int4mm_kernel.cpp``)."""
 
+CHUNK_BYTES = 4 * 1024**2
+"""Rows are quantised in chunks of this many float32 bytes: the temporaries of an embedding table would not be small."""
+
 
 def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
     """Quantises a weight, round to nearest.
@@ -32,7 +35,10 @@ def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"cannot quantise to {fmt.name}: the weight has NaN or infinite values; check the checkpoint"
         )
-    return {"int8": _int8, "int4": _int4, "nf4": _nf4}[fmt.kind](weight, fmt)
+    rows = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
+    pieces = [_SOLVERS[fmt.kind](chunk, fmt) for chunk in weight.split(rows)]
+    along = {"scale_and_zero": 1}  # its first dimension is the group; every other tensor begins with the row
+    return {name: torch.cat([piece[name] for piece in pieces], along.get(name, 0)) for name in pieces[0]}
 
 
 def dequantize(tensors: dict[str, torch.Tensor], fmt: Format, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -76,3 +82,6 @@ def _nf4(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
         weight.contiguous(), fmt.group_size, "nf4", torch.uint8
     )
     return {"packed": packed, "absmax": absmax}
+
+
+_SOLVERS = {"int8": _int8, "int4": _int4, "nf4": _nf4}
