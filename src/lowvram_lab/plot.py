@@ -187,7 +187,7 @@ def plot_fidelity(results: Mapping[str, Fidelity], limits: Limits | None = None,
         ax: Where to draw; a new figure by default.
     """
     ax, limits = ax or _new_axes(width=4.5, height=3.8), limits or Limits()
-    right = 1.3 * max([limits.kl_mean, *(found.kl_mean for found in results.values())])
+    right = 1.6 * max([limits.kl_mean, *(found.kl_mean for found in results.values())])
     low = min([limits.top1_agreement, *(found.top1_agreement for found in results.values())])
     ax.set_xlim(0, right)
     ax.set_ylim(max(0.0, low - 0.25 * (1.02 - low)), 1.02)

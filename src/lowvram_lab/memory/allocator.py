@@ -1,7 +1,8 @@
 """PyTorch's CUDA caching allocator as a small simulator: what ``reserved`` will be, and when it runs out.
 
 Sizes and rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13; functions named in the comments).
-One stream, default settings. Knows nothing about tensors: callers say ``allocate`` and ``free``.
+One stream, default settings; ``expandable.py`` has the other mode. Knows nothing about tensors: callers say
+``allocate`` and ``free``.
 
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
@@ -45,6 +46,7 @@ class Block:
     size: int
     small: bool
     free: bool = False
+    mapped: bool = True
     before: "Block | None" = field(default=None, repr=False)
     after: "Block | None" = field(default=None, repr=False)
 
@@ -84,10 +86,12 @@ class CachingAllocator:
         """
         size = round_size(size)
         small = size <= SMALL_SIZE
-        block = self._best_fit(size, small) or self._new_segment(segment_size(size), small)
+        block = self._best_fit(size, small) or self._new_segment(size, small)
         remaining = block.size - size
-        if remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE:  # should_split
-            rest = Block(block.segment, block.offset + size, remaining, small, True, block, block.after)
+        if self._should_split(remaining, small):
+            rest = Block(
+                block.segment, block.offset + size, remaining, small, free=True, before=block, after=block.after
+            )
             if block.after:
                 block.after.before = rest
             block.after, block.size = rest, size
@@ -102,18 +106,9 @@ class CachingAllocator:
         self.allocated -= block.size
         block.free = True
         for neighbour in (block.before, block.after):
-            if neighbour is not None and neighbour.free:
+            if neighbour is not None and neighbour.free and neighbour.mapped:
                 self._take(neighbour)
-                block.offset = min(block.offset, neighbour.offset)
-                block.size += neighbour.size
-                if neighbour is block.before:
-                    block.before = neighbour.before
-                    if block.before:
-                        block.before.after = block
-                else:
-                    block.after = neighbour.after
-                    if block.after:
-                        block.after.before = block
+                _absorb(block, neighbour)
         self._put(block)
 
     def empty_cache(self) -> None:
@@ -130,7 +125,11 @@ class CachingAllocator:
         index = bisect.bisect_left(pool, (size,))
         return pool.pop(index)[-1] if index < len(pool) else None
 
+    def _should_split(self, remaining: int, small: bool) -> bool:
+        return remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE
+
     def _new_segment(self, size: int, small: bool) -> Block:
+        size = segment_size(size)
         if self.capacity is not None and self.reserved + size > self.capacity:
             self.empty_cache()
             if self.reserved + size > self.capacity:
@@ -147,3 +146,17 @@ class CachingAllocator:
     def _take(self, block: Block) -> None:
         pool = self._free[block.small]
         pool.pop(bisect.bisect_left(pool, (block.size, block.segment, block.offset)))
+
+
+def _absorb(block: Block, neighbour: Block) -> None:
+    """Joins an adjacent block to ``block``."""
+    block.offset = min(block.offset, neighbour.offset)
+    block.size += neighbour.size
+    if neighbour is block.before:
+        block.before = neighbour.before
+        if block.before:
+            block.before.after = block
+    else:
+        block.after = neighbour.after
+        if block.after:
+            block.after.before = block

@@ -1,0 +1,167 @@
+"""The caching allocator with ``expandable_segments:True``: one growing segment a pool instead of many fixed ones.
+
+Virtual address space is reserved once; physical pages (2 MiB in the small pool, 20 MiB in the large one) are mapped at
+its end as needed and unmapped when the cache is emptied. Functions named in comments are those of
+``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13).
+"""
+
+import bisect
+
+from lowvram_lab.memory.allocator import (
+    LARGE_SEGMENT,
+    MIN_BLOCK,
+    SMALL_SEGMENT,
+    Block,
+    CachingAllocator,
+    OutOfCapacity,
+    _absorb,
+    segment_size,
+)
+
+ADDRESS_SPACE = 1 << 50
+"""More than any card has; PyTorch reserves 1.125 times the card's memory."""
+
+
+class ExpandableAllocator(CachingAllocator):
+    """See ``CachingAllocator``; ``segments`` holds the mapped bytes of the two pools."""
+
+    def __init__(self, capacity: int | None = None):
+        super().__init__(capacity)
+        self._first = {
+            small: Block(int(small), 0, ADDRESS_SPACE, small, free=True, mapped=False) for small in (True, False)
+        }
+        self.segments = {1: 0, 0: 0}
+
+    def empty_cache(self) -> None:
+        """Unmaps every page that lies wholly in free blocks (``unmap_block``)."""
+        for small in (True, False):
+            page = _page(small)
+            for entry in list(self._free[small]):
+                block = entry[-1]
+                start, stop = -(-block.offset // page) * page, (block.offset + block.size) // page * page
+                if start < stop:
+                    self._take(block)
+                    self._unmap(block, start, stop)
+
+    def _should_split(self, remaining: int, small: bool) -> bool:
+        return remaining >= MIN_BLOCK
+
+    def _best_fit(self, size: int, small: bool) -> Block | None:
+        """Smallest that fits; a block that can still grow counts as what it can become (``get_free_block``)."""
+        pool = self._free[small]
+        index = bisect.bisect_left(pool, (size,))
+        if index == len(pool):
+            return None
+        while index + 1 < len(pool) and _could_grow_to(pool[index + 1][-1]) < _could_grow_to(pool[index][-1]):
+            index += 1
+        return pool.pop(index)[-1]
+
+    def _new_segment(self, size: int, small: bool) -> Block:
+        try:
+            return self._grow(size, small)
+        except OutOfCapacity:
+            self.empty_cache()
+            return self._grow(size, small)
+
+    def _grow(self, size: int, small: bool) -> Block:
+        # alloc_block compares the cap with the segment a fixed-size pool would have asked for, also in this mode
+        self._check(segment_size(size))
+        block = self._find_room(size, small)
+        if not block.mapped:
+            block = self._map(block, min(block.size, size))
+        while block.size < size:
+            block = self._map(block.after, min(size - block.size, block.after.size))
+        self._take(block)
+        return block
+
+    def _check(self, more: int) -> None:
+        if self.capacity is not None and self.reserved + more > self.capacity:
+            raise OutOfCapacity
+
+    def _find_room(self, size: int, small: bool) -> Block:
+        """The lowest run of free and unmapped blocks with room for ``size`` (``find_expandable_block``)."""
+        block = self._first[small]
+        while block:
+            run, room = block, 0
+            while run and run.free:
+                room += run.size
+                if room >= size:
+                    return block
+                run = run.after
+            block = run.after if run else None
+        raise OutOfCapacity
+
+    def _map(self, block: Block, size: int) -> Block:
+        page = _page(block.small)
+        size = min(-(-size // page) * page, block.size)
+        self._check(size)
+        if size < block.size:
+            rest = Block(
+                block.segment, block.offset + size, block.size - size, block.small, True, False, block, block.after
+            )
+            if block.after:
+                block.after.before = rest
+            block.after, block.size = rest, size
+        self._count(block.small, size)
+        block.mapped = True
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and neighbour.free and neighbour.mapped:
+                self._take(neighbour)
+                self._absorb(block, neighbour)
+        self._put(block)
+        return block
+
+    def _unmap(self, block: Block, start: int, stop: int) -> None:
+        end = block.offset + block.size
+        if start > block.offset:
+            head = Block(
+                block.segment, block.offset, start - block.offset, block.small, True, True, block.before, block
+            )
+            self._link_before(block, head)
+        if stop < end:
+            tail = Block(block.segment, stop, end - stop, block.small, True, True, block, block.after)
+            if block.after:
+                block.after.before = tail
+            block.after = tail
+            self._put(tail)
+        block.offset, block.size, block.mapped = start, stop - start, False
+        self._count(block.small, start - stop)
+        for neighbour in (block.before, block.after):
+            if neighbour is not None and not neighbour.mapped:
+                self._absorb(block, neighbour)
+
+    def _link_before(self, block: Block, head: Block) -> None:
+        if block.before:
+            block.before.after = head
+        else:
+            self._first[block.small] = head
+        block.before = head
+        self._put(head)
+
+    def _absorb(self, block: Block, neighbour: Block) -> None:
+        if neighbour is self._first[block.small]:
+            self._first[block.small] = block
+        _absorb(block, neighbour)
+
+    def free(self, block: Block) -> None:
+        """See ``CachingAllocator``."""
+        if block.before is not None and block.before is self._first[block.small] and _joins(block.before):
+            self._first[block.small] = block
+        super().free(block)
+
+    def _count(self, small: bool, size: int) -> None:
+        self.reserved += size
+        self.segments[int(small)] += size
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+
+def _page(small: bool) -> int:
+    return SMALL_SEGMENT if small else LARGE_SEGMENT
+
+
+def _joins(block: Block) -> bool:
+    return block.free and block.mapped
+
+
+def _could_grow_to(block: Block) -> int:
+    return block.size + (block.after.size if block.after and not block.after.mapped else 0)
