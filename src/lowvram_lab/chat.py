@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from lowvram_lab.engine.decode import MeteredCache, Sampling, stream
+from lowvram_lab.engine.decode import Sampling, stream
+from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import BudgetError, SourceError
 
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
@@ -83,7 +84,7 @@ class ChatSession:
         self.turns: list[TurnStats] = []
         self.dropped_turns = 0
         self._stop = stop_ids(model, tokenizer)
-        self._cache, self._cached_ids = MeteredCache(model.gpu), []
+        self._cache, self._cached_ids = MeteredCache(model.gpu, model.plan.kv_format), []
 
     def ask(self, text: str) -> str:
         """Sends a message and returns the whole answer."""

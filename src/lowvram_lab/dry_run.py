@@ -47,11 +47,8 @@ def forecast(
         budget = None if gpu is None else GpuBudget.parse(gpu)
     plan.validate(spec)
     workload = workload or Workload.full_context(plan.context)
-    if workload.prompt_tokens + workload.new_tokens > plan.context:
-        raise PlanError(
-            f"the workload has {workload.prompt_tokens} + {workload.new_tokens} tokens, "
-            f"the plan a context of {plan.context}"
-        )
+    if workload.tokens > plan.context:
+        raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
     dry = DryRunGpu(budget, kernels or "cuda")
     with ImitateAttention(dry):
         model = load(plan, dry, checkpoint=ShapesOnly(spec), spec=spec, progress=False)

@@ -40,7 +40,8 @@ class Plan:
         model: Source name the plan was made for.
         fingerprint: ``ModelSpec.fingerprint`` of that model.
         modules: Module name → assignment, in forward order.
-        dtype: Activations, norms, biases and the KV cache: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        dtype: Activations, norms and biases: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        kv_format: Keys and values: the plan's dtype, or ``"int8"`` (one scale a token and head).
         context: Tokens the plan is made for, prompt and answer together.
         threads: CPU threads, or ``None`` for torch's choice.
     """
@@ -163,8 +164,8 @@ class Plan:
     def _validate_settings(self, spec: ModelSpec) -> None:
         if self.dtype not in DTYPES:
             raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {self.dtype!r}")
-        if self.kv_format != self.dtype:
-            raise PlanError(f"the KV cache has the plan's dtype {self.dtype}, found kv_format {self.kv_format!r}")
+        if self.kv_format not in (self.dtype, "int8"):
+            raise PlanError(f"expected kv_format {self.dtype} (the plan's dtype) or int8, found {self.kv_format!r}")
         if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2:
             raise PlanError(f"expected a context of 2 tokens or more, found {self.context!r}")
         if spec.max_position_embeddings and self.context > spec.max_position_embeddings:
@@ -193,6 +194,13 @@ class Plan:
                 stored = assignment.format if key == "weight" else self.dtype
                 total += get_format(stored).weight_bytes(shape, dtype)
         return total
+
+    def kv_bytes(self, spec: ModelSpec, tokens: int, device: str | None = None) -> int:
+        """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on one device or on both."""
+        per_head = spec.head_dim + 2 if self.kv_format == "int8" else spec.head_dim * DTYPES[self.kv_format].itemsize
+        devices = self.layer_devices(spec)
+        layers = len(devices) if device is None else devices.count(device)
+        return 2 * layers * spec.num_key_value_heads * per_head * tokens
 
     @property
     def digest(self) -> str:

@@ -3,12 +3,15 @@
 ``dry_run.py`` runs it dry, ``measure`` runs it for real; both return a ``MemoryProfile``, so the two subtract.
 """
 
+import functools
 import time
 from dataclasses import asdict, dataclass, field
 
 import torch
 
-from lowvram_lab.engine.decode import MeteredCache, Sampling, choose, decode_one_token, prefill
+from lowvram_lab.engine.decode import Sampling, choose, choose_beams, decode_one_token, prefill
+from lowvram_lab.engine.kv_cache import MeteredCache, MeteredStaticCache
+from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.device import Gpu, GpuBudget
 from lowvram_lab.memory.meter import OomEvent, PhaseMemory
 from lowvram_lab.units import format_bytes
@@ -16,21 +19,55 @@ from lowvram_lab.units import format_bytes
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run: one prompt, then an answer.
+    """What is run: one prompt, an answer, and perhaps a second turn.
 
     Attributes:
         prompt_tokens: Tokens prefilled at once.
         new_tokens: Tokens decoded after them.
+        follow_up_tokens: Length of a second message; then one more token is decoded. 0 for none.
+        batch_size: Prompts at once.
+        num_beams: Beams for each.
+        cache: ``"growing"`` by concatenation, or ``"static"``: allocated once for all tokens.
     """
 
     prompt_tokens: int
     new_tokens: int = 2
+    follow_up_tokens: int = 0
+    batch_size: int = 1
+    num_beams: int = 1
+    cache: str = "growing"
+
+    def __post_init__(self):
+        lowest = {"prompt_tokens": 1, "new_tokens": 1, "follow_up_tokens": 0, "batch_size": 1, "num_beams": 1}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise PlanError(f"expected {name} of {least} or more, found {value!r}")
+        if self.cache not in ("growing", "static"):
+            raise PlanError(f"expected a growing or a static cache, found {self.cache!r}")
+        if self.cache == "static" and (self.follow_up_tokens or self.num_beams > 1):
+            raise PlanError("a static cache is run without second turn and without beams")
 
     @classmethod
-    def full_context(cls, context: int) -> "Workload":
-        """The worst case of a context: all of it prefilled but for the last tokens, which are decoded."""
+    def full_context(cls, context: int, **changes) -> "Workload":
+        """The worst case of a context: all of it prefilled but for the last two tokens, which are decoded.
+
+        Args:
+            context: Tokens in all.
+            **changes: Any other attribute.
+        """
         new_tokens = min(2, context - 1)
-        return cls(context - new_tokens, new_tokens)
+        return cls(context - new_tokens, new_tokens, **changes)
+
+    @property
+    def rows(self) -> int:
+        """Sequences held at once."""
+        return self.batch_size * self.num_beams
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of one sequence in the cache; a second turn forgets enough of the first to stay within it."""
+        return self.prompt_tokens + self.new_tokens
 
 
 @dataclass(frozen=True)
@@ -169,7 +206,7 @@ class MemoryProfile:
 
 @torch.no_grad()
 def run_workload(model, workload: Workload) -> MemoryProfile:
-    """Prefills a prompt of arbitrary tokens and decodes greedily, recording each phase.
+    """Prefills prompts of arbitrary tokens and decodes, greedily or by beams, recording each phase.
 
     Args:
         model: From ``load``, real or on meta.
@@ -181,13 +218,22 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
     gpu: Gpu = model.gpu
     load_phase = next(phase for phase in gpu.phases if phase.name == "load")
     before = sum(gpu.transfers.values())
-    ids = torch.ones(1, workload.prompt_tokens, dtype=torch.long, device="meta" if gpu.meta else "cpu")
-    cache = MeteredCache(gpu)
-    with gpu.phase("prefill") as prefilled:
-        token = choose(prefill(model, ids, cache), Sampling())
-    with gpu.phase("decode") as decoded:
+    device = "meta" if gpu.meta else "cpu"
+    ids = torch.ones(workload.rows, workload.prompt_tokens, dtype=torch.long, device=device)
+    cache = _make_cache(model, workload)
+    phases = [load_phase]
+    with gpu.phase("prefill") as record:
+        phases.append(record)
+        step = _first_step(model, ids, cache, workload)
+    with gpu.phase("decode") as record:
+        phases.append(record)
         for _ in range(workload.new_tokens):
-            token = choose(decode_one_token(model, token, cache), Sampling())
+            step = step()
+    if workload.follow_up_tokens:
+        with gpu.phase("second turn") as record:
+            phases.append(record)
+            cache.keep(max(0, workload.tokens - workload.follow_up_tokens - 1))
+            _first_step(model, ids[:, : workload.follow_up_tokens], cache, workload)()
     return MemoryProfile(
         model=model.plan.model,
         origin="forecast" if gpu.meta else "measured",
@@ -195,12 +241,43 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         budget=gpu.budget,
         weights_bytes=model.plan.weight_bytes(model.spec, "gpu"),
         cpu_weights_bytes=model.plan.weight_bytes(model.spec, "cpu"),
-        kv_bytes=decoded.breakdown.get("kv", 0) if not gpu.simulated else gpu.meter.category_bytes("kv"),
-        phases=(load_phase, prefilled, decoded),
+        kv_bytes=gpu.meter.category_bytes("kv"),
+        phases=tuple(phases),
         workload=workload,
         first_oom=gpu.meter.first_oom,
         transferred_bytes=sum(gpu.transfers.values()) - before,
     )
+
+
+def _make_cache(model, workload: Workload):
+    if workload.cache == "static":
+        return MeteredStaticCache(model.gpu, model.config, workload.tokens)
+    return MeteredCache(model.gpu, model.plan.kv_format)
+
+
+def _first_step(model, ids, cache, workload: Workload):
+    """Prefills; returns a function that decodes one token and returns the function for the next."""
+    logits = prefill(model, ids, cache)
+    if workload.num_beams == 1:
+        return functools.partial(_greedy_step, model, cache, choose(logits, Sampling()))
+    scores = logits.new_zeros(workload.rows, 1, dtype=torch.float32)
+    return functools.partial(_beam_step, model, cache, workload, *_beams(model, logits, scores, workload))
+
+
+def _greedy_step(model, cache, token):
+    return functools.partial(_greedy_step, model, cache, choose(decode_one_token(model, token, cache), Sampling()))
+
+
+def _beam_step(model, cache, workload, token, scores, rows):
+    cache.reorder_cache(rows)
+    chosen = _beams(model, decode_one_token(model, token, cache), scores, workload)
+    return functools.partial(_beam_step, model, cache, workload, *chosen)
+
+
+def _beams(model, logits, scores, workload: Workload):
+    meter = model.gpu.meter
+    with meter.scope(place=meter.place_of(logits)):
+        return choose_beams(logits, scores, workload.num_beams)
 
 
 @dataclass(frozen=True)
@@ -237,7 +314,7 @@ def run_speed(model, workload: Workload) -> SpeedProfile:
     gpu: Gpu = model.gpu
     ids = torch.ones(1, workload.prompt_tokens, dtype=torch.long)
     with gpu.unmetered():
-        cache = MeteredCache(gpu)
+        cache = MeteredCache(gpu, model.plan.kv_format)
         started = time.perf_counter()
         token = choose(prefill(model, ids, cache), Sampling())
         int(token)  # waits for the device

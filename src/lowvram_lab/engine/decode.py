@@ -7,29 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache
 
 from lowvram_lab.errors import LowvramError
-
-
-class MeteredCache(DynamicCache):
-    """transformers' growing KV cache; what it allocates is charged to the category ``kv``."""
-
-    def __init__(self, gpu):
-        super().__init__()
-        self.gpu = gpu
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """See ``DynamicCache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""
-        with self.gpu.meter.scope(category="kv"):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-    def keep(self, tokens: int) -> None:
-        """Forgets all but the first ``tokens`` tokens."""
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.keys = layer.keys[..., :tokens, :]
-                layer.values = layer.values[..., :tokens, :]
 
 
 @dataclass(frozen=True)
@@ -53,7 +33,7 @@ class Sampling:
             raise LowvramError(f"expected top_p above 0 and at most 1, found {self.top_p}")
 
 
-def prefill(model, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+def prefill(model, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Reads a prompt into the cache.
 
     Args:
@@ -67,16 +47,17 @@ def prefill(model, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-def decode_one_token(model, token: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+def decode_one_token(model, token: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Feeds one token back. ``token``: ``(batch, 1)``; returns logits ``(batch, vocab)``."""
     return model(token, past_key_values=cache, use_cache=True).logits[:, -1]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The next token, ``(batch, 1)``, from logits ``(batch, vocab)``."""
+    """The next token, ``(batch, 1)``, from logits ``(batch, vocab)``, in float32 as transformers' ``generate`` does."""
+    logits = logits.float()
     if sampling.temperature <= 0:
         return logits.argmax(dim=-1, keepdim=True)
-    probabilities = torch.softmax(logits.float() / sampling.temperature, dim=-1)
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         ordered, indices = probabilities.sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
@@ -88,7 +69,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator 
 def stream(
     model,
     ids: torch.Tensor,
-    cache: DynamicCache,
+    cache: Cache,
     *,
     max_new_tokens: int,
     stop_ids: frozenset[int] = frozenset(),
@@ -121,3 +102,23 @@ def stream(
         yield value
         if produced < max_new_tokens:
             logits = decode_one_token(model, token, cache)
+
+
+def choose_beams(
+    logits: torch.Tensor, scores: torch.Tensor, num_beams: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One step of beam search, without length penalty or finished hypotheses: what its memory depends on.
+
+    Args:
+        logits: ``(batch * num_beams, vocab)``.
+        scores: Log-probability of each beam so far, ``(batch * num_beams, 1)``.
+        num_beams: Beams kept for each prompt.
+
+    Returns:
+        Next token of each beam ``(batch * num_beams, 1)``, its score, and the row each new beam continues.
+    """
+    totals = torch.log_softmax(logits.float(), dim=-1) + scores
+    vocabulary = totals.shape[-1]
+    best, flat = totals.view(-1, num_beams * vocabulary).topk(num_beams, dim=-1)
+    rows = torch.arange(best.shape[0], device=flat.device).unsqueeze(1) * num_beams + flat // vocabulary
+    return (flat % vocabulary).view(-1, 1), best.view(-1, 1), rows.view(-1)

@@ -31,10 +31,7 @@ class ImitateAttention(TorchFunctionMode):
 
     def _attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            zero, minus_infinity = (
-                torch.scalar_tensor(value, dtype=q.dtype, device=q.device) for value in (0.0, float("-inf"))
-            )
-            attn_mask = torch.where(attn_mask, zero, minus_infinity)
+            attn_mask = _additive(attn_mask, q.dtype)
         if self.gpu.kernels_of(self.gpu.meter.place_of(q)) == "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -49,3 +46,11 @@ class ImitateAttention(TorchFunctionMode):
         return aten._scaled_dot_product_efficient_attention(
             q, k, v, attn_mask, False, dropout_p, is_causal, scale=scale
         )[0]
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as torch's own attention turns it into one to add (``convert_boolean_attn_mask``)."""
+    zero, minus_infinity = (
+        torch.scalar_tensor(value, dtype=dtype, device=mask.device) for value in (0.0, float("-inf"))
+    )
+    return torch.where(mask, zero, minus_infinity)

@@ -14,9 +14,7 @@ from lowvram_lab.spec import ModelSpec
 
 def least_bytes(plan: Plan, spec: ModelSpec) -> int:
     """A lower bound of what a plan takes on the GPU: exact weights and full KV cache, no activations, no rounding."""
-    gpu_layers = plan.layer_devices(spec).count("gpu")
-    kv = spec.kv_bytes(plan.context - 1) * gpu_layers // spec.num_hidden_layers
-    return plan.weight_bytes(spec, "gpu") + kv
+    return plan.weight_bytes(spec, "gpu") + plan.kv_bytes(spec, plan.context - 1, "gpu")
 
 
 def forecast_if_possible(plan: Plan, spec: ModelSpec, budget: GpuBudget, kernels: str) -> MemoryProfile | None:

@@ -1,0 +1,108 @@
+"""KV caches of a plan's format, as transformers ``Cache`` objects; what they allocate is charged to ``kv``.
+
+Growing (16-bit or int8) by concatenation, as transformers' own; or static, allocated once for a known length.
+"""
+
+import torch
+from transformers import Cache, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from lowvram_lab.formats import SCALE_DTYPE
+
+
+class Int8Layer(DynamicLayer):
+    """Keys and values as int8 codes with one bf16 scale a token and head; attention sees them dequantised.
+
+    Shapes: ``keys``, ``values`` int8 ``(batch, kv_heads, tokens, head_dim)``; ``key_scale``, ``value_scale`` the same
+    with a last dimension of 1. The dequantised copy lives for one layer's attention only.
+    """
+
+    def lazy_initialization(self, key_states, value_states):
+        """See ``DynamicLayer``."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self.values = self.key_scale = self.value_scale = None
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Appends keys and values, returns all of them dequantised."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.key_scale = _append(self.keys, self.key_scale, key_states)
+        self.values, self.value_scale = _append(self.values, self.value_scale, value_states)
+        return _dequantize(self.keys, self.key_scale, self.dtype), _dequantize(
+            self.values, self.value_scale, self.dtype
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return 0 if not self.is_initialized or self.keys is None else self.keys.shape[-2]
+
+    def reorder_cache(self, beam_idx):
+        """Selects rows of the batch, scales too."""
+        if self.get_seq_length() > 0:
+            for name in ("keys", "key_scale", "values", "value_scale"):
+                tensor = getattr(self, name)
+                setattr(self, name, tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+class MeteredCache(Cache):
+    """A growing cache.
+
+    Args:
+        gpu: The ``Gpu`` its model lives on.
+        kv_format: ``"int8"``, or any float format's name for the model's own dtype.
+    """
+
+    def __init__(self, gpu, kv_format: str = "bf16"):
+        super().__init__(layer_class_to_replicate=Int8Layer if kv_format == "int8" else DynamicLayer)
+        self.gpu = gpu
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """See ``Cache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""
+        with self.gpu.meter.scope(category="kv"):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reorder_cache(self, beam_idx):
+        """Selects rows of every layer's batch, wherever the layer is."""
+        with self.gpu.meter.scope(category="kv"):
+            for layer in self.layers:
+                layer.reorder_cache(self.gpu.move(beam_idx, self.gpu.meter.place_of(layer.keys)))
+
+    def keep(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` tokens. Views only: the memory goes with the next token."""
+        for layer in self.layers:
+            for name in ("keys", "values", "key_scale", "value_scale"):
+                if getattr(layer, name, None) is not None:
+                    setattr(layer, name, getattr(layer, name)[..., :tokens, :])
+
+
+class MeteredStaticCache(StaticCache):
+    """transformers' static cache: all of it allocated at the first token, then written in place.
+
+    Args:
+        gpu: The ``Gpu`` its model lives on.
+        config: The model's config.
+        max_cache_len: Tokens it can hold.
+    """
+
+    def __init__(self, gpu, config, max_cache_len: int):
+        super().__init__(config=config, max_cache_len=max_cache_len)
+        self.gpu = gpu
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """See ``MeteredCache.update``."""
+        with self.gpu.meter.scope(category="kv"):
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def _append(codes, scales, states):
+    scale = (states.abs().amax(dim=-1, keepdim=True).float() / 127).clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
+    scale = scale.to(SCALE_DTYPE)
+    new = (states / scale).round_().clamp_(-127, 127).to(torch.int8)
+    if codes is None:
+        return new, scale
+    return torch.cat((codes, new), dim=-2), torch.cat((scales, scale), dim=-2)
+
+
+def _dequantize(codes, scales, dtype):
+    return codes.to(dtype).mul_(scales.to(dtype))
