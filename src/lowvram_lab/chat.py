@@ -102,15 +102,12 @@ class ChatSession:
         Raises:
             BudgetError: The message alone is longer than the plan's context.
         """
-        self.history.append({"role": "user", "content": text})
-        try:
-            prompt = self._fitting_prompt()
-        except BudgetError:
-            self.history.pop()
-            raise
-        return self._answer(prompt)
+        history = [*self.history, {"role": "user", "content": text}]
+        prompt, dropped = self._fitting_prompt(history)
+        return self._answer(history, prompt, dropped)
 
-    def _answer(self, prompt: list[int]) -> Iterator[str]:
+    def _answer(self, history: list[dict[str, str]], prompt: list[int], dropped: int) -> Iterator[str]:
+        self.history, self.dropped_turns = history, self.dropped_turns + dropped
         gpu, started = self.model.gpu, time.perf_counter()
         cached = self._reuse_cache(prompt)
         room = min(self.max_new_tokens, self.model.plan.context - len(prompt))
@@ -125,9 +122,12 @@ class ChatSession:
                 tokens.append(token)
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
-                    yield text[len(shown) :]
-                    shown = text
+                    piece, shown = text[len(shown) :], text
+                    yield piece
             ended = len(tokens) < room
+        except torch.OutOfMemoryError:
+            self._cache = MeteredCache(gpu, self.model.plan.kv_format)  # its layers may differ in length now
+            raise
         finally:
             now = time.perf_counter()
             self._cached_ids = (prompt + tokens)[: self._cache.get_seq_length()]
@@ -137,21 +137,24 @@ class ChatSession:
             peak = gpu.peak_allocated_bytes
             self.turns.append(TurnStats(len(prompt), cached, len(tokens), ttft, speed, peak, ended))
 
-    def _fitting_prompt(self) -> list[int]:
-        """Renders the chat; forgets the oldest turns, whole ones, until there is room for an answer."""
-        context = self.model.plan.context
+    def _fitting_prompt(self, history: list[dict[str, str]]) -> tuple[list[int], int]:
+        """Renders a chat; drops its oldest turns, whole ones, until there is room for an answer.
+
+        Returns:
+            Token ids, and how many turns were dropped from ``history``.
+        """
+        context, dropped = self.model.plan.context, 0
+        first = 1 if history[0]["role"] == "system" else 0
         while True:
-            prompt = self.tokenizer.apply_chat_template(self.history, add_generation_prompt=True, return_dict=True)[
-                "input_ids"
-            ]
-            first = 1 if self.history[0]["role"] == "system" else 0
+            rendered = self.tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
+            prompt = rendered["input_ids"]
             if len(prompt) + min(self.max_new_tokens, context // 4) <= context:
-                return prompt
-            if len(self.history) - first > 2:
-                del self.history[first : first + 2]
-                self.dropped_turns += 1
+                return prompt, dropped
+            if len(history) - first > 2:
+                del history[first : first + 2]
+                dropped += 1
             elif len(prompt) < context:
-                return prompt
+                return prompt, dropped
             else:
                 raise BudgetError(
                     f"this message takes {len(prompt)} tokens, the plan's context is {context}; "

@@ -10,6 +10,7 @@ from lowvram_lab.errors import PlanError
 from lowvram_lab.loader import ShapesOnly, load
 from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.device import DryRunGpu, Gpu, GpuBudget
+from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import MemoryProfile, Workload, run_workload
 from lowvram_lab.spec import ModelSpec
@@ -22,6 +23,8 @@ def forecast(
     *,
     workload: Workload | None = None,
     kernels: str | None = None,
+    timeline: bool = False,
+    expandable_segments: bool = False,
 ) -> MemoryProfile:
     """Forecasts the GPU memory of a plan.
 
@@ -32,6 +35,8 @@ def forecast(
         workload: What to run; by default the plan's whole context.
         kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` for the stand-in. By default those of ``gpu``
             if it is an opened one, else CUDA's.
+        timeline: Keep every allocation, with the path of its module, in ``MemoryProfile.timeline``.
+        expandable_segments: Forecast ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``.
 
     Returns:
         A profile with origin ``"forecast"``. ``first_oom`` is the first allocation that would fail; the figures go on
@@ -49,7 +54,9 @@ def forecast(
     workload = workload or Workload.full_context(plan.context)
     if workload.tokens > plan.context:
         raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
-    dry = DryRunGpu(budget, kernels or "cuda")
+    dry = DryRunGpu(budget, kernels or "cuda", expandable_segments)
+    if timeline:
+        dry.meter.timeline = Timeline()
     with ImitateAttention(dry):
         model = load(plan, dry, checkpoint=ShapesOnly(spec), spec=spec, progress=False)
         return run_workload(model, workload)

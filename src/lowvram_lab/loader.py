@@ -5,6 +5,7 @@ run of a forecast goes through the very same code with tensors on meta.
 """
 
 import logging
+from contextlib import contextmanager
 
 import torch
 from tqdm.auto import tqdm
@@ -14,7 +15,8 @@ from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.memory.device import Gpu, open_gpu
 from lowvram_lab.offload import attach, block_places
 from lowvram_lab.plan import Plan
-from lowvram_lab.quantize.linear import Int8Embedding, quantized_linear
+from lowvram_lab.quantize.linear import Int8Embedding, import_kernels, quantized_linear
+from lowvram_lab.quantize.solvers import is_finite
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec, ModuleSpec, build_on_meta
 
@@ -72,7 +74,9 @@ def load(plan: Plan, gpu: Gpu | None = None, *, checkpoint=None, spec: ModelSpec
     config = spec.pretrained_config()
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
-    with torch.no_grad(), gpu.phase("load"), gpu.meter.scope(category="weights"):
+    import_kernels({assignment.format for assignment in plan.modules.values()})
+    gpu.plan, gpu.spec = plan, spec
+    with torch.no_grad(), _noted(gpu), gpu.phase("load") as load_phase, gpu.meter.scope(category="weights"):
         filling = tqdm(spec.modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
         for module in filling:
             with gpu.meter.scope(owner=module.name):
@@ -80,9 +84,19 @@ def load(plan: Plan, gpu: Gpu | None = None, *, checkpoint=None, spec: ModelSpec
         _place_buffers(model, plan, spec, gpu)
     attach(model, plan, spec, gpu)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
-    model.plan, model.gpu, model.spec = plan, gpu, spec
+    model.plan, model.gpu, model.spec, model.load_phase = plan, gpu, spec, load_phase
     model.hf_device_map = {path: _device_name(place, gpu) for path, place in block_places(model, plan, spec).items()}
     return model.eval()
+
+
+@contextmanager
+def _noted(gpu: Gpu):
+    """Puts the GPU on an out-of-memory error that passes, for ``explain_oom``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.gpu = gpu
+        raise
 
 
 def _read_generation_config(model, directory) -> None:
@@ -109,6 +123,8 @@ def _fill(model, module: ModuleSpec, plan: Plan, checkpoint, gpu: Gpu) -> None:
         tensor = checkpoint.read(name)
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")
+        if not tensor.is_meta and not is_finite(tensor):
+            raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
         return tensor
 
     if fmt.kind == "float":

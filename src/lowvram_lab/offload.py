@@ -46,7 +46,12 @@ def attach(model, plan, spec, gpu) -> None:
     for path, place in places.items():
         # masks and rotary tables are made once, where the first layer is: so the embedding hands over there
         hand_over = first if path == spec.embedding else None
-        _wrap(model.get_submodule(path), functools.partial(_block_forward, path, place, hand_over, moved, gpu))
+        block = model.get_submodule(path)
+        _wrap(block, functools.partial(_block_forward, path, place, hand_over, moved, gpu))
+        if gpu.simulated:  # the meter is on anyway, so let it name the very module; on CUDA ``watch`` does when asked
+            for name, inner in block.named_modules(prefix=path):
+                if inner is not block:
+                    _wrap(inner, functools.partial(_owned_forward, name, gpu))
     _wrap(model, functools.partial(_model_forward, first, moved, gpu))
 
 
@@ -66,8 +71,13 @@ def _wrap(module, around) -> None:
 
 def _model_forward(first, moved, gpu, original, *args, **kwargs):
     with gpu.active(), gpu.meter.scope(owner="model", place=first):
+        # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
+        kwargs = {key: value if key == "input_ids" else _to_place(value, first, gpu) for key, value in kwargs.items()}
         try:
             return original(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            error.gpu = gpu  # for explain_oom
+            raise
         finally:
             moved.clear()
 
@@ -81,6 +91,11 @@ def _block_forward(path, place, hand_over, moved, gpu, original, *args, **kwargs
     with gpu.meter.scope(owner=path, place=place):
         result = original(*args, **kwargs)
     return result if hand_over is None else _to_place(result, hand_over, gpu)
+
+
+def _owned_forward(path, gpu, original, *args, **kwargs):
+    with gpu.meter.scope(owner=path):
+        return original(*args, **kwargs)
 
 
 def _shared(value, place, moved, here):

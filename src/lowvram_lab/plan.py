@@ -173,7 +173,13 @@ class Plan:
                 f"context {self.context} is beyond the {spec.max_position_embeddings} positions {spec.name} was "
                 f"trained for; ask for {spec.max_position_embeddings} or less"
             )
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+        if spec.sliding_window and self.context > spec.sliding_window:
+            raise PlanError(
+                f"{spec.name} has sliding-window attention of {spec.sliding_window} tokens, which is not forecast yet: "
+                f"ask for a context of {spec.sliding_window} or less, found {self.context}"
+            )
+        wrong_type = isinstance(self.threads, bool) or not isinstance(self.threads, int | None)
+        if wrong_type or (self.threads is not None and self.threads < 1):
             raise PlanError(f"expected 1 or more threads, found {self.threads!r}")
 
     def layer_devices(self, spec: ModelSpec) -> list[str]:
@@ -244,7 +250,7 @@ class Plan:
                 raise PlanError(f"expected a plan's JSON file, found {text}: {error}") from error
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"expected a plan as JSON, found text that is not JSON ({error})") from error
         return _plan_from_dict(cls, values)
 
@@ -292,7 +298,7 @@ def _plan_from_dict(cls, values) -> Plan:
     if not isinstance(values, dict):
         raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
     expected = {"version", "model", "fingerprint", "dtype", "kv_format", "context", "threads", "modules"}
-    if values.get("version") != VERSION:
+    if values.get("version") != VERSION or isinstance(values["version"], bool):
         raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
     if odd := set(values) ^ expected:
         name = sorted(odd)[0]

@@ -21,10 +21,16 @@ from lowvram_lab.report import Limits
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import GiB, MiB, format_bytes
 
-COLOURS = {"context": "#9e9e9e", "weights": "#4c72b0", "kv": "#dd8452", "activations": "#55a868"}
+COLOURS = {
+    "context": "#9e9e9e",
+    "weights": "#4c72b0",
+    "kv": "#dd8452",
+    "activations": "#55a868",
+    "workspace": "#8172b3",
+}
 """One colour a category in every picture of the library."""
 
-LABELS = {"context": "CUDA context", "weights": "weights", "kv": "KV cache", "activations": "activations"}
+LABELS = {**{category: category for category in COLOURS}, "context": "CUDA context", "kv": "KV cache"}
 BUDGET_COLOUR = "#c44e52"
 UNUSED = "reserved, unused"
 UNUSED_STYLE = {"facecolor": "white", "edgecolor": "#9e9e9e", "hatch": "////", "linewidth": 0.5}

@@ -14,6 +14,7 @@ from lowvram_lab.engine.kv_cache import MeteredCache, MeteredStaticCache
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.device import Gpu, GpuBudget
 from lowvram_lab.memory.meter import OomEvent, PhaseMemory
+from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.units import format_bytes
 
 
@@ -38,7 +39,7 @@ class Workload:
     cache: str = "growing"
 
     def __post_init__(self):
-        lowest = {"prompt_tokens": 1, "new_tokens": 1, "follow_up_tokens": 0, "batch_size": 1, "num_beams": 1}
+        lowest = {"prompt_tokens": 1, "new_tokens": 0, "follow_up_tokens": 0, "batch_size": 1, "num_beams": 1}
         for name, least in lowest.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -85,7 +86,9 @@ class MemoryProfile:
         phases: load, prefill, decode.
         workload: What was run.
         first_oom: The first allocation that did not fit, or ``None``.
-        transferred_bytes: Bytes that crossed between GPU and CPU in prefill and decode.
+        transferred_bytes: Bytes that crossed between GPU and CPU after loading.
+        suggestions: What would make it fit, in words.
+        timeline: Every allocation in order, if it was asked for.
     """
 
     model: str
@@ -100,6 +103,7 @@ class MemoryProfile:
     first_oom: OomEvent | None = None
     transferred_bytes: int = 0
     suggestions: tuple[str, ...] = field(default=())
+    timeline: Timeline | None = field(default=None, repr=False)
 
     @property
     def peak(self) -> PhaseMemory:
@@ -115,6 +119,18 @@ class MemoryProfile:
     def peak_reserved_bytes(self) -> int:
         """Most bytes held by the caching allocator, without the CUDA context."""
         return max(phase.peak_reserved_bytes for phase in self.phases)
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """What the card must have: context and the allocator's reserved peak."""
+        return self.overhead_bytes + self.peak_reserved_bytes
+
+    @property
+    def breakdown(self) -> dict[str, int]:
+        """``device_peak_bytes`` by category, fragmentation and context among them. Sums to it exactly."""
+        worst = max(self.phases, key=lambda phase: phase.peak_reserved_bytes)
+        parts = {key: worst.reserved_breakdown.get(key, 0) for key in (*CATEGORIES, "fragmentation")}
+        return {**parts, "context": self.overhead_bytes}
 
     @property
     def activation_bytes(self) -> int:
@@ -194,6 +210,8 @@ class MemoryProfile:
             "load_peak_bytes": self.phase("load").peak_allocated_bytes,
             "peak_allocated_bytes": self.peak_allocated_bytes,
             "peak_reserved_bytes": self.peak_reserved_bytes,
+            "device_peak_bytes": self.device_peak_bytes,
+            "breakdown": self.breakdown,
             "phases": {p.name: {k: v for k, v in asdict(p).items() if k != "name"} for p in self.phases},
             "workload": asdict(self.workload),
             "first_oom": oom and {"phase": oom.phase, "module": oom.module, "bytes": oom.requested_bytes},
@@ -216,12 +234,11 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         The profile; its ``load`` phase is the one that loading the model recorded.
     """
     gpu: Gpu = model.gpu
-    load_phase = next(phase for phase in gpu.phases if phase.name == "load")
     before = sum(gpu.transfers.values())
     device = "meta" if gpu.meta else "cpu"
     ids = torch.ones(workload.rows, workload.prompt_tokens, dtype=torch.long, device=device)
     cache = _make_cache(model, workload)
-    phases = [load_phase]
+    phases = [model.load_phase]
     with gpu.phase("prefill") as record:
         phases.append(record)
         step = _first_step(model, ids, cache, workload)
@@ -245,6 +262,7 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         phases=tuple(phases),
         workload=workload,
         first_oom=gpu.meter.first_oom,
+        timeline=gpu.meter.timeline,
         transferred_bytes=sum(gpu.transfers.values()) - before,
     )
 

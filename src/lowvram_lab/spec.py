@@ -46,6 +46,9 @@ class ModelSpec:
         name: What the model was called when it was asked for.
         config: The transformers config as a dictionary; enough to build the model again.
         modules: Every module with parameters, in forward order.
+        layers_path: Path of the list of decoder layers; ``embedding`` and ``head`` those of the two ends.
+        tied: Whether the head shares the embedding's weight.
+        sliding_window: Tokens the shortest-sighted layer attends to, or ``None``.
     """
 
     name: str
@@ -61,6 +64,7 @@ class ModelSpec:
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
     tied: bool = False
+    sliding_window: int | None = None
 
     @classmethod
     def from_config(cls, config, name: str = "") -> "ModelSpec":
@@ -71,7 +75,8 @@ class ModelSpec:
             name: What to call the model.
 
         Raises:
-            CheckpointError: transformers cannot build the model from this config, or it has no decoder layers.
+            CheckpointError: transformers cannot build the model from this config, it has no decoder layers, or it is of
+                a kind whose memory is not forecast here (experts, linear attention, several towers); it is named.
         """
         return _spec_from_json(json.dumps(config.to_dict(), sort_keys=True, default=str), name)
 
@@ -174,8 +179,9 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
 
     config_dict = json.loads(config_json)
     config = _config_from_dict(config_dict)
-    model = build_on_meta(config)
     text = config.get_text_config()
+    _refuse_unsupported(config, text)
+    model = build_on_meta(config)
     layers_path = _find_layers(model, text.num_hidden_layers)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): path for path, module in model.named_modules()}
@@ -211,11 +217,43 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab_size=text.vocab_size,
         max_position_embeddings=getattr(text, "max_position_embeddings", 0) or 0,
+        sliding_window=_sliding_window(text),
         layers_path=layers_path,
         embedding=names[id(embedding)],
         head=names[id(head)],
         tied=any(m.tied_to for m in modules),
     )
+
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def _refuse_unsupported(config, text) -> None:
+    """Names what a forecast would get silently wrong: experts, attention that is not plain, more than one tower."""
+    kind = config.model_type
+
+    def refuse(what: str) -> None:
+        raise CheckpointError(f"{kind}: {what} is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
+
+    if getattr(config, "is_encoder_decoder", False):
+        refuse("an encoder-decoder model")
+    if text is not config:
+        refuse("a model with more than one tower (text beside vision or audio)")
+    if any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS):
+        refuse("a mixture of experts")
+    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        refuse(f"attention of type {', '.join(sorted(odd))}")
+    if not getattr(text, "num_attention_heads", None):
+        refuse("a model without attention heads (state space, recurrent)")
+
+
+def _sliding_window(text) -> int | None:
+    """The shortest window any layer attends within, or ``None`` where every layer sees everything."""
+    window = getattr(text, "sliding_window", None)
+    layer_types = getattr(text, "layer_types", None)
+    slides = "sliding_attention" in layer_types if layer_types else getattr(text, "use_sliding_window", True)
+    return window if window and slides else None
 
 
 def _config_from_dict(values: dict):

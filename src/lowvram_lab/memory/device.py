@@ -12,9 +12,10 @@ import torch
 
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.allocator import CachingAllocator
+from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
 from lowvram_lab.memory.replay import MetaResults
-from lowvram_lab.units import GiB, MiB, format_bytes, parse_bytes
+from lowvram_lab.units import GiB, KiB, MiB, format_bytes, parse_bytes
 
 CUDA_CONTEXT_BYTES = 384 * MiB
 """What a CUDA context and its loaded kernels take beside PyTorch's allocator: 0.25 to 0.5 GiB, by card and driver."""
@@ -69,6 +70,18 @@ class GpuBudget:
         return self.total_bytes - self.context_bytes
 
 
+_MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+def cublas_workspace_bytes() -> int:
+    """What the first matrix product on CUDA allocates for good (``parseChosenWorkspaceSize`` in ATen's CUDABlas.cpp).
+
+    32 MiB on Hopper, 2 x 4096 + 8 x 16 KiB on other cards, which is assumed where there is none.
+    """
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return 32 * MiB if hopper else (2 * 4096 + 8 * 16) * KiB
+
+
 class StandInOutOfMemoryError(torch.OutOfMemoryError):
     """Out of memory on the simulated GPU. Caught by ``except torch.OutOfMemoryError``, like CUDA's own.
 
@@ -91,6 +104,7 @@ class Gpu:
         meter: Counts what is live.
         transfers: (from, to) → bytes moved so far.
         phases: Every phase measured so far, oldest first.
+        plan: The plan loaded last, and ``spec`` its model's, or ``None``.
     """
 
     name = "gpu"
@@ -102,6 +116,7 @@ class Gpu:
         self.budget = budget
         self.transfers: Counter = Counter()
         self.phases: list[PhaseMemory] = []
+        self.plan = self.spec = None
         self._local = threading.local()
         self._paused = False
         capacity = budget.usable_bytes if budget else None
@@ -130,6 +145,10 @@ class Gpu:
             yield self
         finally:
             self._paused = False
+
+    def watching(self):
+        """A context in which the meter sees everything, also where it is not needed to count (CUDA)."""
+        return self.active()
 
     @contextmanager
     def phase(self, name: str):
@@ -179,15 +198,29 @@ class DryRunGpu(Gpu):
     Args:
         budget: The card.
         kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's).
+        expandable_segments: Imitate the allocator's other mode.
     """
 
     name = "dry run"
     meta = True
 
-    def __init__(self, budget: GpuBudget | None, kernels: str):
+    def __init__(self, budget: GpuBudget | None, kernels: str, expandable_segments: bool = False):
         super().__init__(budget)
+        if expandable_segments:
+            self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.kernels = kernels
-        self.meter.run = MetaResults()
+        self.meter.run = self._run
+        self._results = MetaResults()
+        self._workspace = None
+
+    def _run(self, func, args, kwargs):
+        """Runs an operator on meta; before the first matrix product on CUDA, cuBLAS' workspace is there."""
+        wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
+        if wanted and self.meter.place_of(args[-1]) == "gpu":
+            with self.meter.scope(owner="cuBLAS", category="workspace"):
+                self._workspace = torch.empty(cublas_workspace_bytes(), dtype=torch.uint8, device="meta")
+                self.meter.count(self._workspace, "gpu")
+        return self._results(func, args, kwargs)
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""
@@ -221,6 +254,10 @@ class CudaGpu(Gpu):
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
+    def watching(self):
+        """See ``Gpu``."""
+        return super().active()
+
     @contextmanager
     def active(self):
         """Nothing to do: CUDA counts by itself."""
@@ -231,20 +268,21 @@ class CudaGpu(Gpu):
         """Measures a phase with CUDA's own counters; the meter runs beside them only to name who holds the memory."""
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
-        depth = getattr(self._local, "depth", 0)
-        self._local.depth = depth + 1
         record = PhaseMemory(name)
         self.phases.append(record)
         try:
-            with nullcontext() if depth else self.meter, self.meter.phase(name) as metered:
+            with self.watching(), self.meter.phase(name) as metered:
                 yield record
         finally:
-            self._local.depth = depth
             torch.cuda.synchronize(self.device)
             record.peak_allocated_bytes = torch.cuda.max_memory_allocated(self.device)
             record.end_allocated_bytes = torch.cuda.memory_allocated(self.device)
             record.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.device)
-            record.breakdown = dict(metered.breakdown)
+            # what CUDA counted and the meter did not see: cuBLAS' workspace, temporaries inside kernels
+            unseen = record.peak_allocated_bytes - sum(metered.breakdown.values())
+            record.breakdown = {**metered.breakdown, "workspace": unseen}
+            fragmentation = record.peak_reserved_bytes - record.peak_allocated_bytes
+            record.reserved_breakdown = {**record.breakdown, "fragmentation": fragmentation}
 
     def reset_peak(self) -> None:
         """See ``Gpu``."""

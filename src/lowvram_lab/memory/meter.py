@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
+from lowvram_lab.memory.timeline import Timeline
 
 aten = torch.ops.aten
 _MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default}
@@ -31,7 +32,10 @@ class PhaseMemory:
         peak_allocated_bytes: Most bytes live at once, in 512-byte blocks, without the CUDA context.
         end_allocated_bytes: Bytes live when the phase ended.
         peak_reserved_bytes: Most bytes the caching allocator held (simulated unless CUDA counted them).
-        breakdown: Bytes at the moment of the peak: weights, kv, activations. Sums to the peak.
+        breakdown: Bytes at the moment of the allocated peak by category (weights, kv, activations, workspace). Sums to
+            the peak.
+        reserved_breakdown: The same at the moment of the reserved peak, with ``fragmentation`` for what was reserved
+            and not allocated. Sums to the reserved peak.
     """
 
     name: str
@@ -39,6 +43,7 @@ class PhaseMemory:
     end_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
     breakdown: dict[str, int] = field(default_factory=dict)
+    reserved_breakdown: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -54,6 +59,15 @@ class OomEvent:
     allocated_bytes: int
     reserved_bytes: int
     holders: list[tuple[str, int]]
+
+
+@dataclass(eq=False)
+class Window:
+    """GPU bytes at the start, at the peak and at the end of a stretch of a run."""
+
+    start: int
+    peak: int
+    end: int = 0
 
 
 @dataclass(eq=False)
@@ -82,6 +96,8 @@ class Meter(TorchDispatchMode):
         self.by_device, self.allocator, self.on_oom, self.run = by_device, allocator, on_oom, run
         self.allocated = Counter()
         self.peak_allocated = 0
+        self.timeline: Timeline | None = None
+        self.windows: list[Window] = []
         self.first_oom: OomEvent | None = None
         self._phase: PhaseMemory | None = None
         self._live: dict[int, _Live] = {}
@@ -113,15 +129,27 @@ class Meter(TorchDispatchMode):
         """Measures a named phase; the ``PhaseMemory`` it yields is complete when the block ends, also by an error."""
         record, outer = PhaseMemory(name), self._phase
         self._phase = record
-        if self.allocator:
-            self.allocator.peak_reserved = self.allocator.reserved
         self._note_peak()
         try:
             yield record
         finally:
             self._phase = outer
             record.end_allocated_bytes = self.allocated["gpu"]
-            record.peak_reserved_bytes = self.allocator.peak_reserved if self.allocator else 0
+
+    @contextmanager
+    def window(self):
+        """Follows the GPU peak while the block runs; windows may overlap and nest. Yields a ``Window``."""
+        window = Window(self.allocated["gpu"], self.allocated["gpu"])
+        self.windows.append(window)
+        try:
+            yield window
+        finally:
+            self.windows.remove(window)
+            window.end = self.allocated["gpu"]
+
+    def count(self, tensor: torch.Tensor, place: str) -> None:
+        """Counts a tensor made out of the meter's sight, as of now."""
+        self._see(tensor, place)
 
     def place_of(self, tensor: torch.Tensor) -> str:
         """Where a tensor counts as being: ``"gpu"`` or ``"cpu"``. One the meter never saw is on the CPU."""
@@ -205,7 +233,11 @@ class Meter(TorchDispatchMode):
         if place == "gpu":
             self._categories[live.category] += live.size
             self.peak_allocated = max(self.peak_allocated, self.allocated["gpu"])
+            for window in self.windows:
+                window.peak = max(window.peak, self.allocated["gpu"])
             self._note_peak()
+        if self.timeline is not None:
+            self.timeline.allocate(key, live, self._phase.name if self._phase else "", self.allocator)
 
     def _take(self, size: int):
         try:
@@ -223,16 +255,25 @@ class Meter(TorchDispatchMode):
         return OomEvent(phase, self._owner, requested_bytes, allocated_bytes, reserved_bytes, self.holders())
 
     def _note_peak(self) -> None:
-        record = self._phase
-        if record is not None and self.allocated["gpu"] >= record.peak_allocated_bytes:
-            record.peak_allocated_bytes = self.allocated["gpu"]
+        record, allocated = self._phase, self.allocated["gpu"]
+        if record is None:
+            return
+        if allocated >= record.peak_allocated_bytes:
+            record.peak_allocated_bytes = allocated
             record.breakdown = dict(self._categories)
+        reserved = self.allocator.reserved if self.allocator else 0
+        most, unused = record.peak_reserved_bytes, record.reserved_breakdown.get("fragmentation", float("inf"))
+        if reserved > most or (reserved == most and reserved - allocated < unused):
+            record.peak_reserved_bytes = reserved
+            record.reserved_breakdown = {**self._categories, "fragmentation": reserved - allocated}
 
     def _release(self, key: int) -> None:
         live = self._live.pop(key, None)
         if live is None:
             return
         self.allocated[live.place] -= live.size
+        if self.timeline is not None:
+            self.timeline.release(key, self.allocator)
         if live.place == "gpu":
             self._categories[live.category] -= live.size
             if live.handle is not None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.device import Gpu, GpuBudget
 from lowvram_lab.plan import Plan
-from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes
+from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes, resolve
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT, suggest
-from lowvram_lab.profile import MemoryProfile
+from lowvram_lab.profile import MemoryProfile, Workload
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import format_bytes
 
@@ -55,10 +55,7 @@ def auto_plan(
         BudgetError: No plan fits; the message says what is short and what would help.
         PlanError: The context is beyond the model's, or a recipe is unknown.
     """
-    budget = gpu.budget if isinstance(gpu, Gpu) else GpuBudget.parse(gpu)
-    kernels = kernels or (gpu.kernels if isinstance(gpu, Gpu) else "cuda")
-    if budget is None:
-        raise BudgetError("auto_plan needs a GPU with a budget, found one without a limit; open it with a size")
+    budget, kernels = resolve(gpu, kernels)
     why, plan = [], None
     for recipe in recipes:
         plan = Plan.uniform(spec, recipe, context=context)
@@ -71,12 +68,12 @@ def auto_plan(
                 return PlanChoice(plan, profile, tuple(why))
             why.append(f"{recipe}{where} does not fit: {_shortage(plan, spec, budget)}")
     total = spec.num_hidden_layers
-    split = largest_fitting(lambda n: plan.with_gpu_layers(spec, n), 1, total - 1, spec, budget, kernels)
+    workload = Workload.full_context(context)
+    split = largest_fitting(lambda n: (plan.with_gpu_layers(spec, n), workload), 1, total - 1, spec, budget, kernels)
     if split is None:
         raise _refusal(plan.with_gpu_layers(spec, 1), spec, budget, kernels)
-    count, plan, profile = split
-    why.append(f"{recipes[-1]} with {count} of {total} layers on the GPU fits: {_margin(profile)}")
-    return PlanChoice(plan, profile, tuple(why))
+    why.append(f"{recipes[-1]} with {split.number} of {total} layers on the GPU fits: {_margin(split.forecast)}")
+    return PlanChoice(split.plan, split.forecast, tuple(why))
 
 
 def _margin(profile: MemoryProfile) -> str:
@@ -97,9 +94,9 @@ def _refusal(plan: Plan, spec: ModelSpec, budget: GpuBudget, kernels: str) -> Bu
         f"no plan for {spec.name} at context {plan.context} fits a {format_bytes(budget.total_bytes)} GPU: even "
         f"{plan.summary(spec)}, needs more than {format_bytes(needed)}"
     )
-    helps = [s for s in suggest(plan, spec, budget, kernels) if s.plan.context < plan.context]
+    helps = suggest(plan, spec, budget, kernels)
     if helps:
-        return BudgetError(f"{message}; what would help: a context of {helps[0].plan.context}")
+        return BudgetError(f"{message}; what would help: {helps[0].text}")
     return BudgetError(
         f"{message}; not even a context of {SHORTEST_CONTEXT} helps: give it a larger GPU or a smaller model"
     )

@@ -3,112 +3,131 @@
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lowvram_lab.memory.device import GpuBudget
+from lowvram_lab.dry_run import forecast
+from lowvram_lab.memory.device import Gpu, GpuBudget
 from lowvram_lab.plan import Plan
-from lowvram_lab.planner.search import forecast_if_possible, largest_fitting
-from lowvram_lab.profile import MemoryProfile
+from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes, resolve
+from lowvram_lab.profile import MemoryProfile, Workload
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import format_bytes
 
 SHORTEST_CONTEXT = 256
 """A chat with less room than this is none; shorter contexts are not suggested."""
 
+EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change that makes a plan fit, and the forecast that says so."""
+    """A change that makes a plan fit, and the forecast that says so.
+
+    Attributes:
+        text: The change in words.
+        plan: The changed plan.
+        forecast: Of the changed plan, on the same card.
+        environment: An environment variable to set before Python starts, or ``""``.
+    """
 
     text: str
     plan: Plan
     forecast: MemoryProfile
+    environment: str = ""
 
     def __str__(self) -> str:
         return f"{self.text}: peak {format_bytes(self.forecast.peak_allocated_bytes)}, fits"
 
     def to_dict(self) -> dict:
-        """Text and the bytes of the verified forecast."""
+        """The change and the bytes of its verified forecast."""
         return {
             "change": self.text,
             "peak_allocated_bytes": self.forecast.peak_allocated_bytes,
             "peak_reserved_bytes": self.forecast.peak_reserved_bytes,
             "context": self.plan.context,
+            "kv_format": self.plan.kv_format,
+            "environment": self.environment,
         }
 
 
-def suggest(plan: Plan, spec: ModelSpec, budget: GpuBudget, kernels: str = "cuda") -> list[Suggestion]:
+def suggest(
+    plan: Plan, spec: ModelSpec, gpu: str | int | GpuBudget | Gpu, kernels: str | None = None
+) -> list[Suggestion]:
     """Finds changes after which the plan fits.
 
     Args:
         plan: A plan that does not fit.
         spec: The model.
-        budget: The card.
+        gpu: A budget such as ``"4GiB"``, or an opened GPU.
         kernels: See ``forecast``.
 
     Returns:
-        At most one suggestion of each sort, gentlest first: cheap moves alone, lower formats, fewer GPU layers, a
-        shorter context. Empty if nothing helps.
+        At most one suggestion of each sort, gentlest first: the allocator's other mode, moves that cost next to
+        nothing, fewer tokens, a lower format, layers to the CPU. Empty if nothing helps.
     """
-    found: list[Suggestion] = []
+    budget, kernels = resolve(gpu, kernels)
+    found = [*_expandable(plan, spec, budget, kernels)]
     spared, moves = plan, []
     for text, change in _cheap_moves(plan, spec):
         spared, moves = change(spared), [*moves, text]
         if profile := forecast_if_possible(spared, spec, budget, kernels):
             found.append(Suggestion(" + ".join(moves), spared, profile))
             break
-    smaller = None
+    solved = bool(found) and found[-1].plan is spared
+    found += _fewer_tokens(*((plan, []) if solved else (spared, moves)), spec, budget, kernels)
+    smaller, small_moves = None, []
     for recipe in _lower_recipes(plan):
-        smaller = _keep_cpu_embedding(Plan.uniform(spec, recipe, context=plan.context), spared, spec)
-        small_moves = [
-            f"{recipe} weights",
-            *(["embedding to the CPU"] if _moved_embedding(plan, smaller, spec) else []),
-        ]
+        smaller, small_moves = _with_recipe(plan, spec, recipe), [f"{recipe} weights"]
         if profile := forecast_if_possible(smaller, spec, budget, kernels):
-            found.append(Suggestion(" + ".join(small_moves), smaller, profile))
+            found.append(Suggestion(small_moves[0], smaller, profile))
             smaller = None
             break
-    if found and found[0].plan is spared:
-        return found
-    splits = [(moves, spared)] if smaller is None else [(small_moves, smaller), (moves, spared)]
-    total, on_gpu = spec.num_hidden_layers, plan.layer_devices(spec).count("gpu")
-    for made, base in splits:
-        layers = largest_fitting(
-            lambda n, base=base: base.with_gpu_layers(spec, n), 0, on_gpu - 1, spec, budget, kernels
-        )
-        if layers:
-            count, split, profile = layers
-            text = " + ".join([*made, f"{total - count} of {total} layers to the CPU"])
-            found.append(Suggestion(text, split, profile))
-    context = plan.context // 2
-    while context >= SHORTEST_CONTEXT:
-        shorter = replace(spared, context=context)
-        if profile := forecast_if_possible(shorter, spec, budget, kernels):
-            found.append(Suggestion(" + ".join([*moves, f"context {context}"]), shorter, profile))
-            break
-        context //= 2
+    if smaller is not None:  # no format is small enough by itself: join it with the cheap moves
+        for text, change in _cheap_moves(smaller, spec):
+            smaller, small_moves = change(smaller), [*small_moves, text]
+    if not solved:
+        bases = [(smaller, small_moves)] if smaller is not None else []
+        for base, made in [*bases, (spared, moves)]:
+            found += _fewer_layers(base, made, spec, budget, kernels)
     return found
 
 
-def _cheap_moves(plan: Plan, spec: ModelSpec):
-    """Moves that cost next to nothing: a lookup on the CPU, a head in int8."""
+def _expandable(plan, spec, budget, kernels) -> list[Suggestion]:
+    """The caching allocator's other mode wastes less; it exists on CUDA only, and changes nothing in the plan."""
+    if kernels != "cuda" or least_bytes(plan, spec) > budget.usable_bytes:
+        return []
+    profile = forecast(plan, spec, budget, kernels=kernels, expandable_segments=True)
+    return [Suggestion(f"set {EXPANDABLE}", plan, profile, EXPANDABLE)] if profile.fits else []
+
+
+def _cheap_moves(plan: Plan, spec: ModelSpec) -> list[tuple[str, Callable[[Plan], Plan]]]:
+    """Moves that cost next to nothing: a lookup on the CPU, a head in int8, a KV cache in int8."""
     moves = []
     if not spec.tied and plan.modules[spec.embedding].device == "gpu":
         moves.append(("embedding to the CPU", lambda p: p.with_modules(spec.embedding, device="cpu")))
-    if plan.modules[spec.head].format == plan.dtype and plan.dtype not in _formats_of_body(plan, spec):
-        pattern = (spec.head, spec.embedding) if spec.tied else (spec.head,)
-
-        def shrink(p: Plan) -> Plan:
-            for name in pattern:
-                p = p.with_modules(name, format="int8")
-            return p
-
-        moves.append((f"{spec.head} in int8", shrink))
+    body = {plan.modules[m.name].format for m in spec.modules if m.layer is not None and m.kind == "linear"}
+    if plan.modules[spec.head].format == plan.dtype and plan.dtype not in body:
+        names = [spec.head] + ([spec.embedding] if spec.tied else [])
+        moves.append((f"{spec.head} in int8", lambda p: _with_formats(p, names, "int8")))
+    if plan.kv_format != "int8":
+        moves.append(("KV cache in int8", lambda p: replace(p, kv_format="int8")))
     return moves
 
 
-def _formats_of_body(plan: Plan, spec: ModelSpec) -> set[str]:
-    return {plan.modules[m.name].format for m in spec.modules if m.layer is not None and m.kind == "linear"}
+def _with_formats(plan: Plan, names: list[str], fmt: str) -> Plan:
+    for name in names:
+        plan = plan.with_modules(name, format=fmt)
+    return plan
+
+
+def _with_recipe(plan: Plan, spec: ModelSpec, recipe: str) -> Plan:
+    """The recipe's formats on the plan's own devices; 16-bit activations stay what they are."""
+    dtype = plan.dtype if plan.dtype != "fp32" else "bf16"
+    fresh = Plan.uniform(spec, recipe, context=plan.context, dtype=dtype)
+    modules = {name: replace(new, device=plan.modules[name].device) for name, new in fresh.modules.items()}
+    kv_format = plan.kv_format if plan.kv_format == "int8" else dtype
+    return replace(plan, modules=modules, dtype=dtype, kv_format=kv_format)
 
 
 def _lower_recipes(plan: Plan) -> tuple[str, ...]:
@@ -118,9 +137,23 @@ def _lower_recipes(plan: Plan) -> tuple[str, ...]:
     return ("int4",) if formats <= {plan.dtype, "int8"} else ()
 
 
-def _moved_embedding(before: Plan, after: Plan, spec: ModelSpec) -> bool:
-    return before.modules[spec.embedding].device != after.modules[spec.embedding].device
+def _fewer_tokens(plan, moves, spec, budget, kernels) -> list[Suggestion]:
+    def at(sixteenths: int) -> tuple[Plan, Workload]:
+        context = plan.context * sixteenths // 16
+        return replace(plan, context=context), Workload.full_context(context)
+
+    least = -(-16 * SHORTEST_CONTEXT // plan.context)
+    best = largest_fitting(at, least, 15, spec, budget, kernels)
+    if best is None:
+        return []
+    return [Suggestion(" + ".join([*moves, f"context {best.plan.context}"]), best.plan, best.forecast)]
 
 
-def _keep_cpu_embedding(plan: Plan, like: Plan, spec: ModelSpec) -> Plan:
-    return plan if spec.tied else plan.with_modules(spec.embedding, device=like.modules[spec.embedding].device)
+def _fewer_layers(plan, moves, spec, budget, kernels) -> list[Suggestion]:
+    total, workload = spec.num_hidden_layers, Workload.full_context(plan.context)
+    on_gpu = plan.layer_devices(spec).count("gpu")
+    best = largest_fitting(lambda n: (plan.with_gpu_layers(spec, n), workload), 0, on_gpu - 1, spec, budget, kernels)
+    if best is None:
+        return []
+    text = " + ".join([*moves, f"{total - best.number} of {total} layers to the CPU"])
+    return [Suggestion(text, best.plan, best.forecast)]

@@ -207,6 +207,12 @@ class Int8Embedding(nn.Module):
 _LINEARS = {"int8": Int8Linear, "int4": Int4Linear, "nf4": Nf4Linear}
 
 
+def import_kernels(formats: set[str]) -> None:
+    """Imports what the formats' kernels need, before a meter runs that would count their tables."""
+    if "nf4" in formats:
+        import bitsandbytes  # noqa: F401
+
+
 def quantized_linear(in_features: int, out_features: int, fmt: Format, kernels: str) -> QuantizedLinear:
     """An empty layer of a format; fill it with ``store``."""
     return _LINEARS[fmt.kind](in_features, out_features, fmt, kernels)

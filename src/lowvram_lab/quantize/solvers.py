@@ -8,11 +8,12 @@ import torch
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.formats import SCALE_DTYPE, Format
+from lowvram_lab.units import MiB
 
 INT4_OFFSET = 8
 """torch's int4 kernels compute ``(code - 8) * scale + zero`` (``aten/src/ATen/native/cpu/int4mm_kernel.cpp``)."""
 
-CHUNK_BYTES = 4 * 1024**2
+CHUNK_BYTES = 4 * MiB
 """Rows are quantised in chunks of this many float32 bytes: the temporaries of an embedding table would not be small."""
 
 
@@ -31,14 +32,17 @@ def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: The weight has NaN or infinite values.
     """
-    if not torch.isfinite(weight).all():
-        raise CheckpointError(
-            f"cannot quantise to {fmt.name}: the weight has NaN or infinite values; check the checkpoint"
-        )
+    if not is_finite(weight):
+        raise CheckpointError(f"cannot quantise to {fmt.name}: the weight has NaN or infinite values")
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
     pieces = [_SOLVERS[fmt.kind](chunk, fmt) for chunk in weight.split(rows)]
     along = {"scale_and_zero": 1}  # its first dimension is the group; every other tensor begins with the row
     return {name: torch.cat([piece[name] for piece in pieces], along.get(name, 0)) for name in pieces[0]}
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; makes no temporary of the weight's size."""
+    return bool(torch.isfinite(torch.stack(weight.aminmax())).all())
 
 
 def dequantize(tensors: dict[str, torch.Tensor], fmt: Format, dtype: torch.dtype = torch.float32) -> torch.Tensor:

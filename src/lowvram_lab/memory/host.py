@@ -1,0 +1,95 @@
+"""The host's side of a load: resident memory, with file-backed pages told apart, measured and forecast.
+
+``rss`` is what the operating system holds in RAM for this process. Pages mapped from a checkpoint file count in it
+while they are in use, but they are the system's to drop; anonymous memory is not.
+
+Derived in: notebooks/02_watch_memory.ipynb
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import psutil
+
+INTERVAL_S = 0.005
+
+
+@dataclass
+class HostMemory:
+    """Resident memory of this process over a stretch of time, in bytes.
+
+    Attributes:
+        before_rss_bytes: Resident when it began.
+        peak_rss_bytes: Most resident, sampled every 5 ms.
+        after_rss_bytes: Resident when it ended.
+        peak_file_bytes: Most of it that was backed by files (mapped checkpoints, libraries), or ``None`` where the
+            system does not tell (outside Linux).
+        peak_anonymous_bytes: Most of it that was not.
+    """
+
+    before_rss_bytes: int
+    peak_rss_bytes: int = 0
+    after_rss_bytes: int = 0
+    peak_file_bytes: int | None = None
+    peak_anonymous_bytes: int | None = None
+
+    @property
+    def growth_bytes(self) -> int:
+        """How far the peak rose above the start: what to compare with a forecast."""
+        return self.peak_rss_bytes - self.before_rss_bytes
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return {**asdict(self), "growth_bytes": self.growth_bytes}
+
+
+@contextmanager
+def watch_host() -> Iterator[HostMemory]:
+    """Samples this process's resident memory while the block runs.
+
+    Yields:
+        A ``HostMemory``, complete when the block has ended.
+    """
+    process, stop = psutil.Process(), threading.Event()
+    seen = HostMemory(process.memory_info().rss)
+
+    def sample() -> None:
+        info = process.memory_info()
+        seen.peak_rss_bytes = max(seen.peak_rss_bytes, info.rss)
+        if hasattr(info, "shared"):
+            seen.peak_file_bytes = max(seen.peak_file_bytes or 0, info.shared)
+            seen.peak_anonymous_bytes = max(seen.peak_anonymous_bytes or 0, info.rss - info.shared)
+
+    def keep_sampling() -> None:
+        while not stop.wait(INTERVAL_S):
+            sample()
+
+    sampler = threading.Thread(target=keep_sampling, daemon=True)
+    sample()
+    sampler.start()
+    try:
+        yield seen
+    finally:
+        stop.set()
+        sampler.join()
+        sample()
+        seen.after_rss_bytes = process.memory_info().rss
+
+
+def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:
+    """Forecasts how far resident memory rises while a plan loads, above what Python and torch already take.
+
+    The weights that stay in RAM, and beside them the largest tensor in flight: mapped from its file, plus the quantised
+    copy on its way.
+
+    Args:
+        plan: The plan.
+        spec: The model.
+        gpu_in_ram: Whether "gpu" is the stand-in, whose tensors lie in RAM too.
+    """
+    stays = plan.weight_bytes(spec) if gpu_in_ram else plan.weight_bytes(spec, "cpu")
+    largest = max(2 * math.prod(shape) for module in spec.modules for shape in module.parameters.values())
+    return stays + 2 * largest
