@@ -1,0 +1,168 @@
+"""The committed notebooks: their order of cells, their size, and outputs that belong in a repository.
+
+That they run is pytest --nbmake's to say (``make test``).
+"""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+REPOSITORY = "lowvram-lab/lowvram_lab"
+LIMITS = {"code cells": 40, "lines of code": 250, "bytes": 500_000}
+
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(path):
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def outputs(path):
+    return [(cell.id, output) for cell in code_cells(path) for output in cell.outputs]
+
+
+def output_texts(path):
+    """Every text a reader sees in an output, and the cell it is in."""
+    for cell_id, output in outputs(path):
+        if output.output_type == "stream":
+            yield cell_id, output.text
+        for mime, data in output.get("data", {}).items():
+            if mime.startswith("text/"):
+                yield cell_id, data
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+    for path in NOTEBOOKS:
+        assert re.fullmatch(r"\d\d_[a-z0-9_]+\.ipynb", path.name)
+
+
+def test_the_setup_cell_is_the_same_everywhere():
+    setups = {cell.source for path in NOTEBOOKS for cell in read(path).cells if cell.id == "setup"}
+    assert len(setups) == 1
+    setup = setups.pop()
+    assert "import lowvram_lab as lab" in setup and f"git+https://github.com/{REPOSITORY}" in setup
+    assert "==" not in setup  # Colab's own torch, numpy and ipywidgets stay
+
+
+@each
+def test_is_valid_and_has_unique_cell_ids(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    ids = [cell.id for cell in notebook.cells]
+    assert len(set(ids)) == len(ids)
+
+
+@each
+def test_the_order_of_cells(path):
+    ids = [cell.id for cell in read(path).cells]
+    sections = list(dict.fromkeys(found.group() for found in map(re.compile(r"s\d").match, ids) if found))
+    assert 3 <= len(sections) <= 6
+    assert sections == [f"s{number}" for number in range(1, len(sections) + 1)]
+    landmarks = ["title", "setup", "parameters", *(f"{s}-text" for s in sections), "summary", "exercises", "asserts"]
+    positions = [ids.index(landmark) for landmark in landmarks]
+    assert positions == sorted(positions)
+    assert positions[0] == 0 and ids[-1] == "asserts"
+    for number in (1, 2, 3):
+        assert f"exercise-{number}" in ids
+
+
+@each
+def test_the_title_says_what_a_reader_wants_to_know(path):
+    title = read(path).cells[0].source
+    assert title.startswith(f"# {int(path.name[:2])}. ")
+    for word in ("**Question.**", "**Time.**", "**Needs.**"):
+        assert word in title
+    address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{path.name}"
+    assert f"]({address})" in title
+
+
+@each
+def test_there_is_one_parameters_cell_and_it_reads_the_environment(path):
+    tagged = [cell for cell in read(path).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert [cell.id for cell in tagged] == ["parameters"]
+    lines = [line for line in tagged[0].source.splitlines() if line.strip() and not line.startswith("import ")]
+    assert lines and all('os.environ.get("LOWVRAM_' in line for line in lines)
+
+
+@each
+def test_every_section_and_no_exercise_has_a_picture(path):
+    pictured = {cell_id.split("-")[0] for cell_id, output in outputs(path) if "image/png" in output.get("data", {})}
+    sections = {cell.id.split("-")[0] for cell in code_cells(path) if re.match(r"s\d-", cell.id)}
+    assert pictured == sections
+
+
+@each
+def test_a_picture_is_the_last_code_of_its_section_and_comes_with_a_figure_in_text(path):
+    last = {cell.id.split("-")[0]: cell for cell in code_cells(path) if re.match(r"s\d-", cell.id)}
+    for section, cell in last.items():
+        kinds = [output.output_type for output in cell.outputs]
+        assert "stream" in kinds and "image/png" in cell.outputs[-1].get("data", {}), section
+        assert any(re.search(r"\d", output.text) for output in cell.outputs if output.output_type == "stream"), section
+
+
+@each
+def test_stays_small(path):
+    cells = code_cells(path)
+    found = {
+        "code cells": len(cells),
+        "lines of code": sum(bool(line.strip()) for cell in cells for line in cell.source.splitlines()),
+        "bytes": path.stat().st_size,
+    }
+    assert {name: size for name, size in found.items() if size > LIMITS[name]} == {}
+
+
+@each
+def test_was_run_from_top_to_bottom(path):
+    counts = [cell.execution_count for cell in code_cells(path)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@each
+def test_outputs_hold_no_error_no_stderr_and_no_widget(path):
+    assert "widgets" not in read(path).metadata
+    for cell_id, output in outputs(path):
+        assert output.output_type != "error", cell_id
+        assert output.get("name") != "stderr", f"{cell_id}: {output.get('text', '')[:200]}"
+        assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {}), cell_id
+
+
+@each
+def test_outputs_hold_nothing_of_the_machine_they_were_made_on(path):
+    for cell_id, text in output_texts(path):
+        assert not re.search(r"(?<![\w.])/(work|root|tmp|home|Users|opt)/", text), f"{cell_id}: {text[:200]}"
+        assert not re.search(r" at 0x[0-9a-f]{6,}", text), f"{cell_id}: an address in memory"
+    for cell in read(path).cells:
+        assert "execution" not in cell.metadata, f"{cell.id}: run nbstripout (make notebooks)"
+
+
+@each
+def test_exercises_run_as_they_are_and_show_the_expected_value(path):
+    for cell in code_cells(path):
+        if cell.id.startswith("exercise-"):
+            text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+            assert "yours" in text and "expected" in text and text.strip().endswith("not yet"), cell.id
+    hints = [cell.source for cell in read(path).cells if cell.cell_type == "markdown" and "<details>" in cell.source]
+    assert len(hints) == 3
+
+
+@each
+def test_pyplot_is_left_alone(path):
+    assert not any("pyplot" in cell.source for cell in code_cells(path))
+
+
+def test_no_function_is_written_in_two_notebooks():
+    owners: dict[str, str] = {}
+    for path in NOTEBOOKS:
+        for cell in code_cells(path):
+            for name in re.findall(r"^def (\w+)", cell.source, flags=re.MULTILINE):
+                assert owners.setdefault(name, path.name) == path.name, f"{name} belongs in the library"
