@@ -125,13 +125,17 @@ class ChatSession:
                     piece, shown = text[len(shown) :], text
                     yield piece
             ended = len(tokens) < room
-        except torch.OutOfMemoryError:
-            self._cache = MeteredCache(gpu, self.model.plan.kv_format)  # its layers may differ in length now
+        except (GeneratorExit, KeyboardInterrupt):
+            self._cache = self._usable_cache()
+            raise
+        except BaseException:
+            self._cache, self.history = self._usable_cache(), history[:-1]  # asked again, the message would fail again
             raise
         finally:
             now = time.perf_counter()
             self._cached_ids = (prompt + tokens)[: self._cache.get_seq_length()]
-            self.history.append({"role": "assistant", "content": shown})
+            if self.history is history:
+                history.append({"role": "assistant", "content": shown})
             speed = (len(tokens) - 1) / (now - first_at) if len(tokens) > 1 else None
             ttft = (first_at or now) - started
             peak = gpu.peak_allocated_bytes
@@ -160,6 +164,12 @@ class ChatSession:
                     f"this message takes {len(prompt)} tokens, the plan's context is {context}; "
                     "shorten it or plan for more"
                 )
+
+    def _usable_cache(self) -> MeteredCache:
+        """The cache, or an empty one if a forward that was cut off left its layers with different lengths."""
+        lengths = {layer.get_seq_length() for layer in self._cache.layers}
+        complete = len(lengths) <= 1 and len(self._cache.layers) in (0, self.model.spec.num_hidden_layers)
+        return self._cache if complete else MeteredCache(self.model.gpu, self.model.plan.kv_format)
 
     def _reuse_cache(self, prompt: list[int]) -> int:
         """Keeps the part of the KV cache that the new prompt begins with; returns its length in tokens."""

@@ -181,8 +181,6 @@ def _stated_plan(args, spec, default_format: str | None = None):
 
 def _chosen_plan(args, spec, gpu):
     """The stated plan with its forecast, or the planner's choice; and why."""
-    from dataclasses import replace
-
     from lowvram_lab.dry_run import forecast
     from lowvram_lab.errors import BudgetError
     from lowvram_lab.planner.auto import auto_plan
@@ -193,8 +191,8 @@ def _chosen_plan(args, spec, gpu):
         return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
     if args.gpu_layers is not None:
         raise BudgetError("--gpu-layers needs --format or --plan: without them the planner chooses the split itself")
-    choice = auto_plan(spec, gpu, args.context or 2048)
-    return replace(choice.plan, threads=args.threads), choice.forecast, list(choice.why)
+    choice = auto_plan(spec, gpu, args.context or 2048, threads=args.threads)
+    return choice.plan, choice.forecast, list(choice.why)
 
 
 def _forecast(args) -> int:

@@ -11,13 +11,17 @@ from importlib import resources
 import torch
 from tqdm.auto import tqdm
 
+from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.loader import load
 from lowvram_lab.memory.device import StandInGpu
 from lowvram_lab.plan import Plan
 
 WINDOW = 128
-"""Tokens scored at once: their logits (window x vocab) are the largest temporary of an evaluation."""
+"""Tokens that see each other."""
+
+SLICE = 16
+"""Tokens fed at once within a window: their logits (slice x vocab) must find room beside a plan that fills its card."""
 
 
 @dataclass(frozen=True)
@@ -125,5 +129,8 @@ def repetition(text: str, n: int = 4) -> float:
 
 def _log_probabilities(model, window: torch.Tensor) -> torch.Tensor:
     """``(tokens - 1, vocab)`` in float32 on the CPU."""
-    logits = model(window[None, :-1], use_cache=False).logits[0]
-    return torch.log_softmax(logits.cpu().float(), dim=-1)
+    cache, pieces = MeteredCache(model.gpu, model.plan.kv_format), []
+    for ids in window[None, :-1].split(SLICE, dim=1):
+        logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
+        pieces.append(torch.log_softmax(logits.cpu().float(), dim=-1))
+    return torch.cat(pieces)

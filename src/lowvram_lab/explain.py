@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from lowvram_lab.dry_run import forecast
 from lowvram_lab.memory.device import Gpu, describe_holders
 from lowvram_lab.memory.meter import OomEvent
 from lowvram_lab.planner.suggest import Suggestion, suggest
@@ -24,6 +25,7 @@ class OomExplanation:
         event: What was asked, by which module, in which phase, who held the memory; ``None`` for an error from code
             that this library did not load.
         suggestions: Changes that make the plan fit, each verified by a forecast, gentlest first.
+        within_forecast: The plan fits by its own forecast: what failed was a run longer than it was made for.
     """
 
     def __init__(self):
@@ -31,6 +33,7 @@ class OomExplanation:
         self.event: OomEvent | None = None
         self.gpu: Gpu | None = None
         self.suggestions: list[Suggestion] = []
+        self.within_forecast = False
 
     @property
     def happened(self) -> bool:
@@ -66,6 +69,8 @@ class OomExplanation:
             f"Reserved but unused (fragmentation): {format_bytes(self.fragmentation_bytes)}"
             + (f"; CUDA context {format_bytes(budget.context_bytes)}." if budget else "."),
         ]
+        if self.within_forecast:
+            lines.append(f"The plan's forecast fits at its context of {self.gpu.plan.context}: this run was longer.")
         lines += [f"Would fit: {suggestion}" for suggestion in self.suggestions]
         return "\n".join(lines)
 
@@ -102,4 +107,6 @@ def explain_oom(*, suggestions: bool = True) -> Iterator[OomExplanation]:
         found.message, found.event = str(error), getattr(error, "event", None)
         found.gpu = getattr(error, "gpu", None)
     if found.happened and suggestions and found.gpu is not None and found.gpu.budget and found.gpu.plan:
-        found.suggestions = suggest(found.gpu.plan, found.gpu.spec, found.gpu)
+        gpu = found.gpu
+        found.within_forecast = forecast(gpu.plan, gpu.spec, gpu).fits
+        found.suggestions = [] if found.within_forecast else suggest(gpu.plan, gpu.spec, gpu)

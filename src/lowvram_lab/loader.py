@@ -132,7 +132,12 @@ def _fill(model, module: ModuleSpec, plan: Plan, checkpoint, gpu: Gpu) -> None:
             if key == "weight" and module.tied_to:
                 value = model.get_submodule(module.tied_to).weight
             else:
-                value = torch.nn.Parameter(move(read(key).to(dtype)), requires_grad=False)
+                converted = read(key).to(dtype)
+                if not converted.is_meta and not is_finite(converted):
+                    raise CheckpointError(
+                        f"{module.name}.{key}: a weight is too large for {plan.dtype}; plan with bf16"
+                    )
+                value = torch.nn.Parameter(move(converted), requires_grad=False)
             setattr(target, key, value)
         return
     rows, columns = module.weight_shape

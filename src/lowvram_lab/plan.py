@@ -307,6 +307,9 @@ def _plan_from_dict(cls, values) -> Plan:
     for name, kind in types.items():
         if not isinstance(values[name], kind):
             raise PlanError(f"plan field {name!r}: expected {kind.__name__}, found {values[name]!r}"[:200])
+    for name in ("context", "threads"):
+        if isinstance(values[name], bool) or not isinstance(values[name], int | None if name == "threads" else int):
+            raise PlanError(f"plan field {name!r}: expected a whole number, found {values[name]!r}"[:200])
     modules = {}
     for name, entry in values["modules"].items():
         if not isinstance(entry, dict) or set(entry) != {"format", "device"}:

@@ -6,7 +6,7 @@ Derived in: notebooks/09_validated_chat.ipynb
 from dataclasses import asdict, dataclass
 
 from lowvram_lab.chat import ChatSession
-from lowvram_lab.evaluate import fidelity, repetition
+from lowvram_lab.evaluate import Fidelity, fidelity, repetition
 from lowvram_lab.profile import MemoryProfile, SpeedProfile
 from lowvram_lab.units import format_bytes
 
@@ -49,11 +49,19 @@ class Check:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """Checks and figures of one model, plan and GPU."""
+    """Checks and figures of one model, plan and GPU.
+
+    Attributes:
+        model: Model name.
+        gpu: Where it ran, in words.
+        checks: One line each.
+        fidelity: The comparison with the reference, if one was made.
+    """
 
     model: str
     gpu: str
     checks: tuple[Check, ...]
+    fidelity: Fidelity | None = None
 
     @property
     def passed(self) -> bool:
@@ -84,7 +92,11 @@ class ValidationReport:
             "gpu": self.gpu,
             "passed": self.passed,
             "checks": [asdict(check) for check in self.checks],
+            "fidelity": self.fidelity and self.fidelity.to_dict(),
         }
+
+    def __repr__(self) -> str:
+        return f"{self.summary()}\n{self.table().to_string(index=False)}"
 
     def _repr_html_(self) -> str:
         return f"<b>{self.summary()}</b>" + self.table().to_html(index=False)
@@ -115,8 +127,10 @@ def validate(
     """
     limits, model = limits or Limits(), session.model
     checks = [*_memory_checks(session, measured), *_forecast_checks(forecast, measured, limits)]
+    found = None
     if reference is not None:
-        checks += _fidelity_checks(fidelity(model, reference, session.tokenizer, text, progress=progress), limits)
+        found = fidelity(model, reference, session.tokenizer, text, progress=progress)
+        checks += _fidelity_checks(found, limits)
     answers = [message["content"] for message in session.history if message["role"] == "assistant"]
     worst = max((repetition(answer) for answer in answers), default=0.0)
     said = bool(answers) and all(answer.strip() for answer in answers)
@@ -125,7 +139,7 @@ def validate(
         Check("repeated 4-grams", f"{worst:.0%}", f"at most {limits.repetition:.0%}", worst <= limits.repetition)
     )
     checks += _speed_figures(session, speed)
-    return ValidationReport(model.plan.model, model.gpu.name, tuple(checks))
+    return ValidationReport(model.plan.model, model.gpu.name, tuple(checks), found)
 
 
 def _memory_checks(session: ChatSession, measured: MemoryProfile | None) -> list[Check]:

@@ -3,7 +3,7 @@
 Derived in: notebooks/09_validated_chat.ipynb
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.device import Gpu, GpuBudget
@@ -15,7 +15,7 @@ from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import format_bytes
 
 RECIPES = ("bf16", "int8", "int4")
-"""From the most precise. nf4 is as small as int4 and runs well only on CUDA: ask for it by name."""
+"""From the most precise. nf4 runs well on CUDA only, and leaves both ends in 16 bits: ask for it by name."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class PlanChoice:
     plan: Plan
     forecast: MemoryProfile
     why: tuple[str, ...]
+    recipe: str = ""
 
     def _repr_html_(self) -> str:
         return self.plan._repr_html_() + "<br>".join(self.why) + self.forecast._repr_html_()
@@ -37,6 +38,7 @@ def auto_plan(
     *,
     recipes: tuple[str, ...] = RECIPES,
     kernels: str | None = None,
+    threads: int | None = None,
 ) -> PlanChoice:
     """Chooses a plan that fits.
 
@@ -47,6 +49,7 @@ def auto_plan(
         recipes: Recipes to try, the most precise first. The last is the one split between GPU and CPU if none fits
             whole.
         kernels: See ``forecast``.
+        threads: CPU threads for the plan.
 
     Returns:
         The plan, its forecast, and why it was chosen.
@@ -58,14 +61,15 @@ def auto_plan(
     budget, kernels = resolve(gpu, kernels)
     why, plan = [], None
     for recipe in recipes:
-        plan = Plan.uniform(spec, recipe, context=context)
+        plan = replace(Plan.uniform(spec, recipe, context=context), threads=threads)
+        plan.validate(spec)
         tries = [("", plan)]
         if not spec.tied:
             tries.append((" with the embedding on the CPU", plan.with_modules(spec.embedding, device="cpu")))
         for where, plan in tries:
             if profile := forecast_if_possible(plan, spec, budget, kernels):
                 why.append(f"{recipe}{where} fits: {_margin(profile)}")
-                return PlanChoice(plan, profile, tuple(why))
+                return PlanChoice(plan, profile, tuple(why), recipe)
             why.append(f"{recipe}{where} does not fit: {_shortage(plan, spec, budget)}")
     total = spec.num_hidden_layers
     workload = Workload.full_context(context)
@@ -73,7 +77,7 @@ def auto_plan(
     if split is None:
         raise _refusal(plan.with_gpu_layers(spec, 1), spec, budget, kernels)
     why.append(f"{recipes[-1]} with {split.number} of {total} layers on the GPU fits: {_margin(split.forecast)}")
-    return PlanChoice(split.plan, split.forecast, tuple(why))
+    return PlanChoice(split.plan, split.forecast, tuple(why), recipes[-1])
 
 
 def _margin(profile: MemoryProfile) -> str:

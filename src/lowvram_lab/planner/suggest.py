@@ -64,9 +64,11 @@ def suggest(
 
     Returns:
         At most one suggestion of each sort, gentlest first: the allocator's other mode, moves that cost next to
-        nothing, fewer tokens, a lower format, layers to the CPU. Empty if nothing helps.
+        nothing, fewer tokens, a lower format, layers to the CPU. Empty if nothing helps, or if the plan fits as it is.
     """
     budget, kernels = resolve(gpu, kernels)
+    if forecast_if_possible(plan, spec, budget, kernels):
+        return []
     found = [*_expandable(plan, spec, budget, kernels)]
     spared, moves = plan, []
     for text, change in _cheap_moves(plan, spec):
@@ -109,7 +111,7 @@ def _cheap_moves(plan: Plan, spec: ModelSpec) -> list[tuple[str, Callable[[Plan]
     body = {plan.modules[m.name].format for m in spec.modules if m.layer is not None and m.kind == "linear"}
     if plan.modules[spec.head].format == plan.dtype and plan.dtype not in body:
         names = [spec.head] + ([spec.embedding] if spec.tied else [])
-        moves.append((f"{spec.head} in int8", lambda p: _with_formats(p, names, "int8")))
+        moves.append((f"{' and '.join(names)} in int8", lambda p: _with_formats(p, names, "int8")))
     if plan.kv_format != "int8":
         moves.append(("KV cache in int8", lambda p: replace(p, kv_format="int8")))
     return moves
