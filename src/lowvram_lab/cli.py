@@ -77,6 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     command("models", _models, "list the models known by name")
     forecast = command("forecast", _forecast, "say what a model will take of a GPU, without one and without weights")
     _add_plan_options(forecast, budget_required=False)
+    forecast.add_argument("--batch", type=_positive, default=1, metavar="N", help="prompts at once (1)")
+    forecast.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png or .svg file")
+    forecast.add_argument(
+        "--compare", action="store_true", help="then load the weights, run it, and show the difference"
+    )
     plan = command("plan", _plan, "choose the most precise plan that fits a GPU")
     _add_plan_options(plan, budget_required=True)
     plan.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
@@ -106,6 +111,7 @@ def _add_plan_options(parser, *, budget_required: bool) -> None:
     how.add_argument("--format", metavar="NAME", help="one recipe for the whole model: fp16, bf16, int8, int4, nf4")
     how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
     parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
+    parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
 
 
@@ -174,7 +180,7 @@ def _stated_plan(args, spec, default_format: str | None = None):
         return None
     if args.gpu_layers is not None:
         plan = plan.with_gpu_layers(spec, args.gpu_layers)
-    plan = replace(plan, threads=args.threads or plan.threads)
+    plan = replace(plan, threads=args.threads or plan.threads, kv_format=args.kv or plan.kv_format)
     plan.validate(spec)
     return plan
 
@@ -189,8 +195,8 @@ def _chosen_plan(args, spec, gpu):
     if plan is not None:
         profile = forecast(plan, spec, gpu)
         return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
-    if args.gpu_layers is not None:
-        raise BudgetError("--gpu-layers needs --format or --plan: without them the planner chooses the split itself")
+    if args.gpu_layers is not None or args.kv is not None:
+        raise BudgetError("--gpu-layers and --kv need --format or --plan: without them the planner chooses")
     choice = auto_plan(spec, gpu, args.context or 2048, threads=args.threads)
     return choice.plan, choice.forecast, list(choice.why)
 
@@ -199,24 +205,74 @@ def _forecast(args) -> int:
     from dataclasses import replace
 
     from lowvram_lab.dry_run import forecast
-    from lowvram_lab.memory.device import GpuBudget
+    from lowvram_lab.memory.device import GpuBudget, open_gpu
     from lowvram_lab.planner.suggest import suggest
+    from lowvram_lab.profile import Workload
 
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
+    _check_picture(args.plot)
     _, spec = _spec_of(args)
     plan = _stated_plan(args, spec, "fp16")
-    profile = forecast(plan, spec, budget)
-    found = [] if profile.fits else suggest(plan, spec, budget)
+    workload = Workload.full_context(plan.context, batch_size=args.batch)
+    gpu = open_gpu(budget) if args.compare else budget
+    profile = forecast(plan, spec, gpu, workload=workload, timeline=bool(args.plot))
+    found = suggest(plan, spec, gpu) if budget and not profile.fits else []
     profile = replace(profile, suggestions=tuple(map(str, found)))
-    if args.json:
-        _print_json({**profile.to_dict(), "plan": plan.digest, "suggestions": [s.to_dict() for s in found]})
-        return 0
-    print(plan.summary(spec))
-    print(profile.table().to_string(index=False), "\n(MiB; reserved is the simulated CUDA allocator's)")
-    print(profile.summary())
+    result = {**profile.to_dict(), "plan": plan.digest, "suggestions": [s.to_dict() for s in found]}
+    say = _say(args)
+    say(plan.summary(spec))
+    say(profile.table().to_string(index=False))
+    say("(MiB; reserved is the simulated CUDA allocator's)")
+    say(profile.summary())
     for line in profile.suggestions:
-        print("would fit:", line)
+        say(f"would fit: {line}")
+    if args.compare:
+        result |= _compare(args, plan, spec, gpu, profile, say)
+    if args.plot:
+        _draw(profile, args.plot)
+        say(f"drawn: {args.plot}")
+    if args.json:
+        _print_json(result)
     return 0
+
+
+def _compare(args, plan, spec, gpu, profile, say) -> dict:
+    """Loads and runs what was forecast; says where the two differ, or that both run out of memory."""
+    from lowvram_lab.explain import explain_oom
+    from lowvram_lab.loader import load
+    from lowvram_lab.profile import run_workload
+
+    say(f"\nmeasured on the {gpu.name}:")
+    with explain_oom(suggestions=False) as oom:
+        model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
+        measured = run_workload(model, profile.workload)
+    if oom.happened:
+        say(oom.summary())
+        return {"measured": None, "oom": oom.to_dict()}
+    table = profile.compare(measured)
+    say(table.to_string(index=False))
+    return {"measured": measured.to_dict(), "comparison": table.to_dict("records")}
+
+
+def _check_picture(path: str | None) -> None:
+    from pathlib import Path
+
+    if path and Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise LowvramError(f"expected a picture's name ending in .png, .svg or .pdf, found {path!r}")
+    if path and not Path(path).absolute().parent.is_dir():
+        raise LowvramError(f"cannot write {path}: its folder does not exist")
+
+
+def _draw(profile, path: str) -> None:
+    import io
+    from pathlib import Path
+
+    from lowvram_lab.files import write_atomically
+    from lowvram_lab.plot import plot_timeline
+
+    picture = io.BytesIO()
+    plot_timeline(profile).figure.savefig(picture, format=Path(path).suffix[1:].lower(), dpi=150)
+    write_atomically(Path(path), picture.getvalue())
 
 
 def _plan(args) -> int:
