@@ -5,6 +5,7 @@ pickled snapshot is refused like any pickle): ``device_traces`` holds, in order,
 ``size``.
 """
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -47,11 +48,15 @@ class TraceReplay:
 
 
 class _Counting(CachingAllocator):
-    """A caching allocator that remembers every segment it ever made."""
+    """A caching allocator that remembers every segment it ever made.
 
-    def __init__(self, capacity):
+    Its segments lie where the recorded ones do: of free blocks equal in size CUDA takes the one at the lowest address.
+    """
+
+    def __init__(self, capacity, addresses):
         super().__init__(capacity)
         self.made: Counter = Counter()
+        self._numbers = zip(itertools.chain(addresses, itertools.repeat(1 << 64)), itertools.count(), strict=False)
 
     def _new_segment(self, size, small):
         block = super()._new_segment(size, small)
@@ -67,14 +72,25 @@ def read_snapshot(path: str | Path) -> dict:
     """
     try:
         snapshot = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: expected a memory snapshot saved as JSON; pickles are not opened. "
             "Save one with json.dump(torch.cuda.memory._snapshot(), file)"
         ) from error
     if not isinstance(snapshot, dict) or not isinstance(snapshot.get("device_traces"), list):
         raise CheckpointError(f"{path}: expected a memory snapshot with device_traces, found other JSON")
+    for trace in snapshot["device_traces"]:
+        if not isinstance(trace, list) or not all(map(_is_entry, trace)):
+            raise CheckpointError(
+                f"{path}: expected a memory snapshot whose traces hold action, addr and size, found another shape"
+            )
     return snapshot
+
+
+def _is_entry(entry) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("action"), str):
+        return False
+    return all(isinstance(entry.get(key, 0), int) for key in ("addr", "size"))
 
 
 def replay_trace(snapshot: dict, device: int = 0, capacity: int | None = None) -> TraceReplay:
@@ -89,11 +105,15 @@ def replay_trace(snapshot: dict, device: int = 0, capacity: int | None = None) -
         Segments and bytes, recorded beside simulated.
 
     Raises:
-        CheckpointError: A free of an address that was never allocated: the recording began too late.
+        CheckpointError: No such device, or a free of an address that was never allocated: the recording began too late.
     """
-    trace = snapshot["device_traces"][device]
+    traces = snapshot["device_traces"]
+    if not 0 <= device < len(traces):
+        raise CheckpointError(f"expected a trace of device {device}, found {len(traces)} traces in the snapshot")
+    trace = traces[device]
     expandable = any(entry["action"] in ("segment_map", "segment_unmap") for entry in trace)
-    allocator = ExpandableAllocator(capacity) if expandable else _Counting(capacity)
+    addresses = [entry["addr"] for entry in trace if entry["action"] == "segment_alloc"]
+    allocator = ExpandableAllocator(capacity) if expandable else _Counting(capacity, addresses)
     recorded, recorded_reserved, live, refused, missed = Counter(), 0, {}, set(), 0
     for entry in trace:
         action, address, size = entry["action"], entry.get("addr"), entry.get("size", 0)
