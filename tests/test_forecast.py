@@ -186,7 +186,8 @@ def test_qwen_4b_in_16_bits_at_4096_tokens():
     profile = forecast(Plan.uniform(spec, "fp16", context=4096), spec, "4GiB")
     assert profile.weights_bytes == 7_900_738_560
     assert profile.kv_bytes == 4096 * 400 * 1024
-    assert profile.phase("load").peak_allocated_bytes == pytest.approx(7_900_738_560, rel=1e-4)
+    # CUDA counts whole blocks: a 33.75 MiB projection takes a 34 MiB segment whose rest is too small to split off
+    assert profile.phase("load").peak_allocated_bytes == pytest.approx(7_900_738_560 + 120 * MiB // 4, rel=1e-4)
     assert profile.peak_allocated_bytes > profile.weights_bytes + profile.kv_bytes
     assert not profile.fits
     assert profile.first_oom.phase == "load"

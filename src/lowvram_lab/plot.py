@@ -2,7 +2,7 @@
 
 matplotlib is imported only here, and pyplot nowhere.
 
-Derived in: notebooks/01_analyze_the_oom.ipynb, notebooks/09_validated_chat.ipynb
+Derived in: notebooks/01_analyze_the_oom.ipynb, notebooks/02_watch_memory.ipynb, notebooks/09_validated_chat.ipynb
 """
 
 import re
@@ -13,9 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lowvram_lab.chat import TurnStats
+from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluate import Fidelity
 from lowvram_lab.memory.device import GpuBudget
 from lowvram_lab.memory.meter import OomEvent
+from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.profile import MemoryProfile
 from lowvram_lab.report import Limits
 from lowvram_lab.spec import ModelSpec
@@ -30,16 +32,20 @@ COLOURS = {
 }
 """One colour a category in every picture of the library."""
 
-LABELS = {**{category: category for category in COLOURS}, "context": "CUDA context", "kv": "KV cache"}
-BUDGET_COLOUR = "#c44e52"
 UNUSED = "reserved, unused"
+LABELS = {**{key: key for key in COLOURS}, "context": "CUDA context", "kv": "KV cache", "fragmentation": UNUSED}
+BUDGET_COLOUR = "#c44e52"
 UNUSED_STYLE = {"facecolor": "white", "edgecolor": "#9e9e9e", "hatch": "////", "linewidth": 0.5}
+STYLES = {**{category: {"color": colour} for category, colour in COLOURS.items()}, "fragmentation": UNUSED_STYLE}
+
+POINTS = 240
+"""Stretches a phase of a long timeline is cut into; of each its highest and lowest moments are drawn."""
 
 
 def plot_profiles(
     profiles: Sequence[MemoryProfile], labels: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Stacked bars: what each profile holds at its peak, and what the allocator reserved beyond it, against the card.
+    """Stacked bars: the breakdown of each profile when its allocator held most, against the card.
 
     The figure above a bar is CUDA context + reserved: what the card must have.
 
@@ -49,34 +55,139 @@ def plot_profiles(
         ax: Where to draw; a new figure by default.
     """
     ax = ax or _new_axes(width=2.6 + 1.2 * len(profiles))
-    stacks = [(p.overhead_bytes, p.peak.breakdown, p.peak_reserved_bytes) for p in profiles]
-    unit, tops = _draw_stacks(ax, labels or [f"{p.model}\n{p.origin}" for p in profiles], stacks)
+    names = labels or [f"{p.model}\n{p.origin}" for p in profiles]
+    unit, tops = _draw_stacks(ax, names, [p.breakdown for p in profiles], profiles[0].budget)
     for position, (profile, top) in enumerate(zip(profiles, tops, strict=True)):
         verdict = "" if profile.fits else "\ndoes not fit"
         colour = "black" if profile.fits else BUDGET_COLOUR
         _label(ax, f"{_number(top, unit)}{verdict}", (position, top / unit), colour)
-    _draw_card(ax, profiles[0].budget, unit)
     ax.set_ylabel(f"GPU memory at the peak, {_name(unit)}")
     ax.margins(y=0.18)
     return _legend(ax)
 
 
 def plot_phases(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
-    """Stacked bars: the peak of each phase of one profile, by category, against the card.
+    """Stacked bars: each phase of one profile when its allocator held most, by category, against the card.
 
     Args:
         profile: Forecast or measured.
         ax: Where to draw; a new figure by default.
     """
     ax = ax or _new_axes(width=2.6 + 1.2 * len(profile.phases))
-    stacks = [(profile.overhead_bytes, phase.breakdown, phase.peak_reserved_bytes) for phase in profile.phases]
-    unit, tops = _draw_stacks(ax, [phase.name for phase in profile.phases], stacks)
+    stacks = [{**phase.reserved_breakdown, "context": profile.overhead_bytes} for phase in profile.phases]
+    unit, tops = _draw_stacks(ax, [phase.name for phase in profile.phases], stacks, profile.budget)
     for position, top in enumerate(tops):
         _label(ax, _number(top, unit), (position, top / unit))
-    _draw_card(ax, profile.budget, unit)
     ax.set_ylabel(f"peak GPU memory, {_name(unit)}")
-    ax.set_title(f"{profile.model}, {profile.origin}", fontsize="medium")
+    ax.set_title(_title(profile), fontsize="medium")
     ax.margins(y=0.12)
+    return _legend(ax)
+
+
+def plot_breakdown(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
+    """A waterfall: what the card must have, part by part, up to CUDA context + reserved peak.
+
+    Args:
+        profile: Forecast or measured.
+        ax: Where to draw; a new figure by default.
+    """
+    parts = {category: profile.breakdown[category] for category in STYLES if profile.breakdown[category]}
+    whole, left = sum(parts.values()), 0
+    unit = _unit(whole)
+    ax = ax or _new_axes(width=6.5, height=0.36 * len(parts) + 1.2)
+    _draw_card(ax, profile.budget, unit, upright=True)
+    for category, size in parts.items():
+        ax.barh(LABELS[category], size / unit, left=left / unit, height=0.7, **STYLES[category])
+        left += size
+        text = f"{format_bytes(size)} ({size / whole:.0%})"
+        _label(ax, text, (left / unit, LABELS[category]), xytext=(4, 0), ha="left", va="center")
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.4 * whole / unit)
+    ax.set_xlabel(f"GPU memory at the peak, {_name(unit)}: {_number(whole, unit)} in all")
+    ax.set_title(_title(profile), fontsize="medium")
+    return _legend(ax) if profile.budget else ax
+
+
+def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = None, ax: Axes | None = None) -> Axes:
+    """Stacked areas: bytes live on the GPU after every allocation and release, by category, below what is reserved.
+
+    Args:
+        source: A profile with a timeline, or a timeline. The first allocation of a forecast that fails is marked.
+        budget: The card; what it leaves for tensors is drawn. By default the profile's own.
+        ax: Where to draw; a new figure by default.
+
+    Raises:
+        LowvramError: No timeline was kept, or nothing was allocated on the GPU.
+    """
+    profile = source if isinstance(source, MemoryProfile) else None
+    timeline = profile.timeline if profile else source
+    table = timeline.table() if timeline is not None else ()
+    if not len(table):
+        raise LowvramError("expected a timeline with GPU memory in it; forecast with timeline=True, or watch a run")
+    budget = budget or (profile.budget if profile else None)
+    unit = _unit(max(table["allocated"].max(), table["reserved"].max(), budget.usable_bytes if budget else 0))
+    failed = _failure(table, profile.first_oom) if profile and profile.first_oom else []
+    ax = ax or _new_axes(width=8.5, height=4)
+    at, rows = _draw_phases(ax, table, keep=failed)
+    shown = [category for category in CATEGORIES if table[category].any()]
+    areas = [table[category][rows] / unit for category in shown]
+    names, colours = [LABELS[category] for category in shown], [COLOURS[category] for category in shown]
+    ax.stackplot(at[rows], *areas, labels=names, colors=colours, step="post", linewidth=0)
+    if table["reserved"].any():
+        ax.step(at[rows], table["reserved"][rows] / unit, where="post", color="#303030", label="reserved", linewidth=1)
+    _draw_tensor_room(ax, budget, unit)
+    ax.set_title(_title(profile) if profile else "", fontsize="medium")
+    for row in failed:
+        ax.axvspan(at[row], at.max(), color="white", alpha=0.5, linewidth=0, zorder=2.2, label="if it had gone on")
+        _mark_failure(ax, profile.first_oom, (at[row], table["reserved"][row] / unit), late=at[row] > at.max() / 2)
+    ax.set_ylabel(f"GPU memory without CUDA context, {_name(unit)}")
+    ax.set_ylim(bottom=0)
+    ax.margins(y=0.12)
+    return _legend(ax)
+
+
+def plot_comparison(forecast: MemoryProfile, measured: MemoryProfile, ax: Axes | None = None) -> Axes:
+    """Forecast over measured, phase by phase: two curves where both kept a timeline of it all, else two bars a phase.
+
+    The figures above are the allocated peak measured and how far the forecast is from it.
+
+    Args:
+        forecast: Of the same workload ...
+        measured: ... as this one.
+        ax: Where to draw; a new figure by default.
+    """
+    compared = forecast.compare(measured)
+    unit = _unit(max(profile.peak_allocated_bytes for profile in (forecast, measured)))
+    ax = ax or _new_axes(width=2.6 + 1.5 * len(compared), height=4)
+    tables = [profile.timeline.table() if profile.timeline else None for profile in (forecast, measured)]
+    if all(table is not None and list(table["phase"].unique()) == list(compared["phase"]) for table in tables):
+        at, rows = _draw_phases(ax, tables[1])
+        heights = tables[1]["allocated"][rows] / unit
+        ax.fill_between(at[rows], heights, step="post", color=COLOURS["kv"], label=measured.origin, linewidth=0)
+        at, rows = _draw_phases(ax, tables[0])
+        heights = tables[0]["allocated"][rows] / unit
+        ax.step(at[rows], heights, where="post", color="black", label=forecast.origin, linewidth=0.7)
+    else:
+        middles = [position + 0.5 for position in range(len(compared))]
+        heights = [
+            [profile.phase(name).peak_allocated_bytes / unit for name in compared["phase"]]
+            for profile in (forecast, measured)
+        ]
+        ax.bar(middles, heights[1], width=0.6, color=COLOURS["kv"], label=measured.origin)
+        ax.bar(middles, heights[0], width=0.75, fill=False, edgecolor="black", linewidth=1.2, label=forecast.origin)
+        ax.set_xticks(middles, compared["phase"])
+    for position, (name, difference) in enumerate(zip(compared["phase"], compared["difference"], strict=True)):
+        peak = measured.phase(name).peak_allocated_bytes
+        _label(
+            ax,
+            f"{_number(peak, unit)} {_name(unit)}\noff by {difference:,} bytes",
+            (position + 0.5, peak / unit),
+        )
+    _draw_tensor_room(ax, measured.budget, unit)
+    ax.set_ylabel(f"allocated, without CUDA context, {_name(unit)}")
+    ax.set_title(_title(measured), fontsize="medium")
+    ax.set_ylim(bottom=0)
+    ax.margins(y=0.2)
     return _legend(ax)
 
 
@@ -211,38 +322,78 @@ def _new_axes(width: float = 6.4, height: float = 3.6) -> Axes:
     return Figure(figsize=(width + 1.5, height), layout="constrained").add_subplot()
 
 
-def _draw_stacks(ax: Axes, names: Sequence[str], stacks) -> tuple[int, list[int]]:
-    """Draws (context, breakdown, reserved) a bar; returns the unit and every bar's height in bytes."""
-    tops = [0] * len(stacks)
-    unit = _unit(max(context + max(sum(breakdown.values()), reserved) for context, breakdown, reserved in stacks))
+def _title(profile: MemoryProfile) -> str:
+    where = f" on {profile.gpu}" if profile.origin == "measured" else ""
+    return f"{profile.model}, {profile.origin}{where}"
 
-    def add(sizes: list[int], label: str, **style) -> None:
-        heights, bottoms = [size / unit for size in sizes], [top / unit for top in tops]
-        ax.bar(range(len(stacks)), heights, bottom=bottoms, label=label, width=0.6, **style)
-        tops[:] = [top + size for top, size in zip(tops, sizes, strict=True)]
 
-    for category, colour in COLOURS.items():
-        sizes = [context if category == "context" else parts.get(category, 0) for context, parts, _ in stacks]
+def _draw_stacks(ax: Axes, names: Sequence[str], stacks: Sequence[dict], budget) -> tuple[int, list[int]]:
+    """Draws a breakdown a bar, and the card; returns the unit and every bar's height in bytes."""
+    unit, tops = _unit(max(sum(stack.values()) for stack in stacks)), [0] * len(stacks)
+    for category, style in STYLES.items():
+        sizes = [stack.get(category, 0) for stack in stacks]
         if any(sizes):
-            add(sizes, LABELS[category], color=colour)
-    unused = [max(0, context + reserved - top) for (context, _, reserved), top in zip(stacks, tops, strict=True)]
-    if any(unused):
-        add(unused, UNUSED, **UNUSED_STYLE)
+            heights, bottoms = [size / unit for size in sizes], [top / unit for top in tops]
+            ax.bar(range(len(stacks)), heights, bottom=bottoms, label=LABELS[category], width=0.6, **style)
+            tops = [top + size for top, size in zip(tops, sizes, strict=True)]
     ax.set_xticks(range(len(names)), names)
+    _draw_card(ax, budget, unit)
     return unit, tops
 
 
-def _draw_card(ax: Axes, budget: GpuBudget | None, unit: int) -> None:
+def _draw_phases(ax: Axes, table, keep: Sequence[int] = ()):
+    """Gives every phase a width of one, so that a short load can be read beside a long decode, and names it.
+
+    Returns where each event of a timeline's table is drawn, and the rows to draw: all of a short timeline, of a long
+    one every stretch's highest and lowest.
+    """
+    begins = table["phase"].ne(table["phase"].shift())
+    phase = begins.cumsum() - 1
+    at = phase + table.groupby(phase).cumcount() / phase.map(phase.value_counts())
+    stretches = table.groupby((at * POINTS).astype(int))
+    rows = {0, len(table) - 1, *keep, *stretches["reserved"].idxmax()}
+    rows |= {*stretches["allocated"].idxmax(), *stretches["allocated"].idxmin()}
+    names = [name or "run" for name in table["phase"][begins]]
+    for position in range(1, len(names)):
+        ax.axvline(position, color="#707070", linestyle=":", linewidth=1)
+    ax.set_xticks([position + 0.5 for position in range(len(names))], names)
+    ax.set_xlim(0, len(names))
+    ax.set_xlabel("allocations and releases in order; each phase is drawn equally wide")
+    return at, sorted(rows)
+
+
+def _failure(table, oom: OomEvent) -> list[int]:
+    """The row of the allocation that failed, if it is there; its block may be larger than what was asked for."""
+    asked = table["owner"].eq(oom.module) & table["phase"].eq(oom.phase) & table["size"].ge(oom.requested_bytes or 1)
+    return list(table.index[asked & (table["allocated"] - table["size"]).eq(oom.allocated_bytes)][:1])
+
+
+def _mark_failure(ax: Axes, oom: OomEvent, at: tuple[float, float], late: bool) -> None:
+    ax.plot(*at, "X", color=BUDGET_COLOUR, markersize=9, zorder=5, label="out of memory")
+    text = f"{re.sub(r'^model[.](layers[.])?', '', oom.module)}\nasks for {format_bytes(oom.requested_bytes)}"
+    side = {"xytext": (-12, 6), "ha": "right"} if late else {"xytext": (12, 6), "ha": "left"}
+    _label(ax, text, at, BUDGET_COLOUR, **side)
+
+
+def _draw_card(ax: Axes, budget: GpuBudget | None, unit: int, *, upright: bool = False) -> None:
     if budget:
-        label = f"the card, {format_bytes(budget.total_bytes)}"
-        ax.axhline(budget.total_bytes / unit, color=BUDGET_COLOUR, linestyle="--", label=label, zorder=3)
+        line, label = ax.axvline if upright else ax.axhline, f"the card, {format_bytes(budget.total_bytes)}"
+        line(budget.total_bytes / unit, color=BUDGET_COLOUR, linestyle="--", label=label, zorder=3)
 
 
-def _label(ax: Axes, text: str, at: tuple[float, float], colour: str = "black") -> None:
-    """Text just above a point, readable where the card's line crosses it."""
+def _draw_tensor_room(ax: Axes, budget: GpuBudget | None, unit: int) -> None:
+    """The card's line where the CUDA context is not drawn."""
+    if budget:
+        label = f"room for tensors,\n{format_bytes(budget.total_bytes)}"
+        label += f" - {format_bytes(budget.context_bytes)} context" if budget.context_bytes else ""
+        ax.axhline(budget.usable_bytes / unit, color=BUDGET_COLOUR, linestyle="--", label=label, zorder=3)
+
+
+def _label(ax: Axes, text: str, at: tuple, colour: str = "black", **where) -> None:
+    """Text beside a point, by default just above it, readable where the card's line crosses it."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
-    style = {"ha": "center", "va": "bottom", "color": colour, "bbox": box, "zorder": 4}
-    ax.annotate(text, at, xytext=(0, 2), textcoords="offset points", **style)
+    style = {"xytext": (0, 2), "ha": "center", "va": "bottom", **where}
+    ax.annotate(text, at, textcoords="offset points", color=colour, bbox=box, zorder=4, **style)
 
 
 def _legend(ax: Axes) -> Axes:

@@ -14,6 +14,7 @@ from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
+from lowvram_lab.memory.nvml import process_bytes
 from lowvram_lab.memory.replay import MetaResults
 from lowvram_lab.units import GiB, KiB, MiB, format_bytes, parse_bytes
 
@@ -209,7 +210,7 @@ class DryRunGpu(Gpu):
         if expandable_segments:
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.kernels = kernels
-        self.meter.run = self._run
+        self.meter.run, self.meter.by_block = self._run, kernels == "cuda"
         self._results = MetaResults()
         self._workspace = None
 
@@ -278,6 +279,7 @@ class CudaGpu(Gpu):
             record.peak_allocated_bytes = torch.cuda.max_memory_allocated(self.device)
             record.end_allocated_bytes = torch.cuda.memory_allocated(self.device)
             record.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.device)
+            record.process_bytes = process_bytes(self.device.index)
             # what CUDA counted and the meter did not see: cuBLAS' workspace, temporaries inside kernels
             unseen = record.peak_allocated_bytes - sum(metered.breakdown.values())
             record.breakdown = {**metered.breakdown, "workspace": unseen}

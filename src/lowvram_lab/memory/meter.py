@@ -36,6 +36,7 @@ class PhaseMemory:
             the peak.
         reserved_breakdown: The same at the moment of the reserved peak, with ``fragmentation`` for what was reserved
             and not allocated. Sums to the reserved peak.
+        process_bytes: What the driver says the process held at the end, CUDA context included; ``None`` where unknown.
     """
 
     name: str
@@ -44,6 +45,7 @@ class PhaseMemory:
     peak_reserved_bytes: int = 0
     breakdown: dict[str, int] = field(default_factory=dict)
     reserved_breakdown: dict[str, int] = field(default_factory=dict)
+    process_bytes: int | None = None
 
 
 @dataclass
@@ -88,12 +90,18 @@ class Meter(TorchDispatchMode):
         allocator: Model of the GPU's allocator, asked for every GPU block.
         on_oom: Called with an ``OomEvent`` when the allocator is out of capacity. If it returns, the run goes on
             without a limit: that is how a forecast sees past the first failure.
+
+    Attributes:
+        allocated: Place → live bytes.
         run: Called with operator, arguments and keyword arguments instead of the operator itself; see ``replay.py``.
+        by_block: Count a GPU tensor as the allocator's whole block, as ``torch.cuda.memory_allocated`` does: a large
+            block that is not worth splitting is counted with its unused end.
     """
 
-    def __init__(self, *, by_device=False, allocator: CachingAllocator | None = None, on_oom=None, run=None):
+    def __init__(self, *, by_device=False, allocator: CachingAllocator | None = None, on_oom=None):
         super().__init__()
-        self.by_device, self.allocator, self.on_oom, self.run = by_device, allocator, on_oom, run
+        self.by_device, self.allocator, self.on_oom = by_device, allocator, on_oom
+        self.run, self.by_block = None, False
         self.allocated = Counter()
         self.peak_allocated = 0
         self.timeline: Timeline | None = None
@@ -227,6 +235,8 @@ class Meter(TorchDispatchMode):
         live = _Live(place, round_size(size), self._owner, self._category, None)
         if place == "gpu" and self.allocator is not None:
             live.handle = self._take(size)
+            if self.by_block:
+                live.size = live.handle.size
         live.reference = weakref.ref(storage, lambda _, key=key: self._release(key))
         self._live[key] = live
         self.allocated[place] += live.size
