@@ -19,6 +19,9 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as stream:
             stream.write(payload)
+        umask = os.umask(0)  # there is no way to read it without setting it
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files only their owner can read
         os.replace(temporary, path)
     except OSError as error:
         if temporary:
