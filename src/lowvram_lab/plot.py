@@ -5,7 +5,6 @@ matplotlib is imported only here, and pyplot nowhere.
 Derived in: notebooks/01_analyze_the_oom.ipynb, notebooks/02_watch_memory.ipynb, notebooks/09_validated_chat.ipynb
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -35,6 +34,7 @@ COLOURS = {
 UNUSED = "reserved, unused"
 LABELS = {**{key: key for key in COLOURS}, "context": "CUDA context", "kv": "KV cache", "fragmentation": UNUSED}
 BUDGET_COLOUR = "#c44e52"
+MEASURED_COLOUR = "#b8c9e1"
 UNUSED_STYLE = {"facecolor": "white", "edgecolor": "#9e9e9e", "hatch": "////", "linewidth": 0.5}
 STYLES = {**{category: {"color": colour} for category, colour in COLOURS.items()}, "fragmentation": UNUSED_STYLE}
 
@@ -138,8 +138,8 @@ def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = N
     _draw_tensor_room(ax, budget, unit)
     ax.set_title(_title(profile) if profile else "", fontsize="medium")
     for row in failed:
-        ax.axvspan(at[row], at.max(), color="white", alpha=0.5, linewidth=0, zorder=2.2, label="if it had gone on")
-        _mark_failure(ax, profile.first_oom, (at[row], table["reserved"][row] / unit), late=at[row] > at.max() / 2)
+        ax.axvspan(at[row], at.max(), color="white", alpha=0.5, linewidth=0, zorder=2.2)
+        _mark_failure(ax, profile.first_oom, (at[row], table["reserved"][row] / unit), late=at[row] > at.max() / 3)
     ax.set_ylabel(f"GPU memory without CUDA context, {_name(unit)}")
     ax.set_ylim(bottom=0)
     ax.margins(y=0.12)
@@ -157,32 +157,22 @@ def plot_comparison(forecast: MemoryProfile, measured: MemoryProfile, ax: Axes |
         ax: Where to draw; a new figure by default.
     """
     compared = forecast.compare(measured)
-    unit = _unit(max(profile.peak_allocated_bytes for profile in (forecast, measured)))
+    names, unit = list(compared["phase"]), _unit(max(compared[[forecast.origin, measured.origin]].max()))
     ax = ax or _new_axes(width=2.6 + 1.5 * len(compared), height=4)
-    tables = [profile.timeline.table() if profile.timeline else None for profile in (forecast, measured)]
-    if all(table is not None and list(table["phase"].unique()) == list(compared["phase"]) for table in tables):
-        at, rows = _draw_phases(ax, tables[1])
-        heights = tables[1]["allocated"][rows] / unit
-        ax.fill_between(at[rows], heights, step="post", color=COLOURS["kv"], label=measured.origin, linewidth=0)
-        at, rows = _draw_phases(ax, tables[0])
-        heights = tables[0]["allocated"][rows] / unit
-        ax.step(at[rows], heights, where="post", color="black", label=forecast.origin, linewidth=0.7)
+    tables = [profile.timeline.table() if profile.timeline else None for profile in (measured, forecast)]
+    if all(table is not None and list(table["phase"].unique()) == names for table in tables):
+        (at, measured_bytes), (forecast_at, forecast_bytes) = (_curve(ax, table) for table in tables)
+        ax.fill_between(at, measured_bytes / unit, step="post", color=MEASURED_COLOUR, label=measured.origin)
+        ax.step(forecast_at, forecast_bytes / unit, "k", where="post", label=forecast.origin, linewidth=0.7)
     else:
-        middles = [position + 0.5 for position in range(len(compared))]
-        heights = [
-            [profile.phase(name).peak_allocated_bytes / unit for name in compared["phase"]]
-            for profile in (forecast, measured)
-        ]
-        ax.bar(middles, heights[1], width=0.6, color=COLOURS["kv"], label=measured.origin)
-        ax.bar(middles, heights[0], width=0.75, fill=False, edgecolor="black", linewidth=1.2, label=forecast.origin)
-        ax.set_xticks(middles, compared["phase"])
-    for position, (name, difference) in enumerate(zip(compared["phase"], compared["difference"], strict=True)):
-        peak = measured.phase(name).peak_allocated_bytes
-        _label(
-            ax,
-            f"{_number(peak, unit)} {_name(unit)}\noff by {difference:,} bytes",
-            (position + 0.5, peak / unit),
-        )
+        middles = [position + 0.5 for position in range(len(names))]
+        ax.bar(middles, compared[measured.origin] / unit, width=0.6, color=MEASURED_COLOUR, label=measured.origin)
+        ax.bar(middles, compared[forecast.origin] / unit, width=0.75, fill=False, label=forecast.origin)
+        ax.set_xticks(middles, names)
+    for position, row in compared.iterrows():
+        peak = row[measured.origin]
+        text = f"{_number(peak, unit)} {_name(unit)}\noff by {row['difference']:,} bytes"
+        _label(ax, text, (position + 0.5, peak / unit))
     _draw_tensor_room(ax, measured.budget, unit)
     ax.set_ylabel(f"allocated, without CUDA context, {_name(unit)}")
     ax.set_title(_title(measured), fontsize="medium")
@@ -232,39 +222,6 @@ def plot_kv(specs: Sequence[ModelSpec], context: int, budget: GpuBudget | None =
     ax.set_ylabel(f"KV cache in 16 bits, {_name(unit)}")
     ax.set_xlim(0, context)
     ax.set_ylim(bottom=0)
-    return _legend(ax)
-
-
-def plot_oom(event: OomEvent, budget: GpuBudget, ax: Axes | None = None) -> Axes:
-    """A staircase: who held the memory when it ran out, in forward order, up to the card's edge.
-
-    Args:
-        event: From the error, or a forecast's ``first_oom``.
-        budget: The card.
-        ax: Where to draw; a new figure by default.
-    """
-    totals: Counter = Counter()
-    for owner, size in event.holders:
-        totals[_block(owner)] += size
-    blocks = sorted(totals, key=_forward_order)
-    unit, top = _unit(budget.total_bytes), budget.context_bytes
-    ax = ax or _new_axes(width=max(5.0, 0.3 * len(blocks) + 2), height=4.4)
-    if top:
-        ax.axhspan(0, top / unit, color=COLOURS["context"], label=LABELS["context"], linewidth=0)
-    for position, block in enumerate(blocks):
-        ax.bar(position, top / unit, color="#e5e5e5", width=0.9, zorder=0)
-        ax.bar(position, totals[block] / unit, bottom=top / unit, color=COLOURS["weights"], width=0.9)
-        top += totals[block]
-    ax.plot([], [], "s", color=COLOURS["weights"], label="added by this block")
-    reserved = budget.context_bytes + event.reserved_bytes
-    ax.axhspan(top / unit, reserved / unit, label=UNUSED, zorder=0, **UNUSED_STYLE)
-    _draw_card(ax, budget, unit)
-    short = [re.sub(r"^model\.(layers\.)?", "", block) for block in blocks]
-    ax.set_xticks(range(len(blocks)), short, rotation=90)
-    ax.set_ylabel(f"GPU memory, {_name(unit)}")
-    asked = "" if event.requested_bytes is None else f" for {format_bytes(event.requested_bytes)}"
-    ax.set_title(f"out of memory in {event.phase}: {event.module} asked{asked}", fontsize="medium")
-    ax.set_ylim(0, budget.total_bytes / unit * 1.08)
     return _legend(ax)
 
 
@@ -362,6 +319,12 @@ def _draw_phases(ax: Axes, table, keep: Sequence[int] = ()):
     return at, sorted(rows)
 
 
+def _curve(ax: Axes, table):
+    """Where and how much was allocated, thinned for drawing."""
+    at, rows = _draw_phases(ax, table)
+    return at[rows], table["allocated"][rows]
+
+
 def _failure(table, oom: OomEvent) -> list[int]:
     """The row of the allocation that failed, if it is there; its block may be larger than what was asked for."""
     asked = table["owner"].eq(oom.module) & table["phase"].eq(oom.phase) & table["size"].ge(oom.requested_bytes or 1)
@@ -369,8 +332,8 @@ def _failure(table, oom: OomEvent) -> list[int]:
 
 
 def _mark_failure(ax: Axes, oom: OomEvent, at: tuple[float, float], late: bool) -> None:
-    ax.plot(*at, "X", color=BUDGET_COLOUR, markersize=9, zorder=5, label="out of memory")
-    text = f"{re.sub(r'^model[.](layers[.])?', '', oom.module)}\nasks for {format_bytes(oom.requested_bytes)}"
+    ax.plot(*at, "X", color=BUDGET_COLOUR, markersize=9, zorder=5, label="out of memory\n(pale: had it gone on)")
+    text = f"{oom.module.removeprefix('model.')}\nasks for {format_bytes(oom.requested_bytes)}"
     side = {"xytext": (-12, 6), "ha": "right"} if late else {"xytext": (12, 6), "ha": "left"}
     _label(ax, text, at, BUDGET_COLOUR, **side)
 
@@ -399,18 +362,6 @@ def _label(ax: Axes, text: str, at: tuple, colour: str = "black", **where) -> No
 def _legend(ax: Axes) -> Axes:
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
-
-
-def _block(owner: str) -> str:
-    """The decoder layer a module belongs to, or the module itself: ``model.layers.3``, ``model.embed_tokens``."""
-    found = re.match(r".*?\.\d+(?=\.|$)", owner)
-    return found.group() if found else owner or "other"
-
-
-def _forward_order(block: str) -> tuple[int, int]:
-    """Embedding first, then layers by index, then the head and whatever has no name."""
-    index = block.rpartition(".")[2]
-    return (1, int(index)) if index.isdigit() else (0, 0) if "embed" in block else (2, 0)
 
 
 def _unit(largest: int) -> int:

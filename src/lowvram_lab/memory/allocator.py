@@ -78,6 +78,11 @@ class CachingAllocator:
         self._free: dict[bool, list[tuple[int, int, int, Block]]] = {True: [], False: []}
         self._numbers = itertools.count()
 
+    @property
+    def fragmentation(self) -> int:
+        """Bytes in segments that no block in use occupies."""
+        return self.reserved - self.allocated
+
     def allocate(self, size: int) -> Block:
         """Takes a block for ``size`` bytes (``malloc``).
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowvram_lab.errors import BudgetError
+from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
@@ -221,7 +221,12 @@ class DryRunGpu(Gpu):
             with self.meter.scope(owner="cuBLAS", category="workspace"):
                 self._workspace = torch.empty(cublas_workspace_bytes(), dtype=torch.uint8, device="meta")
                 self.meter.count(self._workspace, "gpu")
-        return self._results(func, args, kwargs)
+        try:
+            return self._results(func, args, kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[0]
+            where = self.meter.owner or "the model"
+            raise PlanError(f"{where} cannot be replayed without data: {func} on meta says: {reason}") from error
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""

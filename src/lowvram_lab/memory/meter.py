@@ -166,6 +166,11 @@ class Meter(TorchDispatchMode):
         live = self._live.get(tensor.untyped_storage()._cdata)
         return live.place if live else "cpu"
 
+    @property
+    def owner(self) -> str:
+        """Path of the module that allocations are charged to now."""
+        return self._owner
+
     def holders(self, place: str = "gpu") -> list[tuple[str, int]]:
         """Who holds the memory of a place: (module path, bytes), largest first."""
         totals = Counter()
