@@ -43,8 +43,8 @@ def forecast(
         as if the card had no limit.
 
     Raises:
-        PlanError: The plan does not fit the model, the workload is longer than the plan's context, or an operator of the
-            model needs data to run; it and its module are named.
+        PlanError: The plan does not fit the model, the workload is longer than the plan's context, or an operator of
+            the model needs data to run; it and its module are named.
         UnitError, BudgetError: The budget cannot be read or used.
     """
     if isinstance(gpu, Gpu):
