@@ -4,6 +4,8 @@ Round-to-nearest only, so far. Scales are rounded to their stored dtype before c
 nearest one under the scale that will really be used.
 """
 
+from collections import Counter
+
 import torch
 
 from lowvram_lab.errors import CheckpointError
@@ -14,7 +16,10 @@ INT4_OFFSET = 8
 """torch's int4 kernels compute ``(code - 8) * scale + zero`` (``aten/src/ATen/native/cpu/int4mm_kernel.cpp``)."""
 
 CHUNK_BYTES = 4 * MiB
-"""Rows are quantised in chunks of this many float32 bytes: the temporaries of an embedding table would not be small."""
+"""Rows are quantised in chunks of this many float32 bytes: the temporaries of an embedding table would not be small.
+
+A chunk has a multiple of 64 rows, so that no group of 64 weights, as nf4 counts them, straddles two chunks.
+"""
 
 
 def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
@@ -34,10 +39,20 @@ def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
     """
     if not is_finite(weight):
         raise CheckpointError(f"cannot quantise to {fmt.name}: the weight has NaN or infinite values")
-    rows = max(1, CHUNK_BYTES // (4 * weight.shape[1]))
-    pieces = [_SOLVERS[fmt.kind](chunk, fmt) for chunk in weight.split(rows)]
-    along = {"scale_and_zero": 1}  # its first dimension is the group; every other tensor begins with the row
-    return {name: torch.cat([piece[name] for piece in pieces], along.get(name, 0)) for name in pieces[0]}
+    rows, step = weight.shape[0], max(64, CHUNK_BYTES // (4 * weight.shape[1]) // 64 * 64)
+    result: dict[str, torch.Tensor] = {}
+    filled: Counter = Counter()
+    for chunk in weight.split(step):
+        for name, piece in _SOLVERS[fmt.kind](chunk, fmt).items():
+            along = 1 if name == "scale_and_zero" else 0  # its first dimension is the group; others begin with the row
+            size = piece.shape[along]
+            if name not in result:
+                shape = list(piece.shape)
+                shape[along] = size * rows // len(chunk)
+                result[name] = piece.new_empty(shape)
+            result[name].narrow(along, filled[name], size).copy_(piece)
+            filled[name] += size
+    return result
 
 
 def is_finite(weight: torch.Tensor) -> bool:
