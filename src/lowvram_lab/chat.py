@@ -11,7 +11,7 @@ import torch
 
 from lowvram_lab.engine.decode import Sampling, stream
 from lowvram_lab.engine.kv_cache import MeteredCache
-from lowvram_lab.errors import BudgetError, SourceError
+from lowvram_lab.errors import BudgetError, LowvramError, SourceError
 
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
 """Checkpoints disagree on ``eos_token_id`` (Qwen1.5's chat and base models do): stop at any of these."""
@@ -101,7 +101,14 @@ class ChatSession:
 
         Raises:
             BudgetError: The message alone is longer than the plan's context.
+            LowvramError: The message is not text in any encoding (lone surrogates).
         """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise LowvramError(
+                "expected a message in UTF-8, found bytes that are not; check the terminal's encoding"
+            ) from error
         history = [*self.history, {"role": "user", "content": text}]
         prompt, dropped = self._fitting_prompt(history)
         return self._answer(history, prompt, dropped)

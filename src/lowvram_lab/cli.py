@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 
 from lowvram_lab import __version__
@@ -17,6 +18,8 @@ EXIT_INTERRUPTED = 130
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of argparse's usage block."""
+        if re.search(r"unrecognized arguments: [KMGT]i?B\b", message):
+            message += "; write a size in one word, e.g. 4GiB"
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -78,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     forecast = command("forecast", _forecast, "say what a model will take of a GPU, without one and without weights")
     _add_plan_options(forecast, budget_required=False)
     forecast.add_argument("--batch", type=_positive, default=1, metavar="N", help="prompts at once (1)")
-    forecast.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png or .svg file")
+    forecast.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")
     forecast.add_argument(
         "--compare", action="store_true", help="then load the weights, run it, and show the difference"
     )
@@ -108,7 +111,9 @@ def _add_plan_options(parser, *, budget_required: bool) -> None:
     )
     parser.add_argument("--context", type=_positive, metavar="N", help="tokens, prompt and answer (2048)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--format", metavar="NAME", help="one recipe for the whole model: fp16, bf16, int8, int4, nf4")
+    how.add_argument(
+        "--format", metavar="NAME", help="one recipe: fp16, bf16, fp32, int8, int4, int4-g32|g128|g256, nf4"
+    )
     how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
     parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
@@ -317,10 +322,14 @@ def _chat(args) -> int:
     if args.prompt is None:
         return _converse(session)
     answer = ""
-    for piece in session.send(args.prompt):
-        answer += piece
-        if not args.json:
-            say(piece, end="")
+    try:
+        for piece in session.send(args.prompt):
+            answer += piece
+            if not args.json:
+                say(piece, end="")
+    except KeyboardInterrupt:
+        say()
+        raise
     turn = session.turns[-1]
     if args.json:
         budget_bytes = gpu.budget.total_bytes if gpu.budget else None
@@ -332,6 +341,8 @@ def _chat(args) -> int:
 
 
 def _converse(session) -> int:
+    import torch
+
     print("Type a message; Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
     while True:
         try:
@@ -346,11 +357,12 @@ def _converse(session) -> int:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             pass
-        except LowvramError as error:
-            print(f"lowvram: {error}", file=sys.stderr)
+        except (LowvramError, torch.OutOfMemoryError) as error:
+            print(f"lowvram: {' '.join(str(error).split())}", file=sys.stderr)
             continue
         print()
-        print(_turn_line(session.turns[-1]), file=sys.stderr)
+        if session.turns:
+            print(_turn_line(session.turns[-1]), file=sys.stderr)
 
 
 def _turn_line(turn) -> str:

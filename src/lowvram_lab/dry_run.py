@@ -10,7 +10,6 @@ from lowvram_lab.errors import PlanError
 from lowvram_lab.loader import ShapesOnly, load
 from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.device import DryRunGpu, Gpu, GpuBudget
-from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import MemoryProfile, Workload, run_workload
 from lowvram_lab.spec import ModelSpec
@@ -56,8 +55,11 @@ def forecast(
     if workload.tokens > plan.context:
         raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
     dry = DryRunGpu(budget, kernels or "cuda", expandable_segments)
-    if timeline:
-        dry.meter.timeline = Timeline()
-    with ImitateAttention(dry):
-        model = load(plan, dry, checkpoint=ShapesOnly(spec), spec=spec, progress=False)
-        return run_workload(model, workload)
+    try:
+        with ImitateAttention(dry):
+            model = load(plan, dry, checkpoint=ShapesOnly(spec), spec=spec, progress=False, timeline=timeline)
+            return run_workload(model, workload)
+    except (
+        RuntimeError
+    ) as error:  # tensors on two devices, an operator that wants data: the model's code, not the plan's
+        raise PlanError(f"{spec.name}: this plan cannot be replayed: {str(error).splitlines()[0]}") from error

@@ -88,7 +88,7 @@ def fidelity(model, reference, tokenizer, text: str | None = None, *, progress: 
     Raises:
         LowvramError: The text is too short to score.
     """
-    ids = torch.tensor(tokenizer(text or sample_text(), add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(tokenizer(sample_text() if text is None else text, add_special_tokens=False)["input_ids"])
     windows = [window for window in ids.split(WINDOW) if len(window) > 1]
     if not windows:
         raise LowvramError(f"expected a text of two tokens or more to evaluate on, found {len(ids)}")

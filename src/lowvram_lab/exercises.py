@@ -38,7 +38,7 @@ def check(name: str, yours, expected, tolerance: float = 0.0) -> Verdict:
         A ``Verdict``; as the last expression of a cell it shows itself.
     """
     if yours is None or yours is ...:
-        return Verdict(False, f"{name}: not yet (no answer so far)")
+        return Verdict(False, f"{name}: not yet: no answer so far, expected {_show(expected)}")
     try:
         right = _same(yours, expected, tolerance)
     except Exception as error:  # whatever the reader's object does when compared, the notebook goes on
@@ -55,9 +55,15 @@ def _same(yours, expected, tolerance: float) -> bool:
         )
     if isinstance(expected, int | float) and not isinstance(expected, bool):
         return abs(float(yours) - expected) <= tolerance * abs(expected)
-    return bool(yours == expected)
+    equal = yours == expected
+    if hasattr(equal, "all"):  # tensors and arrays; of another shape they would be stretched
+        return getattr(yours, "shape", None) == getattr(expected, "shape", None) and bool(equal.all())
+    return bool(equal)
 
 
 def _show(value) -> str:
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value!r}"
+    try:
+        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value!r}"
+    except Exception:  # an object whose repr fails, a number of thousands of digits
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.errors import CheckpointError
+from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.memory.device import Gpu, open_gpu
+from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.offload import attach, block_places
 from lowvram_lab.plan import Plan
 from lowvram_lab.quantize.linear import Int8Embedding, import_kernels, quantized_linear
@@ -42,7 +43,15 @@ class ShapesOnly:
         return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="meta")
 
 
-def load(plan: Plan, gpu: Gpu | None = None, *, checkpoint=None, spec: ModelSpec | None = None, progress: bool = True):
+def load(
+    plan: Plan,
+    gpu: Gpu | None = None,
+    *,
+    checkpoint=None,
+    spec: ModelSpec | None = None,
+    progress: bool = True,
+    timeline: bool = False,
+):
     """Loads the plan's model onto a GPU, real or simulated, within its budget.
 
     Args:
@@ -51,6 +60,7 @@ def load(plan: Plan, gpu: Gpu | None = None, *, checkpoint=None, spec: ModelSpec
         checkpoint: Anything with ``read(name)``, ``shape(name)`` and ``in``; by default the plan's source is fetched.
         spec: The model's spec; by default from the source's config.
         progress: Show a progress bar.
+        timeline: Record every allocation from here to the end of the next ``run_workload``, whose profile then has it.
 
     Returns:
         A ``PreTrainedModel`` in eval mode: ``generate``, streamers and chat templates work. ``model.hf_device_map``
@@ -75,7 +85,10 @@ def load(plan: Plan, gpu: Gpu | None = None, *, checkpoint=None, spec: ModelSpec
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
     import_kernels({assignment.format for assignment in plan.modules.values()})
-    gpu.plan, gpu.spec = plan, spec
+    gpu.plan, gpu.spec, gpu.meter.first_oom = plan, spec, None
+    recording = Timeline() if timeline else None
+    if timeline:
+        gpu.meter.timeline = recording
     with torch.no_grad(), _noted(gpu), gpu.phase("load") as load_phase, gpu.meter.scope(category="weights"):
         filling = tqdm(spec.modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
         for module in filling:
@@ -84,7 +97,9 @@ def load(plan: Plan, gpu: Gpu | None = None, *, checkpoint=None, spec: ModelSpec
         _place_buffers(model, plan, spec, gpu)
     attach(model, plan, spec, gpu)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
-    model.plan, model.gpu, model.spec, model.load_phase = plan, gpu, spec, load_phase
+    if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
+        model.save_pretrained = _refuse_to_save
+    model.plan, model.gpu, model.spec, model.load_phase, model.timeline = plan, gpu, spec, load_phase, recording
     model.hf_device_map = {path: _device_name(place, gpu) for path, place in block_places(model, plan, spec).items()}
     return model.eval()
 
@@ -95,8 +110,16 @@ def _noted(gpu: Gpu):
     try:
         yield
     except torch.OutOfMemoryError as error:
-        error.gpu = gpu
+        gpu.note_oom(error)
         raise
+
+
+def _refuse_to_save(*args, **kwargs):
+    """Stands in for ``save_pretrained``, which would write codes that stock transformers reads as weights."""
+    raise LowvramError(
+        "this model holds quantised weights, and save_pretrained would write them in a form that stock transformers "
+        "misreads; keep the original model and the plan (plan.to_json)"
+    )
 
 
 def _read_generation_config(model, directory) -> None:

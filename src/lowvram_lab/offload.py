@@ -5,10 +5,12 @@ CPU computes on the CPU. (accelerate's offload hooks move its weights to the GPU
 """
 
 import functools
+import inspect
+import weakref
 
 import torch
 
-_ORIGINAL = "_lowvram_forward"
+_WRAPPED = "_lowvram_wrapped"
 
 
 def block_places(model, plan, spec) -> dict[str, str]:
@@ -43,9 +45,11 @@ def attach(model, plan, spec, gpu) -> None:
     places = block_places(model, plan, spec)
     first = places[f"{spec.layers_path}.0"]
     moved: dict[tuple[int, str], tuple] = {}
+    embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
     for path, place in places.items():
-        # masks and rotary tables are made once, where the first layer is: so the embedding hands over there
-        hand_over = first if path == spec.embedding else None
+        # masks and rotary tables are made once, where the first layer is: so embeddings (of tokens, in some models of
+        # positions too) hand over there
+        hand_over = first if path == spec.embedding or path in embeddings else None
         block = model.get_submodule(path)
         _wrap(block, functools.partial(_block_forward, path, place, hand_over, moved, gpu))
         if gpu.simulated:  # the meter is on anyway, so let it name the very module; on CUDA ``watch`` does when asked
@@ -58,25 +62,28 @@ def attach(model, plan, spec, gpu) -> None:
 def detach(model) -> None:
     """Removes what ``attach`` put on: every ``forward`` is the class's own again."""
     for module in model.modules():
-        if _ORIGINAL in vars(module):
-            delattr(module, _ORIGINAL)
+        if _WRAPPED in vars(module):
+            delattr(module, _WRAPPED)
             del module.forward
 
 
 def _wrap(module, around) -> None:
-    original = module.forward
-    setattr(module, _ORIGINAL, original)
-    module.forward = functools.update_wrapper(functools.partial(around, original), original)
+    """Puts ``around`` before the module's own forward, without a reference cycle: a deleted model frees its memory."""
+    forward = weakref.WeakMethod(module.forward)
+    wrapped = functools.partial(around, lambda *args, **kwargs: forward()(*args, **kwargs))
+    wrapped.__signature__ = inspect.signature(module.forward)  # generate asks for it
+    setattr(module, _WRAPPED, True)
+    module.forward = wrapped
 
 
 def _model_forward(first, moved, gpu, original, *args, **kwargs):
-    with gpu.active(), gpu.meter.scope(owner="model", place=first):
+    with gpu.lock, gpu.active(), gpu.meter.scope(owner="model", place=first):
         # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
         kwargs = {key: value if key == "input_ids" else _to_place(value, first, gpu) for key, value in kwargs.items()}
         try:
             return original(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            error.gpu = gpu  # for explain_oom
+            gpu.note_oom(error)
             raise
         finally:
             moved.clear()
@@ -89,7 +96,11 @@ def _block_forward(path, place, hand_over, moved, gpu, original, *args, **kwargs
     args = tuple(here(value) for value in args)
     kwargs = {key: _shared(value, place, moved, here) for key, value in kwargs.items()}
     with gpu.meter.scope(owner=path, place=place):
-        result = original(*args, **kwargs)
+        try:
+            result = original(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            gpu.note_oom(error)  # here, where the block's name is still known
+            raise
     return result if hand_over is None else _to_place(result, hand_over, gpu)
 
 

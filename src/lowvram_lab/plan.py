@@ -22,6 +22,7 @@ from lowvram_lab.units import format_bytes
 
 DEVICES = ("gpu", "cpu")
 VERSION = 1
+MOST_THREADS = 1024  # more than any machine has; OpenMP ends the process on absurd numbers
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,8 @@ class Plan:
                 f"ask for a context of {spec.sliding_window} or less, found {self.context}"
             )
         wrong_type = isinstance(self.threads, bool) or not isinstance(self.threads, int | None)
-        if wrong_type or (self.threads is not None and self.threads < 1):
-            raise PlanError(f"expected 1 or more threads, found {self.threads!r}")
+        if wrong_type or (self.threads is not None and not 1 <= self.threads <= MOST_THREADS):
+            raise PlanError(f"expected 1 to {MOST_THREADS} threads, found {self.threads!r}")
 
     def layer_devices(self, spec: ModelSpec) -> list[str]:
         """The device of every decoder layer, by index."""
@@ -285,6 +286,8 @@ def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str
     shape, ends = module.weight_shape, module.name in (spec.embedding, spec.head)
     if ends and recipe == "nf4":
         return dtype
+    if ends and spec.tied and spec.module(spec.embedding).kind != "embedding":
+        return dtype  # a table with arithmetic of its own (scaled, say) stays as it is, and so does the head tied to it
     if ends or get_format(recipe).refuse(module.kind, shape):
         return "int8"
     return recipe
@@ -298,7 +301,7 @@ def _plan_from_dict(cls, values) -> Plan:
     if not isinstance(values, dict):
         raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
     expected = {"version", "model", "fingerprint", "dtype", "kv_format", "context", "threads", "modules"}
-    if values.get("version") != VERSION or isinstance(values["version"], bool):
+    if type(values.get("version")) is not int or values["version"] != VERSION:
         raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
     if odd := set(values) ^ expected:
         name = sorted(odd)[0]
@@ -314,5 +317,7 @@ def _plan_from_dict(cls, values) -> Plan:
     for name, entry in values["modules"].items():
         if not isinstance(entry, dict) or set(entry) != {"format", "device"}:
             raise PlanError(f"{name}: expected an object with format and device, found {entry!r}"[:200])
-        modules[name] = Assignment(str(entry["format"]), str(entry["device"]))
+        if not all(isinstance(value, str) for value in entry.values()):
+            raise PlanError(f"{name}: expected format and device as text, found {entry!r}"[:200])
+        modules[name] = Assignment(entry["format"], entry["device"])
     return cls(**{**{key: values[key] for key in expected - {"version"}}, "modules": modules})

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from lowvram_lab.chat import TurnStats
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluate import Fidelity
+from lowvram_lab.memory.allocator import LARGE_SEGMENT
 from lowvram_lab.memory.device import GpuBudget
 from lowvram_lab.memory.meter import OomEvent
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
@@ -113,6 +114,7 @@ def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = N
 
     Args:
         source: A profile with a timeline, or a timeline. The first allocation of a forecast that fails is marked.
+            One that began on a card in use is drawn without the reserve and without the card.
         budget: The card; what it leaves for tensors is drawn. By default the profile's own.
         ax: Where to draw; a new figure by default.
 
@@ -124,8 +126,10 @@ def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = N
     table = timeline.table() if timeline is not None else ()
     if not len(table):
         raise LowvramError("expected a timeline with GPU memory in it; forecast with timeline=True, or watch a run")
-    budget = budget or (profile.budget if profile else None)
-    unit = _unit(max(table["allocated"].max(), table["reserved"].max(), budget.usable_bytes if budget else 0))
+    from_empty = table["reserved"][0] - table["allocated"][0] <= LARGE_SEGMENT  # else it tells only what came on top
+    budget = (budget or (profile.budget if profile else None)) if from_empty else None
+    reserved = table["reserved"] * from_empty
+    unit = _unit(max(table["allocated"].max(), reserved.max(), budget.usable_bytes if budget else 0))
     failed = _failure(table, profile.first_oom) if profile and profile.first_oom else []
     ax = ax or _new_axes(width=8.5, height=4)
     at, rows = _draw_phases(ax, table, keep=failed)
@@ -133,14 +137,15 @@ def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = N
     areas = [table[category][rows] / unit for category in shown]
     names, colours = [LABELS[category] for category in shown], [COLOURS[category] for category in shown]
     ax.stackplot(at[rows], *areas, labels=names, colors=colours, step="post", linewidth=0)
-    if table["reserved"].any():
-        ax.step(at[rows], table["reserved"][rows] / unit, where="post", color="#303030", label="reserved", linewidth=1)
+    if reserved.any():
+        ax.step(at[rows], reserved[rows] / unit, where="post", color="#303030", label="reserved", linewidth=1)
     _draw_tensor_room(ax, budget, unit)
     ax.set_title(_title(profile) if profile else "", fontsize="medium")
     for row in failed:
         ax.axvspan(at[row], at.max(), color="white", alpha=0.5, linewidth=0, zorder=2.2)
-        _mark_failure(ax, profile.first_oom, (at[row], table["reserved"][row] / unit), late=at[row] > at.max() / 3)
-    ax.set_ylabel(f"GPU memory without CUDA context, {_name(unit)}")
+        _mark_failure(ax, profile.first_oom, (at[row], reserved[row] / unit), late=at[row] > at.max() / 3)
+    above = "without CUDA context" if from_empty else "above what was live before"
+    ax.set_ylabel(f"GPU memory {above}, {_name(unit)}")
     ax.set_ylim(bottom=0)
     ax.margins(y=0.12)
     return _legend(ax)
@@ -276,7 +281,7 @@ def plot_fidelity(results: Mapping[str, Fidelity], limits: Limits | None = None,
 
 
 def _new_axes(width: float = 6.4, height: float = 3.6) -> Axes:
-    return Figure(figsize=(width + 1.5, height), layout="constrained").add_subplot()
+    return Figure(figsize=(width + 1.5, height), dpi=80, layout="constrained").add_subplot()
 
 
 def _title(profile: MemoryProfile) -> str:
@@ -315,7 +320,8 @@ def _draw_phases(ax: Axes, table, keep: Sequence[int] = ()):
         ax.axvline(position, color="#707070", linestyle=":", linewidth=1)
     ax.set_xticks([position + 0.5 for position in range(len(names))], names)
     ax.set_xlim(0, len(names))
-    ax.set_xlabel("allocations and releases in order; each phase is drawn equally wide")
+    equally = "; each phase is drawn equally wide" if len(names) > 1 else ""
+    ax.set_xlabel(f"allocations and releases in order{equally}")
     return at, sorted(rows)
 
 
@@ -334,7 +340,7 @@ def _failure(table, oom: OomEvent) -> list[int]:
 def _mark_failure(ax: Axes, oom: OomEvent, at: tuple[float, float], late: bool) -> None:
     ax.plot(*at, "X", color=BUDGET_COLOUR, markersize=9, zorder=5, label="out of memory\n(pale: had it gone on)")
     text = f"{oom.module.removeprefix('model.')}\nasks for {format_bytes(oom.requested_bytes)}"
-    side = {"xytext": (-12, 6), "ha": "right"} if late else {"xytext": (12, 6), "ha": "left"}
+    side = {"xytext": (-12, 6), "ha": "right"} if late else {"xytext": (12, -20), "ha": "left", "va": "top"}
     _label(ax, text, at, BUDGET_COLOUR, **side)
 
 

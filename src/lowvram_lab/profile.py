@@ -17,6 +17,9 @@ from lowvram_lab.memory.meter import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.units import format_bytes
 
+MOST_ROWS = 10**12
+"""Larger batches overflow the 64 bits in which torch counts elements."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -44,8 +47,14 @@ class Workload:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PlanError(f"expected {name} of {least} or more, found {value!r}")
+        if self.rows > MOST_ROWS:
+            raise PlanError(f"expected at most {MOST_ROWS:,} sequences (batch_size x num_beams), found {self.rows:,}")
         if self.cache not in ("growing", "static"):
             raise PlanError(f"expected a growing or a static cache, found {self.cache!r}")
+        if self.follow_up_tokens >= self.tokens:
+            raise PlanError(
+                f"a second turn of {self.follow_up_tokens} tokens is longer than the first of {self.tokens}; shorten it"
+            )
         if self.cache == "static" and (self.follow_up_tokens or self.num_beams > 1):
             raise PlanError("a static cache is run without second turn and without beams")
 
@@ -173,7 +182,7 @@ class MemoryProfile:
         rows = [
             {
                 "phase": p.name,
-                **{key: p.breakdown.get(key, 0) / 2**20 for key in ("weights", "kv", "activations")},
+                **{key: p.breakdown.get(key, 0) / 2**20 for key in CATEGORIES},
                 "peak allocated": p.peak_allocated_bytes / 2**20,
                 "peak reserved": p.peak_reserved_bytes / 2**20,
             }
@@ -233,10 +242,12 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         workload: How many tokens.
 
     Returns:
-        The profile; its ``load`` phase is the one that loading the model recorded.
+        The profile; its ``load`` phase is the one that loading the model recorded. Whatever else lives on the GPU, a
+        chat's cache say, is in the peaks too.
     """
     gpu: Gpu = model.gpu
     before = sum(gpu.transfers.values())
+    earlier_kv = gpu.meter.category_bytes("kv")
     device = "meta" if gpu.meta else "cpu"
     ids = torch.ones(workload.rows, workload.prompt_tokens, dtype=torch.long, device=device)
     cache = _make_cache(model, workload)
@@ -252,7 +263,11 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         with gpu.phase("second turn") as record:
             phases.append(record)
             cache.keep(max(0, workload.tokens - workload.follow_up_tokens - 1))
-            _first_step(model, ids[:, : workload.follow_up_tokens], cache, workload)()
+            message = torch.ones(workload.rows, workload.follow_up_tokens, dtype=torch.long, device=device)
+            _first_step(model, message, cache, workload)()
+    timeline = gpu.meter.timeline
+    if timeline is model.timeline:  # begun by load: what is freed from here on is not the run's
+        gpu.meter.timeline = None
     return MemoryProfile(
         model=model.plan.model,
         origin="forecast" if gpu.meta else "measured",
@@ -260,17 +275,19 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         budget=gpu.budget,
         weights_bytes=model.plan.weight_bytes(model.spec, "gpu"),
         cpu_weights_bytes=model.plan.weight_bytes(model.spec, "cpu"),
-        kv_bytes=gpu.meter.category_bytes("kv"),
+        kv_bytes=gpu.meter.category_bytes("kv") - earlier_kv,
         phases=tuple(phases),
         workload=workload,
         first_oom=gpu.meter.first_oom,
-        timeline=gpu.meter.timeline,
+        timeline=timeline,
         transferred_bytes=sum(gpu.transfers.values()) - before,
     )
 
 
 def _make_cache(model, workload: Workload):
     if workload.cache == "static":
+        if model.plan.kv_format == "int8":
+            raise PlanError("a static cache holds the plan's dtype, found kv_format int8; use a growing cache")
         return MeteredStaticCache(model.gpu, model.config, workload.tokens)
     return MeteredCache(model.gpu, model.plan.kv_format)
 

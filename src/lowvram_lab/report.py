@@ -143,13 +143,14 @@ def validate(
 
 
 def _memory_checks(session: ChatSession, measured: MemoryProfile | None) -> list[Check]:
-    budget = session.model.gpu.budget
-    peaks = [turn.peak_bytes for turn in session.turns] + ([measured.peak_allocated_bytes] if measured else [])
-    if budget is None or not peaks:
+    gpu = session.model.gpu
+    if gpu.budget is None:
         return []
-    peak = max(peaks) + budget.context_bytes
-    limit = f"at most {format_bytes(budget.total_bytes)}"
-    return [Check("peak GPU memory", format_bytes(peak), limit, peak <= budget.total_bytes)]
+    allocated = max([t.peak_bytes for t in session.turns] + ([measured.peak_allocated_bytes] if measured else []))
+    held = gpu.peak_reserved_bytes + gpu.budget.context_bytes
+    value = f"{format_bytes(allocated)} allocated, {format_bytes(held)} held"
+    limit = f"at most {format_bytes(gpu.budget.total_bytes)}"
+    return [Check("peak GPU memory", value, limit, held <= gpu.budget.total_bytes)]
 
 
 def _forecast_checks(forecast, measured, limits: Limits) -> list[Check]:

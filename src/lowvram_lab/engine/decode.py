@@ -29,6 +29,8 @@ class Sampling:
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             raise LowvramError(f"expected a temperature of 0 (greedy) or above, found {self.temperature}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise LowvramError(f"expected a seed from 0 to 2**63 - 1, found {self.seed!r}")
         if not 0 < self.top_p <= 1:
             raise LowvramError(f"expected top_p above 0 and at most 1, found {self.top_p}")
 

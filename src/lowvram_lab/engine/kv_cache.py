@@ -24,13 +24,18 @@ class Int8Layer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
-        """Appends keys and values, returns all of them dequantised."""
+        """Appends keys and values; returns all codes. Attention wants ``dequantized`` of them."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.key_scale = _append(self.keys, self.key_scale, key_states)
         self.values, self.value_scale = _append(self.values, self.value_scale, value_states)
-        return _dequantize(self.keys, self.key_scale, self.dtype), _dequantize(
-            self.values, self.value_scale, self.dtype
+        return self.keys, self.values
+
+    def dequantized(self):
+        """Keys and values in the model's dtype, for one layer's attention only."""
+        return tuple(
+            codes.to(self.dtype).mul_(scales.to(self.dtype))
+            for codes, scales in ((self.keys, self.key_scale), (self.values, self.value_scale))
         )
 
     def get_seq_length(self) -> int:
@@ -60,7 +65,9 @@ class MeteredCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """See ``Cache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""
         with self.gpu.meter.scope(category="kv"):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer = self.layers[layer_idx]
+        return layer.dequantized() if isinstance(layer, Int8Layer) else (keys, values)
 
     def reorder_cache(self, beam_idx):
         """Selects rows of every layer's batch, wherever the layer is."""
@@ -102,7 +109,3 @@ def _append(codes, scales, states):
     if codes is None:
         return new, scale
     return torch.cat((codes, new), dim=-2), torch.cat((scales, scale), dim=-2)
-
-
-def _dequantize(codes, scales, dtype):
-    return codes.to(dtype).mul_(scales.to(dtype))

@@ -113,7 +113,7 @@ class CachingAllocator:
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free and neighbour.mapped:
                 self._take(neighbour)
-                _absorb(block, neighbour)
+                absorb(block, neighbour)
         self._put(block)
 
     def empty_cache(self) -> None:
@@ -153,7 +153,7 @@ class CachingAllocator:
         pool.pop(bisect.bisect_left(pool, (block.size, block.segment, block.offset)))
 
 
-def _absorb(block: Block, neighbour: Block) -> None:
+def absorb(block: Block, neighbour: Block) -> None:
     """Joins an adjacent block to ``block``."""
     block.offset = min(block.offset, neighbour.offset)
     block.size += neighbour.size

@@ -26,7 +26,9 @@ class ImitateAttention(TorchFunctionMode):
         """Intercepts attention; passes everything else on."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
-            return self._attention(*args, **kwargs)
+            broadcast = args[0].shape[1] != args[1].shape[1] and not kwargs.get("enable_gqa")
+            if not broadcast:  # heads that only broadcast (multi-query) take the math path in the real run as well
+                return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

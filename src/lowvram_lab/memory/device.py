@@ -3,6 +3,8 @@
 Everything above says ``gpu`` or ``cpu`` and moves tensors with ``Gpu.move``; only this file knows what they mean here.
 """
 
+import os
+import re
 import threading
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -10,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowvram_lab.errors import BudgetError, PlanError
+from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
@@ -55,7 +57,8 @@ class GpuBudget:
         if cuda_context is None:
             context = CUDA_CONTEXT_BYTES if total >= SMALLEST_CARD else 0
         else:
-            context = 0 if str(cuda_context).strip("0") == "" else parse_bytes(cuda_context)
+            zero = re.fullmatch(r"\s*0+(\.0+)?\s*[A-Za-z]*\s*", str(cuda_context))
+            context = 0 if zero else parse_bytes(cuda_context)
         if total < MiB:
             raise BudgetError(f"a GPU budget of {size!r} was read as {total} bytes; write it with a unit, e.g. 4GiB")
         if context >= total:
@@ -77,10 +80,14 @@ _MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, tor
 def cublas_workspace_bytes() -> int:
     """What the first matrix product on CUDA allocates for good (``parseChosenWorkspaceSize`` in ATen's CUDABlas.cpp).
 
-    32 MiB on Hopper, 2 x 4096 + 8 x 16 KiB on other cards, which is assumed where there is none.
+    32 MiB on Hopper and Blackwell, 2 x 4096 + 8 x 16 KiB on other cards, which is assumed where there is none; what
+    ``CUBLAS_WORKSPACE_CONFIG`` says comes first.
     """
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return 32 * MiB if hopper else (2 * 4096 + 8 * 16) * KiB
+    stated = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if stated:
+        return sum(int(size) * int(count) for size, count in stated) * KiB
+    large = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return 32 * MiB if large else (2 * 4096 + 8 * 16) * KiB
 
 
 class StandInOutOfMemoryError(torch.OutOfMemoryError):
@@ -118,6 +125,7 @@ class Gpu:
         self.transfers: Counter = Counter()
         self.phases: list[PhaseMemory] = []
         self.plan = self.spec = None
+        self.lock = threading.RLock()
         self._local = threading.local()
         self._paused = False
         capacity = budget.usable_bytes if budget else None
@@ -141,11 +149,11 @@ class Gpu:
     @contextmanager
     def unmetered(self):
         """Lets a timing run without the meter, which slows small models down. Tensors made inside are not counted."""
-        self._paused = True
+        earlier, self._paused = self._paused, True
         try:
             yield self
         finally:
-            self._paused = False
+            self._paused = earlier
 
     def watching(self):
         """A context in which the meter sees everything, also where it is not needed to count (CUDA)."""
@@ -161,6 +169,11 @@ class Gpu:
     def reset_peak(self) -> None:
         """Lets ``peak_allocated_bytes`` start again from what is live now."""
         self.meter.peak_allocated = self.meter.allocated["gpu"]
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """Most bytes the caching allocator ever held, without the CUDA context."""
+        return self.meter.allocator.peak_reserved
 
     @property
     def peak_allocated_bytes(self) -> int:
@@ -182,6 +195,12 @@ class Gpu:
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor as this GPU's kind of memory holds it; the dry run turns real tensors into meta ones."""
         return tensor
+
+    def note_oom(self, error: torch.OutOfMemoryError) -> None:
+        """Puts on an error what ``explain_oom`` needs: this GPU, and who asked and who held, if not there yet."""
+        error.gpu = self
+        if not hasattr(error, "event"):
+            error.event = self.meter.oom_event()
 
     def _out_of_memory(self, event: OomEvent) -> None:
         raise StandInOutOfMemoryError(oom_message(event, self.budget), event)
@@ -224,9 +243,9 @@ class DryRunGpu(Gpu):
         try:
             return self._results(func, args, kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = self.meter.owner or "the model"
-            raise PlanError(f"{where} cannot be replayed without data: {func} on meta says: {reason}") from error
+            raise RuntimeError(f"{where} needs data: {func} on meta says: {reason}") from error
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""
@@ -256,7 +275,8 @@ class CudaGpu(Gpu):
                 f"asked for a {format_bytes(budget.total_bytes)} GPU, found {self.name} with "
                 f"{format_bytes(card_bytes)}; give a smaller budget"
             )
-        fraction = budget.usable_bytes / card_bytes if budget else 1.0
+        # the allocator truncates fraction * total to bytes: one more keeps the cap from falling a byte short
+        fraction = min(1.0, (budget.usable_bytes + 1) / card_bytes) if budget else 1.0
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(fraction, self.device)
 
@@ -273,6 +293,8 @@ class CudaGpu(Gpu):
     def phase(self, name: str):
         """Measures a phase with CUDA's own counters; the meter runs beside them only to name who holds the memory."""
         torch.cuda.synchronize(self.device)
+        if name == "load":
+            torch.cuda.empty_cache()  # what an earlier model left reserved is not this one's
         torch.cuda.reset_peak_memory_stats(self.device)
         record = PhaseMemory(name)
         self.phases.append(record)
@@ -294,6 +316,11 @@ class CudaGpu(Gpu):
     def reset_peak(self) -> None:
         """See ``Gpu``."""
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """CUDA's own counter."""
+        return torch.cuda.max_memory_reserved(self.device)
 
     @property
     def peak_allocated_bytes(self) -> int:

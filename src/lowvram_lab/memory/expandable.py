@@ -14,7 +14,7 @@ from lowvram_lab.memory.allocator import (
     Block,
     CachingAllocator,
     OutOfCapacity,
-    _absorb,
+    absorb,
     segment_size,
 )
 
@@ -141,7 +141,7 @@ class ExpandableAllocator(CachingAllocator):
     def _absorb(self, block: Block, neighbour: Block) -> None:
         if neighbour is self._first[block.small]:
             self._first[block.small] = block
-        _absorb(block, neighbour)
+        absorb(block, neighbour)
 
     def free(self, block: Block) -> None:
         """See ``CachingAllocator``."""

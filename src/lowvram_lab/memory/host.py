@@ -23,6 +23,7 @@ class HostMemory:
 
     Attributes:
         before_rss_bytes: Resident when it began.
+        before_file_bytes: What of that was backed by files (libraries), or ``None`` as below.
         peak_rss_bytes: Most resident, sampled every 5 ms.
         after_rss_bytes: Resident when it ended.
         peak_file_bytes: Most of it that was backed by files (mapped checkpoints, libraries), or ``None`` where the
@@ -31,6 +32,7 @@ class HostMemory:
     """
 
     before_rss_bytes: int
+    before_file_bytes: int | None = None
     peak_rss_bytes: int = 0
     after_rss_bytes: int = 0
     peak_file_bytes: int | None = None
@@ -54,7 +56,8 @@ def watch_host() -> Iterator[HostMemory]:
         A ``HostMemory``, complete when the block has ended.
     """
     process, stop = psutil.Process(), threading.Event()
-    seen = HostMemory(process.memory_info().rss)
+    began = process.memory_info()
+    seen = HostMemory(began.rss, getattr(began, "shared", None))
 
     def sample() -> None:
         info = process.memory_info()

@@ -109,6 +109,7 @@ class Meter(TorchDispatchMode):
         self.first_oom: OomEvent | None = None
         self._phase: PhaseMemory | None = None
         self._live: dict[int, _Live] = {}
+        self._taking, self._died = False, []
         self._categories = Counter()
         self._owner, self._place, self._category, self._forced = "", "cpu", "activations", False
 
@@ -195,9 +196,8 @@ class Meter(TorchDispatchMode):
         try:
             result = self.run(func, args, kwargs) if self.run else func(*args, **kwargs)
         except torch.OutOfMemoryError as error:  # CUDA's own: only here is it known which module asked
-            if self.by_device and not hasattr(error, "event"):
-                allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
-                error.event = self._oom_event(None, allocated, reserved)
+            if not hasattr(error, "event"):
+                error.event = self.oom_event()
             raise
         if isinstance(result, torch.Tensor):
             self._see(result, place)
@@ -252,22 +252,34 @@ class Meter(TorchDispatchMode):
                 window.peak = max(window.peak, self.allocated["gpu"])
             self._note_peak()
         if self.timeline is not None:
-            self.timeline.allocate(key, live, self._phase.name if self._phase else "", self.allocator)
+            self.timeline.allocate(key, live, self._phase.name if self._phase else "", self._reserved())
 
     def _take(self, size: int):
+        self._taking = True  # garbage collection may run inside, and must not free blocks of a half-made list
         try:
             return self.allocator.allocate(size)
         except OutOfCapacity:
-            event = self._oom_event(round_size(size), self.allocated["gpu"], self.allocator.reserved)
+            event = self.oom_event(round_size(size))
             self.first_oom = self.first_oom or event
             if self.on_oom:
                 self.on_oom(event)
             self.allocator.capacity = None
             return self.allocator.allocate(size)
+        finally:
+            self._taking = False
+            while self._died:
+                self._release(self._died.pop())
 
-    def _oom_event(self, requested_bytes: int | None, allocated_bytes: int, reserved_bytes: int) -> OomEvent:
+    def oom_event(self, requested_bytes: int | None = None) -> OomEvent:
+        """Who asks now, in which phase, and who holds the memory."""
         phase = self._phase.name if self._phase else "run"
-        return OomEvent(phase, self._owner, requested_bytes, allocated_bytes, reserved_bytes, self.holders())
+        allocated = torch.cuda.memory_allocated() if self.by_device else self.allocated["gpu"]
+        return OomEvent(phase, self._owner, requested_bytes, allocated, self._reserved(), self.holders())
+
+    def _reserved(self) -> int:
+        if self.by_device:
+            return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+        return self.allocator.reserved if self.allocator else 0
 
     def _note_peak(self) -> None:
         record, allocated = self._phase, self.allocated["gpu"]
@@ -283,13 +295,16 @@ class Meter(TorchDispatchMode):
             record.reserved_breakdown = {**self._categories, "fragmentation": reserved - allocated}
 
     def _release(self, key: int) -> None:
+        if self._taking:
+            self._died.append(key)
+            return
         live = self._live.pop(key, None)
         if live is None:
             return
         self.allocated[live.place] -= live.size
-        if self.timeline is not None:
-            self.timeline.release(key, self.allocator)
         if live.place == "gpu":
             self._categories[live.category] -= live.size
             if live.handle is not None:
                 self.allocator.free(live.handle)
+        if self.timeline is not None:
+            self.timeline.release(key, self._phase.name if self._phase else "", self._reserved())

@@ -40,23 +40,18 @@ class Timeline:
 
     events: list[Event] = field(default_factory=list, repr=False)
     _open: dict = field(default_factory=dict, repr=False)
-    _phase: str = field(default="", repr=False)
 
-    def allocate(self, key: int, live, phase: str, allocator) -> None:
+    def allocate(self, key: int, live, phase: str, reserved_bytes: int) -> None:
         """Called by the meter when a storage appears."""
-        self._phase = phase
-        reserved = allocator.reserved if allocator else 0
-        event = Event(live.size, live.place, live.owner, live.category, phase, reserved)
+        event = Event(live.size, live.place, live.owner, live.category, phase, reserved_bytes)
         self._open[key] = event
         self.events.append(event)
 
-    def release(self, key: int, allocator) -> None:
+    def release(self, key: int, phase: str, reserved_bytes: int) -> None:
         """Called by the meter when a storage dies."""
         born = self._open.pop(key, None)
         if born is not None:  # else it was there before the timeline began
-            reserved = allocator.reserved if allocator else 0
-            event = Event(-born.size, born.place, born.owner, born.category, self._phase, reserved)
-            self.events.append(event)
+            self.events.append(Event(-born.size, born.place, born.owner, born.category, phase, reserved_bytes))
 
     def table(self, place: str = "gpu"):
         """Live bytes by category after every event of a place, with its phase and owner. A DataFrame."""

@@ -5,7 +5,7 @@ Derived in: notebooks/09_validated_chat.ipynb
 
 from dataclasses import dataclass, replace
 
-from lowvram_lab.errors import BudgetError
+from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.device import Gpu, GpuBudget
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes, resolve
@@ -59,6 +59,8 @@ def auto_plan(
         PlanError: The context is beyond the model's, or a recipe is unknown.
     """
     budget, kernels = resolve(gpu, kernels)
+    if not recipes:
+        raise PlanError("expected one recipe or more to choose from, found none")
     why, plan = [], None
     for recipe in recipes:
         plan = replace(Plan.uniform(spec, recipe, context=context), threads=threads)

@@ -1,6 +1,6 @@
 """The largest that still fits: context, GPU layers, batch. Found by bisection over forecasts.
 
-Derived in: notebooks/02_watch_memory.ipynb
+Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
 from dataclasses import dataclass, replace

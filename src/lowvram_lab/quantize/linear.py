@@ -2,7 +2,7 @@
 
 CPU: ``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu``, bfloat16 activations only (other dtypes are 20 times
 slower, so they are cast around the call). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where
-no kernel serves, a tile of the weight is dequantised at a time, so that the temporary stays small.
+no kernel serves, a tile of the weight is dequantised at a time, so that the temporary stays small (nf4: all of it).
 
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
@@ -21,8 +21,9 @@ TILE_BYTES = 16 * MiB
 DEQUANTIZE_ROWS = 64
 """From this many tokens on, torch's CPU int8 kernel is slower than dequantise + matmul (measured, 2560 to 6912)."""
 
-NF4_FUSED_ROWS = 32
-"""Up to this many tokens bitsandbytes' fused kernel runs on CUDA; beyond it a dequantised weight and cuBLAS do."""
+NF4_FUSED_ROWS = 4
+"""Up to this many tokens bitsandbytes always runs its fused kernel on CUDA (``_GEMM_4BIT_CUSTOM_FLOOR_M``); beyond it
+the card decides, so there the weight is dequantised in the open, where it is counted."""
 
 CUDA_INNER_K_TILES = 8
 _CUDA_INT4_K = CUDA_INNER_K_TILES * 16
@@ -125,7 +126,10 @@ class Int4Linear(QuantizedLinear):
     def store(self, weight: torch.Tensor, move) -> None:
         """See ``QuantizedLinear``. CUDA packs after the move: its packing runs only there."""
         if weight.is_meta:
-            return super().store(weight, move)
+            super().store(weight, move)
+            if self.layout == "cuda":  # repacked on the card: for a moment both copies are there
+                self.packed = self.packed.clone()
+            return
         tensors = quantize(weight, self.format)
         codes = tensors.pop("codes")
         if self.layout == "cpu":
