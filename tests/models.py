@@ -1,6 +1,7 @@
 """Tiny random models made on the fly, the checkpoint they would come from, and the one comparison the tests share."""
 
 import functools
+import zlib
 
 import torch
 
@@ -56,6 +57,25 @@ class DictCheckpoint:
 
     def read(self, name):
         return self.tensors[name].clone()
+
+
+class RandomCheckpoint:
+    """Seeded random weights of a spec, each made when it is read: a large model is never whole in RAM."""
+
+    def __init__(self, spec: ModelSpec, deviation: float = 0.02):
+        self.deviation = deviation
+        self._shapes = {f"{m.name}.{key}": tuple(shape) for m in spec.modules for key, shape in m.parameters.items()}
+
+    def __contains__(self, name):
+        return name in self._shapes
+
+    def shape(self, name):
+        return self._shapes[name]
+
+    def read(self, name):
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        noise = torch.empty(self._shapes[name], dtype=torch.bfloat16).normal_(generator=generator).mul_(self.deviation)
+        return noise.add_(1) if "norm" in name else noise
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

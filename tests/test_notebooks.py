@@ -29,6 +29,11 @@ def outputs(path):
     return [(cell.id, output) for cell in code_cells(path) for output in cell.outputs]
 
 
+def shown(cell) -> str:
+    """What a reader sees below a cell, as plain text."""
+    return "\n".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs)
+
+
 def output_texts(path):
     """Every text a reader sees in an output, and the cell it is in."""
     for cell_id, output in outputs(path):
@@ -147,12 +152,29 @@ def test_outputs_hold_nothing_of_the_machine_they_were_made_on(path):
 
 @each
 def test_exercises_run_as_they_are_and_show_the_expected_value(path):
-    for cell in code_cells(path):
-        if cell.id.startswith("exercise-"):
-            text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
-            assert "yours" in text and "expected" in text and text.strip().endswith("not yet"), cell.id
+    exercises = [cell for cell in code_cells(path) if cell.id.startswith("exercise-")]
+    assert len(exercises) == 3
+    for cell in exercises:
+        assert re.search(r"(answer =|return) None  # your turn", cell.source), cell.id
+        assert re.search(r"^check\(", cell.source.splitlines()[-1]), cell.id
+        assert re.search(r"yours None.*, expected \S", shown(cell)), cell.id
+        assert re.search(r"exercise \d: not yet", shown(cell).splitlines()[-1]), cell.id
     hints = [cell.source for cell in read(path).cells if cell.cell_type == "markdown" and "<details>" in cell.source]
     assert len(hints) == 3
+
+
+@each
+def test_the_asserts_hold_and_come_last(path):
+    last = read(path).cells[-1]
+    assert "assert " in last.source and shown(last).strip() == "all asserts hold"
+
+
+@each
+def test_what_a_stand_in_did_is_called_simulated(path):
+    texts = " ".join(text for _, text in output_texts(path))
+    assert "stand-in" not in texts or "simulated" in texts
+    for found in re.finditer(r"stand-in GPU(?! \(simulated\))", texts):
+        raise AssertionError(texts[max(0, found.start() - 80) : found.end() + 80])
 
 
 @each

@@ -2,55 +2,50 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from models import packaged_spec, tiny_plan, tiny_spec
 
 from lowvram_lab.chat import TurnStats
 from lowvram_lab.dry_run import forecast
+from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluate import Fidelity
 from lowvram_lab.memory.device import GpuBudget
-from lowvram_lab.memory.meter import OomEvent
+from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.plot import (
     BUDGET_COLOUR,
     LABELS,
+    POINTS,
     UNUSED,
+    plot_breakdown,
+    plot_comparison,
     plot_fidelity,
     plot_kv,
-    plot_oom,
     plot_phases,
     plot_profiles,
+    plot_timeline,
     plot_turns,
     plot_weights,
 )
+from lowvram_lab.profile import Workload
 from lowvram_lab.report import Limits
 from lowvram_lab.units import GiB, MiB
 
 CARD = GpuBudget(8 * MiB, MiB)
-EVENT = OomEvent(
-    phase="load",
-    module="model.layers.2.mlp.up_proj",
-    requested_bytes=MiB,
-    allocated_bytes=6 * MiB,
-    reserved_bytes=6 * MiB + MiB // 2,
-    holders=[
-        ("model.layers.10.mlp.up_proj", MiB),
-        ("model.embed_tokens", 2 * MiB),
-        ("model.layers.2.mlp.up_proj", MiB // 2),
-        ("model.layers.2.self_attn.q_proj", MiB // 2),
-        ("lm_head", MiB),
-        ("", MiB),
-    ],
-)
 TURNS = [TurnStats(30, 0, 5, 0.5, 2.0, 3 * MiB, True), TurnStats(60, 34, 8, 0.4, 2.0, 4 * MiB, False)]
 RESULTS = {"good": Fidelity(100, 11, 10, 0.01, 0.95, 1, 2), "bad": Fidelity(100, 20, 10, 0.6, 0.4, 1, 4)}
 
 
-def a_forecast(recipe="int8", card=CARD, kind="qwen2"):
-    return forecast(tiny_plan(kind, recipe), tiny_spec(kind), card)
+def a_forecast(recipe="int8", card=CARD, kind="qwen2", **options):
+    return forecast(tiny_plan(kind, recipe), tiny_spec(kind), card, **options)
+
+
+def a_measurement(profile):
+    """The same figures under the other origin; measured runs themselves are test_forecast.py's."""
+    return replace(profile, origin="measured", gpu="stand-in GPU (simulated)")
 
 
 PLOTS = {
@@ -58,7 +53,9 @@ PLOTS = {
     "phases": lambda ax=None: plot_phases(a_forecast(), ax=ax),
     "weights": lambda ax=None: plot_weights(tiny_spec("qwen2"), ax=ax),
     "kv": lambda ax=None: plot_kv([tiny_spec("llama"), tiny_spec("qwen2")], 512, CARD, ax=ax),
-    "oom": lambda ax=None: plot_oom(EVENT, CARD, ax=ax),
+    "breakdown": lambda ax=None: plot_breakdown(a_forecast(), ax=ax),
+    "timeline": lambda ax=None: plot_timeline(a_forecast(timeline=True), ax=ax),
+    "comparison": lambda ax=None: plot_comparison(a_forecast(), a_measurement(a_forecast()), ax=ax),
     "turns": lambda ax=None: plot_turns(TURNS, ax=ax),
     "fidelity": lambda ax=None: plot_fidelity(RESULTS, ax=ax),
 }
@@ -69,10 +66,9 @@ def heights(ax: Axes, label: str) -> list[float]:
     return [bar.get_height() for container in ax.containers if container.get_label() == label for bar in container]
 
 
-def totals(ax: Axes, without: str = "") -> list[float]:
+def totals(ax: Axes) -> list[float]:
     """The height of every stack."""
-    stacks = [[bar.get_height() for bar in bars] for bars in ax.containers if bars.get_label() != without]
-    return [sum(parts) for parts in zip(*stacks, strict=True)]
+    return [sum(parts) for parts in zip(*([bar.get_height() for bar in bars] for bars in ax.containers), strict=True)]
 
 
 def texts(ax: Axes) -> list[str]:
@@ -116,12 +112,9 @@ def test_the_library_needs_no_matplotlib_to_be_imported():
 def test_a_profile_is_as_high_as_its_bytes():
     profiles = [a_forecast("bf16"), a_forecast("int8")]
     ax = plot_profiles(profiles)
-    assert totals(ax, without=UNUSED) == pytest.approx(
-        [(CARD.context_bytes + p.peak_allocated_bytes) / MiB for p in profiles]
-    )
-    assert totals(ax) == pytest.approx([(CARD.context_bytes + p.peak_reserved_bytes) / MiB for p in profiles])
-    for category in ("weights", "kv", "activations"):
-        expected = [p.peak.breakdown[category] / MiB for p in profiles]
+    assert totals(ax) == pytest.approx([p.device_peak_bytes / MiB for p in profiles])
+    for category in ("context", "weights", "kv", "activations", "fragmentation"):
+        expected = [p.breakdown[category] / MiB for p in profiles]
         assert heights(ax, LABELS[category]) == pytest.approx(expected)
     assert card_lines(ax) == [CARD.total_bytes / MiB]
 
@@ -164,11 +157,119 @@ def test_a_tied_head_is_drawn_once():
 def test_phases_are_as_high_as_their_bytes():
     profile = a_forecast()
     ax = plot_phases(profile)
-    assert totals(ax, without=UNUSED) == pytest.approx(
-        [(CARD.context_bytes + phase.peak_allocated_bytes) / MiB for phase in profile.phases]
+    assert totals(ax) == pytest.approx(
+        [(CARD.context_bytes + phase.peak_reserved_bytes) / MiB for phase in profile.phases]
     )
+    assert heights(ax, UNUSED) == pytest.approx([p.reserved_breakdown["fragmentation"] / MiB for p in profile.phases])
     assert [label.get_text() for label in ax.get_xticklabels()] == ["load", "prefill", "decode"]
     assert "forecast" in ax.get_title()
+
+
+def test_a_measured_profile_says_on_what():
+    assert plot_phases(a_measurement(a_forecast())).get_title().endswith("measured on stand-in GPU (simulated)")
+
+
+def test_the_parts_of_a_breakdown_follow_each_other_up_to_the_peak():
+    profile = a_forecast()
+    bars = plot_breakdown(profile).patches
+    ends = [bar.get_x() + bar.get_width() for bar in bars]
+    assert [bar.get_x() for bar in bars] == pytest.approx([0, *ends[:-1]])
+    assert ends[-1] == pytest.approx(profile.device_peak_bytes / MiB)
+    assert len(bars) == sum(size > 0 for size in profile.breakdown.values())
+
+
+def areas(ax: Axes) -> dict[str, list[float]]:
+    """Height of every stacked area at each x it is drawn for."""
+    found = {}
+    for area in ax.collections:
+        edges: dict[float, list[float]] = {}
+        for x, y in area.get_paths()[0].vertices:
+            edges.setdefault(x, []).append(y)
+        found[area.get_label()] = [max(ys) for ys in edges.values()]
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "int8"])
+def test_the_areas_of_a_timeline_add_up_to_the_allocated_peak(recipe):
+    profile = a_forecast(recipe, card=None, timeline=True)
+    ax = plot_timeline(profile)
+    tops = areas(ax)
+    assert list(tops)[0] == LABELS["weights"] and LABELS["kv"] in tops
+    assert max(list(tops.values())[-1]) == pytest.approx(profile.peak_allocated_bytes / MiB)
+    reserved = next(line for line in ax.lines if line.get_label() == "reserved")
+    assert max(reserved.get_ydata()) == pytest.approx(profile.peak_reserved_bytes / MiB)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["load", "prefill", "decode"]
+
+
+def test_a_long_timeline_is_thinned_and_keeps_its_peak():
+    profile = a_forecast(card=None, timeline=True, workload=Workload(8, 24))
+    events, ax = len(profile.timeline.table()), plot_timeline(profile)
+    reserved = next(line for line in ax.lines if line.get_label() == "reserved")
+    assert len(reserved.get_ydata()) <= 3 * 3 * (POINTS + 1) < events
+    assert max(list(areas(ax).values())[-1]) == pytest.approx(profile.peak_allocated_bytes / MiB)
+
+
+@pytest.mark.parametrize("expandable", [False, True])
+def test_the_failing_allocation_is_marked_with_its_module(expandable):
+    profile = a_forecast("bf16", GpuBudget(3 * MiB), timeline=True, expandable_segments=expandable)
+    ax = plot_timeline(profile)
+    (mark,) = [line for line in ax.lines if line.get_marker() == "X"]
+    (said,) = texts(ax)
+    assert profile.first_oom.module.removeprefix("model.") in said
+    table = profile.timeline.table()
+    names = list(dict.fromkeys(table["phase"]))
+    assert int(mark.get_xdata()[0]) == names.index(profile.first_oom.phase)
+    assert mark.get_ydata()[0] * MiB > profile.first_oom.reserved_bytes
+
+
+def test_a_timeline_that_fits_has_no_mark_and_shows_the_room_for_tensors():
+    ax = plot_timeline(a_forecast(card=GpuBudget(100 * MiB, MiB), timeline=True))
+    assert not [line for line in ax.lines if line.get_marker() == "X"]
+    assert card_lines(ax) == [99]
+
+
+def test_a_timeline_begun_on_a_card_in_use_shows_only_what_came_on_top():
+    whole = a_forecast(timeline=True).timeline
+    table = whole.table()
+    first = int((table["phase"] != "load").to_numpy().argmax())
+    later = Timeline(
+        [replace(e, reserved_bytes=e.reserved_bytes + 100 * MiB) for e in whole.events if e.place == "gpu"][first:]
+    )
+    ax = plot_timeline(later, CARD)
+    assert "reserved" not in legend(ax) and card_lines(ax) == []
+    assert "above" in ax.get_ylabel()
+
+
+@pytest.mark.parametrize("source", [Timeline(), None])
+def test_without_a_timeline_it_says_how_to_get_one(source):
+    with pytest.raises(LowvramError, match="timeline=True"):
+        plot_timeline(a_forecast() if source is None else source)
+
+
+def test_compared_phases_stand_over_each_other():
+    predicted = a_forecast()
+    measured = a_measurement(predicted)
+    ax = plot_comparison(predicted, measured)
+    peaks = [phase.peak_allocated_bytes / MiB for phase in predicted.phases]
+    assert heights(ax, "forecast") == heights(ax, "measured") == pytest.approx(peaks)
+    assert all(text.endswith("off by 0 bytes") for text in texts(ax)) and len(texts(ax)) == 3
+
+
+def test_compared_timelines_are_two_curves():
+    predicted = a_forecast(timeline=True)
+    ax = plot_comparison(predicted, a_measurement(predicted))
+    (curve,) = [line for line in ax.lines if line.get_label() == "forecast"]
+    assert max(curve.get_ydata()) == pytest.approx(predicted.peak_allocated_bytes / MiB)
+    assert max(areas(ax)["measured"]) == pytest.approx(predicted.peak_allocated_bytes / MiB)
+    watched = replace(a_measurement(predicted), timeline=Timeline(predicted.timeline.events[-5:]))
+    assert heights(plot_comparison(predicted, watched), "measured")  # watched from the middle on: bars
+
+
+def test_a_wrong_forecast_says_by_how_much():
+    predicted = a_forecast()
+    worse = replace(predicted.phases[1], peak_allocated_bytes=predicted.phases[1].peak_allocated_bytes - 1024)
+    measured = a_measurement(replace(predicted, phases=(predicted.phases[0], worse, predicted.phases[2])))
+    assert texts(plot_comparison(predicted, measured))[1].endswith("off by 1,024 bytes")
 
 
 def test_kv_lines_end_at_the_full_cache():
@@ -177,21 +278,6 @@ def test_kv_lines_end_at_the_full_cache():
     assert list(ax.lines[0].get_ydata()) == pytest.approx([0, spec.kv_bytes(512) / MiB])
     assert card_lines(ax) == []
     assert card_lines(plot_kv([spec], 512, CARD)) == [8]
-
-
-def test_the_oom_staircase_ends_at_what_was_allocated():
-    ax = plot_oom(EVENT, CARD)
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["embed_tokens", "2", "10", "lm_head", "other"]
-    steps = [bar for bar in ax.patches if to_hex(bar.get_facecolor()) == "#4c72b0"]
-    assert [bar.get_height() for bar in steps] == [2, 1, 1, 1, 1]  # MiB; the two modules of layer 2 are one step
-    assert steps[0].get_y() == CARD.context_bytes / MiB
-    assert steps[-1].get_y() + steps[-1].get_height() == (CARD.context_bytes + EVENT.allocated_bytes) / MiB
-    assert EVENT.module in ax.get_title() and "1.0 MiB" in ax.get_title()
-
-
-def test_an_oom_whose_request_is_unknown_names_no_size():
-    event = OomEvent("load", "lm_head", None, MiB, MiB, [("lm_head", MiB)])  # CUDA says it only in its message
-    assert plot_oom(event, CARD).get_title().endswith("lm_head asked")
 
 
 def test_turns_are_as_long_as_their_tokens():

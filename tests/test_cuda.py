@@ -1,0 +1,250 @@
+"""What only a CUDA card can show: its counters beside the forecast, its kernels beside the CPU's, its own OOM.
+
+Skipped where there is none (`make gpu-check` runs these). Every model is random and made on the fly.
+"""
+
+import functools
+import gc
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import (
+    PLACEMENTS,
+    TINY,
+    TOLERANCES,
+    RandomCheckpoint,
+    load_tiny,
+    random_ids,
+    relative_error,
+    stock_logits,
+    tiny_config,
+    tiny_plan,
+    tiny_spec,
+)
+
+from lowvram_lab.dry_run import forecast
+from lowvram_lab.errors import BudgetError
+from lowvram_lab.explain import explain_oom
+from lowvram_lab.formats import get_format
+from lowvram_lab.loader import load
+from lowvram_lab.memory.device import GpuBudget, open_gpu
+from lowvram_lab.memory.snapshot import read_snapshot, replay_trace
+from lowvram_lab.plan import Plan
+from lowvram_lab.profile import Workload, run_workload
+from lowvram_lab.quantize.linear import quantized_linear
+from lowvram_lab.quantize.solvers import dequantize, quantize
+from lowvram_lab.spec import ModelSpec
+from lowvram_lab.units import GiB, MiB
+
+pytestmark = pytest.mark.gpu
+SHARES = {"peak_allocated_bytes": 0.02, "end_allocated_bytes": 0.02, "peak_reserved_bytes": 0.05}
+SLACK = 2 * MiB  # of a tiny model, two per cent would be less than one allocation of cuBLAS' that meta cannot see
+
+
+@functools.cache
+def mid_spec(kind: str) -> ModelSpec:
+    """160 M parameters: segments of the large pool, heads of 64, products that tinygemm takes."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8, "vocab_size": 32000}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "max_position_embeddings": 8192}
+    return ModelSpec.from_config(tiny_config(kind, **sizes, **heads), f"mid-{kind}")
+
+
+def load_mid(plan, gpu):
+    spec = mid_spec(plan.model.removeprefix("mid-"))
+    return load(plan, gpu, checkpoint=RandomCheckpoint(spec), spec=spec, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def clean_card():
+    """Each test begins with nothing reserved, cuBLAS' workspace included, and ends without a cap."""
+    _clean()
+    yield
+    _clean()
+
+
+def _clean() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()  # kept for good otherwise; the forecast begins before the first product
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.reset_peak_memory_stats()
+
+
+def assert_near(dry, real, slack=0):
+    """Allocated within 2 %, reserved within 5 % in every phase: the acceptance of issue 3."""
+    assert [phase.name for phase in dry.phases] == [phase.name for phase in real.phases]
+    for mine, theirs in zip(dry.phases, real.phases, strict=True):
+        for figure, share in SHARES.items():
+            a, b = getattr(mine, figure), getattr(theirs, figure)
+            room = slack + (20 * MiB if slack and "reserved" in figure else 0)  # a segment more or less
+            assert abs(a - b) <= share * b + room, (theirs.name, figure, a, b)
+
+
+@pytest.mark.parametrize("placement", ["gpu", "half"])
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("kind", TINY)
+def test_forecast_and_counters_of_a_tiny_model(kind, recipe, placement):
+    gpu, plan, workload = open_gpu(), tiny_plan(kind, recipe, placement), Workload(290, 3)
+    dry = forecast(plan, tiny_spec(kind), gpu, workload=workload)
+    real = run_workload(load_tiny(kind, plan, gpu), workload)
+    assert_near(dry, real, SLACK)
+    assert dry.weights_bytes == real.weights_bytes
+    assert dry.kv_bytes == real.kv_bytes
+    assert dry.transferred_bytes == real.transferred_bytes
+    assert "simulated" not in real.gpu
+
+
+@pytest.mark.parametrize("gpu_layers", [8, 4])
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])
+def test_forecast_and_counters_of_a_mid_size_model(recipe, gpu_layers):
+    gpu, spec = open_gpu(), mid_spec("qwen2")
+    plan = Plan.uniform(spec, recipe, context=2048).with_gpu_layers(spec, gpu_layers)
+    workload = Workload(1500, 3, follow_up_tokens=100)
+    dry = forecast(plan, spec, gpu, workload=workload)
+    assert_near(dry, run_workload(load_mid(plan, gpu), workload))
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 4}, {"num_beams": 3}, {"cache": "static"}])
+def test_forecast_and_counters_of_other_workloads(changes):
+    gpu, spec, workload = open_gpu(), mid_spec("llama"), Workload(400, 3, **changes)
+    plan = Plan.uniform(spec, "fp16", context=1024)
+    dry = forecast(plan, spec, gpu, workload=workload)
+    assert_near(dry, run_workload(load_mid(plan, gpu), workload))
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4", "nf4"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("kind", TINY)
+def test_logits_are_the_cpus(kind, placement, recipe):
+    model = load_tiny(kind, tiny_plan(kind, recipe, placement), open_gpu())
+    with torch.no_grad():
+        logits = model(random_ids(40)).logits
+    assert relative_error(logits.cpu(), stock_logits(kind, 40)) < TOLERANCES[recipe] + 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("recipe", ["int8", "int4-g32", "int4", "int4-g128", "int4-g256", "nf4"])
+def test_a_quantised_product_is_that_of_the_dequantised_weight(recipe, rows):
+    fmt, generator = get_format(recipe), torch.Generator().manual_seed(0)
+    weight, x = torch.randn(64, 1024, generator=generator), torch.randn(rows, 1024, generator=generator)
+    layer = quantized_linear(1024, 64, fmt, "cuda")
+    layer.store(weight, lambda tensor: tensor.to("cuda"))
+    if fmt.kind == "int4" and torch.cuda.get_device_capability() >= (8, 0):
+        assert layer.layout == "cuda"  # tinygemm
+    if fmt.kind == "nf4":
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        restored = dequantize_4bit(*quantize_4bit(weight, blocksize=fmt.group_size, quant_type="nf4"))
+    else:
+        restored = dequantize(quantize(weight, fmt), fmt)
+    x = x.to(torch.bfloat16)
+    product = layer(x.to("cuda")).float().cpu()
+    assert product.shape == (rows, 64)
+    # x is bf16 on both sides; the weight is rounded to bf16 once more, the result once: some 2^-9 each
+    assert relative_error(product, x.float() @ restored.T.float()) < 0.01
+
+
+def test_the_cap_is_real():
+    gpu = open_gpu(GpuBudget(512 * MiB))
+    held = torch.empty(400 * MiB, dtype=torch.uint8, device=gpu.device)
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(200 * MiB, dtype=torch.uint8, device=gpu.device)
+    assert torch.cuda.memory_reserved() <= 512 * MiB
+    del held
+    again = torch.empty(500 * MiB, dtype=torch.uint8, device=gpu.device)
+    assert again.nbytes == 500 * MiB
+
+
+@pytest.mark.parametrize("phase", ["load", "prefill"])
+def test_an_oom_is_cudas_own_and_names_the_module(phase):
+    spec = mid_spec("llama")
+    plan = Plan.uniform(spec, "fp16", context=8192)
+    dry = forecast(plan, spec)
+    loaded = dry.phase("load").peak_reserved_bytes
+    budget = GpuBudget(loaded // 2 if phase == "load" else (loaded + dry.peak_reserved_bytes) // 2)
+    expected = forecast(plan, spec, budget).first_oom
+    gpu = open_gpu(budget)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        run_workload(load_mid(plan, gpu), Workload.full_context(8192))
+    event = error.value.event
+    assert event.phase == expected.phase == phase
+    assert event.module
+    assert event.module.split(".")[:2] == expected.module.split(".")[:2]
+    assert event.requested_bytes is None and "CUDA out of memory" in str(error.value)  # CUDA says it only in words
+    assert event.allocated_bytes <= event.reserved_bytes <= budget.total_bytes
+    assert error.value.gpu is gpu
+    held = sum(size for _, size in event.holders)
+    assert held == pytest.approx(event.allocated_bytes, rel=0.1, abs=40 * MiB)  # cuBLAS' workspace is nobody's
+
+
+def test_an_oom_is_explained_and_a_suggestion_really_fits():
+    spec = mid_spec("qwen2")
+    plan = Plan.uniform(spec, "fp16", context=8192)
+    budget = GpuBudget(int(forecast(plan, spec).peak_reserved_bytes * 0.8))
+    with explain_oom() as found:
+        run_workload(load_mid(plan, open_gpu(budget)), Workload.full_context(8192))
+    assert found.happened
+    assert "(simulated)" not in found.summary()
+    assert found.table()["bytes"].iloc[0] > MiB
+    applied = [suggestion for suggestion in found.suggestions if not suggestion.environment]
+    assert applied
+    for suggestion in applied:
+        _clean()
+        model = load_mid(suggestion.plan, open_gpu(budget))
+        profile = run_workload(model, Workload.full_context(suggestion.plan.context))
+        del model
+        assert profile.peak_reserved_bytes <= budget.total_bytes
+
+
+def test_nothing_stays_when_a_model_goes():
+    before = torch.cuda.memory_allocated()
+    model = load_tiny("qwen2", tiny_plan("qwen2", "int8"), open_gpu())
+    run_workload(model, Workload(50, 2))
+    assert torch.cuda.memory_allocated() > before
+    del model
+    _clean()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_generate_answers_as_on_the_cpu():
+    ids = random_ids(20)
+    for placement in ("gpu", "half"):
+        model = load_tiny("qwen2", tiny_plan("qwen2", "fp32", placement), open_gpu())
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+        answer = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, 20:].cpu()
+        with torch.no_grad():
+            again = model(torch.cat((ids, answer[None]), dim=1)).logits[0, 19:-1].argmax(-1).cpu()
+        assert answer.tolist() == again.tolist()
+
+
+RECORDING = """
+import json, sys
+import torch
+torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=1_000_000)
+from test_cuda import load_mid, mid_spec
+from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.plan import Plan
+from lowvram_lab.profile import Workload, run_workload
+run_workload(load_mid(Plan.uniform(mid_spec("llama"), "int8", context=1024), open_gpu()), Workload(900, 40))
+with open(sys.argv[1], "w") as file:
+    json.dump(torch.cuda.memory._snapshot(), file, default=str)
+"""
+
+
+def test_the_simulator_replays_a_recorded_trace(tmp_path, request):
+    path = tmp_path / "snapshot.json"
+    subprocess.run([sys.executable, "-c", RECORDING, str(path)], check=True, cwd=request.path.parent, timeout=300)
+    snapshot = read_snapshot(path)
+    found = replay_trace(snapshot, torch.cuda.current_device())
+    assert sum(found.recorded_segments.values()) > 10
+    assert found.simulated_segments == found.recorded_segments
+    assert found.simulated_reserved_bytes == found.recorded_reserved_bytes
+
+
+def test_a_budget_beyond_the_card_is_refused():
+    with pytest.raises(BudgetError, match="give a smaller budget"):
+        open_gpu(GpuBudget(torch.cuda.mem_get_info()[1] + GiB))
