@@ -121,7 +121,6 @@ def test_within_its_window_the_forecast_is_exact(name, recipe):
             assert (table["difference"] == 0).all(), table
 
 
-WRAPPED_TWICE = "its own buffer makes the whole transformer a block, so the blocks inside are wrapped twice: TypeError"
 OTHERS = [
     ("qwen3", "int8", True, {}),
     ("phi3", "int8", True, {}),
@@ -131,7 +130,7 @@ OTHERS = [
     ("opt", "int8", False, {"ffn_dim": 192, "word_embed_proj_dim": 128}),
     ("opt", "int8", True, {"ffn_dim": 192, "word_embed_proj_dim": 128}),  # learned positions beside a split
     ("gpt2", "int8", True, {}),
-    pytest.param("gpt_bigcode", "int8", True, {}, marks=pytest.mark.xfail(strict=True, reason=WRAPPED_TWICE)),
+    ("gpt_bigcode", "int8", True, {}),
 ]
 
 

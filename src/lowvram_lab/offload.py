@@ -46,7 +46,8 @@ def attach(model, plan, spec, gpu) -> None:
     first = places[f"{spec.layers_path}.0"]
     moved: dict[tuple[int, str], tuple] = {}
     embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
-    for path, place in places.items():
+    blocks = {path: place for path, place in places.items() if not _contains_another(path, places)}
+    for path, place in blocks.items():
         # masks and rotary tables are made once, where the first layer is: so embeddings (of tokens, in some models of
         # positions too) hand over there
         hand_over = first if path == spec.embedding or path in embeddings else None
@@ -87,6 +88,11 @@ def _model_forward(first, moved, gpu, original, *args, **kwargs):
             raise
         finally:
             moved.clear()
+
+
+def _contains_another(path: str, places) -> bool:
+    """Whether a module (with a buffer of its own) holds other blocks: it runs no code that a place would matter to."""
+    return any(other.startswith(path + ".") for other in places)
 
 
 def _block_forward(path, place, hand_over, moved, gpu, original, *args, **kwargs):
