@@ -53,6 +53,10 @@ MISTAKES = {
     ),
     "too many layers": (["forecast", "smollm2-135m", "--format", "int8", "--gpu-layers", "31"], "0 to 30"),
     "layers without a plan": (["plan", "smollm2-135m", "--gpu", "1GiB", "--gpu-layers", "3"], "--format"),
+    "max context without a card": (["forecast", "smollm2-135m", "--max-context"], "--gpu"),
+    "a picture of no known kind": (["forecast", "smollm2-135m", "--plot", "x.gif"], ".png"),
+    "a size in two words": (["forecast", "smollm2-135m", "--gpu", "4", "GiB"], "one word"),
+    "kv without a plan": (["plan", "smollm2-135m", "--gpu", "1GiB", "--kv", "int8"], "--format"),
     "no such plan file": (["forecast", "smollm2-135m", "--plan", "missing.json"], "missing.json"),
     "temperature": (["chat", "smollm2-135m", "--gpu", "192MiB", "--prompt", "x", "--temperature", "-1"], "temperature"),
     "conversation as JSON": (["chat", "smollm2-135m", "--gpu", "192MiB", "--json"], "--prompt"),
@@ -134,6 +138,25 @@ def test_forecast_json_has_the_promised_keys(capsys):
     assert status == 0 and set(promised.split()) <= set(found)
     assert found["fits"] is False and found["first_oom"]["phase"] == "load"
     assert found["suggestions"], "something must be said to help"
+
+
+def test_forecast_draws_and_finds_the_longest_context(capsys, tmp_path):
+    picture = tmp_path / "timeline.png"
+    words = ["forecast", "smollm2-135m", "--gpu", "192MiB", "--context", 128, "--format", "int8", "--kv", "int8"]
+    status, out, _ = run(capsys, *words, "--max-context", "--batch", 2, "--plot", picture, "--json")
+    found = json.loads(out)
+    assert status == 0 and found["workload"]["batch_size"] == 2 and found["max_context"] > 128
+    assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]
+
+
+@pytest.mark.integration
+def test_forecast_compares_with_a_run(capsys):
+    words = ["forecast", "smollm2-135m", "--gpu", "192MiB", "--context", 128, "--compare", "--json"]
+    status, out, _ = run(capsys, *words, "--format", "int8")
+    assert status == 0 and [row["difference"] for row in json.loads(out)["comparison"]] == [0, 0, 0]
+    status, out, _ = run(capsys, *words)
+    found = json.loads(out)
+    assert status == 0 and found["oom"]["event"]["module"] == found["first_oom"]["module"]
 
 
 def test_plan_round_trips_through_its_file(capsys, tmp_path):

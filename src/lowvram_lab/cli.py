@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     forecast = command("forecast", _forecast, "say what a model will take of a GPU, without one and without weights")
     _add_plan_options(forecast, budget_required=False)
     forecast.add_argument("--batch", type=_positive, default=1, metavar="N", help="prompts at once (1)")
+    forecast.add_argument("--max-context", action="store_true", help="also find the longest context that fits --gpu")
     forecast.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")
     forecast.add_argument(
         "--compare", action="store_true", help="then load the weights, run it, and show the difference"
@@ -211,9 +212,12 @@ def _forecast(args) -> int:
 
     from lowvram_lab.dry_run import forecast
     from lowvram_lab.memory.device import GpuBudget, open_gpu
+    from lowvram_lab.planner.limits import max_context
     from lowvram_lab.planner.suggest import suggest
     from lowvram_lab.profile import Workload
 
+    if args.max_context and not args.gpu:
+        raise LowvramError("--max-context needs --gpu: without a card every context fits")
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
     _check_picture(args.plot)
     _, spec = _spec_of(args)
@@ -231,6 +235,10 @@ def _forecast(args) -> int:
     say(profile.summary())
     for line in profile.suggestions:
         say(f"would fit: {line}")
+    if args.max_context:
+        longest = max_context(plan, spec, gpu)
+        result["max_context"] = longest.value
+        say(f"longest context that fits: {longest.value} tokens")
     if args.compare:
         result |= _compare(args, plan, spec, gpu, profile, say)
     if args.plot:
