@@ -94,13 +94,14 @@ def load(
         for module in filling:
             with gpu.meter.scope(owner=module.name):
                 _fill(model, module, plan, checkpoint, gpu)
-        _place_buffers(model, plan, spec, gpu)
-    attach(model, plan, spec, gpu)
+        places = block_places(model, plan, spec)
+        _place_buffers(model, places, gpu)
+    attach(model, places, spec, gpu)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
         model.save_pretrained = _refuse_to_save
     model.plan, model.gpu, model.spec, model.load_phase, model.timeline = plan, gpu, spec, load_phase, recording
-    model.hf_device_map = {path: _device_name(place, gpu) for path, place in block_places(model, plan, spec).items()}
+    model.hf_device_map = {path: _device_name(place, gpu) for path, place in places.items()}
     return model.eval()
 
 
@@ -179,9 +180,8 @@ def _fill(model, module: ModuleSpec, plan: Plan, checkpoint, gpu: Gpu) -> None:
     setattr(model.get_submodule(parent), child, layer.eval())
 
 
-def _place_buffers(model, plan, spec, gpu: Gpu) -> None:
+def _place_buffers(model, places: dict[str, str], gpu: Gpu) -> None:
     """Rotary frequencies and the like: made by the constructor on the CPU, wanted where their block computes."""
-    places = block_places(model, plan, spec)
     for path, module in model.named_modules():
         if path in places and not dict(module.named_parameters(recurse=False)):
             for key, buffer in list(module.named_buffers(recurse=False)):

@@ -33,16 +33,15 @@ def block_places(model, plan, spec) -> dict[str, str]:
     return places
 
 
-def attach(model, plan, spec, gpu) -> None:
+def attach(model, places: dict[str, str], spec, gpu) -> None:
     """Makes each block move its inputs to its place and charge its allocations there. Undone by ``detach``.
 
     Args:
         model: A model whose weights already are where the plan says.
-        plan: The plan.
+        places: From ``block_places``.
         spec: The model's spec.
         gpu: The ``Gpu`` the model lives on.
     """
-    places = block_places(model, plan, spec)
     first = places[f"{spec.layers_path}.0"]
     moved: dict[tuple[int, str], tuple] = {}
     embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}

@@ -246,22 +246,18 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         chat's cache say, is in the peaks too.
     """
     gpu: Gpu = model.gpu
-    before = sum(gpu.transfers.values())
+    before, earlier_phases = sum(gpu.transfers.values()), len(gpu.phases)
     earlier_kv = gpu.meter.category_bytes("kv")
     device = "meta" if gpu.meta else "cpu"
     ids = torch.ones(workload.rows, workload.prompt_tokens, dtype=torch.long, device=device)
     cache = _make_cache(model, workload)
-    phases = [model.load_phase]
-    with gpu.phase("prefill") as record:
-        phases.append(record)
+    with gpu.phase("prefill"):
         step = _first_step(model, ids, cache, workload)
-    with gpu.phase("decode") as record:
-        phases.append(record)
+    with gpu.phase("decode"):
         for _ in range(workload.new_tokens):
             step = step()
     if workload.follow_up_tokens:
-        with gpu.phase("second turn") as record:
-            phases.append(record)
+        with gpu.phase("second turn"):
             cache.keep(max(0, workload.tokens - workload.follow_up_tokens - 1))
             message = torch.ones(workload.rows, workload.follow_up_tokens, dtype=torch.long, device=device)
             _first_step(model, message, cache, workload)()
@@ -276,7 +272,7 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         weights_bytes=model.plan.weight_bytes(model.spec, "gpu"),
         cpu_weights_bytes=model.plan.weight_bytes(model.spec, "cpu"),
         kv_bytes=gpu.meter.category_bytes("kv") - earlier_kv,
-        phases=tuple(phases),
+        phases=(model.load_phase, *gpu.phases[earlier_phases:]),
         workload=workload,
         first_oom=gpu.meter.first_oom,
         timeline=timeline,
