@@ -15,7 +15,10 @@ import torch
 from lowvram_lab.errors import PlanError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-GROUP_SIZES = (32, 64, 128, 256)
+GROUP_SIZES = (32, 64, 96, 128, 192, 256)
+"""Weights that may share a scale: divisors of the widths that models have; 96 and 192 serve 288, 576 and 1536."""
+
+KERNEL_GROUP_SIZES = (32, 64, 128, 256)
 """The group sizes torch's int4 kernels take (``aten/src/ATen/native/LinearAlgebra.cpp``)."""
 
 SCALE_DTYPE = torch.bfloat16
@@ -42,7 +45,8 @@ class Format:
     Attributes:
         name: As written in a plan, e.g. ``"int4-g128"``.
         kind: ``"float"``, ``"int8"`` (one scale per output channel), ``"int4"`` (scale and zero per group of
-            ``group_size`` inputs) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
+            ``group_size`` inputs, as torch's kernels want them), ``"packed"`` (2, 3, 5 or 6 bits packed tight, a scale
+            per group, no kernel of their own) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
         bits: Bits of one code, without scales.
         group_size: Weights that share a scale, or ``None`` for a whole row.
         modules: Kinds of module that may hold it.
@@ -76,6 +80,11 @@ class Format:
                 "packed": TensorSpec((rows, columns // 2), torch.uint8),
                 "scale_and_zero": TensorSpec((groups, rows, 2), SCALE_DTYPE),
             }
+        if self.kind == "packed":  # 32 codes fill exactly ``bits`` words; see quantize/packing.py
+            return {
+                "packed": TensorSpec((rows, columns * self.bits // 32), torch.int32),
+                "scale": TensorSpec((rows, columns // self.group_size), SCALE_DTYPE),
+            }
         return {
             "packed": TensorSpec((rows * columns // 2, 1), torch.uint8),
             "absmax": TensorSpec((rows * columns // self.group_size,), torch.float32),
@@ -92,7 +101,7 @@ class Format:
         if module_kind not in self.modules:
             return f"{self.name} is for {' and '.join(self.modules)} modules, found a module of kind {module_kind}"
         rows, columns = shape
-        if self.kind == "int4" and columns % self.group_size:
+        if self.kind in ("int4", "packed") and columns % self.group_size:
             return f"{self.name} needs in_features divisible by {self.group_size}, found {columns}"
         if self.kind == "nf4" and rows * columns % self.group_size:
             return f"{self.name} needs a multiple of {self.group_size} weights, found {rows} x {columns}"
@@ -101,13 +110,22 @@ class Format:
 
 def _table() -> dict[str, Format]:
     everything = ("linear", "embedding", "other")
+    tables = ("linear", "embedding")
+
+    def grouped(bits: int) -> list[Format]:
+        kind = "int4" if bits == 4 else "packed"
+        default = Format(f"int{bits}", kind, bits, 64, tables)
+        return [
+            default,
+            *(Format(f"int{bits}-g{size}", kind, bits, size, tables) for size in GROUP_SIZES if size != 64),
+        ]
+
     formats = [
         Format("fp32", "float", 32, modules=everything),
         Format("bf16", "float", 16, modules=everything),
         Format("fp16", "float", 16, modules=everything),
-        Format("int8", "int8", 8, modules=("linear", "embedding")),
-        Format("int4", "int4", 4, group_size=64),
-        *(Format(f"int4-g{size}", "int4", 4, group_size=size) for size in GROUP_SIZES if size != 64),
+        Format("int8", "int8", 8, modules=tables),
+        *(fmt for bits in (6, 5, 4, 3, 2) for fmt in grouped(bits)),
         Format("nf4", "nf4", 4, group_size=64),
     ]
     return {entry.name: entry for entry in formats}

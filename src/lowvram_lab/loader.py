@@ -16,7 +16,7 @@ from lowvram_lab.memory.device import Gpu, open_gpu
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.offload import attach, block_places
 from lowvram_lab.plan import Plan
-from lowvram_lab.quantize.linear import Int8Embedding, import_kernels, quantized_linear
+from lowvram_lab.quantize.linear import import_kernels, quantized_embedding, quantized_linear
 from lowvram_lab.quantize.solvers import is_finite
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec, ModuleSpec, build_on_meta
@@ -166,9 +166,10 @@ def _fill(model, module: ModuleSpec, plan: Plan, checkpoint, gpu: Gpu) -> None:
         return
     rows, columns = module.weight_shape
     if module.kind == "embedding":
-        layer = Int8Embedding(rows, columns, fmt, dtype)
+        layer = quantized_embedding(rows, columns, fmt, dtype)
     else:
-        layer = quantized_linear(columns, rows, fmt, gpu.kernels_of(assignment.device))
+        kernels = gpu.kernels_of(assignment.device)
+        layer = quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
     if module.tied_to:
         for key, buffer in model.get_submodule(module.tied_to).named_buffers(recurse=False):
             layer.register_buffer(key, buffer)

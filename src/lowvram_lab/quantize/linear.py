@@ -2,7 +2,8 @@
 
 CPU: ``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu``, bfloat16 activations only (other dtypes are 20 times
 slower, so they are cast around the call). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where
-no kernel serves, a tile of the weight is dequantised at a time, so that the temporary stays small (nf4: all of it).
+no kernel serves (2, 3, 5 and 6 bits have none), a tile of the weight is dequantised at a time, so that the temporary
+stays small (nf4: all of it).
 
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lowvram_lab.formats import Format
+from lowvram_lab.formats import KERNEL_GROUP_SIZES, Format
+from lowvram_lab.quantize.packing import unpack
 from lowvram_lab.quantize.solvers import INT4_OFFSET, quantize
 from lowvram_lab.units import MiB
 
@@ -24,6 +26,9 @@ DEQUANTIZE_ROWS = 64
 NF4_FUSED_ROWS = 4
 """Up to this many tokens bitsandbytes always runs its fused kernel on CUDA (``_GEMM_4BIT_CUSTOM_FLOOR_M``); beyond it
 the card decides, so there the weight is dequantised in the open, where it is counted."""
+
+PACK_ROWS = 1024
+"""Rows packed at a time for torch's CPU int4 kernel, which wants codes of four bytes; a multiple of its 64-row block."""
 
 CUDA_INNER_K_TILES = 8
 _CUDA_INT4_K = CUDA_INNER_K_TILES * 16
@@ -56,7 +61,15 @@ class QuantizedLinear(nn.Module):
         Raises:
             CheckpointError: The weight is not finite.
         """
-        tensors = _shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format)
+        self.fill(_shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format), move)
+
+    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+        """Keeps a weight quantised before, where ``move`` puts it.
+
+        Args:
+            tensors: As ``quantize`` returns them, or of those shapes on meta.
+            move: See ``store``.
+        """
         for name, tensor in tensors.items():
             self.register_buffer(name, move(tensor))
 
@@ -76,24 +89,54 @@ class QuantizedLinear(nn.Module):
         """``(tokens, in_features)`` → ``(tokens, out_features)``."""
         raise NotImplementedError
 
-    def weight_tile(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows ``start:stop`` of the dequantised weight, ``(stop - start, in_features)``."""
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of the dequantised weight, ``(rows, in_features)``; ``select`` is a slice or ``(rows,)`` ids."""
         raise NotImplementedError
 
     def multiply_by_tiles(self, rows: torch.Tensor) -> torch.Tensor:
         """Dequantise + matmul, a bounded tile of output features at a time."""
         step = max(1, TILE_BYTES // (rows.element_size() * self.in_features))
         if step >= self.out_features:
-            return F.linear(rows, self.weight_tile(0, self.out_features, rows.dtype))
+            return F.linear(rows, self.weight_rows(slice(None), rows.dtype))
         result = rows.new_empty(rows.shape[0], self.out_features)
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
-            result[:, start:stop] = F.linear(rows, self.weight_tile(start, stop, rows.dtype))
+            result[:, start:stop] = F.linear(rows, self.weight_rows(slice(start, stop), rows.dtype))
         return result
 
 
-class Int8Linear(QuantizedLinear):
+class _Int8Rows:
     """One int8 code a weight, one bf16 scale an output feature."""
+
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See ``QuantizedLinear``."""
+        return self.weight[select].to(dtype).mul_(self.scale[select].to(dtype).unsqueeze(1))
+
+
+class _Int4Rows:
+    """Two codes a byte, the even column low; a bf16 scale and zero for every ``group_size`` inputs."""
+
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See ``QuantizedLinear``; for the ``nibbles`` layout."""
+        packed = self.packed[select]
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1).view(packed.shape[0], -1, self.format.group_size)
+        scale, zero = self.scale_and_zero[:, select].to(dtype).transpose(0, 1).unbind(-1)
+        rows = codes.to(dtype).sub_(INT4_OFFSET).mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1))
+        return rows.view(packed.shape[0], -1)
+
+
+class _PackedRows:
+    """Codes packed tight into words; a bf16 scale for every ``group_size`` inputs."""
+
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See ``QuantizedLinear``."""
+        packed = self.packed[select]
+        codes = unpack(packed, self.format.bits).view(packed.shape[0], -1, self.format.group_size)
+        return codes.to(dtype).mul_(self.scale[select].to(dtype).unsqueeze(-1)).view(packed.shape[0], -1)
+
+
+class Int8Linear(_Int8Rows, QuantizedLinear):
+    """torch's int8 kernel on the CPU."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """CPU kernel for few tokens, dequantised tiles for many and on CUDA."""
@@ -102,38 +145,41 @@ class Int8Linear(QuantizedLinear):
             return product.to(rows.dtype)
         return self.multiply_by_tiles(rows)
 
-    def weight_tile(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """See ``QuantizedLinear``."""
-        return self.weight[start:stop].to(dtype).mul_(self.scale[start:stop].to(dtype).unsqueeze(1))
 
-
-class Int4Linear(QuantizedLinear):
-    """Four-bit codes; a bf16 scale and zero for every ``group_size`` inputs of an output feature.
+class Int4Linear(_Int4Rows, QuantizedLinear):
+    """torch's int4 kernels.
 
     ``layout`` says how the codes lie: ``"cpu"`` and ``"cuda"`` are what torch's own packing makes (they differ by
     machine, so they never go to disk), ``"nibbles"`` is two codes a byte, the even column low.
+
+    Args:
+        in_features: See ``QuantizedLinear``.
+        out_features: See ``QuantizedLinear``.
+        fmt: See ``QuantizedLinear``.
+        kernels: See ``QuantizedLinear``.
+        shared: Whether an embedding reads rows of the same buffers, which only the ``nibbles`` layout allows.
     """
 
-    def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str):
+    def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
         super().__init__(in_features, out_features, fmt, kernels)
-        if kernels == "cpu" and out_features % 16 == 0:
+        grouped = fmt.group_size in KERNEL_GROUP_SIZES and not shared
+        if grouped and kernels == "cpu" and out_features % 16 == 0:
             self.layout = "cpu"
-        elif kernels == "cuda" and in_features % _CUDA_INT4_K == 0 and out_features % 8 == 0 and _ampere():
+        elif grouped and kernels == "cuda" and in_features % _CUDA_INT4_K == 0 and out_features % 8 == 0 and _ampere():
             self.layout = "cuda"
         else:
             self.layout = "nibbles"
 
-    def store(self, weight: torch.Tensor, move) -> None:
+    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
         """See ``QuantizedLinear``. CUDA packs after the move: its packing runs only there."""
-        if weight.is_meta:
-            super().store(weight, move)
+        if "codes" not in tensors:  # a dry run's
+            super().fill(tensors, move)
             if self.layout == "cuda":  # repacked on the card: for a moment both copies are there
                 self.packed = self.packed.clone()
             return
-        tensors = quantize(weight, self.format)
-        codes = tensors.pop("codes")
+        codes = tensors["codes"]
         if self.layout == "cpu":
-            packed = move(torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1))
+            packed = move(_pack_for_cpu(codes))
         else:
             high_first = self.layout == "cuda"  # tinygemm wants the even column in the high nibble
             packed = move(_two_per_byte(codes, high_first))
@@ -155,13 +201,13 @@ class Int4Linear(QuantizedLinear):
             kernel = torch.ops.aten._weight_int4pack_mm
         return kernel(x, self.packed, self.format.group_size, self.scale_and_zero).to(rows.dtype)
 
-    def weight_tile(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """See ``QuantizedLinear``; for the ``nibbles`` layout."""
-        packed = self.packed[start:stop]
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).view(stop - start, -1, self.format.group_size)
-        scale, zero = self.scale_and_zero[:, start:stop].to(dtype).transpose(0, 1).unbind(-1)
-        tile = codes.to(dtype).sub_(INT4_OFFSET).mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1))
-        return tile.view(stop - start, self.in_features)
+
+class PackedLinear(_PackedRows, QuantizedLinear):
+    """2, 3, 5 and 6 bits: no kernel anywhere, so always dequantised tiles."""
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """Dequantise + matmul."""
+        return self.multiply_by_tiles(rows)
 
 
 class Nf4Linear(QuantizedLinear):
@@ -182,10 +228,16 @@ class Nf4Linear(QuantizedLinear):
         return F.linear(rows, weight)
 
 
-class Int8Embedding(nn.Module):
-    """An embedding table in int8, one bf16 scale a row; shares both with a tied ``Int8Linear`` head.
+class QuantizedEmbedding(nn.Module):
+    """An embedding table in a quantised format, whose buffers a tied head can share.
 
-    Shapes: ids ``(...)`` of integers → ``(..., embedding_dim)`` in ``dtype``.
+    Args:
+        num_embeddings: Rows.
+        embedding_dim: Columns.
+        fmt: The format.
+        dtype: Of the result.
+
+    Shapes: ids ``(...)`` of integers → ``(..., embedding_dim)``.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype):
@@ -193,22 +245,40 @@ class Int8Embedding(nn.Module):
         self.num_embeddings, self.embedding_dim, self.format, self.dtype = num_embeddings, embedding_dim, fmt, dtype
 
     def store(self, weight: torch.Tensor, move) -> None:
-        """Quantises the table ``(num_embeddings, embedding_dim)`` row by row; see ``QuantizedLinear.store``."""
-        tensors = _shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format)
+        """Quantises the table ``(num_embeddings, embedding_dim)``; see ``QuantizedLinear.store``."""
+        self.fill(_shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format), move)
+
+    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+        """See ``QuantizedLinear.fill``."""
+        if "codes" in tensors:
+            tensors = {**tensors, "packed": _two_per_byte(tensors["codes"], high_first=False)}
+            del tensors["codes"]
         for name, tensor in tensors.items():
             self.register_buffer(name, move(tensor))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Looks up rows and scales them."""
-        rows = F.embedding(ids, self.weight).to(self.dtype)
-        return rows.mul_(self.scale[ids].to(self.dtype).unsqueeze(-1))
+        return self.weight_rows(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.format.name}"
 
 
-_LINEARS = {"int8": Int8Linear, "int4": Int4Linear, "nf4": Nf4Linear}
+class Int8Embedding(_Int8Rows, QuantizedEmbedding):
+    """A table in int8."""
+
+
+class Int4Embedding(_Int4Rows, QuantizedEmbedding):
+    """A table in int4."""
+
+
+class PackedEmbedding(_PackedRows, QuantizedEmbedding):
+    """A table in 2, 3, 5 or 6 bits."""
+
+
+_LINEARS = {"int8": Int8Linear, "int4": Int4Linear, "packed": PackedLinear, "nf4": Nf4Linear}
+_EMBEDDINGS = {"int8": Int8Embedding, "int4": Int4Embedding, "packed": PackedEmbedding}
 
 
 def import_kernels(formats: set[str]) -> None:
@@ -217,15 +287,42 @@ def import_kernels(formats: set[str]) -> None:
         import bitsandbytes  # noqa: F401
 
 
-def quantized_linear(in_features: int, out_features: int, fmt: Format, kernels: str) -> QuantizedLinear:
-    """An empty layer of a format; fill it with ``store``."""
+def quantized_linear(
+    in_features: int, out_features: int, fmt: Format, kernels: str, *, shared: bool = False
+) -> QuantizedLinear:
+    """An empty layer of a format, to be given its weight by ``store`` or ``fill``.
+
+    Args:
+        in_features: See ``QuantizedLinear``.
+        out_features: See ``QuantizedLinear``.
+        fmt: The format.
+        kernels: See ``QuantizedLinear``.
+        shared: Whether an embedding shares the buffers.
+    """
+    if fmt.kind == "int4":
+        return Int4Linear(in_features, out_features, fmt, kernels, shared)
     return _LINEARS[fmt.kind](in_features, out_features, fmt, kernels)
+
+
+def quantized_embedding(num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype) -> QuantizedEmbedding:
+    """An empty table of a format; see ``quantized_linear``."""
+    return _EMBEDDINGS[fmt.kind](num_embeddings, embedding_dim, fmt, dtype)
 
 
 def _shapes_only(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
     """What a dry run stores: the format table's tensors, without data."""
     tensors = fmt.tensors(tuple(weight.shape), weight.dtype)
     return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in tensors.items()}
+
+
+def _pack_for_cpu(codes: torch.Tensor) -> torch.Tensor:
+    """torch's CPU layout of codes ``(out, in)`` uint8, a block of rows at a time: its packing wants four bytes a code."""
+    rows, columns = codes.shape
+    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
+    for start in range(0, rows, PACK_ROWS):
+        block = codes[start : start + PACK_ROWS].to(torch.int32)
+        packed[start : start + PACK_ROWS] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(block, 1)
+    return packed
 
 
 def _two_per_byte(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
