@@ -28,7 +28,7 @@ NF4_FUSED_ROWS = 4
 the card decides, so there the weight is dequantised in the open, where it is counted."""
 
 PACK_ROWS = 1024
-"""Rows packed at a time for torch's CPU int4 kernel, which wants codes of four bytes; a multiple of its 64-row block."""
+"""Rows packed at a time for torch's CPU int4 kernel, which wants four bytes a code; a multiple of its 64 rows."""
 
 CUDA_INNER_K_TILES = 8
 _CUDA_INT4_K = CUDA_INNER_K_TILES * 16
@@ -316,7 +316,7 @@ def _shapes_only(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
 
 
 def _pack_for_cpu(codes: torch.Tensor) -> torch.Tensor:
-    """torch's CPU layout of codes ``(out, in)`` uint8, a block of rows at a time: its packing wants four bytes a code."""
+    """torch's CPU layout of codes ``(out, in)`` uint8, a block of rows at a time; see ``PACK_ROWS``."""
     rows, columns = codes.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     for start in range(0, rows, PACK_ROWS):

@@ -150,7 +150,7 @@ def round_to_nearest(weight: torch.Tensor, fmt: Format, *, symmetric: bool = Tru
 
 
 def search_clip(weight: torch.Tensor, fmt: Format, importance: torch.Tensor | None = None) -> IntegerWeight:
-    """The nearest code under the scale with the least weighted squared error; may clip a few outliers to serve the rest.
+    """The nearest code under the scale with the least weighted squared error; may clip outliers to serve the rest.
 
     Args:
         weight: ``(out, in)``.
