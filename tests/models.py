@@ -38,6 +38,7 @@ TOLERANCES = {
     "bf16": 0.03,  # eight bits of mantissa: 2^-9 a rounding, some tens of roundings from ids to logits
     "int8": 0.05,  # codes are up to half of amax/127 off: 1 % of a normal weight's deviation; bf16 rounding on top
     "int4": 0.45,  # half of (max - min)/15 off: 10 % of the deviation a weight, and three layers of them
+    "int3": 0.9,  # eight levels, symmetric, so up to a whole amax/4 off: 22 % of the deviation a weight
     "nf4": 0.45,  # as int4: sixteen levels as well, spaced for a normal distribution
 }
 """Largest ``relative_error`` of logits against the float32 model of the original weights, and where it comes from."""
@@ -76,6 +77,11 @@ class RandomCheckpoint:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         noise = torch.empty(self._shapes[name], dtype=torch.bfloat16).normal_(generator=generator).mul_(self.deviation)
         return noise.add_(1) if "norm" in name else noise
+
+
+def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Normal noise, the same at every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -9,13 +9,13 @@ from models import packaged_spec
 from lowvram_lab.errors import PlanError
 from lowvram_lab.formats import DTYPES, FORMATS, TensorSpec, format_of_dtype, get_format
 from lowvram_lab.plan import Plan
-from lowvram_lab.quantize.linear import Int8Embedding, quantized_linear
-from lowvram_lab.quantize.solvers import quantize
+from lowvram_lab.quantize.linear import quantized_embedding, quantized_linear
 from lowvram_lab.units import GiB
 
 QUANTISED = [name for name, fmt in FORMATS.items() if fmt.kind != "float"]
+TABLES = [name for name in QUANTISED if name != "nf4"]
 FLOATS = [name for name, fmt in FORMATS.items() if fmt.kind == "float"]
-SHAPES = [(32, 256), (16, 512), (48, 768)]
+SHAPES = [(32, 1536), (48, 768)]  # columns that every group size divides
 
 
 def buffer_bytes(module) -> int:
@@ -23,13 +23,13 @@ def buffer_bytes(module) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", QUANTISED)
-@pytest.mark.parametrize("kernels", ["cpu", "nibbles"])
-def test_a_layer_allocates_what_the_table_says(name, shape, kernels):
+@pytest.mark.parametrize("name", [*QUANTISED, "int4 nibbles", "int4-g128 nibbles"])
+def test_a_layer_allocates_what_the_table_says(name, shape):
+    name, _, layout = name.partition(" ")
     fmt = get_format(name)
     layer = quantized_linear(shape[1], shape[0], fmt, "cpu")
-    if kernels == "nibbles":
-        layer.layout = "nibbles"
+    if layout:
+        layer.layout = layout
     layer.store(torch.randn(shape), lambda tensor: tensor)
     assert buffer_bytes(layer) == fmt.weight_bytes(shape)
     expected = fmt.tensors(shape, torch.bfloat16)
@@ -41,26 +41,37 @@ def test_a_layer_allocates_what_the_table_says(name, shape, kernels):
 
 @pytest.mark.parametrize("name", QUANTISED)
 def test_a_layer_on_meta_has_the_same_bytes(name):
-    layer = quantized_linear(256, 32, get_format(name), "cuda")
-    layer.store(torch.empty(32, 256, device="meta"), lambda tensor: tensor)
-    assert buffer_bytes(layer) == get_format(name).weight_bytes((32, 256))
+    layer = quantized_linear(768, 32, get_format(name), "cuda")
+    layer.store(torch.empty(32, 768, device="meta"), lambda tensor: tensor)
+    assert buffer_bytes(layer) == get_format(name).weight_bytes((32, 768))
     assert all(buffer.is_meta for buffer in layer.buffers())
 
 
-def test_an_embedding_allocates_what_the_table_says():
-    fmt = get_format("int8")
-    table = Int8Embedding(50, 24, fmt, torch.bfloat16)
-    table.store(torch.randn(50, 24), lambda tensor: tensor)
-    assert buffer_bytes(table) == fmt.weight_bytes((50, 24)) == 50 * 24 + 50 * 2
+@pytest.mark.parametrize("name", TABLES)
+def test_an_embedding_allocates_what_the_table_says(name):
+    fmt = get_format(name)
+    for weight in (torch.randn(50, 768), torch.empty(50, 768, device="meta")):
+        table = quantized_embedding(50, 768, fmt, torch.bfloat16)
+        table.store(weight, lambda tensor: tensor)
+        found = {key: TensorSpec(tuple(buffer.shape), buffer.dtype) for key, buffer in table.named_buffers()}
+        assert found == fmt.tensors((50, 768), torch.bfloat16)
+        assert buffer_bytes(table) == fmt.weight_bytes((50, 768))
 
 
-@given(st.integers(1, 40), st.integers(1, 8))
-def test_int4_bytes_count_codes_scales_and_zeros(rows, groups):
-    for name in ("int4", "int4-g32", "int4-g128"):
-        fmt = get_format(name)
-        tensors = quantize(torch.zeros(rows, groups * fmt.group_size), fmt)
-        stored = tensors["codes"].numel() // 2 + tensors["scale_and_zero"].nbytes
-        assert fmt.weight_bytes((rows, groups * fmt.group_size)) == stored
+@given(st.integers(1, 40), st.integers(1, 8), st.sampled_from(TABLES))
+def test_bytes_count_codes_scales_and_zeros(rows, groups, name):
+    fmt = get_format(name)
+    columns = groups * (fmt.group_size or 32)
+    scale_bytes = {"int8": 2 * rows, "int4": 4 * rows * groups, "packed": 2 * rows * groups}[fmt.kind]
+    assert fmt.weight_bytes((rows, columns)) == rows * columns * fmt.bits // 8 + scale_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("int2", 2.25), ("int3", 3.25), ("int4", 4.5), ("int5-g32", 5.5), ("int6-g256", 6.0625), ("int4-g128", 4.25)],
+)
+def test_bits_a_weight_by_hand(name, bits):
+    assert get_format(name).weight_bytes((768, 768)) * 8 / 768**2 == bits
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -95,7 +106,11 @@ def test_nf4_of_qwen_4b_by_hand():
     [
         ("int4", "linear", (8, 96), ["int4 ", "divisible by 64", "96"]),
         ("int4-g128", "linear", (8, 192), ["int4-g128", "128", "192"]),
-        ("int4", "embedding", (8, 128), ["int4", "embedding"]),
+        ("int4", "embedding", (8, 96), ["int4 ", "divisible by 64", "96"]),
+        ("int4-g96", "linear", (8, 256), ["int4-g96", "divisible by 96", "256"]),
+        ("int3", "linear", (8, 96), ["int3 ", "divisible by 64", "96"]),
+        ("int2-g192", "embedding", (8, 256), ["int2-g192", "divisible by 192", "256"]),
+        ("int6", "other", (64,), ["int6", "other"]),
         ("nf4", "linear", (3, 3), ["nf4", "multiple of 64", "3 x 3"]),
         ("nf4", "embedding", (64, 64), ["nf4", "embedding"]),
         ("int8", "other", (64,), ["int8", "other"]),
@@ -108,13 +123,20 @@ def test_refusals_say_what_and_why(name, kind, shape, words):
 
 @pytest.mark.parametrize(
     ("name", "kind", "shape"),
-    [("int4", "linear", (3, 128)), ("nf4", "linear", (32, 2)), ("int8", "embedding", (5, 7)), ("fp32", "other", (9,))],
+    [
+        *(("int4", kind, (3, 128)) for kind in ("linear", "embedding")),
+        *(("int3", kind, (3, 64)) for kind in ("linear", "embedding")),
+        ("int6-g96", "linear", (1, 288)),
+        ("nf4", "linear", (32, 2)),
+        ("int8", "embedding", (5, 7)),
+        ("fp32", "other", (9,)),
+    ],
 )
 def test_what_is_not_refused(name, kind, shape):
     assert get_format(name).refuse(kind, shape) is None
 
 
-@pytest.mark.parametrize("name", ["int5", "INT8", "", None, 8, ["int8"]])
+@pytest.mark.parametrize("name", ["int7", "int3-g16", "INT8", "", None, 8, ["int8"]])
 def test_an_unknown_format_is_named_beside_those_there_are(name):
     with pytest.raises(PlanError) as error:
         get_format(name)

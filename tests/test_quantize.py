@@ -6,22 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import relative_error
+from models import dequantised_state, load_tiny, random_ids, relative_error, seeded, tiny_plan, tiny_stock
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.formats import FORMATS, get_format
 from lowvram_lab.quantize import linear
-from lowvram_lab.quantize.linear import Int8Embedding, quantized_linear
-from lowvram_lab.quantize.solvers import dequantize, quantize
+from lowvram_lab.quantize.linear import quantized_embedding, quantized_linear
+from lowvram_lab.quantize.packing import unpack
+from lowvram_lab.quantize.solvers import dequantize, quantize, search_clip
 
-INTEGERS = [name for name, fmt in FORMATS.items() if fmt.kind in ("int8", "int4")]
+INTEGERS = [name for name, fmt in FORMATS.items() if fmt.kind in ("int8", "int4", "packed")]
+COLUMNS = 768  # a multiple of every group size
 BF16 = 2.0**-8  # half a unit in the last of bf16's eight bits, twice: from rounding the scale and the zero
 TOLERANCE = {torch.float32: 2.0**-16, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-7}
 """float32: another order of summation; 16 bits: rounding of weight, product and result. Scale: a relative norm."""
-
-
-def seeded(*shape, seed=0, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def stay(tensor):
@@ -32,7 +30,15 @@ def step_of(tensors, fmt) -> torch.Tensor:
     """The distance between two codes, for every weight."""
     if fmt.kind == "int8":
         return tensors["scale"].float().unsqueeze(1)
-    return tensors["scale_and_zero"][..., 0].float().T.repeat_interleave(fmt.group_size, dim=1)
+    scale = tensors["scale_and_zero"][..., 0].T if fmt.kind == "int4" else tensors["scale"]
+    return scale.float().abs().repeat_interleave(fmt.group_size, dim=1)  # of a packed format it may be negative
+
+
+def codes_of(tensors, fmt) -> torch.Tensor:
+    """The signed codes."""
+    if fmt.kind == "packed":
+        return unpack(tensors["packed"], fmt.bits)
+    return tensors["weight"] if fmt.kind == "int8" else tensors["codes"].to(torch.int16) - 8
 
 
 @settings(max_examples=60, deadline=None)
@@ -44,26 +50,29 @@ def step_of(tensors, fmt) -> torch.Tensor:
     st.sampled_from([0.0, 1.0, -30.0]),
     st.integers(0, 1000),
 )
-def test_no_weight_is_further_off_than_half_a_step(name, rows, groups, magnitude, offset, seed):
+def test_no_weight_is_further_off_than_its_codes_allow(name, rows, groups, magnitude, offset, seed):
     fmt = get_format(name)
     weight = (seeded(rows, groups * (fmt.group_size or 64), seed=seed) + offset) * 2.0**magnitude
     tensors = quantize(weight, fmt)
     restored = dequantize(tensors, fmt)
     largest = weight.abs().amax(dim=1, keepdim=True)
+    codes, step, top = codes_of(tensors, fmt), step_of(tensors, fmt), 2 ** (fmt.bits - 1) - 1
+    lowest = -top if fmt.kind == "int8" else -top - 1
+    assert lowest <= codes.min() <= codes.max() <= top
     # rounding of the scale lets the outermost code fall short by 127 (int8) or 15 (int4) times half a bf16 unit of it
-    slack = BF16 * (largest + 15 * step_of(tensors, fmt) * (fmt.kind == "int4"))
-    assert ((restored - weight).abs() <= step_of(tensors, fmt) / 2 + slack).all()
+    slack = BF16 * (largest + 15 * step * (fmt.kind == "int4"))
+    # a symmetric group reaches as far as its largest weight on that weight's side, a step less far on the other
+    outermost = step if fmt.kind == "packed" else step / 2
+    assert ((restored - weight).abs() <= outermost + slack).all()
     # a code that is not the outermost one was rounded, not clamped: half a step, to float32's rounding
-    codes = tensors["weight"] if fmt.kind == "int8" else tensors["codes"].to(torch.int16) - 8
-    rounded = codes.abs() < (127 if fmt.kind == "int8" else 7)
-    limit = step_of(tensors, fmt) * 0.501 + largest * 1e-6
-    assert ((restored - weight).abs() <= limit)[rounded].all()
+    rounded = (codes > lowest) & (codes < top)
+    assert ((restored - weight).abs() <= step * 0.501 + largest * 1e-6)[rounded].all()
 
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_quantising_twice_changes_nothing(name):
     fmt = get_format(name)
-    once = dequantize(quantize(seeded(16, 256), fmt), fmt)
+    once = dequantize(quantize(seeded(16, COLUMNS), fmt), fmt)
     assert relative_error(dequantize(quantize(once, fmt), fmt), once) < BF16
 
 
@@ -71,13 +80,13 @@ def test_quantising_twice_changes_nothing(name):
 @pytest.mark.parametrize("value", [0.0, 0.5, -3.0, 1e-30])
 def test_a_constant_weight_comes_back(name, value):
     fmt = get_format(name)
-    layer = quantized_linear(256, 16, fmt, "cpu")
-    layer.store(torch.full((16, 256), value), stay)
-    found = layer(torch.eye(256)[:3].float())
+    layer = quantized_linear(COLUMNS, 16, fmt, "cpu")
+    layer.store(torch.full((16, COLUMNS), value), stay)
+    found = layer(torch.eye(COLUMNS)[:3])
     assert found == pytest.approx(torch.full((3, 16), value).numpy(), rel=2 * BF16, abs=1e-36)
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "nf4"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_not_finite_is_refused(name, bad):
     weight = seeded(16, 64)
@@ -88,7 +97,7 @@ def test_a_weight_that_is_not_finite_is_refused(name, bad):
 
 @pytest.mark.parametrize("name", [*INTEGERS, "nf4"])
 def test_solvers_leave_the_weight_alone_and_take_any_float(name):
-    weight = seeded(16, 256, dtype=torch.bfloat16)
+    weight = seeded(16, COLUMNS, dtype=torch.bfloat16)
     before = weight.clone()
     a, b = quantize(weight, get_format(name)), quantize(weight.float(), get_format(name))
     assert torch.equal(weight, before)
@@ -114,14 +123,19 @@ def test_nf4_is_bitsandbytes_own():
 PATHS = {
     "int8 torch kernel or tiles": ("int8", "cpu", None, None),
     "int8 one tile": ("int8", "cuda", None, None),
-    "int8 many tiles": ("int8", "cuda", None, 3000),
+    "int8 many tiles": ("int8", "cuda", None, 10_000),
     "int8 a row at a time": ("int8", "cuda", None, 1),
     "int4 torch kernel": ("int4", "cpu", None, None),
     "int4-g32 torch kernel": ("int4-g32", "cpu", None, None),
     "int4-g128 torch kernel": ("int4-g128", "cpu", None, None),
     "int4-g256 torch kernel": ("int4-g256", "cpu", None, None),
     "int4 nibbles": ("int4", "cpu", "nibbles", None),
-    "int4-g128 nibbles, many tiles": ("int4-g128", "cpu", "nibbles", 3000),
+    "int4-g128 nibbles, many tiles": ("int4-g128", "cpu", "nibbles", 10_000),
+    "int4-g96 has no kernel": ("int4-g96", "cpu", None, None),
+    "int6 one tile": ("int6", "cpu", None, None),
+    "int5-g192 a row at a time": ("int5-g192", "cuda", None, 1),
+    "int3 many tiles": ("int3", "cpu", None, 10_000),
+    "int2-g96 one tile": ("int2-g96", "cuda", None, None),
 }
 
 
@@ -132,21 +146,21 @@ def test_a_layer_multiplies_by_the_stored_weight(path, dtype, tokens, monkeypatc
     name, kernels, layout, tile_bytes = PATHS[path]
     if tile_bytes:
         monkeypatch.setattr(linear, "TILE_BYTES", tile_bytes)
-    weight, fmt = seeded(48, 256), get_format(name)
-    layer = quantized_linear(256, 48, fmt, kernels)
+    weight, fmt = seeded(48, COLUMNS), get_format(name)
+    layer = quantized_linear(COLUMNS, 48, fmt, kernels)
     layer.layout = layout or getattr(layer, "layout", None)
     layer.store(weight, stay)
     layer.bias = torch.nn.Parameter(seeded(48, seed=2, dtype=dtype), requires_grad=False)
-    x = seeded(tokens, 256, seed=1, dtype=dtype)
+    x = seeded(tokens, COLUMNS, seed=1, dtype=dtype)
     result = layer(x)
     expected = x.float() @ dequantize(quantize(weight, fmt), fmt).T + layer.bias.float()
-    by_torch = layer.layout == "cpu" if fmt.kind == "int4" else kernels == "cpu" and tokens < linear.DEQUANTIZE_ROWS
+    by_torch = layer.layout == "cpu" or fmt.kind == "int8" and kernels == "cpu" and tokens < linear.DEQUANTIZE_ROWS
     assert (result.dtype, result.shape) == (dtype, (tokens, 48))
     assert relative_error(result, expected) < TOLERANCE[torch.bfloat16 if by_torch else dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int3", "nf4"])
 def test_three_dimensions_and_no_side_effects(name, dtype):
     layer = quantized_linear(128, 32, get_format(name), "cpu")
     layer.store(seeded(32, 128), stay)
@@ -169,25 +183,69 @@ def test_rows_that_are_no_multiple_of_16_take_the_nibbles():
     assert relative_error(layer(x), x @ dequantize(quantize(weight, fmt), fmt).T) < TOLERANCE[torch.float32]
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-g96", "int6", "int3", "int2-g192"])
+def test_a_layer_multiplies_by_a_solution_with_negative_scales(name):
+    weight, fmt = seeded(48, COLUMNS), get_format(name)
+    found = search_clip(weight, fmt)
+    assert 0.1 < (found.scale < 0).float().mean() < 0.9
+    layer = quantized_linear(COLUMNS, 48, fmt, "cpu")
+    layer.fill(found.tensors(fmt), stay)
+    x = seeded(3, COLUMNS, seed=1)
+    assert relative_error(layer(x), x @ found.dequantize().T) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("rows", [64, 208, 48])
+def test_packing_for_the_int4_kernel_by_blocks_changes_nothing(rows, monkeypatch):
+    weight, packed = seeded(rows, 128), []
+    for block in (64, rows):
+        monkeypatch.setattr(linear, "PACK_ROWS", block)
+        layer = quantized_linear(128, rows, get_format("int4"), "cpu")
+        layer.store(weight, stay)
+        assert layer.layout == "cpu"
+        packed.append(layer.packed)
+    assert torch.equal(*packed)
+
+
+TABLES = ["int8", "int4", "int4-g96", "int6", "int5-g32", "int3", "int2-g192"]
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(), (3,), (2, 5)])
-def test_an_int8_embedding_looks_up_the_dequantised_rows(dtype, shape):
-    weight, fmt = seeded(50, 24), get_format("int8")
-    table = Int8Embedding(50, 24, fmt, dtype)
+@pytest.mark.parametrize("name", TABLES)
+def test_an_embedding_looks_up_the_dequantised_rows(name, dtype):
+    weight, fmt = seeded(50, 192), get_format(name)
+    table = quantized_embedding(50, 192, fmt, dtype)
     table.store(weight, stay)
-    ids = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(3))
-    result = table(ids)
-    assert (result.dtype, result.shape) == (dtype, (*shape, 24))
-    assert relative_error(result, dequantize(quantize(weight, fmt), fmt)[ids]) < TOLERANCE[dtype]
-    assert "50, 24, int8" in repr(table)
+    expected = dequantize(quantize(weight, fmt), fmt, dtype)
+    for shape in [(), (3,), (2, 5), (0,)]:
+        ids = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(3))
+        result = table(ids)
+        assert (result.dtype, result.shape) == (dtype, (*shape, 192))
+        assert torch.equal(result, expected[ids])
+    assert f"50, 192, {name}" in repr(table)
 
 
-def test_a_tied_head_shares_the_embeddings_tensors():
-    fmt = get_format("int8")
-    table = Int8Embedding(64, 32, fmt, torch.float32)
-    table.store(seeded(64, 32), stay)
-    head = quantized_linear(32, 64, fmt, "cpu")
+@pytest.mark.parametrize("name", TABLES)
+def test_a_tied_head_shares_the_embeddings_tensors(name):
+    fmt = get_format(name)
+    table = quantized_embedding(64, 192, fmt, torch.float32)
+    table.store(seeded(64, 192), stay)
+    head = quantized_linear(192, 64, fmt, "cpu", shared=True)
     for key, buffer in table.named_buffers():
         head.register_buffer(key, buffer)
-    x = seeded(70, 32, seed=1)
+    x = seeded(70, 192, seed=1)
     assert relative_error(head(x), x @ table(torch.arange(64)).T) < TOLERANCE[torch.float32]
+    assert sum(b.nbytes for b in head.buffers()) == fmt.weight_bytes((64, 192))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "int3"])
+def test_a_loaded_model_has_its_tied_table_once(name):
+    plan = tiny_plan("llama", "fp32")
+    for module in ("model.embed_tokens", "lm_head"):
+        plan = plan.with_modules(module, format=name)
+    model, ids = load_tiny("llama", plan), random_ids(70)
+    tables = [dict(m.named_buffers()) for m in (model.model.embed_tokens, model.lm_head)]
+    assert len(tables[0]) == 2
+    assert {key: b.data_ptr() for key, b in tables[0].items()} == {key: b.data_ptr() for key, b in tables[1].items()}
+    with torch.no_grad():
+        expected = tiny_stock("llama", dequantised_state("llama", plan))(ids).logits
+        assert relative_error(model(ids).logits, expected) < 1e-5  # another order of summation

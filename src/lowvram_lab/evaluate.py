@@ -70,6 +70,10 @@ def load_reference(plan: Plan, spec, *, checkpoint=None, progress: bool = True):
         checkpoint: See ``load``.
         progress: Show a progress bar.
     """
+    if spec.stored:
+        raise LowvramError(
+            f"{spec.name} holds quantised weights alone: compare it with the 16-bit model it was made from"
+        )
     reference = Plan.uniform(spec, plan.dtype, context=plan.context).with_modules("*", device="cpu")
     return load(reference, StandInGpu(None), checkpoint=checkpoint, spec=spec, progress=progress)
 

@@ -18,6 +18,7 @@ from lowvram_lab.offload import attach, block_places
 from lowvram_lab.plan import Plan
 from lowvram_lab.quantize.linear import import_kernels, quantized_embedding, quantized_linear
 from lowvram_lab.quantize.solvers import is_finite
+from lowvram_lab.quantize.stored import check_stored, stored_tensors
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec, ModuleSpec, build_on_meta
 
@@ -93,7 +94,7 @@ def load(
         filling = tqdm(spec.modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
         for module in filling:
             with gpu.meter.scope(owner=module.name):
-                _fill(model, module, plan, checkpoint, gpu)
+                _fill(model, module, plan, spec, checkpoint, gpu)
         places = block_places(model, plan, spec)
         _place_buffers(model, places, gpu)
     attach(model, places, spec, gpu)
@@ -134,7 +135,7 @@ def _read_generation_config(model, directory) -> None:
             logger.warning("ignoring %s: %s", directory / "generation_config.json", error)
 
 
-def _fill(model, module: ModuleSpec, plan: Plan, checkpoint, gpu: Gpu) -> None:
+def _fill(model, module: ModuleSpec, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu) -> None:
     assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
     fmt = get_format(assignment.format)
     target = model.get_submodule(module.name)
@@ -174,7 +175,10 @@ def _fill(model, module: ModuleSpec, plan: Plan, checkpoint, gpu: Gpu) -> None:
         for key, buffer in model.get_submodule(module.tied_to).named_buffers(recurse=False):
             layer.register_buffer(key, buffer)
     else:
-        layer.store(read("weight"), move)
+        if module.name in spec.stored and not gpu.meta:
+            layer.fill(stored_tensors(module.name, fmt, checkpoint), move)
+        else:
+            layer.store(read("weight"), move)
     if "bias" in module.parameters:
         layer.bias = torch.nn.Parameter(move(read("bias").to(dtype)), requires_grad=False)
     parent, _, child = module.name.rpartition(".")
@@ -195,6 +199,9 @@ def _check_names_and_shapes(spec: ModelSpec, checkpoint) -> None:
     for module in spec.modules:
         for key, shape in module.parameters.items():
             if key == "weight" and module.tied_to:
+                continue
+            if key == "weight" and module.name in spec.stored and not isinstance(checkpoint, ShapesOnly):
+                check_stored(module, get_format(spec.stored[module.name]), checkpoint)
                 continue
             name = f"{module.name}.{key}"
             if name not in checkpoint:

@@ -61,18 +61,23 @@ class Plan:
 
         Args:
             spec: The model.
-            recipe: A format's name. ``nf4`` follows bitsandbytes' default and leaves embeddings and head in 16 bits;
-                ``int4`` gives embeddings and head ``int8``, which a tied pair can share row by row. A linear layer
-                whose shape the format cannot hold falls back to ``int8``.
+            recipe: A format's name, or ``"stored"``: as a converted checkpoint has it. ``nf4`` follows bitsandbytes'
+                default and leaves embeddings and head in 16 bits; ``int4`` (any integer of less than 8 bits) gives
+                embeddings and head ``int8``, which a tied pair can share row by row. A linear layer whose shape the
+                format cannot hold falls back to ``int8``.
             context: Tokens to plan for.
             dtype: Activation dtype; by default the recipe's own if it is a float format, else ``bf16``.
 
         Raises:
             PlanError: Unknown recipe, or a context the model does not have.
         """
-        chosen = get_format(recipe)
-        dtype = dtype or (recipe if chosen.kind == "float" else "bf16")
-        modules = {m.name: Assignment(_uniform_format(m, spec, recipe, dtype), "gpu") for m in spec.modules}
+        if recipe == "stored":
+            dtype = dtype or "bf16"
+            formats = {m.name: spec.stored.get(m.name, dtype) for m in spec.modules}
+        else:
+            dtype = dtype or (recipe if get_format(recipe).kind == "float" else "bf16")
+            formats = {m.name: _uniform_format(m, spec, recipe, dtype) for m in spec.modules}
+        modules = {name: Assignment(fmt, "gpu") for name, fmt in formats.items()}
         plan = cls(spec.name, spec.fingerprint, modules, dtype=dtype, kv_format=dtype, context=context)
         plan.validate(spec)
         return plan
@@ -133,6 +138,11 @@ class Plan:
             if name not in known:
                 raise PlanError(f"the plan names module {name!r}, which {spec.name or 'the model'} does not have")
             self._validate_module(known[name], assignment)
+            if spec.stored and assignment.format != (stored := spec.stored.get(name, self.dtype)):
+                raise PlanError(
+                    f"{name}: {spec.name} is a converted model that holds it in {stored}, found {assignment.format}; "
+                    "take the formats it has (recipe 'stored'), or plan with the original"
+                )
         self._validate_layers(spec)
         self._validate_settings(spec)
 

@@ -16,6 +16,7 @@ from lowvram_lab import builtin, hub
 from lowvram_lab.builtin import builtin_names
 from lowvram_lab.cache import cache_dir
 from lowvram_lab.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
+from lowvram_lab.compressed import stored_formats
 from lowvram_lab.errors import CheckpointError, SourceError
 
 __all__ = ["Checkpoint", "Source", "builtin_names", "cache_dir", "find_source", "read_config"]
@@ -187,11 +188,7 @@ def config_from_values(values: dict, where: str):
             "refused; pick a model that transformers implements itself"
         )
     if values.get("quantization_config"):
-        block = values["quantization_config"]
-        method = block.get("quant_method", "unnamed") if isinstance(block, dict) else "unnamed"
-        raise SourceError(
-            f"{where}: already quantised ({method}); such checkpoints are not opened yet: name the 16-bit original"
-        )
+        stored_formats(values["quantization_config"], (), where)  # refuses what the loader could not open
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f'{where}: lacks model_type; expected e.g. "model_type": "qwen2"')

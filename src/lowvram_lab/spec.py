@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
+from lowvram_lab.compressed import stored_formats
 from lowvram_lab.errors import CheckpointError, PlanError
 
 
@@ -49,6 +50,7 @@ class ModelSpec:
         layers_path: Path of the list of decoder layers; ``embedding`` and ``head`` those of the two ends.
         tied: Whether the head shares the embedding's weight.
         sliding_window: Tokens the shortest-sighted layer attends to, or ``None``.
+        stored: Module name → format of the modules a converted checkpoint holds quantised; empty for 16-bit ones.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ModelSpec:
     head: str = "lm_head"
     tied: bool = False
     sliding_window: int | None = None
+    stored: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_config(cls, config, name: str = "") -> "ModelSpec":
@@ -178,6 +181,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     import torch
 
     config_dict = json.loads(config_json)
+    block = config_dict.pop("quantization_config", None)
     config = _config_from_dict(config_dict)
     text = config.get_text_config()
     _refuse_unsupported(config, text)
@@ -222,6 +226,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
         embedding=names[id(embedding)],
         head=names[id(head)],
         tied=any(m.tied_to for m in modules),
+        stored=stored_formats(block, modules, name or config.model_type) if block else {},
     )
 
 

@@ -36,7 +36,7 @@ def auto_plan(
     gpu: str | int | GpuBudget | Gpu,
     context: int = 2048,
     *,
-    recipes: tuple[str, ...] = RECIPES,
+    recipes: tuple[str, ...] | None = None,
     kernels: str | None = None,
     threads: int | None = None,
 ) -> PlanChoice:
@@ -46,8 +46,8 @@ def auto_plan(
         spec: The model.
         gpu: A budget such as ``"4GiB"``, or an opened GPU.
         context: Tokens to plan for.
-        recipes: Recipes to try, the most precise first. The last is the one split between GPU and CPU if none fits
-            whole.
+        recipes: Recipes to try, the most precise first; by default ``RECIPES``, or what a converted model holds. The
+            last is the one split between GPU and CPU if none fits whole.
         kernels: See ``forecast``.
         threads: CPU threads for the plan.
 
@@ -59,6 +59,8 @@ def auto_plan(
         PlanError: The context is beyond the model's, or a recipe is unknown.
     """
     budget, kernels = resolve(gpu, kernels)
+    if recipes is None:
+        recipes = ("stored",) if spec.stored else RECIPES
     if not recipes:
         raise PlanError("expected one recipe or more to choose from, found none")
     why, plan = [], None

@@ -79,7 +79,7 @@ def suggest(
     solved = bool(found) and found[-1].plan is spared
     found += _fewer_tokens(*((plan, []) if solved else (spared, moves)), spec, budget, kernels)
     smaller, small_moves = None, []
-    for recipe in _lower_recipes(plan):
+    for recipe in _lower_recipes(plan) if not spec.stored else ():
         smaller, small_moves = _with_recipe(plan, spec, recipe), [f"{recipe} weights"]
         if profile := forecast_if_possible(smaller, spec, budget, kernels):
             found.append(Suggestion(small_moves[0], smaller, profile))
@@ -109,7 +109,7 @@ def _cheap_moves(plan: Plan, spec: ModelSpec) -> list[tuple[str, Callable[[Plan]
     if not spec.tied and plan.modules[spec.embedding].device == "gpu":
         moves.append(("embedding to the CPU", lambda p: p.with_modules(spec.embedding, device="cpu")))
     body = {plan.modules[m.name].format for m in spec.modules if m.layer is not None and m.kind == "linear"}
-    if plan.modules[spec.head].format == plan.dtype and plan.dtype not in body:
+    if plan.modules[spec.head].format == plan.dtype and plan.dtype not in body and not spec.stored:
         names = [spec.head] + ([spec.embedding] if spec.tied else [])
         moves.append((f"{' and '.join(names)} in int8", lambda p: _with_formats(p, names, "int8")))
     if plan.kv_format != "int8":
