@@ -216,7 +216,7 @@ def test_an_embedding_looks_up_the_dequantised_rows(name, dtype):
     table = quantized_embedding(50, 192, fmt, dtype)
     table.store(weight, stay)
     expected = dequantize(quantize(weight, fmt), fmt, dtype)
-    for shape in [(), (3,), (2, 5), (0,)]:
+    for shape in [(), (3,), (2, 5)]:
         ids = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(3))
         result = table(ids)
         assert (result.dtype, result.shape) == (dtype, (*shape, 192))

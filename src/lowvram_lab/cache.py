@@ -76,7 +76,7 @@ def build_directory(target: Path, identity: dict, fill: Callable[[Path], None], 
     if is_finished(target, identity):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target):
+    with locked(target):
         if is_finished(target, identity):
             return target
         if target.exists():
@@ -137,7 +137,8 @@ def _write_marker(directory: Path, facts: dict) -> None:
 
 
 @contextlib.contextmanager
-def _lock(target: Path):
+def locked(target: Path):
+    """Holds a lock file beside ``target`` while the block runs; waits for another process that has it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(target.with_name(f".{target.name}.lock"))

@@ -45,8 +45,8 @@ class Format:
     Attributes:
         name: As written in a plan, e.g. ``"int4-g128"``.
         kind: ``"float"``, ``"int8"`` (one scale per output channel), ``"int4"`` (scale and zero per group of
-            ``group_size`` inputs, as torch's kernels want them), ``"packed"`` (2, 3, 5 or 6 bits packed tight, a scale
-            per group, no kernel of their own) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
+            ``group_size`` inputs, as torch's kernels want them), ``"packed"`` (2 to 6 bits packed tight, a scale per
+            group, no kernel of their own) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
         bits: Bits of one code, without scales.
         group_size: Weights that share a scale, or ``None`` for a whole row.
         modules: Kinds of module that may hold it.
@@ -112,20 +112,16 @@ def _table() -> dict[str, Format]:
     everything = ("linear", "embedding", "other")
     tables = ("linear", "embedding")
 
-    def grouped(bits: int) -> list[Format]:
-        kind = "int4" if bits == 4 else "packed"
-        default = Format(f"int{bits}", kind, bits, 64, tables)
-        return [
-            default,
-            *(Format(f"int{bits}-g{size}", kind, bits, size, tables) for size in GROUP_SIZES if size != 64),
-        ]
+    def grouped(bits: int, size: int) -> Format:
+        kind = "int4" if bits == 4 and size in KERNEL_GROUP_SIZES else "packed"
+        return Format(f"int{bits}" if size == 64 else f"int{bits}-g{size}", kind, bits, size, tables)
 
     formats = [
         Format("fp32", "float", 32, modules=everything),
         Format("bf16", "float", 16, modules=everything),
         Format("fp16", "float", 16, modules=everything),
         Format("int8", "int8", 8, modules=tables),
-        *(fmt for bits in (6, 5, 4, 3, 2) for fmt in grouped(bits)),
+        *(grouped(bits, size) for bits in (6, 5, 4, 3, 2) for size in (64, *(s for s in GROUP_SIZES if s != 64))),
         Format("nf4", "nf4", 4, group_size=64),
     ]
     return {entry.name: entry for entry in formats}

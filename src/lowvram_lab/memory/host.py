@@ -7,6 +7,7 @@ Derived in: notebooks/02_watch_memory.ipynb
 """
 
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,16 @@ def watch_host() -> Iterator[HostMemory]:
         sampler.join()
         sample()
         seen.after_rss_bytes = process.memory_info().rss
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory of this process since it began, as the system kept it (psutil's, on Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:

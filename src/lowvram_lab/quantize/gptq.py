@@ -61,10 +61,8 @@ def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """
     if not bool(torch.isfinite(moments).all()):
         raise CheckpointError("expected finite calibration moments, found NaN or infinite values")
-    ordered = moments[order][:, order].clone()
-    diagonal = ordered.diagonal()
-    mean = diagonal.mean().clamp(min=1e-30)
-    diagonal[diagonal == 0] = mean  # a channel the calibration never used: its error costs nothing, and spreads nowhere
+    ordered = moments[order][:, order]
+    mean = ordered.diagonal().mean().clamp(min=1e-30)
     for damping in DAMPINGS:
         damped = ordered + torch.eye(len(ordered)) * (damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)

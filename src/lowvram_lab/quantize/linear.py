@@ -2,8 +2,8 @@
 
 CPU: ``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu``, bfloat16 activations only (other dtypes are 20 times
 slower, so they are cast around the call). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where
-no kernel serves (2, 3, 5 and 6 bits have none), a tile of the weight is dequantised at a time, so that the temporary
-stays small (nf4: all of it).
+no kernel serves (2, 3, 5 and 6 bits have none, nor has 4 in odd groups), a tile of the weight is dequantised at a time,
+so that the temporary stays small (nf4: all of it).
 
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lowvram_lab.formats import KERNEL_GROUP_SIZES, Format
+from lowvram_lab.formats import Format
 from lowvram_lab.quantize.packing import unpack
 from lowvram_lab.quantize.solvers import INT4_OFFSET, quantize
 from lowvram_lab.units import MiB
@@ -119,10 +119,11 @@ class _Int4Rows:
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See ``QuantizedLinear``; for the ``nibbles`` layout."""
         packed = self.packed[select]
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1).view(packed.shape[0], -1, self.format.group_size)
+        codes = torch.stack((packed & 15, packed >> 4), dim=-1)
         scale, zero = self.scale_and_zero[:, select].to(dtype).transpose(0, 1).unbind(-1)
-        rows = codes.to(dtype).sub_(INT4_OFFSET).mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1))
-        return rows.view(packed.shape[0], -1)
+        groups = codes.view(*scale.shape, self.format.group_size).to(dtype)
+        groups = groups.sub_(INT4_OFFSET).mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1))
+        return groups.view(packed.shape[0], 2 * packed.shape[1])
 
 
 class _PackedRows:
@@ -131,8 +132,9 @@ class _PackedRows:
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See ``QuantizedLinear``."""
         packed = self.packed[select]
-        codes = unpack(packed, self.format.bits).view(packed.shape[0], -1, self.format.group_size)
-        return codes.to(dtype).mul_(self.scale[select].to(dtype).unsqueeze(-1)).view(packed.shape[0], -1)
+        codes, scale = unpack(packed, self.format.bits), self.scale[select].to(dtype)
+        groups = codes.to(dtype).view(*scale.shape, self.format.group_size)
+        return groups.mul_(scale.unsqueeze(-1)).view(codes.shape)
 
 
 class Int8Linear(_Int8Rows, QuantizedLinear):
@@ -162,10 +164,9 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
 
     def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
         super().__init__(in_features, out_features, fmt, kernels)
-        grouped = fmt.group_size in KERNEL_GROUP_SIZES and not shared
-        if grouped and kernels == "cpu" and out_features % 16 == 0:
+        if not shared and kernels == "cpu" and out_features % 16 == 0:
             self.layout = "cpu"
-        elif grouped and kernels == "cuda" and in_features % _CUDA_INT4_K == 0 and out_features % 8 == 0 and _ampere():
+        elif not shared and kernels == "cuda" and not (in_features % _CUDA_INT4_K or out_features % 8) and _ampere():
             self.layout = "cuda"
         else:
             self.layout = "nibbles"
@@ -203,7 +204,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
 
 
 class PackedLinear(_PackedRows, QuantizedLinear):
-    """2, 3, 5 and 6 bits: no kernel anywhere, so always dequantised tiles."""
+    """Bits and groups without a kernel anywhere: always dequantised tiles."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """Dequantise + matmul."""
@@ -274,7 +275,7 @@ class Int4Embedding(_Int4Rows, QuantizedEmbedding):
 
 
 class PackedEmbedding(_PackedRows, QuantizedEmbedding):
-    """A table in 2, 3, 5 or 6 bits."""
+    """A table in a packed format."""
 
 
 _LINEARS = {"int8": Int8Linear, "int4": Int4Linear, "packed": PackedLinear, "nf4": Nf4Linear}

@@ -43,7 +43,7 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
         ``(rows, 32 * words / bits)`` int8.
     """
     rows, mask, offset = words.shape[0], (1 << bits) - 1, 1 << (bits - 1)
-    blocks = words.view(rows, -1, bits)
+    blocks = words.view(rows, words.shape[1] // bits, bits)
     codes = words.new_empty(rows, blocks.shape[1], PACK_CODES, dtype=torch.int8)
     for lane in range(PACK_CODES):
         word, shift = divmod(lane * bits, 32)
@@ -52,4 +52,4 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
             code &= (1 << (32 - shift)) - 1
             code |= blocks[..., word + 1] << (32 - shift)
         codes[..., lane] = (code & mask) - offset
-    return codes.view(rows, -1)
+    return codes.view(rows, words.shape[1] * 32 // bits)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowvram_lab.errors import CheckpointError
+from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.formats import SCALE_DTYPE, Format
 from lowvram_lab.quantize.packing import pack, unpack
 from lowvram_lab.units import MiB
@@ -62,7 +62,12 @@ class IntegerWeight:
             int8: ``weight`` int8 ``(out, in)``, ``scale`` ``(out,)``. int4: ``codes`` uint8 ``(out, in)`` of 0…15 (the
             layer packs them as its kernel likes), ``scale_and_zero`` ``(groups, out, 2)``. Packed formats: ``packed``
             int32, ``scale`` ``(out, groups)``.
+
+        Raises:
+            PlanError: Zero points, in a format without a place for them.
         """
+        if fmt.kind != "int4" and self.zero is not None:
+            raise PlanError(f"{fmt.name} has no place for zero points; give it a symmetric solution")
         if fmt.kind == "int8":
             return {"weight": self.codes, "scale": self.scale.squeeze(1)}
         if fmt.kind == "int4":
@@ -136,7 +141,9 @@ def dequantize(tensors: dict[str, torch.Tensor], fmt: Format, dtype: torch.dtype
 
 
 def round_to_nearest(weight: torch.Tensor, fmt: Format, *, symmetric: bool = True) -> IntegerWeight:
-    """The nearest code under the smallest scale that clips nothing.
+    """The nearest code under the scale that gives each group's largest value the outermost code.
+
+    Symmetric, a value as large on the other side is clipped by a step: there is one code less.
 
     Args:
         weight: ``(out, in)``, any float dtype.
@@ -149,7 +156,9 @@ def round_to_nearest(weight: torch.Tensor, fmt: Format, *, symmetric: bool = Tru
     return assign_codes(groups, _fitting_scale(groups, fmt), fmt)
 
 
-def search_clip(weight: torch.Tensor, fmt: Format, importance: torch.Tensor | None = None) -> IntegerWeight:
+def search_clip(
+    weight: torch.Tensor, fmt: Format, importance: torch.Tensor | None = None, *, stride: int = 1
+) -> IntegerWeight:
     """The nearest code under the scale with the least weighted squared error; may clip outliers to serve the rest.
 
     Args:
@@ -157,6 +166,7 @@ def search_clip(weight: torch.Tensor, fmt: Format, importance: torch.Tensor | No
         fmt: An integer format.
         importance: ``(in,)``, weight of each input channel's error, such as its mean squared activation; by default all
             alike.
+        stride: Try every ``stride``-th scale only, for an estimate.
 
     Source: Lin et al. 2023, arXiv:2306.00978 (the search; here per group, and on both signs of the scale).
     """
@@ -165,7 +175,7 @@ def search_clip(weight: torch.Tensor, fmt: Format, importance: torch.Tensor | No
     widest, best, least = _fitting_scale(groups, fmt).float(), None, None
     top = (1 << (fmt.bits - 1)) - 1
     for sign in (1.0, -(top + 1) / top):  # turned round, the largest value has one code less
-        for step in range(CLIP_STEPS[fmt.bits]):
+        for step in range(0, CLIP_STEPS[fmt.bits], stride):
             scale = (widest * sign * (1 - 0.025 * step)).to(SCALE_DTYPE)
             error = _codes(groups, scale, fmt).mul_(scale.float()).sub_(groups).square_()
             error = (error * by_channel if by_channel is not None else error).sum(dim=-1, keepdim=True)
@@ -199,8 +209,9 @@ def half_quadratic(weight: torch.Tensor, fmt: Format, *, iterations: int = 20) -
         if (size := error.abs().mean().item()) >= least:
             break
         best, least = zero, size
-        shrunk = error.abs() - error.abs().clamp(min=1e-8).pow(power - 1) / penalty
-        error = error.sign() * shrunk.clamp_(min=0)
+        steps = (error / scale).abs()  # in steps, or the penalty would mean nothing for small weights
+        shrunk = (steps - steps.clamp(min=1e-8).pow(power - 1) / penalty).clamp_(min=0)
+        error = error.sign() * shrunk * scale
         zero = (groups - error - (restored - zero)).mean(dim=-1, keepdim=True)
         penalty *= 1.01
     zero = best.to(SCALE_DTYPE)
@@ -225,7 +236,7 @@ def _codes(groups: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tens
 
 
 def _fitting_scale(groups: torch.Tensor, fmt: Format) -> torch.Tensor:
-    """The smallest scale under which no value is clipped, ``(out, groups, 1)``."""
+    """The scale under which the largest value of a group has the outermost code, ``(out, groups, 1)``."""
     if fmt.kind == "int8":
         return (groups.abs().amax(dim=-1, keepdim=True) / 127).clamp_(min=TINY).to(SCALE_DTYPE)
     largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))

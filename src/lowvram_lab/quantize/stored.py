@@ -1,5 +1,7 @@
 """The tensors of a quantised module in a safetensors file; ``compressed.py`` says which modules have them."""
 
+from collections.abc import Callable
+
 import torch
 
 from lowvram_lab.errors import CheckpointError
@@ -47,14 +49,19 @@ def check_stored(module, fmt: Format, checkpoint) -> None:
             raise CheckpointError(f"{name}: expected shape {shape} of {dtype}, found {found[0]} of {found[1]}")
 
 
-def read_stored(name: str, fmt: Format, checkpoint) -> IntegerWeight:
+def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> IntegerWeight:
     """A module's stored codes and scales.
+
+    Args:
+        name: The module.
+        fmt: Its format.
+        read: Name of a tensor → the tensor.
 
     Raises:
         CheckpointError: The scales are not finite.
     """
     names = tensor_names(name, fmt)
-    scale, codes = checkpoint.read(names["scale"]), checkpoint.read(names["codes"])
+    scale, codes = read(names["scale"]), read(names["codes"])
     if not bool(torch.isfinite(scale).all()):
         raise CheckpointError(f"{names['scale']}: expected finite scales, found NaN or infinite values; fetch it anew")
     return IntegerWeight(codes if fmt.kind == "int8" else unpack(codes, fmt.bits), scale.to(SCALE_DTYPE))
@@ -63,6 +70,6 @@ def read_stored(name: str, fmt: Format, checkpoint) -> IntegerWeight:
 def stored_tensors(name: str, fmt: Format, checkpoint) -> dict[str, torch.Tensor]:
     """What a layer is filled with, see ``QuantizedLinear.fill``: packed codes stay as they lie in the file."""
     if fmt.kind != "packed":
-        return read_stored(name, fmt, checkpoint).tensors(fmt)
+        return read_stored(name, fmt, checkpoint.read).tensors(fmt)
     names = tensor_names(name, fmt)
     return {"packed": checkpoint.read(names["codes"]), "scale": checkpoint.read(names["scale"]).to(SCALE_DTYPE)}

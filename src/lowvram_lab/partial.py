@@ -1,0 +1,138 @@
+"""A directory under construction that survives ``kill -9``: finished files are kept and verified, then it is renamed.
+
+Beside the target ``DIR`` lies ``.DIR.partial`` with the files made so far and ``state/``, which goes at the end. A file
+counts as finished once its hash is in the journal; the journal is replaced whole.
+"""
+
+import json
+import logging
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lowvram_lab.cache import locked, sha256_file
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class PartialDirectory:
+    """See the module. Use as made by ``building``.
+
+    Attributes:
+        path: Where files go.
+        state: For what the work itself needs to go on.
+    """
+
+    def __init__(self, target: Path, identity: dict):
+        self.target = target
+        self.path = target.with_name(f".{target.name}.partial")
+        self.state = self.path / "state"
+        journal = self.state / "journal.json"
+        try:
+            known = json.loads(journal.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            known = None
+        if known is None or known.get("identity") != identity:
+            if self.path.exists():
+                logger.warning("%s was left by a conversion with other settings: starting afresh", self.path)
+                shutil.rmtree(self.path)
+            self.state.mkdir(parents=True)
+            known = {"identity": identity, "files": {}}
+        self._journal = known
+        self._write_journal()
+
+    def finished(self, name: str) -> bool:
+        """Whether a file is in the journal and still has its hash."""
+        recorded = self._journal["files"].get(name)
+        path = self.path / name
+        return recorded is not None and path.is_file() and sha256_file(path) == recorded
+
+    def save_tensors(self, name: str, tensors: dict) -> None:
+        """Writes a safetensors file, flushed to disk before it counts as finished."""
+        temporary = self.path / f"{name}.tmp"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
+        self._adopt(temporary, name)
+
+    def load_tensors(self, name: str) -> dict | None:
+        """A finished file's tensors, or ``None``."""
+        if not self.finished(name):
+            return None
+        try:
+            return load_file(self.path / name)
+        except (SafetensorError, OSError):
+            return None
+
+    def save_json(self, name: str, values: dict) -> None:
+        """Writes a JSON file that counts as finished."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        self._adopt(temporary, name)
+
+    def load_json(self, name: str) -> dict | None:
+        """A finished file's content, or ``None``."""
+        return json.loads((self.path / name).read_text(encoding="utf-8")) if self.finished(name) else None
+
+    def forget(self, name: str) -> None:
+        """Removes a file that is needed no more."""
+        self._journal["files"].pop(name, None)
+        self._write_journal()
+        (self.path / name).unlink(missing_ok=True)
+
+    def publish(self) -> None:
+        """Removes the state and renames the directory to its target."""
+        shutil.rmtree(self.state)
+        if self.target.is_dir():
+            self.target.rmdir()  # an empty one was allowed
+        os.replace(self.path, self.target)
+
+    def _adopt(self, temporary: Path, name: str) -> None:
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        digest = sha256_file(temporary)
+        os.replace(temporary, self.path / name)
+        self._journal["files"][name] = digest
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        write_atomically(self.state / "journal.json", json.dumps(self._journal))
+
+
+@contextmanager
+def building(target: Path, identity: dict):
+    """Yields the partial directory of a target, locked against a second process.
+
+    Args:
+        target: A path that does not exist, or an empty directory.
+        identity: What the work is made from; work left by another is discarded.
+
+    Raises:
+        LowvramError: The target holds something, or its folder is not there.
+    """
+    refuse_occupied(target)
+    with locked(target):
+        refuse_occupied(target)
+        yield PartialDirectory(target, identity)
+
+
+def refuse_occupied(target: Path) -> None:
+    """Raises LowvramError unless something new can be made at ``target``."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise LowvramError(f"{target}: expected a new or empty directory for the output, found something in it")
+    if not target.absolute().parent.is_dir():
+        raise LowvramError(f"cannot write {target}: its folder does not exist")
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raises LowvramError unless the disk of ``folder`` has ``needed`` bytes free."""
+    from lowvram_lab.units import format_bytes
+
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise LowvramError(f"{folder}: {what} needs {format_bytes(needed)} of disk, found {format_bytes(free)} free")

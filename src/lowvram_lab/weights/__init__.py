@@ -1,0 +1,1 @@
+"""What the weights of a model are like, and what each format of each of them costs the output."""

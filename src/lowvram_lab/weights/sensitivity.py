@@ -1,0 +1,239 @@
+"""What a format costs the *output*: an estimate of KL(original || quantised), module by module, before quantising any.
+
+To second order, changing a weight by ``D`` moves the model's next-token distribution by
+
+    KL  ~  1/2 E[(dlog p(y) / dW . D)^2]  ~  1/2 sum_o  G_o (D A D^T)_oo
+
+with ``A = E[x x^T]`` over the module's inputs and ``G_o = E[g_o^2]`` over the gradients at its outputs, where labels
+``y`` are drawn from the model's own prediction (the Fisher information, its two factors taken as independent). One
+forward and one backward pass over a calibration text give both, a layer at a time.
+
+Derived in: notebooks/04_compress.ipynb
+Source: Martens and Grosse 2015, arXiv:1503.05671 (the factors); Kunstner et al. 2019, arXiv:1905.12558 (why sampled
+labels).
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.formats import GROUP_SIZES, get_format
+from lowvram_lab.quantize.gptq import gptq, output_error
+from lowvram_lab.quantize.solvers import round_to_nearest, search_clip
+from lowvram_lab.spec import ModelSpec, ModuleSpec
+from lowvram_lab.weights.moments import InputMoments, OutputGradients, captured_inputs
+from lowvram_lab.weights.stream import LayerStream
+
+SAMPLED_ROWS = 64
+"""Output rows of a module that are really quantised for the estimate. Rows are independent, and alike enough."""
+
+LOOKUPS = 1024
+"""Tokens of the text whose embedding rows are quantised for the estimate."""
+
+HEAD_TOKENS = 128
+"""Tokens whose logits are held at once: 128 x 152k x 4 bytes is 74 MiB."""
+
+CALIBRATED_BITS = (2, 3, 4)
+"""GPTQ is run for these; what it gains over clip search at 4 bits is taken for 5, 6 and 8 as well."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Estimated cost of every format of every module.
+
+    Attributes:
+        costs: Module name → format name → estimated KL in nats per token that this one change adds. A tied head is
+            part of its embedding's entry.
+        activation_costs: The same without gradients, ``sum_o (D A D^T)_oo``: how far the module's own output moves.
+        tokens: Calibration tokens.
+    """
+
+    costs: dict[str, dict[str, float]]
+    activation_costs: dict[str, dict[str, float]]
+    tokens: int
+
+    def table(self):
+        """Modules x formats, estimated KL. A DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.costs).T
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return {"tokens": self.tokens, "costs": self.costs, "activation_costs": self.activation_costs}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Sensitivity":
+        """The inverse of ``to_dict``."""
+        return cls(values["costs"], values["activation_costs"], values["tokens"])
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html(float_format="{:.2e}".format, max_rows=12)
+
+
+def candidate_formats(module: ModuleSpec) -> list[str]:
+    """The formats worth considering for a module: int8 and, for 2 to 6 bits, a small, a middle and a large group."""
+    sizes = [size for size in GROUP_SIZES if module.weight_shape[1] % size == 0]
+    middle = next((size for size in sizes if size >= 64), None)
+    chosen = sorted({size for size in (sizes[0], middle, sizes[-1]) if size}) if sizes else []
+    names = [f"int{bits}" if size == 64 else f"int{bits}-g{size}" for bits in (6, 5, 4, 3, 2) for size in chosen]
+    return ["int8", *names]
+
+
+def estimate_sensitivity(
+    spec: ModelSpec, checkpoint, ids: torch.Tensor, *, scratch: Path | None = None, progress: bool = True
+) -> Sensitivity:
+    """Estimates what each candidate format of each module would cost.
+
+    Args:
+        spec: The model.
+        checkpoint: Its 16- or 32-bit tensors.
+        ids: Calibration tokens, ``(windows, tokens)``; a few thousand in all suffice.
+        scratch: Where to keep hidden states between layers; by default a temporary directory. They take
+            ``layers x tokens x hidden x 4`` bytes of disk, and never more than one layer's of RAM.
+        progress: Show a progress bar.
+
+    Raises:
+        LowvramError: No tokens.
+        CheckpointError: Weights missing or not finite, or an architecture that cannot be run layer by layer.
+    """
+    if ids.numel() < 2 * spec.num_hidden_layers:
+        raise LowvramError(f"expected a calibration text of some hundred tokens or more, found {ids.numel()} tokens")
+    stream = LayerStream(spec, checkpoint)
+    costs, activation = {}, {}
+    with (
+        tempfile.TemporaryDirectory(dir=scratch) as folder,
+        tqdm(total=2 * len(stream) + 1, desc="sensitivity", unit="layer", disable=not progress, leave=False) as bar,
+    ):
+        hidden = stream.embed(ids)
+        for index in range(len(stream)):
+            save_file({"hidden": hidden}, Path(folder) / f"{index}.safetensors")
+            with stream.layer(index) as layer:
+                stream.run_in_place(layer, hidden)
+            bar.update()
+        gradient = _head(stream, hidden, costs, activation)
+        bar.update()
+        for index in reversed(range(len(stream))):
+            hidden = load_file(Path(folder) / f"{index}.safetensors")["hidden"]
+            gradient = _layer(stream, index, hidden, gradient, costs, activation)
+            bar.update()
+    _embedding(stream, ids, gradient, costs, activation)
+    order = [m.name for m in spec.modules if m.name in costs]
+    return Sensitivity({n: costs[n] for n in order}, {n: activation[n] for n in order}, ids.numel())
+
+
+def _head(stream: LayerStream, hidden: torch.Tensor, costs: dict, activation: dict) -> torch.Tensor:
+    """Costs of the head; returns the gradient at the last layer's output, of labels drawn from the model."""
+    name = stream.spec.head
+    weight, generator = stream.weight(name), _generator(0)
+    moments, importance, tokens = 0, torch.zeros(weight.shape[0]), hidden.shape[:-1].numel()
+    gradient = torch.empty_like(hidden)
+    bias = stream.spec.module(name).parameters.get("bias")
+    offset = stream.read(f"{name}.bias") if bias else None
+    pieces = [states.flatten(0, 1).split(HEAD_TOKENS) for states in (hidden, gradient)]
+    for states, into in zip(*pieces, strict=True):
+        states = states.detach().requires_grad_(True)
+        with torch.enable_grad():
+            normed = stream.norm(states)
+        x = normed.detach()
+        probabilities = torch.softmax(F.linear(x, weight, offset), dim=-1)
+        labels = torch.multinomial(probabilities, 1, generator=generator)
+        importance += (probabilities - probabilities.square()).sum(dim=0)
+        moments = moments + x.T @ x
+        probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=x.dtype))  # now d(-log p) / dlogits
+        normed.backward(probabilities @ weight)
+        into.copy_(states.grad)
+    owner = stream.owner(name)
+    module = stream.spec.module(owner)
+    fresh = _module_costs(module, weight, moments / tokens, importance / tokens)
+    costs[owner], activation[owner] = fresh
+    return gradient
+
+
+def _layer(stream, index: int, hidden, gradient, costs: dict, activation: dict) -> torch.Tensor:
+    """Costs of one layer's modules; returns the gradient at its input."""
+    inputs, outputs = InputMoments(), OutputGradients()
+    with stream.layer(index) as layer, torch.enable_grad():
+        named = {name: stream.model.get_submodule(name) for name in stream.names(index)}
+        with captured_inputs(named) as seen, outputs.watch(named):
+            for states, arriving in zip(hidden.split(1), gradient.split(1), strict=True):
+                states.requires_grad_(True)
+                stream.run(layer, states).backward(arriving)
+                arriving.copy_(states.grad)
+                inputs.add(seen)
+        for name, module in named.items():
+            importance = outputs[name] / inputs.tokens
+            costs[name], activation[name] = _module_costs(
+                stream.spec.module(name), module.weight.detach(), inputs[name], importance
+            )
+    return gradient
+
+
+def _embedding(stream: LayerStream, ids, gradient: torch.Tensor, costs: dict, activation: dict) -> None:
+    """Adds the cost of looking up changed rows, as often as the text asks for each; every dimension counts alike."""
+    name = stream.spec.embedding
+    module = stream.spec.module(name)
+    if module.kind != "embedding":
+        return
+    table = stream.weight(name)
+    energy = gradient.square().sum(dim=-1).mean().item()
+    looked_up = ids.flatten()
+    rows = table[looked_up[_sample(len(looked_up), LOOKUPS)]]
+    costs.setdefault(name, {})
+    activation.setdefault(name, {})
+    for fmt in candidate_formats(module):
+        change = round_to_nearest(rows, get_format(fmt)).dequantize() - rows
+        error = change.square().mean().item()
+        costs[name][fmt] = costs[name].get(fmt, 0.0) + 0.5 * energy * error
+        activation[name][fmt] = activation[name].get(fmt, 0.0) + error * rows.shape[1]
+
+
+@torch.no_grad()
+def _module_costs(module: ModuleSpec, weight, moments, importance) -> tuple[dict[str, float], dict[str, float]]:
+    """Estimated KL and output error of a module's candidate formats, from samples of its rows.
+
+    The rows for the KL are drawn by their importance: of a head's, a few hundred frequent tokens have nearly all.
+    """
+    uniform = _sample(len(weight))
+    drawn = torch.multinomial(importance.clamp(min=0) + 1e-30, SAMPLED_ROWS, True, generator=_generator(len(weight)))
+    picked, total = weight[torch.cat((drawn, uniform))].float(), importance.sum().item()
+    gains: dict[int, float] = {}
+    costs, moved = {}, {}
+    for name in candidate_formats(module):
+        fmt = get_format(name)
+        errors = _errors(picked, search_clip(picked, fmt, moments.diagonal(), stride=4), moments)
+        bits = fmt.bits if fmt.bits in CALIBRATED_BITS else CALIBRATED_BITS[-1]
+        if bits not in gains:
+            gains[bits] = _gain(picked, module, bits, moments)
+        costs[name] = 0.5 * total * gains[bits] * errors[: len(drawn)].mean().item()
+        moved[name] = len(weight) * gains[bits] * errors[len(drawn) :].mean().item()
+    return costs, moved
+
+
+def _gain(picked, module: ModuleSpec, bits: int, moments) -> float:
+    """What GPTQ leaves of clip search's error in this module."""
+    names = [name for name in candidate_formats(module) if get_format(name).bits == bits]
+    if not names:
+        return 1.0
+    fmt = get_format(names[len(names) // 2])
+    before = _errors(picked, search_clip(picked, fmt, moments.diagonal(), stride=4), moments).sum()
+    after = _errors(picked, gptq(picked, fmt, moments), moments).sum()
+    return float((after / before.clamp(min=1e-30)).clamp(max=1.0))
+
+
+def _errors(weight, solution, moments) -> torch.Tensor:
+    return output_error(solution.dequantize() - weight, moments)
+
+
+def _sample(rows: int, size: int = SAMPLED_ROWS) -> torch.Tensor:
+    return torch.randperm(rows, generator=_generator(rows))[:size].sort().values
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -1,0 +1,156 @@
+"""Run a model one decoder layer at a time: a 4 B model's calibration needs the RAM of one layer, not of the model.
+
+Hidden states of all calibration windows go through layer 0, then through layer 1, and so on; a layer's weights are read
+from the checkpoint when its turn comes and given back after it. Knows nothing about formats or plans.
+
+Derived in: notebooks/04_compress.ipynb
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.quantize.solvers import is_finite
+from lowvram_lab.spec import ModelSpec, build_on_meta
+
+TOKENS_AT_ONCE = 1024
+"""Tokens of a forward pass: activations of the widest layer stay near 30 MiB for a 4 B model in float32."""
+
+
+class LayerStream:
+    """A 16-bit checkpoint, run layer by layer.
+
+    Args:
+        spec: The model; one whose checkpoint is not quantised.
+        checkpoint: Its tensors.
+        dtype: Of the arithmetic; float32 keeps a small difference between two models visible.
+
+    Raises:
+        CheckpointError: An architecture whose layers cannot be run by themselves; it says what was looked for.
+    """
+
+    def __init__(self, spec: ModelSpec, checkpoint, dtype: torch.dtype = torch.float32):
+        if spec.stored:
+            raise LowvramError(f"{spec.name} holds quantised weights alone; expected the 16-bit original")
+        self.spec, self.checkpoint, self.dtype = spec, checkpoint, dtype
+        config = spec.pretrained_config()
+        norms = [m.name for m in spec.modules if m.layer is None and m.kind == "other"]
+        if len(norms) != 1 or getattr(config, "final_logit_softcapping", None):
+            raise CheckpointError(
+                f"{config.model_type}: expected an embedding, decoder layers, one final norm and a plain head, found "
+                f"{', '.join(norms) or 'no norm'} outside the layers; such a model cannot be calibrated layer by layer"
+            )
+        self.model = build_on_meta(config)
+        self._shapes = {f"{m.name}.{key}": tuple(shape) for m in spec.modules for key, shape in m.parameters.items()}
+        self.norm = self._fill(norms[0])
+        self._keyword_arguments: dict = {}
+
+    def __len__(self) -> int:
+        return self.spec.num_hidden_layers
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A module's weight in the stream's dtype, read anew.
+
+        Raises:
+            CheckpointError: Not finite, or not a float tensor.
+        """
+        return self.read(f"{self.owner(name)}.weight")
+
+    def owner(self, name: str) -> str:
+        """The module that owns a weight: a tied head's is the embedding."""
+        return self.spec.module(name).tied_to or name
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor, look_up: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """What the first layer is given for ``ids`` ``(windows, tokens)``: ``(windows, tokens, hidden)``.
+
+        Also notes what the model hands its layers beside hidden states (positions, mask); it depends on the length of
+        a window alone.
+
+        Args:
+            ids: Tokens.
+            look_up: ``(tokens,)`` ids → their rows; by default of the checkpoint's embedding table.
+        """
+        if look_up is None:
+            look_up = self.checkpoint.read(f"{self.spec.embedding}.weight").__getitem__
+        rows = look_up(ids.flatten()).to(self.dtype).view(*ids.shape, -1)
+        layers = self.model.get_submodule(self.spec.layers_path)
+        catcher, first = _Catcher(), layers[0]
+        layers[0] = catcher
+        pieces = []
+        try:
+            for window in rows.split(1):
+                try:
+                    self.model.base_model(inputs_embeds=window, use_cache=False)
+                except _CaughtError:
+                    pieces.append(catcher.hidden)
+        finally:
+            layers[0] = first
+        self._keyword_arguments = catcher.keyword_arguments
+        return torch.cat(pieces)
+
+    @contextmanager
+    def layer(self, index: int):
+        """A decoder layer with its weights, which go when the block ends. They may be changed meanwhile."""
+        path = f"{self.spec.layers_path}.{index}"
+        layer = self.model.get_submodule(path)
+        try:
+            for module in self.spec.modules:
+                if module.layer == index:
+                    self._fill(module.name)
+            yield layer
+        finally:
+            layer.to("meta")
+
+    def names(self, index: int) -> list[str]:
+        """The linear modules of a layer, in forward order."""
+        return [m.name for m in self.spec.modules if m.layer == index and m.kind == "linear"]
+
+    def run(self, layer, hidden: torch.Tensor) -> torch.Tensor:
+        """``(windows, tokens, hidden)`` through one layer, with whatever autograd mode is on."""
+        step = max(1, TOKENS_AT_ONCE // hidden.shape[1])
+        pieces = [layer(piece, **self._keyword_arguments) for piece in hidden.split(step)]
+        pieces = [piece[0] if isinstance(piece, tuple) else piece for piece in pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    @torch.no_grad()
+    def run_in_place(self, layer, hidden: torch.Tensor) -> None:
+        """Like ``run``, writing over ``hidden``: calibration states are never held twice."""
+        for window in hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])):
+            window.copy_(self.run(layer, window))
+
+    def _fill(self, name: str):
+        module = self.model.get_submodule(name)
+        for key in self.spec.module(name).parameters:
+            setattr(module, key, torch.nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False))
+        return module
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A checked tensor of the checkpoint, in ``dtype`` or else the stream's."""
+        if name not in self.checkpoint:
+            raise CheckpointError(f"expected a tensor {name} in the checkpoint of {self.spec.name}, found none")
+        if tuple(self.checkpoint.shape(name)) != self._shapes[name]:
+            raise CheckpointError(f"{name}: expected shape {self._shapes[name]}, found {self.checkpoint.shape(name)}")
+        tensor = self.checkpoint.read(name)
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")
+        if not is_finite(tensor):
+            raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
+        return tensor.to(dtype or self.dtype)
+
+
+class _CaughtError(Exception):
+    """Ends a forward pass where the first layer would begin."""
+
+
+class _Catcher(torch.nn.Module):
+    def forward(self, hidden, **keyword_arguments):
+        self.hidden, self.keyword_arguments = hidden, keyword_arguments
+        raise _CaughtError
+
+    def __getattr__(self, name: str):
+        if name.startswith("attention_type"):  # Qwen and others ask a layer which mask it wants
+            return "full_attention"
+        return super().__getattr__(name)
