@@ -139,13 +139,16 @@ def test_the_reference_is_whole_on_the_cpu():
 
 
 def test_to_dict_is_plain():
-    fields = Fidelity(10, 2.0, 1.9, 0.01, 0.98, 100, 200)
+    fields = Fidelity(10, 2.0, 1.9, 0.01, 0.005, 0.1, 1.0, 100, 200)
     assert json.loads(json.dumps(fields.to_dict())) == {
         "tokens": 10,
         "perplexity": 2.0,
         "reference_perplexity": 1.9,
         "kl_mean": 0.01,
-        "top1_agreement": 0.98,
+        "kl_median": 0.005,
+        "kl_p99": 0.1,
+        "top1_agreement": 1.0,
+        "top1_interval": [pytest.approx(0.7224672), 1.0],  # 10 of 10: Wilson's lower end is n / (n + z^2)
         "weight_bytes": 100,
         "reference_weight_bytes": 200,
     }

@@ -1,13 +1,14 @@
 """The ``lowvram`` command. Results on stdout, progress on stderr; a user's mistake is one line and exit status 2."""
 
 import argparse
-import json
 import logging
 import os
 import re
 import sys
 
 from lowvram_lab import __version__
+from lowvram_lab.cli_common import positive, print_json, prose, spec_of
+from lowvram_lab.cli_compress import add_convert, add_evaluate, run_convert, run_evaluate
 from lowvram_lab.errors import LowvramError
 
 EXIT_USAGE = 2
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     command("models", _models, "list the models known by name")
     forecast = command("forecast", _forecast, "say what a model will take of a GPU, without one and without weights")
     _add_plan_options(forecast, budget_required=False)
-    forecast.add_argument("--batch", type=_positive, default=1, metavar="N", help="prompts at once (1)")
+    forecast.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
     forecast.add_argument("--max-context", action="store_true", help="also find the longest context that fits --gpu")
     forecast.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")
     forecast.add_argument(
@@ -93,14 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan_options(chat, budget_required=False)
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
     chat.add_argument("--system", metavar="TEXT", help="system message")
-    chat.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="longest answer (256)")
+    chat.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
     chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     chat.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
     chat.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
+    add_convert(command("convert", run_convert, "quantise a model once, into a directory"))
+    add_evaluate(command("evaluate", run_evaluate, "compare a compressed model with its original"))
     demo = command("demo", _demo, "the whole story on a small model: out of memory, plan, load, chat, validation")
     demo.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default smollm2-135m")
     demo.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")
-    demo.add_argument("--context", type=_positive, default=1024, metavar="N", help="tokens to plan for (1024)")
+    demo.add_argument("--context", type=positive, default=1024, metavar="N", help="tokens to plan for (1024)")
     return parser
 
 
@@ -110,30 +113,15 @@ def _add_plan_options(parser, *, budget_required: bool) -> None:
     parser.add_argument(
         "--cuda-context", metavar="SIZE", help="what of it the CUDA context takes (384MiB; 0 under 1GiB)"
     )
-    parser.add_argument("--context", type=_positive, metavar="N", help="tokens, prompt and answer (2048)")
+    parser.add_argument("--context", type=positive, metavar="N", help="tokens, prompt and answer (2048)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--format", metavar="NAME", help="one recipe: fp16, bf16, fp32, int8, int4, int4-g32|g128|g256, nf4"
+        "--format", metavar="NAME", help="one recipe: fp16, bf16, fp32, int8, int6 to int2, int4-g128, nf4, stored"
     )
     how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
     parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number above zero, found {text!r}")
-    return int(text)
-
-
-def _print_json(values: dict) -> None:
-    print(json.dumps(values, indent=1, ensure_ascii=False))
-
-
-def _say(args):
-    """Where prose goes: stdout, or stderr if stdout is for JSON."""
-    return lambda text="", end="\n": print(text, end=end, flush=True, file=sys.stderr if args.json else sys.stdout)
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
 def _doctor(args) -> int:
@@ -141,7 +129,7 @@ def _doctor(args) -> int:
 
     found = examine()
     if args.json:
-        _print_json(found)
+        print_json(found)
     else:
         for key, value in found.items():
             print(f"{key:22} {value}")
@@ -153,20 +141,12 @@ def _models(args) -> int:
 
     names = builtin_names()
     if args.json:
-        _print_json({"models": names})
+        print_json({"models": names})
     else:
         for name, line in names.items():
             print(f"{name:14} {line}")
         print("\nAlso: a hub id such as Qwen/Qwen1.5-4B-Chat, a directory with safetensors, or a .gguf file.")
     return 0
-
-
-def _spec_of(args):
-    from lowvram_lab.source import find_source
-    from lowvram_lab.spec import ModelSpec
-
-    source = find_source(args.model)
-    return source, ModelSpec.from_config(source.config(), source.name)
 
 
 def _stated_plan(args, spec, default_format: str | None = None):
@@ -181,7 +161,8 @@ def _stated_plan(args, spec, default_format: str | None = None):
         if args.context:
             plan = replace(plan, context=args.context)
     elif args.format or default_format:
-        plan = Plan.uniform(spec, args.format or default_format, context=args.context or 2048)
+        recipe = args.format or ("stored" if spec.stored else default_format)
+        plan = Plan.uniform(spec, recipe, context=args.context or 2048)
     else:
         return None
     if args.gpu_layers is not None:
@@ -220,7 +201,7 @@ def _forecast(args) -> int:
         raise LowvramError("--max-context needs --gpu: without a card every context fits")
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
     _check_picture(args.plot)
-    _, spec = _spec_of(args)
+    _, spec = spec_of(args.model)
     plan = _stated_plan(args, spec, "fp16")
     workload = Workload.full_context(plan.context, batch_size=args.batch)
     gpu = open_gpu(budget) if args.compare else budget
@@ -228,7 +209,7 @@ def _forecast(args) -> int:
     found = suggest(plan, spec, gpu) if budget and not profile.fits else []
     profile = replace(profile, suggestions=tuple(map(str, found)))
     result = {**profile.to_dict(), "plan": plan.digest, "suggestions": [s.to_dict() for s in found]}
-    say = _say(args)
+    say = prose(args)
     say(plan.summary(spec))
     say(profile.table().to_string(index=False))
     say("(MiB; reserved is the simulated CUDA allocator's)")
@@ -245,7 +226,7 @@ def _forecast(args) -> int:
         _draw(profile, args.plot)
         say(f"drawn: {args.plot}")
     if args.json:
-        _print_json(result)
+        print_json(result)
     return 0
 
 
@@ -294,12 +275,12 @@ def _plan(args) -> int:
     from lowvram_lab.memory.device import DryRunGpu, GpuBudget
 
     budget = GpuBudget.parse(args.gpu, args.cuda_context)
-    _, spec = _spec_of(args)
+    _, spec = spec_of(args.model)
     plan, profile, why = _chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
     if args.output:
         plan.to_json(Path(args.output))
     if args.json:
-        _print_json({"plan": plan.to_dict(), "forecast": profile.to_dict(), "speed": None, "why": why})
+        print_json({"plan": plan.to_dict(), "forecast": profile.to_dict(), "speed": None, "why": why})
         return 0
     for line in why:
         print("-", line)
@@ -315,12 +296,12 @@ def _chat(args) -> int:
     from lowvram_lab.loader import load
     from lowvram_lab.memory.device import open_gpu
 
-    say = _say(args)
+    say = prose(args)
     if args.json and args.prompt is None:
         raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     gpu = open_gpu(args.gpu, args.cuda_context)
-    source, spec = _spec_of(args)
+    source, spec = spec_of(args.model)
     plan, profile, _ = _chosen_plan(args, spec, gpu)
     print(f"{plan.summary(spec)}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
     model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
@@ -341,7 +322,7 @@ def _chat(args) -> int:
     turn = session.turns[-1]
     if args.json:
         budget_bytes = gpu.budget.total_bytes if gpu.budget else None
-        _print_json({"text": answer, **turn.to_dict(), "budget_bytes": budget_bytes, "gpu": gpu.name})
+        print_json({"text": answer, **turn.to_dict(), "budget_bytes": budget_bytes, "gpu": gpu.name})
     else:
         say()
         print(_turn_line(turn), file=sys.stderr)
@@ -383,9 +364,9 @@ def _turn_line(turn) -> str:
 def _demo(args) -> int:
     from lowvram_lab.demo import run_demo
 
-    result = run_demo(args.model, args.gpu, args.context, _say(args), progress=sys.stderr.isatty())
+    result = run_demo(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
     if args.json:
-        _print_json(result)
+        print_json(result)
     return 0 if result["validation"]["passed"] else EXIT_FAILED_VALIDATION
 
 

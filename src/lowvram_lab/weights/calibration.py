@@ -19,12 +19,21 @@ def calibration_text(file: str | Path | None = None) -> str:
     Raises:
         LowvramError: Not readable as UTF-8 text.
     """
-    if file is None:
-        return (resources.files("lowvram_lab") / "data" / "calibration.txt").read_text(encoding="utf-8")
+    if file is not None:
+        return read_text(file)
+    return (resources.files("lowvram_lab") / "data" / "calibration.txt").read_text(encoding="utf-8")
+
+
+def read_text(file: str | Path) -> str:
+    """A user's text file.
+
+    Raises:
+        LowvramError: Not readable as UTF-8 text.
+    """
     try:
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise LowvramError(f"{file}: expected a calibration text in UTF-8, found {error}") from error
+        raise LowvramError(f"{file}: expected a text in UTF-8, found {error}") from error
 
 
 def calibration_windows(tokenizer, text: str, tokens: int, longest: int) -> torch.Tensor:
