@@ -45,7 +45,7 @@ MISTAKES = {
     "a few bytes": (["forecast", "qwen1.5-4b", "--gpu", "4KiB"], "4096 bytes"),
     "context beyond the model": (["forecast", "qwen1.5-4b", "--context", "40000"], "32768"),
     "context zero": (["forecast", "qwen1.5-4b", "--context", "0"], "above zero"),
-    "unknown format": (["forecast", "qwen1.5-4b", "--format", "int5"], "int8"),
+    "unknown format": (["forecast", "qwen1.5-4b", "--format", "int9"], "int8"),
     "budget too small for any plan": (["plan", "smollm2-135m", "--gpu", "20MiB"], "no plan"),
     "CUDA context takes all": (
         ["forecast", "smollm2-135m", "--gpu", "1GiB", "--cuda-context", "1GiB"],

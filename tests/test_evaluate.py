@@ -148,7 +148,7 @@ def test_to_dict_is_plain():
         "kl_median": 0.005,
         "kl_p99": 0.1,
         "top1_agreement": 1.0,
-        "top1_interval": [pytest.approx(0.7224672), 1.0],  # 10 of 10: Wilson's lower end is n / (n + z^2)
+        "top1_interval": [pytest.approx(0.7224672), pytest.approx(1.0)],  # 10 of 10: Wilson's lower end is n / (n + z^2)
         "weight_bytes": 100,
         "reference_weight_bytes": 200,
     }

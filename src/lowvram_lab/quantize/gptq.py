@@ -13,6 +13,7 @@ import torch
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.formats import Format
 from lowvram_lab.quantize.solvers import IntegerWeight, search_clip
+from lowvram_lab.threads import one_thread
 from lowvram_lab.units import MiB
 
 BLOCK = 128
@@ -92,13 +93,14 @@ def _gptq_rows(weight, fmt: Format, importance, spread, order) -> IntegerWeight:
         end = min(begin + BLOCK, len(order))
         block, local = weight[:, begin:end].T.contiguous(), spread[begin:end, begin:end]
         errors = torch.empty_like(block)
-        for i, column in enumerate(order[begin:end].tolist()):
-            scale = scales[:, column // size]
-            code = (block[i] / scale).round_().clamp_(low, top)
-            codes[begin + i] = code
-            errors[i] = (block[i] - code * scale) / local[i, i]
-            if i + 1 < end - begin:
-                block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+        with one_thread():
+            for i, column in enumerate(order[begin:end].tolist()):
+                scale = scales[:, column // size]
+                code = (block[i] / scale).round_().clamp_(low, top)
+                codes[begin + i] = code
+                errors[i] = (block[i] - code * scale) / local[i, i]
+                if i + 1 < end - begin:
+                    block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
         weight[:, end:] -= errors.T @ spread[begin:end, end:]
     result = torch.empty_like(codes, dtype=torch.int8)
     result[order] = codes.to(torch.int8)

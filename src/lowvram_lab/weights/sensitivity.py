@@ -27,6 +27,7 @@ from lowvram_lab.formats import GROUP_SIZES, get_format
 from lowvram_lab.quantize.gptq import gptq, output_error
 from lowvram_lab.quantize.solvers import round_to_nearest, search_clip
 from lowvram_lab.spec import ModelSpec, ModuleSpec
+from lowvram_lab.threads import one_thread
 from lowvram_lab.weights.moments import InputMoments, OutputGradients, captured_inputs
 from lowvram_lab.weights.stream import LayerStream
 
@@ -195,6 +196,7 @@ def _embedding(stream: LayerStream, ids, gradient: torch.Tensor, costs: dict, ac
 
 
 @torch.no_grad()
+@one_thread()
 def _module_costs(module: ModuleSpec, weight, moments, importance) -> tuple[dict[str, float], dict[str, float]]:
     """Estimated KL and output error of a module's candidate formats, from samples of its rows.
 
