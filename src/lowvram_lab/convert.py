@@ -85,6 +85,7 @@ def convert(
     formats: tuple[str, ...] | None = None,
     stock: bool = True,
     calibration: str | Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     solver: str = "gptq",
     progress: bool = True,
 ) -> Conversion:
@@ -103,6 +104,7 @@ def convert(
         formats: See ``recipe``.
         stock: See ``recipe``.
         calibration: A text file; by default the library's own text.
+        calibration_tokens: Read so many tokens of it at most; time grows with them, and so does the result's quality.
         solver: ``"gptq"``, ``"clip"`` (activation-weighted clip search) or ``"rtn"``.
         progress: Show progress bars.
 
@@ -126,7 +128,7 @@ def convert(
         _check_plan(plan, spec)
     directory, tokenizer = source.fetch(progress), source.tokenizer()
     ids = calibration_windows(
-        tokenizer, calibration_text(calibration), CALIBRATION_TOKENS, spec.max_position_embeddings
+        tokenizer, calibration_text(calibration), calibration_tokens, spec.max_position_embeddings
     )
     held_out = _held_out(tokenizer, ids.shape[1])
     checkpoint = source.checkpoint()
@@ -218,7 +220,9 @@ def _recipe(stream: LayerStream, ids, partial: PartialDirectory, budget: dict, p
     known = partial.load_json("state/sensitivity.json")
     if known is None:
         windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
-        found = estimate_sensitivity(stream.spec, stream.checkpoint, windows, scratch=partial.state, progress=progress)
+        found = estimate_sensitivity(
+            stream.spec, stream.checkpoint, windows, formats=budget["formats"], scratch=partial.state, progress=progress
+        )
         known = found.to_dict()
         partial.save_json("state/sensitivity.json", known)
     return recipe(stream.spec, Sensitivity.from_dict(known), **budget)

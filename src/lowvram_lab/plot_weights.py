@@ -7,20 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, SymLogNorm
+from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lowvram_lab.checkpoint import Checkpoint
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.weights.distribution import weight_histograms
 
-DB_PER_BIT = 20 * np.log10(2)
-"""A bit more halves a uniform step, and with it the error: 6.02 decibels."""
-
 TITLES = {
     "max_over_std": "largest weight, in standard deviations",
     "kurtosis": "excess kurtosis (normal: 0)",
-    "share_beyond_6_std": "share of weights beyond 6 standard deviations",
     "row_spread": "rms of rows, 99th percentile / median",
     "column_spread": "rms of columns, 99th percentile / median",
 }
@@ -56,7 +53,7 @@ def plot_histograms(checkpoint: Checkpoint, roles: Sequence[str] = (), ax: Axes 
 
 
 def plot_outliers(stats, value: str = "max_over_std", ax: Axes | None = None) -> Axes:
-    """A heat map, projections x layers, of a column of ``weight_statistics``; the highest cell is marked.
+    """A heat map, projections x layers, of a column of ``weight_statistics``; the highest is marked.
 
     Args:
         stats: From ``weight_statistics``.
@@ -74,25 +71,20 @@ def plot_outliers(stats, value: str = "max_over_std", ax: Axes | None = None) ->
     cells = table.to_numpy(dtype=float)
     ax = ax or _new_axes(width=8.5, height=1.2 + 0.3 * len(table))
     low, high = np.nanmin(cells), np.nanmax(cells)
-    norm = LogNorm(low, high) if low > 0 else SymLogNorm(max(abs(low), 1e-3 * high) or 1, vmin=low, vmax=high)
+    if high < 4 * low:
+        norm = Normalize(low, high)
+    else:  # a few cells may be far above the rest
+        norm = LogNorm(low, high) if low > 0 else SymLogNorm(max(-low, high / 1000) or 1, vmin=low, vmax=high)
     image = ax.imshow(cells, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
     row, column = np.unravel_index(np.nanargmax(cells), cells.shape)
-    late = column > cells.shape[1] / 2
-    ax.annotate(
-        f"{high:.3g}",
-        (column, row),
-        xytext=(-9 if late else 9, 0),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        va="center",
-        color="white",
-    )
     ax.plot(column, row, "s", markerfacecolor="none", markeredgecolor="#c44e52", markersize=9)
     ax.set_yticks(range(len(table)), table.index)
     ax.set_xticks(range(0, len(table.columns), 5), table.columns[::5])
     ax.set_xlabel("layer")
-    ax.set_title(TITLES.get(value, value), fontsize="medium")
-    ax.figure.colorbar(image, ax=ax, pad=0.01)
+    where = f"{table.index[row]} of layer {table.columns[column]}"
+    ax.set_title(f"{TITLES.get(value, value)}; highest {high:.3g}, {where}", fontsize="medium")
+    ticks = norm.inverse(np.linspace(0, 1, 5))
+    ax.figure.colorbar(image, ax=ax, pad=0.01, ticks=ticks, format="%.3g").minorticks_off()
     return ax
 
 
@@ -118,10 +110,13 @@ def plot_error_curves(stats, ax: Axes | None = None) -> Axes:
         label = f"groups of {size}{covered}" if size else f"a scale a row{covered}"
         ax.plot(curve["bits"], curve["error"], "o-" if size else "s", label=label, markersize=5)
     steps = np.array(sorted(errors["bits"].unique()))
-    start = errors.sort_values(["group_size", "bits"]).query("group_size > 0 or bits == 8").iloc[0]
-    slope = start["error"] * 2.0 ** (start["bits"] - steps)
-    ax.plot(steps, slope, ":", color="#707070", label=f"{DB_PER_BIT:.2f} dB a bit", zorder=1)
+    start = errors.sort_values(["bits", "error"]).iloc[0]
+    slope = start["error"] * 2.0 ** (start["bits"] - steps)  # 20 log10(2) = 6.02
+    ax.plot(steps, slope, ":", color="#707070", label="6.02 dB a bit: half the error", zorder=1)
     ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xticks(steps)
     ax.set_xlabel("bits of a code")
     ax.set_ylabel("relative error")

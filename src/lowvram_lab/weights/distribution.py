@@ -126,7 +126,7 @@ def weight_histograms(checkpoint: Checkpoint, roles: Sequence[str] = (), *, limi
     import pandas as pd
 
     counts: dict[str, torch.Tensor] = {}
-    for name in checkpoint.keys():  # noqa: SIM118  (not a dictionary)
+    for name in checkpoint:
         role = _place(name)["role"]
         if len(checkpoint.shape(name)) == 2 and role in (roles or (role,)):
             weight = checkpoint.read(name)
@@ -151,7 +151,7 @@ def _formats(bits: Sequence[int], group_sizes: Sequence[int]) -> dict[str, Forma
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    for name in checkpoint.keys():  # noqa: SIM118
+    for name in checkpoint:
         if (dtype := checkpoint.dtype(name)).is_floating_point and dtype.itemsize > 1:
             continue
         recipe = checkpoint.directory / "recipe.json"  # ``convert`` notes there what it was given

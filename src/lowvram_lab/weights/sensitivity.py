@@ -40,6 +40,8 @@ LOOKUPS = 1024
 HEAD_TOKENS = 128
 """Tokens whose logits are held at once: 128 x 152k x 4 bytes is 74 MiB."""
 
+_INTEGERS = ("int8", "int4", "packed")
+
 CALIBRATED_BITS = (2, 3, 4)
 """GPTQ is run for these; what it gains over clip search at 4 bits is taken for 5, 6 and 8 as well."""
 
@@ -78,8 +80,16 @@ class Sensitivity:
         return self.table().to_html(float_format="{:.2e}".format, max_rows=12)
 
 
-def candidate_formats(module: ModuleSpec) -> list[str]:
-    """The formats worth considering for a module: int8 and, for 2 to 6 bits, a small, a middle and a large group."""
+def candidate_formats(module: ModuleSpec, formats: tuple[str, ...] | None = None) -> list[str]:
+    """The formats worth considering for a module: int8 and, for 2 to 6 bits, a small, a middle and a large group.
+
+    Args:
+        module: An embedding or a linear module.
+        formats: Those to choose among instead; int8 is always added, which can hold any shape.
+    """
+    if formats:
+        fitting = [name for name in formats if get_format(name).refuse(module.kind, module.weight_shape) is None]
+        return list(dict.fromkeys(["int8", *(name for name in fitting if get_format(name).kind in _INTEGERS)]))
     sizes = [size for size in GROUP_SIZES if module.weight_shape[1] % size == 0]
     middle = next((size for size in sizes if size >= 64), None)
     chosen = sorted({size for size in (sizes[0], middle, sizes[-1]) if size}) if sizes else []
@@ -88,7 +98,13 @@ def candidate_formats(module: ModuleSpec) -> list[str]:
 
 
 def estimate_sensitivity(
-    spec: ModelSpec, checkpoint, ids: torch.Tensor, *, scratch: Path | None = None, progress: bool = True
+    spec: ModelSpec,
+    checkpoint,
+    ids: torch.Tensor,
+    *,
+    formats: tuple[str, ...] | None = None,
+    scratch: Path | None = None,
+    progress: bool = True,
 ) -> Sensitivity:
     """Estimates what each candidate format of each module would cost.
 
@@ -96,6 +112,7 @@ def estimate_sensitivity(
         spec: The model.
         checkpoint: Its 16- or 32-bit tensors.
         ids: Calibration tokens, ``(windows, tokens)``; a few thousand in all suffice.
+        formats: See ``candidate_formats``; fewer are quicker.
         scratch: Where to keep hidden states between layers; by default a temporary directory. They take
             ``layers x tokens x hidden x 4`` bytes of disk, and never more than one layer's of RAM.
         progress: Show a progress bar.
@@ -118,18 +135,18 @@ def estimate_sensitivity(
             with stream.layer(index) as layer:
                 stream.run_in_place(layer, hidden)
             bar.update()
-        gradient = _head(stream, hidden, costs, activation)
+        gradient = _head(stream, hidden, formats, costs, activation)
         bar.update()
         for index in reversed(range(len(stream))):
             hidden = load_file(Path(folder) / f"{index}.safetensors")["hidden"]
-            gradient = _layer(stream, index, hidden, gradient, costs, activation)
+            gradient = _layer(stream, index, hidden, gradient, formats, costs, activation)
             bar.update()
-    _embedding(stream, ids, gradient, costs, activation)
+    _embedding(stream, ids, gradient, formats, costs, activation)
     order = [m.name for m in spec.modules if m.name in costs]
     return Sensitivity({n: costs[n] for n in order}, {n: activation[n] for n in order}, ids.numel())
 
 
-def _head(stream: LayerStream, hidden: torch.Tensor, costs: dict, activation: dict) -> torch.Tensor:
+def _head(stream: LayerStream, hidden: torch.Tensor, formats, costs: dict, activation: dict) -> torch.Tensor:
     """Costs of the head; returns the gradient at the last layer's output, of labels drawn from the model."""
     name = stream.spec.head
     weight, generator = stream.weight(name), _generator(0)
@@ -152,12 +169,12 @@ def _head(stream: LayerStream, hidden: torch.Tensor, costs: dict, activation: di
         into.copy_(states.grad)
     owner = stream.owner(name)
     module = stream.spec.module(owner)
-    fresh = _module_costs(module, weight, moments / tokens, importance / tokens)
+    fresh = _module_costs(module, weight, moments / tokens, importance / tokens, formats)
     costs[owner], activation[owner] = fresh
     return gradient
 
 
-def _layer(stream, index: int, hidden, gradient, costs: dict, activation: dict) -> torch.Tensor:
+def _layer(stream, index: int, hidden, gradient, formats, costs: dict, activation: dict) -> torch.Tensor:
     """Costs of one layer's modules; returns the gradient at its input."""
     inputs, outputs = InputMoments(), OutputGradients()
     with stream.layer(index) as layer, torch.enable_grad():
@@ -171,12 +188,12 @@ def _layer(stream, index: int, hidden, gradient, costs: dict, activation: dict) 
         for name, module in named.items():
             importance = outputs[name] / inputs.tokens
             costs[name], activation[name] = _module_costs(
-                stream.spec.module(name), module.weight.detach(), inputs[name], importance
+                stream.spec.module(name), module.weight.detach(), inputs[name], importance, formats
             )
     return gradient
 
 
-def _embedding(stream: LayerStream, ids, gradient: torch.Tensor, costs: dict, activation: dict) -> None:
+def _embedding(stream: LayerStream, ids, gradient: torch.Tensor, formats, costs: dict, activation: dict) -> None:
     """Adds the cost of looking up changed rows, as often as the text asks for each; every dimension counts alike."""
     name = stream.spec.embedding
     module = stream.spec.module(name)
@@ -188,7 +205,7 @@ def _embedding(stream: LayerStream, ids, gradient: torch.Tensor, costs: dict, ac
     rows = table[looked_up[_sample(len(looked_up), LOOKUPS)]]
     costs.setdefault(name, {})
     activation.setdefault(name, {})
-    for fmt in candidate_formats(module):
+    for fmt in candidate_formats(module, formats):
         change = round_to_nearest(rows, get_format(fmt)).dequantize() - rows
         error = change.square().mean().item()
         costs[name][fmt] = costs[name].get(fmt, 0.0) + 0.5 * energy * error
@@ -197,7 +214,9 @@ def _embedding(stream: LayerStream, ids, gradient: torch.Tensor, costs: dict, ac
 
 @torch.no_grad()
 @one_thread()
-def _module_costs(module: ModuleSpec, weight, moments, importance) -> tuple[dict[str, float], dict[str, float]]:
+def _module_costs(
+    module: ModuleSpec, weight, moments, importance, formats
+) -> tuple[dict[str, float], dict[str, float]]:
     """Estimated KL and output error of a module's candidate formats, from samples of its rows.
 
     The rows for the KL are drawn by their importance: of a head's, a few hundred frequent tokens have nearly all.
@@ -207,23 +226,22 @@ def _module_costs(module: ModuleSpec, weight, moments, importance) -> tuple[dict
     picked, total = weight[torch.cat((drawn, uniform))].float(), importance.sum().item()
     gains: dict[int, float] = {}
     costs, moved = {}, {}
-    for name in candidate_formats(module):
+    names = candidate_formats(module, formats)
+    for name in names:
         fmt = get_format(name)
         errors = _errors(picked, search_clip(picked, fmt, moments.diagonal(), stride=4), moments)
         bits = fmt.bits if fmt.bits in CALIBRATED_BITS else CALIBRATED_BITS[-1]
         if bits not in gains:
-            gains[bits] = _gain(picked, module, bits, moments)
+            gains[bits] = _gain(picked, names, bits, moments)
         costs[name] = 0.5 * total * gains[bits] * errors[: len(drawn)].mean().item()
         moved[name] = len(weight) * gains[bits] * errors[len(drawn) :].mean().item()
     return costs, moved
 
 
-def _gain(picked, module: ModuleSpec, bits: int, moments) -> float:
+def _gain(picked, names: list[str], bits: int, moments) -> float:
     """What GPTQ leaves of clip search's error in this module."""
-    names = [name for name in candidate_formats(module) if get_format(name).bits == bits]
-    if not names:
-        return 1.0
-    fmt = get_format(names[len(names) // 2])
+    same = [name for name in names if get_format(name).bits == bits] or names[-1:]
+    fmt = get_format(same[len(same) // 2])
     before = _errors(picked, search_clip(picked, fmt, moments.diagonal(), stride=4), moments).sum()
     after = _errors(picked, gptq(picked, fmt, moments), moments).sum()
     return float((after / before.clamp(min=1e-30)).clamp(max=1.0))
