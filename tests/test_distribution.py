@@ -149,7 +149,7 @@ def test_equal_bytes_are_found_and_not_worked_on_twice(tmp_path, monkeypatch):
     seen = []
     original = distribution._describe
     monkeypatch.setattr(distribution, "_describe", lambda t, f: seen.append(t.shape) or original(t, f))
-    tensors = {"a.weight": one, "b.weight": one.clone(), "c.weight": one.view(8, 32), "d.weight": -one}
+    tensors = {"a.weight": one, "b.weight": one.clone(), "c.weight": one.clone().view(8, 32), "d.weight": -one}
     table = weight_statistics(checkpoint_of(tmp_path, **tensors), progress=False).set_index("name")
     assert table["duplicate_of"].dropna().to_dict() == {"b.weight": "a.weight"} and len(seen) == 3
     assert table.loc["b.weight", "bytes"] == one.nbytes

@@ -139,7 +139,7 @@ def weight_histograms(checkpoint: Checkpoint, roles: Sequence[str] = (), *, limi
             f"expected matrices of kind {', '.join(roles) or 'any'}, found {', '.join(counts) or 'none'}"
         )
     width = 2 * limit / bins
-    densities = {role: (count / count.sum() / width).numpy() for role, count in counts.items()}
+    densities = {role: (counts[role] / counts[role].sum() / width).numpy() for role in roles or counts}
     return pd.DataFrame(densities, index=[width * (at + 0.5) - limit for at in range(bins)])
 
 
