@@ -6,6 +6,7 @@ Derived in: notebooks/04_compress.ipynb
 """
 
 import fnmatch
+import hashlib
 import json
 import shutil
 import time
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import torch
 
+from lowvram_lab import __version__
+from lowvram_lab.cache import cache_dir
 from lowvram_lab.compressed import quantization_config
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluate import sample_text
+from lowvram_lab.files import write_atomically
 from lowvram_lab.formats import get_format
 from lowvram_lab.hub import TOKENIZER
 from lowvram_lab.memory.host import peak_rss_bytes
@@ -29,7 +33,7 @@ from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import parse_bytes
 from lowvram_lab.weights.calibration import calibration_text, calibration_windows, evenly
-from lowvram_lab.weights.sensitivity import Sensitivity, estimate_sensitivity
+from lowvram_lab.weights.sensitivity import Sensitivity, candidate_formats, estimate_sensitivity
 from lowvram_lab.weights.stream import LayerStream
 
 CALIBRATION_TOKENS = 16384
@@ -134,9 +138,14 @@ def convert(
     checkpoint = source.checkpoint()
     budget = {"gpu": gpu, "context": context, "formats": formats and tuple(formats), "stock": stock}
     budget["weight_bytes"] = weight_bytes if weight_bytes is None else parse_bytes(weight_bytes)
-    identity = {
-        "source": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files],
+    if plan is None:
+        _check_budget(spec, budget)
+    weights = {
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files],
         "model": spec.fingerprint,
+    }
+    identity = {
+        **weights,
         "plan": plan.digest if plan else None,
         **{key: str(value) for key, value in budget.items()},
         "solver": solver,
@@ -148,7 +157,7 @@ def convert(
         require_space(partial.path, most + _state_bytes(spec, ids, held_out, plan), "the conversion")
         stream, estimated = LayerStream(spec, checkpoint), None
         if plan is None:
-            found = _recipe(stream, ids, partial, budget, progress)
+            found = _recipe(stream, ids, weights, budget, partial, progress)
             plan, estimated = found.plan, found.estimated_kl
         work = StreamedQuantizer(stream, plan, partial, ids, held_out, solver, progress)
         measured = work.run()
@@ -181,8 +190,6 @@ def convert(
 
 def hash_of(ids: torch.Tensor) -> str:
     """Sixteen hex digits of some tokens."""
-    import hashlib
-
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
@@ -216,16 +223,33 @@ def _state_bytes(spec: ModelSpec, ids, held_out, plan: Plan | None) -> int:
     return max(2 * runs, every_layer)
 
 
-def _recipe(stream: LayerStream, ids, partial: PartialDirectory, budget: dict, progress: bool) -> Recipe:
-    known = partial.load_json("state/sensitivity.json")
-    if known is None:
-        windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
+def _recipe(stream: LayerStream, ids, weights: dict, budget: dict, partial: PartialDirectory, progress: bool) -> Recipe:
+    """The recipe, from a sensitivity that is kept in the cache: another size of the same model needs no other one."""
+    windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
+    facts = [weights, hash_of(windows), budget["formats"], __version__]
+    kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
+    try:
+        found = Sensitivity.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
         found = estimate_sensitivity(
-            stream.spec, stream.checkpoint, windows, formats=budget["formats"], scratch=partial.state, progress=progress
+            stream.spec,
+            stream.checkpoint,
+            windows,
+            formats=budget["formats"],
+            scratch=partial.state,
+            progress=progress,
         )
-        known = found.to_dict()
-        partial.save_json("state/sensitivity.json", known)
-    return recipe(stream.spec, Sensitivity.from_dict(known), **budget)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, json.dumps(found.to_dict()))
+    return recipe(stream.spec, found, **budget)
+
+
+def _check_budget(spec: ModelSpec, budget: dict) -> None:
+    """Raises what a budget too small for any recipe raises, before minutes are spent on a good one."""
+    free = {
+        m.name: dict.fromkeys(candidate_formats(m, budget["formats"]), 0.0) for m in spec.modules if m.kind != "other"
+    }
+    recipe(spec, Sensitivity(free, free, 0), **budget)
 
 
 def _finish(partial: PartialDirectory, directory: Path, spec: ModelSpec, plan: Plan, facts: dict, shards) -> None:

@@ -118,7 +118,12 @@ def building(target: Path, identity: dict):
     refuse_occupied(target)
     with locked(target):
         refuse_occupied(target)
-        yield PartialDirectory(target, identity)
+        partial = PartialDirectory(target, identity)
+        try:
+            yield partial
+        except LowvramError:  # a mistake that a second run would make again: nothing of it stays
+            shutil.rmtree(partial.path, ignore_errors=True)
+            raise
 
 
 def refuse_occupied(target: Path) -> None:

@@ -105,10 +105,11 @@ def plot_error_curves(stats, ax: Axes | None = None) -> Axes:
     if errors.empty:
         raise LowvramError("expected columns such as error_int4_g64 with numbers in them, found none")
     ax = ax or _new_axes(width=7, height=3.8)
-    for size, curve in errors.groupby("group_size", sort=True):
+    curves = sorted(errors.groupby("group_size"), key=lambda item: item[0] or np.inf)
+    for size, curve in curves:
         covered = "" if curve["share"].min() == 1 else f" ({curve['share'].min():.0%} of the weights)"
-        label = f"groups of {size}{covered}" if size else f"a scale a row{covered}"
-        ax.plot(curve["bits"], curve["error"], "o-" if size else "s", label=label, markersize=5)
+        label, style = (f"groups of {size}", {}) if size else ("a scale a row", {"marker": "s", "color": "#707070"})
+        ax.plot(curve["bits"], curve["error"], **{"marker": "o", "markersize": 5, "label": label + covered, **style})
     steps = np.array(sorted(errors["bits"].unique()))
     start = errors.sort_values(["bits", "error"]).iloc[0]
     slope = start["error"] * 2.0 ** (start["bits"] - steps)  # 20 log10(2) = 6.02
