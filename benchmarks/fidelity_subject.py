@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -103,31 +102,44 @@ def score(subject: Subject, weights: dict[str, torch.Tensor], weight_bytes: int)
         The figures, and the mean KL of every window (windows are nearly independent; tokens are not).
     """
     fill(subject.model, weights)
-    original, changed = (_head(subject, which) for which in (subject.weights, weights))
-    nll, reference_nll, agree, divergence = 0.0, 0.0, 0, []
+    heads = [_head(subject, which).T for which in (subject.weights, weights)]
+    buffers = [torch.empty(CHUNK, heads[0].shape[1]) for _ in range(3)]  # anew for each chunk they would cost more
+    parts = []
     for window, reference in zip(subject.windows, subject.reference, strict=True):
         states = _final_states(subject, window)
-        for ours, theirs, targets in zip(states.split(CHUNK), reference.split(CHUNK), window[1:].split(CHUNK), strict=True):
-            ours = torch.log_softmax(F.linear(ours, changed), dim=-1)
-            theirs = torch.log_softmax(F.linear(theirs, original), dim=-1)
-            nll -= ours.gather(1, targets.unsqueeze(1)).sum().item()
-            reference_nll -= theirs.gather(1, targets.unsqueeze(1)).sum().item()
-            agree += (ours.argmax(1) == theirs.argmax(1)).sum().item()
-            divergence.append((theirs.exp() * (theirs - ours)).sum(dim=1))
-    kl = torch.cat(divergence)
-    count = len(kl)
+        for theirs, ours, targets in zip(*(x.split(CHUNK) for x in (reference, states, window[1:])), strict=True):
+            parts.append(_compare(theirs, ours, targets, heads, [buffer[: len(targets)] for buffer in buffers]))
+    kl, nll, reference_nll, agree = (torch.cat(column) for column in zip(*parts, strict=True))
     found = Fidelity(
-        tokens=count,
-        perplexity=float(torch.tensor(nll / count).double().exp()),
-        reference_perplexity=float(torch.tensor(reference_nll / count).double().exp()),
-        kl_mean=kl.mean().item(),
+        tokens=len(kl),
+        perplexity=nll.double().mean().exp().item(),
+        reference_perplexity=reference_nll.double().mean().exp().item(),
+        kl_mean=kl.double().mean().item(),
         kl_median=kl.median().item(),
         kl_p99=kl.quantile(0.99).item(),
-        top1_agreement=agree / count,
+        top1_agreement=agree.double().mean().item(),
         weight_bytes=weight_bytes,
         reference_weight_bytes=subject.fp16_bytes,
     )
     return found, kl.view(len(subject.windows), -1).mean(dim=1).tolist()
+
+
+def _compare(theirs, ours, targets, heads, buffers) -> tuple[torch.Tensor, ...]:
+    """KL, both negative log-likelihoods and agreement of some positions, from ``(tokens, hidden)`` of either model."""
+    reference, changed, difference = buffers
+    best, likelihood, total = [], [], []
+    for states, head, logits in ((theirs, heads[0], reference), (ours, heads[1], changed)):
+        torch.mm(states, head, out=logits)
+        top, index = logits.max(dim=1, keepdim=True)
+        logits -= top
+        torch.exp(logits, out=difference)
+        total.append(difference.sum(dim=1, keepdim=True).log())
+        best.append(index)
+        likelihood.append((total[-1] - logits.gather(1, targets.unsqueeze(1))).squeeze(1))
+    torch.sub(reference, changed, out=difference)
+    probabilities = reference.sub_(total[0]).exp_()
+    kl = torch.linalg.vecdot(probabilities, difference) - (total[0] - total[1]).squeeze(1)
+    return kl, likelihood[1], likelihood[0], (best[0] == best[1]).squeeze(1)
 
 
 @torch.inference_mode()

@@ -2,9 +2,14 @@
 
 import functools
 import zlib
+from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+from safetensors.torch import save_file
 
+from lowvram_lab.checkpoint import Checkpoint
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.loader import load
 from lowvram_lab.memory.device import open_gpu
@@ -42,6 +47,11 @@ TOLERANCES = {
     "nf4": 0.45,  # as int4: sixteen levels as well, spaced for a normal distribution
 }
 """Largest ``relative_error`` of logits against the float32 model of the original weights, and where it comes from."""
+
+
+def known_bug(reason: str):
+    """Marks a test of what should be; it fails as soon as the bug is mended, so that the mark goes too."""
+    return pytest.mark.xfail(strict=True, reason=f"bug: {reason}")
 
 
 class DictCheckpoint:
@@ -108,11 +118,11 @@ def packaged_spec(name: str) -> ModelSpec:
     return ModelSpec.from_config(find_source(name).config(), name)
 
 
-@functools.cache
-def _state(kind: str) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(len(kind))
+def random_state(spec: ModelSpec, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Seeded float32 weights by name, a tied one once."""
+    generator = torch.Generator().manual_seed(seed)
     state = {}
-    for module in tiny_spec(kind).modules:
+    for module in spec.modules:
         for key, shape in module.parameters.items():
             noise = torch.randn(shape, generator=generator)
             if key == "bias":
@@ -124,6 +134,11 @@ def _state(kind: str) -> dict[str, torch.Tensor]:
             if not (key == "weight" and module.tied_to):
                 state[f"{module.name}.{key}"] = value
     return state
+
+
+@functools.cache
+def _state(kind: str) -> dict[str, torch.Tensor]:
+    return random_state(tiny_spec(kind), len(kind))
 
 
 def tiny_state(kind: str) -> dict[str, torch.Tensor]:
@@ -222,3 +237,52 @@ def letters_state() -> dict[str, torch.Tensor]:
 
 def random_ids(tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, SIZES["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def write_model(folder: Path, kind: str = "llama", state=None, dtype=torch.bfloat16, **changes) -> Path:
+    """A model directory as transformers writes it: config, weights in ``dtype``, tokenizer.
+
+    Args:
+        folder: Made, with its parents.
+        kind: Of ``TINY``.
+        state: Weights by name; float32 ones are converted to ``dtype``, others are written as they are.
+        dtype: Of the file.
+        **changes: To the config; the weights are then random ones of those shapes.
+    """
+    config = tiny_config(kind, **changes)
+    if state is None:
+        state = random_state(ModelSpec.from_config(config, kind)) if changes else tiny_state(kind)
+    config.save_pretrained(folder)
+    tensors = {name: (value.to(dtype) if value.dtype == torch.float32 else value) for name, value in state.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def directory_spec(folder: Path) -> ModelSpec:
+    return ModelSpec.from_config(find_source(folder).config(), str(folder))
+
+
+def read_state(folder: Path) -> dict[str, torch.Tensor]:
+    """A directory's tensors as they lie there."""
+    checkpoint = Checkpoint(folder)
+    return {name: checkpoint.read(name) for name in checkpoint}
+
+
+def restored_state(folder: Path) -> dict[str, torch.Tensor]:
+    """A converted directory's weights in float32, its codes taken apart bit by bit: ``(code - 2^(bits-1)) * scale``."""
+    stored, restored = read_state(folder), {}
+    for name, value in stored.items():
+        if name.endswith(("_scale", "_shape")):
+            continue
+        if name.endswith("_packed"):
+            name = name.removesuffix("_packed")
+            rows, columns = stored[f"{name}_shape"].tolist()
+            bits = value.shape[1] * 32 // columns
+            ones = np.unpackbits(value.numpy().view(np.uint8), axis=1, bitorder="little").reshape(rows, columns, bits)
+            value = torch.from_numpy(ones @ (1 << np.arange(bits)) - (1 << (bits - 1)))
+        if f"{name}_scale" in stored:
+            scale = stored[f"{name}_scale"].float()
+            value = value.float() * scale.repeat_interleave(value.shape[1] // scale.shape[1], dim=1)
+        restored[name] = value.float()
+    return restored

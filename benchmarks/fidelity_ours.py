@@ -1,0 +1,111 @@
+"""What this library makes of a model: recipes from one estimate of the sensitivity, and conversions of plans.
+
+A conversion is kept under the working directory, by its plan and by the code that makes it: a later run makes anew only
+what a change of the library's solvers can have changed.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+import lowvram_lab
+from lowvram_lab.checkpoint import Checkpoint
+from lowvram_lab.convert import SENSITIVITY_TOKENS, convert
+from lowvram_lab.files import write_atomically
+from lowvram_lab.formats import get_format
+from lowvram_lab.plan import Plan
+from lowvram_lab.planner.recipe import Recipe, recipe
+from lowvram_lab.quantize.stored import read_stored
+from lowvram_lab.source import find_source
+from lowvram_lab.spec import ModelSpec
+from lowvram_lab.weights.calibration import evenly
+from lowvram_lab.weights.sensitivity import Sensitivity, estimate_sensitivity
+
+SOLVER_CODE = ("quantize/*.py", "weights/[!s]*.py", "weights/stream.py", "convert.py", "formats.py", "data/*.txt")
+ESTIMATE_CODE = (*SOLVER_CODE, "weights/sensitivity.py")
+
+
+def code_digest(patterns: tuple[str, ...]) -> str:
+    """Eight hex digits of some of the library's files."""
+    root = Path(lowvram_lab.__file__).parent
+    files = sorted({file for pattern in patterns for file in root.glob(pattern)})
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
+
+
+class Ours:
+    """Makes recipes and converted models of one subject.
+
+    Attributes:
+        subject: A ``Subject``.
+        work: Where conversions are kept.
+        solver_code: Digest of the code that converts, as it was when this was made.
+    """
+
+    def __init__(self, subject, work: Path):
+        self.subject, self.work = subject, work
+        self.solver_code, self._estimate_code = code_digest(SOLVER_CODE), code_digest(ESTIMATE_CODE)
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """As ``convert`` estimates it, once for all recipes."""
+        path = self.work / f"sensitivity-{self._estimate_code}.json"
+        if not path.exists():
+            began, ids = time.perf_counter(), self.subject.calibration_ids
+            windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
+            checkpoint = find_source(self.subject.source).checkpoint()
+            found = estimate_sensitivity(self.subject.spec, checkpoint, windows, progress=False)
+            write_atomically(path, json.dumps(found.to_dict()))
+            print(f"  sensitivity {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        return Sensitivity.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+    def recipe(self, weight_bytes: int, **choices) -> Recipe:
+        """The best plan within some bytes, see ``planner.recipe``."""
+        return recipe(self.subject.spec, self.sensitivity, weight_bytes=weight_bytes, **choices)
+
+    def uniform(self, fmt: str) -> Plan:
+        """Every matrix in one format, embedding and head too."""
+        spec = self.subject.spec
+        plan = Plan.uniform(spec, fmt, context=min(2048, spec.max_position_embeddings))
+        for name in {spec.embedding, spec.head}:
+            plan = plan.with_modules(name, format=fmt)
+        return plan
+
+    def convert(self, plan: Plan) -> tuple[dict[str, torch.Tensor], int, dict]:
+        """Converts by a plan, unless that was done before.
+
+        Returns:
+            Module name → float32 weight, bytes of the tensors in the files, and notes.
+        """
+        directory = self.work / "converted" / f"{plan.digest}-{self.solver_code}"
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if not (directory / "config.json").exists():
+            convert(self.subject.source, directory, plan=plan, calibration=self.subject.calibration, progress=False)
+        facts = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
+        weights, file_bytes = restored(directory, plan, self.subject.spec)
+        notes = {
+            "formats": dict(Counter(a.format for a in plan.modules.values()).most_common()),
+            "embedding": plan.modules[self.subject.spec.embedding].format,
+            "measured_by_convert": facts["measured"],
+            "plan": plan.digest,
+        }
+        return weights, file_bytes, notes
+
+
+def restored(directory: Path, plan: Plan, spec: ModelSpec) -> tuple[dict[str, torch.Tensor], int]:
+    """A converted directory's weights in float32, and the bytes of all its tensors."""
+    checkpoint, weights = Checkpoint(directory), {}
+    for module in spec.modules:
+        fmt = get_format(plan.modules[module.name].format)
+        if module.tied_to:
+            continue
+        if fmt.kind == "float":
+            weights[module.name] = checkpoint.read(f"{module.name}.weight").float()
+        else:
+            weights[module.name] = read_stored(module.name, fmt, checkpoint.read).dequantize()
+    return weights, sum(checkpoint.read(name).nbytes for name in checkpoint)
