@@ -19,7 +19,7 @@ from lowvram_lab.units import MiB
 BLOCK = 128
 """Columns whose errors are spread at once to all later ones: one large product instead of 128 small ones."""
 
-ROW_BYTES = 8 * MiB
+ROW_BYTES = 4 * MiB
 """Rows do not depend on each other; a table of embeddings is rounded in so many float32 bytes at a time."""
 
 DAMPINGS = (0.01, 0.1, 1.0)

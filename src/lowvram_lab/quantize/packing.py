@@ -22,14 +22,15 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         ``(rows, columns * bits / 32)`` int32.
     """
     rows, columns = codes.shape
-    lanes = (codes.view(rows, columns // PACK_CODES, PACK_CODES).to(torch.int32) + (1 << (bits - 1))).unbind(-1)
+    blocks = codes.view(rows, columns // PACK_CODES, PACK_CODES)
     words = torch.zeros(rows, columns // PACK_CODES, bits, dtype=torch.int32)
-    for lane, code in enumerate(lanes):
+    for lane in range(PACK_CODES):
         word, shift = divmod(lane * bits, 32)
+        code = blocks[..., lane].to(torch.int32).add_(1 << (bits - 1))
         words[..., word] |= code << shift
         if shift + bits > 32:
             words[..., word + 1] |= code >> (32 - shift)
-    return words.view(rows, -1)
+    return words.view(rows, columns // PACK_CODES * bits)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:

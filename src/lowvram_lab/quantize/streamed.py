@@ -39,8 +39,11 @@ DAMPING = 0.01
 WORST_OUTPUT_ERROR = 1.0
 """Of the output's own mean square: a weight quantised worse than that would better be left out, so it is refused."""
 
-HEAD_TOKENS, HEAD_ROWS = 128, 8192
-"""Tokens and vocabulary rows of the head worked on at once: 128 x 152k logits are 74 MiB, 8192 x 2560 weights 80."""
+HEAD_TOKENS, HEAD_ROWS = 64, 4096
+"""Tokens and vocabulary rows of the head worked on at once: 64 x 152k logits are 37 MiB, 4096 x 2560 weights 40."""
+
+SOLVE_ROWS = 1024
+"""Rows solved at once; a search holds eight temporaries of them."""
 
 _STREAMS = ("calibration", "calibration_quantised", "held_out", "held_out_quantised")
 
@@ -285,9 +288,9 @@ def corrected(weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor) 
 def relative_error(weight: torch.Tensor, solution: IntegerWeight, moments: torch.Tensor | None) -> float:
     """Mean square of the output's change over that of the output; of the weight's own without moments."""
     changed, whole = 0.0, 0.0
-    for start in range(0, len(weight), HEAD_ROWS):
-        rows = weight[start : start + HEAD_ROWS].float()
-        change = _rows(solution, slice(start, start + HEAD_ROWS)).dequantize() - rows
+    for start in range(0, len(weight), SOLVE_ROWS):
+        rows = weight[start : start + SOLVE_ROWS].float()
+        change = _rows(solution, slice(start, start + SOLVE_ROWS)).dequantize() - rows
         for_ = (lambda m: output_error(m, moments)) if moments is not None else (lambda m: m.square())
         changed, whole = changed + for_(change).sum().item(), whole + for_(rows).sum().item()
     return changed / whole if whole > 0 else 0.0
@@ -307,7 +310,7 @@ def _rows(solution: IntegerWeight, select) -> IntegerWeight:
 
 
 def _by_rows(weight: torch.Tensor, solve) -> IntegerWeight:
-    pieces = [solve(rows) for rows in weight.split(HEAD_ROWS)]
+    pieces = [solve(rows) for rows in weight.split(SOLVE_ROWS)]
     return IntegerWeight(torch.cat([p.codes for p in pieces]), torch.cat([p.scale for p in pieces]))
 
 

@@ -199,10 +199,10 @@ def _embedding(stream: LayerStream, ids, gradient: torch.Tensor, formats, costs:
     module = stream.spec.module(name)
     if module.kind != "embedding":
         return
-    table = stream.weight(name)
+    table = stream.read(f"{name}.weight", torch.bfloat16)
     energy = gradient.square().sum(dim=-1).mean().item()
     looked_up = ids.flatten()
-    rows = table[looked_up[_sample(len(looked_up), LOOKUPS)]]
+    rows = table[looked_up[_sample(len(looked_up), LOOKUPS)]].float()
     costs.setdefault(name, {})
     activation.setdefault(name, {})
     for fmt in candidate_formats(module, formats):

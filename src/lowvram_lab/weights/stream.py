@@ -75,21 +75,20 @@ class LayerStream:
         """
         if look_up is None:
             look_up = self.checkpoint.read(f"{self.spec.embedding}.weight").__getitem__
-        rows = look_up(ids.flatten()).to(self.dtype).view(*ids.shape, -1)
         layers = self.model.get_submodule(self.spec.layers_path)
         catcher, first = _Catcher(), layers[0]
         layers[0] = catcher
-        pieces = []
+        hidden = torch.empty(*ids.shape, self.spec.hidden_size, dtype=self.dtype)
         try:
-            for window in rows.split(1):
+            for window, into in zip(ids, hidden, strict=True):
                 try:
-                    self.model.base_model(inputs_embeds=window, use_cache=False)
+                    self.model.base_model(inputs_embeds=look_up(window).to(self.dtype)[None], use_cache=False)
                 except _CaughtError:
-                    pieces.append(catcher.hidden)
+                    into.copy_(catcher.hidden[0])
         finally:
             layers[0] = first
         self._keyword_arguments = catcher.keyword_arguments
-        return torch.cat(pieces)
+        return hidden
 
     @contextmanager
     def layer(self, index: int):
