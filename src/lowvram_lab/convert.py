@@ -155,11 +155,11 @@ def convert(
     with building(output, identity) as partial:
         most = plan.weight_bytes(spec) if plan else budget["weight_bytes"] or source_bytes // 2
         require_space(partial.path, most + _state_bytes(spec, ids, held_out, plan), "the conversion")
-        stream, estimated = LayerStream(spec, checkpoint), None
+        stream, estimated, lookup = LayerStream(spec, checkpoint), None, 0.0
         if plan is None:
-            found = _recipe(stream, ids, weights, budget, partial, progress)
+            found, lookup = _recipe(stream, ids, weights, budget, partial, progress)
             plan, estimated = found.plan, found.estimated_kl
-        work = StreamedQuantizer(stream, plan, partial, ids, held_out, solver, progress)
+        work = StreamedQuantizer(stream, plan, partial, ids, held_out, solver, progress, lookup)
         measured = work.run()
         facts = {
             "source": model,
@@ -223,8 +223,10 @@ def _state_bytes(spec: ModelSpec, ids, held_out, plan: Plan | None) -> int:
     return max(2 * runs, every_layer)
 
 
-def _recipe(stream: LayerStream, ids, weights: dict, budget: dict, partial: PartialDirectory, progress: bool) -> Recipe:
-    """The recipe, from a sensitivity that is kept in the cache: another size of the same model needs no other one."""
+def _recipe(
+    stream: LayerStream, ids, weights: dict, budget: dict, partial: PartialDirectory, progress: bool
+) -> tuple[Recipe, float]:
+    """The recipe, and ``Sensitivity.lookup``. The sensitivity stays in the cache, for another size of the same model."""
     windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
     facts = [weights, hash_of(windows), budget["formats"], __version__]
     kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
@@ -241,7 +243,7 @@ def _recipe(stream: LayerStream, ids, weights: dict, budget: dict, partial: Part
         )
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, json.dumps(found.to_dict()))
-    return recipe(stream.spec, found, **budget)
+    return recipe(stream.spec, found, **budget), found.lookup
 
 
 def _check_budget(spec: ModelSpec, budget: dict) -> None:

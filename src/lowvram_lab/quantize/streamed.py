@@ -59,13 +59,17 @@ class StreamedQuantizer:
         held_out: Windows of another text, of the same length.
         solver: One of ``SOLVERS``.
         progress: Show a progress bar.
+        lookup: See ``Sensitivity``.
 
     Attributes:
         shards: Names of the files, in order: the embedding, each layer, the final norm and head.
         modules: After ``run``: module name → ``format``, ``solver`` and ``output_error`` (relative mean square).
     """
 
-    def __init__(self, stream: LayerStream, plan: Plan, partial: PartialDirectory, ids, held_out, solver, progress):
+    def __init__(
+        self, stream: LayerStream, plan: Plan, partial: PartialDirectory, ids, held_out, solver, progress, lookup=0.0
+    ):
+        self.lookup = lookup
         self.stream, self.spec, self.plan, self.partial = stream, stream.spec, plan, partial
         self.ids, self.held_out, self.solver, self.progress = ids, held_out, solver, progress
         count = len(stream) + 2
@@ -127,6 +131,8 @@ class StreamedQuantizer:
             tensors[f"{name}.weight"] = self._plain(f"{name}.weight")
         else:
             moments = head_moments(self.stream, self.ids) if self.spec.tied else None
+            if self.lookup:
+                moments = moments + self.lookup * torch.eye(len(moments))
             table = self.stream.read(f"{name}.weight", torch.bfloat16)
             solution = self._solve(name, table, fmt, moments)
             tensors |= to_stored(name, solution, fmt)

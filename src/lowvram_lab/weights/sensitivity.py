@@ -14,7 +14,7 @@ labels).
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -55,11 +55,14 @@ class Sensitivity:
             part of its embedding's entry.
         activation_costs: The same without gradients, ``sum_o (D A D^T)_oo``: how far the module's own output moves.
         tokens: Calibration tokens.
+        lookup: Of a tied table: what an error in a looked-up row costs beside the same error in the head, per squared
+            weight; added to the head's moments, it makes one measure of both uses. 0 where nothing is tied.
     """
 
     costs: dict[str, dict[str, float]]
     activation_costs: dict[str, dict[str, float]]
     tokens: int
+    lookup: float = 0.0
 
     def table(self):
         """Modules x formats, estimated KL. A DataFrame."""
@@ -69,12 +72,12 @@ class Sensitivity:
 
     def to_dict(self) -> dict:
         """Plain data."""
-        return {"tokens": self.tokens, "costs": self.costs, "activation_costs": self.activation_costs}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict) -> "Sensitivity":
         """The inverse of ``to_dict``."""
-        return cls(values["costs"], values["activation_costs"], values["tokens"])
+        return cls(values["costs"], values["activation_costs"], values["tokens"], values["lookup"])
 
     def _repr_html_(self) -> str:
         return self.table().to_html(float_format="{:.2e}".format, max_rows=12)
@@ -135,25 +138,28 @@ def estimate_sensitivity(
             with stream.layer(index) as layer:
                 stream.run_in_place(layer, hidden)
             bar.update()
-        gradient = _head(stream, hidden, formats, costs, activation)
+        gradient, moments, importance = _head(stream, hidden)
         bar.update()
         for index in reversed(range(len(stream))):
             hidden = load_file(Path(folder) / f"{index}.safetensors")["hidden"]
             gradient = _layer(stream, index, hidden, gradient, formats, costs, activation)
             bar.update()
-    _embedding(stream, ids, gradient, formats, costs, activation)
+    lookup = _tables(stream, ids, gradient, moments, importance, formats, costs, activation)
     order = [m.name for m in spec.modules if m.name in costs]
-    return Sensitivity({n: costs[n] for n in order}, {n: activation[n] for n in order}, ids.numel())
+    return Sensitivity({n: costs[n] for n in order}, {n: activation[n] for n in order}, ids.numel(), lookup)
 
 
-def _head(stream: LayerStream, hidden: torch.Tensor, formats, costs: dict, activation: dict) -> torch.Tensor:
-    """Costs of the head; returns the gradient at the last layer's output, of labels drawn from the model."""
-    name = stream.spec.head
-    weight, generator = stream.weight(name), _generator(0)
+def _head(stream: LayerStream, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs the head over the final states, labels drawn from the model's own prediction.
+
+    Returns:
+        The gradient at the last layer's output, the moments of the head's inputs, and ``G_o`` of its rows.
+    """
+    name, generator = stream.spec.head, _generator(0)
+    weight = stream.weight(name)
     moments, importance, tokens = 0, torch.zeros(weight.shape[0]), hidden.shape[:-1].numel()
     gradient = torch.empty_like(hidden)
-    bias = stream.spec.module(name).parameters.get("bias")
-    offset = stream.read(f"{name}.bias") if bias else None
+    offset = stream.read(f"{name}.bias") if "bias" in stream.spec.module(name).parameters else None
     pieces = [states.flatten(0, 1).split(HEAD_TOKENS) for states in (hidden, gradient)]
     for states, into in zip(*pieces, strict=True):
         states = states.detach().requires_grad_(True)
@@ -167,11 +173,7 @@ def _head(stream: LayerStream, hidden: torch.Tensor, formats, costs: dict, activ
         probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=x.dtype))  # now d(-log p) / dlogits
         normed.backward(probabilities @ weight)
         into.copy_(states.grad)
-    owner = stream.owner(name)
-    module = stream.spec.module(owner)
-    fresh = _module_costs(module, weight, moments / tokens, importance / tokens, formats)
-    costs[owner], activation[owner] = fresh
-    return gradient
+    return gradient, moments / tokens, importance / tokens
 
 
 def _layer(stream, index: int, hidden, gradient, formats, costs: dict, activation: dict) -> torch.Tensor:
@@ -193,23 +195,30 @@ def _layer(stream, index: int, hidden, gradient, formats, costs: dict, activatio
     return gradient
 
 
-def _embedding(stream: LayerStream, ids, gradient: torch.Tensor, formats, costs: dict, activation: dict) -> None:
-    """Adds the cost of looking up changed rows, as often as the text asks for each; every dimension counts alike."""
-    name = stream.spec.embedding
-    module = stream.spec.module(name)
-    if module.kind != "embedding":
-        return
-    table = stream.read(f"{name}.weight", torch.bfloat16)
-    energy = gradient.square().sum(dim=-1).mean().item()
-    looked_up = ids.flatten()
-    rows = table[looked_up[_sample(len(looked_up), LOOKUPS)]].float()
-    costs.setdefault(name, {})
-    activation.setdefault(name, {})
-    for fmt in candidate_formats(module, formats):
-        change = round_to_nearest(rows, get_format(fmt)).dequantize() - rows
-        error = change.square().mean().item()
-        costs[name][fmt] = costs[name].get(fmt, 0.0) + 0.5 * energy * error
-        activation[name][fmt] = activation[name].get(fmt, 0.0) + error * rows.shape[1]
+def _tables(stream, ids, gradient, moments, importance, formats, costs: dict, activation: dict) -> float:
+    """Costs of the head and of the embedding; returns ``Sensitivity.lookup``.
+
+    An error in a row of the embedding moves the first layer's input wherever the text has that token, and every
+    dimension of the input counts alike: ``1/2 energy |D_row|^2``. A head's row counts by ``G_o``, which is about how
+    often the token is expected. A tied row is off in both places at once.
+    """
+    spec = stream.spec
+    energy = gradient.square().sum(dim=-1).mean().item() / spec.hidden_size
+    total, lookup = importance.sum().item(), 0.0
+    owner = spec.module(stream.owner(spec.head))
+    if spec.tied:
+        lookup = energy / max(total, 1e-30)
+        moments = moments + lookup * torch.eye(len(moments))
+    weight = stream.read(f"{owner.name}.weight", torch.bfloat16)
+    costs[owner.name], activation[owner.name] = _module_costs(owner, weight, moments, importance, formats)
+    table = spec.module(spec.embedding)
+    if table.kind == "embedding" and not spec.tied:
+        rows = stream.read(f"{table.name}.weight", torch.bfloat16)[ids.flatten()[_sample(ids.numel(), LOOKUPS)]].float()
+        costs[table.name], activation[table.name] = {}, {}
+        for fmt in candidate_formats(table, formats):
+            error = (round_to_nearest(rows, get_format(fmt)).dequantize() - rows).square().sum(dim=1).mean().item()
+            costs[table.name][fmt], activation[table.name][fmt] = 0.5 * energy * error, error
+    return lookup
 
 
 @torch.no_grad()
@@ -221,8 +230,8 @@ def _module_costs(
 
     The rows for the KL are drawn by their importance: of a head's, a few hundred frequent tokens have nearly all.
     """
-    uniform = _sample(len(weight))
-    drawn = torch.multinomial(importance.clamp(min=0) + 1e-30, SAMPLED_ROWS, True, generator=_generator(len(weight)))
+    uniform, size = _sample(len(weight)), SAMPLED_ROWS * (4 if module.layer is None else 1)
+    drawn = torch.multinomial(importance.clamp(min=0) + 1e-30, size, True, generator=_generator(len(weight)))
     picked, total = weight[torch.cat((drawn, uniform))].float(), importance.sum().item()
     gains: dict[int, float] = {}
     costs, moved = {}, {}
