@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -266,7 +265,7 @@ def test_the_config_is_the_originals_and_how_it_is_stored(made, sources, name):
     assert stored == {n: a.format for n, a in done.plan.modules.items() if a.format != "bf16"}
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ["llama", "qwen2, own"])
 def test_the_recipe_makes_it_again(made, sources, folder, name):
     directory, done = made(name)
     facts = json.loads((directory / "recipe.json").read_text())
@@ -375,17 +374,21 @@ def killer(monkeypatch, name: str, count: int):
 
 
 # embedding, two layers and head: four shards, three states, three reports, index, recipe and config
-STAGES = {
-    "plan": [("_adopt", n) for n in range(1, 14)] + [("forget", n) for n in range(1, 5)] + [("publish", 1)],
-    "recipe": [("_adopt", n) for n in range(2, 14, 3)],
-}
+STAGES = [("_adopt", n) for n in range(1, 14)] + [("forget", n) for n in range(1, 5)] + [("publish", 1)]
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_killed_at_any_stage_and_resumed_the_bytes_are_the_same(tmp_path, tinier, whole, name):
-    """Every stage one after the other, each from a fresh start: twice as many conversions of a very small model."""
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("plan", STAGES[::3]),
+        ("recipe", STAGES[5:13:4]),
+        pytest.param("plan", STAGES, marks=pytest.mark.slow),
+        pytest.param("recipe", STAGES, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_stage_and_resumed_the_bytes_are_the_same(tmp_path, tinier, whole, name, stages):
     (source, options), expected = tinier[name], whole(name)
-    for stage, count in STAGES[name]:
+    for stage, count in stages:
         output = tmp_path / f"{stage}-{count}"
         with pytest.MonkeyPatch.context() as patch:
             killer(patch, stage, count)
@@ -475,36 +478,27 @@ def test_a_file_damaged_meanwhile_is_made_again(tmp_path, tinier, whole, damage)
     assert contents(tmp_path / "out") == whole("plan")
 
 
-COMMAND = [sys.executable, "-m", "lowvram_lab.cli", "convert", "--format", "int3", "--json"]
-
-
 @pytest.mark.slow
 def test_kill_9_and_again_ends_in_the_same_bytes(tmp_path):
-    """A real process, a real kill, as soon as each shard is there; about a minute."""
-    source = write_model(tmp_path / "source", "qwen2", num_hidden_layers=4)
-    assert subprocess.run([*COMMAND, "--input", source, "--output", tmp_path / "whole"], timeout=300).returncode == 0
-    partial, kills = tmp_path / ".out.partial", 0
-    for shard in range(1, 6):
-        process = subprocess.Popen(
-            [*COMMAND, "--input", source, "--output", tmp_path / "out"], stdout=subprocess.DEVNULL
-        )
-        try:
-            until = time.monotonic() + 120
-            while process.poll() is None and time.monotonic() < until:
-                if (partial / f"model-0000{shard}-of-00006.safetensors").exists():
-                    break
-                time.sleep(0.001)
-            kills += process.poll() is None
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        if (tmp_path / "out").exists():
-            break
-    assert kills >= 2
-    if not (tmp_path / "out").exists():
+    """A real process and a real kill, twice: as soon as the second and the fourth shard are there."""
+    source = write_model(tmp_path / "source", "qwen2")
+    text = tmp_path / "calibration.txt"
+    text.write_text(calibration_text()[:2100], encoding="utf-8")
+    command = [sys.executable, "-m", "lowvram_lab.cli", "convert", "--json", "--format", "int3"]
+    command += ["--calibration", text, "--input", source, "--output"]
+    subprocess.run([*command, tmp_path / "whole"], timeout=300, check=True, stdout=subprocess.DEVNULL)
+    output, partial, kills = tmp_path / "out", tmp_path / ".out.partial", 0
+    for shard in (2, 4):
+        process = subprocess.Popen([*command, output], stdout=subprocess.DEVNULL)
+        while process.poll() is None and not (partial / f"model-0000{shard}-of-00005.safetensors").exists():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 1  # on a busy machine the second may come too late
+    if not output.exists():
         assert partial.is_dir()
-        subprocess.run([*COMMAND, "--input", source, "--output", tmp_path / "out"], timeout=300, check=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+        subprocess.run([*command, output], timeout=300, check=True, stdout=subprocess.DEVNULL)
+    assert contents(output) == contents(tmp_path / "whole")
 
 
 # --- no room ---
@@ -555,3 +549,328 @@ def test_a_file_that_cannot_grow_is_an_error_the_command_line_explains(tmp_path,
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert not (tmp_path / "out").exists()
+
+
+# --- weights of all kinds ---
+
+
+def spoilt(kind, name, change):
+    state = tiny_state(kind)
+    if change is None:
+        del state[name]
+    else:
+        state[name] = change(state[name].clone())
+    return state
+
+
+def with_nan(tensor):
+    tensor[..., 1] = float("nan")
+    return tensor
+
+
+SPOILT = {
+    "missing": (None, "expected a tensor {name} .*found none|no tensor named {name}"),
+    "NaN": (with_nan, "{name}: expected finite weights"),
+    "fp8": (lambda t: t.to(torch.float8_e4m3fn), "{name}: expected a 16- or 32-bit float weight, found torch.float8"),
+    "integers": (lambda t: t.to(torch.int32), "{name}: expected a 16- or 32-bit float weight, found torch.int32"),
+    "a row short": (lambda t: t[:-1], r"{name}: expected shape .*, found \("),
+}
+NAMES = [f"{UP}.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"]
+
+
+def assert_refused(error, folder):
+    """One line, and nothing left but a lock."""
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+    assert {path.name for path in folder.iterdir()} <= {"source", ".out.lock"}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bad_tensor_is_named_and_nothing_is_left(tmp_path, name, how):
+    change, words = SPOILT[how]
+    source = write_model(tmp_path / "source", "qwen2", spoilt("qwen2", name, change))
+    with pytest.raises(CheckpointError, match=words.format(name=name)) as error:
+        run(source, tmp_path / "out", plan=mixed("qwen2"))
+    assert_refused(error, tmp_path)
+
+
+@pytest.mark.parametrize("how", SPOILT)
+@pytest.mark.parametrize("by", ["plan", "reduction"])
+def test_a_bad_embedding_is_named_and_nothing_is_left(tmp_path, how, by):
+    change, words = SPOILT[how]
+    name = f"{EMBED}.weight"
+    source = write_model(tmp_path / "source", "qwen2", spoilt("qwen2", name, change))
+    options = {"plan": mixed("qwen2")} if by == "plan" else {"reduction": 0.6, "formats": ("int4",)}
+    with pytest.raises(CheckpointError, match=words.format(name=name)) as error:
+        run(source, tmp_path / "out", **options)
+    assert_refused(error, tmp_path)
+
+
+def test_weights_too_large_for_float32_are_named(tmp_path):
+    state = spoilt("qwen2", f"{UP}.weight", lambda t: t * 1e30)
+    source = write_model(tmp_path / "source", "qwen2", state)
+    with pytest.raises(LowvramError) as error:
+        run(source, tmp_path / "out", plan=mixed("qwen2"))
+    assert_refused(error, tmp_path)
+
+
+@known_bug("OverflowError: math.exp of the mean loss")
+def test_a_head_that_predicts_with_absurd_confidence(tmp_path):
+    source = write_model(tmp_path / "source", "qwen2", spoilt("qwen2", "lm_head.weight", lambda t: t * 1e4))
+    done = run(source, tmp_path / "out", plan=mixed("qwen2"))
+    assert done.measured["reference_perplexity"] > 1e300
+
+
+def test_a_missing_shard_and_a_torn_one_are_named(tmp_path):
+    source = write_model(tmp_path / "source", "qwen2")
+    weights = source / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-100])
+    with pytest.raises(CheckpointError, match="damaged or truncated") as error:
+        run(source, tmp_path / "out", plan=mixed("qwen2"))
+    assert_refused(error, tmp_path)
+    weights.rename(source / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="missing model-00002-of-00002.safetensors") as error:
+        run(source, tmp_path / "out", plan=mixed("qwen2"))
+    assert_refused(error, tmp_path)
+
+
+def test_an_extra_tensor_is_left_behind(tmp_path):
+    state = {**tiny_state("qwen2"), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
+    source = write_model(tmp_path / "source", "qwen2", state)
+    run(source, tmp_path / "out", plan=mixed("qwen2"))
+    assert not any("inv_freq" in name for name in read_state(tmp_path / "out"))
+
+
+ODD_WEIGHTS = {
+    "zeros": torch.zeros_like,
+    "a constant": lambda t: torch.full_like(t, 0.03),
+    "one row of zeros": lambda t: t.index_fill(0, torch.tensor([5]), 0.0),
+    "one value alone": lambda t: torch.zeros_like(t).index_put(
+        (torch.tensor([3]), torch.tensor([7])), torch.tensor(2.0)
+    ),
+    "near the least float": lambda t: t * 1e-38,
+    "negative zeros": lambda t: -torch.zeros_like(t),
+}
+
+
+@pytest.mark.parametrize("how", ODD_WEIGHTS)
+def test_odd_weights_are_held_as_well_as_any(tmp_path, how):
+    change, names = (
+        ODD_WEIGHTS[how],
+        [f"model.layers.1.{n}_proj.weight" for n in ("self_attn.k", "self_attn.o", "mlp.up")],
+    )
+    state = tiny_state("qwen2") | {name: change(tiny_state("qwen2")[name].clone()) for name in names}
+    source = write_model(tmp_path / "source", "qwen2", state)
+    done = run(source, tmp_path / "out", plan=mixed("qwen2"))
+    assert math.isfinite(done.measured["kl_mean"])
+    restored = restored_state(tmp_path / "out")
+    for name in names:
+        assert bool(torch.isfinite(restored[name]).all())
+        assert not bool((restored[name] != 0)[state[name] == 0].any()) or how == "one value alone"
+    assert torch.isfinite(logits(ours(tmp_path / "out"), random_ids(20))).all()
+
+
+def test_dead_inputs_leave_a_weight_as_it_would_be_rounded(tmp_path):
+    """A norm of zeros: nothing ever reaches q, k and v, so nothing is known about what they need."""
+    state = spoilt("qwen2", "model.layers.1.input_layernorm.weight", torch.zeros_like)
+    source = write_model(tmp_path / "source", "qwen2", state)
+    run(source, tmp_path / "out", plan=mixed("qwen2"))
+    name = "model.layers.1.self_attn.v_proj.weight"
+    found, weight = restored_state(tmp_path / "out")[name], read_state(source)[name].float()
+    plain = round_to_nearest(weight, get_format("int6-g128")).dequantize()
+    assert relative_error(found, weight) < 1.5 * relative_error(plain, weight)
+
+
+def test_a_width_that_no_group_divides_is_in_8_bits(tmp_path):
+    source = write_model(tmp_path / "source", "qwen2", hidden_size=64, intermediate_size=100, num_hidden_layers=1)
+    done = run(source, tmp_path / "out", weight_bytes="70KiB", formats=("int4", "int4-g32"))
+    formats = {name: a.format for name, a in done.plan.modules.items()}
+    assert formats["model.layers.0.mlp.down_proj"] == "int8"
+    assert "int4" in formats["model.layers.0.mlp.up_proj"]
+    assert done.weight_bytes <= 70 * 1024
+    stored = read_state(tmp_path / "out")["model.layers.0.mlp.down_proj.weight"]
+    assert (stored.dtype, stored.shape) == (torch.int8, (64, 100))
+    logits(ours(tmp_path / "out"), random_ids(20))
+
+
+# --- budgets and solvers ---
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen2", pytest.param("llama", marks=known_bug("PlanError: a tied head is counted twice"))]
+)
+def test_a_size_becomes_a_recipe_and_its_estimate_is_kept(tmp_path, sources, kind):
+    done = run(sources[kind], tmp_path / "out", reduction=0.65, formats=("int4", "int3"))
+    assert done.weight_bytes <= 0.35 * done.source_weight_bytes
+    assert done.weight_bytes > 0.33 * done.source_weight_bytes
+    assert done.estimated_kl == json.loads((tmp_path / "out" / "recipe.json").read_text())["estimated_kl"]
+    # other inputs than calibration, and errors that add up or make up for each other from layer to layer
+    assert done.measured["kl_mean"] / 10 < done.estimated_kl < 10 * done.measured["kl_mean"]
+    assert f"foretold {done.estimated_kl:.4f}" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_another_size_needs_no_other_sensitivity(tmp_path, sources, monkeypatch):
+    options = {"formats": ("int4", "int2")}
+    first = run(sources["qwen2"], tmp_path / "a", weight_bytes=400_000, **options)
+
+    def never(*_, **__):
+        raise AssertionError("estimated again")
+
+    monkeypatch.setattr(module, "estimate_sensitivity", never)
+    second = run(sources["qwen2"], tmp_path / "b", weight_bytes=300_000, **options)
+    assert first.weight_bytes > 300_000 >= second.weight_bytes
+    assert first.estimated_kl < second.estimated_kl
+    with pytest.raises(AssertionError, match="again"):  # but other formats, and other text, do
+        run(sources["qwen2"], tmp_path / "c", weight_bytes=300_000, formats=("int4", "int3"))
+    with pytest.raises(AssertionError, match="again"):
+        run(sources["qwen2"], tmp_path / "d", weight_bytes=300_000, calibration_tokens=512, **options)
+
+
+def test_gptq_loses_less_than_clipping_and_that_less_than_rounding(folder, sources):
+    plan = Plan.uniform(tiny_spec("qwen2"), "int2-g32", context=64)
+    losses = {}
+    for solver in ("gptq", "clip", "rtn"):
+        done = run(sources["qwen2"], folder / solver, plan=plan, solver=solver)
+        losses[solver] = done.measured["kl_mean"]
+        facts = json.loads((folder / solver / "recipe.json").read_text())
+        assert facts["solver"] == solver
+        used = {report["solver"] for name, report in facts["modules"].items() if report["format"] == "int2-g32"}
+        assert used <= {"rtn"} if solver == "rtn" else used <= {solver, "clip"}
+    assert losses["gptq"] < 0.8 * losses["clip"]
+    assert losses["clip"] < losses["rtn"]
+
+
+def test_16_bits_everywhere_is_a_plain_copy(tmp_path, sources):
+    done = run(sources["qwen2"], tmp_path / "out", plan=Plan.uniform(tiny_spec("qwen2"), "bf16", context=64))
+    assert done.reduction == 0
+    assert done.measured["kl_mean"] == 0
+    assert done.measured["top1_agreement"] == 1
+    before, after = read_state(sources["qwen2"]), read_state(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "expected one of plan, weight_bytes, reduction, gpu"),
+        ({"reduction": 0.5, "gpu": "1GiB"}, "expected one of plan, weight_bytes, reduction, gpu"),
+        ({"reduction": 1.0}, "between 0 and 1"),
+        ({"reduction": -0.5}, "between 0 and 1"),
+        ({"reduction": 70}, "between 0 and 1"),
+        ({"reduction": float("nan")}, "between 0 and 1"),
+        ({"reduction": 0.5, "solver": "awq"}, "expected solver gptq, clip, rtn, found 'awq'"),
+        ({"reduction": 0.99}, "at the least"),
+        ({"reduction": 0.5, "formats": ("int9",)}, "unknown format 'int9'"),
+        ({"weight_bytes": "1.9"}, "GiB"),
+        ({"gpu": "1GiB", "context": 5000}, "1024 positions"),
+        ({"reduction": 0.5, "calibration": "missing.txt"}, "missing.txt: expected a text in UTF-8"),
+    ],
+)
+def test_a_mistake_is_said_before_any_work(tmp_path, sources, options, words):
+    with pytest.raises(LowvramError, match=words) as error:
+        run(sources["qwen2"], tmp_path / "out", **options)
+    assert_refused(error, tmp_path)
+
+
+def test_too_short_a_text_and_one_that_is_none(tmp_path, sources):
+    text = tmp_path / "source"  # as what is there before is called here
+    text.write_text("word " * 400)
+    with pytest.raises(LowvramError, match="calibration text of 2048 tokens or more, found 2000") as error:
+        run(sources["qwen2"], tmp_path / "out", reduction=0.5, calibration=text)
+    assert_refused(error, tmp_path)
+    text.write_bytes(b"\xff\xfe" * 3000)
+    with pytest.raises(LowvramError, match="expected a text in UTF-8") as error:
+        run(sources["qwen2"], tmp_path / "out", reduction=0.5, calibration=text)
+    assert_refused(error, tmp_path)
+
+
+def test_output_that_is_not_empty_is_left_as_it_is(tmp_path, made, sources):
+    directory, _ = made("qwen2")
+    before = contents(directory)
+    with pytest.raises(LowvramError, match="expected a new or empty directory for the output"):
+        run(sources["qwen2"], directory, plan=mixed("qwen2"))
+    assert contents(directory) == before
+    with pytest.raises(LowvramError, match="its folder does not exist"):
+        run(sources["qwen2"], tmp_path / "missing" / "out", plan=mixed("qwen2"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_converted_model_is_not_converted_again(tmp_path, made):
+    directory, _ = made("qwen2")
+    with pytest.raises(LowvramError, match="is a converted model already; convert the 16-bit original"):
+        run(directory, tmp_path / "out", reduction=0.5)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (lambda: Plan.uniform(tiny_spec("qwen2"), "nf4", context=64), "nf4 has no place in a converted directory"),
+        (lambda: Plan.uniform(tiny_spec("llama"), "int4", context=64), "this plan was made for 'tiny-llama'"),
+        (lambda: mixed("qwen2").with_modules("*.q_proj", format="int4-g192"), "divisible by 192"),
+    ],
+)
+def test_plans_that_cannot_be_kept(tmp_path, sources, plan, words):
+    with pytest.raises((LowvramError, PlanError), match=words) as error:
+        run(sources["qwen2"], tmp_path / "out", plan=plan())
+    assert_refused(error, tmp_path)
+
+
+def test_a_card_too_small_is_refused_at_once(tmp_path, sources):
+    with pytest.raises(BudgetError) as error:
+        run(sources["qwen2"], tmp_path / "out", gpu="2MiB", context=1024)
+    assert_refused(error, tmp_path)
+
+
+# --- the arithmetic ---
+
+
+def test_corrected_goes_half_the_way_to_the_least_squares_weight():
+    """Against float64 normal equations: the weight over the wrong inputs that comes nearest to the right outputs."""
+    right = seeded(400, 32)
+    wrong = right + 0.3 * seeded(400, 32, seed=1) @ seeded(32, 32, seed=2) / 32**0.5
+    weight = seeded(16, 32, seed=3)
+    found = corrected(weight, wrong.T @ wrong / 400, right.T @ wrong / 400)
+    damping = 0.01 * (wrong.double().square().sum() / 400 / 32)
+    x, y = wrong.double(), right.double() @ weight.double().T
+    # damped towards the weight itself: ridge regression of what is left to explain
+    rest = torch.linalg.solve(x.T @ x / 400 + damping * torch.eye(32), x.T @ (y - x @ weight.double().T) / 400).T
+    expected = weight + CORRECTION * rest
+    assert relative_error(found, expected) < 0.02
+    errors = [float((x @ w.double().T - y).square().mean()) for w in (weight, found)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_corrected_leaves_a_weight_alone_that_has_nothing_to_make_up_for():
+    inputs, weight = seeded(200, 32), seeded(16, 32, seed=3)
+    moments = inputs.T @ inputs / 200
+    assert torch.equal(corrected(weight, moments, moments), weight)
+    zeros = torch.zeros(32, 32)
+    assert torch.equal(corrected(weight, zeros, zeros), weight)
+    assert torch.equal(corrected(weight, moments * float("nan"), moments), weight)
+
+
+@pytest.mark.parametrize("rows", [5, 9000])  # 9000: more than are looked at at once
+def test_relative_error_is_of_the_outputs(rows):
+    weight, inputs = seeded(rows, 32), seeded(100, 32, seed=1)
+    solution, moments = round_to_nearest(weight, get_format("int4-g32")), inputs.T @ inputs / 100
+    change = (solution.dequantize() - weight).double() @ inputs.double().T
+    whole = weight.double() @ inputs.double().T
+    assert output_change(weight, solution, moments) == pytest.approx(
+        float(change.square().sum() / whole.square().sum()), rel=1e-4
+    )
+    assert output_change(weight, solution, None) == pytest.approx(
+        relative_error(solution.dequantize(), weight) ** 2, rel=1e-4
+    )
+    assert float(output_error(solution.dequantize() - weight, moments).sum()) == pytest.approx(
+        float(change.square().sum() / 100), rel=1e-4
+    )
+    assert output_change(torch.zeros(4, 32), round_to_nearest(torch.zeros(4, 32), get_format("int4-g32")), moments) == 0

@@ -7,7 +7,7 @@ from models import seeded
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.formats import FORMATS, get_format
 from lowvram_lab.quantize import gptq as module
-from lowvram_lab.quantize.gptq import error_spread, gptq, output_error
+from lowvram_lab.quantize.gptq import DAMPINGS, error_spread, gptq, output_error
 from lowvram_lab.quantize.solvers import round_to_nearest, search_clip
 
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.kind in ("int8", "int4", "packed")]
@@ -31,7 +31,7 @@ def total_error(found, weight, moments) -> float:
 def one_column_at_a_time(weight, fmt, moments, scale, act_order: bool) -> torch.Tensor:
     """Optimal brain quantisation in a fixed order, in float64: round a column, spread its error, drop it for good."""
     weight, hessian = weight.double(), moments.double()
-    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian))
+    hessian = hessian + DAMPINGS[0] * hessian.diagonal().mean() * torch.eye(len(hessian))
     inverse = torch.linalg.inv(hessian)
     low, high = -(1 << (fmt.bits - 1)) + (fmt.kind == "int8"), (1 << (fmt.bits - 1)) - 1
     codes, left = torch.zeros_like(weight), list(range(weight.shape[1]))
@@ -151,7 +151,7 @@ def test_weight_and_moments_are_left_alone_and_any_float_will_do():
 def test_the_spread_is_the_cholesky_factor_of_the_inverse():
     moments, order = correlated(64), torch.randperm(64, generator=torch.Generator().manual_seed(0))
     factor = error_spread(moments, order)
-    damped = (moments + 0.01 * moments.diagonal().mean() * torch.eye(64))[order][:, order].double()
+    damped = (moments + DAMPINGS[0] * moments.diagonal().mean() * torch.eye(64))[order][:, order].double()
     assert torch.equal(factor, factor.triu())
     # float32 on both sides of an inverse whose condition is some thousand
     assert (factor.double().T @ factor.double() @ damped - torch.eye(64)).abs().max() < 1e-2

@@ -226,7 +226,7 @@ def _state_bytes(spec: ModelSpec, ids, held_out, plan: Plan | None) -> int:
 def _recipe(
     stream: LayerStream, ids, weights: dict, budget: dict, partial: PartialDirectory, progress: bool
 ) -> tuple[Recipe, float]:
-    """The recipe, and ``Sensitivity.lookup``. The sensitivity stays in the cache, for another size of the same model."""
+    """The recipe, and ``Sensitivity.lookup``. The sensitivity stays in the cache, for other sizes of the same model."""
     windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
     facts = [weights, hash_of(windows), budget["formats"], __version__]
     kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"

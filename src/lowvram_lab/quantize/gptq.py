@@ -22,8 +22,9 @@ BLOCK = 128
 ROW_BYTES = 4 * MiB
 """Rows do not depend on each other; a table of embeddings is rounded in so many float32 bytes at a time."""
 
-DAMPINGS = (0.01, 0.1, 1.0)
-"""Tried in turn, as fractions of the mean diagonal: a singular matrix of moments (few tokens) needs more."""
+DAMPINGS = (0.05, 0.2, 1.0)
+"""Tried in turn, as fractions of the mean diagonal: a singular matrix of moments (few tokens) needs more. The paper's
+0.01 fits 1536 inputs to 16 thousand tokens too closely: 0.05 left less KL on other text."""
 
 
 def gptq(weight: torch.Tensor, fmt: Format, moments: torch.Tensor, *, act_order: bool = True) -> IntegerWeight:

@@ -30,8 +30,11 @@ logger = logging.getLogger(__name__)
 
 SOLVERS = ("gptq", "clip", "rtn")
 
-CORRECTION = 0.5
-"""Share of the earlier layers' error that a layer is asked to make up for; all of it would fit the calibration text."""
+CORRECTION = 0.25
+"""Share of the earlier layers' error that a layer is asked to make up for; all of it would fit the calibration text.
+
+Measured at -70 %: stories15M's KL is 0.042, 0.035, 0.146 at 0, 0.5, 1; smollm2-135m's is lower at 0.2 than at 0.5.
+"""
 
 DAMPING = 0.01
 """Of the mean moment, against directions the calibration text hardly has."""
