@@ -28,7 +28,7 @@ import fidelity_peers as peers
 import fidelity_report as report
 import gguf_peer
 import torch
-from fidelity_ours import Ours
+from fidelity_ours import Ours, note_code
 from fidelity_subject import SMOLLM, STORIES, Subject, channel_power, open_subject, score
 
 from lowvram_lab.errors import BudgetError
@@ -44,28 +44,41 @@ GRID_FORMATS = (
 )
 """smollm2-135m's weights lie on a grid of 16 levels in groups of 32: our 4-bit formats of that group are left out."""
 
-LLAMA_FILES = (
-    "Q8_0",
-    "Q6_K",
-    "Q5_K_M",
-    "Q5_0",
-    "Q4_K_M",
-    "Q4_K_S",
-    "Q4_1",
-    "Q4_0",
-    "IQ4_NL",
-    "Q3_K_M",
-    "Q3_K_S",
-    "Q2_K",
-)
-LLAMA_SMALL = (
-    "Q4_1 embeddings Q4_1",
-    "Q3_K_M embeddings IQ4_NL",
-    "Q4_0 embeddings Q4_0",
-    "IQ4_NL embeddings IQ4_NL",
-    "IQ3_XXS embeddings IQ4_NL",
-    "IQ3_XXS embeddings MXFP4",
-)
+LLAMA_FILES = {
+    STORIES: (
+        "Q8_0",
+        "Q6_K",
+        "Q5_K_M",
+        "Q5_0",
+        "Q4_K_M",
+        "Q4_K_S",
+        "Q4_1",
+        "Q4_0",
+        "IQ4_NL",
+        "Q3_K_M",
+        "Q3_K_S",
+        "Q2_K",
+    ),
+    SMOLLM: ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K"),
+}
+LLAMA_SMALL = {
+    STORIES: (
+        "Q4_1 embeddings Q4_1",
+        "Q3_K_M embeddings IQ4_NL",
+        "Q4_0 embeddings Q4_0",
+        "IQ4_NL embeddings IQ4_NL",
+        "IQ3_XXS embeddings IQ4_NL",
+        "IQ3_XXS embeddings MXFP4",
+    ),
+    SMOLLM: (
+        "Q3_K_M embeddings IQ4_NL",
+        "Q4_0 embeddings Q4_0",
+        "IQ4_NL embeddings IQ4_NL",
+        "IQ3_XXS embeddings MXFP4",
+    ),
+}
+"""smollm2-135m goes without Q4_1, the very grid its weights were written on."""
+
 SIZES = {STORIES: 6, SMOLLM: 3}
 """Of the sizes between 3 and 5 bits a weight that llama.cpp's files have, how many get a recipe of ours."""
 
@@ -166,13 +179,11 @@ def run_llama(bench: Bench, quick: bool) -> None:
     if not source.exists():
         gguf_peer.write_float_gguf(source, spec.pretrained_config(), weights)
     importance = functools.cache(lambda: channel_power(bench.subject))
-    small = [name for name in LLAMA_SMALL if not quick or "IQ4_NL" in name]
-    named = [(name, report.LLAMA) for name in (LLAMA_FILES if not quick else ("Q4_0",))]
+    small = [name for name in LLAMA_SMALL[bench.subject.name] if not quick or "IQ4_NL" in name]
+    named = [(name, report.LLAMA) for name in (LLAMA_FILES[bench.subject.name] if not quick else ("Q4_0",))]
     named += [(name, report.SMALL) for name in small]
     named += [(f"{name}+imatrix", report.IMATRIX) for name in small if not quick]
     for name, family in named:
-        if bench.subject.name == SMOLLM and name.startswith("Q4_1"):
-            continue  # the very grid its weights were written on
 
         def build(name=name, matrix=family == report.IMATRIX) -> Built:
             found = gguf_peer.quantise(source, name, list(weights), importance() if matrix else None)
@@ -274,6 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(options.threads)
+    note_code()
     runs = {}
     for name in (STORIES, SMOLLM) if options.model == "both" else (options.model,):
         runs[f"{name} {options.split}"] = run_subject(name, options)

@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections import Counter
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -31,6 +31,13 @@ SOLVER_CODE = ("quantize/*.py", "weights/[!s]*.py", "weights/stream.py", "conver
 ESTIMATE_CODE = (*SOLVER_CODE, "weights/sensitivity.py")
 
 
+def note_code() -> None:
+    """Takes the digests now: the library's files may change in the hours until the first conversion."""
+    for patterns in (SOLVER_CODE, ESTIMATE_CODE):
+        code_digest(patterns)
+
+
+@cache
 def code_digest(patterns: tuple[str, ...]) -> str:
     """Eight hex digits of some of the library's files."""
     root = Path(lowvram_lab.__file__).parent

@@ -6,6 +6,7 @@ import platform
 import statistics
 from datetime import UTC, datetime
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,7 @@ RANGE = (3.0, 5.02)
 """Bits a weight of the whole model between which llama.cpp is to be matched; 5.00 plus its float32 norms is 5.01."""
 
 PACKAGES = ("lowvram-lab", "torch", "transformers", "bitsandbytes", "hqq", "llama_cpp_python", "gguf")
+TICKS = (3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 12)
 STYLE = {
     FLOAT: ("0.4", "*"),
     RTN: ("tab:gray", "v"),
@@ -208,15 +210,16 @@ def draw(everything: dict, split: str, path: Path) -> None:
     from matplotlib import pyplot
 
     shown = [found for found in everything.values() if found["settings"]["split"] == split]
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(8 * len(shown), 6.5), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(shown), figsize=(9.5 * len(shown), 8), squeeze=False)
+    figure.tight_layout(rect=(0.03, 0.12, 1, 0.97), w_pad=3)
     for axes, found in zip(panels[0], shown, strict=True):
         _panel(axes, found)
-    handles = {
-        label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.savefig(path, dpi=110)
+    handles = {}
+    for axes in panels[0]:
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = 3 if len(shown) == 1 else 5
+    figure.legend(handles.values(), handles, loc="lower center", ncols=columns, fontsize=9, frameon=False)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
 
@@ -228,20 +231,61 @@ def _panel(axes, found: dict) -> None:
             points = [r["bits_per_weight"] for r in own], [r["kl_mean"] for r in own]
             joined = "-" if family == OWN else ""
             axes.plot(*points, linestyle=joined, color=color, marker=marker, markersize=6, label=family, zorder=3)
-    for row in rows:
-        if row["family"] in (LLAMA, SMALL, RTN, NF4, HQQ, UNIFORM):
-            text = row["name"].replace("everywhere", "").strip(" ,")
-            axes.annotate(
-                text, (row["bits_per_weight"], row["kl_mean"]), xytext=(5, 4), textcoords="offset points", fontsize=7
-            )
-    for reduction in PROMISES:
-        axes.axvline(16 * (1 - reduction), color="0.8", linewidth=1, zorder=0)
-        place = (16 * (1 - reduction), 1.0)
-        axes.annotate(
-            f"-{reduction:.0%}", place, xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize=8
-        )
     axes.set_yscale("log")
+    axes.set_xscale("log")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.minorticks_off()
     axes.set_xlabel("bits a weight, whole model in memory")
     axes.set_ylabel("KL to the original, nats a token")
-    axes.set_title(f"{found['model']} ({found['settings']['split']}, {found['settings']['predicted']} tokens)", pad=16)
-    axes.grid(True, which="major", color="0.92")
+    settings = found["settings"]
+    axes.set_title(f"{found['model']}, {settings['split']}, {settings['predicted']} tokens", pad=18)
+    axes.grid(True, which="major", color="0.93")
+    for reduction in PROMISES:
+        bits = 16 * (1 - reduction)
+        axes.axvline(bits, color="0.75", linewidth=1, zorder=0)
+        where = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom", "fontsize": 8}
+        axes.annotate(f"-{reduction:.0%}", (bits, 1.0), **where)
+    _write_labels(axes, rows)
+
+
+def _write_labels(axes, rows: list[dict]) -> None:
+    """Names beside their markers, each in the first place near it where nothing is yet."""
+    pixels = axes.transData.transform([(row["bits_per_weight"], row["kl_mean"]) for row in rows])
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in pixels]
+    line = sorted(tuple(place) for row, place in zip(rows, pixels, strict=True) if row["family"] == OWN)
+    for (x, y), (far_x, far_y) in pairwise(line):
+        steps = [(x + (far_x - x) * part / 40, y + (far_y - y) * part / 40) for part in range(40)]
+        taken += [(x - 1, y - 1, x + 1, y + 1) for x, y in steps]
+    frame = axes.get_window_extent()
+    for row, (x, y) in sorted(zip(rows, pixels, strict=True), key=lambda pair: -pair[1][1]):
+        if row["family"] in (OWN, IMATRIX):
+            continue
+        text = row["name"].replace(" everywhere", "").replace(", emb. ", "/").strip(",")
+        text = text.split(",")[0] if row["family"] in OURS else text
+        width, height = 5.2 * len(text) + 2, 10
+        for dx, dy in _places(width):
+            box = (x + dx, y + dy - height / 2, x + dx + width, y + dy + height / 2)
+            outside = box[0] < frame.x0 or box[2] > frame.x1 or box[1] < frame.y0 or box[3] > frame.y1
+            if not outside and not any(_overlap(box, other) for other in taken):
+                break
+        taken.append(box)
+        far = abs(dy) > 12 or dx not in (7, -width - 7)
+        axes.annotate(
+            text,
+            (row["bits_per_weight"], row["kl_mean"]),
+            xytext=(dx * 72 / axes.figure.dpi, dy * 72 / axes.figure.dpi),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5} if far else None,
+        )
+
+
+def _places(width: float) -> list[tuple[float, float]]:
+    """Offsets in pixels of a label's left middle, nearest first: right and left of the marker, ever further away."""
+    places = [(dx, dy) for dy in range(-240, 241, 6) for dx in (7, 25, 60, 110, -width - 7, -width - 25, -width - 60)]
+    return sorted(places, key=lambda place: abs(place[1]) + (place[0] if place[0] > 0 else 4 - place[0] - width))
+
+
+def _overlap(a: tuple, b: tuple) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import (
     DictCheckpoint,
     dequantised_state,
@@ -17,7 +19,7 @@ from models import (
 )
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.evaluate import SLICE, WINDOW, Fidelity, fidelity, load_reference, repetition, sample_text
+from lowvram_lab.evaluate import SLICE, WINDOW, Fidelity, _windows, fidelity, load_reference, repetition, sample_text
 
 TEXT = (sample_text() * 3)[:700]
 
@@ -115,6 +117,114 @@ def test_a_text_too_short_to_score(text):
         assert fidelity(model, model, tiny_tokenizer(), text, progress=False).tokens == 1
 
 
+@given(st.integers(0, 300), st.integers(2, 64), st.data())
+@settings(max_examples=300, deadline=None)
+def test_overlapping_windows_score_every_token_but_the_first_once(length, window, data):
+    stride, ids = data.draw(st.integers(1, window - 1)), torch.arange(length)
+    scored, before = [], []
+    for part, count in _windows(ids, window, stride):
+        assert 1 <= count < len(part) <= window
+        assert part[0] % stride == 0
+        scored += part[-count:].tolist()
+        before += [int(token - part[0]) for token in part[-count:]]
+    assert scored == list(range(1, length))
+    # what comes before a scored token: all there is, or as much as was promised
+    assert all(seen >= min(token, window - stride) for token, seen in zip(scored, before, strict=True))
+
+
+@given(st.integers(0, 300), st.integers(2, 64))
+@settings(max_examples=100, deadline=None)
+def test_windows_one_after_another_score_all_but_each_ones_first(length, window):
+    ids = torch.arange(length)
+    found = [(part.tolist(), count) for part, count in _windows(ids, window, window)]
+    expected = [part.tolist() for part in ids.split(window)] if length else []
+    assert found == [(part, len(part) - 1) for part in expected if len(part) > 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stride", [None, 100, 37, 1])
+def test_strided_figures_are_those_of_stock_transformers(stride):
+    window, text = 100, TEXT[:230]
+    plan = tiny_plan("qwen2", "int4", dtype="fp32")
+    ours, theirs = tiny_stock("qwen2", dequantised_state("qwen2", plan)), tiny_stock("qwen2")
+    ids = torch.tensor(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"])
+    step, nll, reference_nll, divergences = stride or window, [], [], []
+    for target in range(1, len(ids)):  # a window of its own for each token: the first whose end lies beyond it
+        number = max(0, math.ceil((target + 1 - window) / step))
+        start = number * step
+        if target == start:
+            continue  # windows that do not overlap leave out their first
+        p, q = (m(ids[None, start:target]).logits[0, -1].double().log_softmax(-1) for m in (theirs, ours))
+        nll.append(-q[ids[target]].item())
+        reference_nll.append(-p[ids[target]].item())
+        divergences.append(float((p.exp() * (p - q)).sum()))
+    found = fidelity(
+        load_tiny("qwen2", plan),
+        reference("qwen2"),
+        tiny_tokenizer(),
+        text,
+        window=window,
+        stride=stride,
+        progress=False,
+    )
+    count = len(nll)
+    assert found.tokens == count
+    assert found.reference_perplexity == pytest.approx(math.exp(sum(reference_nll) / count), rel=1e-4)
+    # our kernel rounds activations to bf16 (2^-9), the stock model does not: small beside int4's own error
+    assert found.perplexity == pytest.approx(math.exp(sum(nll) / count), rel=0.01)
+    ordered = sorted(divergences)
+    assert found.kl_mean == pytest.approx(sum(divergences) / count, rel=0.05)
+    assert found.kl_median == pytest.approx(ordered[(count - 1) // 2], rel=0.15)
+    assert found.kl_p99 == pytest.approx(ordered[math.ceil(0.99 * count) - 1], rel=0.15)
+    assert 0 < found.kl_median < found.kl_p99
+
+
+@torch.no_grad()
+def test_one_whole_window_is_one_log_softmax():
+    ids = torch.tensor(tiny_tokenizer()(TEXT[:100], add_special_tokens=False)["input_ids"])
+    p = tiny_stock("llama")(ids[None]).logits[0, :-1].log_softmax(-1)
+    expected = math.exp(-p.gather(1, ids[1:, None]).double().mean())
+    model = reference("llama")
+    for size in (1, 7, 1000):  # however few tokens are fed at once
+        options = {"window": len(ids), "slice_tokens": size, "progress": False}
+        found = fidelity(model, model, tiny_tokenizer(), TEXT[:100], **options)
+        assert found.tokens == len(ids) - 1
+        assert found.perplexity == pytest.approx(expected, rel=1e-5)
+        assert found.kl_mean == 0
+
+
+def test_only_so_many_tokens_are_scored():
+    model = reference("llama")
+    for tokens, stride in ((50, 20), (1, 20), (10**6, 20)):
+        options = {"window": 40, "stride": stride, "tokens": tokens, "progress": False}
+        found = fidelity(model, model, tiny_tokenizer(), TEXT[:120], **options)
+        length = len(TEXT[:120].encode())
+        assert found.tokens == min(tokens, length - 1)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(1, None), (0, None), (-5, None), (64, 65), (64, -1), (1, 1)])
+def test_windows_and_strides_that_do_not_fit_together(window, stride):
+    model = load_tiny("llama")
+    with pytest.raises(LowvramError, match="expected a window of 2 or more and a stride up to it"):
+        fidelity(model, model, tiny_tokenizer(), TEXT, window=window, stride=stride, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("agreed", "tokens", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (29, 29, 1 - 0.1170, 1.0),
+    ],
+)
+def test_the_interval_of_agreement_is_wilsons(agreed, tokens, low, high):
+    found = Fidelity(tokens, 2.0, 2.0, 0.0, 0.0, 0.0, agreed / tokens, 1, 1)
+    assert found.top1_interval == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    assert f"{agreed / tokens:.1%} ({found.top1_interval[0]:.1%} to" in found.summary()
+
+
 def test_the_librarys_own_text_is_the_default():
     text = sample_text()
     assert len(text) > 500
@@ -148,7 +258,7 @@ def test_to_dict_is_plain():
         "kl_median": 0.005,
         "kl_p99": 0.1,
         "top1_agreement": 1.0,
-        "top1_interval": [pytest.approx(0.7224672), pytest.approx(1.0)],  # 10 of 10: Wilson's lower end is n / (n + z^2)
+        "top1_interval": [pytest.approx(0.7224672), pytest.approx(1.0)],  # n / (n + z^2)
         "weight_bytes": 100,
         "reference_weight_bytes": 200,
     }

@@ -73,11 +73,11 @@ def stored_formats(block: dict, modules: Iterable, where: str) -> dict[str, str]
     for module in modules:
         if module.kind not in ("linear", "embedding") or _matches(module, ignored):
             continue
-        for targets, fmt in schemes:
-            if _matches(module, targets):
-                if reason := get_format(fmt).refuse(module.kind, module.weight_shape):
-                    raise CheckpointError(f"{where}: {module.name}: {reason}")
-                found[module.name] = fmt
+        matching = [(_closeness(module, targets), fmt) for targets, fmt in schemes if _matches(module, targets)]
+        for _, fmt in sorted(matching, key=lambda entry: entry[0])[:1]:
+            if reason := get_format(fmt).refuse(module.kind, module.weight_shape):
+                raise CheckpointError(f"{where}: {module.name}: {reason}")
+            found[module.name] = fmt
     for module in modules:
         if module.tied_to in found:
             found[module.name] = found[module.tied_to]
@@ -103,6 +103,7 @@ def _format_of(group: dict, block: dict, where: str) -> str:
         and not weights.get("dynamic")
         and weights.get("actorder") not in ("group", True)
         and not group.get("input_activations")
+        and not group.get("output_activations")
     )
     for fmt in FORMATS.values():
         same = (fmt.bits, fmt.group_size, _LAYOUTS.get(fmt.kind)) == (weights.get("num_bits"), size, layout)
@@ -123,3 +124,10 @@ def _matches(module, targets: list[str]) -> bool:
     """compressed-tensors' rule: a class name, a module's name, or ``re:`` and a pattern."""
     names = {module.name, {"linear": "Linear", "embedding": "Embedding"}.get(module.kind)}
     return any(re.match(t[3:], module.name) if t.startswith("re:") else t in names for t in targets)
+
+
+def _closeness(module, targets: list[str]) -> int:
+    """Of a match: a name counts before a pattern, a pattern before a class."""
+    if module.name in targets:
+        return 0
+    return 1 if _matches(module, [t for t in targets if t.startswith("re:")]) else 2

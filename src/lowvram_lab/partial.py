@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lowvram_lab.cache import locked, sha256_file
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, PlanError
 from lowvram_lab.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class PartialDirectory:
             known = json.loads(journal.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             known = None
-        if known is None or known.get("identity") != identity:
+        if not isinstance(known, dict) or known.get("identity") != identity or not isinstance(known.get("files"), dict):
             if self.path.exists():
                 logger.warning("%s was left by a conversion with other settings: starting afresh", self.path)
                 shutil.rmtree(self.path)
@@ -56,7 +56,12 @@ class PartialDirectory:
     def save_tensors(self, name: str, tensors: dict) -> None:
         """Writes a safetensors file, flushed to disk before it counts as finished."""
         temporary = self.path / f"{name}.tmp"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
+        try:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, {"format": "pt"})
+        except SafetensorError as error:  # its own class for whatever the system said
+            raise LowvramError(
+                f"cannot write {temporary}: {error}; make room, then run the same command again"
+            ) from error
         self._adopt(temporary, name)
 
     def load_tensors(self, name: str) -> dict | None:
@@ -121,7 +126,7 @@ def building(target: Path, identity: dict):
         partial = PartialDirectory(target, identity)
         try:
             yield partial
-        except LowvramError:  # a mistake that a second run would make again: nothing of it stays
+        except (CheckpointError, BudgetError, PlanError):  # a second run would meet it again: nothing of it stays
             shutil.rmtree(partial.path, ignore_errors=True)
             raise
 

@@ -143,9 +143,9 @@ def _within(spec, base: Plan, options: dict[str, list[Option]], budget: int, dev
     fixed = base.weight_bytes(spec, device) - sum(_bytes(spec.module(name), base.dtype, base) for name in counted)
     chosen = allocate(counted, budget - fixed)
     if chosen is None:
-        least = fixed + sum(min(option.bytes for option in choices) for choices in counted.values())
+        least = format_bytes(_least(spec, base, options, device))
         raise BudgetError(
-            f"the weights of {spec.name} take {format_bytes(least)} at the least in these formats, found a budget of "
+            f"the weights of {spec.name} take {least} at the least in these formats, found a budget of "
             f"{format_bytes(budget)}; allow fewer bits (formats), an embedding below 8 bits (stock=False) or more bytes"
         )
     others = {name: min(choices, key=lambda o: (o.cost > 0, o.cost)) for name, choices in options.items()}
@@ -156,6 +156,20 @@ def _within(spec, base: Plan, options: dict[str, list[Option]], budget: int, dev
     plan.validate(spec)
     cost = sum(option.cost for option in [*others.values(), *chosen.values()])
     return Recipe(plan, cost, plan.weight_bytes(spec), base.weight_bytes(spec))
+
+
+def _least(spec, base: Plan, options, device: str | None = None) -> int:
+    """The fewest bytes that weights can take, of all or of those on one device."""
+    counted = {n: o for n, o in options.items() if device in (None, base.modules[n].device)}
+    fixed = base.weight_bytes(spec, device) - sum(_bytes(spec.module(name), base.dtype, base) for name in counted)
+    return fixed + sum(min(option.bytes for option in choices) for choices in counted.values())
+
+
+def _smallest(spec, base: Plan, options, least: int, budget: GpuBudget, kernels: str) -> Recipe | None:
+    """The smallest recipe, if it fits."""
+    found = _within(spec, base, options, least, "gpu")
+    profile = forecast(found.plan, spec, budget, kernels=kernels)
+    return replace(found, forecast=profile) if profile.fits else None
 
 
 def _elsewhere(options: list[Option], best: Option) -> Option:
@@ -173,23 +187,26 @@ def _with_format(plan: Plan, spec: ModelSpec, name: str, fmt: str) -> Plan:
 
 def _beside_the_cache(spec, base: Plan, options, budget: GpuBudget, kernels: str) -> Recipe:
     """Finds how many bytes of weights the forecast leaves room for: the recipe, its forecast, what was over or left."""
+    least = _least(spec, base, options, "gpu")
     best, weights = None, budget.usable_bytes - base.kv_bytes(spec, base.context - 1, "gpu")
-    low, high = 0, weights
-    for _ in range(ATTEMPTS):
-        if high - low < SPARE * budget.usable_bytes:
-            break
+    low, high = least - 1, max(least, weights) + 1
+    for attempt in range(ATTEMPTS):
+        weights = min(max(weights, low + 1), high - 1)
         found = _within(spec, base, options, weights, "gpu")
         profile = forecast(found.plan, spec, budget, kernels=kernels)
         taken = found.plan.weight_bytes(spec, "gpu")
-        spare = budget.usable_bytes - profile.peak_reserved_bytes
         if profile.fits:
-            best, low = replace(found, forecast=profile), max(low, taken)
+            best, low = replace(found, forecast=profile), max(weights, taken)
         else:
-            high = min(high, weights)
-        # what a plan takes beside its weights hardly depends on them, so this lands close
-        weights = taken + spare
-        if not low < weights < high:
+            high = min(weights, taken)  # any budget that gives this plan, or a larger one, fails as well
+        if high - low <= max(1, SPARE * budget.usable_bytes):
+            break
+        # what a plan takes beside its weights hardly depends on them, so this lands close; if not, the middle
+        weights = taken + budget.usable_bytes - profile.peak_reserved_bytes
+        if not low < weights < high or attempt > 1:
             weights = (low + high) // 2
+    if best is None and (smallest := _whole(spec, base, options, least, budget, kernels)) is not None:
+        best = smallest
     if best is None:
         raise BudgetError(
             f"no recipe for {spec.name} at context {base.context} fits a {format_bytes(budget.total_bytes)} GPU whole: "

@@ -23,6 +23,9 @@ TILE_BYTES = 16 * MiB
 DEQUANTIZE_ROWS = 64
 """From this many tokens on, torch's CPU int8 kernel is slower than dequantise + matmul (measured, 2560 to 6912)."""
 
+INT8_COLUMNS = 16
+"""torch's CPU int8 kernel reads so many columns at once, also beyond the end of a row: NaN, or a crash."""
+
 NF4_FUSED_ROWS = 4
 """Up to this many tokens bitsandbytes always runs its fused kernel on CUDA (``_GEMM_4BIT_CUSTOM_FLOOR_M``); beyond it
 the card decides, so there the weight is dequantised in the open, where it is counted."""
@@ -142,7 +145,8 @@ class Int8Linear(_Int8Rows, QuantizedLinear):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """CPU kernel for few tokens, dequantised tiles for many and on CUDA."""
-        if self.kernels == "cpu" and rows.shape[0] < DEQUANTIZE_ROWS:
+        whole = self.in_features % INT8_COLUMNS == 0
+        if self.kernels == "cpu" and whole and rows.shape[0] < DEQUANTIZE_ROWS:
             product = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale)
             return product.to(rows.dtype)
         return self.multiply_by_tiles(rows)

@@ -61,10 +61,8 @@ def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> 
         CheckpointError: The scales are not finite.
     """
     names = tensor_names(name, fmt)
-    scale, codes = read(names["scale"]), read(names["codes"])
-    if not bool(torch.isfinite(scale).all()):
-        raise CheckpointError(f"{names['scale']}: expected finite scales, found NaN or infinite values; fetch it anew")
-    return IntegerWeight(codes if fmt.kind == "int8" else unpack(codes, fmt.bits), scale.to(SCALE_DTYPE))
+    codes = read(names["codes"])
+    return IntegerWeight(codes if fmt.kind == "int8" else unpack(codes, fmt.bits), _scale(names["scale"], read))
 
 
 def stored_tensors(name: str, fmt: Format, checkpoint) -> dict[str, torch.Tensor]:
@@ -72,4 +70,11 @@ def stored_tensors(name: str, fmt: Format, checkpoint) -> dict[str, torch.Tensor
     if fmt.kind != "packed":
         return read_stored(name, fmt, checkpoint.read).tensors(fmt)
     names = tensor_names(name, fmt)
-    return {"packed": checkpoint.read(names["codes"]), "scale": checkpoint.read(names["scale"]).to(SCALE_DTYPE)}
+    return {"packed": checkpoint.read(names["codes"]), "scale": _scale(names["scale"], checkpoint.read)}
+
+
+def _scale(name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    scale = read(name)
+    if not bool(torch.isfinite(scale).all()):
+        raise CheckpointError(f"{name}: expected finite scales, found NaN or infinite values; fetch it anew")
+    return scale.to(SCALE_DTYPE)

@@ -136,7 +136,7 @@ class StreamedQuantizer:
             moments = head_moments(self.stream, self.ids) if self.spec.tied else None
             if self.lookup:
                 moments = moments + self.lookup * torch.eye(len(moments))
-            table = self.stream.read(f"{name}.weight", torch.bfloat16)
+            table = self.stream.stored(f"{name}.weight")
             solution = self._solve(name, table, fmt, moments)
             tensors |= to_stored(name, solution, fmt)
             if fmt.kind == "int8" and self.spec.tied:  # stock transformers looks for the head's scales by themselves
@@ -199,7 +199,7 @@ class StreamedQuantizer:
                 moments = InputMoments()
                 for original, quantised in self._final("calibration"):
                     moments.add({module.name: quantised}, {module.name: original})
-                weight = self.stream.read(f"{module.name}.weight", torch.bfloat16)
+                weight = self.stream.stored(f"{module.name}.weight")
                 solution = self._solve(module.name, weight, fmt, moments[module.name])
                 tensors |= to_stored(module.name, solution, fmt)
         return tensors
@@ -236,7 +236,7 @@ class StreamedQuantizer:
         """Compares the two models' predictions of the held-out text."""
         head, owner = self.spec.head, self.stream.owner(self.spec.head)
         fmt = get_format(self.plan.modules[head].format)
-        original = self.stream.read(f"{owner}.weight", torch.bfloat16)
+        original = self.stream.stored(f"{owner}.weight")
         file = self.shards[0 if owner == self.spec.embedding else -1]
         ours = stored_rows(self.partial.load_tensors(file), owner, fmt)
         bias = None
@@ -259,8 +259,8 @@ class StreamedQuantizer:
         tokens = int(torch.cat(counted).sum())
         return {
             "tokens": tokens,
-            "perplexity": math.exp(totals["nll"] / tokens),
-            "reference_perplexity": math.exp(totals["reference_nll"] / tokens),
+            "perplexity": _perplexity(totals["nll"] / tokens),
+            "reference_perplexity": _perplexity(totals["reference_nll"] / tokens),
             "kl_mean": totals["kl"] / tokens,
             "top1_agreement": totals["agree"] / tokens,
         }
@@ -311,6 +311,10 @@ def stored_rows(tensors: dict, name: str, fmt: Format):
         return lambda select: tensors[f"{name}.weight"][select].float()
     solution = read_stored(name, fmt, tensors.__getitem__)
     return lambda select: _rows(solution, select).dequantize()
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))  # beyond that a float overflows, and nobody cares by how much
 
 
 def _rows(solution: IntegerWeight, select) -> IntegerWeight:

@@ -209,11 +209,11 @@ def _tables(stream, ids, gradient, moments, importance, formats, costs: dict, ac
     if spec.tied:
         lookup = energy / max(total, 1e-30)
         moments = moments + lookup * torch.eye(len(moments))
-    weight = stream.read(f"{owner.name}.weight", torch.bfloat16)
+    weight = stream.stored(f"{owner.name}.weight")
     costs[owner.name], activation[owner.name] = _module_costs(owner, weight, moments, importance, formats)
     table = spec.module(spec.embedding)
     if table.kind == "embedding" and not spec.tied:
-        rows = stream.read(f"{table.name}.weight", torch.bfloat16)[ids.flatten()[_sample(ids.numel(), LOOKUPS)]].float()
+        rows = stream.stored(f"{table.name}.weight")[ids.flatten()[_sample(ids.numel(), LOOKUPS)]].float()
         costs[table.name], activation[table.name] = {}, {}
         for fmt in candidate_formats(table, formats):
             error = (round_to_nearest(rows, get_format(fmt)).dequantize() - rows).square().sum(dim=1).mean().item()

@@ -37,10 +37,10 @@ class LayerStream:
         self.spec, self.checkpoint, self.dtype = spec, checkpoint, dtype
         config = spec.pretrained_config()
         norms = [m.name for m in spec.modules if m.layer is None and m.kind == "other"]
-        if len(norms) != 1 or getattr(config, "final_logit_softcapping", None):
+        if odd := _oddity(spec, config, norms):
             raise CheckpointError(
-                f"{config.model_type}: expected an embedding, decoder layers, one final norm and a plain head, found "
-                f"{', '.join(norms) or 'no norm'} outside the layers; such a model cannot be calibrated layer by layer"
+                f"{config.model_type}: expected an embedding, decoder layers alike, one final norm and a plain head, "
+                f"found {odd}; such a model cannot be calibrated layer by layer"
             )
         self.model = build_on_meta(config)
         self._shapes = {f"{m.name}.{key}": tuple(shape) for m in spec.modules for key, shape in m.parameters.items()}
@@ -74,7 +74,11 @@ class LayerStream:
             look_up: ``(tokens,)`` ids → their rows; by default of the checkpoint's embedding table.
         """
         if look_up is None:
-            look_up = self.checkpoint.read(f"{self.spec.embedding}.weight").__getitem__
+            look_up = self.stored(f"{self.spec.embedding}.weight").__getitem__
+        if self.spec.sliding_window and ids.shape[1] > self.spec.sliding_window:
+            raise LowvramError(
+                f"{self.spec.name} sees {self.spec.sliding_window} tokens at a time, found windows of {ids.shape[1]}"
+            )
         layers = self.model.get_submodule(self.spec.layers_path)
         catcher, first = _Catcher(), layers[0]
         layers[0] = catcher
@@ -101,7 +105,9 @@ class LayerStream:
                     self._fill(module.name)
             yield layer
         finally:
-            layer.to("meta")
+            for module in layer.modules():  # not layer.to("meta"): buffers the constructor made are not in the file
+                for key, parameter in module.named_parameters(recurse=False):
+                    setattr(module, key, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
 
     def names(self, index: int) -> list[str]:
         """The linear modules of a layer, in forward order."""
@@ -128,6 +134,10 @@ class LayerStream:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A checked tensor of the checkpoint, in ``dtype`` or else the stream's."""
+        return self.stored(name).to(dtype or self.dtype)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A checked tensor of the checkpoint, as it is: of a large table only the rows that are touched take RAM."""
         if name not in self.checkpoint:
             raise CheckpointError(f"expected a tensor {name} in the checkpoint of {self.spec.name}, found none")
         if tuple(self.checkpoint.shape(name)) != self._shapes[name]:
@@ -137,7 +147,21 @@ class LayerStream:
             raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")
         if not is_finite(tensor):
             raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
-        return tensor.to(dtype or self.dtype)
+        return tensor
+
+
+def _oddity(spec: ModelSpec, config, norms: list[str]) -> str | None:
+    """What about a model would make a run layer by layer another than its own, or ``None``."""
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"{name} {getattr(config, name)}"
+    if len(set(getattr(config, "layer_types", None) or ["one"])) > 1:
+        return "layers of several kinds of attention"
+    if tables := [m.name for m in spec.modules if m.kind == "embedding" and m.name != spec.embedding]:
+        return f"another table, {tables[0]}"
+    if not any(m.kind == "linear" and m.layer is not None for m in spec.modules):
+        return "layers without plain linear modules"
+    return None if len(norms) == 1 else f"{len(norms)} norms outside the layers"
 
 
 class _CaughtError(Exception):
