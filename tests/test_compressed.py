@@ -14,7 +14,6 @@ from models import (
     TOLERANCES,
     DictCheckpoint,
     directory_spec,
-    known_bug,
     random_ids,
     relative_error,
     restored_state,
@@ -174,7 +173,7 @@ def test_what_is_ignored_is_not_stored(ignore, kept):
     assert {name.rpartition(".")[2] for name in found} == kept
 
 
-@pytest.mark.parametrize("order", [pytest.param(1, marks=known_bug("the last group that matches counts")), -1])
+@pytest.mark.parametrize("order", [pytest.param(1), -1])
 @pytest.mark.parametrize(
     "targets",
     [[[Q], ["re:.*q_"], ["Linear"]], [["re:.*q_"], ["Linear"]], [[Q], ["Linear"]], [[Q], ["re:.*q_"]]],
@@ -211,9 +210,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=known_bug("not looked at") if n == "outputs" else ()) for n in REFUSED]
-)
+@pytest.mark.parametrize("name", [pytest.param(n) for n in REFUSED])
 def test_what_no_format_stands_for_is_refused(tmp_path, name):
     changes, words = REFUSED[name]
     block = by_llm_compressor(**changes)
@@ -276,9 +273,7 @@ def test_a_stored_tensor_that_does_not_belong_is_named(name, change, words):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize(
-    "name", ["int8", "int4", pytest.param("int3", marks=known_bug("packed scales are taken unread"))]
-)
+@pytest.mark.parametrize("name", ["int8", "int4", pytest.param("int3")])
 def test_scales_that_are_not_finite_are_named(name, value):
     fmt = get_format(name)
     tensors = to_stored("a.b", round_to_nearest(seeded(48, 128), fmt), fmt)

@@ -142,9 +142,9 @@ def test_windows_one_after_another_score_all_but_each_ones_first(length, window)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("stride", [None, 100, 37, 1])
+@pytest.mark.parametrize("stride", [None, 23, 9])
 def test_strided_figures_are_those_of_stock_transformers(stride):
-    window, text = 100, TEXT[:230]
+    window, text = 60, TEXT[:130]
     plan = tiny_plan("qwen2", "int4", dtype="fp32")
     ours, theirs = tiny_stock("qwen2", dequantised_state("qwen2", plan)), tiny_stock("qwen2")
     ids = torch.tensor(tiny_tokenizer()(text, add_special_tokens=False)["input_ids"])

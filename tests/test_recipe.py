@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, DictCheckpoint, known_bug, random_ids, random_state, tiny_config, tiny_spec, tiny_state
+from models import TINY, DictCheckpoint, random_ids, random_state, tiny_config, tiny_spec, tiny_state
 
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import BudgetError, PlanError
@@ -247,14 +247,12 @@ def test_a_card_for_which_nothing_is_small_enough(kernels):
     assert "-" not in re.sub("wider-llama", "", str(error.value)), "a negative number of bytes"
 
 
-@known_bug("it names the bytes of an attempt, not the card's")
 def test_a_card_too_small_is_named_as_it_was_given():
     spec, costs = wider("llama")
     with pytest.raises(BudgetError, match="5.0 MiB"):
         recipe(spec, costs, gpu="5MiB", context=256, kernels="cpu")
 
 
-@known_bug("a guess below the least ends the search, though int4 for all fits")
 @pytest.mark.parametrize(
     ("kind", "size", "context"), [("llama", "8MiB", 256), ("llama", "26MiB", 512), ("qwen2", "10MiB", 256)]
 )

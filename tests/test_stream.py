@@ -8,7 +8,6 @@ from models import (
     SIZES,
     TINY,
     DictCheckpoint,
-    known_bug,
     random_ids,
     random_state,
     relative_error,
@@ -156,7 +155,6 @@ def test_a_bad_tensor_is_named_in_one_line(name, how):
     assert "\n" not in str(error.value)
 
 
-@known_bug("embed() reads the table unchecked")
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_bad_embedding_is_named_in_one_line(how):
     change, words = SPOILT[how]
@@ -192,15 +190,14 @@ ARCHITECTURES = [
     ("starcoder2", {}),
     ("phi", {}),  # a bias on the head
     ("mistral", {"sliding_window": 16}),
-    pytest.param("granite", {"logits_scaling": 4.0}, marks=known_bug("the head's scaling is left out")),
-    pytest.param("cohere", {}, marks=known_bug("the head's scaling is left out")),
-    pytest.param("cohere2", {"sliding_window": 16}, marks=known_bug("the head's scaling is left out")),
+    pytest.param("granite", {"logits_scaling": 4.0}),
+    pytest.param("cohere", {}),
+    pytest.param("cohere2", {"sliding_window": 16}),
     pytest.param(
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
-        marks=known_bug("every layer is given the first one's mask"),
     ),
-    pytest.param("gpt2", {}, marks=known_bug("NotImplementedError: copy out of meta")),
+    pytest.param("gpt2", {}),
     ("olmo", {}),
     ("gemma", {"head_dim": 32}),
     ("gemma3_text", {"head_dim": 32}),

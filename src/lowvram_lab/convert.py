@@ -248,11 +248,8 @@ def _recipe(
 
 def _check_budget(spec: ModelSpec, budget: dict) -> None:
     """Raises what a budget too small for any recipe raises, before minutes are spent on a good one."""
-    free = {
-        m.name: dict.fromkeys(candidate_formats(m, budget["formats"]), 0.0)
-        for m in spec.modules
-        if m.kind != "other" and not m.tied_to
-    }
+    owners = [m for m in spec.modules if m.kind != "other" and not m.tied_to]
+    free = {m.name: dict.fromkeys(candidate_formats(m, budget["formats"]), 0.0) for m in owners}
     recipe(spec, Sensitivity(free, free, 0), **budget)
 
 

@@ -188,7 +188,8 @@ def _with_format(plan: Plan, spec: ModelSpec, name: str, fmt: str) -> Plan:
 def _beside_the_cache(spec, base: Plan, options, budget: GpuBudget, kernels: str) -> Recipe:
     """Finds how many bytes of weights the forecast leaves room for: the recipe, its forecast, what was over or left."""
     least = _least(spec, base, options, "gpu")
-    best, weights = None, budget.usable_bytes - base.kv_bytes(spec, base.context - 1, "gpu")
+    cache = base.kv_bytes(spec, base.context - 1, "gpu")
+    best, weights = None, budget.usable_bytes - cache
     low, high = least - 1, max(least, weights) + 1
     for attempt in range(ATTEMPTS):
         weights = min(max(weights, low + 1), high - 1)
@@ -205,11 +206,11 @@ def _beside_the_cache(spec, base: Plan, options, budget: GpuBudget, kernels: str
         weights = taken + budget.usable_bytes - profile.peak_reserved_bytes
         if not low < weights < high or attempt > 1:
             weights = (low + high) // 2
-    if best is None and (smallest := _whole(spec, base, options, least, budget, kernels)) is not None:
-        best = smallest
+    best = best or _smallest(spec, base, options, least, budget, kernels)
     if best is None:
         raise BudgetError(
             f"no recipe for {spec.name} at context {base.context} fits a {format_bytes(budget.total_bytes)} GPU whole: "
-            "shorten the context, or put layers on the CPU (lowvram plan)"
+            f"its weights take {format_bytes(least)} at the least, its KV cache {format_bytes(cache)}; shorten the "
+            "context, put layers on the CPU (lowvram plan) or allow an embedding below 8 bits (stock=False)"
         )
     return best
