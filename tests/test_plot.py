@@ -36,7 +36,10 @@ from lowvram_lab.units import GiB, MiB
 
 CARD = GpuBudget(8 * MiB, MiB)
 TURNS = [TurnStats(30, 0, 5, 0.5, 2.0, 3 * MiB, True), TurnStats(60, 34, 8, 0.4, 2.0, 4 * MiB, False)]
-RESULTS = {"good": Fidelity(100, 11, 10, 0.01, 0.95, 1, 2), "bad": Fidelity(100, 20, 10, 0.6, 0.4, 1, 4)}
+RESULTS = {
+    "good": Fidelity(100, 11, 10, 0.01, 0.005, 0.1, 0.95, 1, 2),
+    "bad": Fidelity(100, 20, 10, 0.6, 0.5, 3.0, 0.4, 1, 4),
+}
 
 
 def a_forecast(recipe="int8", card=CARD, kind="qwen2", **options):
