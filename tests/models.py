@@ -5,7 +5,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import save_file
 
@@ -47,11 +46,6 @@ TOLERANCES = {
     "nf4": 0.45,  # as int4: sixteen levels as well, spaced for a normal distribution
 }
 """Largest ``relative_error`` of logits against the float32 model of the original weights, and where it comes from."""
-
-
-def known_bug(reason: str):
-    """Marks a test of what should be; it fails as soon as the bug is mended, so that the mark goes too."""
-    return pytest.mark.xfail(strict=True, reason=f"bug: {reason}")
 
 
 class DictCheckpoint:

@@ -528,7 +528,7 @@ def test_a_disk_that_fills_up_leaves_no_output_and_can_be_gone_on_with(tmp_path,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lowvram_lab.partial.save_file", full)
-        with pytest.raises(type(error)):
+        with pytest.raises((LowvramError, OSError)):  # safetensors' own error is put in words
             run(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
     run(source, tmp_path / "out", **options)

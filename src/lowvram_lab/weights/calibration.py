@@ -51,7 +51,7 @@ def calibration_windows(tokenizer, text: str, tokens: int, longest: int) -> torc
     Raises:
         LowvramError: The text is too short.
     """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if len(ids) < LEAST_TOKENS:
         raise LowvramError(
             f"expected a calibration text of {LEAST_TOKENS} tokens or more, found {len(ids)}: fewer fit the sample, "
