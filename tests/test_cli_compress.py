@@ -301,9 +301,9 @@ def test_bad_weights_are_one_line_and_leave_nothing(capsys, tmp_path, folder, ho
         state[name] = change(weight)
     source = write_model(folder / f"bad {how}", "qwen2", state)
     for words in (["--format", "int4"], ["--reduce", "60%", "--formats", "int4"]):
-        one_line(*convert(capsys, source, tmp_path / "out", *words), name)
-        status, out, err = convert(capsys, source, tmp_path / "out", *words)
-        assert expected in err
+        result = convert(capsys, source, tmp_path / "out", *words)
+        one_line(*result, name)
+        assert expected in result[2]
     assert [path.name for path in tmp_path.iterdir() if path.name != ".out.lock"] == []
 
 

@@ -206,7 +206,7 @@ def test_the_measured_loss_is_that_of_two_whole_models(made, name):
     assert json.loads((directory / "recipe.json").read_text())["measured"] == done.measured
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_sources_of_other_dtypes(folder, dtype):
     """Weights that stay in 16 bits are rounded to bf16; the original is measured as it is, so that shows in the KL."""
     source = write_model(folder / f"source {dtype}", "qwen2", dtype=dtype)
@@ -380,8 +380,8 @@ STAGES = [("_adopt", n) for n in range(1, 14)] + [("forget", n) for n in range(1
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
-        ("plan", STAGES[::3]),
-        ("recipe", STAGES[5:13:4]),
+        ("plan", STAGES[1::4]),
+        ("recipe", STAGES[6:7]),
         pytest.param("plan", STAGES, marks=pytest.mark.slow),
         pytest.param("recipe", STAGES, marks=pytest.mark.slow),
     ],
@@ -431,7 +431,13 @@ def test_what_is_finished_is_not_made_again(tmp_path, tinier, whole):
 
 
 @pytest.mark.parametrize(
-    ("changed", "value"), [("solver", "clip"), ("calibration_tokens", 512), ("plan", "int4"), ("the source", None)]
+    ("changed", "value"),
+    [
+        ("solver", "clip"),
+        ("the source", None),
+        pytest.param("calibration_tokens", 512, marks=pytest.mark.slow),
+        pytest.param("plan", "int4", marks=pytest.mark.slow),
+    ],
 )
 def test_interrupted_and_called_with_other_settings_it_starts_afresh(tmp_path, tinier, changed, value):
     source, options = tinier["plan"]
@@ -710,20 +716,23 @@ def test_a_width_that_no_group_divides_is_in_8_bits(tmp_path):
     assert torch.isfinite(logits(ours(tmp_path / "out"), random_ids(70))).all()
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
-def test_int8_of_any_width_runs(tokens):
-    """In a process of its own: it may not survive."""
-    code = f"""
+def test_int8_of_any_width_runs():
+    """In a process of its own: torch's kernel reads beyond rows of other than 16 n columns, and may end it."""
+    code = """
 import torch
 from lowvram_lab.formats import get_format
 from lowvram_lab.quantize.linear import quantized_linear
-weight, x = torch.randn(64, 100), torch.randn({tokens}, 100)
-layer = quantized_linear(100, 64, get_format("int8"), "cpu")
-layer.store(weight, lambda tensor: tensor)
-for _ in range(20):
-    assert float((layer(x) - x @ weight.T).norm() / (x @ weight.T).norm()) < 0.05
+for columns in (100, 104, 33):
+    layer = quantized_linear(columns, 64, get_format("int8"), "cpu")
+    weight = torch.randn(64, columns)
+    layer.store(weight, lambda tensor: tensor)
+    for tokens in (1, 4, 63):
+        x = torch.randn(tokens, columns)
+        for _ in range(20):
+            assert float((layer(x) - x @ weight.T).norm() / (x @ weight.T).norm()) < 0.05
 """
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- budgets and solvers ---
@@ -753,22 +762,23 @@ def test_the_estimate_foretells_what_is_measured(tmp_path, sources, kind, monkey
         assert done.measured["kl_mean"] / 5 < done.estimated_kl < 5 * done.measured["kl_mean"]
 
 
-def test_another_size_needs_no_other_sensitivity(tmp_path, sources, monkeypatch):
-    options = {"formats": ("int6", "int2")}
-    first = run(sources["qwen2"], tmp_path / "a", weight_bytes=400_000, **options)
+def test_another_size_needs_no_other_sensitivity(tmp_path, tinier, monkeypatch):
+    (source, _), options = tinier["recipe"], {"formats": ("int6", "int2")}
+    whole = 2 * directory_spec(source).num_parameters
+    first = run(source, tmp_path / "a", reduction=0.5, **options)
 
     def never(*_, **__):
         raise AssertionError("estimated again")
 
     monkeypatch.setattr(module, "estimate_sensitivity", never)
-    second = run(sources["qwen2"], tmp_path / "b", weight_bytes=300_000, **options)
-    assert first.weight_bytes > 300_000 >= second.weight_bytes
+    second = run(source, tmp_path / "b", reduction=0.7, **options)
+    assert first.weight_bytes > 0.3 * whole >= second.weight_bytes
     assert first.estimated_kl < second.estimated_kl
     with pytest.raises(AssertionError, match="again"):  # but other formats, and other text, do
-        run(sources["qwen2"], tmp_path / "c", weight_bytes=300_000, formats=("int4", "int3"))
+        run(source, tmp_path / "c", reduction=0.7, formats=("int4", "int3"))
     (tmp_path / "other.txt").write_text("Another text, long enough. " * 100)
     with pytest.raises(AssertionError, match="again"):
-        run(sources["qwen2"], tmp_path / "d", weight_bytes=300_000, calibration=tmp_path / "other.txt", **options)
+        run(source, tmp_path / "d", reduction=0.7, calibration=tmp_path / "other.txt", **options)
 
 
 def test_gptq_loses_less_than_clipping_and_that_less_than_rounding(folder, sources):
@@ -862,12 +872,6 @@ def test_a_converted_model_is_not_converted_again(tmp_path, made):
 def test_plans_that_cannot_be_kept(tmp_path, sources, plan, words):
     with pytest.raises((LowvramError, PlanError), match=words) as error:
         run(sources["qwen2"], tmp_path / "out", plan=plan())
-    assert_refused(error, tmp_path)
-
-
-def test_a_card_too_small_is_refused_at_once(tmp_path, sources):
-    with pytest.raises(BudgetError) as error:
-        run(sources["qwen2"], tmp_path / "out", gpu="2MiB", context=1024)
     assert_refused(error, tmp_path)
 
 
