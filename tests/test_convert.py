@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 
 from lowvram_lab.convert import Conversion, convert
 from lowvram_lab.dry_run import forecast
-from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, PlanError
+from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.evaluate import sample_text
 from lowvram_lab.formats import get_format
 from lowvram_lab.loader import load
@@ -380,7 +380,7 @@ STAGES = [("_adopt", n) for n in range(1, 14)] + [("forget", n) for n in range(1
 @pytest.mark.parametrize(
     ("name", "stages"),
     [
-        ("plan", STAGES[1::4]),
+        ("plan", STAGES[1::6]),
         ("recipe", STAGES[6:7]),
         pytest.param("plan", STAGES, marks=pytest.mark.slow),
         pytest.param("recipe", STAGES, marks=pytest.mark.slow),
@@ -716,23 +716,25 @@ def test_a_width_that_no_group_divides_is_in_8_bits(tmp_path):
     assert torch.isfinite(logits(ours(tmp_path / "out"), random_ids(70))).all()
 
 
-def test_int8_of_any_width_runs():
-    """In a process of its own: torch's kernel reads beyond rows of other than 16 n columns, and may end it."""
-    code = """
+@pytest.mark.parametrize("tokens", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_int8_of_any_width_runs(tokens):
+    """torch's kernel reads beyond rows of other than 16 n columns: NaN for one token, for more it may crash."""
+    code = f"""
 import torch
 from lowvram_lab.formats import get_format
 from lowvram_lab.quantize.linear import quantized_linear
 for columns in (100, 104, 33):
-    layer = quantized_linear(columns, 64, get_format("int8"), "cpu")
-    weight = torch.randn(64, columns)
+    layer, weight = quantized_linear(columns, 64, get_format("int8"), "cpu"), torch.randn(64, columns)
     layer.store(weight, lambda tensor: tensor)
-    for tokens in (1, 4, 63):
-        x = torch.randn(tokens, columns)
-        for _ in range(20):
-            assert float((layer(x) - x @ weight.T).norm() / (x @ weight.T).norm()) < 0.05
+    for _ in range(20):
+        x = torch.randn({tokens}, columns)
+        assert float((layer(x) - x @ weight.T).norm() / (x @ weight.T).norm()) < 0.05
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if tokens == 1:
+        exec(code, {})
+    else:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 # --- budgets and solvers ---
