@@ -138,16 +138,17 @@ def _write_marker(directory: Path, facts: dict) -> None:
 
 @contextlib.contextmanager
 def locked(target: Path):
-    """Holds a lock file beside ``target`` while the block runs; waits for another process that has it."""
+    """Holds a lock file beside ``target``, and yields its path; waits for another process that has it."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(target.with_name(f".{target.name}.lock"))
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         logger.warning("another process is making %s: waiting for it", target)
         lock.acquire()
     try:
-        yield
+        yield path
     finally:
         lock.release()

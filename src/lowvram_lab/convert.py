@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from lowvram_lab import __version__
-from lowvram_lab.cache import cache_dir
+from lowvram_lab.cache import cache_dir, known_sha256
 from lowvram_lab.compressed import quantization_config
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluate import sample_text
@@ -32,7 +32,7 @@ from lowvram_lab.quantize.streamed import SOLVERS, StreamedQuantizer
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import parse_bytes
-from lowvram_lab.weights.calibration import calibration_text, calibration_windows, evenly
+from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_text, calibration_windows, evenly
 from lowvram_lab.weights.sensitivity import Sensitivity, candidate_formats, estimate_sensitivity
 from lowvram_lab.weights.stream import LayerStream
 
@@ -119,10 +119,10 @@ def convert(
     """
     began, output = time.monotonic(), Path(output).expanduser()
     given = {"plan": plan, "weight_bytes": weight_bytes, "reduction": reduction, "gpu": gpu}
-    _check_arguments(given, solver)
+    _check_arguments(given, solver, calibration_tokens)
     refuse_occupied(output)
     source = find_source(model)
-    spec = ModelSpec.from_config(source.config(), source.name)
+    spec = ModelSpec.from_config(source.config(), source.public_name)
     if spec.stored:
         raise LowvramError(f"{model} is a converted model already; convert the 16-bit original it was made from")
     source_bytes = 2 * spec.num_parameters
@@ -140,12 +140,9 @@ def convert(
     budget["weight_bytes"] = weight_bytes if weight_bytes is None else parse_bytes(weight_bytes)
     if plan is None:
         _check_budget(spec, budget)
-    weights = {
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files],
-        "model": spec.fingerprint,
-    }
+    weights = {file.name: known_sha256(file, progress) for file in [directory / "config.json", *checkpoint.files]}
     identity = {
-        **weights,
+        "weights": weights,
         "plan": plan.digest if plan else None,
         **{key: str(value) for key, value in budget.items()},
         "solver": solver,
@@ -162,7 +159,7 @@ def convert(
         work = StreamedQuantizer(stream, plan, partial, ids, held_out, solver, progress, lookup)
         measured = work.run()
         facts = {
-            "source": model,
+            "source": source.public_name,
             "solver": solver,
             "calibration": Path(calibration).name if calibration else "the text that comes with lowvram_lab",
             "calibration_tokens": ids.numel(),
@@ -193,11 +190,13 @@ def hash_of(ids: torch.Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
-def _check_arguments(given: dict, solver: str) -> None:
+def _check_arguments(given: dict, solver: str, calibration_tokens: int) -> None:
     if sum(value is not None for value in given.values()) != 1:
         raise LowvramError(f"expected one of {', '.join(given)}: it says how small the result is to be")
     if solver not in SOLVERS:
         raise LowvramError(f"expected solver {', '.join(SOLVERS)}, found {solver!r}")
+    if calibration_tokens < LEAST_TOKENS:
+        raise LowvramError(f"expected {LEAST_TOKENS} calibration tokens or more, found {calibration_tokens}")
     reduction = given["reduction"]
     if reduction is not None and not 0 < reduction < 1:
         raise LowvramError(f"expected a reduction between 0 and 1, such as 0.7, found {reduction!r}")

@@ -1,5 +1,6 @@
 """The README.md of a converted directory: method, calibration, sizes and measured loss, in Hugging Face's form."""
 
+import json
 from collections import Counter
 
 from lowvram_lab import __version__
@@ -34,7 +35,7 @@ def model_card(facts: dict, spec: ModelSpec, file_bytes: int) -> str:
         f"{measured['perplexity']:.3f}, the original's is {measured['reference_perplexity']:.3f} ({increase:+.1%})"
     )
     return f"""---
-base_model: {facts["source"]}
+base_model: {json.dumps(facts["source"], ensure_ascii=False)}
 library_name: transformers
 tags: [compressed-tensors, quantized, lowvram-lab]
 ---

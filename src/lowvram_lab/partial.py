@@ -1,7 +1,8 @@
 """A directory under construction that survives ``kill -9``: finished files are kept and verified, then it is renamed.
 
-Beside the target ``DIR`` lies ``.DIR.partial`` with the files made so far and ``state/``, which goes at the end. A file
-counts as finished once its hash is in the journal; the journal is replaced whole.
+Beside the target ``DIR`` lies ``.DIR.partial`` with the files made so far and ``state/``, which steps aside to
+``.DIR.state`` while the rename is tried and goes after it. A file counts as finished once its hash is in the journal;
+the journal is replaced whole.
 """
 
 import json
@@ -31,8 +32,10 @@ class PartialDirectory:
 
     def __init__(self, target: Path, identity: dict):
         self.target = target
-        self.path = target.with_name(f".{target.name}.partial")
+        self.path, self._aside = _hidden(target, "partial"), _hidden(target, "state")
         self.state = self.path / "state"
+        if self._aside.is_dir() and self.path.is_dir():  # killed before the rename
+            os.replace(self._aside, self.state)
         journal = self.state / "journal.json"
         try:
             known = json.loads(journal.read_text(encoding="utf-8"))
@@ -90,11 +93,19 @@ class PartialDirectory:
         (self.path / name).unlink(missing_ok=True)
 
     def publish(self) -> None:
-        """Removes the state and renames the directory to its target."""
-        shutil.rmtree(self.state)
-        if self.target.is_dir():
-            self.target.rmdir()  # an empty one was allowed
-        os.replace(self.path, self.target)
+        """Renames the directory to its target, without the state; where that fails, the work is kept."""
+        os.replace(self.state, self._aside)
+        try:
+            if self.target.is_dir():
+                self.target.rmdir()  # an empty one was allowed
+            os.replace(self.path, self.target)
+        except OSError as error:
+            os.replace(self._aside, self.state)
+            raise LowvramError(
+                f"cannot rename {self.path} to {self.target}: {error.strerror}; see what stands in the way, then run "
+                "the same command again: all files are made"
+            ) from error
+        shutil.rmtree(self._aside)
 
     def _adopt(self, temporary: Path, name: str) -> None:
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
@@ -120,8 +131,11 @@ def building(target: Path, identity: dict):
     Raises:
         LowvramError: The target holds something, or its folder is not there.
     """
+    target = settled(target)
+    if not _hidden(target, "partial").exists():  # else killed between the rename and the removal of the state
+        shutil.rmtree(_hidden(target, "state"), ignore_errors=True)
     refuse_occupied(target)
-    with locked(target):
+    with locked(target) as lock:
         refuse_occupied(target)
         partial = PartialDirectory(target, identity)
         try:
@@ -129,13 +143,29 @@ def building(target: Path, identity: dict):
         except (CheckpointError, BudgetError, PlanError):  # a second run would meet it again: nothing of it stays
             shutil.rmtree(partial.path, ignore_errors=True)
             raise
+        if target.exists():  # whoever waits for the lock, or makes a new one, finds the target occupied
+            lock.unlink(missing_ok=True)
+
+
+def settled(target: Path) -> Path:
+    """Where a directory will really be made: absolute, links followed.
+
+    Raises:
+        LowvramError: A place that no other directory can be renamed to: the current one, or a mount point.
+    """
+    real = target.expanduser().resolve()
+    if real == Path.cwd() or os.path.ismount(real):
+        what = "the current directory" if real == Path.cwd() else "a mount point"
+        raise LowvramError(f"{target}: expected a directory of its own for the output, found {what}; name one in it")
+    return real
 
 
 def refuse_occupied(target: Path) -> None:
-    """Raises LowvramError unless something new can be made at ``target``."""
+    """Raises LowvramError unless something new can be made at ``target``, and whole."""
+    target = settled(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise LowvramError(f"{target}: expected a new or empty directory for the output, found something in it")
-    if not target.absolute().parent.is_dir():
+    if not target.parent.is_dir():
         raise LowvramError(f"cannot write {target}: its folder does not exist")
 
 
@@ -146,3 +176,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise LowvramError(f"{folder}: {what} needs {format_bytes(needed)} of disk, found {format_bytes(free)} free")
+
+
+def _hidden(target: Path, what: str) -> Path:
+    return target.with_name(f".{target.name}.{what}")

@@ -108,6 +108,11 @@ class Source:
         """The model's tensors, to be read one at a time. Raises what :meth:`fetch` raises."""
         return Checkpoint(self.fetch())
 
+    @property
+    def public_name(self) -> str:
+        """What others may know it by: the hub id, or a path's last part alone."""
+        return self._path().resolve().name if self.kind in ("directory", "gguf") else self._hub_id()
+
     def _path(self) -> Path:
         return Path(self.name).expanduser()
 
