@@ -45,9 +45,9 @@ from lowvram_lab.partial import PartialDirectory
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import Workload, run_workload
 from lowvram_lab.quantize.gptq import output_error
+from lowvram_lab.quantize.solve import relative_error as output_change
 from lowvram_lab.quantize.solvers import round_to_nearest
 from lowvram_lab.quantize.streamed import CORRECTION, DAMPING, corrected
-from lowvram_lab.quantize.streamed import relative_error as output_change
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.weights.calibration import calibration_text

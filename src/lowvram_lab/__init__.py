@@ -22,6 +22,7 @@ _PUBLIC = {
     "auto_plan": "planner.auto",
     "suggest": "planner.suggest",
     "estimate_sensitivity": "weights.sensitivity",
+    "measure_sensitivity": "weights.measured",
     "recipe": "planner.recipe",
     "convert": "convert",
     "max_context": "planner.limits",

@@ -28,7 +28,8 @@ from lowvram_lab.model_card import model_card
 from lowvram_lab.partial import PartialDirectory, building, refuse_occupied, require_space
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.recipe import Recipe, recipe
-from lowvram_lab.quantize.streamed import SOLVERS, StreamedQuantizer
+from lowvram_lab.quantize.solve import SOLVERS
+from lowvram_lab.quantize.streamed import StreamedQuantizer
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import parse_bytes

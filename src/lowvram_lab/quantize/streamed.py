@@ -16,19 +16,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
-from lowvram_lab.errors import CheckpointError
 from lowvram_lab.formats import DTYPES, Format, get_format
 from lowvram_lab.partial import PartialDirectory
 from lowvram_lab.plan import Plan
-from lowvram_lab.quantize.gptq import gptq, output_error
-from lowvram_lab.quantize.solvers import IntegerWeight, round_to_nearest, search_clip
+from lowvram_lab.quantize.solve import rows_of, solve
+from lowvram_lab.quantize.solvers import IntegerWeight
 from lowvram_lab.quantize.stored import read_stored, to_stored
 from lowvram_lab.weights.moments import InputMoments, captured_inputs
 from lowvram_lab.weights.stream import TOKENS_AT_ONCE, LayerStream
 
 logger = logging.getLogger(__name__)
-
-SOLVERS = ("gptq", "clip", "rtn")
 
 CORRECTION = 0.25
 """Share of the earlier layers' error that a layer is asked to make up for; all of it would fit the calibration text.
@@ -39,14 +36,8 @@ Measured at -70 %: stories15M's KL is 0.042, 0.035, 0.146 at 0, 0.5, 1; smollm2-
 DAMPING = 0.01
 """Of the mean moment, against directions the calibration text hardly has."""
 
-WORST_OUTPUT_ERROR = 1.0
-"""Of the output's own mean square: a weight quantised worse than that would better be left out, so it is refused."""
-
 HEAD_TOKENS, HEAD_ROWS = 64, 4096
 """Tokens and vocabulary rows of the head worked on at once: 64 x 152k logits are 37 MiB, 4096 x 2560 weights 40."""
-
-SOLVE_ROWS = 1024
-"""Rows solved at once; a search holds eight temporaries of them."""
 
 _STREAMS = ("calibration", "calibration_quantised", "held_out", "held_out_quantised")
 
@@ -60,7 +51,7 @@ class StreamedQuantizer:
         partial: Where shards and state go.
         ids: Calibration windows.
         held_out: Windows of another text, of the same length.
-        solver: One of ``SOLVERS``.
+        solver: One of ``solve.SOLVERS``.
         progress: Show a progress bar.
         lookup: See ``Sensitivity``.
 
@@ -143,7 +134,7 @@ class StreamedQuantizer:
                 tensors[f"{self.spec.head}.weight_scale"] = solution.scale.clone()
 
             def look_up(ids):
-                return _rows(solution, ids).dequantize()
+                return rows_of(solution, ids).dequantize()
 
         for text, ids in (("calibration", self.ids), ("held_out", self.held_out)):
             self._states[text] = self.stream.embed(ids)
@@ -211,23 +202,9 @@ class StreamedQuantizer:
             yield self.stream.norm(original), self.stream.norm(quantised)
 
     def _solve(self, name: str, weight, fmt: Format, moments) -> IntegerWeight:
-        """The best of the solver's solution and a plain one, by output error."""
-        solutions = {}
-        if self.solver == "gptq" and moments is not None:
-            solutions["gptq"] = gptq(weight, fmt, moments)
-        if self.solver != "rtn":
-            importance = moments.diagonal() if moments is not None else None
-            solutions["clip"] = _by_rows(weight, lambda rows: search_clip(rows, fmt, importance))
-        if self.solver == "rtn" or fmt.kind == "int8":
-            solutions["rtn"] = _by_rows(weight, lambda rows: round_to_nearest(rows, fmt))
-        errors = {kind: relative_error(weight, solution, moments) for kind, solution in solutions.items()}
-        best = min(errors, key=errors.get)
-        if not errors[best] <= WORST_OUTPUT_ERROR:  # NaN too
-            raise CheckpointError(
-                f"{name}: in {fmt.name} its output is off by {errors[best]:.0%} of itself; give it more bits"
-            )
-        self._report[name] = {"format": fmt.name, "solver": best, "output_error": errors[best]}
-        return solutions[best]
+        solution, kind, error = solve(weight, fmt, moments, self.solver, name)
+        self._report[name] = {"format": fmt.name, "solver": kind, "output_error": error}
+        return solution
 
     def _plain(self, name: str) -> torch.Tensor:
         return self.stream.read(name, DTYPES[self.plan.dtype])
@@ -294,37 +271,16 @@ def corrected(weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor) 
     return weight + CORRECTION * (weight @ shift.T)
 
 
-def relative_error(weight: torch.Tensor, solution: IntegerWeight, moments: torch.Tensor | None) -> float:
-    """Mean square of the output's change over that of the output; of the weight's own without moments."""
-    changed, whole = 0.0, 0.0
-    for start in range(0, len(weight), SOLVE_ROWS):
-        rows = weight[start : start + SOLVE_ROWS].float()
-        change = _rows(solution, slice(start, start + SOLVE_ROWS)).dequantize() - rows
-        for_ = (lambda m: output_error(m, moments)) if moments is not None else (lambda m: m.square())
-        changed, whole = changed + for_(change).sum().item(), whole + for_(rows).sum().item()
-    return changed / whole if whole > 0 else 0.0
-
-
 def stored_rows(tensors: dict, name: str, fmt: Format):
     """Slice → those rows of a stored weight in float32."""
     if fmt.kind == "float":
         return lambda select: tensors[f"{name}.weight"][select].float()
     solution = read_stored(name, fmt, tensors.__getitem__)
-    return lambda select: _rows(solution, select).dequantize()
+    return lambda select: rows_of(solution, select).dequantize()
 
 
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # beyond that a float overflows, and nobody cares by how much
-
-
-def _rows(solution: IntegerWeight, select) -> IntegerWeight:
-    zero = solution.zero[select] if solution.zero is not None else None
-    return IntegerWeight(solution.codes[select], solution.scale[select], zero)
-
-
-def _by_rows(weight: torch.Tensor, solve) -> IntegerWeight:
-    pieces = [solve(rows) for rows in weight.split(SOLVE_ROWS)]
-    return IntegerWeight(torch.cat([p.codes for p in pieces]), torch.cat([p.scale for p in pieces]))
 
 
 def _logits(x: torch.Tensor, rows, count: int, bias) -> torch.Tensor:
