@@ -230,7 +230,7 @@ def test_a_block_that_is_none(block):
 
 
 def test_a_tied_head_stored_apart_from_its_table_is_refused():
-    with pytest.raises(SourceError, match="lm_head is stored in int4-g128, but tied to model.embed_tokens, which is not"):
+    with pytest.raises(SourceError, match="lm_head is in int4-g128, but tied to model.embed_tokens, which is not"):
         stored_formats(by_llm_compressor(ignore=[]), wide_modules(tied=True), "x")
     kept = stored_formats(by_llm_compressor(ignore=["lm_head"]), wide_modules(tied=True), "x")
     assert {name.rpartition(".")[2] for name in kept} == {"q_proj", "k_proj", "up_proj"}

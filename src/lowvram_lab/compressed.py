@@ -83,7 +83,7 @@ def stored_formats(block: dict, modules: Iterable, where: str) -> dict[str, str]
             found[module.name] = found[module.tied_to]
         elif module.tied_to and module.name in found:
             raise SourceError(
-                f"{where}: {module.name} is stored in {found[module.name]}, but tied to {module.tied_to}, which is not; "
+                f"{where}: {module.name} is in {found[module.name]}, but tied to {module.tied_to}, which is not; "
                 "expected both or neither: name the 16-bit original"
             )
     return found
