@@ -79,6 +79,12 @@ LLAMA_SMALL = {
 }
 """smollm2-135m goes without Q4_1, the very grid its weights were written on."""
 
+UNIFORM_BITS = {STORIES: (4, 3), SMOLLM: (4,)}
+"""Of uniform plans; three bits are too few for a model that was written in four."""
+
+MANY_TOKENS = 65536
+"""To calibrate on where the default's 16 thousand are few for the text's variety."""
+
 SIZES = {STORIES: 6, SMOLLM: 3}
 """Of the sizes between 3 and 5 bits a weight that llama.cpp's files have, how many get a recipe of ours."""
 
@@ -194,10 +200,11 @@ def run_llama(bench: Bench, quick: bool) -> None:
 
 def run_ours(bench: Bench, quick: bool) -> None:
     """Recipes at the bytes of uniform plans, at the promised reductions and at the bytes of llama.cpp's files."""
-    ours = Ours(bench.subject, bench.work)
+    text = bench.subject.calibration
+    ours = Ours(bench.subject, bench.work, text)
     own = {"stock": False, "formats": GRID_FORMATS if bench.subject.name == SMOLLM else None}
 
-    def planned(name: str, family: str, make_plan: Callable) -> dict | None:
+    def planned(name: str, family: str, make_plan: Callable, ours: Ours = ours) -> dict | None:
         try:
             plan, estimated = make_plan()
         except BudgetError as error:
@@ -209,17 +216,17 @@ def run_ours(bench: Bench, quick: bool) -> None:
             notes |= {"estimated_kl": estimated}
             return Built(weights, plan.weight_bytes(bench.subject.spec), file_bytes, notes)
 
-        return bench.row(name, family, f"{plan.digest} {ours.solver_code}", build)
+        return bench.row(name, family, f"{plan.digest} {ours.made_from}", build)
 
-    def from_recipe(name: str, family: str, weight_bytes: int, **choices) -> dict | None:
+    def from_recipe(name: str, family: str, weight_bytes: int, ours: Ours = ours, **choices) -> dict | None:
         def make_plan():
             found = ours.recipe(weight_bytes, **choices)
             return found.plan, found.estimated_kl
 
-        return planned(name, family, make_plan)
+        return planned(name, family, make_plan, ours)
 
     suffix = "" if GROUP[bench.subject.name] == 64 else f"-g{GROUP[bench.subject.name]}"
-    for bits in (4,) if quick else (4, 3):
+    for bits in (4,) if quick else UNIFORM_BITS[bench.subject.name]:
         plan = ours.uniform(f"int{bits}{suffix}")
         size = plan.weight_bytes(bench.subject.spec)
         planned(f"uniform int{bits}{suffix}", report.UNIFORM, lambda plan=plan: (plan, None))
@@ -230,6 +237,12 @@ def run_ours(bench: Bench, quick: bool) -> None:
         from_recipe(f"-{reduction:.0%}, stock transformers", report.STOCK, size, stock=True, formats=own["formats"])
         kernels = tuple(f for f in KERNEL_FORMATS if f != "int4-g32" or bench.subject.name != SMOLLM)
         from_recipe(f"-{reduction:.0%}, formats with a kernel", report.KERNEL, size, stock=False, formats=kernels)
+        if bench.subject.name == SMOLLM and text:
+            plain = Ours(bench.subject, bench.work, None)
+            from_recipe(f"-{reduction:.0%}, the library's text", report.OTHER, size, plain, **own)
+    if bench.subject.name == SMOLLM and text and not quick:
+        more = Ours(bench.subject, bench.work, text, MANY_TOKENS)
+        from_recipe(f"-{reduction:.0%}, {MANY_TOKENS} tokens", report.OTHER, size, more, **own)
     for size in () if quick else llama_sizes(bench.rows, SIZES[bench.subject.name]):
         bits = size * 8 / bench.subject.spec.num_parameters
         from_recipe(f"{bits:.2f} bits, own formats", report.OWN, size, **own)

@@ -16,7 +16,7 @@ import torch
 
 import lowvram_lab
 from lowvram_lab.checkpoint import Checkpoint
-from lowvram_lab.convert import SENSITIVITY_TOKENS, convert
+from lowvram_lab.convert import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, convert, hash_of
 from lowvram_lab.files import write_atomically
 from lowvram_lab.formats import get_format
 from lowvram_lab.plan import Plan
@@ -51,19 +51,21 @@ class Ours:
     Attributes:
         subject: A ``Subject``.
         work: Where conversions are kept.
-        solver_code: Digest of the code that converts, as it was when this was made.
+        made_from: Digest of the code that converts and of the calibration tokens.
     """
 
-    def __init__(self, subject, work: Path):
-        self.subject, self.work = subject, work
-        self.solver_code, self._estimate_code = code_digest(SOLVER_CODE), code_digest(ESTIMATE_CODE)
+    def __init__(self, subject, work: Path, calibration: Path | None, tokens: int = CALIBRATION_TOKENS):
+        self.subject, self.work, self.calibration, self.tokens = subject, work, calibration, tokens
+        self.ids = subject.calibration_windows(calibration, tokens)
+        self.made_from = f"{code_digest(SOLVER_CODE)}-{hash_of(self.ids)[:8]}"
+        self._estimate_from = f"{code_digest(ESTIMATE_CODE)}-{hash_of(self.ids)[:8]}"
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
         """As ``convert`` estimates it, once for all recipes."""
-        path = self.work / f"sensitivity-{self._estimate_code}.json"
+        path = self.work / f"sensitivity-{self._estimate_from}.json"
         if not path.exists():
-            began, ids = time.perf_counter(), self.subject.calibration_ids
+            began, ids = time.perf_counter(), self.ids
             windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
             checkpoint = find_source(self.subject.source).checkpoint()
             found = estimate_sensitivity(self.subject.spec, checkpoint, windows, progress=False)
@@ -89,10 +91,11 @@ class Ours:
         Returns:
             Module name → float32 weight, bytes of the tensors in the files, and notes.
         """
-        directory = self.work / "converted" / f"{plan.digest}-{self.solver_code}"
+        directory = self.work / "converted" / f"{plan.digest}-{self.made_from}"
         directory.parent.mkdir(parents=True, exist_ok=True)
         if not (directory / "config.json").exists():
-            convert(self.subject.source, directory, plan=plan, calibration=self.subject.calibration, progress=False)
+            given = {"plan": plan, "calibration": self.calibration, "calibration_tokens": self.tokens}
+            convert(self.subject.source, directory, **given, progress=False)
         facts = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
         weights, file_bytes = restored(directory, plan, self.subject.spec)
         notes = {

@@ -21,7 +21,8 @@ LLAMA, SMALL = "llama.cpp", "llama.cpp, small embedding"
 IMATRIX = "llama.cpp, small embedding, imatrix"
 UNIFORM, OWN = "uniform GPTQ", "recipe, own formats"
 STOCK, KERNEL = "recipe, stock transformers", "recipe, formats with a kernel"
-OURS, PEERS = (OWN, STOCK, KERNEL), (LLAMA, SMALL, IMATRIX)
+OTHER = "recipe, own formats, other calibration"
+OURS, PEERS = (OWN, STOCK, KERNEL, OTHER), (LLAMA, SMALL, IMATRIX)
 PROMISES = {0.6: 1.0, 0.7: 5.0}
 """Share of the 16-bit model's bytes to save → per cent of perplexity that this may cost."""
 
@@ -42,6 +43,7 @@ STYLE = {
     OWN: ("tab:blue", "o"),
     STOCK: ("tab:green", "o"),
     KERNEL: ("limegreen", "o"),
+    OTHER: ("navy", "x"),
 }
 
 
@@ -65,8 +67,8 @@ def run(subject, rows: list[dict], options) -> dict:
             "predicted": done[0]["tokens"],
             "window": subject.windows.shape[1],
             "evaluation_digest": subject.evaluation,
-            "calibration": "its own samples, other seeds" if subject.calibration else "the library's own text",
-            "calibration_tokens": subject.calibration_ids.numel(),
+            "calibration": subject.calibration.name if subject.calibration else "the library's own text",
+            "calibration_tokens": subject.calibration_windows(subject.calibration).numel(),
         },
         "reference_perplexity": done[0]["reference_perplexity"],
         "promises": promises(done),

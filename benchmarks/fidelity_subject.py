@@ -39,7 +39,7 @@ class Subject:
         weights: Module name → the original weight, float32; a tied head is left out.
         windows: Evaluation tokens, ``(windows, tokens)``.
         calibration: Text file, or ``None`` for the library's own text.
-        calibration_ids: The windows ``convert`` will calibrate on.
+        tokenizer: The model's.
         reference: The original's final normed states, ``(windows, tokens, hidden)``.
     """
 
@@ -50,13 +50,17 @@ class Subject:
     weights: dict[str, torch.Tensor]
     windows: torch.Tensor
     calibration: Path | None
-    calibration_ids: torch.Tensor
+    tokenizer: object
     reference: torch.Tensor | None = None
 
     @property
     def fp16_bytes(self) -> int:
         """The whole model in 16 bits: 100 %."""
         return 2 * self.spec.num_parameters
+
+    def calibration_windows(self, text: Path | None, tokens: int = CALIBRATION_TOKENS) -> torch.Tensor:
+        """The windows ``convert`` will calibrate on, of a text file or the library's own."""
+        return calibration_windows(self.tokenizer, calibration_text(text), tokens, self.spec.max_position_embeddings)
 
     @property
     def evaluation(self) -> str:
@@ -80,9 +84,9 @@ def open_subject(name: str, options, work: Path) -> Subject:
     if name == STORIES:
         windows, text = _stories(model, tokenizer, options, work)
     else:
-        windows, text = _wikitext(tokenizer, options), None
-    ids = calibration_windows(tokenizer, calibration_text(text), CALIBRATION_TOKENS, spec.max_position_embeddings)
-    subject = Subject(name, source.name, spec, model, weights, windows, text, ids)
+        windows = _wikitext(tokenizer, options)
+        text = options.wikitext / "validation.txt" if options.split == "test" else None
+    subject = Subject(name, source.name, spec, model, weights, windows, text, tokenizer)
     subject.reference = torch.stack([_final_states(subject, window) for window in windows])
     return subject
 
@@ -148,11 +152,12 @@ def channel_power(subject: Subject) -> dict[str, torch.Tensor]:
     fill(subject.model, subject.weights)
     sums: dict[str, torch.Tensor] = {}
     named = {m.name: subject.model.get_submodule(m.name) for m in subject.spec.modules if m.kind == "linear"}
+    ids = subject.calibration_windows(subject.calibration)
     with _inputs_added_to(sums, named):
-        for window in subject.calibration_ids:
+        for window in ids:
             subject.model(window.unsqueeze(0))
     owners = {m.name: m.tied_to or m.name for m in subject.spec.modules}
-    return {owners[name]: total / subject.calibration_ids.numel() for name, total in sums.items()}
+    return {owners[name]: total / ids.numel() for name, total in sums.items()}
 
 
 @contextmanager
