@@ -1,6 +1,5 @@
 """A chat with a tiny model and a tokenizer of bytes: history, stop tokens, KV cache, room, streaming."""
 
-import gc
 from types import SimpleNamespace
 
 import pytest
@@ -124,17 +123,17 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full(system):
     session = chat(model, system=system)
     for number in range(6):
         session.ask(f"question {number}")
-        expected_first = ["system", "user"] if system else ["user", "assistant"]
-        assert roles(session)[:2] == expected_first
+        assert len(session.history) == 2 * number + 2 + (system is not None)  # all of it stays
         assert roles(session)[-2:] == ["user", "assistant"]
         assert session.history[-2]["content"] == f"question {number}"
         assert session.turns[-1].prompt_tokens + session.turns[-1].new_tokens <= 128
-        kept = [message["content"] for message in session.history if message["role"] == "user"]
-        assert kept == [f"question {n}" for n in range(number + 1)][-len(kept) :]
-    assert session.dropped_turns == 6 - len(kept) > 0
+    assert 0 < session.dropped_turns < 5
     assert (session.history[0]["content"] == system) == (system is not None)
-    before = session.history[:-2]
-    assert chat(model, before).ask("question 5") == session.history[-1]["content"]
+    first = 1 if system else 0
+    seen = session.history[:first] + session.history[first + 2 * session.dropped_turns : -2]
+    assert chat(model, seen).ask("question 5") == session.history[-1]["content"]
+    session.ask("question 6")
+    assert session.turns[-1].prompt_tokens <= 128
 
 
 @pytest.mark.parametrize("earlier", [0, 2])
@@ -212,19 +211,6 @@ def test_what_a_turn_took(model):
 def test_a_base_model_is_refused(model):
     with pytest.raises(SourceError, match="tiny-qwen2 has no chat template"):
         ChatSession(model, SimpleNamespace(chat_template=None))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
-def test_after_out_of_memory_the_chat_goes_on(model):
-    session = chat(letters_model(gpu=open_gpu("4MiB")))
-    session.ask("hi")
-    with pytest.raises(torch.OutOfMemoryError) as error:
-        session.ask("x" * 300)
-    assert error.value.event.module.startswith("model.layers.1")  # when the first layer had its keys and values already
-    del error, session.history[2:]
-    gc.collect()
-    before = list(session.history)
-    assert session.ask("x" * 40) == chat(model, before).ask("x" * 40)
 
 
 @pytest.mark.parametrize("stopped_in", [1, 2])

@@ -15,6 +15,7 @@ _PUBLIC = {
     "GpuBudget": "memory.device",
     "forecast": "dry_run",
     "load": "loader",
+    "replan": "loader",
     "Workload": "profile",
     "MemoryProfile": "profile",
     "run_workload": "profile",

@@ -3,15 +3,21 @@
 Derived in: notebooks/09_validated_chat.ipynb
 """
 
+import logging
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from lowvram_lab.engine.decode import Sampling, stream
 from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import BudgetError, LowvramError, SourceError
+from lowvram_lab.loader import replan
+from lowvram_lab.plan import Plan
+from lowvram_lab.planner.step_down import smaller_plans
+
+logger = logging.getLogger(__name__)
 
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
 """Checkpoints disagree on ``eos_token_id`` (Qwen1.5's chat and base models do): stop at any of these."""
@@ -29,6 +35,7 @@ class TurnStats:
         tokens_per_s: Decoding speed after the first token, or ``None`` for a shorter answer.
         peak_bytes: Highest allocated GPU memory during the turn, without the CUDA context.
         stopped: Whether the model ended its turn itself, rather than running out of room.
+        given_up: What was given up on the way because the GPU was full, in words.
     """
 
     prompt_tokens: int
@@ -38,6 +45,7 @@ class TurnStats:
     tokens_per_s: float | None
     peak_bytes: int
     stopped: bool
+    given_up: tuple[str, ...] = ()
 
     def to_dict(self) -> dict:
         """Plain data."""
@@ -58,6 +66,9 @@ def stop_ids(model, tokenizer) -> frozenset[int]:
 class ChatSession:
     """A conversation with a loaded model.
 
+    Where the GPU is full in spite of the plan (another process took memory, say), the session goes on with a smaller
+    plan: KV cache in int8, then layers on the CPU, then a shorter context. ``TurnStats.given_up`` and a warning say so.
+
     Args:
         model: From ``load``.
         tokenizer: Its tokenizer, with a chat template.
@@ -68,7 +79,7 @@ class ChatSession:
     Attributes:
         history: Messages so far, each with ``role`` and ``content``.
         turns: What each answer took.
-        dropped_turns: How many of the oldest turns had to be forgotten for want of context.
+        dropped_turns: How many of the oldest turns the model no longer sees, for want of context; ``history`` has them.
     """
 
     def __init__(
@@ -110,28 +121,35 @@ class ChatSession:
                 "expected a message in UTF-8, found bytes that are not; check the terminal's encoding"
             ) from error
         history = [*self.history, {"role": "user", "content": text}]
-        prompt, dropped = self._fitting_prompt(history)
-        return self._answer(history, prompt, dropped)
+        return self._answer(history, *self._fitting_prompt(history))
 
     def _answer(self, history: list[dict[str, str]], prompt: list[int], dropped: int) -> Iterator[str]:
-        self.history, self.dropped_turns = history, self.dropped_turns + dropped
+        self.history, self.dropped_turns = history, dropped
         gpu, started = self.model.gpu, time.perf_counter()
         cached = self._reuse_cache(prompt)
-        room = min(self.max_new_tokens, self.model.plan.context - len(prompt))
-        ids = torch.tensor([prompt[cached:]])
-        tokens, shown, first_at, ended = [], "", None, False
+        fed, tokens, shown, first_at, ended, given_up = prompt, [], "", None, False, []
+        smaller = None
         gpu.reset_peak()
         try:
-            for token in stream(
-                self.model, ids, self._cache, max_new_tokens=room, stop_ids=self._stop, sampling=self.sampling
-            ):
-                first_at = first_at or time.perf_counter()
-                tokens.append(token)
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
-                    piece, shown = text[len(shown) :], text
-                    yield piece
-            ended = len(tokens) < room
+            while True:
+                room = min(self.max_new_tokens - len(tokens), self.model.plan.context - len(fed))
+                made, full = len(tokens), None
+                try:
+                    for token in self._stream(fed, room, made):
+                        first_at = first_at or time.perf_counter()
+                        tokens.append(token)
+                        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                        if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
+                            piece, shown = text[len(shown) :], text
+                            yield piece
+                    ended = len(tokens) - made < room
+                    break
+                except torch.OutOfMemoryError as error:
+                    full = error.with_traceback(None)  # its frames hold the tensors of the pass that failed
+                smaller = smaller or smaller_plans(self.model.plan, self.model.spec)
+                given_up.append(self._step_down(smaller, full))
+                prompt, self.dropped_turns = self._fitting_prompt(history, len(tokens))
+                fed = prompt + tokens
         except (GeneratorExit, KeyboardInterrupt):
             self._cache = self._usable_cache()
             raise
@@ -146,29 +164,52 @@ class ChatSession:
             speed = (len(tokens) - 1) / (now - first_at) if len(tokens) > 1 else None
             ttft = (first_at or now) - started
             peak = gpu.peak_allocated_bytes
-            self.turns.append(TurnStats(len(prompt), cached, len(tokens), ttft, speed, peak, ended))
+            self.turns.append(TurnStats(len(prompt), cached, len(tokens), ttft, speed, peak, ended, tuple(given_up)))
 
-    def _fitting_prompt(self, history: list[dict[str, str]]) -> tuple[list[int], int]:
-        """Renders a chat; drops its oldest turns, whole ones, until there is room for an answer.
+    def _stream(self, fed: list[int], room: int, made: int) -> Iterator[int]:
+        """Goes on after ``fed``, whose last ``made`` tokens are the answer's own."""
+        cached = self._reuse_cache(fed)
+        sampling = replace(self.sampling, seed=self.sampling.seed + made)  # not the same draws once more
+        ids = torch.tensor([fed[cached:]])
+        return stream(self.model, ids, self._cache, max_new_tokens=room, stop_ids=self._stop, sampling=sampling)
+
+    def _step_down(self, smaller: Iterator[tuple[str, Plan]], error: torch.OutOfMemoryError) -> str:
+        """Makes the model realise the next smaller plan that can be; says what was given up. Else raises ``error``."""
+        for text, plan in smaller:
+            self._cache, self._cached_ids = MeteredCache(self.model.gpu, plan.kv_format), []
+            try:
+                replan(self.model, plan, progress=False)
+            except torch.OutOfMemoryError:
+                continue
+            logger.warning("the GPU is full; going on with less: %s", text)
+            return text
+        raise error
+
+    def _fitting_prompt(self, history: list[dict[str, str]], answered: int = 0) -> tuple[list[int], int]:
+        """Renders a chat without its oldest turns, whole ones, so that there is room for an answer.
+
+        Args:
+            history: All of it, up to the user's last message.
+            answered: Tokens of the answer that are there already.
 
         Returns:
-            Token ids, and how many turns were dropped from ``history``.
+            Token ids, and how many turns they leave out.
         """
-        context, dropped = self.model.plan.context, 0
+        context, dropped = self.model.plan.context, self.dropped_turns
         first = 1 if history[0]["role"] == "system" else 0
         while True:
-            rendered = self.tokenizer.apply_chat_template(history, add_generation_prompt=True, return_dict=True)
-            prompt = rendered["input_ids"]
-            if len(prompt) + min(self.max_new_tokens, context // 4) <= context:
+            seen = history[:first] + history[first + 2 * dropped :]
+            prompt = self.tokenizer.apply_chat_template(seen, add_generation_prompt=True, return_dict=True)["input_ids"]
+            wanted = max(1, min(self.max_new_tokens, answered + context // 4))
+            if len(prompt) + wanted <= context:
                 return prompt, dropped
-            if len(history) - first > 2:
-                del history[first : first + 2]
+            if len(seen) - first > 2:
                 dropped += 1
-            elif len(prompt) < context:
+            elif len(prompt) + answered < context:
                 return prompt, dropped
             else:
                 raise BudgetError(
-                    f"this message takes {len(prompt)} tokens, the plan's context is {context}; "
+                    f"this message takes {len(prompt) + answered} tokens, the plan's context is {context}; "
                     "shorten it or plan for more"
                 )
 

@@ -358,7 +358,8 @@ def _turn_line(turn) -> str:
     from lowvram_lab.units import format_bytes
 
     speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
-    return f"[first token {turn.ttft_s:.2f} s{speed}, peak {format_bytes(turn.peak_bytes)}]"
+    less = f"; the GPU was full, so now: {'; '.join(turn.given_up)}" if turn.given_up else ""
+    return f"[first token {turn.ttft_s:.2f} s{speed}, peak {format_bytes(turn.peak_bytes)}{less}]"
 
 
 def _demo(args) -> int:

@@ -10,11 +10,11 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.memory.device import Gpu, open_gpu
 from lowvram_lab.memory.timeline import Timeline
-from lowvram_lab.offload import attach, block_places
+from lowvram_lab.offload import attach, block_places, detach
 from lowvram_lab.plan import Plan
 from lowvram_lab.quantize.linear import import_kernels, quantized_embedding, quantized_linear
 from lowvram_lab.quantize.solvers import is_finite
@@ -91,19 +91,82 @@ def load(
     if timeline:
         gpu.meter.timeline = recording
     with torch.no_grad(), _noted(gpu), gpu.phase("load") as load_phase, gpu.meter.scope(category="weights"):
-        filling = tqdm(spec.modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
-        for module in filling:
-            with gpu.meter.scope(owner=module.name):
-                _fill(model, module, plan, spec, checkpoint, gpu)
+        _fill_all(model, spec.modules, plan, spec, checkpoint, gpu, progress)
         places = block_places(model, plan, spec)
         _place_buffers(model, places, gpu)
-    attach(model, places, spec, gpu)
+    _finish(model, plan, spec, places, gpu)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
+    model.gpu, model.spec, model.load_phase, model.timeline = gpu, spec, load_phase, recording
+    model.checkpoint = checkpoint
+    return model.eval()
+
+
+def replan(model, plan: Plan, *, progress: bool = True) -> None:
+    """Makes a loaded model realise another plan: only modules whose format or device changes are loaded again.
+
+    KV caches made before are of the old plan; begin new ones.
+
+    Args:
+        model: From ``load``.
+        plan: Another plan of the same model and dtype.
+        progress: Show a progress bar.
+
+    Raises:
+        PlanError: The plan does not fit the model, or has another dtype.
+        torch.OutOfMemoryError: No room on the GPU for what is to come. After this, as after any error, the model is
+            as it was before.
+    """
+    spec, old = model.spec, model.plan
+    plan.validate(spec)
+    if plan.dtype != old.dtype:
+        raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
+    changed = [m for m in spec.modules if plan.modules[m.name] != old.modules[m.name]]
+    changed.sort(key=lambda m: plan.modules[m.name].device == "gpu")  # what leaves the GPU makes room for what comes
+    detach(model)
+    try:
+        _realise(model, changed, plan, progress)
+    except Exception:
+        changed.sort(key=lambda m: old.modules[m.name].device == "gpu")
+        _realise(model, changed, old, progress)
+        raise
+
+
+def _realise(model, changed: list[ModuleSpec], plan: Plan, progress: bool) -> None:
+    spec, gpu = model.spec, model.gpu
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    import_kernels({assignment.format for assignment in plan.modules.values()})
+    places = block_places(model, plan, spec)
+    with torch.no_grad(), _noted(gpu), gpu.active(), gpu.meter.scope(category="weights"):
+        _put_back(model, [m.name for m in changed])
+        changed = sorted(changed, key=lambda m: m.tied_to is not None)  # the owner of a shared weight first
+        _fill_all(model, changed, plan, spec, model.checkpoint, gpu, progress)
+        _place_buffers(model, places, gpu)
+    _finish(model, plan, spec, places, gpu)
+
+
+def _put_back(model, names: list[str]) -> None:
+    """Puts the class's own modules, empty, where others with weights are: their memory is free for what comes."""
+    fresh = build_on_meta(model.config) if names else None
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, fresh.get_submodule(name))
+
+
+def _fill_all(model, modules, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu, progress: bool) -> None:
+    filling = tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
+    for module in filling:
+        with gpu.meter.scope(owner=module.name):
+            _fill(model, module, plan, spec, checkpoint, gpu)
+
+
+def _finish(model, plan: Plan, spec: ModelSpec, places: dict[str, str], gpu: Gpu) -> None:
+    attach(model, places, spec, gpu)
+    vars(model).pop("save_pretrained", None)
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
         model.save_pretrained = _refuse_to_save
-    model.plan, model.gpu, model.spec, model.load_phase, model.timeline = plan, gpu, spec, load_phase, recording
+    model.plan = gpu.plan = plan
     model.hf_device_map = {path: _device_name(place, gpu) for path, place in places.items()}
-    return model.eval()
 
 
 @contextmanager

@@ -1,0 +1,201 @@
+"""Another plan on a loaded model, the order of what is given up, and a chat that outlives a full GPU."""
+
+import gc
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from models import (
+    TOLERANCES,
+    letters_state,
+    load_tiny,
+    random_ids,
+    relative_error,
+    tiny_plan,
+    tiny_spec,
+    tiny_tokenizer,
+)
+
+from lowvram_lab.chat import ChatSession
+from lowvram_lab.errors import PlanError
+from lowvram_lab.loader import replan
+from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.planner.step_down import smaller_plans
+
+SIMULATED = pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
+
+
+@torch.no_grad()
+def logits(model):
+    return model(random_ids(40)).logits.cpu().float()
+
+
+def variants(kind):
+    spec, plain = tiny_spec(kind), tiny_plan(kind)
+    return {
+        "split": plain.with_gpu_layers(spec, 1),
+        "int4": tiny_plan(kind, "int4"),
+        "int4, split": tiny_plan(kind, "int4").with_gpu_layers(spec, 2),
+        "mixed": plain.with_modules("*.down_proj", format="int5").with_modules("*.q_proj", format="int8"),
+        "int8 KV": replace(plain, kv_format="int8"),
+        "on the CPU": plain.with_modules("*", device="cpu"),
+        "as it was": plain,
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_another_plan_is_what_a_fresh_load_makes_of_it(kind):
+    model = load_tiny(kind, tiny_plan(kind))
+    for name, plan in variants(kind).items():
+        replan(model, plan, progress=False)
+        fresh = load_tiny(kind, plan)
+        assert torch.equal(logits(model), logits(fresh)), name
+        assert model.plan == plan
+        assert model.hf_device_map == fresh.hf_device_map
+        assert model.gpu.meter.allocated["gpu"] == fresh.gpu.meter.allocated["gpu"], name
+        assert ("save_pretrained" in vars(model)) == ("save_pretrained" in vars(fresh))
+
+
+def test_only_what_changes_is_loaded_again(monkeypatch):
+    model, read = load_tiny("qwen2", tiny_plan("qwen2")), []
+    original = model.checkpoint.read
+    monkeypatch.setattr(model.checkpoint, "read", lambda name: (read.append(name), original(name))[1])
+    replan(model, tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), 2), progress=False)
+    assert read
+    assert all(name.startswith("model.layers.0.") for name in read)
+
+
+def test_another_dtype_is_another_model():
+    with pytest.raises(PlanError, match="computes in bf16, found a plan in fp32"):
+        replan(load_tiny("llama", tiny_plan("llama")), tiny_plan("llama", "fp32"), progress=False)
+
+
+def filled(gpu) -> list[torch.Tensor]:
+    """Takes what is left of a card, as another process might; gives back what holds it."""
+    gpu.meter.allocator.capacity = gpu.meter.allocator.reserved
+    kept = []
+    with gpu.active(), gpu.meter.scope(place="gpu", force=True):
+        for size in (64 * 1024, 512):
+            try:
+                while True:
+                    kept.append(torch.zeros(size, dtype=torch.uint8))
+            except torch.OutOfMemoryError:
+                pass
+    return kept
+
+
+@SIMULATED
+def test_without_room_the_model_is_as_it_was():
+    spec = tiny_spec("qwen2")
+    plan = tiny_plan("qwen2").with_gpu_layers(spec, 1)
+    model = load_tiny("qwen2", plan, open_gpu("16MiB"))
+    before, held = logits(model), model.gpu.meter.allocated["gpu"]
+    kept = filled(model.gpu)
+    with pytest.raises(torch.OutOfMemoryError):
+        replan(model, plan.with_gpu_layers(spec, 3), progress=False)
+    assert model.plan == plan
+    del kept
+    gc.collect()
+    assert model.gpu.meter.allocated["gpu"] == held
+    assert torch.equal(logits(model), before)
+
+
+def test_each_smaller_plan_takes_less():
+    plan, spec = tiny_plan("qwen2", context=1024), tiny_spec("qwen2")
+    taken, texts = [], []
+    for text, smaller in smaller_plans(plan, spec):
+        smaller.validate(spec)
+        texts.append(text)
+        taken.append(smaller.weight_bytes(spec, "gpu") + smaller.kv_bytes(spec, smaller.context))
+    assert taken == sorted(taken, reverse=True)
+    assert len(set(taken)) == len(taken)
+    assert texts[:3] == [
+        "KV cache in int8",
+        "1 more layer on the CPU, 2 left on the GPU",
+        "2 more layers on the CPU, 0 left on the GPU",
+    ]
+    assert texts[3:] == [f"a context of {n} tokens" for n in (768, 576, 432, 324, 256)]
+
+
+def letters_chat(gpu, context=512, **options):
+    model = load_tiny("qwen2", tiny_plan("qwen2", "fp32", context=context), gpu, letters_state())
+    return ChatSession(model, tiny_tokenizer(), **{"max_new_tokens": 12, **options})
+
+
+def fresh_answer(session, history, text):
+    """What a chat with the same plan and all the room in the world says."""
+    model = load_tiny("qwen2", session.model.plan, open_gpu(None), letters_state())
+    other = ChatSession(model, tiny_tokenizer(), max_new_tokens=12)
+    other.history.extend(dict(message) for message in history)
+    return other.ask(text)
+
+
+@SIMULATED
+def test_a_chat_goes_on_when_the_gpu_is_full(caplog):
+    caplog.set_level(logging.WARNING)
+    session = letters_chat(open_gpu("4MiB"))
+    session.ask("hi")
+    before = list(session.history)
+    answer = session.ask("x" * 300)
+    assert session.turns[-1].given_up
+    assert session.turns[-1].given_up[0] == "KV cache in int8"
+    assert "the GPU is full; going on with less: KV cache in int8" in caplog.text
+    assert session.model.plan.kv_format == "int8"
+    assert session.history == [
+        *before,
+        {"role": "user", "content": "x" * 300},
+        {"role": "assistant", "content": answer},
+    ]
+    assert answer == fresh_answer(session, before, "x" * 300)
+    assert session.turns[0].given_up == ()
+
+
+@SIMULATED
+def test_an_answer_cut_by_a_full_gpu_is_finished_where_it_was():
+    """Out of memory in the middle of an answer: another process takes what was left."""
+    session, pieces = letters_chat(open_gpu("16MiB")), []
+    for piece in session.send("tell me"):
+        pieces.append(piece)
+        if len(pieces) == 4:
+            kept = filled(session.model.gpu)
+    assert len("".join(pieces)) == 12
+    assert session.turns[-1].new_tokens == 12
+    assert session.turns[-1].given_up
+    assert kept
+
+
+@SIMULATED
+def test_where_nothing_helps_the_error_passes_and_the_history_is_as_before():
+    plan = replace(tiny_plan("qwen2", "fp32", context=256), kv_format="int8").with_gpu_layers(tiny_spec("qwen2"), 0)
+    model = load_tiny("qwen2", plan, open_gpu("16MiB"), letters_state())
+    session = ChatSession(model, tiny_tokenizer(), max_new_tokens=12)
+    session.ask("hi")
+    before, kept = list(session.history), filled(model.gpu)
+    with pytest.raises(torch.OutOfMemoryError):
+        session.ask("x" * 100)
+    assert session.history == before
+    assert kept
+
+
+@SIMULATED
+@pytest.mark.parametrize("turns", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_long_chat_under_a_tight_cap_ends_with_its_history(turns):
+    session = letters_chat(open_gpu("4MiB"), context=400)
+    for number in range(turns):
+        assert session.ask(f"question {number}")
+    assert len(session.history) == 2 * turns
+    assert [m["content"] for m in session.history[::2]] == [f"question {n}" for n in range(turns)]
+    assert session.dropped_turns > 0
+    assert all(t.prompt_tokens + t.new_tokens <= 400 for t in session.turns)
+    assert session.model.gpu.meter.allocator.peak_reserved <= 4 * 2**20
+
+
+def test_tolerance_of_splits():
+    """A split changes where, not what: every split equals the unsplit model within its kernels' tolerance."""
+    for kind in ("llama", "qwen2"):
+        model = load_tiny(kind, tiny_plan(kind))
+        whole = logits(model)
+        for count in range(3):
+            replan(model, tiny_plan(kind).with_gpu_layers(tiny_spec(kind), count), progress=False)
+            assert relative_error(logits(model), whole) < TOLERANCES["bf16"]
