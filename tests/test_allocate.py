@@ -139,13 +139,23 @@ def test_of_a_real_model_never_worse_than_one_format_for_all(kind):
 
 def test_between_corners_one_format_for_all_may_be_better():
     """What the docstring grants: an edge that does not fit is left out, here the one that mattered."""
-    given = {
-        "small": [Option("int2", 1, 10.0), Option("int8", 2, 0.0)],
-        "large": [Option("int2", 10, 90.0), Option("int4", 20, 0.0)],
+    small = [Option("int2", 1, 10.0), Option("int8", 2, 0.0)]
+    middle = [Option("int2", 10, 90.0), Option("int4", 20, 0.0)]
+    tables = {name: [Option("int4", 100, 5.0)] for name in ("embedding", "head")}
+    given = {"small": small, "middle": middle, **tables}
+    assert total(allocate(given, 221)) == (212, 100.0)  # 10 a byte first; then 9 a byte is one byte short
+    assert optimum(given, 221) == 20.0
+    assert total(allocate(given, 222)) == (222, 10.0)
+
+
+def test_the_largest_modules_are_tried_in_every_option():
+    """Most of a small model's bytes are its table: one edge of its hull is not little there."""
+    table = [Option("int3", 300, 70.0), Option("int4", 400, 30.0), Option("int5", 500, 20.0)]
+    layers = {
+        f"layer {n}": [Option("int3", 30, 20.0), Option("int4", 40, 9.5), Option("int5", 50, 2.0)] for n in range(5)
     }
-    assert total(allocate(given, 21)) == (12, 90.0)  # 10 a byte first; then 9 a byte is one byte short
-    assert optimum(given, 21) == 10.0
-    assert total(allocate(given, 22)) == (22, 0.0)
+    for budget in range(450, 760, 10):
+        assert total(allocate({"table": table, **layers}, budget))[1] == optimum({"table": table, **layers}, budget)
 
 
 @given(options)
