@@ -12,6 +12,7 @@ from lowvram_lab.memory.device import GpuBudget, open_gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner import auto
 from lowvram_lab.planner.auto import RECIPES
+from lowvram_lab.planner.rates import KernelRates, LayerRates
 from lowvram_lab.planner.search import largest_fitting, least_bytes
 from lowvram_lab.planner.suggest import suggest
 from lowvram_lab.profile import Workload
@@ -51,11 +52,17 @@ def test_the_recipes_need_less_and_less():
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", TINY)
 def test_exactly_what_a_recipe_needs_gets_that_recipe(kind, recipe):
+    """Or a more precise one, where the cheap moves let it in: what int4 needs is enough for int8 with an int8 cache."""
     choice = auto_plan(small_spec(kind), needed(kind, recipe), CONTEXT)
-    assert body_formats(choice.plan) == {recipe}
     assert set(choice.plan.layer_devices(small_spec(kind))) == {"gpu"}
     assert choice.forecast.fits
-    assert choice.why[-1].startswith(f"{recipe} fits")
+    (found,) = body_formats(choice.plan)
+    if found != recipe:
+        assert (found, recipe, choice.plan.kv_format) == ("int8", "int4", "int8")
+        recipe = found
+    assert choice.recipe == recipe
+    assert choice.why[-1].startswith(f"{recipe} ")
+    assert "KV cache in int8 fits" in choice.why[-1] or choice.plan.kv_format == "bf16"
     for refused, line in zip(RECIPES, choice.why[: RECIPES.index(recipe)], strict=False):
         assert refused in line or kind == "qwen2"
     if recipe != "bf16":
@@ -126,15 +133,16 @@ def test_a_context_the_model_does_not_have(context):
         auto_plan(small_spec("llama"), "1GiB", context)
 
 
-@pytest.mark.parametrize("short_by", [1, 2])
+@pytest.mark.parametrize("short_by", [1, MiB // 2])
 @pytest.mark.parametrize("recipes", [RECIPES, ("nf4",)])
 @pytest.mark.parametrize("kind", TINY)
 def test_a_refusal_says_what_is_short_and_what_helps(kind, recipes, short_by):
     spec = small_spec(kind)
-    least = Plan.uniform(spec, recipes[-1], context=CONTEXT).with_gpu_layers(spec, 1)
+    least = Plan.uniform(spec, recipes[-1], context=CONTEXT).with_gpu_layers(spec, 0)
     if not spec.tied:
         least = least.with_modules(spec.embedding, device="cpu")
-    budget = forecast(least, spec).peak_reserved_bytes - short_by * SEGMENT
+    least = replace(least, kv_format="int8")
+    budget = forecast(least, spec).peak_reserved_bytes - short_by
     with pytest.raises(BudgetError) as error:
         auto_plan(spec, budget, CONTEXT, recipes=recipes)
     message = str(error.value)
@@ -147,6 +155,86 @@ def test_a_refusal_says_what_is_short_and_what_helps(kind, recipes, short_by):
         assert "not even a context of 256 helps" in message
         with pytest.raises(BudgetError):
             auto_plan(spec, budget, 256, recipes=recipes)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_fidelity_keeps_the_recipe_and_moves_layers(kind):
+    spec, ranks = small_spec(kind), []
+    for budget in range(needed(kind, "bf16", 0), needed(kind, "bf16") + 1, SEGMENT):
+        choice = auto_plan(spec, budget, CONTEXT, prefer="fidelity")
+        assert body_formats(choice.plan) == {"bf16"}
+        assert forecast(choice.plan, spec, budget).fits
+        ranks.append(choice.plan.layer_devices(spec).count("gpu"))
+    assert ranks == sorted(ranks)
+    assert ranks[0] < ranks[-1] == LAYERS
+
+
+@pytest.mark.parametrize("prefer", auto.PREFERENCES)
+def test_too_little_ram_is_a_bound_too(prefer):
+    spec, machine = small_spec("qwen2"), Flat({"bf16": 3.0, "int8": 2.0, "int4": 1.0})
+    budget = needed("qwen2", "int4", 0)
+    free = auto_plan(spec, budget, CONTEXT, prefer=prefer, machine=machine)
+    taken = auto.ram_bytes(free.plan, spec)
+    assert auto_plan(spec, budget, CONTEXT, prefer=prefer, ram=taken, machine=machine).plan == free.plan
+    try:
+        less = auto_plan(spec, {0: budget, "cpu": taken - 1}, CONTEXT, prefer=prefer, machine=machine)
+    except BudgetError as error:
+        assert "of RAM: the CPU's part alone takes" in str(error)  # noqa: PT017
+        assert prefer != "fidelity"
+    else:
+        assert auto.ram_bytes(less.plan, spec) < taken
+
+
+class Flat:
+    """A machine whose linear layers take so many nanoseconds a weight in a format, on the GPU a tenth of that."""
+
+    cuda, name = False, "an imagined machine"
+
+    def __init__(self, nanoseconds):
+        self.nanoseconds = nanoseconds
+
+    def kernel(self, fmt, place="cpu", threads=None):
+        return KernelRates(0.0, 1e-9 * self.nanoseconds.get(fmt, 1.0) * (0.1 if place == "gpu" else 1), 0.0)
+
+    def layer(self, kv_format, dtype="bf16", place="cpu", threads=None):
+        return LayerRates(0.0, 1e-9, 0.0, 0.0, 0.0, 0.0)
+
+    def link(self):
+        return None
+
+
+def test_speed_weighs_what_each_recipe_leaves_on_the_gpu():
+    spec = small_spec("llama")
+    budget = needed("llama", "int8", 2)
+    quick_int4 = auto_plan(spec, budget, CONTEXT, prefer="speed", machine=Flat({"bf16": 4.0, "int8": 2.0, "int4": 1.0}))
+    assert body_formats(quick_int4.plan) == {"int4"}
+    slow_int4 = auto_plan(spec, budget, CONTEXT, prefer="speed", machine=Flat({"bf16": 4.0, "int8": 2.0, "int4": 90.0}))
+    assert body_formats(slow_int4.plan) == {"int8"}
+    assert slow_int4.speed.origin == "forecast"
+    assert len(slow_int4.why) <= 5
+    assert any("forecast tokens/s: bf16" in line for line in slow_int4.why)
+    even = auto_plan(spec, budget, CONTEXT, prefer="speed", machine=Flat({"bf16": 0.0, "int8": 0.0, "int4": 0.0}))
+    assert body_formats(even.plan) == {"bf16"}  # as fast, and more precise
+
+
+def test_more_budget_is_never_slower():
+    spec, machine = small_spec("qwen2"), Flat({"bf16": 4.0, "int8": 2.0, "int4": 1.0})
+    speeds = [
+        auto_plan(spec, budget, CONTEXT, prefer="speed", machine=machine).speed.decode_tokens_per_s
+        for budget in range(needed("qwen2", "int4", 0), needed("qwen2", "bf16") + 1, SEGMENT)
+    ]
+    assert speeds == sorted(speeds)
+    assert speeds[0] < speeds[-1]
+
+
+def test_what_auto_plan_does_not_understand():
+    spec = small_spec("llama")
+    with pytest.raises(PlanError, match="expected prefer balance, fidelity, speed, found 'cheap'"):
+        auto_plan(spec, "1GiB", CONTEXT, prefer="cheap")
+    with pytest.raises(PlanError, match="expected max_memory with one GPU"):
+        auto_plan(spec, {0: "1GiB", 1: "1GiB", "cpu": "1GiB"}, CONTEXT)
+    with pytest.raises(PlanError, match="expected one recipe or more"):
+        auto_plan(spec, "1GiB", CONTEXT, recipes=())
 
 
 @pytest.mark.parametrize("short_by", [0, 2])

@@ -315,7 +315,7 @@ def _beams(model, logits, scores, workload: Workload):
 
 @dataclass(frozen=True)
 class SpeedProfile:
-    """How fast a loaded model ran, with no meter beside it.
+    """How fast a plan runs: forecast, or measured with no meter beside it.
 
     Attributes:
         where: What ran it, in words; for the stand-in that it is this machine's CPU.
@@ -323,6 +323,8 @@ class SpeedProfile:
         new_tokens: Tokens decoded.
         ttft_s: Seconds from prompt to first token.
         decode_tokens_per_s: Tokens a second after the first.
+        origin: ``"forecast"`` or ``"measured"``.
+        parts: Of a forecast: what takes time → seconds of it in one decoded token.
     """
 
     where: str
@@ -330,10 +332,30 @@ class SpeedProfile:
     new_tokens: int
     ttft_s: float
     decode_tokens_per_s: float
+    origin: str = "measured"
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def compare(self, other: "SpeedProfile"):
+        """This profile beside another of the same workload, and the difference in per cent. A DataFrame."""
+        import pandas as pd
+
+        rows = [(name, getattr(self, name), getattr(other, name)) for name in ("ttft_s", "decode_tokens_per_s")]
+        table = pd.DataFrame(rows, columns=["", self.origin, other.origin])
+        return table.assign(difference_percent=(table.iloc[:, 1] / table.iloc[:, 2] - 1) * 100)
+
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"{self.decode_tokens_per_s:.1f} tokens/s, first token after {self.ttft_s:.2f} s for a prompt of "
+            f"{self.prompt_tokens} tokens ({self.origin}, {self.where})"
+        )
 
     def to_dict(self) -> dict:
         """Plain data."""
         return asdict(self)
+
+    def _repr_html_(self) -> str:
+        return f"<b>Speed</b> {self.summary()}"
 
 
 @torch.no_grad()

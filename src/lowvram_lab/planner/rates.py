@@ -1,0 +1,333 @@
+"""What this machine takes for the parts of a forward pass: measured in a second or two, kept until it changes.
+
+Three sorts of rates: of a linear layer, by format (call, weights read, arithmetic a token); of everything else in a
+decoder layer, measured on a tiny Llama that goes through the real loader; of the link between GPU and CPU.
+
+Derived in: notebooks/05_split_the_layers.ipynb
+"""
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import psutil
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lowvram_lab.cache import cache_dir
+from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.files import write_atomically
+from lowvram_lab.formats import DTYPES, get_format
+from lowvram_lab.loader import load
+from lowvram_lab.memory.device import CudaGpu, Gpu, StandInGpu
+from lowvram_lab.plan import Plan
+from lowvram_lab.quantize.linear import quantized_linear
+from lowvram_lab.spec import ModelSpec
+from lowvram_lab.units import MiB
+
+VERSION = 1
+"""Raised when rates are measured another way: what was kept is then measured anew."""
+
+COPIES_BYTES = 96 * MiB
+"""Copies of a weight that are read in turn, so that none comes from a cache; L3 caches of 32 MiB are usual."""
+
+SMALL, LARGE = 256, 2048
+"""Sizes of the square weights from which a call's fixed cost and the cost of a weight are told apart."""
+
+ROWS = 64
+"""Tokens of a short prompt, from which arithmetic is told apart from reading weights."""
+
+ROUND_S = 0.04
+"""Seconds a timing takes at most; the median of three counts."""
+
+LINK_BYTES = 32 * MiB
+TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 256}
+SHORT, LONG = 64, 512
+
+
+@dataclass(frozen=True)
+class KernelRates:
+    """A linear layer of one format. Seconds: ``call + weights * (weight + row * (tokens - 1))``.
+
+    Attributes:
+        call_s: A call with next to no weights.
+        weight_s: Per weight, for the first token.
+        row_s: Per weight and further token.
+    """
+
+    call_s: float
+    weight_s: float
+    row_s: float
+
+    def seconds(self, weights: int, tokens: int = 1) -> float:
+        """A forward pass of ``tokens`` tokens through ``weights`` weights."""
+        return self.call_s + weights * (self.weight_s + self.row_s * (tokens - 1))
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """A decoder layer without its linear modules, and what a model has around its layers.
+
+    Attributes:
+        model_s: A forward pass of a model without layers and head: embedding, mask, final norm.
+        layer_s: Norms, rotary embedding, attention over a few tokens, Python.
+        width_s: Per further token and hidden feature: element-wise work.
+        pair_s: Per pair of tokens that see each other in a prompt, and query feature.
+        cached_query_s: While decoding, per cached token and query feature.
+        cached_kv_s: While decoding, per cached token and key feature.
+    """
+
+    model_s: float
+    layer_s: float
+    width_s: float
+    pair_s: float
+    cached_query_s: float
+    cached_kv_s: float
+
+
+@dataclass(frozen=True)
+class LinkRates:
+    """Copies between CPU and GPU, bytes a second, and what a small one takes.
+
+    Attributes:
+        to_gpu: From ordinary memory; ``to_gpu_pinned`` from page-locked memory.
+        to_cpu: Into ordinary memory; ``to_cpu_pinned`` into page-locked memory.
+        crossing_s: A few KiB, waited for.
+    """
+
+    to_gpu: float
+    to_gpu_pinned: float
+    to_cpu: float
+    to_cpu_pinned: float
+    crossing_s: float
+
+
+class Machine:
+    """This machine's rates, each measured when it is first asked for and kept in the cache folder.
+
+    Args:
+        remember: Whether to read and write the cache.
+
+    Attributes:
+        name: What it is, in words: the CPU, and the GPU if there is one.
+        cuda: Whether there is a CUDA card; without one "gpu" is the stand-in, and as fast as the CPU it is.
+    """
+
+    def __init__(self, remember: bool = True):
+        self.cuda = torch.cuda.is_available()
+        self.name = _cpu_name() + (f" + {torch.cuda.get_device_name()}" if self.cuda else "")
+        facts = [VERSION, self.name, os.cpu_count(), torch.__version__, psutil.virtual_memory().total >> 30]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+        self._file = cache_dir() / "rates" / f"{key}.json" if remember else None
+        self._known: dict[str, dict] = {}
+        if self._file:
+            with contextlib.suppress(OSError, ValueError):
+                self._known = json.loads(self._file.read_text(encoding="utf-8"))
+
+    def kernel(self, fmt: str, place: str = "cpu", threads: int | None = None) -> KernelRates:
+        """Rates of a linear layer in a format at a place.
+
+        Args:
+            fmt: Name of a format.
+            place: ``"gpu"`` or ``"cpu"``.
+            threads: CPU threads; by default torch's number.
+        """
+        place, threads = self._place(place), threads or torch.get_num_threads()
+        return self._rates(KernelRates, f"kernel {fmt} {place} {threads}", threads, lambda: _kernel(fmt, place))
+
+    def layer(self, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None) -> LayerRates:
+        """Rates of everything in a decoder layer but its linear modules. Arguments as ``Plan`` and ``kernel``."""
+        place, threads = self._place(place), threads or torch.get_num_threads()
+        name = f"layer {kv_format} {dtype} {place} {threads}"
+        plain = self.kernel(dtype, place, threads)
+        return self._rates(LayerRates, name, threads, lambda: _layer(kv_format, dtype, place, plain))
+
+    def link(self) -> LinkRates | None:
+        """Rates between CPU and GPU, or ``None`` without a CUDA card: the stand-in lies in the same RAM."""
+        return self._rates(LinkRates, "link", torch.get_num_threads(), _link) if self.cuda else None
+
+    def _place(self, place: str) -> str:
+        return place if self.cuda else "cpu"
+
+    def _rates(self, kind: type, name: str, threads: int, measure: Callable):
+        if name not in self._known:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                with torch.inference_mode():
+                    self._known[name] = asdict(measure())
+            finally:
+                torch.set_num_threads(before)
+            if self._file:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._file, json.dumps(self._known, indent=1))
+        return kind(**self._known[name])
+
+
+def _kernel(fmt: str, place: str) -> KernelRates:
+    small, large = (_weights(fmt, size, place) for size in (SMALL, LARGE))
+    one = [_per_call(layers, 1, fmt, place) for layers in (small, large)]
+    many = _per_call(large, ROWS, fmt, place)
+    weight = max(0.0, one[1] - one[0]) / (LARGE**2 - SMALL**2)
+    return KernelRates(max(0.0, one[0] - weight * SMALL**2), weight, max(0.0, many - one[1]) / LARGE**2 / (ROWS - 1))
+
+
+def _weights(fmt: str, size: int, place: str) -> list:
+    """Layers enough not to stay in a cache (the small ones may: it is the call that is timed)."""
+    chosen, device = get_format(fmt), "cuda" if place == "gpu" else "cpu"
+    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    if chosen.kind == "float":
+        layers = [torch.nn.Parameter(weight.to(device, DTYPES[fmt]), requires_grad=False)]
+        size_bytes = layers[0].nbytes
+    else:
+        layer = quantized_linear(size, size, chosen, "cuda" if place == "gpu" else "cpu")
+        layer.store(weight.bfloat16(), lambda tensor: tensor.to(device))
+        layers, size_bytes = [layer], sum(buffer.nbytes for buffer in layer.buffers())
+    count = 1 if size == SMALL else max(2, COPIES_BYTES // size_bytes)
+    return layers + [copy.deepcopy(layers[0]) for _ in range(count - 1)]
+
+
+def _per_call(layers: list, rows: int, fmt: str, place: str) -> float:
+    """Median seconds of a call, over layers in turn."""
+    dtype = DTYPES.get(fmt, torch.bfloat16)
+    side = layers[0].shape[1] if isinstance(layers[0], torch.Tensor) else layers[0].in_features
+    x = torch.randn(rows, side).to("cuda" if place == "gpu" else "cpu", dtype)
+    done = 0
+
+    def call() -> None:
+        nonlocal done
+        layer = layers[done % len(layers)]
+        done += 1
+        F.linear(x, layer) if isinstance(layer, torch.Tensor) else layer(x)
+
+    return _median_seconds(call, place)
+
+
+def _median_seconds(call: Callable, place: str) -> float:
+    """Median of three rounds, each of as many calls as go into ``ROUND_S``."""
+    wait = torch.cuda.synchronize if place == "gpu" else lambda: None
+    call(), wait()
+    found = []
+    for _ in range(3):
+        calls, began = 0, time.perf_counter()
+        while time.perf_counter() - began < ROUND_S:
+            call()
+            calls += 1
+        wait()
+        found.append((time.perf_counter() - began) / calls)
+    return statistics.median(found)
+
+
+def _layer(kv_format: str, dtype: str, place: str, plain: KernelRates) -> LayerRates:
+    """Differences between runs of tiny models that differ in one thing each."""
+    few, many, narrow = (_tiny(layers, heads, dtype, place) for layers, heads in ((2, 4), (6, 4), (6, 1)))
+    one_token = [_decode_seconds(model, kv_format, 1, place) for model in (few, many)]
+    whole = (one_token[1] - one_token[0]) / 4  # a layer, its linear modules included
+    linear = {tokens: _linear_seconds(many.spec, plain, tokens) for tokens in (1, SHORT, LONG)}
+    layer_s = max(0.0, whole - linear[1])
+    queries, hidden = TINY["num_attention_heads"] * TINY["head_dim"], TINY["hidden_size"]
+    # a prompt of n tokens: n * hidden * width + n * n / 2 * queries * pair, from two lengths
+    rest = {}
+    for tokens in (SHORT, LONG):
+        a_layer = (
+            _prefill_seconds(many, kv_format, tokens, place) - _prefill_seconds(few, kv_format, tokens, place)
+        ) / 4
+        rest[tokens] = max(0.0, a_layer - layer_s - linear[tokens])
+    a, b = rest[SHORT] / SHORT, rest[LONG] / LONG
+    pair = max(0.0, (b - a) / (LONG - SHORT)) * 2 / queries
+    width = max(0.0, a - pair * queries * SHORT / 2) / hidden
+    # a cached token: queries * cached_query + keys * cached_kv, from two numbers of key heads
+    grown = {}
+    for heads, model in ((4, many), (1, narrow)):
+        short, long = (_decode_seconds(model, kv_format, tokens, place) for tokens in (1, 2 * LONG))
+        grown[heads] = max(0.0, long - short) / 6 / (2 * LONG)
+    kv = max(0.0, grown[4] - grown[1]) / (3 * TINY["head_dim"])
+    query = max(0.0, grown[1] - kv * TINY["head_dim"]) / queries
+    return LayerRates(max(0.0, one_token[0] - 2 * whole), layer_s, width, pair, query, kv)
+
+
+def _linear_seconds(spec: ModelSpec, rates: KernelRates, tokens: int) -> float:
+    modules = [m for m in spec.modules if m.layer == 0 and m.kind == "linear"]
+    return sum(rates.seconds(m.weight_shape[0] * m.weight_shape[1], tokens) for m in modules)
+
+
+def _tiny(layers: int, kv_heads: int, dtype: str, place: str):
+    """A Llama of random weights, loaded like any model."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        **TINY, num_hidden_layers=layers, num_key_value_heads=kv_heads, max_position_embeddings=4 * LONG,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    spec = ModelSpec.from_config(config, "tiny")
+    plan = Plan.uniform(spec, dtype, context=4 * LONG).with_modules("*", device=place)
+    gpu = CudaGpu(None) if torch.cuda.is_available() else StandInGpu(None)
+    return load(plan, gpu, spec=spec, checkpoint=_RandomWeights(spec), progress=False)
+
+
+class _RandomWeights:
+    """A checkpoint of small random weights."""
+
+    def __init__(self, spec: ModelSpec):
+        self._shapes = {f"{m.name}.{key}": shape for m in spec.modules for key, shape in m.parameters.items()}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        return (torch.randn(self._shapes[name], generator=self._generator) * 0.02).bfloat16()
+
+
+def _prefill_seconds(model, kv_format: str, tokens: int, place: str) -> float:
+    ids = torch.ones(1, tokens, dtype=torch.long)
+    return _on(model.gpu, lambda: prefill(model, ids, MeteredCache(model.gpu, kv_format)), place)
+
+
+def _decode_seconds(model, kv_format: str, cached: int, place: str) -> float:
+    """A token fed to a cache of so many tokens, which is cut back before each."""
+    cache, token = MeteredCache(model.gpu, kv_format), torch.ones(1, 1, dtype=torch.long)
+    with model.gpu.unmetered():
+        prefill(model, token.expand(1, cached), cache)
+
+    def step() -> None:
+        cache.keep(cached)
+        decode_one_token(model, token, cache)
+
+    return _on(model.gpu, step, place)
+
+
+def _on(gpu: Gpu, call: Callable, place: str) -> float:
+    with gpu.unmetered():
+        return _median_seconds(call, place)
+
+
+def _link() -> LinkRates:
+    def seconds(size: int, pinned: bool, to_gpu: bool) -> float:
+        there, here = torch.empty(size, dtype=torch.uint8, device="cuda"), torch.empty(size, dtype=torch.uint8)
+        here = here.pin_memory() if pinned else here
+        source, target = (here, there) if to_gpu else (there, here)
+        return _median_seconds(lambda: (target.copy_(source, non_blocking=pinned), torch.cuda.synchronize()), "gpu")
+
+    rates = [LINK_BYTES / seconds(LINK_BYTES, pinned, to_gpu) for to_gpu in (True, False) for pinned in (False, True)]
+    return LinkRates(*rates, seconds(4096, False, True))
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
