@@ -33,6 +33,7 @@ from fidelity_subject import SMOLLM, STORIES, Subject, channel_power, open_subje
 
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.files import write_atomically
+from lowvram_lab.planner.recipe import Recipe
 
 SHARED = Path(__file__).parents[2] / "shared"
 GROUP = {STORIES: 96, SMOLLM: 64}
@@ -79,8 +80,8 @@ LLAMA_SMALL = {
 }
 """smollm2-135m goes without Q4_1, the very grid its weights were written on."""
 
-UNIFORM_BITS = {STORIES: (4, 3), SMOLLM: (4,)}
-"""Of uniform plans; three bits are too few for a model that was written in four."""
+UNIFORM = {STORIES: ("int4-g96", "int3-g96", "int3-g32", "int4-g32", "int5-g96"), SMOLLM: ("int4",)}
+"""Uniform plans; three bits are too few for a model that was written in four."""
 
 MANY_TOKENS = 49152
 """To calibrate on where the default's 16 thousand are few for the text's variety."""
@@ -204,33 +205,27 @@ def run_ours(bench: Bench, quick: bool) -> None:
     ours = Ours(bench.subject, bench.work, text)
     own = {"stock": False, "formats": GRID_FORMATS if bench.subject.name == SMOLLM else None}
 
-    def planned(name: str, family: str, make_plan: Callable, ours: Ours = ours) -> dict | None:
+    def planned(name: str, family: str, make: Callable[[], Recipe], ours: Ours = ours) -> dict | None:
         try:
-            plan, estimated = make_plan()
+            found = make()
         except BudgetError as error:
             bench.rows.append({"name": name, "family": family, "failed": str(error)})
             return None
 
         def build() -> Built:
-            weights, file_bytes, notes = ours.convert(plan)
-            notes |= {"estimated_kl": estimated}
-            return Built(weights, plan.weight_bytes(bench.subject.spec), file_bytes, notes)
+            weights, file_bytes, notes = ours.convert(found)
+            notes |= {"estimated_kl": found.estimated_kl}
+            return Built(weights, found.weight_bytes, file_bytes, notes)
 
-        return bench.row(name, family, f"{plan.digest} {ours.made_from}", build)
+        return bench.row(name, family, f"{found.plan.digest} {ours.made_from}", build)
 
     def from_recipe(name: str, family: str, weight_bytes: int, ours: Ours = ours, **choices) -> dict | None:
-        def make_plan():
-            found = ours.recipe(weight_bytes, **choices)
-            return found.plan, found.estimated_kl
+        return planned(name, family, lambda: ours.recipe(weight_bytes, **choices), ours)
 
-        return planned(name, family, make_plan, ours)
-
-    suffix = "" if GROUP[bench.subject.name] == 64 else f"-g{GROUP[bench.subject.name]}"
-    for bits in (4,) if quick else UNIFORM_BITS[bench.subject.name]:
-        plan = ours.uniform(f"int{bits}{suffix}")
-        size = plan.weight_bytes(bench.subject.spec)
-        planned(f"uniform int{bits}{suffix}", report.UNIFORM, lambda plan=plan: (plan, None))
-        from_recipe(f"allocated, bytes of uniform int{bits}{suffix}", report.OWN, size, **own)
+    for fmt in UNIFORM[bench.subject.name][: 1 if quick else None]:
+        uniform = ours.uniform(fmt)
+        planned(f"uniform {fmt}", report.UNIFORM, lambda uniform=uniform: uniform)
+        from_recipe(f"allocated, bytes of uniform {fmt}", report.OWN, uniform.weight_bytes, **own)
     for reduction in () if quick else REDUCTIONS:
         size = int(bench.subject.fp16_bytes * (1 - reduction))
         from_recipe(f"-{reduction:.0%}, own formats", report.OWN, size, **own)

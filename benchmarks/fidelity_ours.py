@@ -77,24 +77,26 @@ class Ours:
         """The best plan within some bytes, see ``planner.recipe``."""
         return recipe(self.subject.spec, self.sensitivity, weight_bytes=weight_bytes, **choices)
 
-    def uniform(self, fmt: str) -> Plan:
-        """Every matrix in one format, embedding and head too."""
+    def uniform(self, fmt: str) -> Recipe:
+        """Every matrix in one format, embedding and head too; converted with all the care a recipe gets."""
         spec = self.subject.spec
         plan = Plan.uniform(spec, fmt, context=min(2048, spec.max_position_embeddings))
         for name in {spec.embedding, spec.head}:
             plan = plan.with_modules(name, format=fmt)
-        return plan
+        size, whole = plan.weight_bytes(spec), 2 * spec.num_parameters
+        return Recipe(plan, None, size, whole, lookup=self.sensitivity.lookup)
 
-    def convert(self, plan: Plan) -> tuple[dict[str, torch.Tensor], int, dict]:
-        """Converts by a plan, unless that was done before.
+    def convert(self, found: Recipe) -> tuple[dict[str, torch.Tensor], int, dict]:
+        """Converts by a recipe, unless that was done before.
 
         Returns:
             Module name → float32 weight, bytes of the tensors in the files, and notes.
         """
+        plan = found.plan
         directory = self.work / "converted" / f"{plan.digest}-{self.made_from}"
         directory.parent.mkdir(parents=True, exist_ok=True)
         if not (directory / "config.json").exists():
-            given = {"plan": plan, "calibration": self.calibration, "calibration_tokens": self.tokens}
+            given = {"plan": found, "calibration": self.calibration, "calibration_tokens": self.tokens}
             convert(self.subject.source, directory, **given, progress=False)
         facts = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
         weights, file_bytes = restored(directory, plan, self.subject.spec)

@@ -82,7 +82,7 @@ def convert(
     model: str,
     output: str | Path,
     *,
-    plan: Plan | None = None,
+    plan: Plan | Recipe | None = None,
     weight_bytes: int | str | None = None,
     reduction: float | None = None,
     gpu: str | int | None = None,
@@ -101,7 +101,7 @@ def convert(
     Args:
         model: Name, hub id, directory or .gguf file of a 16-bit model.
         output: A new or empty directory.
-        plan: Formats made by hand; or one of
+        plan: Formats made by hand, or a recipe; or one of
         weight_bytes: bytes for the weights in memory,
         reduction: share of the 16-bit bytes to save, such as 0.7,
         gpu: a card to share with ``context`` tokens of KV cache and the workspace.
@@ -119,6 +119,9 @@ def convert(
         CheckpointError: Weights that are missing, not finite, or cannot be held in their format.
     """
     began, output = time.monotonic(), Path(output).expanduser()
+    estimated, lookup = None, 0.0
+    if isinstance(plan, Recipe):
+        plan, estimated, lookup = plan.plan, plan.estimated_kl, plan.lookup
     given = {"plan": plan, "weight_bytes": weight_bytes, "reduction": reduction, "gpu": gpu}
     _check_arguments(given, solver, calibration_tokens)
     refuse_occupied(output)
@@ -144,7 +147,7 @@ def convert(
     weights = {file.name: known_sha256(file, progress) for file in [directory / "config.json", *checkpoint.files]}
     identity = {
         "weights": weights,
-        "plan": plan.digest if plan else None,
+        "plan": [plan.digest, lookup] if plan else None,
         **{key: str(value) for key, value in budget.items()},
         "solver": solver,
         "calibration": hash_of(ids),
@@ -153,10 +156,10 @@ def convert(
     with building(output, identity) as partial:
         most = plan.weight_bytes(spec) if plan else budget["weight_bytes"] or source_bytes // 2
         require_space(partial.path, most + _state_bytes(spec, ids, held_out, plan), "the conversion")
-        stream, estimated, lookup = LayerStream(spec, checkpoint), None, 0.0
+        stream = LayerStream(spec, checkpoint)
         if plan is None:
-            found, lookup = _recipe(stream, ids, weights, budget, partial, progress)
-            plan, estimated = found.plan, found.estimated_kl
+            found = _recipe(stream, ids, weights, budget, partial, progress)
+            plan, estimated, lookup = found.plan, found.estimated_kl, found.lookup
         work = StreamedQuantizer(stream, plan, partial, ids, held_out, solver, progress, lookup)
         measured = work.run()
         facts = {
@@ -223,10 +226,8 @@ def _state_bytes(spec: ModelSpec, ids, held_out, plan: Plan | None) -> int:
     return max(2 * runs, every_layer)
 
 
-def _recipe(
-    stream: LayerStream, ids, weights: dict, budget: dict, partial: PartialDirectory, progress: bool
-) -> tuple[Recipe, float]:
-    """The recipe, and ``Sensitivity.lookup``. The sensitivity stays in the cache, for other sizes of the same model."""
+def _recipe(stream: LayerStream, ids, weights: dict, budget: dict, partial: PartialDirectory, progress: bool) -> Recipe:
+    """The recipe. The sensitivity stays in the cache, for other sizes of the same model."""
     windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
     facts = [weights, hash_of(windows), budget["formats"], __version__]
     kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
@@ -243,7 +244,7 @@ def _recipe(
         )
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(kept, json.dumps(found.to_dict()))
-    return recipe(stream.spec, found, **budget), found.lookup
+    return recipe(stream.spec, found, **budget)
 
 
 def _check_budget(spec: ModelSpec, budget: dict) -> None:

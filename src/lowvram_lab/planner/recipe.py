@@ -34,13 +34,15 @@ class Recipe:
         weight_bytes: Exact bytes of all weights, norms and biases included.
         source_weight_bytes: The same of the 16-bit model.
         forecast: In the ``gpu`` form, the forecast that says it fits.
+        lookup: See ``Sensitivity``; ``convert`` weighs a tied table's two uses by it.
     """
 
     plan: Plan
-    estimated_kl: float
+    estimated_kl: float | None
     weight_bytes: int
     source_weight_bytes: int
     forecast: MemoryProfile | None = None
+    lookup: float = 0.0
 
     @property
     def reduction(self) -> float:
@@ -96,8 +98,10 @@ def recipe(
         base = base.with_modules(spec.embedding, device="cpu")
     options = _options(spec, base, sensitivity, formats, stock)
     if weight_bytes is not None:
-        return _within(spec, base, options, parse_bytes(weight_bytes))
-    return _beside_the_cache(spec, base, options, *resolve(gpu, kernels))
+        found = _within(spec, base, options, parse_bytes(weight_bytes))
+    else:
+        found = _beside_the_cache(spec, base, options, *resolve(gpu, kernels))
+    return replace(found, lookup=sensitivity.lookup)
 
 
 def _options(spec: ModelSpec, base: Plan, sensitivity, formats, stock: bool) -> dict[str, list[Option]]:
