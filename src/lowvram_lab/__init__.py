@@ -21,6 +21,8 @@ _PUBLIC = {
     "run_workload": "profile",
     "run_speed": "profile",
     "auto_plan": "planner.auto",
+    "forecast_speed": "planner.cost",
+    "tune": "tune",
     "suggest": "planner.suggest",
     "estimate_sensitivity": "weights.sensitivity",
     "measure_sensitivity": "weights.measured",

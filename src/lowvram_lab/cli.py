@@ -9,6 +9,7 @@ import sys
 from lowvram_lab import __version__
 from lowvram_lab.cli_common import positive, print_json, prose, spec_of
 from lowvram_lab.cli_compress import add_convert, add_evaluate, run_convert, run_evaluate
+from lowvram_lab.cli_plan import add_plan_options, chosen_plan, run_plan, run_tune, stated_plan
 from lowvram_lab.errors import LowvramError
 
 EXIT_USAGE = 2
@@ -80,24 +81,27 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "say what this machine can do")
     command("models", _models, "list the models known by name")
     forecast = command("forecast", _forecast, "say what a model will take of a GPU, without one and without weights")
-    _add_plan_options(forecast, budget_required=False)
+    add_plan_options(forecast, budget_required=False)
     forecast.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
     forecast.add_argument("--max-context", action="store_true", help="also find the longest context that fits --gpu")
     forecast.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")
     forecast.add_argument(
         "--compare", action="store_true", help="then load the weights, run it, and show the difference"
     )
-    plan = command("plan", _plan, "choose the most precise plan that fits a GPU")
-    _add_plan_options(plan, budget_required=True)
+    plan = command("plan", run_plan, "choose the most precise plan that fits a GPU")
+    add_plan_options(plan, budget_required=True)
+    plan.add_argument("--explain", action="store_true", help="also say where bytes and seconds go")
     plan.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
     chat = command("chat", _chat, "chat with a model inside a GPU budget")
-    _add_plan_options(chat, budget_required=False)
+    add_plan_options(chat, budget_required=False)
     chat.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
     chat.add_argument("--system", metavar="TEXT", help="system message")
     chat.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
     chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     chat.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
     chat.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
+    tune = command("tune", run_tune, "measure a few splits and thread counts")
+    add_plan_options(tune, budget_required=False)
     add_convert(command("convert", run_convert, "quantise a model once, into a directory"))
     add_evaluate(command("evaluate", run_evaluate, "compare a compressed model with its original"))
     demo = command("demo", _demo, "the whole story on a small model: out of memory, plan, load, chat, validation")
@@ -105,23 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")
     demo.add_argument("--context", type=positive, default=1024, metavar="N", help="tokens to plan for (1024)")
     return parser
-
-
-def _add_plan_options(parser, *, budget_required: bool) -> None:
-    parser.add_argument("model", metavar="MODEL", help="name (see lowvram models), hub id, directory or .gguf file")
-    parser.add_argument("--gpu", required=budget_required, metavar="SIZE", help="the card's memory, e.g. 4GiB")
-    parser.add_argument(
-        "--cuda-context", metavar="SIZE", help="what of it the CUDA context takes (384MiB; 0 under 1GiB)"
-    )
-    parser.add_argument("--context", type=positive, metavar="N", help="tokens, prompt and answer (2048)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--format", metavar="NAME", help="one recipe: fp16, bf16, fp32, int8, int6 to int2, int4-g128, nf4, stored"
-    )
-    how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
-    parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
-    parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
 def _doctor(args) -> int:
@@ -149,45 +136,6 @@ def _models(args) -> int:
     return 0
 
 
-def _stated_plan(args, spec, default_format: str | None = None):
-    """The plan the options state, or ``None`` where they leave the choice to the planner."""
-    from dataclasses import replace
-    from pathlib import Path
-
-    from lowvram_lab.plan import Plan
-
-    if args.plan:
-        plan = Plan.from_json(Path(args.plan))
-        if args.context:
-            plan = replace(plan, context=args.context)
-    elif args.format or default_format:
-        recipe = args.format or ("stored" if spec.stored else default_format)
-        plan = Plan.uniform(spec, recipe, context=args.context or 2048)
-    else:
-        return None
-    if args.gpu_layers is not None:
-        plan = plan.with_gpu_layers(spec, args.gpu_layers)
-    plan = replace(plan, threads=args.threads or plan.threads, kv_format=args.kv or plan.kv_format)
-    plan.validate(spec)
-    return plan
-
-
-def _chosen_plan(args, spec, gpu):
-    """The stated plan with its forecast, or the planner's choice; and why."""
-    from lowvram_lab.dry_run import forecast
-    from lowvram_lab.errors import BudgetError
-    from lowvram_lab.planner.auto import auto_plan
-
-    plan = _stated_plan(args, spec, None if gpu.budget else "bf16")
-    if plan is not None:
-        profile = forecast(plan, spec, gpu)
-        return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
-    if args.gpu_layers is not None or args.kv is not None:
-        raise BudgetError("--gpu-layers and --kv need --format or --plan: without them the planner chooses")
-    choice = auto_plan(spec, gpu, args.context or 2048, threads=args.threads)
-    return choice.plan, choice.forecast, list(choice.why)
-
-
 def _forecast(args) -> int:
     from dataclasses import replace
 
@@ -202,7 +150,7 @@ def _forecast(args) -> int:
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
     _check_picture(args.plot)
     _, spec = spec_of(args.model)
-    plan = _stated_plan(args, spec, "fp16")
+    plan = stated_plan(args, spec, "fp16")
     workload = Workload.full_context(plan.context, batch_size=args.batch)
     gpu = open_gpu(budget) if args.compare else budget
     profile = forecast(plan, spec, gpu, workload=workload, timeline=bool(args.plot))
@@ -269,27 +217,6 @@ def _draw(profile, path: str) -> None:
     write_atomically(Path(path), picture.getvalue())
 
 
-def _plan(args) -> int:
-    from pathlib import Path
-
-    from lowvram_lab.memory.device import DryRunGpu, GpuBudget
-
-    budget = GpuBudget.parse(args.gpu, args.cuda_context)
-    _, spec = spec_of(args.model)
-    plan, profile, why = _chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
-    if args.output:
-        plan.to_json(Path(args.output))
-    if args.json:
-        print_json({"plan": plan.to_dict(), "forecast": profile.to_dict(), "speed": None, "why": why})
-        return 0
-    for line in why:
-        print("-", line)
-    print(plan.summary(spec))
-    print(plan.table().to_string(index=False))
-    print(profile.summary())
-    return 0
-
-
 def _chat(args) -> int:
     from lowvram_lab.chat import ChatSession
     from lowvram_lab.engine.decode import Sampling
@@ -302,7 +229,7 @@ def _chat(args) -> int:
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     gpu = open_gpu(args.gpu, args.cuda_context)
     source, spec = spec_of(args.model)
-    plan, profile, _ = _chosen_plan(args, spec, gpu)
+    plan, profile, _ = chosen_plan(args, spec, gpu)
     print(f"{plan.summary(spec)}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
     model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
     session = ChatSession(

@@ -91,6 +91,8 @@ def auto_plan(
     ram: str | int | None = None,
     prefer: str = "balance",
     recipes: tuple[str, ...] | None = None,
+    gpu_layers: int | None = None,
+    kv_format: str | None = None,
     kernels: str | None = None,
     threads: int | None = None,
     machine: Machine | None = None,
@@ -107,6 +109,8 @@ def auto_plan(
             however many layers must go to the CPU. ``"speed"``: the fastest by this machine's rates, which are
             measured if they are not known.
         recipes: Recipes to try, the most precise first; by default ``RECIPES``, or what a converted model holds.
+        gpu_layers: Keep to so many layers on the GPU, and choose the rest.
+        kv_format: Keep to this, ``"int8"`` or the plan's dtype.
         kernels: See ``forecast``.
         threads: CPU threads for the plan.
         machine: Rates for ``"speed"``; by default this machine's.
@@ -129,17 +133,23 @@ def auto_plan(
         raise PlanError(f"expected prefer {', '.join(PREFERENCES)}, found {prefer!r}")
     room = _Room(spec, budget, kernels, None if ram is None else parse_bytes(ram))
     plans = {recipe: replace(Plan.uniform(spec, recipe, context=context), threads=threads) for recipe in recipes}
-    for plan in plans.values():
+    for recipe, plan in plans.items():
+        if gpu_layers is not None:
+            plan = plan.with_gpu_layers(spec, gpu_layers)
+        plans[recipe] = plan = replace(plan, kv_format=kv_format or plan.kv_format)
         plan.validate(spec)
     why: list[str] = []
-    if prefer == "speed":
+    if gpu_layers is not None:
+        choice = next(_whole(plans, room, why), None)
+    elif prefer == "speed":
         choice = _fastest(plans, room, why, machine or Machine())
     elif prefer == "fidelity":
         choice = next(_splits(plans, room, why), None)
     else:
         choice = next(_whole(plans, room, why), None) or _smallest_split(plans, room, why)
     if choice is None:
-        raise _refusal(_least(plans[recipes[-1]], spec), room)
+        least = plans[recipes[-1]]
+        raise _refusal(_least(least if gpu_layers is not None else least.with_gpu_layers(spec, 0), spec), room)
     return choice
 
 
@@ -163,7 +173,7 @@ def _variants(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
 
 
 def _whole(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[PlanChoice]:
-    """Plans with all layers on the GPU, the most precise first; notes in ``why`` what does not fit."""
+    """Plans whose layers stay where they are, the most precise first; notes in ``why`` what does not fit."""
     for recipe, base in plans.items():
         for where, plan in _variants(base, room.spec):
             if profile := room.forecast(plan):
@@ -220,7 +230,7 @@ def _fastest(plans: dict[str, Plan], room: _Room, why: list[str], machine: Machi
 
 def _least(plan: Plan, spec: ModelSpec) -> Plan:
     *_, (_, plan) = _variants(plan, spec)
-    return plan.with_gpu_layers(spec, 0)
+    return plan
 
 
 def _margin(profile: MemoryProfile) -> str:

@@ -114,23 +114,23 @@ class Machine:
     """This machine's rates, each measured when it is first asked for and kept in the cache folder.
 
     Args:
-        remember: Whether to read and write the cache.
+        remember: Whether to keep rates in the cache folder.
+        anew: Whether to measure again what is known: a busy moment may have been kept.
 
     Attributes:
         name: What it is, in words: the CPU, and the GPU if there is one.
         cuda: Whether there is a CUDA card; without one "gpu" is the stand-in, and as fast as the CPU it is.
     """
 
-    def __init__(self, remember: bool = True):
+    def __init__(self, remember: bool = True, anew: bool = False):
         self.cuda = torch.cuda.is_available()
         self.name = _cpu_name() + (f" + {torch.cuda.get_device_name()}" if self.cuda else "")
         facts = [VERSION, self.name, os.cpu_count(), torch.__version__, psutil.virtual_memory().total >> 30]
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         self._file = cache_dir() / "rates" / f"{key}.json" if remember else None
         self._known: dict[str, dict] = {}
-        if self._file:
-            with contextlib.suppress(OSError, ValueError):
-                self._known = json.loads(self._file.read_text(encoding="utf-8"))
+        if not anew:
+            self._known = self._read()
 
     def kernel(self, fmt: str, place: str = "cpu", threads: int | None = None) -> KernelRates:
         """Rates of a linear layer in a format at a place.
@@ -168,8 +168,14 @@ class Machine:
                 torch.set_num_threads(before)
             if self._file:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._file, json.dumps(self._known, indent=1))
+                write_atomically(self._file, json.dumps({**self._read(), **self._known}, indent=1))
         return kind(**self._known[name])
+
+    def _read(self) -> dict[str, dict]:
+        if self._file:
+            with contextlib.suppress(OSError, ValueError):
+                return json.loads(self._file.read_text(encoding="utf-8"))
+        return {}
 
 
 def _kernel(fmt: str, place: str) -> KernelRates:

@@ -30,7 +30,8 @@ class Recipe:
 
     Attributes:
         plan: Everything on the GPU (in the ``gpu`` form, an untied embedding on the CPU).
-        estimated_kl: Sum of the modules' estimated costs: nats per token, on text like the calibration text.
+        estimated_kl: Sum of the modules' estimated costs: nats per token, on text like the calibration text. ``None``
+            for a plan that was not estimated.
         weight_bytes: Exact bytes of all weights, norms and biases included.
         source_weight_bytes: The same of the 16-bit model.
         forecast: In the ``gpu`` form, the forecast that says it fits.
@@ -51,9 +52,10 @@ class Recipe:
 
     def summary(self) -> str:
         """One line."""
+        estimate = "" if self.estimated_kl is None else f", estimated KL {self.estimated_kl:.4f}"
         return (
             f"{format_bytes(self.weight_bytes)} of weights ({self.reduction:.1%} less than "
-            f"{format_bytes(self.source_weight_bytes)}), estimated KL {self.estimated_kl:.4f}"
+            f"{format_bytes(self.source_weight_bytes)}){estimate}"
         )
 
     def _repr_html_(self) -> str:

@@ -1,0 +1,102 @@
+"""tune: measures a few splits and thread counts of one loaded model, beside their forecasts.
+
+Derived in: notebooks/05_split_the_layers.ipynb
+"""
+
+import os
+from dataclasses import replace
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from lowvram_lab.dry_run import forecast
+from lowvram_lab.errors import PlanError
+from lowvram_lab.loader import load, replan
+from lowvram_lab.memory.device import Gpu
+from lowvram_lab.plan import Plan
+from lowvram_lab.planner.cost import forecast_speed
+from lowvram_lab.planner.rates import Machine
+from lowvram_lab.profile import Workload, run_speed
+from lowvram_lab.spec import ModelSpec
+
+WORKLOAD = Workload(prompt_tokens=64, new_tokens=24)
+
+
+def tune(
+    plan: Plan,
+    spec: ModelSpec,
+    gpu: Gpu,
+    *,
+    gpu_layers: list[int] | None = None,
+    threads: list[int] | None = None,
+    workload: Workload = WORKLOAD,
+    checkpoint=None,
+    machine: Machine | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Measures how fast a plan runs with other splits and thread counts.
+
+    The model is loaded once; from split to split only the layers that move are loaded again.
+
+    Args:
+        plan: Its formats, KV format and context are kept.
+        spec: The model.
+        gpu: Where to load it; splits whose forecast does not fit are left out.
+        gpu_layers: Numbers of layers on the GPU; by default none, half, and as many as the plan has.
+        threads: Thread counts; by default one and as many as there are cores.
+        workload: Prompt and answer of one timing.
+        checkpoint: See ``load``.
+        machine: See ``forecast_speed``; by default this machine, its rates measured anew.
+        progress: Show a progress bar.
+
+    Returns:
+        ``gpu_layers``, ``threads``, ``peak_gpu_bytes`` (forecast, reserved), ``ttft_s``, ``tokens_per_s`` (measured),
+        ``forecast_tokens_per_s``, ``frontier`` (no other row is faster with as little memory). A DataFrame.
+
+    Raises:
+        PlanError: None of the splits fits.
+    """
+    most = plan.layer_devices(spec).count("gpu")
+    splits = sorted(set(gpu_layers if gpu_layers is not None else (0, most // 2, most)))
+    counts = sorted(set(threads or (1, os.cpu_count() or 1)))
+    fitting = {}
+    for count in splits:
+        profile = forecast(plan.with_gpu_layers(spec, count), spec, gpu)
+        if profile.fits:
+            fitting[count] = profile.peak_reserved_bytes
+    if not fitting:
+        raise PlanError(f"none of {splits} layers on the GPU fits; give a smaller format or fewer layers")
+    machine, rows, model = machine or Machine(anew=True), [], None
+    before = torch.get_num_threads()
+    try:
+        with tqdm(total=len(fitting) * len(counts), desc="tune", disable=not progress, leave=False) as bar:
+            for layers, peak in fitting.items():
+                for count in counts:
+                    tried = replace(plan.with_gpu_layers(spec, layers), threads=count)
+                    foretold = forecast_speed(tried, spec, workload, machine)
+                    if model is None:
+                        model = load(tried, gpu, spec=spec, checkpoint=checkpoint, progress=False)
+                    else:
+                        replan(model, tried, progress=False)
+                    run_speed(model, Workload(8, 1))  # the first forward warms up what is made once
+                    speed = run_speed(model, workload)
+                    rows.append(
+                        {
+                            "gpu_layers": layers,
+                            "threads": count,
+                            "peak_gpu_bytes": peak,
+                            "ttft_s": speed.ttft_s,
+                            "tokens_per_s": speed.decode_tokens_per_s,
+                            "forecast_tokens_per_s": foretold.decode_tokens_per_s,
+                        }
+                    )
+                    bar.update()
+    finally:
+        torch.set_num_threads(before)
+    table = pd.DataFrame(rows)
+    beaten = [
+        any(o.tokens_per_s > row.tokens_per_s and o.peak_gpu_bytes <= row.peak_gpu_bytes for o in table.itertuples())
+        for row in table.itertuples()
+    ]
+    return table.assign(frontier=[not b for b in beaten])
