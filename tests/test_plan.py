@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import PLACEMENTS, TINY, tiny_plan, tiny_spec, tiny_state
@@ -242,3 +243,30 @@ def test_faces_say_the_split():
     assert "1 of 3 layers on the GPU" in plan.summary(tiny_spec("qwen2"))
     assert plan.table()["count"].sum() == len(plan.modules)
     assert "tiny-qwen2" in plan._repr_html_()
+
+
+def test_a_device_map_of_accelerates_is_a_placement():
+    spec = tiny_spec("qwen2")
+    plan = Plan.uniform(spec, "int8", context=64)
+    found = plan.with_device_map(
+        spec,
+        {"": 0, "model.embed_tokens": "cpu", "model.layers.0": torch.device("cpu"), "model.layers.1": "cuda:0"},
+    )
+    assert found == plan.with_gpu_layers(spec, 2).with_modules("model.embed_tokens", device="cpu")
+    assert plan.with_device_map(spec, {"": "cpu"}) == plan.with_modules("*", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("device_map", "words"),
+    [
+        ({"model": 0}, "says nothing about lm_head"),
+        ({"": 0, "model.layers.9": "cpu"}, "names 'model.layers.9', which tiny-qwen2 does not have"),
+        ({"": "disk"}, "all: expected gpu, cuda, a GPU's number or cpu, found 'disk'"),
+        ({"": True}, "found True"),
+        ({"": 0, "model.layers.1.mlp": "cpu"}, "a decoder layer lives on one device"),
+    ],
+)
+def test_a_device_map_that_is_none(device_map, words):
+    spec = tiny_spec("qwen2")
+    with pytest.raises(PlanError, match=words):
+        Plan.uniform(spec, context=64).with_device_map(spec, device_map)

@@ -119,6 +119,32 @@ class Plan:
         changed = {name: replace(old, device=places.get(name, old.device)) for name, old in self.modules.items()}
         return replace(self, modules=changed)
 
+    def with_device_map(self, spec: ModelSpec, device_map: Mapping) -> "Plan":
+        """The same plan with accelerate's placement: ``{"model.embed_tokens": "cpu", "model.layers.0": 0, ...}``.
+
+        Args:
+            spec: The model.
+            device_map: Module or any part of its path (``""`` for all) → ``"gpu"``, ``"cuda"``, a GPU's number, or
+                ``"cpu"``. The longest name that fits a module counts.
+
+        Raises:
+            PlanError: A module without a place, a name that fits no module, or a place that is none.
+        """
+        places = {name: _place_of(name, where) for name, where in device_map.items()}
+        used, modules = set(), {}
+        for name, old in self.modules.items():
+            fitting = [part for part in places if part in ("", name) or name.startswith(f"{part}.")]
+            if not fitting:
+                raise PlanError(f"the device map says nothing about {name}; add it, or '' for all others")
+            used.add(longest := max(fitting, key=len))
+            modules[name] = replace(old, device=places[longest])
+        for name in places.keys() - used - {""}:
+            if not any(module == name or module.startswith(f"{name}.") for module in modules):
+                raise PlanError(f"the device map names {name!r}, which {spec.name} does not have")
+        plan = replace(self, modules=modules)
+        plan.validate(spec)
+        return plan
+
     def validate(self, spec: ModelSpec) -> None:
         """Checks the plan against the model it is to run.
 
@@ -301,6 +327,16 @@ def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str
     if ends or get_format(recipe).refuse(module.kind, shape):
         return "int8"
     return recipe
+
+
+def _place_of(name: str, where) -> str:
+    """accelerate's words for a place."""
+    text = str(where).split(":")[0]
+    if text in ("gpu", "cuda") or (isinstance(where, int) and not isinstance(where, bool) and where >= 0):
+        return "gpu"
+    if text == "cpu":
+        return "cpu"
+    raise PlanError(f"{name or 'all'}: expected gpu, cuda, a GPU's number or cpu, found {where!r}")
 
 
 def _role(name: str) -> str:
