@@ -83,9 +83,6 @@ LLAMA_SMALL = {
 UNIFORM = {STORIES: ("int4-g96", "int3-g96", "int3-g32", "int4-g32", "int5-g96"), SMOLLM: ("int4",)}
 """Uniform plans; three bits are too few for a model that was written in four."""
 
-MANY_TOKENS = 49152
-"""To calibrate on where the default's 16 thousand are few for the text's variety."""
-
 SIZES = {STORIES: 6, SMOLLM: 2}
 """Of the sizes between 3 and 5 bits a weight that llama.cpp's files have, how many get a recipe of ours."""
 
@@ -233,9 +230,8 @@ def run_ours(bench: Bench, quick: bool) -> None:
         kernels = tuple(f for f in KERNEL_FORMATS if f != "int4-g32" or bench.subject.name != SMOLLM)
         from_recipe(f"-{reduction:.0%}, formats with a kernel", report.KERNEL, size, stock=False, formats=kernels)
     if bench.subject.name == SMOLLM and text and not quick:  # the last reduction, the hard one, on other text
-        plain, more = Ours(bench.subject, bench.work, None), Ours(bench.subject, bench.work, text, MANY_TOKENS)
+        plain = Ours(bench.subject, bench.work, None)
         from_recipe(f"-{reduction:.0%}, the library's text", report.OTHER, size, plain, **own)
-        from_recipe(f"-{reduction:.0%}, {MANY_TOKENS} tokens", report.OTHER, size, more, **own)
     for size in () if quick else llama_sizes(bench.rows, SIZES[bench.subject.name]):
         bits = size * 8 / bench.subject.spec.num_parameters
         from_recipe(f"{bits:.2f} bits, own formats", report.OWN, size, **own)
