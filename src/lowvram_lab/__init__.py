@@ -34,6 +34,7 @@ _PUBLIC = {
     "explain_oom": "explain",
     "watch": "memory.watch",
     "watch_host": "memory.host",
+    "LayerSplitPanel": "widgets",
     "ChatSession": "chat",
     "Sampling": "engine.decode",
     "fidelity": "evaluate",

@@ -259,12 +259,16 @@ class CudaGpu(Gpu):
     """A CUDA card, capped for this process so that a small card's OOM is real on any card.
 
     The meter is not run over CUDA work outside ``phase``: CUDA's own counters are the truth and cost nothing.
+
+    Args:
+        budget: The card to be, or ``None`` for all of it.
+        set_cap: Whether to set this process's cap; a measurement beside a loaded model leaves it as it is.
     """
 
     kernels = "cuda"
     simulated = False
 
-    def __init__(self, budget: GpuBudget | None):
+    def __init__(self, budget: GpuBudget | None, set_cap: bool = True):
         super().__init__(budget)
         self.meter = Meter(by_device=True)
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -275,6 +279,8 @@ class CudaGpu(Gpu):
                 f"asked for a {format_bytes(budget.total_bytes)} GPU, found {self.name} with "
                 f"{format_bytes(card_bytes)}; give a smaller budget"
             )
+        if not set_cap:
+            return
         # the allocator truncates fraction * total to bytes: one more keeps the cap from falling a byte short
         fraction = min(1.0, (budget.usable_bytes + 1) / card_bytes) if budget else 1.0
         torch.cuda.empty_cache()

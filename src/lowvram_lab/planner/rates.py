@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from lowvram_lab.cache import cache_dir
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.loader import load
@@ -164,6 +165,10 @@ class Machine:
             try:
                 with torch.inference_mode():
                     self._known[name] = asdict(measure())
+            except torch.OutOfMemoryError as error:
+                raise LowvramError(
+                    f"no room on the GPU to measure its rates ({name}); forecast speed before a model is loaded"
+                ) from error
             finally:
                 torch.set_num_threads(before)
             if self._file:
@@ -275,7 +280,7 @@ def _tiny(layers: int, kv_heads: int, dtype: str, place: str):
     )  # fmt: skip
     spec = ModelSpec.from_config(config, "tiny")
     plan = Plan.uniform(spec, dtype, context=4 * LONG).with_modules("*", device=place)
-    gpu = CudaGpu(None) if torch.cuda.is_available() else StandInGpu(None)
+    gpu = CudaGpu(None, set_cap=False) if torch.cuda.is_available() else StandInGpu(None)
     return load(plan, gpu, spec=spec, checkpoint=_RandomWeights(spec), progress=False)
 
 
