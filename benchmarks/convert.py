@@ -87,8 +87,8 @@ def survive_kills(model: str, reduce: str, work: Path, kills: int, seconds: floa
     output, draw, hit = work / "killed", random.Random(0), 0
     shutil.rmtree(output, ignore_errors=True)
     while not output.exists():
-        # each try is killed somewhere within what a whole run takes, until all kills are spent
-        delay = draw.uniform(0.02, 0.6) * seconds if hit < kills else None
+        # each try goes on where the last was killed: so the moments are spread over a whole run
+        delay = draw.uniform(0.02, 0.2) * seconds if hit < kills else None
         if convert(model, reduce, output, delay) is None:
             hit += 1
             print(f"killed after {delay:.0f} s ({hit} of {kills})", file=sys.stderr)

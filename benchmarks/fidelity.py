@@ -206,7 +206,8 @@ def run_ours(bench: Bench, quick: bool) -> None:
         try:
             found = make()
         except BudgetError as error:
-            bench.rows.append({"name": name, "family": family, "failed": str(error)})
+            reason = str(error).replace(bench.subject.spec.name, bench.subject.name)  # which may be a path
+            bench.rows.append({"name": name, "family": family, "failed": reason})
             return None
 
         def build() -> Built:
