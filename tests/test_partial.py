@@ -125,7 +125,7 @@ def test_killed_while_writing_the_file_does_not_count_and_is_written_again(targe
         partial.save_tensors("one.safetensors", shard())
         with monkeypatch.context() as patch:
 
-            def die(*_):
+            def die(*_, **__):
                 raise KeyboardInterrupt
 
             patch.setattr(f"lowvram_lab.partial.{step}", die)
@@ -155,7 +155,7 @@ def test_killed_while_publishing_ends_in_a_whole_directory_the_next_time(target,
         partial.save_json("x.json", {})
         with monkeypatch.context() as patch:
 
-            def die(*_):
+            def die(*_, **__):
                 raise KeyboardInterrupt
 
             patch.setattr(f"lowvram_lab.partial.{step}", die)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import PLACEMENTS, TINY, tiny_plan, tiny_spec, tiny_state
+from models import PLACEMENTS, TINY, load_tiny, tiny_plan, tiny_spec, tiny_state
 
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.formats import FORMATS
@@ -256,11 +256,21 @@ def test_a_device_map_of_accelerates_is_a_placement():
     assert plan.with_device_map(spec, {"": "cpu"}) == plan.with_modules("*", device="cpu")
 
 
+@pytest.mark.parametrize("kind", TINY)
+def test_the_map_of_a_loaded_model_comes_back(kind):
+    spec = tiny_spec(kind)
+    for plan in (tiny_plan(kind).with_gpu_layers(spec, count) for count in range(4)):
+        found = load_tiny(kind, plan).hf_device_map
+        assert "model.rotary_emb" in found
+        assert Plan.uniform(spec, context=plan.context).with_device_map(spec, found).modules == plan.modules
+
+
 @pytest.mark.parametrize(
     ("device_map", "words"),
     [
         ({"model": 0}, "says nothing about lm_head"),
         ({"": 0, "model.layers.9": "cpu"}, "names 'model.layers.9', which tiny-qwen2 does not have"),
+        ({"": 0, "transformer.h.0": "cpu"}, "names 'transformer.h.0'"),
         ({"": "disk"}, "all: expected gpu, cuda, a GPU's number or cpu, found 'disk'"),
         ({"": True}, "found True"),
         ({"": 0, "model.layers.1.mlp": "cpu"}, "a decoder layer lives on one device"),

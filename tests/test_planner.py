@@ -193,7 +193,7 @@ class Flat:
     def __init__(self, nanoseconds):
         self.nanoseconds = nanoseconds
 
-    def kernel(self, fmt, place="cpu", threads=None):
+    def kernel(self, fmt, place="cpu", threads=None, shared=False):
         return KernelRates(0.0, 1e-9 * self.nanoseconds.get(fmt, 1.0) * (0.1 if place == "gpu" else 1), 0.0)
 
     def layer(self, kv_format, dtype="bf16", place="cpu", threads=None):
@@ -227,12 +227,26 @@ def test_more_budget_is_never_slower():
     assert speeds[0] < speeds[-1]
 
 
+@pytest.mark.parametrize("kind", TINY)
+def test_what_is_given_is_kept(kind):
+    spec = small_spec(kind)
+    for budget in range(needed(kind, "int4", 0), needed(kind, "bf16") + 1, 2 * SEGMENT):
+        assert auto_plan(spec, budget, CONTEXT, kv_format="bf16").plan.kv_format == "bf16"
+        assert auto_plan(spec, budget, CONTEXT, kv_format="int8").plan.kv_format == "int8"
+    plan = auto_plan(spec, needed(kind, "int8"), CONTEXT, gpu_layers=1, threads=3).plan
+    assert (plan.layer_devices(spec).count("gpu"), plan.threads) == (1, 3)
+
+
 def test_what_auto_plan_does_not_understand():
     spec = small_spec("llama")
     with pytest.raises(PlanError, match="expected prefer balance, fidelity, speed, found 'cheap'"):
         auto_plan(spec, "1GiB", CONTEXT, prefer="cheap")
     with pytest.raises(PlanError, match="expected max_memory with one GPU"):
         auto_plan(spec, {0: "1GiB", 1: "1GiB", "cpu": "1GiB"}, CONTEXT)
+    with pytest.raises(PlanError, match="RAM in max_memory or in ram, found both"):
+        auto_plan(spec, {0: "1GiB", "cpu": "1GiB"}, CONTEXT, ram="1GiB")
+    with pytest.raises(PlanError, match="chooses the split, found gpu_layers=2 as well"):
+        auto_plan(spec, "1GiB", CONTEXT, prefer="speed", gpu_layers=2)
     with pytest.raises(PlanError, match="expected one recipe or more"):
         auto_plan(spec, "1GiB", CONTEXT, recipes=())
 

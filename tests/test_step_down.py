@@ -22,6 +22,7 @@ from lowvram_lab.errors import PlanError
 from lowvram_lab.loader import replan
 from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.planner.step_down import smaller_plans
+from lowvram_lab.profile import Workload, run_workload
 
 SIMULATED = pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
 
@@ -101,6 +102,23 @@ def test_without_room_the_model_is_as_it_was():
     assert torch.equal(logits(model), before)
 
 
+def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
+    model = load_tiny("qwen2", tiny_plan("qwen2"))
+    before, reads, original = logits(model), [], model.checkpoint.read
+
+    def interrupted(name):
+        reads.append(name)
+        if len(reads) == 3:
+            raise KeyboardInterrupt
+        return original(name)
+
+    monkeypatch.setattr(model.checkpoint, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replan(model, tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), 1), progress=False)
+    assert torch.equal(logits(model), before)
+    assert model.plan == tiny_plan("qwen2")
+
+
 def test_each_smaller_plan_takes_less():
     plan, spec = tiny_plan("qwen2", context=1024), tiny_spec("qwen2")
     taken, texts = [], []
@@ -163,6 +181,33 @@ def test_an_answer_cut_by_a_full_gpu_is_finished_where_it_was():
     assert session.turns[-1].new_tokens == 12
     assert session.turns[-1].given_up
     assert kept
+
+
+def test_a_chat_notices_that_its_model_was_replanned():
+    session = letters_chat(open_gpu("64MiB"))
+    session.ask("hi")
+    before = list(session.history)
+    replan(session.model, session.model.plan.with_gpu_layers(tiny_spec("qwen2"), 1), progress=False)
+    assert session.ask("and now?") == fresh_answer(session, before, "and now?")
+    assert session.turns[-1].cached_tokens == 0
+
+
+@SIMULATED
+def test_after_stepping_down_a_run_that_fits_says_so():
+    session = letters_chat(open_gpu("4MiB"))
+    session.ask("x" * 300)
+    assert session.turns[-1].given_up
+    assert run_workload(session.model, Workload(20, 2)).fits
+
+
+def test_a_history_cut_by_its_owner_is_a_new_beginning():
+    session = letters_chat(open_gpu("64MiB"), context=128)
+    for number in range(6):
+        session.ask(f"question {number}")
+    assert session.dropped_turns > 1
+    session.history.clear()
+    assert session.ask("new start") == fresh_answer(session, [], "new start")
+    assert session.dropped_turns == 0
 
 
 @SIMULATED

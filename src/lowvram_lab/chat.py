@@ -95,7 +95,7 @@ class ChatSession:
         self.turns: list[TurnStats] = []
         self.dropped_turns = 0
         self._stop = stop_ids(model, tokenizer)
-        self._cache, self._cached_ids = MeteredCache(model.gpu, model.plan.kv_format), []
+        self._begin_cache(model.plan)
 
     def ask(self, text: str) -> str:
         """Sends a message and returns the whole answer."""
@@ -124,6 +124,7 @@ class ChatSession:
         return self._answer(history, *self._fitting_prompt(history))
 
     def _answer(self, history: list[dict[str, str]], prompt: list[int], dropped: int) -> Iterator[str]:
+        dropped_before = self.dropped_turns
         self.history, self.dropped_turns = history, dropped
         gpu, started = self.model.gpu, time.perf_counter()
         cached = self._reuse_cache(prompt)
@@ -155,6 +156,7 @@ class ChatSession:
             raise
         except BaseException:
             self._cache, self.history = self._usable_cache(), history[:-1]  # asked again, the message would fail again
+            self.dropped_turns = dropped_before
             raise
         finally:
             now = time.perf_counter()
@@ -176,7 +178,7 @@ class ChatSession:
     def _step_down(self, smaller: Iterator[tuple[str, Plan]], error: torch.OutOfMemoryError) -> str:
         """Makes the model realise the next smaller plan that can be; says what was given up. Else raises ``error``."""
         for text, plan in smaller:
-            self._cache, self._cached_ids = MeteredCache(self.model.gpu, plan.kv_format), []
+            self._begin_cache(plan)
             try:
                 replan(self.model, plan, progress=False)
             except torch.OutOfMemoryError:
@@ -195,8 +197,9 @@ class ChatSession:
         Returns:
             Token ids, and how many turns they leave out.
         """
-        context, dropped = self.model.plan.context, self.dropped_turns
+        context = self.model.plan.context
         first = 1 if history[0]["role"] == "system" else 0
+        dropped = min(self.dropped_turns, (len(history) - first - 1) // 2)  # history may have been cut by its owner
         while True:
             seen = history[:first] + history[first + 2 * dropped :]
             prompt = self.tokenizer.apply_chat_template(seen, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -213,6 +216,10 @@ class ChatSession:
                     "shorten it or plan for more"
                 )
 
+    def _begin_cache(self, plan: Plan) -> None:
+        self._cache, self._cached_ids = MeteredCache(self.model.gpu, plan.kv_format), []
+        self._cache_plan = plan
+
     def _usable_cache(self) -> MeteredCache:
         """The cache, or an empty one if a forward that was cut off left its layers with different lengths."""
         lengths = {layer.get_seq_length() for layer in self._cache.layers}
@@ -221,6 +228,8 @@ class ChatSession:
 
     def _reuse_cache(self, prompt: list[int]) -> int:
         """Keeps the part of the KV cache that the new prompt begins with; returns its length in tokens."""
+        if self._cache_plan != self.model.plan:  # replanned meanwhile, by another session perhaps
+            self._begin_cache(self.model.plan)
         common = 0
         for old, new in zip(self._cached_ids, prompt[:-1], strict=False):  # at least one token must be fed
             if old != new:

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     command("doctor", _doctor, "say what this machine can do")
     command("models", _models, "list the models known by name")
     forecast = command("forecast", _forecast, "say what a model will take of a GPU, without one and without weights")
-    add_plan_options(forecast, budget_required=False)
+    add_plan_options(forecast, budget_required=False, chooses=False)
     forecast.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
     forecast.add_argument("--max-context", action="store_true", help="also find the longest context that fits --gpu")
     forecast.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")

@@ -9,15 +9,16 @@ PREFERENCES = ("balance", "fidelity", "speed")
 """``planner.auto``'s, named here so that ``--help`` imports no torch."""
 
 
-def add_plan_options(parser, *, budget_required: bool) -> None:
+def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> None:
     """The options that say which plan."""
     parser.add_argument("model", metavar="MODEL", help="name (see lowvram models), hub id, directory or .gguf file")
     parser.add_argument("--gpu", required=budget_required, metavar="SIZE", help="the card's memory, e.g. 4GiB")
     parser.add_argument(
         "--cuda-context", metavar="SIZE", help="what of it the CUDA context takes (384MiB; 0 under 1GiB)"
     )
-    parser.add_argument("--ram", metavar="SIZE", help="what the CPU's part may take (no limit)")
-    parser.add_argument("--prefer", choices=PREFERENCES, help="what the planner is to prefer (balance)")
+    if chooses:
+        parser.add_argument("--ram", metavar="SIZE", help="what the CPU's part may take (no limit)")
+        parser.add_argument("--prefer", choices=PREFERENCES, help="what the planner is to prefer (balance)")
     parser.add_argument("--context", type=positive, metavar="N", help="tokens, prompt and answer (2048)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -60,7 +61,7 @@ def chosen_plan(args, spec, gpu):
     plan = stated_plan(args, spec, None if gpu.budget else "bf16")
     if plan is not None:
         if args.prefer:
-            raise LowvramError("--prefer is for the planner, which --format and --plan leave nothing to choose")
+            raise LowvramError("--prefer is for the planner: give it --gpu, and neither --format nor --plan")
         profile = forecast(plan, spec, gpu)
         _check_ram(args.ram, plan, spec)
         return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]

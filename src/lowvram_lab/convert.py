@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -172,7 +172,7 @@ def convert(
             "estimated_kl": estimated,
             "measured": measured,
             "modules": work.modules,
-            "plan": plan.to_dict(),
+            "plan": replace(plan, model=source.public_name).to_dict(),
         }
         _finish(partial, directory, spec, plan, facts, work.shards)
         partial.publish()

@@ -113,8 +113,8 @@ def replan(model, plan: Plan, *, progress: bool = True) -> None:
 
     Raises:
         PlanError: The plan does not fit the model, or has another dtype.
-        torch.OutOfMemoryError: No room on the GPU for what is to come. After this, as after any error, the model is
-            as it was before.
+        torch.OutOfMemoryError: No room on the GPU for what is to come. After this, as after any error or interrupt,
+            the model is as it was before.
     """
     spec, old = model.spec, model.plan
     plan.validate(spec)
@@ -125,7 +125,7 @@ def replan(model, plan: Plan, *, progress: bool = True) -> None:
     detach(model)
     try:
         _realise(model, changed, plan, progress)
-    except Exception:
+    except BaseException:  # Ctrl-C too
         changed.sort(key=lambda m: old.modules[m.name].device == "gpu")
         _realise(model, changed, old, progress)
         raise
@@ -166,6 +166,7 @@ def _finish(model, plan: Plan, spec: ModelSpec, places: dict[str, str], gpu: Gpu
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
         model.save_pretrained = _refuse_to_save
     model.plan = gpu.plan = plan
+    gpu.meter.first_oom = None
     model.hf_device_map = {path: _device_name(place, gpu) for path, place in places.items()}
 
 

@@ -5,6 +5,7 @@ Beside the target ``DIR`` lies ``.DIR.partial`` with the files made so far and `
 the journal is replaced whole.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -105,7 +106,7 @@ class PartialDirectory:
                 f"cannot rename {self.path} to {self.target}: {error.strerror}; see what stands in the way, then run "
                 "the same command again: all files are made"
             ) from error
-        shutil.rmtree(self._aside)
+        shutil.rmtree(self._aside, ignore_errors=True)  # if not now, then when this target is built again
 
     def _adopt(self, temporary: Path, name: str) -> None:
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
@@ -132,10 +133,11 @@ def building(target: Path, identity: dict):
         LowvramError: The target holds something, or its folder is not there.
     """
     target = settled(target)
-    if not _hidden(target, "partial").exists():  # else killed between the rename and the removal of the state
-        shutil.rmtree(_hidden(target, "state"), ignore_errors=True)
-    refuse_occupied(target)
+    if not _hidden(target, "state").is_dir():  # else killed while publishing: see under the lock
+        refuse_occupied(target)
     with locked(target) as lock:
+        if not _hidden(target, "partial").exists():  # killed between the rename and the removal of the state
+            shutil.rmtree(_hidden(target, "state"), ignore_errors=True)
         refuse_occupied(target)
         partial = PartialDirectory(target, identity)
         try:
@@ -144,7 +146,8 @@ def building(target: Path, identity: dict):
             shutil.rmtree(partial.path, ignore_errors=True)
             raise
         if target.exists():  # whoever waits for the lock, or makes a new one, finds the target occupied
-            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows does not remove a file that is held
+                lock.unlink()
 
 
 def settled(target: Path) -> Path:

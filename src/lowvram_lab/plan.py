@@ -9,9 +9,11 @@ Derived in: notebooks/01_analyze_the_oom.ipynb
 import fnmatch
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 from lowvram_lab.errors import PlanError
@@ -127,19 +129,22 @@ class Plan:
             device_map: Module or any part of its path (``""`` for all) → ``"gpu"``, ``"cuda"``, a GPU's number, or
                 ``"cpu"``. The longest name that fits a module counts.
 
+        Names of blocks without weights (``"model.rotary_emb"``) are passed over: they live where the first layer does.
+
         Raises:
             PlanError: A module without a place, a name that fits no module, or a place that is none.
         """
         places = {name: _place_of(name, where) for name, where in device_map.items()}
-        used, modules = set(), {}
+        modules = {}
         for name, old in self.modules.items():
             fitting = [part for part in places if part in ("", name) or name.startswith(f"{part}.")]
             if not fitting:
                 raise PlanError(f"the device map says nothing about {name}; add it, or '' for all others")
-            used.add(longest := max(fitting, key=len))
-            modules[name] = replace(old, device=places[longest])
-        for name in places.keys() - used - {""}:
-            if not any(module == name or module.startswith(f"{name}.") for module in modules):
+            modules[name] = replace(old, device=places[max(fitting, key=len)])
+        known = {part for name in modules for part in accumulate(name.split("."), "{}.{}".format)}
+        for name in places:
+            parent = name.rpartition(".")[0]
+            if name not in known and name and (parent not in known or re.search(r"\.\d+$", name)):
                 raise PlanError(f"the device map names {name!r}, which {spec.name} does not have")
         plan = replace(self, modules=modules)
         plan.validate(spec)

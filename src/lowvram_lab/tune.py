@@ -68,30 +68,33 @@ def tune(
     if not fitting:
         raise PlanError(f"none of {splits} layers on the GPU fits; give a smaller format or fewer layers")
     machine, rows, model = machine or Machine(anew=True), [], None
+    plans = [
+        replace(plan.with_gpu_layers(spec, layers), threads=count, context=max(plan.context, workload.tokens))
+        for layers in fitting
+        for count in counts
+    ]
+    # before loading: rates are measured in memory that the plan may need
+    foretold = [forecast_speed(tried, spec, workload, machine).decode_tokens_per_s for tried in plans]
     before = torch.get_num_threads()
     try:
-        with tqdm(total=len(fitting) * len(counts), desc="tune", disable=not progress, leave=False) as bar:
-            for layers, peak in fitting.items():
-                for count in counts:
-                    tried = replace(plan.with_gpu_layers(spec, layers), threads=count)
-                    foretold = forecast_speed(tried, spec, workload, machine)
-                    if model is None:
-                        model = load(tried, gpu, spec=spec, checkpoint=checkpoint, progress=False)
-                    else:
-                        replan(model, tried, progress=False)
-                    run_speed(model, Workload(8, 1))  # the first forward warms up what is made once
-                    speed = run_speed(model, workload)
-                    rows.append(
-                        {
-                            "gpu_layers": layers,
-                            "threads": count,
-                            "peak_gpu_bytes": peak,
-                            "ttft_s": speed.ttft_s,
-                            "tokens_per_s": speed.decode_tokens_per_s,
-                            "forecast_tokens_per_s": foretold.decode_tokens_per_s,
-                        }
-                    )
-                    bar.update()
+        for tried, expected in tqdm([*zip(plans, foretold, strict=True)], "tune", disable=not progress, leave=False):
+            if model is None:
+                model = load(tried, gpu, spec=spec, checkpoint=checkpoint, progress=False)
+            else:
+                replan(model, tried, progress=False)
+            run_speed(model, Workload(8, 1))  # the first forward warms up what is made once
+            speed = run_speed(model, workload)
+            layers = tried.layer_devices(spec).count("gpu")
+            rows.append(
+                {
+                    "gpu_layers": layers,
+                    "threads": tried.threads,
+                    "peak_gpu_bytes": fitting[layers],
+                    "ttft_s": speed.ttft_s,
+                    "tokens_per_s": speed.decode_tokens_per_s,
+                    "forecast_tokens_per_s": expected,
+                }
+            )
     finally:
         torch.set_num_threads(before)
     table = pd.DataFrame(rows)

@@ -59,6 +59,7 @@ class _Room:
     budget: GpuBudget
     kernels: str
     ram_bytes: int | None
+    kv_format: str | None
 
     def forecast(self, plan: Plan) -> MemoryProfile | None:
         """The forecast of a plan that fits."""
@@ -131,7 +132,9 @@ def auto_plan(
         raise PlanError("expected one recipe or more to choose from, found none")
     if prefer not in PREFERENCES:
         raise PlanError(f"expected prefer {', '.join(PREFERENCES)}, found {prefer!r}")
-    room = _Room(spec, budget, kernels, None if ram is None else parse_bytes(ram))
+    if prefer != "balance" and gpu_layers is not None:
+        raise PlanError(f"prefer={prefer!r} chooses the split, found gpu_layers={gpu_layers} as well; give one of them")
+    room = _Room(spec, budget, kernels, None if ram is None else parse_bytes(ram), kv_format)
     plans = {recipe: replace(Plan.uniform(spec, recipe, context=context), threads=threads) for recipe in recipes}
     for recipe, plan in plans.items():
         if gpu_layers is not None:
@@ -149,25 +152,29 @@ def auto_plan(
         choice = next(_whole(plans, room, why), None) or _smallest_split(plans, room, why)
     if choice is None:
         least = plans[recipes[-1]]
-        raise _refusal(_least(least if gpu_layers is not None else least.with_gpu_layers(spec, 0), spec), room)
+        *_, (_, least) = _variants(least if gpu_layers is not None else least.with_gpu_layers(spec, 0), room)
+        raise _refusal(least, room)
     return choice
 
 
 def _budgets(max_memory: dict, ram) -> tuple:
     """GPU and RAM of accelerate's dictionary."""
     cards = [key for key in max_memory if key not in ("cpu", "disk")]
+    if ram is not None and "cpu" in max_memory:
+        raise PlanError("expected RAM in max_memory or in ram, found both")
     if len(cards) != 1:
         raise PlanError(f"expected max_memory with one GPU, such as {{0: '4GiB', 'cpu': '8GiB'}}, found {max_memory}")
     return max_memory[cards[0]], max_memory.get("cpu", ram)
 
 
-def _variants(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
+def _variants(plan: Plan, room: _Room) -> Iterator[tuple[str, Plan]]:
     """A recipe's plans that differ in what costs next to nothing, gentlest first."""
+    spec = room.spec
     yield "", plan
     if not spec.tied:
         plan = plan.with_modules(spec.embedding, device="cpu")
         yield " with the embedding on the CPU", plan
-    if plan.kv_format != "int8":
+    if plan.kv_format != "int8" and room.kv_format is None:
         beside = "" if spec.tied else " with the embedding on the CPU and"
         yield f"{beside or ' with'} the KV cache in int8", replace(plan, kv_format="int8")
 
@@ -175,7 +182,7 @@ def _variants(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
 def _whole(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[PlanChoice]:
     """Plans whose layers stay where they are, the most precise first; notes in ``why`` what does not fit."""
     for recipe, base in plans.items():
-        for where, plan in _variants(base, room.spec):
+        for where, plan in _variants(base, room):
             if profile := room.forecast(plan):
                 yield PlanChoice(plan, profile, (*why, f"{recipe}{where} fits: {_margin(profile)}"), recipe)
                 break
@@ -186,8 +193,8 @@ def _whole(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[Plan
 def _split(recipe: str, base: Plan, room: _Room, why: list[str]) -> PlanChoice | None:
     """A recipe with the most layers on the GPU; in 16 bits of KV cache unless int8 lets more layers in."""
     found = []
-    *_, plan = (plan for text, plan in _variants(base, room.spec) if "KV" not in text)
-    for kv_format in dict.fromkeys((plan.kv_format, "int8")):
+    *_, plan = (plan for text, plan in _variants(base, room) if "KV" not in text)
+    for kv_format in dict.fromkeys((plan.kv_format, room.kv_format or "int8")):
         if split := room.most_layers(replace(plan, kv_format=kv_format)):
             found.append(split)
     if not found:
@@ -211,7 +218,8 @@ def _splits(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[Pla
         if choice:
             yield replace(choice, why=(*why, *choice.why))
         else:
-            why.append(f"{recipe} does not fit, however it is split: {_short_of_ram(base, room)}")
+            *_, (_, least) = _variants(base.with_gpu_layers(room.spec, 0), room)
+            why.append(f"{recipe} does not fit, however it is split: {_shortage(least, room)}")
 
 
 def _fastest(plans: dict[str, Plan], room: _Room, why: list[str], machine: Machine) -> PlanChoice | None:
@@ -226,11 +234,6 @@ def _fastest(plans: dict[str, Plan], room: _Room, why: list[str], machine: Machi
     chosen = next(choice for choice in found if choice.speed.decode_tokens_per_s >= AS_FAST * fastest)
     speeds = ", ".join(f"{choice.recipe} {choice.speed.decode_tokens_per_s:.1f}" for choice in found)
     return replace(chosen, why=(*chosen.why[-3:], f"forecast tokens/s: {speeds}", chosen.speed.summary()))
-
-
-def _least(plan: Plan, spec: ModelSpec) -> Plan:
-    *_, (_, plan) = _variants(plan, spec)
-    return plan
 
 
 def _margin(profile: MemoryProfile) -> str:
@@ -248,10 +251,8 @@ def _shortage(plan: Plan, room: _Room) -> str:
 
 
 def _short_of_ram(plan: Plan, room: _Room) -> str:
-    if room.ram_bytes is None:
-        return _shortage(plan, room)
-    on_cpu = format_bytes(ram_bytes(plan.with_gpu_layers(room.spec, 0), room.spec))
-    return f"with every layer on the CPU it takes {on_cpu} of RAM, found {format_bytes(room.ram_bytes)}"
+    on_cpu = format_bytes(ram_bytes(plan, room.spec))
+    return f"the CPU's part takes {on_cpu} of RAM, found {format_bytes(room.ram_bytes)}"
 
 
 def _refusal(plan: Plan, room: _Room) -> BudgetError:

@@ -61,7 +61,7 @@ def _forward(plan: Plan, spec: ModelSpec, machine: Machine, tokens: int, cached:
         if module.kind == "linear":
             fed = 1 if module.name == spec.head else tokens
             assignment = plan.modules[module.name]
-            rates = machine.kernel(assignment.format, assignment.device, plan.threads)
+            rates = machine.kernel(assignment.format, assignment.device, plan.threads, bool(module.tied_to))
             label = "head" if module.name == spec.head else f"{assignment.format} weights on the {assignment.device}"
             parts[label] += rates.seconds(math.prod(module.weight_shape), fed)
     heads = spec.config.get("num_attention_heads", spec.num_key_value_heads)
@@ -71,7 +71,8 @@ def _forward(plan: Plan, spec: ModelSpec, machine: Machine, tokens: int, cached:
         parts["small operations"] += rates.layer_s + rates.width_s * (tokens - 1) * spec.hidden_size
         parts["attention"] += cached * (rates.cached_query_s * queries + rates.cached_kv_s * keys)
         parts["attention"] += rates.pair_s * queries * (tokens - 1) * tokens / 2
-    parts["small operations"] += machine.layer(plan.kv_format, plan.dtype, plan.layer_devices(spec)[0]).model_s
+    first = machine.layer(plan.kv_format, plan.dtype, plan.layer_devices(spec)[0], plan.threads)
+    parts["small operations"] += first.model_s
     if crossings := _crossings(plan, spec):
         parts["crossing"] += _crossing_seconds(crossings, tokens, spec, machine)
     return +parts

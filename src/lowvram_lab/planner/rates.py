@@ -41,7 +41,8 @@ COPIES_BYTES = 96 * MiB
 """Copies of a weight that are read in turn, so that none comes from a cache; L3 caches of 32 MiB are usual."""
 
 SMALL, LARGE = 256, 2048
-"""Sizes of the square weights from which a call's fixed cost and the cost of a weight are told apart."""
+"""Sizes of the square weights from which a call's fixed cost and the cost of a weight are told apart; rounded up to
+whole groups."""
 
 ROWS = 64
 """Tokens of a short prompt, from which arithmetic is told apart from reading weights."""
@@ -133,21 +134,24 @@ class Machine:
         if not anew:
             self._known = self._read()
 
-    def kernel(self, fmt: str, place: str = "cpu", threads: int | None = None) -> KernelRates:
+    def kernel(self, fmt: str, place: str = "cpu", threads: int | None = None, shared: bool = False) -> KernelRates:
         """Rates of a linear layer in a format at a place.
 
         Args:
             fmt: Name of a format.
             place: ``"gpu"`` or ``"cpu"``.
             threads: CPU threads; by default torch's number.
+            shared: Whether an embedding shares the weight: int4 then has another layout.
         """
         place, threads = self._place(place), threads or torch.get_num_threads()
-        return self._rates(KernelRates, f"kernel {fmt} {place} {threads}", threads, lambda: _kernel(fmt, place))
+        shared = shared and get_format(fmt).kind == "int4"
+        name = f"kernel {fmt}{' shared' if shared else ''} {self._where(place, threads)}"
+        return self._rates(KernelRates, name, threads, lambda: _kernel(fmt, place, shared))
 
     def layer(self, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None) -> LayerRates:
         """Rates of everything in a decoder layer but its linear modules. Arguments as ``Plan`` and ``kernel``."""
         place, threads = self._place(place), threads or torch.get_num_threads()
-        name = f"layer {kv_format} {dtype} {place} {threads}"
+        name = f"layer {kv_format} {dtype} {self._where(place, threads)}"
         plain = self.kernel(dtype, place, threads)
         return self._rates(LayerRates, name, threads, lambda: _layer(kv_format, dtype, place, plain))
 
@@ -157,6 +161,10 @@ class Machine:
 
     def _place(self, place: str) -> str:
         return place if self.cuda else "cpu"
+
+    @staticmethod
+    def _where(place: str, threads: int) -> str:
+        return place if place == "gpu" else f"{place} {threads}"
 
     def _rates(self, kind: type, name: str, threads: int, measure: Callable):
         if name not in self._known:
@@ -179,30 +187,33 @@ class Machine:
     def _read(self) -> dict[str, dict]:
         if self._file:
             with contextlib.suppress(OSError, ValueError):
-                return json.loads(self._file.read_text(encoding="utf-8"))
+                known = json.loads(self._file.read_text(encoding="utf-8"))
+                return known if isinstance(known, dict) else {}
         return {}
 
 
-def _kernel(fmt: str, place: str) -> KernelRates:
-    small, large = (_weights(fmt, size, place) for size in (SMALL, LARGE))
+def _kernel(fmt: str, place: str, shared: bool) -> KernelRates:
+    group = get_format(fmt).group_size or 1
+    sides = [-(-size // group) * group for size in (SMALL, LARGE)]
+    (small, large), (few, many) = (_weights(fmt, side, place, shared) for side in sides), (side**2 for side in sides)
     one = [_per_call(layers, 1, fmt, place) for layers in (small, large)]
-    many = _per_call(large, ROWS, fmt, place)
-    weight = max(0.0, one[1] - one[0]) / (LARGE**2 - SMALL**2)
-    return KernelRates(max(0.0, one[0] - weight * SMALL**2), weight, max(0.0, many - one[1]) / LARGE**2 / (ROWS - 1))
+    rows = _per_call(large, ROWS, fmt, place)
+    weight = max(0.0, one[1] - one[0]) / (many - few)
+    return KernelRates(max(0.0, one[0] - weight * few), weight, max(0.0, rows - one[1]) / many / (ROWS - 1))
 
 
-def _weights(fmt: str, size: int, place: str) -> list:
-    """Layers enough not to stay in a cache (the small ones may: it is the call that is timed)."""
+def _weights(fmt: str, size: int, place: str, shared: bool) -> list:
+    """Layers enough not to stay in a cache (of small ones there is one: it is the call that is timed)."""
     chosen, device = get_format(fmt), "cuda" if place == "gpu" else "cpu"
     weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
     if chosen.kind == "float":
         layers = [torch.nn.Parameter(weight.to(device, DTYPES[fmt]), requires_grad=False)]
         size_bytes = layers[0].nbytes
     else:
-        layer = quantized_linear(size, size, chosen, "cuda" if place == "gpu" else "cpu")
+        layer = quantized_linear(size, size, chosen, "cuda" if place == "gpu" else "cpu", shared=shared)
         layer.store(weight.bfloat16(), lambda tensor: tensor.to(device))
         layers, size_bytes = [layer], sum(buffer.nbytes for buffer in layer.buffers())
-    count = 1 if size == SMALL else max(2, COPIES_BYTES // size_bytes)
+    count = 1 if size < LARGE else max(2, COPIES_BYTES // size_bytes)
     return layers + [copy.deepcopy(layers[0]) for _ in range(count - 1)]
 
 
