@@ -1,6 +1,6 @@
 """Pictures of specs, forecasts, runs and chats. Each takes ``ax=None`` and returns the Axes; none opens a window.
 
-matplotlib is imported only here and in plot_weights.py, and pyplot nowhere.
+matplotlib is imported only here, in plot_weights.py and in widgets.py, and pyplot nowhere.
 
 Derived in: notebooks/01_analyze_the_oom.ipynb, notebooks/02_watch_memory.ipynb, notebooks/09_validated_chat.ipynb
 """
