@@ -137,6 +137,7 @@ def _realise(model, changed: list[ModuleSpec], plan: Plan, progress: bool) -> No
         torch.set_num_threads(plan.threads)
     import_kernels({assignment.format for assignment in plan.modules.values()})
     places = block_places(model, plan, spec)
+    gpu.meter.first_oom = None  # of the plan before
     with torch.no_grad(), _noted(gpu), gpu.active(), gpu.meter.scope(category="weights"):
         _put_back(model, [m.name for m in changed])
         changed = sorted(changed, key=lambda m: m.tied_to is not None)  # the owner of a shared weight first
@@ -166,7 +167,6 @@ def _finish(model, plan: Plan, spec: ModelSpec, places: dict[str, str], gpu: Gpu
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
         model.save_pretrained = _refuse_to_save
     model.plan = gpu.plan = plan
-    gpu.meter.first_oom = None
     model.hf_device_map = {path: _device_name(place, gpu) for path, place in places.items()}
 
 

@@ -88,6 +88,10 @@ def suggest(
     if smaller is not None:  # no format is small enough by itself: join it with the cheap moves
         for text, change in _cheap_moves(smaller, spec):
             smaller, small_moves = change(smaller), [*small_moves, text]
+            if profile := forecast_if_possible(smaller, spec, budget, kernels):
+                found.append(Suggestion(" + ".join(small_moves), smaller, profile))
+                smaller = None
+                break
     if not solved:
         bases = [(smaller, small_moves)] if smaller is not None else []
         for base, made in [*bases, (spared, moves)]:
