@@ -142,10 +142,10 @@ def main() -> None:
     result = {
         "benchmark": "convert",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": examine(),
+        "machine": {key: value for key, value in examine().items() if key != "cache"},
         "model": args.model,
         "parameters": spec.num_parameters,
-        "convert": made,
+        "convert": {key: value for key, value in made.items() if key != "output"},
         "seconds": seconds,
         "peak_rss_mib": made["peak_rss_bytes"] / MiB,
         "rss_bound_mib": (4 * largest + 600 * MiB) / MiB,
