@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
 from lowvram_lab.formats import DTYPES, Format, get_format
+from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.partial import PartialDirectory
 from lowvram_lab.plan import Plan
 from lowvram_lab.quantize.solve import rows_of, solve
@@ -92,6 +93,7 @@ class StreamedQuantizer:
             self._report = {}
             self.partial.save_tensors(self.shards[-1], self._head())
             self.modules |= self._report
+            give_back_heap()
             measured = self._measure()
             bar.update()
         return measured
@@ -116,6 +118,7 @@ class StreamedQuantizer:
         if index:
             self.partial.forget(f"state/states-{index - 1}.safetensors")
             self.partial.forget(f"state/modules-{index - 1}.json")
+        give_back_heap()
 
     def _embedding(self) -> dict:
         name = self.spec.embedding

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.formats import GROUP_SIZES, get_format
+from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.quantize.gptq import gptq, output_error
 from lowvram_lab.quantize.solvers import round_to_nearest, search_clip
 from lowvram_lab.spec import ModelSpec, ModuleSpec
@@ -138,11 +139,13 @@ def estimate_sensitivity(
             with stream.layer(index) as layer:
                 stream.run_in_place(layer, hidden)
             bar.update()
+        give_back_heap()
         gradient, moments, importance = _head(stream, hidden)
         bar.update()
         for index in reversed(range(len(stream))):
             hidden = load_file(Path(folder) / f"{index}.safetensors")["hidden"]
             gradient = _layer(stream, index, hidden, gradient, formats, costs, activation)
+            give_back_heap()
             bar.update()
     lookup = _tables(stream, ids, gradient, moments, importance, formats, costs, activation)
     order = [m.name for m in spec.modules if m.name in costs]
