@@ -33,7 +33,9 @@ def resident(size):
     """Anonymous memory that is surely new: malloc would hand out what other tests have freed."""
     private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     block = mmap.mmap(-1, size, **private)
-    block.write(b"\1" * size)
+    piece = b"\1" * MiB
+    for _ in range(size // MiB):  # the whole at once would be there twice for a moment, and sometimes be seen
+        block.write(piece)
     return block
 
 
