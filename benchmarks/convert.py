@@ -142,7 +142,7 @@ def main() -> None:
     result = {
         "benchmark": "convert",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {key: value for key, value in examine().items() if key != "cache"},
+        "machine": examine(paths=False),
         "model": args.model,
         "parameters": spec.num_parameters,
         "convert": {key: value for key, value in made.items() if key != "output"},

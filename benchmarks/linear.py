@@ -201,7 +201,7 @@ def machine() -> dict:
     """What it ran on: the doctor's findings without its paths, and how busy the machine was."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.open() if "model name" in line] if info.exists() else []
-    found = {key: value for key, value in examine().items() if key != "cache"}
+    found = examine(paths=False)
     cpu = names[0] if names else platform.processor()
     return {"system": platform.platform(), "cpu": cpu, "load_average": psutil.getloadavg()[0], **found}
 

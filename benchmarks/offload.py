@@ -158,7 +158,7 @@ def main() -> None:
     result = {
         "benchmark": "offload",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {key: value for key, value in examine().items() if key != "cache"},
+        "machine": examine(paths=False),
         "model": args.model,
         "threads": args.threads,
         "prompt_tokens": args.prompt,

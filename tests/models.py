@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from lowvram_lab import cli
 from lowvram_lab.checkpoint import Checkpoint
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.loader import load
@@ -280,3 +281,23 @@ def restored_state(folder: Path) -> dict[str, torch.Tensor]:
             value = value.float() * scale.repeat_interleave(value.shape[1] // scale.shape[1], dim=1)
         restored[name] = value.float()
     return restored
+
+
+def run_command(capsys, *words):
+    """Exit status, stdout and stderr of ``lowvram WORDS``, in this process."""
+    try:
+        status = cli.main([str(word) for word in words])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def spoilt_state(state, name, change):
+    """``state`` with one tensor changed by ``change``, or without it where that is None."""
+    state = dict(state)
+    if change is None:
+        del state[name]
+    else:
+        state[name] = change(state[name].clone())
+    return state

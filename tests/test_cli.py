@@ -7,25 +7,14 @@ import sys
 
 import pytest
 import torch
+from models import run_command as run
 from models import tiny_config
 from safetensors.torch import save_file
-
-from lowvram_lab import cli
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def run(capsys, *words):
-    """Exit status, stdout and stderr of ``lowvram WORDS``, in this process."""
-    try:
-        status = cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def directory_with(tmp_path, **changes):

@@ -18,8 +18,8 @@ from models import (
     tiny_tokenizer,
     write_model,
 )
+from models import run_command as run
 
-from lowvram_lab import cli
 from lowvram_lab.plan import Plan
 from lowvram_lab.weights.calibration import calibration_text
 
@@ -41,16 +41,6 @@ def folder(tmp_path_factory):
 def source(folder):
     """Untied, with biases; its end token is the chat template's."""
     return write_model(folder / "model", "qwen2")
-
-
-def run(capsys, *words):
-    """Exit status, stdout and stderr of ``lowvram WORDS``, in this process."""
-    try:
-        status = cli.main([str(word) for word in words])
-    except SystemExit as stop:
-        status = stop.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def convert(capsys, source, output, *words):

@@ -25,6 +25,7 @@ from models import (
     relative_error,
     restored_state,
     seeded,
+    spoilt_state,
     tiny_config,
     tiny_spec,
     tiny_stock,
@@ -576,12 +577,7 @@ def tinier_plan(recipe: str = "int4") -> Plan:
 
 
 def spoilt(name, change) -> dict[str, torch.Tensor]:
-    state = random_state(tinier_spec())
-    if change is None:
-        del state[name]
-    else:
-        state[name] = change(state[name].clone())
-    return state
+    return spoilt_state(random_state(tinier_spec()), name, change)
 
 
 def with_nan(tensor):

@@ -11,6 +11,7 @@ from models import (
     random_ids,
     random_state,
     relative_error,
+    spoilt_state,
     tiny_config,
     tiny_spec,
     tiny_state,
@@ -122,12 +123,7 @@ def test_names_are_the_linear_modules_in_forward_order():
 
 
 def spoilt(kind, name, change):
-    state = tiny_state(kind)
-    if change is None:
-        del state[name]
-    else:
-        state[name] = change(state[name].clone())
-    return state
+    return spoilt_state(tiny_state(kind), name, change)
 
 
 def with_nan(tensor):

@@ -134,7 +134,7 @@ class ChatSession:
         try:
             while True:
                 room = min(self.max_new_tokens - len(tokens), self.model.plan.context - len(fed))
-                made, full = len(tokens), None
+                made = len(tokens)
                 try:
                     for token in self._stream(fed, room, made):
                         first_at = first_at or time.perf_counter()
@@ -152,10 +152,11 @@ class ChatSession:
                 prompt, self.dropped_turns = self._fitting_prompt(history, len(tokens))
                 fed = prompt + tokens
         except (GeneratorExit, KeyboardInterrupt):
-            self._cache = self._usable_cache()
+            self._drop_broken_cache()
             raise
         except BaseException:
-            self._cache, self.history = self._usable_cache(), history[:-1]  # asked again, the message would fail again
+            self._drop_broken_cache()
+            self.history = history[:-1]  # asked again, the message would fail again
             self.dropped_turns = dropped_before
             raise
         finally:
@@ -220,11 +221,12 @@ class ChatSession:
         self._cache, self._cached_ids = MeteredCache(self.model.gpu, plan.kv_format), []
         self._cache_plan = plan
 
-    def _usable_cache(self) -> MeteredCache:
-        """The cache, or an empty one if a forward that was cut off left its layers with different lengths."""
+    def _drop_broken_cache(self) -> None:
+        """Begins an empty cache if a forward that was cut off left the layers of this one with different lengths."""
         lengths = {layer.get_seq_length() for layer in self._cache.layers}
         complete = len(lengths) <= 1 and len(self._cache.layers) in (0, self.model.spec.num_hidden_layers)
-        return self._cache if complete else MeteredCache(self.model.gpu, self.model.plan.kv_format)
+        if not complete:
+            self._begin_cache(self.model.plan)
 
     def _reuse_cache(self, prompt: list[int]) -> int:
         """Keeps the part of the KV cache that the new prompt begins with; returns its length in tokens."""

@@ -5,9 +5,6 @@ import sys
 from lowvram_lab.cli_common import positive, print_json, spec_of
 from lowvram_lab.errors import LowvramError
 
-PREFERENCES = ("balance", "fidelity", "speed")
-"""``planner.auto``'s, named here so that ``--help`` imports no torch."""
-
 
 def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> None:
     """The options that say which plan."""
@@ -18,7 +15,9 @@ def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> 
     )
     if chooses:
         parser.add_argument("--ram", metavar="SIZE", help="what the CPU's part may take (no limit)")
-        parser.add_argument("--prefer", choices=PREFERENCES, help="what the planner is to prefer (balance)")
+        parser.add_argument(
+            "--prefer", metavar="NAME", help="what the planner is to prefer: balance, fidelity or speed (balance)"
+        )
     parser.add_argument("--context", type=positive, metavar="N", help="tokens, prompt and answer (2048)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument(

@@ -16,8 +16,11 @@ from lowvram_lab.units import format_bytes
 PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "gguf")
 
 
-def examine() -> dict:
+def examine(paths: bool = True) -> dict:
     """Examines the machine.
+
+    Args:
+        paths: Whether to name the cache folder, too, which is nobody's business in a result to be shown.
 
     Returns:
         Plain data: Python and package versions, cores, RAM, GPU, and per format whether its kernel agrees with
@@ -32,7 +35,7 @@ def examine() -> dict:
         "threads": torch.get_num_threads(),
         "ram": format_bytes(psutil.virtual_memory().total),
         "gpu": _gpu(),
-        "cache": str(cache_dir()),
+        **({"cache": str(cache_dir())} if paths else {}),
         **{f"{name} kernel, cpu": _try_kernel(name, "cpu") for name in ("int8", "int4", "nf4")},
         **(
             {f"{name} kernel, cuda": _try_kernel(name, "cuda") for name in ("int8", "int4", "nf4")}

@@ -91,9 +91,7 @@ def load(
     if timeline:
         gpu.meter.timeline = recording
     with torch.no_grad(), _noted(gpu), gpu.phase("load") as load_phase, gpu.meter.scope(category="weights"):
-        _fill_all(model, spec.modules, plan, spec, checkpoint, gpu, progress)
-        places = block_places(model, plan, spec)
-        _place_buffers(model, places, gpu)
+        places = _fill_all(model, spec.modules, plan, spec, checkpoint, gpu, progress)
     _finish(model, plan, spec, places, gpu)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
     model.gpu, model.spec, model.load_phase, model.timeline = gpu, spec, load_phase, recording
@@ -121,12 +119,10 @@ def replan(model, plan: Plan, *, progress: bool = True) -> None:
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
     changed = [m for m in spec.modules if plan.modules[m.name] != old.modules[m.name]]
-    changed.sort(key=lambda m: plan.modules[m.name].device == "gpu")  # what leaves the GPU makes room for what comes
     detach(model)
     try:
         _realise(model, changed, plan, progress)
     except BaseException:  # Ctrl-C too
-        changed.sort(key=lambda m: old.modules[m.name].device == "gpu")
         _realise(model, changed, old, progress)
         raise
 
@@ -136,13 +132,12 @@ def _realise(model, changed: list[ModuleSpec], plan: Plan, progress: bool) -> No
     if plan.threads:
         torch.set_num_threads(plan.threads)
     import_kernels({assignment.format for assignment in plan.modules.values()})
-    places = block_places(model, plan, spec)
     gpu.meter.first_oom = None  # of the plan before
     with torch.no_grad(), _noted(gpu), gpu.active(), gpu.meter.scope(category="weights"):
         _put_back(model, [m.name for m in changed])
-        changed = sorted(changed, key=lambda m: m.tied_to is not None)  # the owner of a shared weight first
-        _fill_all(model, changed, plan, spec, model.checkpoint, gpu, progress)
-        _place_buffers(model, places, gpu)
+        # the owner of a shared weight before who shares it; what leaves the GPU makes room for what comes
+        ordered = sorted(changed, key=lambda m: (m.tied_to is not None, plan.modules[m.name].device == "gpu"))
+        places = _fill_all(model, ordered, plan, spec, model.checkpoint, gpu, progress)
     _finish(model, plan, spec, places, gpu)
 
 
@@ -154,11 +149,15 @@ def _put_back(model, names: list[str]) -> None:
         setattr(model.get_submodule(parent), child, fresh.get_submodule(name))
 
 
-def _fill_all(model, modules, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu, progress: bool) -> None:
+def _fill_all(model, modules, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu, progress: bool) -> dict[str, str]:
+    """Fills some modules, and puts buffers where their blocks are; returns the places of the blocks."""
     filling = tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
     for module in filling:
         with gpu.meter.scope(owner=module.name):
             _fill(model, module, plan, spec, checkpoint, gpu)
+    places = block_places(model, plan, spec)
+    _place_buffers(model, places, gpu)
+    return places
 
 
 def _finish(model, plan: Plan, spec: ModelSpec, places: dict[str, str], gpu: Gpu) -> None:

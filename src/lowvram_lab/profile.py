@@ -17,6 +17,9 @@ from lowvram_lab.memory.meter import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.units import format_bytes
 
+STAND_IN = "this CPU, standing in for a GPU"
+"""Where a speed comes from that has no GPU's behind it."""
+
 MOST_ROWS = 10**12
 """Larger batches overflow the 64 bits in which torch counts elements."""
 
@@ -378,7 +381,7 @@ def run_speed(model, workload: Workload) -> SpeedProfile:
             token = choose(decode_one_token(model, token, cache), Sampling())
             int(token)
         ended = time.perf_counter()
-    where = "this CPU, standing in for a GPU" if gpu.simulated else gpu.name
+    where = STAND_IN if gpu.simulated else gpu.name
     return SpeedProfile(
         where, workload.prompt_tokens, workload.new_tokens, first - started, workload.new_tokens / (ended - first)
     )

@@ -22,7 +22,7 @@ from lowvram_lab.plan import Plan
 from lowvram_lab.planner.rates import Machine
 from lowvram_lab.planner.search import resolve
 from lowvram_lab.plot import BUDGET_COLOUR, COLOURS, LABELS, STYLES, plot_profiles
-from lowvram_lab.profile import MemoryProfile, SpeedProfile
+from lowvram_lab.profile import STAND_IN, MemoryProfile, SpeedProfile
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.split import (
@@ -386,7 +386,7 @@ def _coloured(text: str, fits: bool) -> str:
 
 def _simulated(where: str) -> str:
     """Says *simulated* of a speed that a CPU has in a GPU's place."""
-    return where.replace("standing in for a GPU", "standing in for a GPU: simulated")
+    return where.replace(STAND_IN, f"{STAND_IN}: simulated")
 
 
 def _png(figure: Figure) -> bytes:

@@ -12,7 +12,7 @@ from collections import Counter
 
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.rates import Machine
-from lowvram_lab.profile import SpeedProfile, Workload
+from lowvram_lab.profile import STAND_IN, SpeedProfile, Workload
 from lowvram_lab.spec import ModelSpec
 
 FEW_TOKENS = 64
@@ -40,7 +40,7 @@ def forecast_speed(
         workload = Workload(prompt, max(1, min(FEW_TOKENS, plan.context - prompt)))
     first = _forward(plan, spec, machine, workload.prompt_tokens, 0)
     parts = _forward(plan, spec, machine, 1, workload.prompt_tokens + workload.new_tokens // 2)
-    where = machine.name if machine.cuda else "this CPU, standing in for a GPU"
+    where = machine.name if machine.cuda else STAND_IN
     if all(device == "cpu" for device in plan.layer_devices(spec)):
         where = "this CPU"
     return SpeedProfile(

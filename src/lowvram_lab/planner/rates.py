@@ -27,7 +27,7 @@ from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.formats import DTYPES, get_format
-from lowvram_lab.loader import load
+from lowvram_lab.loader import ShapesOnly, load
 from lowvram_lab.memory.device import CudaGpu, Gpu, StandInGpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.quantize.linear import quantized_linear
@@ -295,21 +295,15 @@ def _tiny(layers: int, kv_heads: int, dtype: str, place: str):
     return load(plan, gpu, spec=spec, checkpoint=_RandomWeights(spec), progress=False)
 
 
-class _RandomWeights:
+class _RandomWeights(ShapesOnly):
     """A checkpoint of small random weights."""
 
     def __init__(self, spec: ModelSpec):
-        self._shapes = {f"{m.name}.{key}": shape for m in spec.modules for key, shape in m.parameters.items()}
+        super().__init__(spec)
         self._generator = torch.Generator().manual_seed(0)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
     def read(self, name: str) -> torch.Tensor:
-        return (torch.randn(self._shapes[name], generator=self._generator) * 0.02).bfloat16()
+        return (torch.randn(self.shape(name), generator=self._generator) * 0.02).bfloat16()
 
 
 def _prefill_seconds(model, kv_format: str, tokens: int, place: str) -> float:

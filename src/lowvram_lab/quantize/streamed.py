@@ -23,7 +23,7 @@ from lowvram_lab.plan import Plan
 from lowvram_lab.quantize.solve import rows_of, solve
 from lowvram_lab.quantize.solvers import IntegerWeight
 from lowvram_lab.quantize.stored import read_stored, to_stored
-from lowvram_lab.weights.moments import InputMoments, captured_inputs
+from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments
 from lowvram_lab.weights.stream import TOKENS_AT_ONCE, LayerStream
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,8 @@ class StreamedQuantizer:
         if fmt.kind == "float":
             tensors[f"{name}.weight"] = self._plain(f"{name}.weight")
         else:
-            moments = head_moments(self.stream, self.ids) if self.spec.tied else None
+            quarter = self.ids[:: max(1, min(4, len(self.ids)))]
+            moments = head_moments(self.stream, quarter) if self.spec.tied else None
             if self.lookup:
                 moments = moments + self.lookup * torch.eye(len(moments))
             table = self.stream.stored(f"{name}.weight")
@@ -244,19 +245,6 @@ class StreamedQuantizer:
             "kl_mean": totals["kl"] / tokens,
             "top1_agreement": totals["agree"] / tokens,
         }
-
-
-@torch.no_grad()
-def head_moments(stream: LayerStream, ids: torch.Tensor) -> torch.Tensor:
-    """Second moments ``(hidden, hidden)`` of what the original's head is given, from a quarter of the windows."""
-    hidden = stream.embed(ids[:: max(1, min(4, len(ids)))])
-    for index in range(len(stream)):
-        with stream.layer(index) as layer:
-            stream.run_in_place(layer, hidden)
-    moments = InputMoments()
-    for states in hidden.flatten(0, 1).split(HEAD_TOKENS):
-        moments.add({"head": stream.norm(states)})
-    return moments["head"]
 
 
 def corrected(weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:

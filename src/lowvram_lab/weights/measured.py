@@ -18,7 +18,7 @@ from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.formats import get_format
 from lowvram_lab.quantize.solve import rows_of, solve
 from lowvram_lab.spec import ModelSpec
-from lowvram_lab.weights.moments import InputMoments, captured_inputs
+from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments, normed_moments
 from lowvram_lab.weights.sensitivity import HEAD_TOKENS, Sensitivity
 from lowvram_lab.weights.stream import LayerStream
 
@@ -91,13 +91,17 @@ def measure_sensitivity(
     pairs = list(dict.fromkeys(pairs or _drawn(sensitivity, count)))
     for name, fmt in pairs:
         if fmt not in sensitivity.costs.get(name, ()):
-            raise PlanError(f"expected pairs of the estimate, found {name} in {fmt}; estimate it with formats={fmt!r}")
+            raise PlanError(
+                f"expected pairs of the estimate, found {name} in {fmt}; estimate it with formats=({fmt!r},)"
+            )
     stream, fit, held_out = LayerStream(spec, checkpoint), ids[::2], ids[1::2]
     heads: dict[tuple[str, str], object] = {}
     fitted, states = stream.embed(fit), {None: stream.embed(held_out)}
     with tqdm(total=len(stream) + 1, desc="measuring", unit="layer", disable=not progress, leave=False) as bar:
         tables = [(name, fmt) for name, fmt in pairs if name == spec.embedding]
-        moments = _head_moments(stream, fit) + sensitivity.lookup * _eye(spec) if tables and spec.tied else None
+        moments = None
+        if tables and spec.tied:
+            moments = head_moments(stream, fit) + sensitivity.lookup * torch.eye(spec.hidden_size)
         for name, fmt in tables:
             table = stream.stored(f"{name}.weight")
             solution, *_ = solve(table, get_format(fmt), moments, solver, name)
@@ -110,7 +114,7 @@ def measure_sensitivity(
         for name, fmt in pairs:
             if name == spec.head and not spec.tied:
                 weight = stream.stored(f"{name}.weight")
-                heads[name, fmt], *_ = solve(weight, get_format(fmt), _moments_of(stream, fitted), solver, name)
+                heads[name, fmt], *_ = solve(weight, get_format(fmt), normed_moments(stream, fitted), solver, name)
         measured = _divergences(stream, states, heads, pairs)
         bar.update()
     rows = [(n, f, measured[n, f], sensitivity.costs[n][f], sensitivity.activation_costs[n][f]) for n, f in pairs]
@@ -148,25 +152,6 @@ def _through_layer(stream: LayerStream, index: int, fitted, states: dict, pairs,
     states |= departing
 
 
-def _head_moments(stream: LayerStream, ids) -> torch.Tensor:
-    hidden = stream.embed(ids)
-    for index in range(len(stream)):
-        with stream.layer(index) as layer:
-            stream.run_in_place(layer, hidden)
-    return _moments_of(stream, hidden)
-
-
-def _moments_of(stream: LayerStream, hidden: torch.Tensor) -> torch.Tensor:
-    moments = InputMoments()
-    for piece in hidden.flatten(0, 1).split(HEAD_TOKENS):
-        moments.add({"head": stream.norm(piece)})
-    return moments["head"]
-
-
-def _eye(spec: ModelSpec) -> torch.Tensor:
-    return torch.eye(spec.hidden_size)
-
-
 def _divergences(stream: LayerStream, states: dict, heads: dict, pairs) -> dict[tuple[str, str], float]:
     """Mean KL of every pair, a few tokens' logits at a time."""
     name, totals = stream.spec.head, dict.fromkeys(pairs, 0.0)
@@ -174,15 +159,17 @@ def _divergences(stream: LayerStream, states: dict, heads: dict, pairs) -> dict[
     if "bias" in stream.spec.module(name).parameters:
         bias = stream.read(f"{name}.bias")
 
-    def predictions(pair, start):
+    def predictions(pair, weight, start):
         hidden = states.get(pair, states[None]).flatten(0, 1)[start : start + HEAD_TOKENS]
-        weight = heads[pair].dequantize() if pair in heads else plain
         return torch.log_softmax(F.linear(stream.norm(hidden), weight, bias), dim=-1)
 
     tokens = states[None].shape[:-1].numel()
-    for start in range(0, tokens, HEAD_TOKENS):
-        expected = predictions(None, start)
-        for pair in pairs:
-            found = predictions(pair, start)
-            totals[pair] += F.kl_div(found, expected, reduction="sum", log_target=True).item()
+    # a head of its own is dequantised once, and one at a time: a table takes more room than all hidden states
+    for group in [[pair for pair in pairs if pair not in heads], *([pair] for pair in heads)]:
+        weight = heads[group[0]].dequantize() if group and group[0] in heads else plain
+        for start in range(0, tokens, HEAD_TOKENS) if group else ():
+            expected = predictions(None, plain, start)
+            for pair in group:
+                found = predictions(pair, weight, start)
+                totals[pair] += F.kl_div(found, expected, reduction="sum", log_target=True).item()
     return {pair: total / tokens for pair, total in totals.items()}

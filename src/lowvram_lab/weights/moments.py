@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+NORMED_TOKENS = 64
+"""Tokens behind the final norm that are summed at once."""
+
 
 @contextmanager
 def captured_inputs(modules: dict[str, torch.nn.Module]):
@@ -65,6 +68,28 @@ class InputMoments:
     def cross(self, name: str) -> torch.Tensor:
         """``(in, in)`` float32, the mean over tokens of ``y x^T``."""
         return self._cross[self._shares.get(name, name)] / self.tokens
+
+
+def head_moments(stream, ids: torch.Tensor) -> torch.Tensor:
+    """Second moments ``(hidden, hidden)`` of what a model's head is given for tokens ``(windows, tokens)``.
+
+    Args:
+        stream: A ``LayerStream``.
+        ids: Tokens.
+    """
+    hidden = stream.embed(ids)
+    for index in range(len(stream)):
+        with stream.layer(index) as layer:
+            stream.run_in_place(layer, hidden)
+    return normed_moments(stream, hidden)
+
+
+def normed_moments(stream, hidden: torch.Tensor) -> torch.Tensor:
+    """The same for final states ``(windows, tokens, hidden)``, behind the norm, ``NORMED_TOKENS`` at a time."""
+    moments = InputMoments()
+    for states in hidden.flatten(0, 1).split(NORMED_TOKENS):
+        moments.add({"head": stream.norm(states)})
+    return moments["head"]
 
 
 class OutputGradients:
