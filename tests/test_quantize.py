@@ -10,7 +10,7 @@ from models import dequantised_state, load_tiny, random_ids, relative_error, see
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.formats import FORMATS, get_format
-from lowvram_lab.quantize import linear
+from lowvram_lab.quantize import int4_layout, linear
 from lowvram_lab.quantize.linear import quantized_embedding, quantized_linear
 from lowvram_lab.quantize.packing import unpack
 from lowvram_lab.quantize.solvers import dequantize, quantize, search_clip
@@ -198,12 +198,39 @@ def test_a_layer_multiplies_by_a_solution_with_negative_scales(name):
 def test_packing_for_the_int4_kernel_by_blocks_changes_nothing(rows, monkeypatch):
     weight, packed = seeded(rows, 128), []
     for block in (64, rows):
-        monkeypatch.setattr(linear, "PACK_ROWS", block)
+        monkeypatch.setattr(int4_layout, "PACK_ROWS", block)
         layer = quantized_linear(128, rows, get_format("int4"), "cpu")
         layer.store(weight, stay)
         assert layer.layout == "cpu"
         packed.append(layer.packed)
     assert torch.equal(*packed)
+
+
+@pytest.mark.parametrize("rows", [16, 32, 48, 64, 80, 112, 208])
+def test_codes_come_back_from_the_cpu_kernels_layout(rows):
+    codes = (seeded(rows, 96) * 1e4).long().remainder(16).to(torch.uint8)
+    packed = int4_layout.pack_for_cpu(codes)
+    assert torch.equal(int4_layout.unpack_from_cpu(packed), codes)
+    step = int4_layout.cpu_block_rows()
+    tiles = [int4_layout.unpack_from_cpu(packed[start : start + step]) for start in range(0, rows, step)]
+    assert torch.equal(torch.cat(tiles), codes)
+
+
+@pytest.mark.parametrize("tile_bytes", [None, 10_000, 1])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["int4-g32", "int4", "int4-g128"])
+def test_a_weight_packed_for_the_cpu_is_multiplied_where_its_kernel_is_not(name, dtype, tile_bytes, monkeypatch):
+    """What a streamed layer does on CUDA, with the bytes that lie in RAM."""
+    if tile_bytes:
+        monkeypatch.setattr(linear, "TILE_BYTES", tile_bytes)
+    weight, fmt = seeded(208, COLUMNS), get_format(name)
+    layer = quantized_linear(COLUMNS, 208, fmt, "cpu")
+    layer.store(weight, stay)
+    assert layer.layout == "cpu"
+    layer.kernels = "cuda"
+    x = seeded(5, COLUMNS, seed=1, dtype=dtype)
+    expected = x.float() @ dequantize(quantize(weight, fmt), fmt).T
+    assert relative_error(layer(x), expected) < TOLERANCE[dtype]
 
 
 TABLES = ["int8", "int4", "int4-g96", "int6", "int5-g32", "int3", "int2-g192"]

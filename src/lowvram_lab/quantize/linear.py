@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lowvram_lab.formats import Format
+from lowvram_lab.quantize.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
 from lowvram_lab.quantize.packing import unpack
 from lowvram_lab.quantize.solvers import INT4_OFFSET, quantize
 from lowvram_lab.units import MiB
@@ -29,9 +30,6 @@ INT8_COLUMNS = 16
 NF4_FUSED_ROWS = 4
 """Up to this many tokens bitsandbytes always runs its fused kernel on CUDA (``_GEMM_4BIT_CUSTOM_FLOOR_M``); beyond it
 the card decides, so there the weight is dequantised in the open, where it is counted."""
-
-PACK_ROWS = 1024
-"""Rows packed at a time for torch's CPU int4 kernel, which wants four bytes a code; a multiple of its 64 rows."""
 
 CUDA_INNER_K_TILES = 8
 _CUDA_INT4_K = CUDA_INNER_K_TILES * 16
@@ -53,6 +51,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.format, self.kernels = in_features, out_features, fmt, kernels
         self.bias = None
+        self.tile_rows = 1  # rows of the weight that can be dequantised only together
 
     def store(self, weight: torch.Tensor, move) -> None:
         """Quantises ``weight`` ``(out, in)`` and keeps the result where ``move`` puts it.
@@ -99,6 +98,7 @@ class QuantizedLinear(nn.Module):
     def multiply_by_tiles(self, rows: torch.Tensor) -> torch.Tensor:
         """Dequantise + matmul, a bounded tile of output features at a time."""
         step = max(1, TILE_BYTES // (rows.element_size() * self.in_features))
+        step = max(step - step % self.tile_rows, self.tile_rows)
         if step >= self.out_features:
             return F.linear(rows, self.weight_rows(slice(None), rows.dtype))
         result = rows.new_empty(rows.shape[0], self.out_features)
@@ -120,13 +120,17 @@ class _Int4Rows:
     """Two codes a byte, the even column low; a bf16 scale and zero for every ``group_size`` inputs."""
 
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See ``QuantizedLinear``; for the ``nibbles`` layout."""
+        """See ``QuantizedLinear``."""
         packed = self.packed[select]
-        codes = torch.stack((packed & 15, packed >> 4), dim=-1)
+        codes = self.codes(packed)
         scale, zero = self.scale_and_zero[:, select].to(dtype).transpose(0, 1).unbind(-1)
         groups = codes.view(*scale.shape, self.format.group_size).to(dtype)
         groups = groups.sub_(INT4_OFFSET).mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1))
         return groups.view(packed.shape[0], 2 * packed.shape[1])
+
+    def codes(self, packed: torch.Tensor) -> torch.Tensor:
+        """``(rows, in / 2)`` bytes → codes, ``in`` of them a row, in the order of the columns."""
+        return torch.stack((packed & 15, packed >> 4), dim=-1)
 
 
 class _PackedRows:
@@ -156,7 +160,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
     """torch's int4 kernels.
 
     ``layout`` says how the codes lie: ``"cpu"`` and ``"cuda"`` are what torch's own packing makes (they differ by
-    machine, so they never go to disk), ``"nibbles"`` is two codes a byte, the even column low.
+    machine, so a checkpoint never holds them), ``"nibbles"`` is two codes a byte, the even column low.
 
     Args:
         in_features: See ``QuantizedLinear``.
@@ -169,7 +173,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
         super().__init__(in_features, out_features, fmt, kernels)
         if not shared and kernels == "cpu" and out_features % 16 == 0:
-            self.layout = "cpu"
+            self.layout, self.tile_rows = "cpu", cpu_block_rows()
         elif not shared and kernels == "cuda" and not (in_features % _CUDA_INT4_K or out_features % 8) and _ampere():
             self.layout = "cuda"
         else:
@@ -184,18 +188,22 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
             return
         codes = tensors["codes"]
         if self.layout == "cpu":
-            packed = move(_pack_for_cpu(codes))
+            packed = move(pack_for_cpu(codes))
         else:
             high_first = self.layout == "cuda"  # tinygemm wants the even column in the high nibble
-            packed = move(_two_per_byte(codes, high_first))
+            packed = move(two_per_byte(codes, high_first))
             if high_first:
                 packed = torch.ops.aten._convert_weight_to_int4pack(packed, CUDA_INNER_K_TILES)
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", move(tensors["scale_and_zero"]))
 
+    def codes(self, packed: torch.Tensor) -> torch.Tensor:
+        """See ``_Int4Rows``; of whole blocks in the CPU's layout."""
+        return unpack_from_cpu(packed) if self.layout == "cpu" else super().codes(packed)
+
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """torch's int4 kernel where the layout has one, else dequantised tiles."""
-        if self.layout == "nibbles":
+        """torch's int4 kernel where the layout has one for the device, else dequantised tiles."""
+        if self.layout != self.kernels:  # nibbles; or packed for the CPU, and for now on the GPU: see streaming.py
             return self.multiply_by_tiles(rows)
         x = rows.to(torch.bfloat16)
         if self.layout == "cpu":
@@ -256,7 +264,7 @@ class QuantizedEmbedding(nn.Module):
     def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
         """See ``QuantizedLinear.fill``."""
         if "codes" in tensors:
-            tensors = {**tensors, "packed": _two_per_byte(tensors["codes"], high_first=False)}
+            tensors = {**tensors, "packed": two_per_byte(tensors["codes"], high_first=False)}
             del tensors["codes"]
         for name, tensor in tensors.items():
             self.register_buffer(name, move(tensor))
@@ -318,21 +326,6 @@ def _shapes_only(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
     """What a dry run stores: the format table's tensors, without data."""
     tensors = fmt.tensors(tuple(weight.shape), weight.dtype)
     return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in tensors.items()}
-
-
-def _pack_for_cpu(codes: torch.Tensor) -> torch.Tensor:
-    """torch's CPU layout of codes ``(out, in)`` uint8, a block of rows at a time; see ``PACK_ROWS``."""
-    rows, columns = codes.shape
-    packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
-    for start in range(0, rows, PACK_ROWS):
-        block = codes[start : start + PACK_ROWS].to(torch.int32)
-        packed[start : start + PACK_ROWS] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(block, 1)
-    return packed
-
-
-def _two_per_byte(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
-    even, odd = codes[:, ::2], codes[:, 1::2]
-    return (even << 4) | odd if high_first else (odd << 4) | even
 
 
 def _ampere() -> bool:
