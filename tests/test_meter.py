@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lowvram_lab.errors import BudgetError, UnitError
-from lowvram_lab.memory.device import GpuBudget, StandInOutOfMemoryError, describe_holders, open_gpu
+from lowvram_lab.memory.device import GpuBudget, StandInOutOfMemoryError, open_gpu
+from lowvram_lab.memory.oom import describe_holders
 from lowvram_lab.units import GiB, KiB, MiB
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in takes the place of a missing CUDA")

@@ -10,7 +10,8 @@ from lowvram_lab.chat import ChatSession
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.evaluate import load_reference
 from lowvram_lab.loader import load
-from lowvram_lab.memory.device import describe_holders, open_gpu
+from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.memory.oom import describe_holders
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.profile import Workload, run_speed, run_workload

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from lowvram_lab.dry_run import forecast
-from lowvram_lab.memory.device import Gpu, describe_holders
+from lowvram_lab.memory.device import Gpu
 from lowvram_lab.memory.meter import OomEvent
+from lowvram_lab.memory.oom import describe_holders
 from lowvram_lab.planner.suggest import Suggestion, suggest
 from lowvram_lab.units import format_bytes
 

@@ -17,6 +17,7 @@ from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
 from lowvram_lab.memory.nvml import process_bytes
+from lowvram_lab.memory.oom import oom_message
 from lowvram_lab.memory.replay import MetaResults
 from lowvram_lab.units import GiB, KiB, MiB, format_bytes, parse_bytes
 
@@ -350,35 +351,3 @@ def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int 
     """
     budget = None if size is None else GpuBudget.parse(size, cuda_context)
     return CudaGpu(budget) if torch.cuda.is_available() else StandInGpu(budget)
-
-
-def oom_message(event: OomEvent, budget: GpuBudget) -> str:
-    """An out-of-memory message in CUDA's order of facts, plus what CUDA leaves out: who asked, who held."""
-    free = max(0, budget.usable_bytes - event.reserved_bytes)
-    context = f", {format_bytes(budget.context_bytes)} of it the CUDA context" if budget.context_bytes else ""
-    return (
-        f"simulated GPU out of memory. Tried to allocate {format_bytes(event.requested_bytes)} for "
-        f"{event.module or 'the model'} during {event.phase}. The GPU has a total capacity of "
-        f"{format_bytes(budget.total_bytes)}{context}, of which {format_bytes(free)} is free. "
-        f"{format_bytes(event.allocated_bytes)} is allocated by tensors and "
-        f"{format_bytes(event.reserved_bytes - event.allocated_bytes)} is reserved but unallocated. "
-        f"Held by: {describe_holders(event.holders)}."
-    )
-
-
-def describe_holders(holders: list[tuple[str, int]], top: int = 4) -> str:
-    """Holders in one line, decoder layers joined: ``model.layers.0-21 (137.0 MiB), model.embed_tokens (54.0 MiB)``."""
-    totals, layers = Counter(), {}
-    for owner, size in holders:
-        parts = owner.split(".")
-        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        key = ".".join(parts[:index]) if index is not None else owner or "other"
-        totals[key] += size
-        if index is not None:
-            layers.setdefault(key, set()).add(int(parts[index]))
-    named = []
-    for key, size in totals.most_common(top):
-        span = layers.get(key)
-        label = f"{key}.{min(span)}-{max(span)}" if span and len(span) > 1 else key + (f".{min(span)}" if span else "")
-        named.append(f"{label} ({format_bytes(size)})")
-    return ", ".join(named) or "nothing"
