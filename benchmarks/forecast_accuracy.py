@@ -28,7 +28,8 @@ from transformers import AutoConfig
 
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.loader import load
-from lowvram_lab.memory.device import Gpu, GpuBudget, open_gpu
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import Gpu, open_gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import Workload, run_workload
 from lowvram_lab.source import find_source

@@ -29,7 +29,8 @@ from lowvram_lab.errors import BudgetError
 from lowvram_lab.explain import explain_oom
 from lowvram_lab.formats import get_format
 from lowvram_lab.loader import load
-from lowvram_lab.memory.device import GpuBudget, open_gpu
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.memory.snapshot import read_snapshot, replay_trace
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import Workload, run_workload

@@ -13,7 +13,8 @@ from models import TINY, DictCheckpoint, load_tiny, random_ids, tiny_config, tin
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.explain import TOP, OomExplanation, explain_oom
 from lowvram_lab.loader import load
-from lowvram_lab.memory.device import GpuBudget, StandInGpu
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import StandInGpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import Workload, run_workload
 from lowvram_lab.spec import ModelSpec

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lowvram_lab.errors import BudgetError, UnitError
-from lowvram_lab.memory.device import GpuBudget, StandInOutOfMemoryError, open_gpu
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import StandInOutOfMemoryError, open_gpu
 from lowvram_lab.memory.oom import describe_holders
 from lowvram_lab.units import GiB, KiB, MiB
 

@@ -8,7 +8,8 @@ from models import TINY, packaged_spec, tiny_config
 
 from lowvram_lab import dry_run
 from lowvram_lab.errors import BudgetError, PlanError
-from lowvram_lab.memory.device import GpuBudget, open_gpu
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner import auto
 from lowvram_lab.planner.auto import RECIPES

@@ -13,7 +13,7 @@ from lowvram_lab.chat import TurnStats
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluate import Fidelity
-from lowvram_lab.memory.device import GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.plot import (
     BUDGET_COLOUR,

@@ -10,7 +10,8 @@ from models import SIZES, DictCheckpoint, tiny_config, tiny_plan, tiny_spec
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, PlanError, UnitError
 from lowvram_lab.loader import load
-from lowvram_lab.memory.device import GpuBudget, StandInGpu
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import StandInGpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.limits import max_batch, max_context
 from lowvram_lab.planner.suggest import suggest

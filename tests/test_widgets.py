@@ -28,7 +28,8 @@ import lowvram_lab
 from lowvram_lab import split, widgets
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError, SourceError
-from lowvram_lab.memory.device import GpuBudget, open_gpu
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.cost import forecast_speed
 from lowvram_lab.spec import ModelSpec

@@ -140,7 +140,8 @@ def _forecast(args) -> int:
     from dataclasses import replace
 
     from lowvram_lab.dry_run import forecast
-    from lowvram_lab.memory.device import GpuBudget, open_gpu
+    from lowvram_lab.memory.budget import GpuBudget
+    from lowvram_lab.memory.device import open_gpu
     from lowvram_lab.planner.limits import max_context
     from lowvram_lab.planner.suggest import suggest
     from lowvram_lab.profile import Workload

@@ -93,7 +93,8 @@ def run_plan(args) -> int:
     """``lowvram plan``."""
     from pathlib import Path
 
-    from lowvram_lab.memory.device import DryRunGpu, GpuBudget
+    from lowvram_lab.memory.budget import GpuBudget
+    from lowvram_lab.memory.device import DryRunGpu
     from lowvram_lab.planner.cost import forecast_speed
 
     budget = GpuBudget.parse(args.gpu, args.cuda_context)

@@ -9,7 +9,8 @@ Derived in: notebooks/01_analyze_the_oom.ipynb
 from lowvram_lab.errors import PlanError
 from lowvram_lab.loader import ShapesOnly, load
 from lowvram_lab.memory.attention import ImitateAttention
-from lowvram_lab.memory.device import DryRunGpu, Gpu, GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import DryRunGpu, Gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import MemoryProfile, Workload, run_workload
 from lowvram_lab.spec import ModelSpec

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
+from lowvram_lab.checkpoint import Checkpoint
+from lowvram_lab.disk import WeightsOnDisk
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.memory.device import Gpu, open_gpu
 from lowvram_lab.memory.timeline import Timeline
-from lowvram_lab.offload import attach, block_places, detach
-from lowvram_lab.plan import Plan
+from lowvram_lab.offload import attach, block_devices, detach
+from lowvram_lab.plan import Plan, compute_place
 from lowvram_lab.quantize.linear import import_kernels, quantized_embedding, quantized_linear
 from lowvram_lab.quantize.solvers import is_finite
 from lowvram_lab.quantize.stored import check_stored, stored_tensors
@@ -91,8 +93,8 @@ def load(
     if timeline:
         gpu.meter.timeline = recording
     with torch.no_grad(), _noted(gpu), gpu.phase("load") as load_phase, gpu.meter.scope(category="weights"):
-        places = _fill_all(model, spec.modules, plan, spec, checkpoint, gpu, progress)
-    _finish(model, plan, spec, places, gpu)
+        devices = _fill_all(model, spec.modules, plan, spec, checkpoint, gpu, progress)
+    _finish(model, plan, spec, devices, gpu)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
     model.gpu, model.spec, model.load_phase, model.timeline = gpu, spec, load_phase, recording
     model.checkpoint = checkpoint
@@ -137,8 +139,8 @@ def _realise(model, changed: list[ModuleSpec], plan: Plan, progress: bool) -> No
         _put_back(model, [m.name for m in changed])
         # the owner of a shared weight before who shares it; what leaves the GPU makes room for what comes
         ordered = sorted(changed, key=lambda m: (m.tied_to is not None, plan.modules[m.name].device == "gpu"))
-        places = _fill_all(model, ordered, plan, spec, model.checkpoint, gpu, progress)
-    _finish(model, plan, spec, places, gpu)
+        devices = _fill_all(model, ordered, plan, spec, model.checkpoint, gpu, progress)
+    _finish(model, plan, spec, devices, gpu)
 
 
 def _put_back(model, names: list[str]) -> None:
@@ -150,23 +152,28 @@ def _put_back(model, names: list[str]) -> None:
 
 
 def _fill_all(model, modules, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu, progress: bool) -> dict[str, str]:
-    """Fills some modules, and puts buffers where their blocks are; returns the places of the blocks."""
+    """Fills some modules, and puts buffers where their blocks compute; returns the devices of the blocks."""
+    to_disk = [] if gpu.meta else [m for m in modules if _must_be_mapped(m, plan, checkpoint)]
+    disk = WeightsOnDisk(plan.weight_bytes(spec, "disk")) if to_disk else None
     filling = tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
     for module in filling:
         with gpu.meter.scope(owner=module.name):
             _fill(model, module, plan, spec, checkpoint, gpu)
-    places = block_places(model, plan, spec)
-    _place_buffers(model, places, gpu)
-    return places
+            if module in to_disk:
+                disk.map(model.get_submodule(module.name))
+    model.weights_on_disk = [*getattr(model, "weights_on_disk", ()), *([disk] if disk else ())]
+    devices = block_devices(model, plan, spec)
+    _place_buffers(model, devices, gpu)
+    return devices
 
 
-def _finish(model, plan: Plan, spec: ModelSpec, places: dict[str, str], gpu: Gpu) -> None:
-    attach(model, places, spec, gpu)
+def _finish(model, plan: Plan, spec: ModelSpec, devices: dict[str, str], gpu: Gpu) -> None:
+    attach(model, devices, plan, spec, gpu)
     vars(model).pop("save_pretrained", None)
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
         model.save_pretrained = _refuse_to_save
     model.plan = gpu.plan = plan
-    model.hf_device_map = {path: _device_name(place, gpu) for path, place in places.items()}
+    model.hf_device_map = {path: _device_name(device, gpu) for path, device in devices.items()}
 
 
 @contextmanager
@@ -200,11 +207,11 @@ def _read_generation_config(model, directory) -> None:
 
 def _fill(model, module: ModuleSpec, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu) -> None:
     assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
-    fmt = get_format(assignment.format)
+    fmt, place = get_format(assignment.format), compute_place(assignment.device)
     target = model.get_submodule(module.name)
 
     def move(tensor):
-        return gpu.move(tensor, assignment.device)
+        return gpu.move(tensor, place)
 
     def read(key):
         name = f"{module.name}.{key}"
@@ -232,7 +239,7 @@ def _fill(model, module: ModuleSpec, plan: Plan, spec: ModelSpec, checkpoint, gp
     if module.kind == "embedding":
         layer = quantized_embedding(rows, columns, fmt, dtype)
     else:
-        kernels = gpu.kernels_of(assignment.device)
+        kernels = gpu.kernels_of(place)
         layer = quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
     if module.tied_to:
         for key, buffer in model.get_submodule(module.tied_to).named_buffers(recurse=False):
@@ -248,14 +255,23 @@ def _fill(model, module: ModuleSpec, plan: Plan, spec: ModelSpec, checkpoint, gp
     setattr(model.get_submodule(parent), child, layer.eval())
 
 
-def _place_buffers(model, places: dict[str, str], gpu: Gpu) -> None:
+def _must_be_mapped(module: ModuleSpec, plan: Plan, checkpoint) -> bool:
+    """Whether a module on disk has to be written: not where the checkpoint's own file holds it as it is to be."""
+    assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
+    if assignment.device != "disk" or module.tied_to:
+        return False
+    as_it_is = get_format(assignment.format).kind == "float" and isinstance(checkpoint, Checkpoint)
+    return not as_it_is or any(checkpoint.dtype(f"{module.name}.{key}") != dtype for key in module.parameters)
+
+
+def _place_buffers(model, devices: dict[str, str], gpu: Gpu) -> None:
     """Rotary frequencies and the like: made by the constructor on the CPU, wanted where their block computes."""
     for path, module in model.named_modules():
-        if path in places and not dict(module.named_parameters(recurse=False)):
+        if path in devices and not dict(module.named_parameters(recurse=False)):
             for key, buffer in list(module.named_buffers(recurse=False)):
                 if not buffer.is_meta:
                     with gpu.meter.scope(owner=path):
-                        module._buffers[key] = gpu.move(gpu.own(buffer), places[path])
+                        module._buffers[key] = gpu.move(gpu.own(buffer), compute_place(devices[path]))
 
 
 def _check_names_and_shapes(spec: ModelSpec, checkpoint) -> None:
@@ -273,5 +289,5 @@ def _check_names_and_shapes(spec: ModelSpec, checkpoint) -> None:
                 raise CheckpointError(f"{name}: expected shape {tuple(shape)}, found {tuple(checkpoint.shape(name))}")
 
 
-def _device_name(place: str, gpu: Gpu) -> str:
-    return str(gpu.device) if place == "gpu" and gpu.kernels == "cuda" and not gpu.meta else place
+def _device_name(device: str, gpu: Gpu) -> str:
+    return str(gpu.device) if device == "gpu" and gpu.kernels == "cuda" and not gpu.meta else device

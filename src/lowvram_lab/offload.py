@@ -1,7 +1,8 @@
 """Let a model's blocks compute where the plan puts them: hidden states travel, weights and KV cache stay.
 
 ``attach`` wraps the ``forward`` of the model and of every placed block; ``detach`` takes all of it back. A block on the
-CPU computes on the CPU. (accelerate's offload hooks move its weights to the GPU for every call instead.)
+CPU computes on the CPU. (accelerate's offload hooks move its weights to the GPU for every call instead.) The exception
+is a long prompt, for which a plan may say that weights travel after all: see ``streaming.py``.
 """
 
 import functools
@@ -10,57 +11,71 @@ import weakref
 
 import torch
 
-_WRAPPED = "_lowvram_wrapped"
+from lowvram_lab.plan import compute_place
+from lowvram_lab.streaming import WeightStream
+
+_WRAPPED, _ROUTE = "_lowvram_wrapped", "_lowvram_route"
 
 
-def block_places(model, plan, spec) -> dict[str, str]:
-    """The place of every block that computes: embedding, decoder layers, final norm, rotary embedding, head.
+class _Route:
+    """What the blocks of one model share: where the first layer computes, what has moved, the weights that travel."""
 
-    Blocks without weights (rotary embedding) live where the first decoder layer does.
+    def __init__(self, home: str, gpu, stream: WeightStream):
+        self.home, self.gpu, self.stream = home, gpu, stream
+        self.first = home  # masks and rotary tables are made once, where the first layer computes in this pass
+        self.moved: dict[tuple[int, str], tuple] = {}
+
+
+def block_devices(model, plan, spec) -> dict[str, str]:
+    """The device of every block that computes: embedding, decoder layers, final norm, rotary embedding, head.
+
+    Blocks without weights (rotary embedding) live where the first decoder layer computes.
 
     Returns:
-        Module path → ``"gpu"`` or ``"cpu"``.
+        Module path → ``"gpu"``, ``"cpu"`` or ``"disk"``.
     """
     layers = plan.layer_devices(spec)
-    places = {f"{spec.layers_path}.{index}": place for index, place in enumerate(layers)}
+    devices = {f"{spec.layers_path}.{index}": device for index, device in enumerate(layers)}
     for module in spec.modules:
         if module.layer is None:
-            places[module.name] = plan.modules[module.name].device
+            devices[module.name] = plan.modules[module.name].device
     for path, module in model.named_modules():
-        inside = any(path == block or path.startswith(block + ".") for block in places)
+        inside = any(path == block or path.startswith(block + ".") for block in devices)
         if not inside and dict(module.named_buffers(recurse=False)):
-            places[path] = layers[0]
-    return places
+            devices[path] = compute_place(layers[0])
+    return devices
 
 
-def attach(model, places: dict[str, str], spec, gpu) -> None:
+def attach(model, devices: dict[str, str], plan, spec, gpu) -> None:
     """Makes each block move its inputs to its place and charge its allocations there. Undone by ``detach``.
 
     Args:
         model: A model whose weights already are where the plan says.
-        places: From ``block_places``.
+        devices: From ``block_devices``.
+        plan: The plan.
         spec: The model's spec.
         gpu: The ``Gpu`` the model lives on.
     """
-    first = places[f"{spec.layers_path}.0"]
-    moved: dict[tuple[int, str], tuple] = {}
+    route = _Route(compute_place(devices[f"{spec.layers_path}.0"]), gpu, WeightStream(model, plan, spec, gpu))
     embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
-    blocks = {path: place for path, place in places.items() if not _contains_another(path, places)}
-    for path, place in blocks.items():
-        # masks and rotary tables are made once, where the first layer is: so embeddings (of tokens, in some models of
-        # positions too) hand over there
-        hand_over = first if path == spec.embedding or path in embeddings else None
-        block = model.get_submodule(path)
-        _wrap(block, functools.partial(_block_forward, path, place, hand_over, moved, gpu))
+    for path, device in devices.items():
+        if _contains_another(path, devices):
+            continue
+        block, hands_over = model.get_submodule(path), path == spec.embedding or path in embeddings
+        _wrap(block, functools.partial(_block_forward, path, compute_place(device), hands_over, route))
         if gpu.simulated:  # the meter is on anyway, so let it name the very module; on CUDA ``watch`` does when asked
             for name, inner in block.named_modules(prefix=path):
                 if inner is not block:
                     _wrap(inner, functools.partial(_owned_forward, name, gpu))
-    _wrap(model, functools.partial(_model_forward, first, moved, gpu))
+    _wrap(model, functools.partial(_model_forward, route))
+    setattr(model, _ROUTE, route)
 
 
 def detach(model) -> None:
     """Removes what ``attach`` put on: every ``forward`` is the class's own again."""
+    if _ROUTE in vars(model):
+        getattr(model, _ROUTE).stream.close()
+        delattr(model, _ROUTE)
     for module in model.modules():
         if _WRAPPED in vars(module):
             delattr(module, _WRAPPED)
@@ -76,17 +91,26 @@ def _wrap(module, around) -> None:
     module.forward = wrapped
 
 
-def _model_forward(first, moved, gpu, original, *args, **kwargs):
-    with gpu.lock, gpu.active(), gpu.meter.scope(owner="model", place=first):
+def _model_forward(route, original, *args, **kwargs):
+    gpu, cache = route.gpu, kwargs.get("past_key_values")
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+    tokens = 0 if ids is None else ids.shape[0] * ids.shape[1]
+    with gpu.lock, gpu.active(), route.stream.opened_for(tokens, cache) as travelling:
+        route.first = "gpu" if travelling else route.home
         # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
-        kwargs = {key: value if key == "input_ids" else _to_place(value, first, gpu) for key, value in kwargs.items()}
+        kwargs = {key: _moved(key, value, route) for key, value in kwargs.items()}
         try:
-            return original(*args, **kwargs)
+            with gpu.meter.scope(owner="model", place=route.first):
+                return original(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             gpu.note_oom(error)
             raise
         finally:
-            moved.clear()
+            route.moved.clear()
+
+
+def _moved(key: str, value, route):
+    return value if key == "input_ids" else _to_place(value, route.first, route.gpu)
 
 
 def _contains_another(path: str, places) -> bool:
@@ -94,19 +118,27 @@ def _contains_another(path: str, places) -> bool:
     return any(other.startswith(path + ".") for other in places)
 
 
-def _block_forward(path, place, hand_over, moved, gpu, original, *args, **kwargs):
+def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
+    if path in route.stream:
+        with route.stream.visiting(path, kwargs.get("past_key_values")):
+            return _compute(path, "gpu", route, original, args, kwargs)
+    result = _compute(path, place, route, original, args, kwargs)
+    # embeddings (of tokens, in some models of positions too) hand over where the masks are made
+    return _to_place(result, route.first, route.gpu) if hands_over else result
+
+
+def _compute(path, place, route, original, args, kwargs):
     def here(value):
-        return _to_place(value, place, gpu)
+        return _to_place(value, place, route.gpu)
 
     args = tuple(here(value) for value in args)
-    kwargs = {key: _shared(value, place, moved, here) for key, value in kwargs.items()}
-    with gpu.meter.scope(owner=path, place=place):
+    kwargs = {key: _shared(value, place, route.moved, here) for key, value in kwargs.items()}
+    with route.gpu.meter.scope(owner=path, place=place):
         try:
-            result = original(*args, **kwargs)
+            return original(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            gpu.note_oom(error)  # here, where the block's name is still known
+            route.gpu.note_oom(error)  # here, where the block's name is still known
             raise
-    return result if hand_over is None else _to_place(result, hand_over, gpu)
 
 
 def _owned_forward(path, gpu, original, *args, **kwargs):

@@ -19,11 +19,13 @@ from pathlib import Path
 from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.formats import DTYPES, get_format
+from lowvram_lab.plan_json import VERSION, read_values
 from lowvram_lab.spec import ModelSpec, ModuleSpec
 from lowvram_lab.units import format_bytes
 
-DEVICES = ("gpu", "cpu")
-VERSION = 1
+DEVICES = ("gpu", "cpu", "disk")
+"""Where weights lie. Those on disk are mapped, and compute on the CPU as those in RAM do."""
+
 MOST_THREADS = 1024  # more than any machine has; OpenMP ends the process on absurd numbers
 
 
@@ -47,6 +49,8 @@ class Plan:
         kv_format: Keys and values: the plan's dtype, or ``"int8"`` (one scale a token and head).
         context: Tokens the plan is made for, prompt and answer together.
         threads: CPU threads, or ``None`` for torch's choice.
+        stream_from: Prompts of so many tokens or more bring the weights of CPU and disk layers to the GPU, layer by
+            layer, and compute there; ``None`` for never. Decoding a token always computes where the layer is.
     """
 
     model: str
@@ -56,6 +60,7 @@ class Plan:
     kv_format: str = "bf16"
     context: int = 2048
     threads: int | None = None
+    stream_from: int | None = None
 
     @classmethod
     def uniform(cls, spec: ModelSpec, recipe: str = "bf16", *, context: int = 2048, dtype: str | None = None) -> "Plan":
@@ -106,19 +111,29 @@ class Plan:
         }
         return replace(self, modules=changed)
 
-    def with_gpu_layers(self, spec: ModelSpec, count: int) -> "Plan":
+    def with_gpu_layers(self, spec: ModelSpec, count: int, disk: int | None = None) -> "Plan":
         """The same plan with the last ``count`` decoder layers on the GPU and the earlier ones on the CPU.
 
         The *first* layers go to the CPU: the embedding lookup is there too, so hidden states cross once.
+
+        Args:
+            spec: The model.
+            count: Layers on the GPU.
+            disk: Of the other layers, so many stay on disk, the first ones; by default those that are there already.
 
         Raises:
             PlanError: More layers than the model has.
         """
         total = spec.num_hidden_layers
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= total:
-            raise PlanError(f"expected 0 to {total} GPU layers for {spec.name}, found {count!r}")
-        places = {m.name: "cpu" if m.layer < total - count else "gpu" for m in spec.modules if m.layer is not None}
-        changed = {name: replace(old, device=places.get(name, old.device)) for name, old in self.modules.items()}
+        _check_layers(count, total, f"GPU layers for {spec.name}")
+        if disk is not None:
+            _check_layers(disk, total - count, f"disk layers for {spec.name} beside {count} on the GPU")
+        before, places = self.layer_devices(spec), []
+        for index in range(total):
+            on_disk = before[index] == "disk" if disk is None else index < disk
+            places.append("gpu" if index >= total - count else "disk" if on_disk else "cpu")
+        by_name = {m.name: places[m.layer] for m in spec.modules if m.layer is not None}
+        changed = {name: replace(old, device=by_name.get(name, old.device)) for name, old in self.modules.items()}
         return replace(self, modules=changed)
 
     def with_device_map(self, spec: ModelSpec, device_map: Mapping) -> "Plan":
@@ -127,7 +142,7 @@ class Plan:
         Args:
             spec: The model.
             device_map: Module or any part of its path (``""`` for all) → ``"gpu"``, ``"cuda"``, a GPU's number, or
-                ``"cpu"``. The longest name that fits a module counts.
+                ``"cpu"`` or ``"disk"``. The longest name that fits a module counts.
 
         Names of blocks without weights (``"model.rotary_emb"``) are passed over: they live where the first layer does.
 
@@ -220,14 +235,20 @@ class Plan:
                 f"{spec.name} has sliding-window attention of {spec.sliding_window} tokens, which is not forecast yet: "
                 f"ask for a context of {spec.sliding_window} or less, found {self.context}"
             )
+        if self.stream_from is not None and (type(self.stream_from) is not int or self.stream_from < 2):
+            raise PlanError(f"expected stream_from of 2 tokens or more, or None, found {self.stream_from!r}")
         wrong_type = isinstance(self.threads, bool) or not isinstance(self.threads, int | None)
         if wrong_type or (self.threads is not None and not 1 <= self.threads <= MOST_THREADS):
             raise PlanError(f"expected 1 to {MOST_THREADS} threads, found {self.threads!r}")
 
     def layer_devices(self, spec: ModelSpec) -> list[str]:
-        """The device of every decoder layer, by index."""
+        """The device that holds each decoder layer, by index."""
         devices = {m.layer: self.modules[m.name].device for m in spec.modules if m.layer is not None}
         return [devices[index] for index in range(spec.num_hidden_layers)]
+
+    def layer_places(self, spec: ModelSpec) -> list[str]:
+        """Where each decoder layer computes and keeps its KV cache, by index: ``"gpu"`` or ``"cpu"``."""
+        return [compute_place(device) for device in self.layer_devices(spec)]
 
     def weight_bytes(self, spec: ModelSpec, device: str | None = None) -> int:
         """Exact bytes of all weights, or of those on one device; a shared weight counts once."""
@@ -244,10 +265,10 @@ class Plan:
         return total
 
     def kv_bytes(self, spec: ModelSpec, tokens: int, device: str | None = None) -> int:
-        """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on one device or on both."""
+        """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on GPU or CPU or on both."""
         per_head = spec.head_dim + 2 if self.kv_format == "int8" else spec.head_dim * DTYPES[self.kv_format].itemsize
-        devices = self.layer_devices(spec)
-        layers = len(devices) if device is None else devices.count(device)
+        places = self.layer_places(spec)
+        layers = len(places) if device is None else places.count(device)
         return 2 * layers * spec.num_key_value_heads * per_head * tokens
 
     @property
@@ -268,6 +289,8 @@ class Plan:
             "kv_format": self.kv_format,
             "context": self.context,
             "threads": self.threads,
+            # only where it says something: plans without it keep the digest they had before there was one
+            **({} if self.stream_from is None else {"stream_from": self.stream_from}),
             "modules": {name: {"format": a.format, "device": a.device} for name, a in self.modules.items()},
         }
 
@@ -285,16 +308,9 @@ class Plan:
         Raises:
             PlanError: Not JSON, or a field is missing, unknown or of the wrong type; the field is named.
         """
-        if isinstance(text, Path):
-            try:
-                text = text.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise PlanError(f"expected a plan's JSON file, found {text}: {error}") from error
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise PlanError(f"expected a plan as JSON, found text that is not JSON ({error})") from error
-        return _plan_from_dict(cls, values)
+        values = read_values(text)
+        modules = {name: Assignment(**entry) for name, entry in values.pop("modules").items()}
+        return cls(modules=modules, **values)
 
     def table(self):
         """Formats and devices counted by kind of module. A DataFrame."""
@@ -310,15 +326,28 @@ class Plan:
         weights = (
             "/".join(dict.fromkeys(a.format for a in self.modules.values() if a.format != self.dtype)) or self.dtype
         )
+        on_disk = self.weight_bytes(spec, "disk")
+        disk = f" + {format_bytes(on_disk)} disk" if on_disk else ""
         return (
             f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on the "
             f"{self.modules[spec.embedding].device.upper()}, {self.kv_format} KV, context {self.context}: "
             f"{format_bytes(self.weight_bytes(spec, 'gpu'))} GPU + {format_bytes(self.weight_bytes(spec, 'cpu'))} CPU"
+            f"{disk}"
         )
 
     def _repr_html_(self) -> str:
         heading = f"<b>Plan</b> {self.model}, {self.dtype}, KV {self.kv_format}, context {self.context}"
         return heading + self.table().to_html(index=False)
+
+
+def compute_place(device: str) -> str:
+    """Where modules on a device compute: weights on disk are mapped, and the CPU reads them."""
+    return "cpu" if device == "disk" else device
+
+
+def _check_layers(count, most: int, what: str) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= most:
+        raise PlanError(f"expected 0 to {most} {what}, found {count!r}")
 
 
 def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str) -> str:
@@ -339,36 +368,10 @@ def _place_of(name: str, where) -> str:
     text = str(where).split(":")[0]
     if text in ("gpu", "cuda") or (isinstance(where, int) and not isinstance(where, bool) and where >= 0):
         return "gpu"
-    if text == "cpu":
-        return "cpu"
-    raise PlanError(f"{name or 'all'}: expected gpu, cuda, a GPU's number or cpu, found {where!r}")
+    if text in ("cpu", "disk"):
+        return text
+    raise PlanError(f"{name or 'all'}: expected gpu, cuda, a GPU's number, cpu or disk, found {where!r}")
 
 
 def _role(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _plan_from_dict(cls, values) -> Plan:
-    if not isinstance(values, dict):
-        raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
-    expected = {"version", "model", "fingerprint", "dtype", "kv_format", "context", "threads", "modules"}
-    if type(values.get("version")) is not int or values["version"] != VERSION:
-        raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
-    if odd := set(values) ^ expected:
-        name = sorted(odd)[0]
-        raise PlanError(f"plan field {name!r} is {'missing' if name in expected else 'not known'}")
-    types = {"model": str, "fingerprint": str, "dtype": str, "kv_format": str, "context": int, "modules": dict}
-    for name, kind in types.items():
-        if not isinstance(values[name], kind):
-            raise PlanError(f"plan field {name!r}: expected {kind.__name__}, found {values[name]!r}"[:200])
-    for name in ("context", "threads"):
-        if isinstance(values[name], bool) or not isinstance(values[name], int | None if name == "threads" else int):
-            raise PlanError(f"plan field {name!r}: expected a whole number, found {values[name]!r}"[:200])
-    modules = {}
-    for name, entry in values["modules"].items():
-        if not isinstance(entry, dict) or set(entry) != {"format", "device"}:
-            raise PlanError(f"{name}: expected an object with format and device, found {entry!r}"[:200])
-        if not all(isinstance(value, str) for value in entry.values()):
-            raise PlanError(f"{name}: expected format and device as text, found {entry!r}"[:200])
-        modules[name] = Assignment(entry["format"], entry["device"])
-    return cls(**{**{key: values[key] for key in expected - {"version"}}, "modules": modules})

@@ -15,7 +15,7 @@ from lowvram_lab.chat import TurnStats
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluate import Fidelity
 from lowvram_lab.memory.allocator import LARGE_SEGMENT
-from lowvram_lab.memory.device import GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.meter import OomEvent
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.profile import MemoryProfile

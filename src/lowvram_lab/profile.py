@@ -12,7 +12,8 @@ import torch
 from lowvram_lab.engine.decode import Sampling, choose, choose_beams, decode_one_token, prefill
 from lowvram_lab.engine.kv_cache import MeteredCache, MeteredStaticCache
 from lowvram_lab.errors import PlanError
-from lowvram_lab.memory.device import Gpu, GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import Gpu
 from lowvram_lab.memory.meter import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.units import format_bytes
@@ -93,7 +94,7 @@ class MemoryProfile:
         gpu: On what, in words; says *simulated* where it is.
         budget: The card, or ``None`` for no limit.
         weights_bytes: Exact bytes of the weights on the GPU, without the allocator's rounding.
-        cpu_weights_bytes: The same on the CPU.
+        cpu_weights_bytes: The same on the CPU; ``disk_weights_bytes`` mapped from disk.
         kv_bytes: KV cache on the GPU at the end of the run, in the allocator's blocks.
         phases: load, prefill, decode.
         workload: What was run.
@@ -114,6 +115,7 @@ class MemoryProfile:
     workload: Workload
     first_oom: OomEvent | None = None
     transferred_bytes: int = 0
+    disk_weights_bytes: int = 0
     suggestions: tuple[str, ...] = field(default=())
     timeline: Timeline | None = field(default=None, repr=False)
 
@@ -218,6 +220,7 @@ class MemoryProfile:
             "budget_bytes": self.budget.total_bytes if self.budget else None,
             "weights_bytes": self.weights_bytes,
             "cpu_weights_bytes": self.cpu_weights_bytes,
+            "disk_weights_bytes": self.disk_weights_bytes,
             "kv_bytes": self.kv_bytes,
             "activation_bytes": self.activation_bytes,
             "overhead_bytes": self.overhead_bytes,
@@ -274,6 +277,7 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
         budget=gpu.budget,
         weights_bytes=model.plan.weight_bytes(model.spec, "gpu"),
         cpu_weights_bytes=model.plan.weight_bytes(model.spec, "cpu"),
+        disk_weights_bytes=model.plan.weight_bytes(model.spec, "disk"),
         kv_bytes=gpu.meter.category_bytes("kv") - earlier_kv,
         phases=(model.load_phase, *gpu.phases[earlier_phases:]),
         workload=workload,

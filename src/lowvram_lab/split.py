@@ -19,7 +19,8 @@ from lowvram_lab.dry_run import forecast
 from lowvram_lab.engine.decode import stream
 from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
-from lowvram_lab.memory.device import Gpu, GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import Gpu
 from lowvram_lab.memory.host import forecast_load_bytes
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.auto import RECIPES

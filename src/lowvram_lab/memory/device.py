@@ -8,72 +8,18 @@ import re
 import threading
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.allocator import CachingAllocator
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
 from lowvram_lab.memory.nvml import process_bytes
 from lowvram_lab.memory.oom import oom_message
 from lowvram_lab.memory.replay import MetaResults
-from lowvram_lab.units import GiB, KiB, MiB, format_bytes, parse_bytes
-
-CUDA_CONTEXT_BYTES = 384 * MiB
-"""What a CUDA context and its loaded kernels take beside PyTorch's allocator: 0.25 to 0.5 GiB, by card and driver."""
-
-SMALLEST_CARD = 1 * GiB
-"""A budget below this is no real card but a teaching one: no CUDA context is counted unless one is asked for."""
-
-
-@dataclass(frozen=True)
-class GpuBudget:
-    """What a card has, and what of it the CUDA context takes before the first tensor.
-
-    Attributes:
-        total_bytes: The card's memory.
-        context_bytes: CUDA context, not available to tensors.
-    """
-
-    total_bytes: int
-    context_bytes: int = 0
-
-    @classmethod
-    def parse(cls, size: "str | int | GpuBudget", cuda_context: str | int | None = None) -> "GpuBudget":
-        """Reads a budget such as ``"4GiB"``.
-
-        Args:
-            size: The card's memory.
-            cuda_context: Bytes of the CUDA context; by default 384 MiB, and 0 for a card under 1 GiB.
-
-        Raises:
-            UnitError: A size cannot be read.
-            BudgetError: Nothing is left for tensors.
-        """
-        if isinstance(size, GpuBudget):
-            return size
-        total = parse_bytes(size)
-        if cuda_context is None:
-            context = CUDA_CONTEXT_BYTES if total >= SMALLEST_CARD else 0
-        else:
-            zero = re.fullmatch(r"\s*0+(\.0+)?\s*[A-Za-z]*\s*", str(cuda_context))
-            context = 0 if zero else parse_bytes(cuda_context)
-        if total < MiB:
-            raise BudgetError(f"a GPU budget of {size!r} was read as {total} bytes; write it with a unit, e.g. 4GiB")
-        if context >= total:
-            raise BudgetError(
-                f"the CUDA context ({format_bytes(context)}) leaves nothing of a {format_bytes(total)} GPU; "
-                "give a larger budget"
-            )
-        return cls(total, context)
-
-    @property
-    def usable_bytes(self) -> int:
-        """What tensors may take."""
-        return self.total_bytes - self.context_bytes
-
+from lowvram_lab.units import KiB, MiB, format_bytes
 
 _MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
@@ -120,6 +66,7 @@ class Gpu:
     kernels = "cpu"
     simulated = True
     meta = False
+    _tensor_device: str | torch.device = "cpu"
 
     def __init__(self, budget: GpuBudget | None):
         self.budget = budget
@@ -181,10 +128,15 @@ class Gpu:
         """Most GPU bytes live at once since ``reset_peak``, without the CUDA context."""
         return self.meter.peak_allocated
 
+    @property
+    def moves(self) -> bool:
+        """Whether moving a tensor does anything now: a stand-in that is not metered has no places."""
+        return not (self._paused and self.simulated)
+
     def move(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         """The tensor at ``place``: itself if it is there, else a counted copy."""
         source = self.meter.place_of(tensor)
-        if source == place or (self._paused and self.simulated):
+        if source == place or not self.moves:
             return tensor
         self.transfers[source, place] += tensor.nbytes
         with self.active(), self.meter.scope(place=place, force=True):
@@ -192,6 +144,31 @@ class Gpu:
 
     def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         return tensor.clone()
+
+    def buffer(self, size_bytes: int) -> torch.Tensor:
+        """Bytes on the GPU, uninitialised."""
+        with self.meter.scope(place="gpu"):
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self._tensor_device)
+
+    def copy_ahead(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after=None):
+        """Copies CPU tensors into GPU ones beside the computation, where the GPU can do both at once.
+
+        Args:
+            pairs: GPU tensors, and the CPU tensors of the same shape and dtype that are to be in them.
+            after: From ``mark``: not before what it marks has ended.
+
+        Returns:
+            What ``wait_for`` wants.
+        """
+        for target, source in pairs:
+            self.transfers["cpu", "gpu"] += source.nbytes
+            target.copy_(source)
+
+    def mark(self):
+        """A mark behind all work given to the GPU so far."""
+
+    def wait_for(self, mark) -> None:
+        """Lets what is computed from here on wait for a mark."""
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor as this GPU's kind of memory holds it; the dry run turns real tensors into meta ones."""
@@ -224,6 +201,7 @@ class DryRunGpu(Gpu):
 
     name = "dry run"
     meta = True
+    _tensor_device = "meta"
 
     def __init__(self, budget: GpuBudget | None, kernels: str, expandable_segments: bool = False):
         super().__init__(budget)
@@ -272,7 +250,8 @@ class CudaGpu(Gpu):
     def __init__(self, budget: GpuBudget | None, set_cap: bool = True):
         super().__init__(budget)
         self.meter = Meter(by_device=True)
-        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = self._tensor_device = torch.device("cuda", torch.cuda.current_device())
+        self._side_stream = None
         self.name = torch.cuda.get_device_name(self.device)
         card_bytes = torch.cuda.mem_get_info(self.device)[1]
         if budget and budget.total_bytes > card_bytes:
@@ -333,6 +312,26 @@ class CudaGpu(Gpu):
     def peak_allocated_bytes(self) -> int:
         """CUDA's own counter."""
         return torch.cuda.max_memory_allocated(self.device)
+
+    def copy_ahead(self, pairs, after=None):
+        """See ``Gpu``: on a stream of its own. Only from page-locked memory does it run beside the computation."""
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._side_stream):
+            if after is not None:
+                self._side_stream.wait_event(after)
+            for target, source in pairs:
+                self.transfers["cpu", "gpu"] += source.nbytes
+                target.copy_(source, non_blocking=True)
+            return self._side_stream.record_event()
+
+    def mark(self):
+        """See ``Gpu``."""
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def wait_for(self, mark) -> None:
+        """See ``Gpu``."""
+        torch.cuda.current_stream(self.device).wait_event(mark)
 
     def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         return tensor.to(self.device if place == "gpu" else "cpu")

@@ -104,14 +104,14 @@ def give_back_heap() -> None:
 def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:
     """Forecasts how far resident memory rises while a plan loads, above what Python and torch already take.
 
-    The weights that stay in RAM, and beside them the largest tensor in flight: mapped from its file, plus the quantised
-    copy on its way.
+    The weights that stay in RAM (what lies on disk does not), and beside them the largest tensor in flight: mapped from
+    its file, plus the quantised copy on its way.
 
     Args:
         plan: The plan.
         spec: The model.
         gpu_in_ram: Whether "gpu" is the stand-in, whose tensors lie in RAM too.
     """
-    stays = plan.weight_bytes(spec) if gpu_in_ram else plan.weight_bytes(spec, "cpu")
+    stays = plan.weight_bytes(spec, "cpu") + (plan.weight_bytes(spec, "gpu") if gpu_in_ram else 0)
     largest = max(2 * math.prod(shape) for module in spec.modules for shape in module.parameters.values())
     return stays + 2 * largest

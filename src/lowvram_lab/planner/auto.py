@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lowvram_lab.errors import BudgetError, PlanError
-from lowvram_lab.memory.device import Gpu, GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import Gpu
 from lowvram_lab.memory.host import forecast_load_bytes
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.cost import forecast_speed

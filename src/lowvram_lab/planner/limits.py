@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import BudgetError
-from lowvram_lab.memory.device import Gpu, GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import Gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.search import largest_fitting, resolve
 from lowvram_lab.profile import MemoryProfile, Workload

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.formats import DTYPES, get_format
-from lowvram_lab.memory.device import Gpu, GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import Gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.allocate import Option, allocate
 from lowvram_lab.planner.search import resolve

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import BudgetError
-from lowvram_lab.memory.device import Gpu, GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import Gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import MemoryProfile, Workload
 from lowvram_lab.spec import ModelSpec

@@ -1,7 +1,8 @@
 """What to give up when a run overflows its card after all: a sequence of plans, each smaller than the one before.
 
-The order is that of what is lost: next to nothing (KV cache in int8), then speed (layers to the CPU, twice as many each
-time), then memory of the conversation (a shorter context).
+The order is that of what is lost: speed of long prompts (weights that travel need two buffers), next to nothing (KV
+cache in int8), then speed (layers to the CPU, twice as many each time), then memory of the conversation (a shorter
+context).
 """
 
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ def smaller_plans(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
     Yields:
         What was given up, in words, and the plan.
     """
+    if plan.stream_from is not None:
+        plan = replace(plan, stream_from=None)
+        yield "long prompts computed where the layers are", plan
     if plan.kv_format != "int8":
         plan = replace(plan, kv_format="int8")
         yield "KV cache in int8", plan

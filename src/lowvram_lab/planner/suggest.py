@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lowvram_lab.dry_run import forecast
-from lowvram_lab.memory.device import Gpu, GpuBudget
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.device import Gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes, resolve
 from lowvram_lab.profile import MemoryProfile, Workload

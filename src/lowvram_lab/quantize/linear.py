@@ -27,6 +27,9 @@ DEQUANTIZE_ROWS = 64
 INT8_COLUMNS = 16
 """torch's CPU int8 kernel reads so many columns at once, also beyond the end of a row: NaN, or a crash."""
 
+INT8_ALIGNMENT = 16
+"""torch's CPU int8 kernel ends the process on a weight that begins elsewhere, as one mapped from safetensors may."""
+
 NF4_FUSED_ROWS = 4
 """Up to this many tokens bitsandbytes always runs its fused kernel on CUDA (``_GEMM_4BIT_CUSTOM_FLOOR_M``); beyond it
 the card decides, so there the weight is dequantised in the open, where it is counted."""
@@ -146,6 +149,12 @@ class _PackedRows:
 
 class Int8Linear(_Int8Rows, QuantizedLinear):
     """torch's int8 kernel on the CPU."""
+
+    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+        """See ``QuantizedLinear``; a weight that begins where the kernel cannot read it is copied."""
+        super().fill(tensors, move)
+        if self.kernels == "cpu" and not self.weight.is_meta and self.weight.data_ptr() % INT8_ALIGNMENT:
+            self.weight = self.weight.clone()
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """CPU kernel for few tokens, dequantised tiles for many and on CUDA."""

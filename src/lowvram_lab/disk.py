@@ -1,0 +1,87 @@
+"""Weights that stay on disk: written once in the plan's formats, then mapped; the CPU computes on the mapped pages.
+
+The system reads a page when it is touched and drops it when RAM is short, so what lies on disk takes none that anything
+else needs. Where RAM is plenty the pages stay, and a disk layer is as fast as one in RAM. (accelerate's disk offload
+copies weights into memory, and to the GPU, for every forward pass instead.)
+
+The files are plain bytes and nobody else's: in safetensors a tensor begins at any multiple of 8 bytes, and torch's CPU
+int8 kernel ends the process on a weight that does not begin at one of 16. (Weights whose format is the checkpoint's own
+are not written at all: they are mapped where they are, in safetensors.)
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+
+from lowvram_lab.cache import cache_dir
+from lowvram_lab.errors import CheckpointError
+from lowvram_lab.units import format_bytes
+
+ALIGNMENT = 64
+"""Bytes; where a tensor may begin: as torch's own allocations."""
+
+
+class WeightsOnDisk:
+    """The mapped weights of one model, in files in the cache folder.
+
+    Where the system allows it (not on Windows) a file loses its name as soon as it is mapped, so that the disk is free
+    again when the model is gone, even if its process was killed.
+
+    Args:
+        size_bytes: What is to be written at most.
+
+    Raises:
+        CheckpointError: The disk has no room for it.
+    """
+
+    def __init__(self, size_bytes: int):
+        self._folder = cache_dir() / "mapped"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if size_bytes > (free := shutil.disk_usage(self._folder).free):
+            raise CheckpointError(
+                f"{self._folder}: the layers on disk take {format_bytes(size_bytes)}, found {format_bytes(free)} free; "
+                "set LOWVRAM_CACHE to a folder on a larger disk, or plan fewer of them"
+            )
+        self._named: list[Path] = []
+        weakref.finalize(self, _remove, self._named)
+
+    def map(self, module: torch.nn.Module) -> None:
+        """Writes a module's own weights, and puts mapped ones in their place.
+
+        Raises:
+            CheckpointError: They cannot be written.
+        """
+        stores = module._parameters, module._buffers
+        held = {key: store for store in stores for key, tensor in store.items() if tensor is not None}
+        handle, name = tempfile.mkstemp(dir=self._folder)
+        self._named.append(Path(name))
+        try:
+            with os.fdopen(handle, "wb") as file:
+                starts = {key: _append(file, store[key]) for key, store in held.items()}
+                size = file.tell()
+            mapped = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{name}: the weights of a layer on disk cannot be written: {error}") from error
+        for key, store in held.items():
+            old = store[key]
+            new = mapped[starts[key] : starts[key] + old.nbytes].view(old.dtype).view(old.shape)
+            store[key] = torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
+        if os.name == "posix":
+            _remove(self._named)
+
+
+def _append(file, tensor: torch.Tensor) -> int:
+    """Writes a tensor at the next aligned place; returns where."""
+    file.write(bytes(-file.tell() % ALIGNMENT))
+    start = file.tell()
+    tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
+    return start
+
+
+def _remove(files: list[Path]) -> None:
+    while files:
+        files.pop().unlink(missing_ok=True)

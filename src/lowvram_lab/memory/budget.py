@@ -1,0 +1,60 @@
+"""The size of a card, and what of it is left for tensors."""
+
+import re
+from dataclasses import dataclass
+
+from lowvram_lab.errors import BudgetError
+from lowvram_lab.units import GiB, MiB, format_bytes, parse_bytes
+
+CUDA_CONTEXT_BYTES = 384 * MiB
+"""What a CUDA context and its loaded kernels take beside PyTorch's allocator: 0.25 to 0.5 GiB, by card and driver."""
+
+SMALLEST_CARD = 1 * GiB
+"""A budget below this is no real card but a teaching one: no CUDA context is counted unless one is asked for."""
+
+
+@dataclass(frozen=True)
+class GpuBudget:
+    """What a card has, and what of it the CUDA context takes before the first tensor.
+
+    Attributes:
+        total_bytes: The card's memory.
+        context_bytes: CUDA context, not available to tensors.
+    """
+
+    total_bytes: int
+    context_bytes: int = 0
+
+    @classmethod
+    def parse(cls, size: "str | int | GpuBudget", cuda_context: str | int | None = None) -> "GpuBudget":
+        """Reads a budget such as ``"4GiB"``.
+
+        Args:
+            size: The card's memory.
+            cuda_context: Bytes of the CUDA context; by default 384 MiB, and 0 for a card under 1 GiB.
+
+        Raises:
+            UnitError: A size cannot be read.
+            BudgetError: Nothing is left for tensors.
+        """
+        if isinstance(size, GpuBudget):
+            return size
+        total = parse_bytes(size)
+        if cuda_context is None:
+            context = CUDA_CONTEXT_BYTES if total >= SMALLEST_CARD else 0
+        else:
+            zero = re.fullmatch(r"\s*0+(\.0+)?\s*[A-Za-z]*\s*", str(cuda_context))
+            context = 0 if zero else parse_bytes(cuda_context)
+        if total < MiB:
+            raise BudgetError(f"a GPU budget of {size!r} was read as {total} bytes; write it with a unit, e.g. 4GiB")
+        if context >= total:
+            raise BudgetError(
+                f"the CUDA context ({format_bytes(context)}) leaves nothing of a {format_bytes(total)} GPU; "
+                "give a larger budget"
+            )
+        return cls(total, context)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What tensors may take."""
+        return self.total_bytes - self.context_bytes
