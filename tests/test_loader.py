@@ -24,6 +24,7 @@ from lowvram_lab.engine.decode import prefill, stream
 from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.formats import DTYPES
+from lowvram_lab.loader import replan
 from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.offload import detach
 from lowvram_lab.units import MiB
@@ -226,15 +227,21 @@ def test_out_of_memory_while_loading_leaves_nothing(recipe):
     assert gpu.meter.allocated["gpu"] == gpu.meter.allocator.allocated == sum(tensor.nbytes for tensor in kept)
 
 
-@pytest.fixture
-def torch_threads():
-    before = torch.get_num_threads()
-    yield before
-    torch.set_num_threads(before)
+def test_a_plans_threads_are_its_models_and_not_the_process():
+    before, seen = torch.get_num_threads(), []
+    for threads in (None, 2):
+        model = load_tiny("qwen2", replace(tiny_plan("qwen2"), threads=threads))
+        model.model.layers[1].register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+        model(random_ids(4))
+    assert seen == [before, 2]
+    assert torch.get_num_threads() == before
 
 
-def test_threads_are_honoured(torch_threads):
-    load_tiny("qwen2")
-    assert torch.get_num_threads() == torch_threads
-    load_tiny("qwen2", replace(tiny_plan("qwen2"), threads=torch_threads + 1))
-    assert torch.get_num_threads() == torch_threads + 1
+def test_more_threads_than_the_machine_has_are_refused_before_loading():
+    plan = replace(tiny_plan("qwen2"), threads=1000)
+    with pytest.raises(PlanError, match=r"expected 1 to \d+ threads on this machine, found a plan with 1000"):
+        load_tiny("qwen2", plan)
+    model = load_tiny("qwen2")
+    with pytest.raises(PlanError, match="found a plan with 1000"):
+        replan(model, plan, progress=False)
+    assert model.plan == tiny_plan("qwen2")

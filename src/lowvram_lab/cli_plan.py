@@ -5,6 +5,8 @@ import sys
 from lowvram_lab.cli_common import positive, print_json, spec_of
 from lowvram_lab.errors import LowvramError
 
+LONGEST = "longest"
+
 
 def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> None:
     """The options that say which plan."""
@@ -15,18 +17,33 @@ def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> 
     )
     if chooses:
         parser.add_argument("--ram", metavar="SIZE", help="what the CPU's part may take (no limit)")
+        parser.add_argument("--disk", metavar="SIZE", help="what may stay on disk where RAM is too small (nothing)")
         parser.add_argument(
             "--prefer", metavar="NAME", help="what the planner is to prefer: balance, fidelity or speed (balance)"
         )
-    parser.add_argument("--context", type=positive, metavar="N", help="tokens, prompt and answer (2048)")
+    longest = ", or longest: as many as fit" if chooses else ""
+    parser.add_argument(
+        "--context",
+        type=_context if chooses else positive,
+        metavar="N",
+        help=f"tokens, prompt and answer (2048){longest}",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
         "--format", metavar="NAME", help="one recipe: fp16, bf16, fp32, int8, int6 to int2, int4-g128, nf4, stored"
     )
     how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
     parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
+    parser.add_argument("--disk-layers", type=int, metavar="N", help="of the rest, the first N stay on disk")
+    parser.add_argument(
+        "--stream-from", type=positive, metavar="N", help="prompts of N tokens bring CPU layers' weights to the GPU"
+    )
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+
+
+def _context(text: str) -> int | str:
+    return text if text == LONGEST else positive(text)
 
 
 def stated_plan(args, spec, default_format: str | None = None):
@@ -36,6 +53,8 @@ def stated_plan(args, spec, default_format: str | None = None):
 
     from lowvram_lab.plan import Plan
 
+    if args.context == LONGEST and (args.plan or args.format or default_format):
+        raise LowvramError("--context longest is for the planner: give it --gpu, and neither --format nor --plan")
     if args.plan:
         plan = Plan.from_json(Path(args.plan))
         if args.context:
@@ -43,11 +62,15 @@ def stated_plan(args, spec, default_format: str | None = None):
     elif args.format or default_format:
         recipe = args.format or ("stored" if spec.stored else default_format)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048)
+    elif args.disk_layers is not None or args.stream_from is not None:
+        raise LowvramError("--disk-layers and --stream-from go with --format or --plan: the planner chooses by itself")
     else:
         return None
-    if args.gpu_layers is not None:
-        plan = plan.with_gpu_layers(spec, args.gpu_layers)
+    if args.gpu_layers is not None or args.disk_layers is not None:
+        on_gpu = plan.layer_devices(spec).count("gpu") if args.gpu_layers is None else args.gpu_layers
+        plan = plan.with_gpu_layers(spec, on_gpu, args.disk_layers)
     plan = replace(plan, threads=args.threads or plan.threads, kv_format=args.kv or plan.kv_format)
+    plan = replace(plan, stream_from=args.stream_from or plan.stream_from)
     plan.validate(spec)
     return plan
 
@@ -59,16 +82,19 @@ def chosen_plan(args, spec, gpu):
 
     plan = stated_plan(args, spec, None if gpu.budget else "bf16")
     if plan is not None:
-        if args.prefer:
-            raise LowvramError("--prefer is for the planner: give it --gpu, and neither --format nor --plan")
+        if args.prefer or args.disk:
+            raise LowvramError(
+                "--prefer and --disk are for the planner: give it --gpu, and neither --format nor --plan"
+            )
         profile = forecast(plan, spec, gpu)
         _check_ram(args.ram, plan, spec)
         return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
     choice = auto_plan(
         spec,
         gpu,
-        args.context or 2048,
+        None if args.context == LONGEST else args.context or 2048,
         ram=args.ram,
+        disk=args.disk,
         prefer=args.prefer or "balance",
         gpu_layers=args.gpu_layers,
         kv_format=args.kv,
@@ -96,11 +122,12 @@ def run_plan(args) -> int:
     from lowvram_lab.memory.budget import GpuBudget
     from lowvram_lab.memory.device import DryRunGpu
     from lowvram_lab.planner.cost import forecast_speed
+    from lowvram_lab.units import parse_bytes
 
     budget = GpuBudget.parse(args.gpu, args.cuda_context)
     _, spec = spec_of(args.model)
     plan, profile, why = chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
-    speed = forecast_speed(plan, spec)
+    speed = forecast_speed(plan, spec, ram=parse_bytes(args.ram) if args.ram else None)
     if args.output:
         plan.to_json(Path(args.output))
     if args.json:

@@ -5,6 +5,7 @@ run of a forecast goes through the very same code with tensors on meta.
 """
 
 import logging
+import os
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +16,7 @@ from lowvram_lab.disk import WeightsOnDisk
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.memory.device import Gpu, open_gpu
+from lowvram_lab.memory.host import check_room_in_ram
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.offload import attach, block_devices, detach
 from lowvram_lab.plan import Plan, compute_place
@@ -23,6 +25,7 @@ from lowvram_lab.quantize.solvers import is_finite
 from lowvram_lab.quantize.stored import check_stored, stored_tensors
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec, ModuleSpec, build_on_meta
+from lowvram_lab.threads import cpu_threads
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +73,8 @@ def load(
         tells the placement, ``model.plan`` the plan, ``model.gpu`` the GPU.
 
     Raises:
-        PlanError: The plan does not fit the model.
+        PlanError: The plan does not fit the model, or has more threads than the machine.
+        BudgetError: RAM is too small for the CPU's part, or another process holds the GPU's memory.
         CheckpointError: A weight is missing, has the wrong shape, or is not finite.
         torch.OutOfMemoryError: The budget is too small; nothing of the model stays on the GPU.
     """
@@ -82,8 +86,8 @@ def load(
     if checkpoint is None:
         checkpoint = find_source(plan.model).checkpoint()
     _check_names_and_shapes(spec, checkpoint)
-    if plan.threads and not gpu.meta:
-        torch.set_num_threads(plan.threads)
+    if not gpu.meta:
+        _check_machine(plan, spec, gpu)
     config = spec.pretrained_config()
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
@@ -92,7 +96,8 @@ def load(
     recording = Timeline() if timeline else None
     if timeline:
         gpu.meter.timeline = recording
-    with torch.no_grad(), _noted(gpu), gpu.phase("load") as load_phase, gpu.meter.scope(category="weights"):
+    filling = cpu_threads(plan.threads), gpu.phase("load"), gpu.meter.scope(category="weights")
+    with torch.no_grad(), _noted(gpu), filling[0], filling[1] as load_phase, filling[2]:
         devices = _fill_all(model, spec.modules, plan, spec, checkpoint, gpu, progress)
     _finish(model, plan, spec, devices, gpu)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
@@ -112,7 +117,8 @@ def replan(model, plan: Plan, *, progress: bool = True) -> None:
         progress: Show a progress bar.
 
     Raises:
-        PlanError: The plan does not fit the model, or has another dtype.
+        PlanError: The plan does not fit the model or the machine, or has another dtype.
+        BudgetError: See ``load``.
         torch.OutOfMemoryError: No room on the GPU for what is to come. After this, as after any error or interrupt,
             the model is as it was before.
     """
@@ -120,6 +126,7 @@ def replan(model, plan: Plan, *, progress: bool = True) -> None:
     plan.validate(spec)
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
+    _check_machine(plan, spec, model.gpu, old)
     changed = [m for m in spec.modules if plan.modules[m.name] != old.modules[m.name]]
     detach(model)
     try:
@@ -131,16 +138,23 @@ def replan(model, plan: Plan, *, progress: bool = True) -> None:
 
 def _realise(model, changed: list[ModuleSpec], plan: Plan, progress: bool) -> None:
     spec, gpu = model.spec, model.gpu
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
     import_kernels({assignment.format for assignment in plan.modules.values()})
     gpu.meter.first_oom = None  # of the plan before
-    with torch.no_grad(), _noted(gpu), gpu.active(), gpu.meter.scope(category="weights"):
+    with torch.no_grad(), _noted(gpu), cpu_threads(plan.threads), gpu.active(), gpu.meter.scope(category="weights"):
         _put_back(model, [m.name for m in changed])
         # the owner of a shared weight before who shares it; what leaves the GPU makes room for what comes
         ordered = sorted(changed, key=lambda m: (m.tied_to is not None, plan.modules[m.name].device == "gpu"))
         devices = _fill_all(model, ordered, plan, spec, model.checkpoint, gpu, progress)
     _finish(model, plan, spec, devices, gpu)
+
+
+def _check_machine(plan: Plan, spec: ModelSpec, gpu: Gpu, loaded: Plan | None = None) -> None:
+    """Refuses, before anything is loaded, what this machine has not got (any more)."""
+    if plan.threads and plan.threads > (cores := os.cpu_count() or 1):
+        raise PlanError(f"expected 1 to {cores} threads on this machine, found a plan with {plan.threads}")
+    check_room_in_ram(plan, spec, gpu, loaded)
+    on_gpu = plan.weight_bytes(spec, "gpu") - (loaded.weight_bytes(spec, "gpu") if loaded else 0)
+    gpu.check_room(on_gpu)
 
 
 def _put_back(model, names: list[str]) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from lowvram_lab.plan import compute_place
 from lowvram_lab.streaming import WeightStream
+from lowvram_lab.threads import cpu_threads
 
 _WRAPPED, _ROUTE = "_lowvram_wrapped", "_lowvram_route"
 
@@ -20,8 +21,8 @@ _WRAPPED, _ROUTE = "_lowvram_wrapped", "_lowvram_route"
 class _Route:
     """What the blocks of one model share: where the first layer computes, what has moved, the weights that travel."""
 
-    def __init__(self, home: str, gpu, stream: WeightStream):
-        self.home, self.gpu, self.stream = home, gpu, stream
+    def __init__(self, home: str, threads: int | None, gpu, stream: WeightStream):
+        self.home, self.threads, self.gpu, self.stream = home, threads, gpu, stream
         self.first = home  # masks and rotary tables are made once, where the first layer computes in this pass
         self.moved: dict[tuple[int, str], tuple] = {}
 
@@ -56,7 +57,8 @@ def attach(model, devices: dict[str, str], plan, spec, gpu) -> None:
         spec: The model's spec.
         gpu: The ``Gpu`` the model lives on.
     """
-    route = _Route(compute_place(devices[f"{spec.layers_path}.0"]), gpu, WeightStream(model, plan, spec, gpu))
+    home = compute_place(devices[f"{spec.layers_path}.0"])
+    route = _Route(home, plan.threads, gpu, WeightStream(model, plan, spec, gpu))
     embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
     for path, device in devices.items():
         if _contains_another(path, devices):
@@ -95,7 +97,7 @@ def _model_forward(route, original, *args, **kwargs):
     gpu, cache = route.gpu, kwargs.get("past_key_values")
     ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
     tokens = 0 if ids is None else ids.shape[0] * ids.shape[1]
-    with gpu.lock, gpu.active(), route.stream.opened_for(tokens, cache) as travelling:
+    with gpu.lock, cpu_threads(route.threads), gpu.active(), route.stream.opened_for(tokens, cache) as travelling:
         route.first = "gpu" if travelling else route.home
         # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
         kwargs = {key: _moved(key, value, route) for key, value in kwargs.items()}

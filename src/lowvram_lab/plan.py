@@ -252,15 +252,15 @@ class Plan:
 
     def weight_bytes(self, spec: ModelSpec, device: str | None = None) -> int:
         """Exact bytes of all weights, or of those on one device; a shared weight counts once."""
+        wanted = (m for m in spec.modules if device in (None, self.modules[m.name].device))
+        return sum(self.module_bytes(module) for module in wanted)
+
+    def module_bytes(self, module: ModuleSpec) -> int:
+        """Exact bytes of one module's own weights: none for a weight that another owns."""
         dtype, total = DTYPES[self.dtype], 0
-        for module in spec.modules:
-            assignment = self.modules[module.name]
-            if device not in (None, assignment.device):
-                continue
-            for key, shape in module.parameters.items():
-                if key == "weight" and module.tied_to:
-                    continue
-                stored = assignment.format if key == "weight" else self.dtype
+        for key, shape in module.parameters.items():
+            if key != "weight" or not module.tied_to:
+                stored = self.modules[module.name].format if key == "weight" else self.dtype
                 total += get_format(stored).weight_bytes(shape, dtype)
         return total
 
@@ -326,11 +326,11 @@ class Plan:
         weights = (
             "/".join(dict.fromkeys(a.format for a in self.modules.values() if a.format != self.dtype)) or self.dtype
         )
-        on_disk = self.weight_bytes(spec, "disk")
+        on_disk, lookup = self.weight_bytes(spec, "disk"), self.modules[spec.embedding].device
         disk = f" + {format_bytes(on_disk)} disk" if on_disk else ""
         return (
-            f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on the "
-            f"{self.modules[spec.embedding].device.upper()}, {self.kv_format} KV, context {self.context}: "
+            f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
+            f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}, {self.kv_format} KV, context {self.context}: "
             f"{format_bytes(self.weight_bytes(spec, 'gpu'))} GPU + {format_bytes(self.weight_bytes(spec, 'cpu'))} CPU"
             f"{disk}"
         )

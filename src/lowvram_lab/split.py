@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
-import psutil
 import torch
 
 from lowvram_lab import hub
@@ -20,8 +19,6 @@ from lowvram_lab.engine.decode import stream
 from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.device import Gpu
-from lowvram_lab.memory.host import forecast_load_bytes
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.auto import RECIPES
 from lowvram_lab.planner.cost import forecast_speed
@@ -290,27 +287,6 @@ def why_no_weights(spec: ModelSpec) -> str:
     except LowvramError as error:
         return str(error)
     return ""
-
-
-def check_ram(plan: Plan, spec: ModelSpec, gpu: Gpu, loaded: Plan | None = None) -> None:
-    """Refuses a load that the host's free memory cannot take: a kernel that the system ends cannot say why.
-
-    Args:
-        plan: What is to be loaded ...
-        spec: ... of this model ...
-        gpu: ... onto this GPU; the stand-in lies in RAM too.
-        loaded: The plan that is there already, and whose weights make room.
-
-    Raises:
-        BudgetError: Says what it takes and what is free.
-    """
-    needed = forecast_load_bytes(plan, spec, gpu_in_ram=gpu.simulated)
-    needed -= loaded.weight_bytes(spec, None if gpu.simulated else "cpu") if loaded else 0
-    if needed > (free := psutil.virtual_memory().available):
-        helps = "a smaller format" + ("" if gpu.simulated else " or more layers on the GPU")
-        raise BudgetError(
-            f"loading this takes {format_bytes(needed)} of RAM, found {format_bytes(free)} free; choose {helps}"
-        )
 
 
 def _prompt_ids(tokenizer, prompt: str) -> list[int]:

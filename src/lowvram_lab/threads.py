@@ -1,4 +1,4 @@
-"""One CPU thread for a while: many small operations only wait for a second one, 8 ms each where its core is busy."""
+"""CPU threads for a while: torch's number is the process's, a plan's is the model's."""
 
 from contextlib import contextmanager
 
@@ -6,11 +6,19 @@ import torch
 
 
 @contextmanager
-def one_thread():
-    """Runs the block with a single CPU thread, and gives back the others after it."""
+def cpu_threads(count: int | None):
+    """Runs the block with so many CPU threads (``None``: as many as there are), and sets torch's number back."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if count in (None, before):
+        yield
+        return
+    torch.set_num_threads(count)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def one_thread():
+    """A single one: many small operations only wait for a second thread, 8 ms each where its core is busy."""
+    return cpu_threads(1)

@@ -7,7 +7,6 @@ import os
 from dataclasses import replace
 
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
 from lowvram_lab.dry_run import forecast
@@ -75,28 +74,24 @@ def tune(
     ]
     # before loading: rates are measured in memory that the plan may need
     foretold = [forecast_speed(tried, spec, workload, machine).decode_tokens_per_s for tried in plans]
-    before = torch.get_num_threads()
-    try:
-        for tried, expected in tqdm([*zip(plans, foretold, strict=True)], "tune", disable=not progress, leave=False):
-            if model is None:
-                model = load(tried, gpu, spec=spec, checkpoint=checkpoint, progress=False)
-            else:
-                replan(model, tried, progress=False)
-            run_speed(model, Workload(8, 1))  # the first forward warms up what is made once
-            speed = run_speed(model, workload)
-            layers = tried.layer_devices(spec).count("gpu")
-            rows.append(
-                {
-                    "gpu_layers": layers,
-                    "threads": tried.threads,
-                    "peak_gpu_bytes": fitting[layers],
-                    "ttft_s": speed.ttft_s,
-                    "tokens_per_s": speed.decode_tokens_per_s,
-                    "forecast_tokens_per_s": expected,
-                }
-            )
-    finally:
-        torch.set_num_threads(before)
+    for tried, expected in tqdm([*zip(plans, foretold, strict=True)], "tune", disable=not progress, leave=False):
+        if model is None:
+            model = load(tried, gpu, spec=spec, checkpoint=checkpoint, progress=False)
+        else:
+            replan(model, tried, progress=False)
+        run_speed(model, Workload(8, 1))  # the first forward warms up what is made once
+        speed = run_speed(model, workload)
+        layers = tried.layer_devices(spec).count("gpu")
+        rows.append(
+            {
+                "gpu_layers": layers,
+                "threads": tried.threads,
+                "peak_gpu_bytes": fitting[layers],
+                "ttft_s": speed.ttft_s,
+                "tokens_per_s": speed.decode_tokens_per_s,
+                "forecast_tokens_per_s": expected,
+            }
+        )
     table = pd.DataFrame(rows)
     beaten = [
         any(o.tokens_per_s > row.tokens_per_s and o.peak_gpu_bytes <= row.peak_gpu_bytes for o in table.itertuples())

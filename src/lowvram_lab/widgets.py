@@ -29,7 +29,6 @@ from lowvram_lab.split import (
     SplitResult,
     SplitState,
     Trial,
-    check_ram,
     contexts_of,
     evaluate_split,
     longest_context,
@@ -249,7 +248,7 @@ class LayerSplitPanel:
             failed load or answer took.
         """
         with self._lock:
-            threads, failure = torch.get_num_threads(), ""
+            failure = ""
             self.button.disabled, self.message.value = True, "loading …"
             try:
                 self._realise(self.plan)
@@ -258,7 +257,6 @@ class LayerSplitPanel:
             except (LowvramError, torch.OutOfMemoryError) as error:
                 failure = str(error) or type(error).__name__
             finally:
-                torch.set_num_threads(threads)
                 self.button.disabled, self.message.value = False, ""
             if not failure:
                 self.message.value = self._outcome()
@@ -277,10 +275,8 @@ class LayerSplitPanel:
             self._kernels = self._gpu.kernels  # from here on, the forecast is of what runs
             self._refresh()
         if self.model is None:
-            check_ram(plan, self.spec, self._gpu)
             self.model = load(plan, self._gpu, checkpoint=self._checkpoint, spec=self.spec, progress=False)
         elif plan != self.model.plan:
-            check_ram(plan, self.spec, self._gpu, self.model.plan)
             with self._gpu.lock:  # no forward pass of another thread over half a split
                 replan(self.model, plan, progress=False)
 

@@ -114,6 +114,9 @@ class Gpu:
             self.phases.append(record)
             yield record
 
+    def check_room(self, size_bytes: int) -> None:
+        """Refuses what no longer fits beside other processes (``BudgetError``); a stand-in shares with none."""
+
     def reset_peak(self) -> None:
         """Lets ``peak_allocated_bytes`` start again from what is live now."""
         self.meter.peak_allocated = self.meter.allocated["gpu"]
@@ -298,6 +301,16 @@ class CudaGpu(Gpu):
             record.breakdown = {**metered.breakdown, "workspace": unseen}
             fragmentation = record.peak_reserved_bytes - record.peak_allocated_bytes
             record.reserved_breakdown = {**record.breakdown, "fragmentation": fragmentation}
+
+    def check_room(self, size_bytes: int) -> None:
+        """See ``Gpu``."""
+        free = torch.cuda.mem_get_info(self.device)[0]
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        if size_bytes > free + unused:
+            raise BudgetError(
+                f"the weights take {format_bytes(size_bytes)} of {self.name}, found {format_bytes(free + unused)} "
+                "free: another process holds the rest; end it, or plan for what is free"
+            )
 
     def reset_peak(self) -> None:
         """See ``Gpu``."""

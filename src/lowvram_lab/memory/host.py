@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass
 
 import psutil
 
+from lowvram_lab.errors import BudgetError
+from lowvram_lab.units import format_bytes
+
 INTERVAL_S = 0.005
 
 
@@ -112,6 +115,31 @@ def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:
         spec: The model.
         gpu_in_ram: Whether "gpu" is the stand-in, whose tensors lie in RAM too.
     """
-    stays = plan.weight_bytes(spec, "cpu") + (plan.weight_bytes(spec, "gpu") if gpu_in_ram else 0)
     largest = max(2 * math.prod(shape) for module in spec.modules for shape in module.parameters.values())
-    return stays + 2 * largest
+    return weights_in_ram(plan, spec, gpu_in_ram) + 2 * largest
+
+
+def check_room_in_ram(plan, spec, gpu, loaded=None) -> None:
+    """Refuses a load that the host's free memory cannot take: a process that the system ends cannot say why.
+
+    Args:
+        plan: What is to be loaded ...
+        spec: ... of this model ...
+        gpu: ... onto this GPU; the stand-in lies in RAM too.
+        loaded: The plan that is there already, and whose weights make room.
+
+    Raises:
+        BudgetError: Says what it takes and what is free.
+    """
+    needed = forecast_load_bytes(plan, spec, gpu_in_ram=gpu.simulated)
+    needed -= weights_in_ram(loaded, spec, gpu.simulated) if loaded else 0
+    if needed > (free := psutil.virtual_memory().available):
+        helps = "a smaller format, layers on disk" + ("" if gpu.simulated else ", more layers on the GPU")
+        raise BudgetError(
+            f"loading this takes {format_bytes(needed)} of RAM, found {format_bytes(free)} free; choose {helps}"
+        )
+
+
+def weights_in_ram(plan, spec, gpu_in_ram: bool) -> int:
+    """Bytes of weights that stay in RAM; what lies on disk does not."""
+    return plan.weight_bytes(spec, "cpu") + (plan.weight_bytes(spec, "gpu") if gpu_in_ram else 0)

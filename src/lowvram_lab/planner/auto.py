@@ -1,19 +1,22 @@
-"""auto_plan: searches format x placement x KV format (x threads) for the plan that fits a GPU and RAM and is preferred.
+"""auto_plan: searches format x placement x KV format x context x threads for a plan that fits GPU, RAM and disk.
 
 Whether a plan fits is what its forecast says, how fast it is what the measured rates of this machine say.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.device import Gpu
 from lowvram_lab.memory.host import forecast_load_bytes
 from lowvram_lab.plan import Plan
-from lowvram_lab.planner.cost import forecast_speed
+from lowvram_lab.planner.cost import forecast_speed, stream_threshold
+from lowvram_lab.planner.limits import max_context
 from lowvram_lab.planner.rates import Machine
 from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes, resolve
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT, suggest
@@ -25,6 +28,9 @@ RECIPES = ("bf16", "int8", "int4")
 """From the most precise. nf4 runs well on CUDA only, and leaves both ends in 16 bits: ask for it by name."""
 
 PREFERENCES = ("balance", "fidelity", "speed")
+
+DEFAULT_CONTEXT = 2048
+MOST_REASONS = 5
 
 AS_FAST = 0.97
 """Of the highest forecast speed: a more precise plan that is so fast is taken instead."""
@@ -60,11 +66,28 @@ class _Room:
     budget: GpuBudget
     kernels: str
     ram_bytes: int | None
+    disk_bytes: int | None
     kv_format: str | None
 
-    def forecast(self, plan: Plan) -> MemoryProfile | None:
-        """The forecast of a plan that fits."""
-        return None if self.lacks_ram(plan) else forecast_if_possible(plan, self.spec, self.budget, self.kernels)
+    def fit(self, plan: Plan) -> tuple[Plan, MemoryProfile] | None:
+        """A plan that fits the GPU, with as much of it on disk as RAM has no room for, and its forecast."""
+        plan = self.within_ram(plan)
+        profile = plan and forecast_if_possible(plan, self.spec, self.budget, self.kernels)
+        return (plan, profile) if profile else None
+
+    def within_ram(self, plan: Plan) -> Plan | None:
+        """The plan, or with the least of its CPU part on disk that makes the rest fit; ``None`` where nothing does."""
+        if not self.lacks_ram(plan):
+            return plan
+        if self.disk_bytes is None:
+            return None
+        spec, layers = self.spec, plan.layer_devices(self.spec)
+        if not spec.tied and plan.modules[spec.embedding].device == "cpu":
+            plan = plan.with_modules(spec.embedding, device="disk")  # a lookup reads next to nothing
+        on_gpu = layers.count("gpu")
+        candidates = (plan.with_gpu_layers(spec, on_gpu, disk=count) for count in range(len(layers) - on_gpu + 1))
+        found = next((each for each in candidates if not self.lacks_ram(each)), None)
+        return found if found and found.weight_bytes(spec, "disk") <= self.disk_bytes else None
 
     def lacks_ram(self, plan: Plan) -> bool:
         """Whether the CPU's part is more than the RAM."""
@@ -77,7 +100,8 @@ class _Room:
         found = largest_fitting(
             lambda n: (plan.with_gpu_layers(self.spec, n), workload), 0, high, self.spec, self.budget, self.kernels
         )
-        return None if found is None or self.lacks_ram(found.plan) else (found.number, found.plan, found.forecast)
+        fitting = found and self.fit(found.plan)
+        return (found.number, *fitting) if fitting else None
 
 
 def ram_bytes(plan: Plan, spec: ModelSpec) -> int:
@@ -88,9 +112,10 @@ def ram_bytes(plan: Plan, spec: ModelSpec) -> int:
 def auto_plan(
     spec: ModelSpec,
     gpu: str | int | GpuBudget | Gpu | dict,
-    context: int = 2048,
+    context: int | None = 2048,
     *,
     ram: str | int | None = None,
+    disk: str | int | None = None,
     prefer: str = "balance",
     recipes: tuple[str, ...] | None = None,
     gpu_layers: int | None = None,
@@ -104,8 +129,10 @@ def auto_plan(
     Args:
         spec: The model.
         gpu: A budget such as ``"4GiB"``, an opened GPU, or accelerate's ``max_memory``: ``{0: "4GiB", "cpu": "8GiB"}``.
-        context: Tokens to plan for.
+        context: Tokens to plan for; ``None`` for as many as fit the plan that is preferred at 2048 (or at half of
+            that, and so on, where nothing fits).
         ram: What the CPU's part may take; by default no limit.
+        disk: What of the CPU's part may lie on disk where RAM is too small; by default nothing.
         prefer: ``"balance"``: the most precise recipe that fits whole, with the embedding on the CPU and the KV cache
             in int8 if need be; if none does, the smallest recipe, split. ``"fidelity"``: the most precise recipe,
             however many layers must go to the CPU. ``"speed"``: the fastest by this machine's rates, which are
@@ -114,8 +141,8 @@ def auto_plan(
         gpu_layers: Keep to so many layers on the GPU, and choose the rest.
         kv_format: Keep to this, ``"int8"`` or the plan's dtype.
         kernels: See ``forecast``.
-        threads: CPU threads for the plan.
-        machine: Rates for ``"speed"``; by default this machine's.
+        threads: CPU threads for the plan; by default torch's number, for ``"speed"`` the fastest of one, half, all.
+        machine: Rates for ``"speed"`` and for weights that travel; by default this machine's.
 
     Returns:
         The plan, its forecast, and why it was chosen.
@@ -125,7 +152,7 @@ def auto_plan(
         PlanError: The context is beyond the model's, or a recipe or preference is unknown.
     """
     if isinstance(gpu, dict):
-        gpu, ram = _budgets(gpu, ram)
+        gpu, ram, disk = _budgets(gpu, ram, disk)
     budget, kernels = resolve(gpu, kernels)
     if recipes is None:
         recipes = ("stored",) if spec.stored else RECIPES
@@ -135,18 +162,29 @@ def auto_plan(
         raise PlanError(f"expected prefer {', '.join(PREFERENCES)}, found {prefer!r}")
     if prefer != "balance" and gpu_layers is not None:
         raise PlanError(f"prefer={prefer!r} chooses the split, found gpu_layers={gpu_layers} as well; give one of them")
-    room = _Room(spec, budget, kernels, None if ram is None else parse_bytes(ram), kv_format)
-    plans = {recipe: replace(Plan.uniform(spec, recipe, context=context), threads=threads) for recipe in recipes}
-    for recipe, plan in plans.items():
+    sizes = (None if size is None else parse_bytes(size) for size in (ram, disk))
+    room, machine = _Room(spec, budget, kernels, *sizes, kv_format), machine or Machine()
+    settings = {"prefer": prefer, "gpu_layers": gpu_layers, "threads": threads, "machine": machine}
+    if context is not None:
+        choice = _at_context(context, recipes, room, **settings)
+    else:
+        longest = min(DEFAULT_CONTEXT, spec.max_position_embeddings or DEFAULT_CONTEXT)
+        choice = _at_longest_context(longest, recipes, room, **settings)
+    return _with_streaming(choice, room, machine)
+
+
+def _at_context(context: int, recipes, room: _Room, prefer: str, gpu_layers, threads, machine: Machine) -> PlanChoice:
+    spec, why, plans = room.spec, [], {}
+    for recipe in recipes:
+        plan = replace(Plan.uniform(spec, recipe, context=context), threads=threads)
         if gpu_layers is not None:
             plan = plan.with_gpu_layers(spec, gpu_layers)
-        plans[recipe] = plan = replace(plan, kv_format=kv_format or plan.kv_format)
-        plan.validate(spec)
-    why: list[str] = []
+        plans[recipe] = replace(plan, kv_format=room.kv_format or plan.kv_format)
+        plans[recipe].validate(spec)
     if gpu_layers is not None:
         choice = next(_whole(plans, room, why), None)
     elif prefer == "speed":
-        choice = _fastest(plans, room, why, machine or Machine())
+        choice = _fastest(plans, room, why, machine)
     elif prefer == "fidelity":
         choice = next(_splits(plans, room, why), None)
     else:
@@ -158,14 +196,50 @@ def auto_plan(
     return choice
 
 
-def _budgets(max_memory: dict, ram) -> tuple:
-    """GPU and RAM of accelerate's dictionary."""
+def _at_longest_context(context: int, recipes, room: _Room, **settings) -> PlanChoice:
+    """What is preferred at a usual context, with as many tokens as then fit GPU and RAM."""
+    try:
+        choice = _at_context(context, recipes, room, **settings)
+    except BudgetError:
+        if context // 2 < SHORTEST_CONTEXT:
+            raise
+        return _at_longest_context(context // 2, recipes, room, **settings)
+    plan, spec = choice.plan, room.spec
+    tokens = max_context(plan, spec, room.budget, kernels=room.kernels).value
+    if (on_cpu := plan.kv_bytes(spec, 1, "cpu")) and room.ram_bytes is not None:
+        spare = room.ram_bytes - ram_bytes(plan, spec)
+        tokens = min(tokens, plan.context + spare // on_cpu)
+    if tokens <= plan.context:
+        return choice
+    plan = replace(plan, context=tokens)
+    profile = forecast(plan, spec, room.budget, kernels=room.kernels)
+    why = (*choice.why, f"context {tokens} is the longest that fits it: {_margin(profile)}")[-MOST_REASONS:]
+    speed = choice.speed and forecast_speed(plan, spec, machine=settings["machine"], ram=room.ram_bytes)
+    return replace(choice, plan=plan, forecast=profile, why=why, speed=speed)
+
+
+def _with_streaming(choice: PlanChoice, room: _Room, machine: Machine) -> PlanChoice:
+    """Lets the CPU layers' weights travel for long prompts, where this machine gains by it and two buffers fit."""
+    tokens = stream_threshold(choice.plan, room.spec, machine)
+    plan = replace(choice.plan, stream_from=tokens)
+    profile = tokens and forecast_if_possible(plan, room.spec, room.budget, room.kernels)
+    if not profile:
+        return choice
+    text = f"prompts of {tokens} tokens or more are faster on the GPU, weights and all"
+    speed = choice.speed and forecast_speed(plan, room.spec, machine=machine, ram=room.ram_bytes)
+    return replace(choice, plan=plan, forecast=profile, why=(*choice.why, text)[-MOST_REASONS:], speed=speed)
+
+
+def _budgets(max_memory: dict, ram, disk) -> tuple:
+    """GPU, RAM and disk of accelerate's dictionary."""
     cards = [key for key in max_memory if key not in ("cpu", "disk")]
-    if ram is not None and "cpu" in max_memory:
-        raise PlanError("expected RAM in max_memory or in ram, found both")
+    for name, stated in (("cpu", ram), ("disk", disk)):
+        if stated is not None and name in max_memory:
+            word = "RAM" if name == "cpu" else "disk"
+            raise PlanError(f"expected {word} in max_memory or in {word.lower()}, found both")
     if len(cards) != 1:
         raise PlanError(f"expected max_memory with one GPU, such as {{0: '4GiB', 'cpu': '8GiB'}}, found {max_memory}")
-    return max_memory[cards[0]], max_memory.get("cpu", ram)
+    return max_memory[cards[0]], max_memory.get("cpu", ram), max_memory.get("disk", disk)
 
 
 def _variants(plan: Plan, room: _Room) -> Iterator[tuple[str, Plan]]:
@@ -184,8 +258,9 @@ def _whole(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[Plan
     """Plans whose layers stay where they are, the most precise first; notes in ``why`` what does not fit."""
     for recipe, base in plans.items():
         for where, plan in _variants(base, room):
-            if profile := room.forecast(plan):
-                yield PlanChoice(plan, profile, (*why, f"{recipe}{where} fits: {_margin(profile)}"), recipe)
+            if fitting := room.fit(plan):
+                text = f"{recipe}{where}{_on_disk(fitting[0], room)} fits: {_margin(fitting[1])}"
+                yield PlanChoice(*fitting, (*why, text), recipe)
                 break
         else:
             why.append(f"{recipe} does not fit: {_shortage(plan, room)}{where and ', even' + where}")
@@ -201,8 +276,9 @@ def _split(recipe: str, base: Plan, room: _Room, why: list[str]) -> PlanChoice |
     if not found:
         return None
     number, plan, profile = max(found, key=lambda split: split[0])  # the first of equals
-    kv = ", KV cache in int8," if plan.kv_format == "int8" else ""
-    text = f"{recipe} with {number} of {room.spec.num_hidden_layers} layers on the GPU{kv} fits: {_margin(profile)}"
+    kv = ", KV cache in int8" if plan.kv_format == "int8" else ""
+    layers = f"{number} of {room.spec.num_hidden_layers} layers on the GPU{kv}{_on_disk(plan, room)}"
+    text = f"{recipe} with {layers} fits: {_margin(profile)}"
     return PlanChoice(plan, profile, (*why, text), recipe)
 
 
@@ -225,16 +301,29 @@ def _splits(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[Pla
 
 def _fastest(plans: dict[str, Plan], room: _Room, why: list[str], machine: Machine) -> PlanChoice | None:
     """The fastest of each recipe's best; a more precise one that is nearly as fast instead."""
-    found = [
-        replace(choice, speed=forecast_speed(choice.plan, room.spec, machine=machine))
-        for choice in _splits(plans, room, why)
-    ]
+    found = [_with_threads(choice, room, machine) for choice in _splits(plans, room, why)]
     if not found:
         return None
     fastest = max(choice.speed.decode_tokens_per_s for choice in found)
     chosen = next(choice for choice in found if choice.speed.decode_tokens_per_s >= AS_FAST * fastest)
     speeds = ", ".join(f"{choice.recipe} {choice.speed.decode_tokens_per_s:.1f}" for choice in found)
     return replace(chosen, why=(*chosen.why[-3:], f"forecast tokens/s: {speeds}", chosen.speed.summary()))
+
+
+def _with_threads(choice: PlanChoice, room: _Room, machine: Machine) -> PlanChoice:
+    """A plan with its forecast speed; with the fastest number of threads, where none is stated and it matters."""
+    counts, cores = [choice.plan.threads], os.cpu_count() or 1
+    if counts == [None] and "cpu" in choice.plan.layer_places(room.spec):
+        counts = sorted({1, max(1, cores // 2), cores})
+    plans = [replace(choice.plan, threads=count) for count in counts]
+    speeds = [forecast_speed(plan, room.spec, machine=machine, ram=room.ram_bytes) for plan in plans]
+    best = max(range(len(plans)), key=lambda index: speeds[index].decode_tokens_per_s)
+    return replace(choice, plan=plans[best], speed=speeds[best])
+
+
+def _on_disk(plan: Plan, room: _Room) -> str:
+    on_disk = plan.weight_bytes(room.spec, "disk")
+    return f", {format_bytes(on_disk)} on disk" if on_disk else ""
 
 
 def _margin(profile: MemoryProfile) -> str:
@@ -253,7 +342,8 @@ def _shortage(plan: Plan, room: _Room) -> str:
 
 def _short_of_ram(plan: Plan, room: _Room) -> str:
     on_cpu = format_bytes(ram_bytes(plan, room.spec))
-    return f"the CPU's part takes {on_cpu} of RAM, found {format_bytes(room.ram_bytes)}"
+    disk = "" if room.disk_bytes is None else f" and {format_bytes(room.disk_bytes)} of disk"
+    return f"the CPU's part takes {on_cpu} of RAM, found {format_bytes(room.ram_bytes)}{disk}"
 
 
 def _refusal(plan: Plan, room: _Room) -> BudgetError:
@@ -266,8 +356,7 @@ def _refusal(plan: Plan, room: _Room) -> BudgetError:
     if room.lacks_ram(plan):
         return BudgetError(
             f"no plan for {spec.name} at context {plan.context} fits a {format_bytes(budget.total_bytes)} GPU and "
-            f"{format_bytes(room.ram_bytes)} of RAM: the CPU's part alone takes {format_bytes(ram_bytes(plan, spec))}; "
-            "give it more RAM, a larger GPU or a smaller model"
+            f"{format_bytes(room.ram_bytes)} of RAM: {_ram_refusal(plan, room)}, a larger GPU or a smaller model"
         )
     helps = suggest(plan, spec, budget, room.kernels)
     if helps:
@@ -275,3 +364,18 @@ def _refusal(plan: Plan, room: _Room) -> BudgetError:
     return BudgetError(
         f"{message}; not even a context of {SHORTEST_CONTEXT} helps: give it a larger GPU or a smaller model"
     )
+
+
+def _ram_refusal(plan: Plan, room: _Room) -> str:
+    spec = room.spec
+    taken = format_bytes(ram_bytes(plan, spec))
+    if room.disk_bytes is None:
+        return f"the CPU's part alone takes {taken}; give it disk for layers or more RAM"
+    for name, assignment in plan.modules.items():
+        if assignment.device == "cpu":
+            plan = plan.with_modules(name, device="disk")
+    if room.lacks_ram(plan):
+        rest = format_bytes(ram_bytes(plan, spec))
+        return f"even with the CPU's weights on disk it takes {rest}; give it a shorter context, more RAM"
+    on_disk = format_bytes(plan.weight_bytes(spec, "disk"))
+    return f"the CPU's part takes {taken}, {on_disk} of it weights that may lie on disk; give it more disk or RAM"

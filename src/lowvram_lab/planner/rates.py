@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,6 +33,7 @@ from lowvram_lab.memory.device import CudaGpu, Gpu, StandInGpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.quantize.linear import quantized_linear
 from lowvram_lab.spec import ModelSpec
+from lowvram_lab.threads import cpu_threads
 from lowvram_lab.units import MiB
 
 VERSION = 1
@@ -50,7 +52,7 @@ ROWS = 64
 ROUND_S = 0.04
 """Seconds a timing takes at most; the median of three counts."""
 
-LINK_BYTES = 32 * MiB
+LINK_BYTES, DISK_BYTES = 32 * MiB, 64 * MiB
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 256}
 SHORT, LONG = 64, 512
 
@@ -112,6 +114,17 @@ class LinkRates:
     crossing_s: float
 
 
+@dataclass(frozen=True)
+class DiskRates:
+    """Reading weights that the system does not hold in RAM.
+
+    Attributes:
+        read: Bytes a second, one after the other, where the cache folder is.
+    """
+
+    read: float
+
+
 class Machine:
     """This machine's rates, each measured when it is first asked for and kept in the cache folder.
 
@@ -159,6 +172,10 @@ class Machine:
         """Rates between CPU and GPU, or ``None`` without a CUDA card: the stand-in lies in the same RAM."""
         return self._rates(LinkRates, "link", torch.get_num_threads(), _link) if self.cuda else None
 
+    def disk(self) -> DiskRates:
+        """Rate of the disk that the cache folder is on."""
+        return self._rates(DiskRates, "disk", torch.get_num_threads(), _disk)
+
     def _place(self, place: str) -> str:
         return place if self.cuda else "cpu"
 
@@ -168,17 +185,13 @@ class Machine:
 
     def _rates(self, kind: type, name: str, threads: int, measure: Callable):
         if name not in self._known:
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
             try:
-                with torch.inference_mode():
+                with cpu_threads(threads), torch.inference_mode():
                     self._known[name] = asdict(measure())
             except torch.OutOfMemoryError as error:
                 raise LowvramError(
                     f"no room on the GPU to measure its rates ({name}); forecast speed before a model is loaded"
                 ) from error
-            finally:
-                torch.set_num_threads(before)
             if self._file:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._file, json.dumps({**self._read(), **self._known}, indent=1))
@@ -338,6 +351,21 @@ def _link() -> LinkRates:
 
     rates = [LINK_BYTES / seconds(LINK_BYTES, pinned, to_gpu) for to_gpu in (True, False) for pinned in (False, True)]
     return LinkRates(*rates, seconds(4096, False, True))
+
+
+def _disk() -> DiskRates:
+    """Reads a file that the system was told to forget. Where it cannot be told (macOS), the rate is its cache's."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=cache_dir(), buffering=0) as file:
+        file.write(os.urandom(DISK_BYTES))
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        block, began = bytearray(MiB), time.perf_counter()
+        while file.readinto(block):
+            pass
+        return DiskRates(DISK_BYTES / (time.perf_counter() - began))
 
 
 def _cpu_name() -> str:
