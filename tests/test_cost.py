@@ -66,7 +66,7 @@ def test_the_parts_add_up_to_the_sum_made_by_hand(kind, layers):
     assert found.decode_tokens_per_s == pytest.approx(1 / each)
     assert sum(found.parts.values()) == pytest.approx(each)
     assert (found.origin, found.prompt_tokens, found.new_tokens) == ("forecast", 100, 20)
-    assert found.where == ("this CPU" if layers == 0 else "this CPU, standing in for a GPU")
+    assert found.where == ("this CPU" if layers == 0 else "this CPU, standing in for a GPU (simulated)")
     assert "tokens/s" in found.summary()
     assert f"{found.prompt_tokens} tokens" in found._repr_html_()
 

@@ -15,7 +15,7 @@ from lowvram_lab.profile import SpeedProfile, Workload, run_workload
 from lowvram_lab.report import Check, Limits, ValidationReport, validate
 
 TEXT = "a small text that is long enough to be scored, whatever it says about anything at all"
-SPEED = SpeedProfile("this CPU, standing in for a GPU", 5, 5, 0.5, 12.34)
+SPEED = SpeedProfile("this CPU, standing in for a GPU (simulated)", 5, 5, 0.5, 12.34)
 # A tiny random model babbles, and quantises badly: what it must keep here is little.
 LENIENT = Limits(perplexity_increase=10, kl_mean=10, top1_agreement=0, repetition=1)
 

@@ -18,7 +18,7 @@ from lowvram_lab.memory.meter import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.units import format_bytes
 
-STAND_IN = "this CPU, standing in for a GPU"
+STAND_IN = "this CPU, standing in for a GPU (simulated)"
 """Where a speed comes from that has no GPU's behind it."""
 
 MOST_ROWS = 10**12
@@ -365,6 +365,11 @@ class SpeedProfile:
         return f"<b>Speed</b> {self.summary()}"
 
 
+def where_it_runs(plan, spec, gpu: str) -> str:
+    """What runs a plan, in words: the GPU so called, or the CPU alone where no layer is on it."""
+    return gpu if "gpu" in plan.layer_places(spec) else "this CPU"
+
+
 @torch.no_grad()
 def run_speed(model, workload: Workload) -> SpeedProfile:
     """Times one prompt and greedy decoding, once, without metering. Timings on a shared machine vary: repeat them.
@@ -385,7 +390,7 @@ def run_speed(model, workload: Workload) -> SpeedProfile:
             token = choose(decode_one_token(model, token, cache), Sampling())
             int(token)
         ended = time.perf_counter()
-    where = STAND_IN if gpu.simulated else gpu.name
+    where = where_it_runs(model.plan, model.spec, STAND_IN if gpu.simulated else gpu.name)
     return SpeedProfile(
         where, workload.prompt_tokens, workload.new_tokens, first - started, workload.new_tokens / (ended - first)
     )

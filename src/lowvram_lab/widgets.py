@@ -22,7 +22,7 @@ from lowvram_lab.plan import Plan
 from lowvram_lab.planner.rates import Machine
 from lowvram_lab.planner.search import resolve
 from lowvram_lab.plot import BUDGET_COLOUR, COLOURS, LABELS, STYLES, plot_profiles
-from lowvram_lab.profile import STAND_IN, MemoryProfile, SpeedProfile
+from lowvram_lab.profile import MemoryProfile, SpeedProfile
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.split import (
@@ -236,7 +236,7 @@ class LayerSplitPanel:
             except LowvramError as error:  # a model that the dry run cannot replay, say
                 self.verdict.value = _coloured(str(error), fits=False)
                 return
-            lines = found.plan.summary(self.spec), f"predicted: {_simulated(found.speed.summary())}"
+            lines = found.plan.summary(self.spec), f"predicted: {found.speed.summary()}"
             self.verdict.value = "<br>".join([_coloured(found.verdict(), found.fits), *map(html.escape, lines)])
             self.picture.value = _png(self._bar(found))
 
@@ -285,7 +285,7 @@ class LayerSplitPanel:
         forms = {column: format_bytes if "bytes" in column else "{:.2f}".format for column in table.columns[3:]}
         table = table.assign(**{column: table[column].map(form) for column, form in forms.items()})
         shown = table.rename(columns=HEADINGS).to_html(index=False)
-        where = f"memory on {trial.gpu}, speed on {_simulated(trial.measured.where)}; both of that answer alone"
+        where = f"memory on {trial.gpu}, speed on {trial.measured.where}; both of that answer alone"
         return f"<b>answer</b>: {html.escape(trial.answer)}{shown}{html.escape(where)}"
 
     def figure(self) -> Figure:
@@ -314,7 +314,7 @@ class LayerSplitPanel:
         right.set_ylabel("predicted tokens/s")
         left.set_ylim(bottom=0)
         right.set_ylim(0, 1.32 * max(each.speed.decode_tokens_per_s for each in found))  # room for three lines
-        right.set_title(f"speed forecast\n{_simulated(found[-1].speed.where)}", fontsize="medium", wrap=True)
+        right.set_title(f"speed forecast\n{found[-1].speed.where}", fontsize="medium", wrap=True)
         for ax in (left, right):
             ax.axvspan(shown - 0.42, shown + 0.42, color=SHOWN_COLOUR, zorder=0)
             ax.set_xlabel(f"decoder layers on the GPU, of {total}")
@@ -359,7 +359,7 @@ class LayerSplitPanel:
 
     def __repr__(self) -> str:
         try:
-            return f"{self.plan.summary(self.spec)}\n{self.result.verdict()}\n{_simulated(self.speed.summary())}"
+            return f"{self.plan.summary(self.spec)}\n{self.result.verdict()}\n{self.speed.summary()}"
         except LowvramError as error:
             return f"LayerSplitPanel of {self.spec.name}: {error}"
 
@@ -378,11 +378,6 @@ def _ipywidgets():
 def _coloured(text: str, fits: bool) -> str:
     colour, mark = (FITS_COLOUR, "✓") if fits else (BUDGET_COLOUR, "✗")
     return f'<b style="color: {colour}">{mark} {html.escape(text)}</b>'
-
-
-def _simulated(where: str) -> str:
-    """Says *simulated* of a speed that a CPU has in a GPU's place."""
-    return where.replace(STAND_IN, f"{STAND_IN}: simulated")
 
 
 def _png(figure: Figure) -> bytes:

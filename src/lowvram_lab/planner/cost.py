@@ -15,7 +15,7 @@ import psutil
 
 from lowvram_lab.plan import Plan, compute_place
 from lowvram_lab.planner.rates import Machine
-from lowvram_lab.profile import STAND_IN, SpeedProfile, Workload
+from lowvram_lab.profile import STAND_IN, SpeedProfile, Workload, where_it_runs
 from lowvram_lab.spec import ModelSpec
 
 FEW_TOKENS = 64
@@ -49,11 +49,8 @@ def forecast_speed(
         workload = Workload(prompt, max(1, min(FEW_TOKENS, plan.context - prompt)))
     first = _forward(plan, spec, machine, workload.prompt_tokens, 0, ram)
     parts = _forward(plan, spec, machine, 1, workload.prompt_tokens + workload.new_tokens // 2, ram)
-    where = machine.name if machine.cuda else STAND_IN
-    if all(place == "cpu" for place in plan.layer_places(spec)):
-        where = "this CPU"
     return SpeedProfile(
-        where=where,
+        where=where_it_runs(plan, spec, machine.name if machine.cuda else STAND_IN),
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.new_tokens,
         ttft_s=sum(first.values()),
