@@ -2,6 +2,7 @@
 
 import functools
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,8 @@ PLACEMENTS = {
     "gpu": lambda plan, spec: plan,
     "half": lambda plan, spec: plan.with_gpu_layers(spec, 1),
     "cpu": lambda plan, spec: plan.with_modules("*", device="cpu"),
+    "disk": lambda plan, spec: plan.with_modules("*", device="disk").with_gpu_layers(spec, 1, disk=1),
+    "streamed": lambda plan, spec: replace(plan.with_gpu_layers(spec, 1, disk=1), stream_from=2),
     "embedding on the CPU": lambda plan, spec: functools.reduce(  # a tied head goes with it
         lambda p, name: p.with_modules(name, device="cpu"),
         (spec.embedding, spec.head) if spec.tied else (spec.embedding,),

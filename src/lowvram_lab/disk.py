@@ -25,6 +25,10 @@ ALIGNMENT = 64
 """Bytes; where a tensor may begin: as torch's own allocations."""
 
 
+UNNAMED = os.name == "posix"
+"""Whether a mapped file may lose its name. (Windows keeps a file that is in use.)"""
+
+
 class WeightsOnDisk:
     """The mapped weights of one model, in files in the cache folder.
 
@@ -70,7 +74,7 @@ class WeightsOnDisk:
             old = store[key]
             new = mapped[starts[key] : starts[key] + old.nbytes].view(old.dtype).view(old.shape)
             store[key] = torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
-        if os.name == "posix":
+        if UNNAMED:
             _remove(self._named)
 
 

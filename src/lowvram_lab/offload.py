@@ -58,7 +58,7 @@ def attach(model, devices: dict[str, str], plan, spec, gpu) -> None:
         gpu: The ``Gpu`` the model lives on.
     """
     home = compute_place(devices[f"{spec.layers_path}.0"])
-    route = _Route(home, plan.threads, gpu, WeightStream(model, plan, spec, gpu))
+    route = _Route(home, plan.threads, gpu, WeightStream(model, devices, plan, spec, gpu))
     embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
     for path, device in devices.items():
         if _contains_another(path, devices):
@@ -124,7 +124,7 @@ def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
     if path in route.stream:
         with route.stream.visiting(path, kwargs.get("past_key_values")):
             return _compute(path, "gpu", route, original, args, kwargs)
-    result = _compute(path, place, route, original, args, kwargs)
+    result = _compute(path, route.stream.place(path, place), route, original, args, kwargs)
     # embeddings (of tokens, in some models of positions too) hand over where the masks are made
     return _to_place(result, route.first, route.gpu) if hands_over else result
 

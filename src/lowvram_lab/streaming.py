@@ -102,12 +102,13 @@ class WeightStream:
 
     Args:
         model: A model whose weights are where its plan says.
+        devices: Of its blocks; those without weights (rotary embedding) come along.
         plan: Says which layers, and from how many tokens on (``stream_from``).
         spec: The model's spec.
         gpu: The ``Gpu`` they come to.
     """
 
-    def __init__(self, model, plan, spec, gpu):
+    def __init__(self, model, devices: dict[str, str], plan, spec, gpu):
         self.gpu, self.threshold = gpu, plan.stream_from
         self._layers: dict[str, _Travelling] = {}
         self._buffers: list[torch.Tensor] = []
@@ -119,6 +120,10 @@ class WeightStream:
                 if device == "cpu" and not gpu.simulated:  # from disk it comes as it is; the stand-in has it in RAM
                     layer.gather()
         self._order = list(self._layers.values())
+        tables = {path: model.get_submodule(path) for path, device in devices.items() if device == "cpu"}
+        self._tables = {
+            path: block._buffers for path, block in tables.items() if not any(True for _ in block.parameters())
+        }
         pinned = [layer.pinned for layer in self._order if layer.pinned is not None]
         # a model that is dropped without detach must not leave its memory locked
         self._unlock = weakref.finalize(self, _unlock, pinned)
@@ -128,8 +133,12 @@ class WeightStream:
         self._unlock()
 
     def __contains__(self, path: str) -> bool:
-        """Whether this layer computes on the GPU at present."""
+        """Whether this layer's weights are travelling at present."""
         return bool(self._buffers) and path in self._layers
+
+    def place(self, path: str, usual: str) -> str:
+        """Where any other block computes at present."""
+        return "gpu" if self._buffers and path in self._tables else usual
 
     @contextmanager
     def opened_for(self, tokens: int, cache) -> Iterator[bool]:
@@ -142,8 +151,11 @@ class WeightStream:
             yield False
             return
         largest = max(layer.size_bytes for layer in self._order)
+        tables = [(held, key, table) for held in self._tables.values() for key, table in held.items()]
         try:
             with self.gpu.meter.scope(owner="weights in flight", category="weights"):
+                for held, key, table in tables:
+                    held[key] = self.gpu.move(table, "gpu")
                 for _ in range(min(BUFFERS, len(self._order))):
                     self._buffers.append(self.gpu.buffer(largest))
             for turn in range(len(self._buffers)):
@@ -154,6 +166,8 @@ class WeightStream:
                 self.gpu.wait_for(mark)  # after an error one may still be arriving
             self._copied.clear()
             self._buffers.clear()
+            for held, key, table in tables:
+                held[key] = table
 
     @contextmanager
     def visiting(self, path: str, cache) -> Iterator[None]:

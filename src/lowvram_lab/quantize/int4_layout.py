@@ -67,21 +67,23 @@ def cpu_block_rows() -> int:
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe.to(torch.int32), 1)
     for rows in _BLOCKS:
         if torch.equal(_unpack_blocks(packed, rows, _PROBE_COLUMNS), probe.to(torch.uint8)):
+            for fewer in range(16, rows, 16):  # of the last block; learnt now, before a meter runs
+                _places(fewer)
             return rows
     raise RuntimeError("torch's CPU int4 packing has a layout that is not known here; plan without streaming")
 
 
 def _unpack_blocks(packed: torch.Tensor, block: int, columns: int) -> torch.Tensor:
     """Blocks of rows, a column's codes side by side within each: byte and nibble of a row from ``_places``."""
-    byte, shift = (torch.tensor(values, device=packed.device) for values in _places(block))
-    columns_of = packed.reshape(-1, columns, block // 2).index_select(-1, byte)
-    codes = (columns_of >> shift.to(torch.uint8)) & 15
+    # filled where the weight is, so that a meter sees them there
+    byte, shift = (packed.new_empty(block, dtype=table.dtype).copy_(table) for table in _places(block))
+    codes = (packed.reshape(-1, columns, block // 2).index_select(-1, byte) >> shift) & 15
     return codes.transpose(1, 2).reshape(-1, columns)
 
 
 @functools.cache
-def _places(block: int) -> tuple[list[int], list[int]]:
-    """Byte and bit at which each row of a block lies in a column."""
+def _places(block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Byte (int32) and bit (uint8) at which each row of a block lies in a column."""
     byte, shift = [], []
     for row in range(block):
         codes = torch.zeros(block, _PROBE_COLUMNS, dtype=torch.int32)
@@ -90,4 +92,4 @@ def _places(block: int) -> tuple[list[int], list[int]]:
         place = int(packed.argmax())
         byte.append(place % (block // 2))
         shift.append(4 if packed[place] > 15 else 0)
-    return byte, shift
+    return torch.tensor(byte, dtype=torch.int32), torch.tensor(shift, dtype=torch.uint8)

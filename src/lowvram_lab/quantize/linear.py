@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lowvram_lab.formats import Format
+from lowvram_lab.formats import Format, get_format
 from lowvram_lab.quantize.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
 from lowvram_lab.quantize.packing import unpack
 from lowvram_lab.quantize.solvers import INT4_OFFSET, quantize
@@ -304,9 +304,11 @@ _EMBEDDINGS = {"int8": Int8Embedding, "int4": Int4Embedding, "packed": PackedEmb
 
 
 def import_kernels(formats: set[str]) -> None:
-    """Imports what the formats' kernels need, before a meter runs that would count their tables."""
+    """Imports or learns what the formats' kernels need, before a meter runs that would count their tables."""
     if "nf4" in formats:
         import bitsandbytes  # noqa: F401
+    if any(get_format(name).kind == "int4" for name in formats):
+        cpu_block_rows()
 
 
 def quantized_linear(
