@@ -192,6 +192,9 @@ def _at_context(context: int, recipes, room: _Room, prefer: str, gpu_layers, thr
     if choice is None:
         least = plans[recipes[-1]]
         *_, (_, least) = _variants(least if gpu_layers is not None else least.with_gpu_layers(spec, 0), room)
+        if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
+            most = replace(room, ram_bytes=None).most_layers(least)
+            least = most[1] if most else least
         raise _refusal(least, room)
     return choice
 
