@@ -1,10 +1,10 @@
 """Does it matter where a layer is? Logits of every split beside the unsplit model's: two architectures, all formats.
 
-Random weights in the models' widths, four layers. Every number of layers on the GPU, with the others in RAM, on disk, and
-with their weights brought to the GPU for the prompt; a prompt of 48 tokens and eight more one at a time (the same ids
-for all), batch 1 and 3. What is written is the largest difference of a logit over all splits, in units of the largest
-logit. Without CUDA both sides run the same CPU kernels and the difference should be nothing at all; on a card it is
-that of two kernels' rounding.
+Random weights in the models' widths, four layers. Every number of layers on the GPU, with the others in RAM, on disk,
+and with their weights brought to the GPU for the prompt; a prompt of 48 tokens and eight more one at a time (the same
+ids for all), batch 1 and 3. What is written is the largest difference of a logit over all splits, in units of the
+largest logit. Without CUDA both sides run the same CPU kernels and the difference should be nothing at all; on a card
+it is that of two kernels' rounding.
 
     python benchmarks/split_parity.py [--formats bf16,int8,int4]
 """

@@ -7,6 +7,7 @@ import functools
 import gc
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.explain import explain_oom
 from lowvram_lab.formats import get_format
-from lowvram_lab.loader import load
+from lowvram_lab.loader import load, replan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.memory.snapshot import read_snapshot, replay_trace
@@ -107,6 +108,22 @@ def test_forecast_and_counters_of_a_mid_size_model(recipe, gpu_layers):
     workload = Workload(1500, 3, follow_up_tokens=100)
     dry = forecast(plan, spec, gpu, workload=workload)
     assert_near(dry, run_workload(load_mid(plan, gpu), workload))
+
+
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])
+def test_weights_that_travel_are_in_the_forecast_and_change_no_answer(recipe):
+    gpu, spec = open_gpu(), mid_spec("qwen2")
+    plan = Plan.uniform(spec, recipe, context=2048).with_gpu_layers(spec, 3, disk=1)
+    travelling, workload = replace(plan, stream_from=256), Workload(1500, 3, follow_up_tokens=100)
+    dry = forecast(travelling, spec, gpu, workload=workload)
+    model = load_mid(travelling, gpu)
+    assert_near(dry, run_workload(model, workload))
+    assert all(layer.pinned.locked for layer in model._lowvram_route.stream._order if layer.pinned)
+    ids = random_ids(300)
+    with torch.no_grad():
+        found = model(ids).logits.cpu()
+        replan(model, plan, progress=False)
+        assert relative_error(found, model(ids).logits.cpu()) < TOLERANCES["bf16"]
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 4}, {"num_beams": 3}, {"cache": "static"}])

@@ -154,6 +154,16 @@ def prefilled(model, tokens: int) -> torch.Tensor:
     return prefill(model, random_ids(tokens), MeteredCache(model.gpu)).cpu()
 
 
+def test_inference_mode_and_generate():
+    plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(tiny_spec("qwen2"), 1), stream_from=FROM)
+    model, ids = load_tiny("qwen2", plan), random_ids(30)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = tiny_stock("qwen2").generate(ids, **options)
+    with torch.inference_mode():
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
 @stand_in_only
 def test_a_timing_on_the_stand_in_copies_nothing():
     """Both sides lie in one RAM: copying there says nothing about a card."""
