@@ -1,8 +1,10 @@
 """ModelSpec against the packaged facts and against the models transformers builds."""
 
 import pytest
+import torch
 from models import TINY, packaged_spec, tiny_config, tiny_spec, tiny_stock
 
+from lowvram_lab import spec as spec_module
 from lowvram_lab.builtin import packaged_facts
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.spec import ModelSpec
@@ -119,3 +121,15 @@ def test_a_config_that_transformers_cannot_build(make):
         ModelSpec.from_config(config)
     assert config.model_type in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_whose_layers_are_not_found_says_what_was_looked_for():
+    model = torch.nn.Module()
+    with pytest.raises(
+        CheckpointError, match="looked for a list .* of 4 decoder layers in Module, found no list at all"
+    ):
+        spec_module._find_layers(model, 4)
+    model.stack = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+    with pytest.raises(CheckpointError, match="found stack of 3: this architecture is not supported"):
+        spec_module._find_layers(model, 4)
+    assert spec_module._find_layers(model, 3) == "stack"

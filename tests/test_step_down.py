@@ -136,6 +136,15 @@ def test_each_smaller_plan_takes_less():
     assert texts[3:] == [f"a context of {n} tokens" for n in (768, 576, 432, 324, 256)]
 
 
+def test_buffers_for_travelling_weights_are_the_first_to_go():
+    spec = tiny_spec("qwen2")
+    plan = replace(tiny_plan("qwen2").with_gpu_layers(spec, 2, disk=1), stream_from=16)
+    texts, plans = zip(*smaller_plans(plan, spec), strict=True)
+    assert texts[:2] == ("long prompts computed where the layers are", "KV cache in int8")
+    assert plans[0] == replace(plan, stream_from=None)
+    assert all(each.layer_devices(spec)[0] == "disk" for each in plans)
+
+
 def letters_chat(gpu, context=512, **options):
     model = load_tiny("qwen2", tiny_plan("qwen2", "fp32", context=context), gpu, letters_state())
     return ChatSession(model, tiny_tokenizer(), **{"max_new_tokens": 12, **options})

@@ -271,10 +271,12 @@ def _config_from_dict(values: dict):
 def _find_layers(model, count: int) -> str:
     import torch
 
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == count and path.count(".") <= 2:
+    lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
+    for path, length in lists.items():
+        if length == count and path.count(".") <= 2:
             return path
+    found = ", ".join(f"{path} of {length}" for path, length in lists.items()) or "no list at all"
     raise CheckpointError(
-        f"expected one list of {count} decoder layers in {type(model).__name__}, found none: "
+        f"looked for a list (ModuleList) of {count} decoder layers in {type(model).__name__}, found {found[:200]}: "
         "this architecture is not supported"
     )
