@@ -13,7 +13,7 @@ from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner import auto
 from lowvram_lab.planner.auto import RECIPES
-from lowvram_lab.planner.rates import KernelRates, LayerRates
+from lowvram_lab.planner.rates import DiskRates, KernelRates, LayerRates
 from lowvram_lab.planner.search import largest_fitting, least_bytes
 from lowvram_lab.planner.suggest import suggest
 from lowvram_lab.profile import Workload
@@ -202,6 +202,9 @@ class Flat:
 
     def link(self):
         return None
+
+    def disk(self):
+        return DiskRates(1e9)
 
 
 def test_speed_weighs_what_each_recipe_leaves_on_the_gpu():
