@@ -2,6 +2,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DRIVER := $(VENV)/.installed-playwright
 ARGS   ?=
 # PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from.
 PYTHON ?=
@@ -14,7 +15,7 @@ STRIP     := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lab lint format gpu-check notebooks coverage clean
+.PHONY: help demo test test-all browser lab lint format gpu-check notebooks coverage clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -27,10 +28,13 @@ test: $(STAMP) ## lint, tests with coverage, and every notebook
 	$(BIN)/pytest --cov --cov-report=term-missing $(ARGS)
 	$(call run_notebooks)
 
-test-all: $(STAMP) ## also the slow, network, GPU and browser tests (those this machine can run)
+test-all: $(STAMP) $(DRIVER) ## also the slow, network, GPU and browser tests (those this machine can run)
 	$(BIN)/ruff check
 	HF_HUB_OFFLINE=0 $(BIN)/pytest -m "" --cov --cov-report=term-missing $(ARGS)
 	$(call run_notebooks)
+
+browser: $(DRIVER) ## notebook 05's panels in a real browser (needs Chromium: apt-get install chromium)
+	$(BIN)/pytest -m browser tests/test_browser.py $(ARGS)
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
@@ -43,9 +47,10 @@ format: $(STAMP) ## ruff, mend in place
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-gpu-check: $(STAMP) ## tests that need CUDA, and the forecast measured against it
+gpu-check: $(STAMP) ## tests that need CUDA; the forecast and every split measured on it
 	$(BIN)/pytest -m gpu $(ARGS)
 	$(if $(wildcard benchmarks/forecast_accuracy.py),$(BIN)/python benchmarks/forecast_accuracy.py)
+	$(if $(wildcard benchmarks/split_parity.py),$(BIN)/python benchmarks/split_parity.py)
 
 notebooks: $(STAMP) ## run the notebooks in place, keeping outputs
 	$(if $(NOTEBOOKS),$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS))
@@ -82,3 +87,8 @@ $(STAMP): pyproject.toml constraints.txt
 	test $$status -eq 0 || exit $$status; \
 	touch $@; \
 	} >&2
+
+# The `browser` extra. Where it cannot be had the browser test is skipped, and the next run asks for it again.
+$(DRIVER): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright >&2 && touch $@ \
+	  || echo "make: could not install playwright" >&2

@@ -38,7 +38,7 @@ def test_constraints_pin_exactly_and_leave_cuda_to_torch():
         assert not name.startswith(("nvidia-", "triton", "cuda-")), f"{name} is torch's own affair"
 
 
-@pytest.mark.parametrize("extra", ["", "notebook", "test", "export"])
+@pytest.mark.parametrize("extra", ["", "notebook", "test", "export", "browser"])
 def test_constraints_cover_what_is_declared(extra):
     declared = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
     pins = constraints()
