@@ -121,9 +121,10 @@ class LayerSplitPanel:
         return SplitState(self.spec.num_hidden_layers, context, recipe=recipes_of(self.spec)[0])
 
     def _build(self, widgets, state: SplitState) -> None:
-        narrow = widgets.Layout(width="32em", max_width="100%")
+        narrow = widgets.Layout(width="27em", max_width="100%")
         dtype, most = self._base.dtype if self._base else "bf16", max(os.cpu_count() or 1, state.threads or 1)
         contexts = [(f"{tokens:,}", tokens) for tokens in contexts_of(self.spec, state.context)]
+        counts = [("auto", 0), *((str(count), count) for count in range(1, most + 1))]
         ends = "embedding and head" if self.spec.tied else "embedding"
 
         def control(kind, description: str, **options):
@@ -135,11 +136,11 @@ class LayerSplitPanel:
             "context": control(widgets.SelectionSlider, "context", options=contexts, continuous_update=False),
             "recipe": control(widgets.Dropdown, "weights", options=recipes_of(self.spec, self._base)),
             "kv_format": control(widgets.ToggleButtons, "KV cache", options=list(dict.fromkeys((dtype, "int8")))),
-            "threads": control(slider, "CPU threads", min=0, max=most, continuous_update=False),
+            "threads": control(widgets.SelectionSlider, "CPU threads", options=counts, continuous_update=False),
             "embedding_on_cpu": control(widgets.Checkbox, f"{ends} on the CPU"),
         }
-        self.controls["threads"].tooltip = "0: as many as torch takes by itself"
         self.controls["kv_format"].style.button_width = "5em"
+        self.controls["kv_format"].add_class("widget-inline-hbox")  # ipywidgets forgets it: the label beside, not above
         self.picture = widgets.Image(format="png", layout=widgets.Layout(width="640px", max_width="100%"))
         self.verdict, self.message = widgets.HTML(), widgets.HTML()
         self.prompt = control(widgets.Text, "prompt", value=PROMPT)
@@ -153,7 +154,11 @@ class LayerSplitPanel:
         for each in self.controls.values():
             each.observe(lambda _: self._refresh(), names="value")
         self.button.on_click(lambda _: self.load_and_try())
-        columns = [widgets.VBox(list(self.controls.values())), widgets.VBox([self.picture, self.verdict])]
+        beside = widgets.Layout(flex="1 1 26em", min_width="0")  # else a long verdict pushes the picture below
+        columns = [
+            widgets.VBox(list(self.controls.values())),
+            widgets.VBox([self.picture, self.verdict], layout=beside),
+        ]
         wrapping = widgets.Layout(flex_flow="row wrap")
         asking = widgets.Box([self.prompt, self.button], layout=wrapping)
         self.widget = widgets.VBox([widgets.Box(columns, layout=wrapping), asking, self.message])
@@ -170,7 +175,7 @@ class LayerSplitPanel:
         offered = {
             "context": [tokens for _, tokens in self.controls["context"].options],
             "recipe": recipes_of(self.spec, self._base),
-            "threads": (None, *range(1, self.controls["threads"].max + 1)),
+            "threads": [count or None for _, count in self.controls["threads"].options],
         }
         for name, values in offered.items():
             if getattr(state, name) not in values:
@@ -237,8 +242,9 @@ class LayerSplitPanel:
                 self.verdict.value = _coloured(str(error), fits=False)
                 return
             lines = found.plan.summary(self.spec), f"predicted: {found.speed.summary()}"
+            picture = _png(self._bar(found))  # made before either is shown, so that they change together
             self.verdict.value = "<br>".join([_coloured(found.verdict(), found.fits), *map(html.escape, lines)])
-            self.picture.value = _png(self._bar(found))
+            self.picture.value = picture
 
     def load_and_try(self) -> Trial | None:
         """What the button does: realises the plan shown, answers the prompt, puts measured beside predicted.
@@ -258,6 +264,7 @@ class LayerSplitPanel:
                 failure = str(error) or type(error).__name__
             finally:
                 self.button.disabled, self.message.value = False, ""
+                self.button.focus()  # a disabled button loses it
             if not failure:
                 self.message.value = self._outcome()
                 return self.trials[-1]
@@ -284,7 +291,8 @@ class LayerSplitPanel:
         trial, table = self.trials[-1], trials_table(self.trials, self.spec)
         forms = {column: format_bytes if "bytes" in column else "{:.2f}".format for column in table.columns[3:]}
         table = table.assign(**{column: table[column].map(form) for column, form in forms.items()})
-        shown = table.rename(columns=HEADINGS).to_html(index=False)
+        shown = table.rename(columns=HEADINGS).to_html(index=False, border=0)
+        shown = f'<div class="jp-RenderedHTMLCommon" style="overflow-x: auto">{shown}</div>'
         where = f"memory on {trial.gpu}, speed on {trial.measured.where}; both of that answer alone"
         return f"<b>answer</b>: {html.escape(trial.answer)}{shown}{html.escape(where)}"
 
@@ -341,11 +349,13 @@ class LayerSplitPanel:
             label = f"the card, {format_bytes(card)}"
             ax.plot([card / unit] * 2, [-0.45, 0.45], "--", color=BUDGET_COLOUR, linewidth=2, label=label)
         for position, size in enumerate(sizes):
-            place = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # readable across the card's line
-            beside_card = position == 0 and size < card < size + 0.16 * widest  # else the text would cover its line
-            at = card if beside_card else size
-            ax.annotate(format_bytes(size) if size else "nothing", (at / unit, position), bbox=box, **place)
+            within = (
+                position == 0 and size < card < size + 0.16 * widest
+            )  # beyond the bar it would cover the card's line
+            side = {"xytext": (-5, 0), "ha": "right"} if within else {"xytext": (5, 0), "ha": "left"}
+            place = {"textcoords": "offset points", "va": "center", **side}
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # readable across bars and lines
+            ax.annotate(format_bytes(size) if size else "nothing", (size / unit, position), bbox=box, **place)
         ax.set_xlim(0, 1.16 * widest / unit)
         ax.set_yticks([0, 1], ["GPU", "CPU"])
         ax.set_ylim(1.5, -0.5)
