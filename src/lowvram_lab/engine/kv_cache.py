@@ -102,10 +102,15 @@ class MeteredStaticCache(StaticCache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
-def _append(codes, scales, states):
+def quantize_states(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values ``(..., tokens, head_dim)`` as int8 codes, and a bf16 scale for each token and head."""
     scale = (states.abs().amax(dim=-1, keepdim=True).float() / 127).clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
     scale = scale.to(SCALE_DTYPE)
-    new = (states / scale).round_().clamp_(-127, 127).to(torch.int8)
+    return (states / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def _append(codes, scales, states):
+    new, scale = quantize_states(states)
     if codes is None:
         return new, scale
     return torch.cat((codes, new), dim=-2), torch.cat((scales, scale), dim=-2)

@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.allocator import CachingAllocator
@@ -99,7 +100,8 @@ class Gpu:
         """Lets a timing run without the meter, which slows small models down. Tensors made inside are not counted."""
         earlier, self._paused = self._paused, True
         try:
-            yield self
+            with _disable_current_modes() if getattr(self._local, "depth", 0) else nullcontext():
+                yield self
         finally:
             self._paused = earlier
 
@@ -152,6 +154,12 @@ class Gpu:
         """Bytes on the GPU, uninitialised."""
         with self.meter.scope(place="gpu"):
             return torch.empty(size_bytes, dtype=torch.uint8, device=self._tensor_device)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype, place: str) -> torch.Tensor:
+        """A tensor of zeros at a place."""
+        with self.meter.scope(place=place):
+            device = self._tensor_device if place == "gpu" or self.meta else "cpu"
+            return torch.zeros(shape, dtype=dtype, device=device)
 
     def copy_ahead(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after=None):
         """Copies CPU tensors into GPU ones beside the computation, where the GPU can do both at once.

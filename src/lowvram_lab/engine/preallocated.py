@@ -1,0 +1,115 @@
+"""A KV cache of exactly the size a plan gives, allocated once: decoding allocates nothing for keys and values.
+
+It is a transformers ``Cache``: the model's own forward (prefill, ``generate``) and the lean decoder write into the same
+memory. Keys and values in 16 or 32 bits, or as int8 codes with one scale a token and head.
+"""
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from lowvram_lab.engine.kv_cache import quantize_states
+from lowvram_lab.errors import BudgetError
+from lowvram_lab.formats import DTYPES, SCALE_DTYPE
+
+
+class PreallocatedLayer(CacheLayerMixin):
+    """Keys and values of one decoder layer, ``(batch, kv_heads, max_tokens, head_dim)`` from the start.
+
+    Args:
+        gpu: The ``Gpu`` of the model.
+        place: Where the layer computes, ``"gpu"`` or ``"cpu"``.
+        shape: Of keys and of values, all tokens included.
+        dtype: The model's.
+        kv_format: ``"int8"``, or any float format for the model's dtype.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype, kv_format: str):
+        super().__init__()
+        self.dtype, self.tokens, self.max_tokens = dtype, 0, shape[2]
+        stored = torch.int8 if kv_format == "int8" else dtype
+        self.keys, self.values = (gpu.zeros(shape, stored, place) for _ in range(2))
+        self.key_scale = self.value_scale = None
+        if kv_format == "int8":
+            scales = (*shape[:3], 1)
+            self.key_scale, self.value_scale = (gpu.zeros(scales, SCALE_DTYPE, place) for _ in range(2))
+        self.device, self.is_initialized = self.keys.device, True
+
+    def lazy_initialization(self, key_states, value_states):
+        """Nothing to do: everything is there."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Writes new keys and values behind those there are; returns all of them, in the model's dtype."""
+        end = self.tokens + key_states.shape[-2]
+        if end > self.max_tokens:
+            raise BudgetError(f"the KV cache holds {self.max_tokens} tokens, asked for {end}; plan a longer context")
+        both = ((self.keys, self.key_scale, key_states), (self.values, self.value_scale, value_states))
+        for held, scales, states in both:
+            if scales is not None:
+                states, scale = quantize_states(states)
+                scales[:, :, self.tokens : end] = scale
+            held[:, :, self.tokens : end] = states
+        self.tokens = end
+        return tuple(self._read(held, scales) for held, scales, _ in both)
+
+    def _read(self, held: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        states = held[:, :, : self.tokens]
+        return states if scales is None else states.to(self.dtype).mul_(scales[:, :, : self.tokens].to(self.dtype))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens a query attends to, and the first of them."""
+        return self.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.max_tokens
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forgets everything; the memory stays."""
+        self.tokens = 0
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Selects rows of the batch, in place."""
+        for held in (self.keys, self.values, self.key_scale, self.value_scale):
+            if held is not None:
+                rows = held[:, :, : self.tokens]
+                rows.copy_(rows.index_select(0, beam_idx.to(held.device)))
+
+
+class PreallocatedCache(Cache):
+    """The KV cache of a loaded model, all of it allocated now.
+
+    Args:
+        model: From ``load``; its plan says format and length.
+        max_tokens: Tokens it can hold; by default the plan's context.
+        batch_size: Sequences.
+
+    Raises:
+        torch.OutOfMemoryError: No room for it on the GPU.
+    """
+
+    def __init__(self, model, max_tokens: int | None = None, batch_size: int = 1):
+        plan, spec, self.gpu = model.plan, model.spec, model.gpu
+        shape = (batch_size, spec.num_key_value_heads, max_tokens or plan.context, spec.head_dim)
+        with self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
+            places = plan.layer_places(spec)
+            layers = [PreallocatedLayer(self.gpu, place, shape, DTYPES[plan.dtype], plan.kv_format) for place in places]
+        super().__init__(layers=layers)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        """See ``Cache.update``."""
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def keep(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` tokens."""
+        for layer in self.layers:
+            layer.tokens = min(layer.tokens, tokens)
