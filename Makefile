@@ -55,6 +55,7 @@ gpu-check: $(STAMP) ## tests that need CUDA; the forecast and every split measur
 notebooks: $(STAMP) ## run the notebooks in place, keeping outputs
 	$(if $(NOTEBOOKS),$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS))
 	$(if $(NOTEBOOKS),$(STRIP) $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),$(BIN)/python -c '$(strip_views)' $(NOTEBOOKS))
 
 coverage: $(STAMP) ## tests with an HTML coverage report in htmlcov/
 	$(BIN)/pytest --cov --cov-report=term --cov-report=html $(ARGS)
@@ -62,6 +63,16 @@ coverage: $(STAMP) ## tests with an HTML coverage report in htmlcov/
 clean: ## remove caches and reports (.venv stays)
 	rm -rf .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist
 	find . -path ./$(VENV) -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf
+
+# nbstripout takes a widget's state away, but leaves a view of it in the output: a reference to nothing.
+define strip_views
+import sys, nbformat; \
+names = sys.argv[1:]; \
+books = [nbformat.read(name, 4) for name in names]; \
+[out.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None) \
+ for book in books for cell in book.cells for out in cell.get("outputs", [])]; \
+[nbformat.write(book, name) for book, name in zip(books, names)]
+endef
 
 define run_notebooks
 	$(if $(NOTEBOOKS),$(BIN)/pytest --nbmake --nbmake-timeout=180 --durations=0 $(NOTEBOOKS),@echo "no notebooks yet")

@@ -72,6 +72,7 @@ def measure(name: str, fmt: str) -> list[dict]:
             for phase, logits in run(model, batch).items():
                 expected = whole[batch][phase]
                 difference = float((logits - expected).abs().max() / expected.abs().max())
+                difference = float("inf") if difference != difference else difference  # NaN is below nothing
                 worst[batch, phase] = max(worst[batch, phase], (difference, words))
     return [
         {"model": name, "format": fmt, "batch": batch, "phase": phase, "largest_difference": value, "where": words}

@@ -54,7 +54,7 @@ def drawn(seed: int) -> dict:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
-@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 110))])
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(n, marks=pytest.mark.slow) for n in range(4, 115))])
 def test_a_chosen_plan_runs_its_whole_context_inside_the_budget(seed):
     case = drawn(seed)
     spec, checkpoint = model(*case.pop("model"))

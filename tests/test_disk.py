@@ -140,7 +140,7 @@ def test_a_disk_that_fails_is_named_and_leaves_nothing(monkeypatch):
 
 def test_where_open_files_keep_their_names_they_go_with_the_model(monkeypatch):
     monkeypatch.setattr(disk, "UNNAMED", False)
-    held = disk.WeightsOnDisk(10_000)
+    held = disk.WeightsOnDisk()
     modules = [torch.nn.Linear(8, 8), torch.nn.Linear(4, 4, bias=False)]
     expected = [{key: value.clone() for key, value in module.state_dict().items()} for module in modules]
     for module in modules:
@@ -148,7 +148,7 @@ def test_where_open_files_keep_their_names_they_go_with_the_model(monkeypatch):
     for module, weights in zip(modules, expected, strict=True):
         assert all(torch.equal(weights[key], value) for key, value in module.state_dict().items())
         assert not any(parameter.requires_grad for parameter in module.parameters())
-    files = list(held._folder.iterdir())
+    files = list((cache_dir() / "mapped").iterdir())
     assert len(files) == 2
     del held, modules, module
     assert not any(file.exists() for file in files)

@@ -93,8 +93,8 @@ def test_what_travelling_takes_by_hand():
         size[m.layer] += plan.module_bytes(m)
         if m.layer in (0, 1) and m.kind == "linear":
             compute += machine.kernel("int8", "gpu").seconds(math.prod(m.weight_shape), 100)
-    copying = size[0] / LINK.to_gpu + size[1] / LINK.to_gpu_pinned  # layer 0 comes from disk, through ordinary memory
-    waiting = copying / 2 + max(0.0, copying - compute) / 2
+    copying = size[1] / LINK.to_gpu_pinned
+    waiting = copying / 2 + max(0.0, copying - compute) / 2 + size[0] / LINK.to_gpu  # 0 is on disk: waited for
     home = 100 * plan.kv_bytes(spec, 1, "cpu") / LINK.to_cpu
     parts = cost._forward(plan, spec, machine, 100, 0, None)
     assert parts["weights on their way"] == pytest.approx(waiting)
@@ -234,15 +234,17 @@ def test_ram_that_is_too_small_is_said_before_loading(monkeypatch):
         load_tiny("qwen2", plan, gpu)
     room = forecast_load_bytes(plan, spec, gpu_in_ram=True) - plan.weight_bytes(spec)
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
-    check_room_in_ram(plan, spec, gpu, loaded=plan)  # what is there already makes room
-    load_tiny("qwen2", plan.with_modules("*", device="disk"), gpu)  # and what stays on disk takes none
+    check_room_in_ram(plan, spec, gpu, spec.modules, loaded=plan)  # what is there already makes room
+    model = load_tiny("qwen2", plan.with_modules("*", device="disk"), gpu)  # and what stays on disk takes none
+    monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    replan(model, replace(model.plan, context=64, threads=1), progress=False)  # nothing is loaded for that
 
 
 class Taken(CudaGpu):
     """A card of which another process holds a part."""
 
     def __init__(self, free):
-        self.device, self.name, self.free = torch.device("cuda"), "an imagined card", free
+        self.device, self.name, self.budget = torch.device("cuda"), "an imagined card", None
 
 
 @pytest.mark.parametrize("cached", [0, 300])
@@ -252,8 +254,9 @@ def test_a_gpu_taken_by_another_process_is_named(cached, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 500)
     gpu = Taken(1000)
     gpu.check_room(1000 + cached)
-    with pytest.raises(BudgetError, match="take 1.3 KiB of an imagined card, found .* free: another process holds"):
+    with pytest.raises(BudgetError, match="take 1.3 KiB of an imagined card, found .* free: other processes"):
         gpu.check_room(1301)
+    gpu.check_room(10**9 + 1)  # more than the card has: an honest out of memory, not somebody else's fault
 
 
 def test_a_replan_checks_the_machine_too(monkeypatch):
@@ -287,7 +290,8 @@ def folder(tmp_path, monkeypatch):
         (["--format", "int8", "--context", "longest"], "--context longest is for the planner"),
         (["--context", "short"], "expected a whole number above zero, found 'short'"),
         (["--format", "int8", "--disk", "1GiB"], "--prefer and --disk are for the planner"),
-        (["--disk", "much"], "much"),
+        (["--disk", "much", "--ram", "1GiB"], "much"),
+        (["--disk", "1GiB"], "give --ram as well"),
         (["--threads", "0"], "expected a whole number above zero, found '0'"),
     ],
 )

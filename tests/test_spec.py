@@ -125,9 +125,7 @@ def test_a_config_that_transformers_cannot_build(make):
 
 def test_a_model_whose_layers_are_not_found_says_what_was_looked_for():
     model = torch.nn.Module()
-    with pytest.raises(
-        CheckpointError, match=r"looked for a list .* of 4 decoder layers .*, found no list at all"
-    ):
+    with pytest.raises(CheckpointError, match=r"looked for a list .* of 4 decoder layers .*, found no list at all"):
         spec_module._find_layers(model, 4)
     model.stack = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
     with pytest.raises(CheckpointError, match="found stack of 3: this architecture is not supported"):

@@ -17,8 +17,9 @@ from models import (
     tiny_tokenizer,
 )
 
+from lowvram_lab import disk, loader, offload
 from lowvram_lab.chat import ChatSession
-from lowvram_lab.errors import PlanError
+from lowvram_lab.errors import BudgetError, CheckpointError, PlanError
 from lowvram_lab.loader import replan
 from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.planner.step_down import smaller_plans
@@ -134,6 +135,54 @@ def test_each_smaller_plan_takes_less():
         "2 more layers on the CPU, 0 left on the GPU",
     ]
     assert texts[3:] == [f"a context of {n} tokens" for n in (768, 576, 432, 324, 256)]
+
+
+@pytest.mark.parametrize("at", ["_wrap", "_device_name"])
+def test_a_replan_interrupted_while_it_finishes_is_undone(at, monkeypatch):
+    model = load_tiny("qwen2", tiny_plan("qwen2", "int8"))
+    before, plan = logits(model), tiny_plan("qwen2", "int8").with_gpu_layers(tiny_spec("qwen2"), 1)
+    module = offload if at == "_wrap" else loader
+    real, calls = getattr(module, at), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, at, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replan(model, plan, progress=False)
+    assert model.plan == tiny_plan("qwen2", "int8")
+    assert torch.equal(logits(model), before)
+
+
+def test_a_replan_that_the_disk_has_no_room_for_changes_nothing(monkeypatch):
+    spec = tiny_spec("qwen2")
+    plans = [tiny_plan("qwen2", "int8").with_gpu_layers(spec, 1, disk=1)]
+    names = {"": 0, "model.layers.1": "disk", "model.layers.0": "cpu"}
+    plans.append(tiny_plan("qwen2", "int8").with_device_map(spec, names))
+    model = load_tiny("qwen2", plans[0])
+    before = logits(model)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: type("", (), {"free": 10}))
+    with pytest.raises(CheckpointError, match="found 10 B free"):
+        replan(model, plans[1], progress=False)
+    assert torch.equal(logits(model), before)
+    replan(model, replace(plans[0], context=64), progress=False)  # writes nothing
+
+
+def test_a_chat_goes_on_where_ram_is_short_for_a_step(monkeypatch):
+    session = letters_chat(open_gpu("1000MiB"))
+    real = loader.check_room_in_ram
+
+    def short_once(plan, *args):
+        if plan.kv_format == "int8" and plan.layer_devices(session.model.spec).count("gpu") == 3:
+            raise BudgetError("no RAM")
+        real(plan, *args)
+
+    monkeypatch.setattr(loader, "check_room_in_ram", short_once)
+    plans = smaller_plans(session.model.plan, session.model.spec)
+    assert "1 more layer on the CPU" in session._step_down(plans, torch.OutOfMemoryError())
 
 
 def test_buffers_for_travelling_weights_are_the_first_to_go():

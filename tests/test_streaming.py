@@ -7,21 +7,32 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import TINY, load_tiny, random_ids, relative_error, tiny_plan, tiny_spec, tiny_stock
-from transformers import DynamicCache
+from models import (
+    TINY,
+    DictCheckpoint,
+    load_tiny,
+    random_ids,
+    random_state,
+    relative_error,
+    tiny_plan,
+    tiny_spec,
+    tiny_stock,
+)
+from transformers import AutoConfig, DynamicCache
 
 from lowvram_lab import streaming
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import PlanError
-from lowvram_lab.loader import replan
+from lowvram_lab.loader import load, replan
 from lowvram_lab.memory import pinned
 from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.memory.pinned import PinnedBlock
 from lowvram_lab.offload import detach
 from lowvram_lab.plan import Plan
 from lowvram_lab.profile import Workload, run_speed, run_workload
+from lowvram_lab.spec import ModelSpec
 
 stand_in_only = pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
 FORMATS = ("bf16", "int8", "int4", "int3", "nf4")
@@ -118,6 +129,46 @@ def test_a_batch_counts_all_its_tokens_and_stock_caches_travel_too():
         assert relative_error(found, expected) < 1e-5
         assert relative_error(again, stock(ids[:, :1], past_key_values=other, use_cache=True).logits) < 1e-5
     assert model.gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, tiny_spec("qwen2"), {0, 1})
+
+
+@stand_in_only
+def test_one_token_of_each_of_a_batch_computes_where_the_layers_are():
+    model = load_tiny("qwen2", streamed(tokens=4))
+    cache = MeteredCache(model.gpu)
+    with torch.no_grad():
+        prefill(model, random_ids(5, batch=8), cache)
+        before = sum(model.gpu.transfers.values())
+        model(random_ids(1, batch=8), past_key_values=cache, use_cache=True)
+    assert sum(model.gpu.transfers.values()) - before < layer_bytes(model.plan, model.spec, {0}) / 4
+
+
+OTHERS = {
+    "gpt_neox": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128},
+    "falcon": {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "stablelm": {
+        "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "intermediate_size": 128,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_layers_that_call_their_cache_by_another_name_travel_too(kind):
+    config = AutoConfig.for_model(kind, vocab_size=320, max_position_embeddings=256, **OTHERS[kind])
+    spec = ModelSpec.from_config(config, kind)
+    plan = Plan.uniform(spec, "fp32", context=128).with_gpu_layers(spec, 1)
+    ids, found = random_ids(40), []
+    for each in (plan, replace(plan, stream_from=FROM)):
+        gpu, checkpoint = open_gpu("64MiB"), DictCheckpoint(random_state(spec))
+        model = load(each, gpu, checkpoint=checkpoint, spec=spec, progress=False)
+        cache, before = MeteredCache(gpu), gpu.transfers["cpu", "gpu"]
+        with torch.no_grad():
+            found.append([prefill(model, part, cache).cpu() for part in ids.split([30, 1, 9], dim=1)])
+    assert gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, spec, {0, 1})
+    for streaming_logits, resident_logits in zip(*found, strict=True):
+        assert relative_error(streaming_logits, resident_logits) < 1e-5
+    foretold = forecast(replace(plan, stream_from=FROM), spec, gpu, workload=Workload(40, 2))
+    assert foretold.first_oom is None
 
 
 @stand_in_only
@@ -227,11 +278,25 @@ def test_memory_that_cannot_be_locked_is_used_as_it_is_and_said(status, monkeypa
     runtime = Runtime(status)
     monkeypatch.setattr(pinned.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(pinned.torch.cuda, "cudart", lambda: runtime)
-    block = PinnedBlock(10_000)
+    monkeypatch.setattr(PinnedBlock, "refused", False)
+    launched = []
+
+    def launch(*args, **kwargs):
+        launched.append(1)
+        raise RuntimeError("CUDA error: the refusal, reported late")
+
+    block = PinnedBlock(10_000) if status == 0 else None
+    monkeypatch.setattr(pinned.torch, "zeros", launch)
+    block = block or PinnedBlock(10_000)
+    assert len(launched) == bool(status)
+    assert PinnedBlock.refused == bool(status)
     assert block.locked == (status == 0)
     assert ("could not page-lock 10000 bytes" in caplog.text) == bool(status)
     block.tensor.fill_(7)
     assert runtime.locked == {block.tensor.data_ptr(): 10_000}
+    if status:
+        assert not PinnedBlock(10_000).locked  # and it is not asked again
+        assert len(runtime.locked) == 1
     block.unlock()
     block.unlock()
     assert bool(runtime.locked) == bool(status)

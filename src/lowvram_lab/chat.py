@@ -182,7 +182,7 @@ class ChatSession:
             self._begin_cache(plan)
             try:
                 replan(self.model, plan, progress=False)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, BudgetError):  # RAM may be short too
                 continue
             logger.warning("the GPU is full; going on with less: %s", text)
             return text

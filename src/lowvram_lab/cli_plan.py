@@ -21,7 +21,7 @@ def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> 
         parser.add_argument(
             "--prefer", metavar="NAME", help="what the planner is to prefer: balance, fidelity or speed (balance)"
         )
-    longest = ", or longest: as many as fit" if chooses else ""
+    longest = ", or longest: all that then fit" if chooses else ""
     parser.add_argument(
         "--context",
         type=_context if chooses else positive,
@@ -36,7 +36,10 @@ def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> 
     parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
     parser.add_argument("--disk-layers", type=int, metavar="N", help="of the rest, the first N stay on disk")
     parser.add_argument(
-        "--stream-from", type=positive, metavar="N", help="prompts of N tokens bring CPU layers' weights to the GPU"
+        "--stream-from",
+        type=positive,
+        metavar="N",
+        help="from N tokens on, a prompt brings CPU layers' weights to the GPU",
     )
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
@@ -89,6 +92,8 @@ def chosen_plan(args, spec, gpu):
         profile = forecast(plan, spec, gpu)
         _check_ram(args.ram, plan, spec)
         return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
+    if args.disk and not args.ram:
+        raise LowvramError("--disk says what may lie on disk where --ram is too small: give --ram as well")
     choice = auto_plan(
         spec,
         gpu,

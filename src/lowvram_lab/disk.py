@@ -35,21 +35,10 @@ class WeightsOnDisk:
     Where the system allows it (not on Windows) a file loses its name as soon as it is mapped, so that the disk is free
     again when the model is gone, even if its process was killed.
 
-    Args:
-        size_bytes: What is to be written at most.
-
-    Raises:
-        CheckpointError: The disk has no room for it.
     """
 
-    def __init__(self, size_bytes: int):
-        self._folder = cache_dir() / "mapped"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if size_bytes > (free := shutil.disk_usage(self._folder).free):
-            raise CheckpointError(
-                f"{self._folder}: the layers on disk take {format_bytes(size_bytes)}, found {format_bytes(free)} free; "
-                "set LOWVRAM_CACHE to a folder on a larger disk, or plan fewer of them"
-            )
+    def __init__(self):
+        self._folder = _folder()
         self._named: list[Path] = []
         weakref.finalize(self, _remove, self._named)
 
@@ -76,6 +65,25 @@ class WeightsOnDisk:
             store[key] = torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
         if UNNAMED:
             _remove(self._named)
+
+
+def check_room_on_disk(size_bytes: int) -> None:
+    """Refuses what the disk of the cache folder has no room for, before anything is written.
+
+    Raises:
+        CheckpointError: Says what it takes and what is free.
+    """
+    if size_bytes and size_bytes > (free := shutil.disk_usage(_folder()).free):
+        raise CheckpointError(
+            f"{_folder()}: the layers on disk take {format_bytes(size_bytes)}, found {format_bytes(free)} free; set "
+            "LOWVRAM_CACHE to a folder on a larger disk, or plan fewer of them"
+        )
+
+
+def _folder() -> Path:
+    folder = cache_dir() / "mapped"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _append(file, tensor: torch.Tensor) -> int:

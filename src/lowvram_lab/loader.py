@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lowvram_lab.checkpoint import Checkpoint
-from lowvram_lab.disk import WeightsOnDisk
+from lowvram_lab.disk import WeightsOnDisk, check_room_on_disk
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.memory.device import Gpu, open_gpu
@@ -87,7 +87,7 @@ def load(
         checkpoint = find_source(plan.model).checkpoint()
     _check_names_and_shapes(spec, checkpoint)
     if not gpu.meta:
-        _check_machine(plan, spec, gpu)
+        _check_machine(plan, spec.modules, spec, checkpoint, gpu)
     config = spec.pretrained_config()
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
@@ -126,12 +126,13 @@ def replan(model, plan: Plan, *, progress: bool = True) -> None:
     plan.validate(spec)
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
-    _check_machine(plan, spec, model.gpu, old)
     changed = [m for m in spec.modules if plan.modules[m.name] != old.modules[m.name]]
+    _check_machine(plan, changed, spec, model.checkpoint, model.gpu, old)
     detach(model)
     try:
         _realise(model, changed, plan, progress)
     except BaseException:  # Ctrl-C too
+        detach(model)
         _realise(model, changed, old, progress)
         raise
 
@@ -148,11 +149,12 @@ def _realise(model, changed: list[ModuleSpec], plan: Plan, progress: bool) -> No
     _finish(model, plan, spec, devices, gpu)
 
 
-def _check_machine(plan: Plan, spec: ModelSpec, gpu: Gpu, loaded: Plan | None = None) -> None:
-    """Refuses, before anything is loaded, what this machine has not got (any more)."""
+def _check_machine(plan: Plan, modules, spec: ModelSpec, checkpoint, gpu: Gpu, loaded: Plan | None = None) -> None:
+    """Refuses, before any of these modules is loaded, what this machine has not got (any more)."""
     if plan.threads and plan.threads > (cores := os.cpu_count() or 1):
         raise PlanError(f"expected 1 to {cores} threads on this machine, found a plan with {plan.threads}")
-    check_room_in_ram(plan, spec, gpu, loaded)
+    check_room_in_ram(plan, spec, gpu, modules, loaded)
+    check_room_on_disk(sum(plan.module_bytes(m) for m in modules if _must_be_mapped(m, plan, checkpoint)))
     on_gpu = plan.weight_bytes(spec, "gpu") - (loaded.weight_bytes(spec, "gpu") if loaded else 0)
     gpu.check_room(on_gpu)
 
@@ -168,7 +170,7 @@ def _put_back(model, names: list[str]) -> None:
 def _fill_all(model, modules, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu, progress: bool) -> dict[str, str]:
     """Fills some modules, and puts buffers where their blocks compute; returns the devices of the blocks."""
     to_disk = [] if gpu.meta else [m for m in modules if _must_be_mapped(m, plan, checkpoint)]
-    disk = WeightsOnDisk(plan.weight_bytes(spec, "disk")) if to_disk else None
+    disk = WeightsOnDisk() if to_disk else None
     filling = tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
     for module in filling:
         with gpu.meter.scope(owner=module.name):

@@ -10,6 +10,7 @@ import inspect
 import weakref
 
 import torch
+from transformers import Cache
 
 from lowvram_lab.plan import compute_place
 from lowvram_lab.streaming import WeightStream
@@ -21,8 +22,8 @@ _WRAPPED, _ROUTE = "_lowvram_wrapped", "_lowvram_route"
 class _Route:
     """What the blocks of one model share: where the first layer computes, what has moved, the weights that travel."""
 
-    def __init__(self, home: str, threads: int | None, gpu, stream: WeightStream):
-        self.home, self.threads, self.gpu, self.stream = home, threads, gpu, stream
+    def __init__(self, home: str, head: str, threads: int | None, gpu, stream: WeightStream):
+        self.home, self.head, self.threads, self.gpu, self.stream = home, head, threads, gpu, stream
         self.first = home  # masks and rotary tables are made once, where the first layer computes in this pass
         self.moved: dict[tuple[int, str], tuple] = {}
 
@@ -58,7 +59,8 @@ def attach(model, devices: dict[str, str], plan, spec, gpu) -> None:
         gpu: The ``Gpu`` the model lives on.
     """
     home = compute_place(devices[f"{spec.layers_path}.0"])
-    route = _Route(home, plan.threads, gpu, WeightStream(model, devices, plan, spec, gpu))
+    route = _Route(home, spec.head, plan.threads, gpu, WeightStream(model, devices, plan, spec, gpu))
+    setattr(model, _ROUTE, route)
     embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
     for path, device in devices.items():
         if _contains_another(path, devices):
@@ -70,7 +72,6 @@ def attach(model, devices: dict[str, str], plan, spec, gpu) -> None:
                 if inner is not block:
                     _wrap(inner, functools.partial(_owned_forward, name, gpu))
     _wrap(model, functools.partial(_model_forward, route))
-    setattr(model, _ROUTE, route)
 
 
 def detach(model) -> None:
@@ -79,9 +80,8 @@ def detach(model) -> None:
         getattr(model, _ROUTE).stream.close()
         delattr(model, _ROUTE)
     for module in model.modules():
-        if _WRAPPED in vars(module):
-            delattr(module, _WRAPPED)
-            del module.forward
+        if vars(module).pop(_WRAPPED, False):
+            vars(module).pop("forward", None)  # not there yet where attach was interrupted
 
 
 def _wrap(module, around) -> None:
@@ -95,8 +95,10 @@ def _wrap(module, around) -> None:
 
 def _model_forward(route, original, *args, **kwargs):
     gpu, cache = route.gpu, kwargs.get("past_key_values")
-    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-    tokens = 0 if ids is None else ids.shape[0] * ids.shape[1]
+    ids = args[0] if args else kwargs.get("input_ids")
+    ids = kwargs.get("inputs_embeds") if ids is None else ids
+    decoding = ids is None or ids.shape[1] < 2  # of a batch too: one token of each computes where the layer is
+    tokens = 0 if decoding else ids.shape[0] * ids.shape[1]
     with gpu.lock, cpu_threads(route.threads), gpu.active(), route.stream.opened_for(tokens, cache) as travelling:
         route.first = "gpu" if travelling else route.home
         # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
@@ -122,7 +124,7 @@ def _contains_another(path: str, places) -> bool:
 
 def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
     if path in route.stream:
-        with route.stream.visiting(path, kwargs.get("past_key_values")):
+        with route.stream.visiting(path, _cache_among(args, kwargs)):
             return _compute(path, "gpu", route, original, args, kwargs)
     result = _compute(path, route.stream.place(path, place), route, original, args, kwargs)
     # embeddings (of tokens, in some models of positions too) hand over where the masks are made
@@ -134,6 +136,10 @@ def _compute(path, place, route, original, args, kwargs):
         return _to_place(value, place, route.gpu)
 
     args = tuple(here(value) for value in args)
+    if path == route.head and len(args) == 1 and args[0].dim() == 3 and not kwargs:
+        # over (batch, 1, hidden) cut out of a prompt, torch would copy all of a 16-bit head: it is given rows
+        shape, args = args[0].shape, (args[0].reshape(-1, args[0].shape[-1]),)
+        original, rows = (lambda x: rows(x).view(*shape[:-1], -1)), original
     kwargs = {key: _shared(value, place, route.moved, here) for key, value in kwargs.items()}
     with route.gpu.meter.scope(owner=path, place=place):
         try:
@@ -141,6 +147,11 @@ def _compute(path, place, route, original, args, kwargs):
         except torch.OutOfMemoryError as error:
             route.gpu.note_oom(error)  # here, where the block's name is still known
             raise
+
+
+def _cache_among(args, kwargs) -> Cache | None:
+    """The KV cache that a layer is given: each architecture has its own name for it, or its own place."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
 def _owned_forward(path, gpu, original, *args, **kwargs):

@@ -102,6 +102,11 @@ class ModelSpec:
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
+    @property
+    def longest_context(self) -> int:
+        """Most tokens a plan may have: positions, sliding window; 2^20 where the config states neither."""
+        return min(self.max_position_embeddings or 2**20, self.sliding_window or 2**20)
+
     def kv_bytes(self, tokens: int, batch_size: int = 1, itemsize: int = 2) -> int:
         """Bytes of keys and values for ``tokens`` cached tokens: 2 x layers x kv heads x head_dim x itemsize each."""
         per_token = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize

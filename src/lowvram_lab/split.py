@@ -5,7 +5,6 @@ Pure functions over frozen data; what draws and clicks is ``widgets.py``.
 Derived in: notebooks/05_split_the_layers.ipynb
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -151,8 +150,8 @@ def contexts_of(spec: ModelSpec, given: int) -> tuple[int, ...]:
 
 
 def longest_context(spec: ModelSpec) -> int:
-    """Most tokens a plan of the model may have."""
-    return min(spec.max_position_embeddings or UNSTATED_CONTEXT, spec.sliding_window or math.inf)
+    """Most tokens a plan of the model is offered."""
+    return spec.longest_context if spec.max_position_embeddings else min(spec.longest_context, UNSTATED_CONTEXT)
 
 
 def state_of(plan: Plan, spec: ModelSpec) -> SplitState:
@@ -189,6 +188,8 @@ def split_plan(state: SplitState, spec: ModelSpec, base: Plan | None = None) -> 
         for name in (spec.embedding, spec.head) if spec.tied else (spec.embedding,):
             plan = plan.with_modules(name, device="cpu" if state.embedding_on_cpu else "gpu")
     plan = replace(plan, context=state.context, kv_format=state.kv_format, threads=state.threads)
+    if base is not None:
+        plan = replace(plan, stream_from=base.stream_from)
     plan.validate(spec)
     return plan
 

@@ -53,9 +53,10 @@ class _Travelling:
                         self.slots.append((held, key, self.size_bytes))
                         self.size_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
-    def gather(self) -> None:
+    def gather(self, blocks: list[PinnedBlock]) -> None:
         """Lays the layer's tensors side by side in page-locked memory: one copy brings them all, beside other work."""
         self.pinned = PinnedBlock(self.size_bytes)
+        blocks.append(self.pinned)
         for (held, key, _), view in zip(self.slots, self.views(self.pinned.tensor), strict=True):
             view.copy_(held[key])
             self._put(held, key, view)
@@ -111,6 +112,9 @@ class WeightStream:
     def __init__(self, model, devices: dict[str, str], plan, spec, gpu):
         self.gpu, self.threshold = gpu, plan.stream_from
         self._layers: dict[str, _Travelling] = {}
+        pinned: list[PinnedBlock] = []
+        # before the first is locked: neither a model that is dropped without detach nor an interrupt leaves one locked
+        self._unlock = weakref.finalize(self, _unlock, gpu, pinned)
         self._buffers: list[torch.Tensor] = []
         self._copied: dict[int, object] = {}
         for index, device in enumerate(plan.layer_devices(spec)):
@@ -118,15 +122,12 @@ class WeightStream:
                 path = f"{spec.layers_path}.{index}"
                 self._layers[path] = layer = _Travelling(model.get_submodule(path), index)
                 if device == "cpu" and not gpu.simulated:  # from disk it comes as it is; the stand-in has it in RAM
-                    layer.gather()
+                    layer.gather(pinned)
         self._order = list(self._layers.values())
         tables = {path: model.get_submodule(path) for path, device in devices.items() if device == "cpu"}
         self._tables = {
             path: block._buffers for path, block in tables.items() if not any(True for _ in block.parameters())
         }
-        pinned = [layer.pinned for layer in self._order if layer.pinned is not None]
-        # a model that is dropped without detach must not leave its memory locked
-        self._unlock = weakref.finalize(self, _unlock, pinned)
 
     def close(self) -> None:
         """Unlocks the memory that was page-locked; the weights stay where they are."""
@@ -162,8 +163,7 @@ class WeightStream:
                 self._fetch(turn)
             yield True
         finally:
-            for mark in self._copied.values():
-                self.gpu.wait_for(mark)  # after an error one may still be arriving
+            self.gpu.settle()  # after an error one may still be arriving
             self._copied.clear()
             self._buffers.clear()
             for held, key, table in tables:
@@ -193,6 +193,7 @@ class WeightStream:
         layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
         before = {name: getattr(layer, name, None) for name in _STATES}
         tokens = layer.get_seq_length() if layer is not None else 0
+        began = layer is not None and layer.is_initialized
         try:
             with self.gpu.meter.scope(category="kv"):
                 for name, states in before.items():
@@ -205,6 +206,7 @@ class WeightStream:
             for name, states in before.items():
                 if layer is not None and hasattr(layer, name):
                     setattr(layer, name, states)
+                    layer.is_initialized = began
             raise
 
     def _take_home(self, layer, before: dict, tokens: int) -> None:
@@ -227,7 +229,8 @@ def _can_visit(cache) -> bool:
     return bool(kinds) and kinds <= set(GROWING) and not getattr(cache, "offloading", False)
 
 
-def _unlock(blocks: list[PinnedBlock]) -> None:
-    for block in blocks:
-        with contextlib.suppress(RuntimeError):  # CUDA may be gone at the end of the process
+def _unlock(gpu, blocks: list[PinnedBlock]) -> None:
+    with contextlib.suppress(RuntimeError):  # CUDA may be gone at the end of the process
+        gpu.settle(wait=True)
+        for block in blocks:
             block.unlock()

@@ -181,6 +181,9 @@ class Gpu:
     def wait_for(self, mark) -> None:
         """Lets what is computed from here on wait for a mark."""
 
+    def settle(self, wait: bool = False) -> None:
+        """Lets what follows come after every copy begun; with ``wait``, this very thread."""
+
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor as this GPU's kind of memory holds it; the dry run turns real tensors into meta ones."""
         return tensor
@@ -312,12 +315,13 @@ class CudaGpu(Gpu):
 
     def check_room(self, size_bytes: int) -> None:
         """See ``Gpu``."""
-        free = torch.cuda.mem_get_info(self.device)[0]
+        free, total = torch.cuda.mem_get_info(self.device)
         unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        if size_bytes > free + unused:
+        usable = self.budget.usable_bytes if self.budget else total
+        if free + unused < size_bytes <= usable:  # more than the card ever has is an honest out of memory
             raise BudgetError(
                 f"the weights take {format_bytes(size_bytes)} of {self.name}, found {format_bytes(free + unused)} "
-                "free: another process holds the rest; end it, or plan for what is free"
+                "free: other processes, or other models of this one, hold the rest; end them, or plan for what is free"
             )
 
     def reset_peak(self) -> None:
@@ -353,6 +357,13 @@ class CudaGpu(Gpu):
     def wait_for(self, mark) -> None:
         """See ``Gpu``."""
         torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def settle(self, wait: bool = False) -> None:
+        """See ``Gpu``."""
+        if self._side_stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
+            if wait:
+                self._side_stream.synchronize()
 
     def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         return tensor.to(self.device if place == "gpu" else "cpu")

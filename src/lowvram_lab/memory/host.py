@@ -115,29 +115,34 @@ def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:
         spec: The model.
         gpu_in_ram: Whether "gpu" is the stand-in, whose tensors lie in RAM too.
     """
-    largest = max(2 * math.prod(shape) for module in spec.modules for shape in module.parameters.values())
-    return weights_in_ram(plan, spec, gpu_in_ram) + 2 * largest
+    return weights_in_ram(plan, spec, gpu_in_ram) + _in_flight_bytes(spec.modules)
 
 
-def check_room_in_ram(plan, spec, gpu, loaded=None) -> None:
+def check_room_in_ram(plan, spec, gpu, modules, loaded=None) -> None:
     """Refuses a load that the host's free memory cannot take: a process that the system ends cannot say why.
 
     Args:
         plan: What is to be loaded ...
         spec: ... of this model ...
         gpu: ... onto this GPU; the stand-in lies in RAM too.
+        modules: Those that really are loaded, of the spec's.
         loaded: The plan that is there already, and whose weights make room.
 
     Raises:
         BudgetError: Says what it takes and what is free.
     """
-    needed = forecast_load_bytes(plan, spec, gpu_in_ram=gpu.simulated)
+    needed = weights_in_ram(plan, spec, gpu.simulated) + _in_flight_bytes(modules)
     needed -= weights_in_ram(loaded, spec, gpu.simulated) if loaded else 0
     if needed > (free := psutil.virtual_memory().available):
         helps = "a smaller format, layers on disk" + ("" if gpu.simulated else ", more layers on the GPU")
         raise BudgetError(
             f"loading this takes {format_bytes(needed)} of RAM, found {format_bytes(free)} free; choose {helps}"
         )
+
+
+def _in_flight_bytes(modules) -> int:
+    """The largest tensor, twice: mapped from its file in 16 bits, and the copy on its way."""
+    return 2 * max((2 * math.prod(shape) for module in modules for shape in module.parameters.values()), default=0)
 
 
 def weights_in_ram(plan, spec, gpu_in_ram: bool) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lowvram_lab.dry_run import forecast
-from lowvram_lab.errors import BudgetError, PlanError
+from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.device import Gpu
 from lowvram_lab.memory.host import forecast_load_bytes
@@ -81,13 +81,17 @@ class _Room:
             return plan
         if self.disk_bytes is None:
             return None
-        spec, layers = self.spec, plan.layer_devices(self.spec)
+        spec, layers, bases = self.spec, plan.layer_devices(self.spec), [plan]
         if not spec.tied and plan.modules[spec.embedding].device == "cpu":
-            plan = plan.with_modules(spec.embedding, device="disk")  # a lookup reads next to nothing
+            # a lookup reads next to nothing; but the table may be more than the disk has room for
+            bases.insert(0, plan.with_modules(spec.embedding, device="disk"))
         on_gpu = layers.count("gpu")
-        candidates = (plan.with_gpu_layers(spec, on_gpu, disk=count) for count in range(len(layers) - on_gpu + 1))
-        found = next((each for each in candidates if not self.lacks_ram(each)), None)
-        return found if found and found.weight_bytes(spec, "disk") <= self.disk_bytes else None
+        for base in bases:
+            splits = (base.with_gpu_layers(spec, on_gpu, disk=count) for count in range(len(layers) - on_gpu + 1))
+            found = next((each for each in splits if not self.lacks_ram(each)), None)
+            if found and found.weight_bytes(spec, "disk") <= self.disk_bytes:
+                return found
+        return None
 
     def lacks_ram(self, plan: Plan) -> bool:
         """Whether the CPU's part is more than the RAM."""
@@ -130,7 +134,7 @@ def auto_plan(
         spec: The model.
         gpu: A budget such as ``"4GiB"``, an opened GPU, or accelerate's ``max_memory``: ``{0: "4GiB", "cpu": "8GiB"}``.
         context: Tokens to plan for; ``None`` for as many as fit the plan that is preferred at 2048 (or at half of
-            that, and so on, where nothing fits).
+            that, and so on, where nothing fits). Fewer layers on the GPU (``gpu_layers=``) leave room for more.
         ram: What the CPU's part may take; by default no limit.
         disk: What of the CPU's part may lie on disk where RAM is too small; by default nothing.
         prefer: ``"balance"``: the most precise recipe that fits whole, with the embedding on the CPU and the KV cache
@@ -168,8 +172,7 @@ def auto_plan(
     if context is not None:
         choice = _at_context(context, recipes, room, **settings)
     else:
-        longest = min(DEFAULT_CONTEXT, spec.max_position_embeddings or DEFAULT_CONTEXT)
-        choice = _at_longest_context(longest, recipes, room, **settings)
+        choice = _at_longest_context(min(DEFAULT_CONTEXT, spec.longest_context), recipes, room, **settings)
     return _with_streaming(choice, room, machine)
 
 
@@ -216,21 +219,34 @@ def _at_longest_context(context: int, recipes, room: _Room, **settings) -> PlanC
         return choice
     plan = replace(plan, context=tokens)
     profile = forecast(plan, spec, room.budget, kernels=room.kernels)
-    why = (*choice.why, f"context {tokens} is the longest that fits it: {_margin(profile)}")[-MOST_REASONS:]
-    speed = choice.speed and forecast_speed(plan, spec, machine=settings["machine"], ram=room.ram_bytes)
-    return replace(choice, plan=plan, forecast=profile, why=why, speed=speed)
+    text = f"context {tokens} is the longest that fits it: {_margin(profile)}"
+    return _changed(choice, plan, profile, text, room, settings["machine"])
+
+
+def _changed(choice: PlanChoice, plan: Plan, profile: MemoryProfile, text: str, room: _Room, machine) -> PlanChoice:
+    """The choice with another plan, why, and its speed instead of the earlier one's."""
+    why, speed = [*choice.why, text], None
+    if choice.speed:
+        speed = forecast_speed(plan, room.spec, machine=machine, ram=room.ram_bytes)
+        why = [line for line in why if line != choice.speed.summary()] + [speed.summary()]
+    return replace(choice, plan=plan, forecast=profile, why=tuple(why[-MOST_REASONS:]), speed=speed)
 
 
 def _with_streaming(choice: PlanChoice, room: _Room, machine: Machine) -> PlanChoice:
-    """Lets the CPU layers' weights travel for long prompts, where this machine gains by it and two buffers fit."""
-    tokens = stream_threshold(choice.plan, room.spec, machine)
-    plan = replace(choice.plan, stream_from=tokens)
-    profile = tokens and forecast_if_possible(plan, room.spec, room.budget, room.kernels)
+    """Lets the CPU layers' weights travel for long prompts, where this machine gains by it and two buffers fit.
+
+    With as many layers on the GPU as fit, they seldom do: ``gpu_layers=`` leaves them room.
+    """
+    try:
+        tokens = stream_threshold(choice.plan, room.spec, machine)
+        plan = replace(choice.plan, stream_from=tokens)
+        profile = tokens and forecast_if_possible(plan, room.spec, room.budget, room.kernels)
+    except LowvramError:  # no room to measure rates, or an architecture whose weights cannot travel
+        return choice
     if not profile:
         return choice
-    text = f"prompts of {tokens} tokens or more are faster on the GPU, weights and all"
-    speed = choice.speed and forecast_speed(plan, room.spec, machine=machine, ram=room.ram_bytes)
-    return replace(choice, plan=plan, forecast=profile, why=(*choice.why, text)[-MOST_REASONS:], speed=speed)
+    text = f"prompts of {tokens} tokens or more are faster with weights that travel to the GPU: {_margin(profile)}"
+    return _changed(choice, plan, profile, text, room, machine)
 
 
 def _budgets(max_memory: dict, ram, disk) -> tuple:
@@ -373,7 +389,7 @@ def _ram_refusal(plan: Plan, room: _Room) -> str:
     spec = room.spec
     taken = format_bytes(ram_bytes(plan, spec))
     if room.disk_bytes is None:
-        return f"the CPU's part alone takes {taken}; give it disk for layers or more RAM"
+        return f"the CPU's part alone takes {taken}, loading included; give it disk for layers or more RAM"
     for name, assignment in plan.modules.items():
         if assignment.device == "cpu":
             plan = plan.with_modules(name, device="disk")

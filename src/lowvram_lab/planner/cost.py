@@ -75,7 +75,7 @@ def stream_threshold(plan: Plan, spec: ModelSpec, machine: Machine | None = None
         off the GPU, or where there is no CUDA card: the stand-in computes no faster than the CPU it is.
     """
     machine = machine or Machine()
-    if machine.link() is None or all(device == "gpu" for device in plan.layer_devices(spec)):
+    if all(device == "gpu" for device in plan.layer_devices(spec)) or machine.link() is None:
         return None
 
     def gains(tokens: int) -> bool:
@@ -146,9 +146,9 @@ class _Travel:
 
     def waiting_s(self) -> float:
         """The first layer's weights are waited for, then whatever computing the layer before does not hide."""
-        count = len(self.layers)
-        copy_s = self.size_bytes["cpu"] / self.link.to_gpu_pinned + self.size_bytes["disk"] / self.link.to_gpu
-        return copy_s / count + (count - 1) / count * max(0.0, copy_s - self.compute_s)
+        count, copy_s = len(self.layers), self.size_bytes["cpu"] / self.link.to_gpu_pinned
+        beside = copy_s / count + (count - 1) / count * max(0.0, copy_s - self.compute_s)
+        return beside + self.size_bytes["disk"] / self.link.to_gpu  # mapped, not page-locked: waited for
 
     def cache_s(self, tokens: int, cached: int) -> float:
         """Keys and values: those there are, to the GPU; the new ones, home to the CPU."""

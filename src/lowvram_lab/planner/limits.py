@@ -53,7 +53,7 @@ def max_context(
     Raises:
         BudgetError: Not even 16 tokens fit.
     """
-    steps = (spec.max_position_embeddings or 2**20) // CONTEXT_STEP
+    steps = spec.longest_context // CONTEXT_STEP
 
     def at(step: int) -> tuple[Plan, Workload]:
         context = step * CONTEXT_STEP

@@ -46,9 +46,14 @@ def unpack_from_cpu(packed: torch.Tensor) -> torch.Tensor:
 
     Returns:
         ``(rows, in)`` uint8 of 0 to 15.
+
+    Raises:
+        RuntimeError: torch packs on this machine in a way that is not known.
     """
     rows, columns = packed.shape[0], 2 * packed.shape[1]
     step = cpu_block_rows()
+    if not step:
+        raise RuntimeError("torch's CPU int4 packing has a layout that is not known here; plan without stream_from")
     whole = rows - rows % step
     parts = [_unpack_blocks(packed[:whole], step, columns)] if whole else []
     if rows > whole:
@@ -58,11 +63,7 @@ def unpack_from_cpu(packed: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def cpu_block_rows() -> int:
-    """Rows that torch's CPU packing interleaves on this machine.
-
-    Raises:
-        RuntimeError: It packs in a way that is none of those known.
-    """
+    """Rows that torch's CPU packing interleaves on this machine; 0 where its way is none of those known."""
     probe = torch.randint(0, 16, (3 * max(_BLOCKS), _PROBE_COLUMNS), generator=torch.Generator().manual_seed(0))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(probe.to(torch.int32), 1)
     for rows in _BLOCKS:
@@ -70,7 +71,7 @@ def cpu_block_rows() -> int:
             for fewer in range(16, rows, 16):  # of the last block; learnt now, before a meter runs
                 _places(fewer)
             return rows
-    raise RuntimeError("torch's CPU int4 packing has a layout that is not known here; plan without streaming")
+    return 0
 
 
 def _unpack_blocks(packed: torch.Tensor, block: int, columns: int) -> torch.Tensor:

@@ -182,7 +182,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
         super().__init__(in_features, out_features, fmt, kernels)
         if not shared and kernels == "cpu" and out_features % 16 == 0:
-            self.layout, self.tile_rows = "cpu", cpu_block_rows()
+            self.layout, self.tile_rows = "cpu", cpu_block_rows() or 1
         elif not shared and kernels == "cuda" and not (in_features % _CUDA_INT4_K or out_features % 8) and _ampere():
             self.layout = "cuda"
         else:
