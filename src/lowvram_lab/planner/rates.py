@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from lowvram_lab.spec import ModelSpec
 from lowvram_lab.threads import cpu_threads
 from lowvram_lab.units import MiB
 
-VERSION = 1
+VERSION = 2
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB
@@ -50,7 +49,7 @@ ROWS = 64
 """Tokens of a short prompt, from which arithmetic is told apart from reading weights."""
 
 ROUND_S = 0.04
-"""Seconds a timing takes at most; the median of three counts."""
+"""Seconds a timing takes at most; the least disturbed of three counts: a busy moment says nothing about the machine."""
 
 LINK_BYTES, DISK_BYTES = 32 * MiB, 64 * MiB
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 256}
@@ -231,7 +230,7 @@ def _weights(fmt: str, size: int, place: str, shared: bool) -> list:
 
 
 def _per_call(layers: list, rows: int, fmt: str, place: str) -> float:
-    """Median seconds of a call, over layers in turn."""
+    """Seconds of a call, over layers in turn."""
     dtype = DTYPES.get(fmt, torch.bfloat16)
     side = layers[0].shape[1] if isinstance(layers[0], torch.Tensor) else layers[0].in_features
     x = torch.randn(rows, side).to("cuda" if place == "gpu" else "cpu", dtype)
@@ -243,11 +242,11 @@ def _per_call(layers: list, rows: int, fmt: str, place: str) -> float:
         done += 1
         F.linear(x, layer) if isinstance(layer, torch.Tensor) else layer(x)
 
-    return _median_seconds(call, place)
+    return _least_seconds(call, place)
 
 
-def _median_seconds(call: Callable, place: str) -> float:
-    """Median of three rounds, each of as many calls as go into ``ROUND_S``."""
+def _least_seconds(call: Callable, place: str) -> float:
+    """Seconds a call, the least of three rounds, each of as many calls as go into ``ROUND_S``."""
     wait = torch.cuda.synchronize if place == "gpu" else lambda: None
     call(), wait()
     found = []
@@ -258,7 +257,7 @@ def _median_seconds(call: Callable, place: str) -> float:
             calls += 1
         wait()
         found.append((time.perf_counter() - began) / calls)
-    return statistics.median(found)
+    return min(found)
 
 
 def _layer(kv_format: str, dtype: str, place: str, plain: KernelRates) -> LayerRates:
@@ -339,7 +338,7 @@ def _decode_seconds(model, kv_format: str, cached: int, place: str) -> float:
 
 def _on(gpu: Gpu, call: Callable, place: str) -> float:
     with gpu.unmetered():
-        return _median_seconds(call, place)
+        return _least_seconds(call, place)
 
 
 def _link() -> LinkRates:
@@ -347,7 +346,7 @@ def _link() -> LinkRates:
         there, here = torch.empty(size, dtype=torch.uint8, device="cuda"), torch.empty(size, dtype=torch.uint8)
         here = here.pin_memory() if pinned else here
         source, target = (here, there) if to_gpu else (there, here)
-        return _median_seconds(lambda: (target.copy_(source, non_blocking=pinned), torch.cuda.synchronize()), "gpu")
+        return _least_seconds(lambda: (target.copy_(source, non_blocking=pinned), torch.cuda.synchronize()), "gpu")
 
     rates = [LINK_BYTES / seconds(LINK_BYTES, pinned, to_gpu) for to_gpu in (True, False) for pinned in (False, True)]
     return LinkRates(*rates, seconds(4096, False, True))
