@@ -106,6 +106,16 @@ def test_past_key_values_are_reused(placement):
     assert cache.get_seq_length() == 18
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("placement", ["gpu", "cpu"])
+def test_the_last_token_of_a_prompt_does_not_make_torch_copy_the_head(placement, batch):
+    """A strided ``(batch, 1, hidden)`` becomes a batched product, for which torch copies the whole weight first."""
+    model = load_tiny("qwen2", tiny_plan("qwen2", "bf16", placement))
+    with torch.profiler.profile() as profile, torch.no_grad(), model.gpu.unmetered():
+        prefill(model, random_ids(5, batch), MeteredCache(model.gpu))
+    assert "aten::bmm" not in {event.name for event in profile.events()}
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", TINY)
