@@ -1,6 +1,7 @@
 """tune: one load, a few splits and thread counts, measured beside forecast; and the command."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -61,8 +62,9 @@ def test_the_command_prints_a_row_for_each(capsys, tmp_path, monkeypatch):
     assert all(row["threads"] == 1 for row in found["rows"])
     assert "simulated" in found["gpu"] or torch.cuda.is_available()
     assert cli.main(words) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "tokens_per_s" in out
+    assert re.search(r"fastest: --gpu-layers \d --threads 1 \(frontier: no row", err)
     assert len(out.splitlines()) == 4
     assert cli.main(["plan", *words[1:4], "--context", "128", "--gpu-layers", "1", "--explain", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)

@@ -169,4 +169,7 @@ def run_tune(args) -> int:
     print(f"{plan.summary(spec)}; on {gpu.name}", file=sys.stderr)
     shown = table.assign(peak_gpu_mib=(table["peak_gpu_bytes"] / 2**20).round(1)).drop(columns="peak_gpu_bytes")
     print(shown.round({"ttft_s": 3, "tokens_per_s": 1, "forecast_tokens_per_s": 1}).to_string(index=False))
+    best = table.loc[table["tokens_per_s"].idxmax()]
+    words = f"--gpu-layers {best['gpu_layers']:.0f} --threads {best['threads']:.0f}"
+    print(f"fastest: {words} (frontier: no row is faster with as little GPU memory)", file=sys.stderr)
     return 0
