@@ -115,7 +115,7 @@ def test_rates_are_measured_once_and_kept(monkeypatch, tmp_path):
     assert torch.get_num_threads() == threads
     for rates in (*found.values(), layer):
         assert all(math.isfinite(value) and value >= 0 for value in vars(rates).values())
-    monkeypatch.setattr(module, "_least_seconds", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(module, "_least_of_each", lambda *_: pytest.fail("measured again"))
     assert machine.kernel("int4") == found["int4"] == Machine().kernel("int4")
     assert Machine().layer("int8", threads=1) == layer
     if not torch.cuda.is_available():

@@ -9,6 +9,7 @@ Derived in: notebooks/05_split_the_layers.ipynb
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -28,14 +29,14 @@ from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.formats import DTYPES, get_format
 from lowvram_lab.loader import ShapesOnly, load
-from lowvram_lab.memory.device import CudaGpu, Gpu, StandInGpu
+from lowvram_lab.memory.device import CudaGpu, StandInGpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.quantize.linear import quantized_linear
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.threads import cpu_threads
 from lowvram_lab.units import MiB
 
-VERSION = 2
+VERSION = 3
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB
@@ -246,46 +247,72 @@ def _per_call(layers: list, rows: int, fmt: str, place: str) -> float:
 
 
 def _least_seconds(call: Callable, place: str) -> float:
-    """Seconds a call, the least of three rounds, each of as many calls as go into ``ROUND_S``."""
+    """Seconds of one call; see ``_least_of_each``."""
+    return _least_of_each({"": call}, place, 3, ROUND_S)[""]
+
+
+def _least_of_each(calls: dict, place: str, rounds: int = 12, round_s: float = ROUND_S / 4) -> dict:
+    """Seconds a call, the least disturbed of some rounds, in each of which every call has its turn.
+
+    What is subtracted from each other is then measured side by side: a disturbance outlasts a turn, seldom all rounds.
+
+    Args:
+        calls: What to call, by name.
+        place: Where it computes, ``"gpu"`` or ``"cpu"``.
+        rounds: Turns of each.
+        round_s: Seconds of a turn; at least one call.
+    """
     wait = torch.cuda.synchronize if place == "gpu" else lambda: None
-    call(), wait()
-    found = []
-    for _ in range(3):
-        calls, began = 0, time.perf_counter()
-        while time.perf_counter() - began < ROUND_S:
-            call()
-            calls += 1
-        wait()
-        found.append((time.perf_counter() - began) / calls)
-    return min(found)
+    for call in calls.values():
+        call(), wait()
+    least = dict.fromkeys(calls, float("inf"))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            done, began = 0, time.perf_counter()
+            while time.perf_counter() - began < round_s:
+                call()
+                done += 1
+            wait()
+            least[name] = min(least[name], (time.perf_counter() - began) / done)
+    return least
 
 
 def _layer(kv_format: str, dtype: str, place: str, plain: KernelRates) -> LayerRates:
     """Differences between runs of tiny models that differ in one thing each."""
-    few, many, narrow = (_tiny(layers, heads, dtype, place) for layers, heads in ((2, 4), (6, 4), (6, 1)))
-    one_token = [_decode_seconds(model, kv_format, 1, place) for model in (few, many)]
-    whole = (one_token[1] - one_token[0]) / 4  # a layer, its linear modules included
-    linear = {tokens: _linear_seconds(many.spec, plain, tokens) for tokens in (1, SHORT, LONG)}
+    models = {
+        name: _tiny(layers, heads, dtype, place)
+        for name, layers, heads in (("few", 2, 4), ("many", 6, 4), ("narrow", 6, 1))
+    }
+    with contextlib.ExitStack() as unmetered:
+        for model in models.values():
+            unmetered.enter_context(model.gpu.unmetered())
+        calls = {(name, "decode", 1): _decoding(model, kv_format, 1) for name, model in models.items()}
+        for name in ("many", "narrow"):
+            calls[name, "decode", 2 * LONG] = _decoding(models[name], kv_format, 2 * LONG)
+        for name, tokens in itertools.product(("few", "many"), (SHORT, LONG)):
+            calls[name, "prefill", tokens] = _prefilling(models[name], kv_format, tokens)
+        seconds = _least_of_each(calls, place)
+    few, many = seconds["few", "decode", 1], seconds["many", "decode", 1]
+    whole = (many - few) / 4  # a layer, its linear modules included
+    linear = {tokens: _linear_seconds(models["many"].spec, plain, tokens) for tokens in (1, SHORT, LONG)}
     layer_s = max(0.0, whole - linear[1])
     queries, hidden = TINY["num_attention_heads"] * TINY["head_dim"], TINY["hidden_size"]
     # a prompt of n tokens: n * hidden * width + n * n / 2 * queries * pair, from two lengths
     rest = {}
     for tokens in (SHORT, LONG):
-        a_layer = (
-            _prefill_seconds(many, kv_format, tokens, place) - _prefill_seconds(few, kv_format, tokens, place)
-        ) / 4
+        a_layer = (seconds["many", "prefill", tokens] - seconds["few", "prefill", tokens]) / 4
         rest[tokens] = max(0.0, a_layer - layer_s - linear[tokens])
     a, b = rest[SHORT] / SHORT, rest[LONG] / LONG
     pair = max(0.0, (b - a) / (LONG - SHORT)) * 2 / queries
     width = max(0.0, a - pair * queries * SHORT / 2) / hidden
     # a cached token: queries * cached_query + keys * cached_kv, from two numbers of key heads
     grown = {}
-    for heads, model in ((4, many), (1, narrow)):
-        short, long = (_decode_seconds(model, kv_format, tokens, place) for tokens in (1, 2 * LONG))
-        grown[heads] = max(0.0, long - short) / 6 / (2 * LONG)
+    for heads, name in ((4, "many"), (1, "narrow")):
+        longer = seconds[name, "decode", 2 * LONG] - seconds[name, "decode", 1]
+        grown[heads] = max(0.0, longer) / 6 / (2 * LONG)
     kv = max(0.0, grown[4] - grown[1]) / (3 * TINY["head_dim"])
     query = max(0.0, grown[1] - kv * TINY["head_dim"]) / queries
-    return LayerRates(max(0.0, one_token[0] - 2 * whole), layer_s, width, pair, query, kv)
+    return LayerRates(max(0.0, few - 2 * whole), layer_s, width, pair, query, kv)
 
 
 def _linear_seconds(spec: ModelSpec, rates: KernelRates, tokens: int) -> float:
@@ -318,27 +345,22 @@ class _RandomWeights(ShapesOnly):
         return (torch.randn(self.shape(name), generator=self._generator) * 0.02).bfloat16()
 
 
-def _prefill_seconds(model, kv_format: str, tokens: int, place: str) -> float:
+def _prefilling(model, kv_format: str, tokens: int) -> Callable:
+    """A prompt of so many tokens, into a new cache each time."""
     ids = torch.ones(1, tokens, dtype=torch.long)
-    return _on(model.gpu, lambda: prefill(model, ids, MeteredCache(model.gpu, kv_format)), place)
+    return lambda: prefill(model, ids, MeteredCache(model.gpu, kv_format))
 
 
-def _decode_seconds(model, kv_format: str, cached: int, place: str) -> float:
+def _decoding(model, kv_format: str, cached: int) -> Callable:
     """A token fed to a cache of so many tokens, which is cut back before each."""
     cache, token = MeteredCache(model.gpu, kv_format), torch.ones(1, 1, dtype=torch.long)
-    with model.gpu.unmetered():
-        prefill(model, token.expand(1, cached), cache)
+    prefill(model, token.expand(1, cached), cache)
 
     def step() -> None:
         cache.keep(cached)
         decode_one_token(model, token, cache)
 
-    return _on(model.gpu, step, place)
-
-
-def _on(gpu: Gpu, call: Callable, place: str) -> float:
-    with gpu.unmetered():
-        return _least_seconds(call, place)
+    return step
 
 
 def _link() -> LinkRates:
