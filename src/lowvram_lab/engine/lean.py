@@ -5,13 +5,10 @@ call for every operation. Here a layer is one plain function of tensors. Compile
 two matrix products becomes one loop over memory, and the function is compiled once and reused for every layer. It works
 on the very weights of a loaded model, whatever their formats, and on a ``PreallocatedCache``, so a token allocates
 nothing that stays.
-
-Derived in: notebooks/06_the_engine.ipynb
 """
 
 import functools
 import itertools
-import logging
 import shutil
 from dataclasses import dataclass
 
@@ -19,12 +16,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from lowvram_lab.engine.decode import prefill
+from lowvram_lab.engine.kv_cache import quantize_states
 from lowvram_lab.engine.preallocated import PreallocatedCache
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.quantize.linear import Int4Linear, Int8Linear, QuantizedLinear
 from lowvram_lab.threads import cpu_threads
-
-logger = logging.getLogger(__name__)
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of configs whose layers are: norm, attention with rotary positions (q and k perhaps normed), norm,
@@ -256,10 +252,8 @@ def _layer(shape: LayerShape, hidden, cos, sin, norms, weights, seen):
 def _append_and_read(held, scales, states):
     """Writes one token's keys or values at the end; all of them, ``(batch * kv_heads, tokens, head_dim)`` float32."""
     if scales is not None:
-        largest = states.abs().amax(-1, keepdim=True)
-        scale = (largest / 127).clamp(min=torch.finfo(scales.dtype).tiny).to(scales.dtype)
+        states, scale = quantize_states(states)
         scales[:, :, -1:] = scale[:, :, None]
-        states = (states / scale.float()).round().clamp(-127, 127)
     held[:, :, -1:] = states.to(held.dtype)[:, :, None]
     read = held.float() if scales is None else held.float() * scales.float()
     return read.reshape(-1, held.shape[2], held.shape[3])

@@ -71,8 +71,6 @@ class PreallocatedLayer(CacheLayerMixin):
         """Tokens there is room for."""
         return self.max_tokens
 
-    get_max_cache_shape = get_max_length
-
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
         self.tokens = 0

@@ -211,14 +211,14 @@ def _at_longest_context(context: int, recipes, room: _Room, **settings) -> PlanC
             raise
         return _at_longest_context(context // 2, recipes, room, **settings)
     plan, spec = choice.plan, room.spec
-    tokens = max_context(plan, spec, room.budget, kernels=room.kernels).value
+    tokens = (longest := max_context(plan, spec, room.budget, kernels=room.kernels)).value
     if (on_cpu := plan.kv_bytes(spec, 1, "cpu")) and room.ram_bytes is not None:
         spare = room.ram_bytes - ram_bytes(plan, spec)
         tokens = min(tokens, plan.context + spare // on_cpu)
     if tokens <= plan.context:
         return choice
     plan = replace(plan, context=tokens)
-    profile = forecast(plan, spec, room.budget, kernels=room.kernels)
+    profile = longest.forecast if tokens == longest.value else forecast(plan, spec, room.budget, kernels=room.kernels)
     text = f"context {tokens} is the longest that fits it: {_margin(profile)}"
     return _changed(choice, plan, profile, text, room, settings["machine"])
 
