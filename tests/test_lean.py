@@ -20,6 +20,7 @@ from models import (
 )
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from lowvram_lab.engine import compiled
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.engine.lean import LeanDecoder, why_not
@@ -121,15 +122,38 @@ def test_formats_and_caches_decode_as_the_modules_do(kind, recipe, kv_format):
 
 @simulated
 @compiler
-@pytest.mark.parametrize("recipe", ["bf16", "int4"])
-def test_compiled_once_for_all_layers_and_lengths(recipe):
-    model, ids = load_tiny("qwen2", tiny_plan("qwen2", recipe)), random_ids(60)
-    torch._dynamo.utils.counters.clear()
-    decoder = LeanDecoder(model, compiled=True)
-    found = steps(decoder, ids, 3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert len({function for function, *_ in decoder._layers}) == 1
-    assert relative_error(found.float(), by_modules(model, ids, 3).float()) < TOLERANCES["bf16"]
+@pytest.mark.parametrize(("recipe", "kv_format"), [("bf16", "bf16"), ("int4", "int8")])
+def test_compiled_once_for_a_machine(recipe, kv_format, tmp_path, monkeypatch):
+    """One library for all layers, all lengths up to the last place, and for the next decoder too."""
+    made = []
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiled, "_compile", lambda *args, inner=compiled._compile: made.append(1) or inner(*args))
+    model, ids = load_tiny("qwen2", replace(tiny_plan("qwen2", recipe), kv_format=kv_format)), random_ids(60)
+    expected = by_modules(model, ids, 3).float()
+    for room in (60, 90):
+        decoder = LeanDecoder(model, max_tokens=room, compiled=True, progress=False)
+        found = steps(decoder, ids, 3)
+        assert relative_error(found.float(), expected) < TOLERANCES["bf16"]
+        assert len({run for run, _ in decoder._layers}) == 1
+    assert len(made) == 1
+
+
+@simulated
+def test_without_a_compiler_it_says_so_and_decodes(monkeypatch, tmp_path, caplog):
+    model, ids = load_tiny("qwen2", tiny_plan("qwen2", "int4")), random_ids(20)
+    monkeypatch.setattr("lowvram_lab.engine.lean.compiler", lambda: None)
+    with pytest.raises(LowvramError, match="expected a C\\+\\+ compiler"):
+        LeanDecoder(model, compiled=True)
+    decoder = LeanDecoder(model)
+    assert not decoder.compiled
+    assert torch.isfinite(steps(decoder, ids, 8)).all()
+    monkeypatch.setattr("lowvram_lab.engine.lean.compiler", lambda: "g++")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "file"))  # nothing can be written there
+    decoder = LeanDecoder(model, progress=False)
+    assert not decoder.compiled
+    assert "decoding without compiled layers" in caplog.text
+    assert torch.isfinite(steps(decoder, ids, 8)).all()
 
 
 @simulated

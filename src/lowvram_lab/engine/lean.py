@@ -1,22 +1,21 @@
 """A decoder for the Llama family that does as little as possible for a token: one function for all layers.
 
 transformers' forward of a small model spends most of its time between its matrix products: masks, caches, a Python
-call for every operation. Here a layer is one plain function of tensors. Compiled (torch.compile), everything between
-two matrix products becomes one loop over memory, and the function is compiled once and reused for every layer. It works
-on the very weights of a loaded model, whatever their formats, and on a ``PreallocatedCache``, so a token allocates
-nothing that stays.
+call for every operation. Here a layer is one plain function of tensors (``layer.py``). Compiled, everything between two
+matrix products becomes one loop over memory, and one library serves all layers. It works on the very weights of a
+loaded model, whatever their formats (those with a common input laid side by side, ``fuse.py``), and on a
+``PreallocatedCache``, so a token allocates nothing that stays.
 """
 
-import functools
-import itertools
-import shutil
-from dataclasses import dataclass
+import logging
+from functools import partial
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
+from lowvram_lab.engine.compiled import compiled_layer, compiler
 from lowvram_lab.engine.decode import prefill
-from lowvram_lab.engine.kv_cache import quantize_states
+from lowvram_lab.engine.fuse import fuse
+from lowvram_lab.engine.layer import LayerShape, layer
 from lowvram_lab.engine.preallocated import PreallocatedCache
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.quantize.linear import Int4Linear, Int8Linear, QuantizedLinear
@@ -26,40 +25,15 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of configs whose layers are: norm, attention with rotary positions (q and k perhaps normed), norm,
 gated SiLU. Smaller differences (biases, grouped heads, tied head) are read off the modules."""
 
-OPTIONS = {"size_asserts": False, "alignment_asserts": False}
-"""For the compiler: shapes never change, and checking them anew takes 13 us a layer (SmolLM2, 0.23 ms in all)."""
+logger = logging.getLogger(__name__)
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What the function of a layer is specialised for; layers of one shape share it.
-
-    Attributes:
-        heads: Query heads.
-        kv_heads: Key and value heads.
-        head_dim: Features of a head.
-        scaling: Of attention scores.
-        eps: Of the norms.
-        kinds: Of each projection, how it is multiplied: ``("int4", group_size)``, ``("int8", 0)`` or ``("float", 0)``.
-        normed_heads: Whether queries and keys are normed, head by head.
-        int8_cache: Whether keys and values are int8 codes with scales.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scaling: float
-    eps: float
-    kinds: tuple[tuple[str, int], ...]
-    normed_heads: bool
-    int8_cache: bool
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Of a layer; those in one bracket have a common input."""
 
 
-def why_not(model) -> str:
-    """Why a loaded model cannot be decoded here, in words, or nothing if it can."""
-    kind = model.config.model_type
+def why_not(model, max_tokens: int | None = None) -> str:
+    """Why a loaded model cannot be decoded here (up to so many tokens), in words, or nothing if it can."""
+    kind, window = model.config.model_type, getattr(model.config, "sliding_window", None)
     if kind not in FAMILIES:
         return f"{kind} is none of {', '.join(FAMILIES)}"
     if model.config.hidden_act != "silu":
@@ -68,10 +42,15 @@ def why_not(model) -> str:
         return f"its rotary positions ({model.model.rotary_emb.rope_type}) depend on the length"
     if "gpu" in model.plan.layer_places(model.spec) and model.gpu.kernels == "cuda":
         return "layers on a CUDA card are decoded by the modules for now"
-    for layer in model.model.layers:
-        for name in _PROJECTIONS:
-            if _kind(_projection(layer, name)) is None:
-                return f"{name} is in {_projection(layer, name).format.name}, which has no kernel"
+    slides = kind == "mistral" or "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
+    if window and slides and (max_tokens or model.plan.context) > window:
+        return f"its attention slides over {window} tokens"
+    if model.plan.stream_from is not None:
+        return "its plan lets weights travel for long prompts"
+    for block in model.model.layers:
+        for name in (name for group in _PROJECTIONS for name in group):
+            if _kernel(_projection(block, name)) is None:
+                return f"{name} is in {_projection(block, name).format.name}, which has no kernel"
     return ""
 
 
@@ -82,37 +61,69 @@ class LeanDecoder:
         model: From ``load``.
         max_tokens: Tokens of prompt and answer; by default the plan's context.
         batch_size: Sequences, all of one length.
-        compiled: Whether to compile the layer's function, which takes seconds, once; by default where there is a C++
-            compiler.
+        compiled: Whether to compile the layer's function: 10 to 20 s, once for a machine. By default where there is a
+            C++ compiler that can.
+        progress: Show that it compiles.
 
     Attributes:
         cache: The ``PreallocatedCache`` that prompt and answer are in.
         compiled: Whether it is compiled.
 
     Raises:
-        LowvramError: The architecture or a format is none of those it knows; ``why_not`` says so beforehand.
+        LowvramError: The architecture or a format is none of those it knows (``why_not`` says so beforehand); or it was
+            to be compiled and there is no compiler.
         torch.OutOfMemoryError: No room for the cache.
     """
 
-    def __init__(self, model, max_tokens: int | None = None, batch_size: int = 1, compiled: bool | None = None):
-        if reason := why_not(model):
+    def __init__(
+        self,
+        model,
+        max_tokens: int | None = None,
+        batch_size: int = 1,
+        compiled: bool | None = None,
+        progress: bool = True,
+    ):
+        if reason := why_not(model, max_tokens):
             raise LowvramError(f"{model.spec.name} cannot be decoded by LeanDecoder: {reason}; use the model itself")
+        if compiled and not compiler():
+            raise LowvramError("expected a C++ compiler (CXX, g++ or clang++), found none; leave compiled=True out")
         self.model, self.gpu = model, model.gpu
-        self.compiled = shutil.which("g++") is not None if compiled is None else compiled
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
-        positions = torch.arange(self.cache.layers[0].max_tokens)[None]
-        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
+        room = self.cache.layers[0].max_tokens
+        self._positions = torch.arange(room)
+        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), self._positions[None])
         half = sin.shape[-1] // 2
         # a half turn swaps the halves of a head; the sign of the first goes into the table
         self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
-        self._layers = [
-            self._bind(layer, held) for layer, held in zip(model.model.layers, self.cache.layers, strict=True)
-        ]
+        bound = [self._bind(*both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
+        self.compiled = compiler() is not None and room > 1 if compiled is None else compiled
+        if self.compiled:
+            self.compiled = self._compile(bound, batch_size, progress, must=bool(compiled))
+        if not self.compiled:
+            self._layers = [(partial(_run, shape), tensors) for shape, tensors in bound]
 
-    def _bind(self, layer, held) -> tuple:
-        """A layer's function, and the tensors it works on."""
-        attention, config = layer.self_attn, self.model.config
-        projections = [_projection(layer, name) for name in _PROJECTIONS]
+    def _compile(self, bound: list, batch_size: int, progress: bool, must: bool) -> bool:
+        hidden = torch.zeros(batch_size, self.model.config.hidden_size)
+        first = [hidden, self._cos[0], self._sin[0], self._positions[:2]]
+        try:
+            with self.gpu.unmetered(), cpu_threads(self.model.plan.threads):
+                self._layers = [(compiled_layer(shape, first + tensors, progress), tensors) for shape, tensors in bound]
+        except Exception as error:  # the exporter's, the compiler's, a folder that cannot be written
+            if must:
+                raise
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            logger.warning("decoding without compiled layers, which is slower: %s", reason[0])
+            return False
+        return True
+
+    def _bind(self, block, held) -> tuple[LayerShape, list[torch.Tensor]]:
+        """A layer's shape, and its tensors as ``layer`` wants them."""
+        attention, config, kernels, weights = block.self_attn, self.model.config, [], []
+        for group in _PROJECTIONS:
+            projections = [_projection(block, name) for name in group]
+            common = self._fused(projections) if len(group) > 1 else None
+            kernels.append(tuple(_kernel(p) for p in (projections[:1] if common else projections)))
+            weights += _tensors(projections[0], common) if common else [t for p in projections for t in _tensors(p)]
         normed = hasattr(attention, "q_norm")
         shape = LayerShape(
             heads=config.num_attention_heads,
@@ -120,15 +131,22 @@ class LeanDecoder:
             head_dim=self.model.spec.head_dim,
             scaling=attention.scaling,
             eps=config.rms_norm_eps,
-            kinds=tuple(_kind(projection) for projection in projections),
+            products=tuple(kernels),
             normed_heads=normed,
             int8_cache=held.key_scale is not None,
         )
-        norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+        norms = [block.input_layernorm.weight, block.post_attention_layernorm.weight]
         norms += [attention.q_norm.weight, attention.k_norm.weight] if normed else []
-        weights = tuple(_tensors(projection) for projection in projections)
-        cached = (held.keys, held.values) + ((held.key_scale, held.value_scale) if shape.int8_cache else ())
-        return _layer_function(shape, self.compiled), tuple(norms), weights, cached
+        cached = [held.keys, held.values] + ([held.key_scale, held.value_scale] if shape.int8_cache else [])
+        return shape, [t.detach() for t in (*norms, *weights, *cached)]
+
+    def _fused(self, projections: list) -> dict | None:
+        """Weights side by side; for a moment they are there twice, and where that is too much they stay as they are."""
+        try:
+            with self.gpu.active(), self.gpu.meter.scope(owner="fused weights", category="weights"):
+                return fuse(projections)
+        except torch.OutOfMemoryError:
+            return None
 
     @property
     def tokens(self) -> int:
@@ -171,126 +189,41 @@ class LeanDecoder:
             raise BudgetError(f"the KV cache of {position} tokens is full; plan a longer context")
         with self.gpu.lock, cpu_threads(self.model.plan.threads), self.gpu.unmetered():
             hidden = self.model.model.embed_tokens(token)[:, 0].float()
-            cos, sin = self._cos[position], self._sin[position]
-            for function, norms, weights, cached in self._layers:
-                seen = [held[:, :, : position + 1] for held in cached]
-                hidden = function(hidden, cos, sin, norms, weights, seen)
+            here = [self._cos[position], self._sin[position], self._positions[: position + 1]]
+            for run, tensors in self._layers:
+                (hidden,) = run([hidden, *here, *tensors])
             normed = self.model.model.norm(hidden)
             logits = self.model.lm_head(normed.to(self.model.dtype))
-        for layer in self.cache.layers:
-            layer.tokens = position + 1
+        for held in self.cache.layers:
+            held.tokens = position + 1
         return logits
 
 
-_numbers = itertools.count()
+def _run(shape: LayerShape, arguments: list) -> list:
+    """``layer`` as a compiled library is called."""
+    hidden, cos, sin, positions, *tensors = arguments
+    return [layer(shape, hidden, cos, sin, tensors, positions.shape[0])]
 
 
-@functools.cache
-def _layer_function(shape: LayerShape, compiled: bool):
-    def layer(hidden, cos, sin, norms, weights, seen):
-        return _layer(shape, hidden, cos, sin, norms, weights, seen)
-
-    if not compiled:
-        return layer
-    # code of its own name: dynamo counts compilations by the code, and every shape is worth one
-    layer.__code__ = layer.__code__.replace(co_name=f"layer_{next(_numbers)}")
-    fast, ready = torch.compile(layer, fullgraph=True, options=OPTIONS), False
-
-    def function(hidden, cos, sin, norms, weights, seen):
-        nonlocal ready
-        if not ready:  # for any number of tokens from the start, not for this one first
-            for held in seen:
-                torch._dynamo.mark_dynamic(held, 2)
-            ready = True
-        return fast(hidden, cos, sin, norms, weights, seen)
-
-    return function
+def _projection(block, name: str):
+    return getattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name)
 
 
-def _layer(shape: LayerShape, hidden, cos, sin, norms, weights, seen):
-    """One decoder layer for one token of each sequence.
-
-    Args:
-        shape: What is constant.
-        hidden: ``(batch, hidden)`` float32.
-        cos: ``(head_dim,)`` float32, for this position.
-        sin: The same; its first half negative.
-        norms: Weights of the layer's norms, and of queries and keys where they are normed.
-        weights: Of each projection, its tensors and its bias or ``None``.
-        seen: Keys and values ``(batch, kv_heads, tokens, head_dim)``, views of the cache with room for this token at
-            the end; their scales behind them if they are int8.
-
-    Returns:
-        ``(batch, hidden)`` float32.
-    """
-    batch = hidden.shape[0]
-    x = _rms_norm(hidden, norms[0], shape.eps)
-    q, k, v = (_multiply(x, shape.kinds[index], weights[index]) for index in range(3))
-    q = q.view(batch, shape.heads, shape.head_dim)
-    k, v = (states.view(batch, shape.kv_heads, shape.head_dim) for states in (k, v))
-    if shape.normed_heads:
-        q, k = _rms_norm(q, norms[2], shape.eps), _rms_norm(k, norms[3], shape.eps)
-    half = shape.head_dim // 2
-    q, k = (states * cos + torch.roll(states, half, -1) * sin for states in (q, k))
-    keys, values = (
-        _append_and_read(seen[index], seen[index + 2] if shape.int8_cache else None, states)
-        for index, states in enumerate((k, v))
-    )
-    groups = shape.heads // shape.kv_heads
-    rows = (q * shape.scaling).view(batch * shape.kv_heads, groups, shape.head_dim)
-    scores = torch.bmm(rows, keys.transpose(1, 2))
-    # a softmax by hand: the compiler knows the other form, and puts torch's slower attention in its place
-    scores = torch.exp(scores - scores.amax(-1, keepdim=True))
-    mixed = torch.bmm(scores, values) / scores.sum(-1, keepdim=True)
-    mixed = mixed.view(batch, shape.heads * shape.head_dim)
-    hidden = hidden + _multiply(mixed, shape.kinds[3], weights[3])
-    x = _rms_norm(hidden, norms[1], shape.eps)
-    gate, up = (_multiply(x, shape.kinds[index], weights[index]) for index in (4, 5))
-    return hidden + _multiply(F.silu(gate) * up, shape.kinds[6], weights[6])
-
-
-def _append_and_read(held, scales, states):
-    """Writes one token's keys or values at the end; all of them, ``(batch * kv_heads, tokens, head_dim)`` float32."""
-    if scales is not None:
-        states, scale = quantize_states(states)
-        scales[:, :, -1:] = scale[:, :, None]
-    held[:, :, -1:] = states.to(held.dtype)[:, :, None]
-    read = held.float() if scales is None else held.float() * scales.float()
-    return read.reshape(-1, held.shape[2], held.shape[3])
-
-
-def _rms_norm(x, weight, eps: float):
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
-
-
-def _multiply(x, kind: tuple[str, int], tensors):
-    """``(rows, in)`` float32 → ``(rows, out)`` float32, by the kernel of the weight's format."""
-    *stored, bias = tensors
-    if kind[0] == "int4":
-        packed, scale_and_zero = stored
-        result = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, kind[1], scale_and_zero).float()
-    elif kind[0] == "int8":
-        result = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), *stored).float()
-    else:
-        result = F.linear(x.to(stored[0].dtype), stored[0]).float()
-    return result if bias is None else result + bias.float()
-
-
-def _projection(layer, name: str):
-    return getattr(layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp, name)
-
-
-def _kind(projection) -> tuple[str, int] | None:
+def _kernel(projection) -> tuple[str, int, bool] | None:
+    """How a linear layer is multiplied in ``layer``, or ``None`` where that is not known."""
+    with_bias = projection.bias is not None
     if isinstance(projection, Int4Linear):
-        return ("int4", projection.format.group_size) if projection.layout == "cpu" else None
+        return ("int4", projection.format.group_size, with_bias) if projection.layout == "cpu" else None
     if isinstance(projection, Int8Linear):
-        return ("int8", 0)
-    return None if isinstance(projection, QuantizedLinear) else ("float", 0)
+        return ("int8", 0, with_bias)
+    return None if isinstance(projection, QuantizedLinear) else ("float", 0, with_bias)
 
 
-def _tensors(projection) -> tuple:
-    if isinstance(projection, Int4Linear):
-        return projection.packed, projection.scale_and_zero, projection.bias
-    if isinstance(projection, Int8Linear):
-        return projection.weight, projection.scale, projection.bias
-    return projection.weight, projection.bias
+def _tensors(projection, common: dict | None = None) -> list[torch.Tensor]:
+    """The weight as ``layer`` wants it: its own, or the common one it is part of."""
+    names = {Int4Linear: ("packed", "scale_and_zero", "bias"), Int8Linear: ("weight", "scale", "bias")}
+    found = [
+        common[name] if common else getattr(projection, name)
+        for name in names.get(type(projection), ("weight", "bias"))
+    ]
+    return [tensor for tensor in found if tensor is not None]

@@ -1,0 +1,137 @@
+"""One decoder layer of the Llama family for one token of each sequence, as a plain function of tensors.
+
+It knows nothing about models, caches or compilers. Everything between two matrix products is float32: a small cost for
+one token, and closer to full precision than 16 bits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lowvram_lab.engine.kv_cache import quantize_states
+
+_STORED = {"int4": 2, "int8": 2, "float": 1}
+"""Kernel → tensors of a weight: codes and scales, or the weight."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the function of a layer is specialised for; layers of one shape share it.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Features of a head.
+        scaling: Of attention scores.
+        eps: Of the norms.
+        products: For q/k/v, o, gate/up and down, how each weight is multiplied: ``(kernel, group_size, with bias)``,
+            one for all where they lie side by side.
+        normed_heads: Whether queries and keys are normed, head by head.
+        int8_cache: Whether keys and values are int8 codes with scales.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    eps: float
+    products: tuple[tuple[tuple[str, int, bool], ...], ...]
+    normed_heads: bool
+    int8_cache: bool
+
+
+def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None):
+    """One decoder layer.
+
+    Args:
+        shape: What is constant.
+        hidden: ``(batch, hidden)`` float32.
+        cos: ``(head_dim,)`` float32, for this position.
+        sin: The same; its first half negative.
+        tensors: Of the layer: weights of its norms, and of queries and keys where they are normed; for each of
+            ``shape.products`` what its kernel wants, and the bias if there is one; keys and values
+            ``(batch, kv_heads, room, head_dim)``, and behind them their scales if they are int8.
+        tokens: How many places of the cache are looked at, this token's among them.
+        at: Which of them is this token's, ``(1,)`` int64; by default the last.
+        mask: ``(tokens,)`` float32 to add to the scores: 0, or -inf for places that hold nothing yet.
+
+    Returns:
+        ``(batch, hidden)`` float32.
+    """
+    norms, weights, seen = _sorted(shape, tensors)
+    seen = [held[:, :, :tokens] for held in seen]
+    batch, features = hidden.shape[0], shape.kv_heads * shape.head_dim
+    x = _rms_norm(hidden, norms[0], shape.eps)
+    q, k, v = _multiply(x, shape.products[0], weights[0]).split([shape.heads * shape.head_dim, features, features], -1)
+    q = q.view(batch, shape.heads, shape.head_dim)
+    k, v = (states.view(batch, shape.kv_heads, shape.head_dim) for states in (k, v))
+    if shape.normed_heads:
+        q, k = _rms_norm(q, norms[2], shape.eps), _rms_norm(k, norms[3], shape.eps)
+    half = shape.head_dim // 2
+    q, k = (states * cos + torch.roll(states, half, -1) * sin for states in (q, k))
+    keys, values = (
+        _write_and_read(seen[index], seen[index + 2] if shape.int8_cache else None, states, at)
+        for index, states in enumerate((k, v))
+    )
+    groups = shape.heads // shape.kv_heads
+    rows = (q * shape.scaling).view(batch * shape.kv_heads, groups, shape.head_dim)
+    scores = torch.bmm(rows, keys.transpose(1, 2))
+    if mask is not None:
+        scores = scores + mask
+    # a softmax by hand: the compiler knows the other form, and puts torch's slower attention in its place
+    scores = torch.exp(scores - scores.amax(-1, keepdim=True))
+    mixed = torch.bmm(scores, values) / scores.sum(-1, keepdim=True)
+    hidden = hidden + _multiply(mixed.view(batch, -1), shape.products[1], weights[1])
+    x = _rms_norm(hidden, norms[1], shape.eps)
+    gate, up = _multiply(x, shape.products[2], weights[2]).chunk(2, -1)
+    return hidden + _multiply(F.silu(gate) * up, shape.products[3], weights[3])
+
+
+def _sorted(shape: LayerShape, tensors):
+    """The flat list of a layer's tensors as norms, weights by product, and cache."""
+    rest = iter(tensors)
+    norms = [next(rest) for _ in range(4 if shape.normed_heads else 2)]
+    weights = [
+        [[next(rest) for _ in range(_STORED[kernel] + with_bias)] for kernel, _, with_bias in kernels]
+        for kernels in shape.products
+    ]
+    return norms, weights, list(rest)
+
+
+def _write_and_read(held, scales, states, at):
+    """Writes one token's keys or values; all of them, ``(batch * kv_heads, tokens, head_dim)`` float32."""
+    states = states[:, :, None]
+    if scales is not None:
+        states, scale = quantize_states(states)
+        _write(scales, scale, at)
+    _write(held, states.to(held.dtype), at)
+    read = held.float() if scales is None else held.float() * scales.float()
+    return read.reshape(-1, held.shape[2], held.shape[3])
+
+
+def _write(held, states, at):
+    if at is None:
+        held[:, :, -1:] = states
+    else:
+        held.index_copy_(2, at, states)
+
+
+def _rms_norm(x, weight, eps: float):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _multiply(x, kernels: tuple[tuple[str, int, bool], ...], weights):
+    """``(rows, in)`` float32 → ``(rows, out)`` float32: the products with each weight, side by side."""
+    products = [_product(x, *kernel, tensors) for kernel, tensors in zip(kernels, weights, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
+def _product(x, kernel: str, group_size: int, with_bias: bool, tensors):
+    if kernel == "int4":
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), tensors[0], group_size, tensors[1])
+    elif kernel == "int8":
+        product = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), tensors[0], tensors[1])
+    else:
+        product = F.linear(x.to(tensors[0].dtype), tensors[0])
+    return product.float() + tensors[-1].float() if with_bias else product.float()
