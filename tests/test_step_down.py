@@ -122,8 +122,9 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
 
 def test_each_smaller_plan_takes_less():
     plan, spec = tiny_plan("qwen2", context=1024), tiny_spec("qwen2")
-    taken, texts = [], []
-    for text, smaller in smaller_plans(plan, spec):
+    taken, texts, (first, *smaller_ones) = [], [], smaller_plans(plan, spec)
+    assert first == ("prompts read 256 tokens at a time", replace(plan, prefill_chunk=256))
+    for text, smaller in smaller_ones:
         smaller.validate(spec)
         texts.append(text)
         taken.append(smaller.weight_bytes(spec, "gpu") + smaller.kv_bytes(spec, smaller.context))
@@ -176,7 +177,7 @@ def test_a_chat_goes_on_where_ram_is_short_for_a_step(monkeypatch):
     real = loader.check_room_in_ram
 
     def short_once(plan, *args):
-        if plan.kv_format == "int8" and plan.layer_devices(session.model.spec).count("gpu") == 3:
+        if plan.prefill_chunk and plan.layer_devices(session.model.spec).count("gpu") == 3:
             raise BudgetError("no RAM")
         real(plan, *args)
 
@@ -189,7 +190,8 @@ def test_buffers_for_travelling_weights_are_the_first_to_go():
     spec = tiny_spec("qwen2")
     plan = replace(tiny_plan("qwen2").with_gpu_layers(spec, 2, disk=1), stream_from=16)
     texts, plans = zip(*smaller_plans(plan, spec), strict=True)
-    assert texts[:2] == ("long prompts computed where the layers are", "KV cache in int8")
+    assert texts[0] == "long prompts computed where the layers are"
+    assert texts[2] == "KV cache in int8"
     assert plans[0] == replace(plan, stream_from=None)
     assert all(each.layer_devices(spec)[0] == "disk" for each in plans)
 
@@ -215,7 +217,7 @@ def test_a_chat_goes_on_when_the_gpu_is_full(caplog):
     before = list(session.history)
     answer = session.ask("x" * 300)
     assert session.turns[-1].given_up
-    assert session.turns[-1].given_up[0] == "KV cache in int8"
+    assert session.turns[-1].given_up[:2] == ("prompts read 256 tokens at a time", "KV cache in int8")
     assert "the GPU is full; going on with less: KV cache in int8" in caplog.text
     assert session.model.plan.kv_format == "int8"
     assert session.history == [

@@ -41,6 +41,7 @@ def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> 
         metavar="N",
         help="from N tokens on, a prompt brings CPU layers' weights to the GPU",
     )
+    parser.add_argument("--prefill-chunk", type=positive, metavar="N", help="read prompts N tokens at a time (at once)")
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
@@ -65,8 +66,10 @@ def stated_plan(args, spec, default_format: str | None = None):
     elif args.format or default_format:
         recipe = args.format or ("stored" if spec.stored else default_format)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048)
-    elif args.disk_layers is not None or args.stream_from is not None:
-        raise LowvramError("--disk-layers and --stream-from go with --format or --plan: the planner chooses by itself")
+    elif args.disk_layers is not None or args.stream_from is not None or args.prefill_chunk is not None:
+        raise LowvramError(
+            "--disk-layers, --stream-from and --prefill-chunk go with --format or --plan: the planner chooses by itself"
+        )
     else:
         return None
     if args.gpu_layers is not None or args.disk_layers is not None:
@@ -74,6 +77,7 @@ def stated_plan(args, spec, default_format: str | None = None):
         plan = plan.with_gpu_layers(spec, on_gpu, args.disk_layers)
     plan = replace(plan, threads=args.threads or plan.threads, kv_format=args.kv or plan.kv_format)
     plan = replace(plan, stream_from=args.stream_from or plan.stream_from)
+    plan = replace(plan, prefill_chunk=args.prefill_chunk or plan.prefill_chunk)
     plan.validate(spec)
     return plan
 

@@ -51,6 +51,7 @@ class Plan:
         threads: CPU threads, or ``None`` for torch's choice.
         stream_from: Prompts of so many tokens or more bring the weights of CPU and disk layers to the GPU, layer by
             layer, and compute there; ``None`` for never. Decoding a token always computes where the layer is.
+        prefill_chunk: Prompts are read so many tokens at a time, which bounds their activations; ``None`` for at once.
     """
 
     model: str
@@ -61,6 +62,7 @@ class Plan:
     context: int = 2048
     threads: int | None = None
     stream_from: int | None = None
+    prefill_chunk: int | None = None
 
     @classmethod
     def uniform(cls, spec: ModelSpec, recipe: str = "bf16", *, context: int = 2048, dtype: str | None = None) -> "Plan":
@@ -237,6 +239,13 @@ class Plan:
             )
         if self.stream_from is not None and (type(self.stream_from) is not int or self.stream_from < 2):
             raise PlanError(f"expected stream_from of 2 tokens or more, or None, found {self.stream_from!r}")
+        if self.prefill_chunk is not None and (type(self.prefill_chunk) is not int or self.prefill_chunk < 1):
+            raise PlanError(f"expected prefill_chunk of 1 token or more, or None, found {self.prefill_chunk!r}")
+        if self.stream_from is not None and (self.prefill_chunk or self.stream_from) < self.stream_from:
+            raise PlanError(
+                f"weights travel for {self.stream_from} tokens or more (stream_from), found a prefill_chunk of "
+                f"{self.prefill_chunk}; give chunks of {self.stream_from} or more"
+            )
         wrong_type = isinstance(self.threads, bool) or not isinstance(self.threads, int | None)
         if wrong_type or (self.threads is not None and not 1 <= self.threads <= MOST_THREADS):
             raise PlanError(f"expected 1 to {MOST_THREADS} threads, found {self.threads!r}")
@@ -291,6 +300,7 @@ class Plan:
             "threads": self.threads,
             # only where it says something: plans without it keep the digest they had before there was one
             **({} if self.stream_from is None else {"stream_from": self.stream_from}),
+            **({} if self.prefill_chunk is None else {"prefill_chunk": self.prefill_chunk}),
             "modules": {name: {"format": a.format, "device": a.device} for name, a in self.modules.items()},
         }
 

@@ -14,6 +14,7 @@ _TYPES = {
     "context": (int, "a whole number"),
     "threads": (int | None, "a whole number"),
     "stream_from": (int | None, "a whole number"),
+    "prefill_chunk": (int | None, "a whole number"),
     "modules": (dict, "dict"),
 }
 
@@ -37,7 +38,7 @@ def read_values(text: str | Path) -> dict:
         raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
     if type(values.get("version")) is not int or values["version"] != VERSION:
         raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
-    values = {"stream_from": None, **values}
+    values = {"stream_from": None, "prefill_chunk": None, **values}
     if odd := set(values) ^ {"version", *_TYPES}:
         name = sorted(odd)[0]
         raise PlanError(f"plan field {name!r} is {'missing' if name in _TYPES else 'not known'}")

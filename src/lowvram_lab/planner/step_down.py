@@ -1,8 +1,8 @@
 """What to give up when a run overflows its card after all: a sequence of plans, each smaller than the one before.
 
-The order is that of what is lost: speed of long prompts (weights that travel need two buffers), next to nothing (KV
-cache in int8), then speed (layers to the CPU, twice as many each time), then memory of the conversation (a shorter
-context).
+The order is that of what is lost: speed of long prompts (weights that travel need two buffers; prompts read in pieces),
+next to nothing (KV cache in int8), then speed (layers to the CPU, twice as many each time), then memory of the
+conversation (a shorter context).
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,9 @@ from dataclasses import replace
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 from lowvram_lab.spec import ModelSpec
+
+SHORT_CHUNK = 256
+"""Tokens: still enough for matrix products to run at full speed."""
 
 
 def smaller_plans(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
@@ -26,6 +29,9 @@ def smaller_plans(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
     if plan.stream_from is not None:
         plan = replace(plan, stream_from=None)
         yield "long prompts computed where the layers are", plan
+    if (plan.prefill_chunk or plan.context) > SHORT_CHUNK:
+        plan = replace(plan, prefill_chunk=SHORT_CHUNK)
+        yield f"prompts read {SHORT_CHUNK} tokens at a time", plan
     if plan.kv_format != "int8":
         plan = replace(plan, kv_format="int8")
         yield "KV cache in int8", plan
