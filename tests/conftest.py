@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("LOWVRAM_COMPILE", "0")  # ten seconds for every shape of a tiny model; tests of it say 1
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from models import letters_state, load_tiny, tiny_plan, tiny_tokenizer
 
-from lowvram_lab.chat import ChatSession, stop_ids
+from lowvram_lab.chat import ChatSession
 from lowvram_lab.engine.decode import Sampling
 from lowvram_lab.errors import BudgetError, SourceError
 from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.prompt import stop_ids
 
 TEXT = "naïve 日本語 🙂🙃 end"
 
@@ -20,7 +21,7 @@ class Scripted:
     def __init__(self, tokens, context=1024):
         self.tokens, self.fed = list(tokens), []
         self.gpu, self.plan = open_gpu(), tiny_plan("qwen2", context=context)
-        self.config = self.generation_config = SimpleNamespace(eos_token_id=1)
+        self.config = self.generation_config = SimpleNamespace(eos_token_id=1, model_type="scripted")
 
     def __call__(self, ids, past_key_values=None, **kwargs):
         self.fed.append(ids.tolist()[0])

@@ -19,6 +19,7 @@ from models import (
 
 from lowvram_lab import disk, loader, offload
 from lowvram_lab.chat import ChatSession
+from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.errors import BudgetError, CheckpointError, PlanError
 from lowvram_lab.loader import replan
 from lowvram_lab.memory.device import open_gpu
@@ -230,8 +231,22 @@ def test_a_chat_goes_on_when_the_gpu_is_full(caplog):
 
 
 @SIMULATED
-def test_an_answer_cut_by_a_full_gpu_is_finished_where_it_was():
+def test_a_lean_answer_needs_no_memory_that_was_not_there_before():
+    session, pieces = letters_chat(open_gpu("16MiB")), []
+    assert session.engine.startswith("the lean decoder")
+    for piece in session.send("tell me"):
+        pieces.append(piece)
+        if len(pieces) == 4:
+            kept = filled(session.model.gpu)
+    assert len("".join(pieces)) == 12
+    assert session.turns[-1].given_up == ()
+    assert kept
+
+
+@SIMULATED
+def test_an_answer_cut_by_a_full_gpu_is_finished_where_it_was(monkeypatch):
     """Out of memory in the middle of an answer: another process takes what was left."""
+    monkeypatch.setattr("lowvram_lab.chat.decoder_for", lambda model, *args: ModuleDecoder(model))
     session, pieces = letters_chat(open_gpu("16MiB")), []
     for piece in session.send("tell me"):
         pieces.append(piece)

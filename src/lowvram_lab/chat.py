@@ -5,22 +5,20 @@ Derived in: notebooks/09_validated_chat.ipynb
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from lowvram_lab.engine.decode import Sampling, stream
-from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.errors import BudgetError, LowvramError, SourceError
 from lowvram_lab.loader import replan
 from lowvram_lab.plan import Plan
 from lowvram_lab.planner.step_down import smaller_plans
+from lowvram_lab.prompt import StopStrings, chat_ids, stop_ids
 
 logger = logging.getLogger(__name__)
-
-END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
-"""Checkpoints disagree on ``eos_token_id`` (Qwen1.5's chat and base models do): stop at any of these."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +50,6 @@ class TurnStats:
         return asdict(self)
 
 
-def stop_ids(model, tokenizer) -> frozenset[int]:
-    """Every id that ends a turn: from generation config, config, tokenizer, and well-known names it has."""
-    found = set()
-    for holder in (model.generation_config, model.config, tokenizer):
-        value = getattr(holder, "eos_token_id", None)
-        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
-    vocabulary = tokenizer.get_vocab()
-    found.update(vocabulary[token] for token in END_OF_TURN_TOKENS if token in vocabulary)
-    return frozenset(found)
-
-
 class ChatSession:
     """A conversation with a loaded model.
 
@@ -75,6 +62,9 @@ class ChatSession:
         system: System message, or ``None`` for the template's own.
         max_new_tokens: Longest answer.
         sampling: Greedy by default.
+        stop: Texts that end an answer, and are not shown.
+        compiled: Whether the decoder may compile a layer (``LeanDecoder``); by default where there is a compiler.
+        progress: Show that it compiles.
 
     Attributes:
         history: Messages so far, each with ``role`` and ``content``.
@@ -83,7 +73,16 @@ class ChatSession:
     """
 
     def __init__(
-        self, model, tokenizer, *, system: str | None = None, max_new_tokens=256, sampling: Sampling | None = None
+        self,
+        model,
+        tokenizer,
+        *,
+        system: str | None = None,
+        max_new_tokens=256,
+        sampling: Sampling | None = None,
+        stop: Iterable[str] = (),
+        compiled: bool | None = None,
+        progress: bool = True,
     ):
         if not getattr(tokenizer, "chat_template", None):
             raise SourceError(
@@ -94,8 +93,15 @@ class ChatSession:
         self.history: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
         self.turns: list[TurnStats] = []
         self.dropped_turns = 0
-        self._stop = stop_ids(model, tokenizer)
-        self._begin_cache(model.plan)
+        self._stop, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
+        self._decoder, self._decoder_plan, self._cached_ids = None, None, []
+        self._compiled, self._progress = compiled, progress
+        self._begun()  # now: compiling and allocating are no part of the first answer
+
+    @property
+    def engine(self) -> str:
+        """What decodes, in words; where it is not the fast way, why."""
+        return self._begun().name
 
     def ask(self, text: str) -> str:
         """Sends a message and returns the whole answer."""
@@ -112,8 +118,11 @@ class ChatSession:
 
         Raises:
             BudgetError: The message alone is longer than the plan's context.
-            LowvramError: The message is not text in any encoding (lone surrogates).
+            LowvramError: The message is empty, or not text in any encoding (lone surrogates).
+            SourceError: The model's chat template refuses the chat.
         """
+        if not text.strip():
+            raise LowvramError("expected a message, found an empty one; write something")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -139,11 +148,16 @@ class ChatSession:
                     for token in self._stream(fed, room, made):
                         first_at = first_at or time.perf_counter()
                         tokens.append(token)
-                        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                        if not text.endswith("\ufffd"):  # the bytes of a character may be spread over several tokens
+                        text, ended = self._stop_strings.cut(self._text(tokens))
+                        if len(text) > len(shown):
                             piece, shown = text[len(shown) :], text
                             yield piece
-                    ended = len(tokens) - made < room
+                        if ended:
+                            break
+                    ended = ended or len(tokens) - made < room
+                    if len(held := self._text(tokens)) > len(shown) and not self._stop_strings.cut(held)[1]:
+                        piece, shown = held[len(shown) :], held  # what might have become a stop string
+                        yield piece
                     break
                 except torch.OutOfMemoryError as error:
                     full = error.with_traceback(None)  # its frames hold the tensors of the pass that failed
@@ -161,7 +175,7 @@ class ChatSession:
             raise
         finally:
             now = time.perf_counter()
-            self._cached_ids = (prompt + tokens)[: self._cache.get_seq_length()]
+            self._cached_ids = (prompt + tokens)[: self._decoder.cache.get_seq_length()] if self._decoder else []
             if self.history is history:
                 history.append({"role": "assistant", "content": shown})
             speed = (len(tokens) - 1) / (now - first_at) if len(tokens) > 1 else None
@@ -173,13 +187,26 @@ class ChatSession:
         """Goes on after ``fed``, whose last ``made`` tokens are the answer's own."""
         cached = self._reuse_cache(fed)
         sampling = replace(self.sampling, seed=self.sampling.seed + made)  # not the same draws once more
-        ids = torch.tensor([fed[cached:]])
-        return stream(self.model, ids, self._cache, max_new_tokens=room, stop_ids=self._stop, sampling=sampling)
+        decoder, seen = self._begun(), torch.tensor([fed])
+        return stream(
+            self.model,
+            seen[:, cached:],
+            decoder.cache,
+            max_new_tokens=room,
+            stop_ids=self._stop,
+            sampling=sampling,
+            seen=seen,
+            decode=decoder.decode,
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        """An answer's text, whole characters only: the bytes of one may be spread over several tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
 
     def _step_down(self, smaller: Iterator[tuple[str, Plan]], error: torch.OutOfMemoryError) -> str:
         """Makes the model realise the next smaller plan that can be; says what was given up. Else raises ``error``."""
         for text, plan in smaller:
-            self._begin_cache(plan)
+            self._decoder = None  # its cache makes room
             try:
                 replan(self.model, plan, progress=False)
             except (torch.OutOfMemoryError, BudgetError):  # RAM may be short too
@@ -203,7 +230,7 @@ class ChatSession:
         dropped = min(self.dropped_turns, (len(history) - first - 1) // 2)  # history may have been cut by its owner
         while True:
             seen = history[:first] + history[first + 2 * dropped :]
-            prompt = self.tokenizer.apply_chat_template(seen, add_generation_prompt=True, return_dict=True)["input_ids"]
+            prompt = chat_ids(self.tokenizer, seen)
             wanted = max(1, min(self.max_new_tokens, answered + context // 4))
             if len(prompt) + wanted <= context:
                 return prompt, dropped
@@ -217,25 +244,27 @@ class ChatSession:
                     "shorten it or plan for more"
                 )
 
-    def _begin_cache(self, plan: Plan) -> None:
-        self._cache, self._cached_ids = MeteredCache(self.model.gpu, plan.kv_format), []
-        self._cache_plan = plan
+    def _begun(self):
+        """The decoder of the model as it is planned now, with whatever its cache holds."""
+        if self._decoder is None or self._decoder_plan != self.model.plan:  # replanned, by another session perhaps
+            self._decoder, self._cached_ids = None, []
+            self._decoder = decoder_for(self.model, self._compiled, self._progress)
+            self._decoder_plan = self.model.plan
+        return self._decoder
 
     def _drop_broken_cache(self) -> None:
         """Begins an empty cache if a forward that was cut off left the layers of this one with different lengths."""
-        lengths = {layer.get_seq_length() for layer in self._cache.layers}
-        complete = len(lengths) <= 1 and len(self._cache.layers) in (0, self.model.spec.num_hidden_layers)
-        if not complete:
-            self._begin_cache(self.model.plan)
+        cache = self._decoder.cache if self._decoder else None
+        lengths = {layer.get_seq_length() for layer in cache.layers} if cache else set()
+        if cache and (len(lengths) > 1 or len(cache.layers) not in (0, self.model.spec.num_hidden_layers)):
+            self._decoder = None
 
     def _reuse_cache(self, prompt: list[int]) -> int:
         """Keeps the part of the KV cache that the new prompt begins with; returns its length in tokens."""
-        if self._cache_plan != self.model.plan:  # replanned meanwhile, by another session perhaps
-            self._begin_cache(self.model.plan)
-        common = 0
+        cache, common = self._begun().cache, 0
         for old, new in zip(self._cached_ids, prompt[:-1], strict=False):  # at least one token must be fed
             if old != new:
                 break
             common += 1
-        self._cache.keep(common)
+        cache.keep(common)
         return common

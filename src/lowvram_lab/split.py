@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 
 from lowvram_lab import hub
-from lowvram_lab.chat import stop_ids
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.engine.decode import stream
 from lowvram_lab.engine.kv_cache import MeteredCache
@@ -24,6 +23,7 @@ from lowvram_lab.planner.cost import forecast_speed
 from lowvram_lab.planner.rates import Machine
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 from lowvram_lab.profile import MemoryProfile, SpeedProfile, Workload, run_speed
+from lowvram_lab.prompt import chat_ids, stop_ids
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import format_bytes
@@ -293,7 +293,7 @@ def why_no_weights(spec: ModelSpec) -> str:
 def _prompt_ids(tokenizer, prompt: str) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
-        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return chat_ids(tokenizer, message)
     return tokenizer(prompt)["input_ids"]
 
 

@@ -39,7 +39,9 @@ class _Layer(torch.nn.Module):
 
 
 def compiler() -> str | None:
-    """The C++ compiler that would be used, or ``None`` where there is none."""
+    """The C++ compiler that would be used, or ``None``: there is none, or ``LOWVRAM_COMPILE=0`` says not to compile."""
+    if os.environ.get("LOWVRAM_COMPILE") == "0":
+        return None
     names = (os.environ.get("CXX"), "g++", "clang++")
     return next((name for name in names if name and shutil.which(name)), None)
 

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from transformers import Cache
 
+from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import LowvramError
 
 
@@ -68,6 +69,31 @@ def prefill(model, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
 def decode_one_token(model, token: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Feeds one token back. ``token``: ``(batch, 1)``; returns logits ``(batch, vocab)``."""
     return model(token, past_key_values=cache, use_cache=True).logits[:, -1]
+
+
+class ModuleDecoder:
+    """Decodes with the model's own modules and a cache that grows: any architecture, any format.
+
+    Args:
+        model: From ``load``.
+        why: Why it is not a ``LeanDecoder``.
+
+    Attributes:
+        cache: Prompt and answer.
+    """
+
+    def __init__(self, model, why: str = ""):
+        self.model, self.why = model, why
+        self.cache = MeteredCache(model.gpu, model.plan.kv_format)
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return "the model's modules" + (f" ({self.why})" if self.why else "")
+
+    def decode(self, token: torch.Tensor) -> torch.Tensor:
+        """See ``decode_one_token``."""
+        return decode_one_token(self.model, token, self.cache)
 
 
 def choose(

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from lowvram_lab.engine.compiled import compiled_layer, compiler
-from lowvram_lab.engine.decode import prefill
+from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.layer import LayerShape, layer
 from lowvram_lab.engine.preallocated import PreallocatedCache
@@ -52,6 +52,22 @@ def why_not(model, max_tokens: int | None = None) -> str:
             if _kernel(_projection(block, name)) is None:
                 return f"{name} is in {_projection(block, name).format.name}, which has no kernel"
     return ""
+
+
+def decoder_for(model, compiled: bool | None = None, progress: bool = True) -> "LeanDecoder | ModuleDecoder":
+    """The fastest decoder there is for a loaded model: lean, or by its modules; ``name`` says which, and why.
+
+    Args:
+        model: From ``load``.
+        compiled: See ``LeanDecoder``.
+        progress: See ``LeanDecoder``.
+    """
+    if reason := why_not(model):
+        return ModuleDecoder(model, reason)
+    try:
+        return LeanDecoder(model, compiled=compiled, progress=progress)
+    except torch.OutOfMemoryError:  # a cache that grows may do for a short chat
+        return ModuleDecoder(model, f"no room for a KV cache of {model.plan.context} tokens at once")
 
 
 class LeanDecoder:
@@ -147,6 +163,11 @@ class LeanDecoder:
                 return fuse(projections)
         except torch.OutOfMemoryError:
             return None
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        return "the lean decoder" + (", compiled" if self.compiled else "")
 
     @property
     def tokens(self) -> int:

@@ -1,0 +1,112 @@
+"""From a chat to token ids by the model's own template, and from generated text to where it stops.
+
+Nothing a user types becomes a control token: ``<|im_end|>`` in a message is spelt out in ordinary tokens.
+"""
+
+import re
+import secrets
+from collections.abc import Iterable
+
+from jinja2 import TemplateError
+
+from lowvram_lab.errors import LowvramError, SourceError
+
+END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
+"""Checkpoints disagree on ``eos_token_id`` (Qwen1.5's chat and base models do): stop at any of these."""
+
+
+def stop_ids(model, tokenizer) -> frozenset[int]:
+    """Every id that ends a turn: from generation config, config, tokenizer, and well-known names it has."""
+    found = set()
+    for holder in (model.generation_config, model.config, tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        found.update(value if isinstance(value, list | tuple) else [] if value is None else [value])
+    vocabulary = tokenizer.get_vocab()
+    found.update(vocabulary[token] for token in END_OF_TURN_TOKENS if token in vocabulary)
+    return frozenset(found)
+
+
+def chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat, ready for the assistant's answer.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: Each with ``role`` and ``content``.
+
+    Raises:
+        SourceError: The template refuses these messages, or fails.
+    """
+    control = _control_tokens(tokenizer)
+    if not control or not any(control.search(message["content"]) for message in messages):
+        return _render(tokenizer, messages, tokenize=True)["input_ids"]
+    mark, spelt = secrets.token_hex(8), []
+
+    def hide(match: re.Match) -> str:
+        spelt.append(match.group())
+        return f"\ue000{mark}:{len(spelt) - 1}\ue001"
+
+    hidden = [{**message, "content": control.sub(hide, message["content"])} for message in messages]
+    ids: list[int] = []
+    for piece in re.split(f"(\ue000{mark}:\\d+\ue001)", _render(tokenizer, hidden, tokenize=False)):
+        literal = piece.startswith(f"\ue000{mark}:")
+        text = spelt[int(piece[len(mark) + 2 : -1])] if literal else piece
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=literal)["input_ids"] if text else []
+    return ids
+
+
+def _control_tokens(tokenizer) -> re.Pattern | None:
+    names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names |= set(tokenizer.all_special_tokens)
+    names |= {token for token in END_OF_TURN_TOKENS if token in tokenizer.get_vocab()}
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))) if names else None
+
+
+def _render(tokenizer, messages, tokenize: bool):
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:  # what Python raises inside a template, too
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        roles = ", ".join(message["role"] for message in messages)
+        raise SourceError(
+            f"the model's chat template refuses this chat ({reason[0]}); it was given messages of {roles}"
+        ) from error
+
+
+class StopStrings:
+    """Texts at which an answer ends.
+
+    Args:
+        strings: None of them is shown.
+
+    Raises:
+        LowvramError: One is empty, or no text.
+    """
+
+    def __init__(self, strings: Iterable[str] = ()):
+        if isinstance(strings, str):
+            strings = (strings,)
+        self.strings = tuple(strings)
+        for string in self.strings:
+            if not isinstance(string, str) or not string:
+                raise LowvramError(f"expected stop strings of one character or more, found {string!r}")
+
+    def cut(self, text: str) -> tuple[str, bool]:
+        """What of an unfinished answer can be shown, and whether it has ended.
+
+        Args:
+            text: All of it so far.
+
+        Returns:
+            The text before the first stop string and ``True``; or the text without what may be the beginning of one,
+            and ``False``.
+        """
+        found = [place for string in self.strings if (place := text.find(string)) >= 0]
+        if found:
+            return text[: min(found)], True
+        longest = max((len(string) for string in self.strings), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(string.startswith(text[-length:]) for string in self.strings):
+                return text[:-length], False
+        return text, False
