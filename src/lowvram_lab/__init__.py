@@ -24,6 +24,8 @@ _PUBLIC = {
     "forecast_speed": "planner.cost",
     "stream_threshold": "planner.cost",
     "tune": "tune",
+    "bench": "bench",
+    "export_gguf": "gguf_export",
     "suggest": "planner.suggest",
     "estimate_sensitivity": "weights.sensitivity",
     "measure_sensitivity": "weights.measured",

