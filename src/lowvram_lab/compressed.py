@@ -2,8 +2,9 @@
 
 ``int8`` is stored as ``naive-quantized`` (int8 codes and a scale a row), int2 to int6 as ``pack-quantized`` (codes
 packed into words, a scale a group), all symmetric: what stock transformers opens (for vLLM see docs/other_engines.md).
-Tried with transformers 5.23 and compressed-tensors 0.20: a tied pair in int8 opens where both modules are targets and the head has its own copy of
-the scales; an *embedding* below 8 bits does not open there (it has no ``weight`` to initialise), only here.
+Tried with transformers 5.23 and compressed-tensors 0.20: a tied pair in int8 opens where both modules are targets and
+the head has its own copy of the scales; an *embedding* below 8 bits does not open there (it has no ``weight`` to
+initialise), only here.
 """
 
 import re
