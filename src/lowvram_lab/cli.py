@@ -12,6 +12,7 @@ from lowvram_lab.cli_common import positive, print_json, prose, spec_of
 from lowvram_lab.cli_compress import add_convert, add_evaluate, run_convert, run_evaluate
 from lowvram_lab.cli_export import add_export, run_export
 from lowvram_lab.cli_plan import add_plan_options, chosen_plan, run_plan, run_tune, stated_plan
+from lowvram_lab.cli_report import add_report, run_report
 from lowvram_lab.errors import LowvramError
 
 EXIT_USAGE = 2
@@ -108,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(command("evaluate", run_evaluate, "compare a compressed model with its original"))
     add_export(command("export", run_export, "write a model as a file that another engine opens"))
     add_bench(command("bench", run_bench, "measure a model beside other engines"))
+    add_report(command("report", run_report, "an article's effect table, measured again"))
     demo = command("demo", _demo, "the whole story on a small model: out of memory, plan, load, chat, validation")
     demo.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default smollm2-135m")
     demo.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")

@@ -1,4 +1,4 @@
-"""A layer's function compiled ahead of time into a library, once for a machine; later processes open it at once.
+"""A layer's and the head's function compiled ahead of time, once for a machine; later processes open them at once.
 
 torch.compile would do it anew in every process, and its checks before each call take as long as a small layer's own
 work (37 us of 211, SmolLM2): AOTInductor's library is called directly. What it is called with is the caller's duty.
@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lowvram_lab.cache import build_directory, cache_dir
-from lowvram_lab.engine.layer import LayerShape, layer
+from lowvram_lab.engine.layer import LayerShape, head, layer
 
 OPTIONS = {
     "size_asserts": False,
@@ -25,7 +25,7 @@ OPTIONS = {
     "cpp.dynamic_threads": True,
 }
 _LONGEST = 1 << 24
-_LIBRARY = "layer.pt2"
+_LIBRARY = "library.pt2"
 
 
 class _Layer(torch.nn.Module):
@@ -35,7 +35,19 @@ class _Layer(torch.nn.Module):
 
     def forward(self, hidden, cos, sin, positions, *tensors):
         """``layer`` for as many tokens as there are positions: a length the library reads off a shape."""
-        return layer(self.shape, hidden, cos, sin, tensors, positions.shape[0])
+        loops = []
+        return layer(self.shape, hidden, cos, sin, tensors, positions.shape[0], loops=loops), *loops
+
+
+class _Head(torch.nn.Module):
+    def __init__(self, kernel: tuple[str, int, bool], eps: float):
+        super().__init__()
+        self.kernel, self.eps = kernel, eps
+
+    def forward(self, hidden, *tensors):
+        """See ``head``."""
+        loops = []
+        return head(self.kernel, self.eps, hidden, tensors, loops), *loops
 
 
 def compiler() -> str | None:
@@ -56,31 +68,60 @@ def compiled_layer(shape: LayerShape, example: list[torch.Tensor], progress: boo
         progress: Show that it takes a while (10 to 20 s, once for a machine).
 
     Returns:
-        A function of such a list; it returns a list with the new hidden states.
+        A function of such a list; it returns a list whose first is the new hidden states.
 
     Raises:
         RuntimeError: The compiler is missing or fails.
     """
-    identity = {"layer": repr(shape), "arguments": repr(_fixed(shape, example)), "made_by": _made_by()}
+    tokens, room = (torch.export.Dim(name, min=2, max=_LONGEST) for name in ("tokens", "room"))
+    cached = 4 if shape.int8_cache else 2
+    sizes = [{}, {}, {}, {0: tokens}, *[{}] * (len(example) - 4 - cached), *[{2: room}] * cached]
+    return _library(_Layer(shape), repr(shape), example, sizes, 4, progress)
+
+
+def compiled_head(
+    kernel: tuple[str, int, bool], eps: float, example: list[torch.Tensor], progress: bool = True
+) -> Callable:
+    """``head`` as a library.
+
+    Args:
+        kernel: See ``head``.
+        eps: See ``head``.
+        example: Arguments as the library will get them: hidden, and the tensors.
+        progress: See ``compiled_layer``.
+
+    Returns:
+        A function of such a list; it returns a list whose first is the logits.
+
+    Raises:
+        RuntimeError: See ``compiled_layer``.
+    """
+    return _library(_Head(kernel, eps), f"head {kernel} {eps}", example, [{} for _ in example], 1, progress)
+
+
+def _library(module, what: str, example: list[torch.Tensor], sizes: list[dict], named: int, progress: bool) -> Callable:
+    """Opens what was compiled before, or compiles; ``sizes`` names the dimensions of each argument that may vary."""
+    fixed = [
+        (str(tensor.dtype), *(size for dim, size in enumerate(tensor.shape) if dim not in free))
+        for tensor, free in zip(example, sizes, strict=True)
+    ]
+    identity = {"function": what, "arguments": repr(fixed), "made_by": _made_by()}
     name = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
 
     def fill(directory: Path) -> None:
-        with tqdm(desc="compile a layer, once for this machine", total=1, disable=not progress, leave=False) as bar:
-            _compile(shape, example, directory / _LIBRARY)
+        with tqdm(desc="compile, once for this machine", total=1, disable=not progress, leave=False) as bar:
+            _compile(module, example, (*sizes[:named], tuple(sizes[named:])), directory / _LIBRARY)
             bar.update()
 
-    return _open(build_directory(cache_dir() / "layers" / name, identity, fill))
+    return _open(build_directory(cache_dir() / "compiled" / name, identity, fill))
 
 
-def _compile(shape: LayerShape, example: list[torch.Tensor], path: Path) -> None:
-    tokens, room = (torch.export.Dim(name, min=2, max=_LONGEST) for name in ("tokens", "room"))
-    cached = 4 if shape.int8_cache else 2
-    sizes = [None, None, None, {0: tokens}, *[None] * (len(example) - 4 - cached), *[{2: room}] * cached]
+def _compile(module, example: list[torch.Tensor], sizes: tuple, path: Path) -> None:
     with torch.inference_mode(False), torch.no_grad():
         program = torch.export.export(
-            _Layer(shape),
+            module,
             tuple(example),
-            dynamic_shapes=(*sizes[:4], tuple(sizes[4:])),
+            dynamic_shapes=sizes,
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
@@ -91,13 +132,6 @@ def _compile(shape: LayerShape, example: list[torch.Tensor], path: Path) -> None
 def _open(directory: Path) -> Callable:
     # .loader: calling the model itself would take the arguments apart and put them together, 40 us each time
     return torch._inductor.aoti_load_package(str(directory / _LIBRARY)).loader.run
-
-
-def _fixed(shape: LayerShape, example: list[torch.Tensor]) -> list[tuple]:
-    """What the library depends on: dtypes and shapes, without the number of tokens and the room."""
-    cached = 4 if shape.int8_cache else 2
-    weights = [(str(t.dtype), *t.shape) for t in example[:3] + example[4:-cached]]
-    return [*weights, *((str(t.dtype), *t.shape[:2], t.shape[3]) for t in example[-cached:])]
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from lowvram_lab.engine.compiled import compiled_layer, compiler
+from lowvram_lab.engine.compiled import compiled_head, compiled_layer, compiler
 from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.layer import LayerShape, layer
@@ -116,14 +116,16 @@ class LeanDecoder:
         if self.compiled:
             self.compiled = self._compile(bound, batch_size, progress, must=bool(compiled))
         if not self.compiled:
-            self._layers = [(partial(_run, shape), tensors) for shape, tensors in bound]
+            self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
+            self._head = self._modules_head
 
     def _compile(self, bound: list, batch_size: int, progress: bool, must: bool) -> bool:
-        hidden = torch.zeros(batch_size, self.model.config.hidden_size)
+        hidden, threads = torch.zeros(batch_size, self.model.config.hidden_size), self.model.plan.threads
         first = [hidden, self._cos[0], self._sin[0], self._positions[:2]]
         try:
-            with self.gpu.unmetered(), cpu_threads(self.model.plan.threads):
+            with self.gpu.unmetered(), cpu_threads(threads):
                 self._layers = [(compiled_layer(shape, first + tensors, progress), tensors) for shape, tensors in bound]
+                self._head = self._compiled_head(hidden, progress)
         except Exception as error:  # the exporter's, the compiler's, a folder that cannot be written
             if must:
                 raise
@@ -131,6 +133,17 @@ class LeanDecoder:
             logger.warning("decoding without compiled layers, which is slower: %s", reason[0])
             return False
         return True
+
+    def _compiled_head(self, hidden: torch.Tensor, progress: bool):
+        last, norm = self.model.lm_head, self.model.model.norm
+        if (kernel := _kernel(last)) is None:
+            return self._modules_head
+        tensors = [norm.weight.detach(), *(tensor.detach() for tensor in _tensors(last))]
+        run = compiled_head(kernel, norm.variance_epsilon, [hidden, *tensors], progress)
+        return lambda hidden: run([hidden, *tensors])[0]
+
+    def _modules_head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(self.model.model.norm(hidden).to(self.model.dtype))
 
     def _bind(self, block, held) -> tuple[LayerShape, list[torch.Tensor]]:
         """A layer's shape, and its tensors as ``layer`` wants them."""
@@ -212,15 +225,14 @@ class LeanDecoder:
             hidden = self.model.model.embed_tokens(token)[:, 0].float()
             here = [self._cos[position], self._sin[position], self._positions[: position + 1]]
             for run, tensors in self._layers:
-                (hidden,) = run([hidden, *here, *tensors])
-            normed = self.model.model.norm(hidden)
-            logits = self.model.lm_head(normed.to(self.model.dtype))
+                hidden = run([hidden, *here, *tensors])[0]
+            logits = self._head(hidden).to(self.model.dtype)
         for held in self.cache.layers:
             held.tokens = position + 1
         return logits
 
 
-def _run(shape: LayerShape, arguments: list) -> list:
+def _run_layer(shape: LayerShape, arguments: list) -> list:
     """``layer`` as a compiled library is called."""
     hidden, cos, sin, positions, *tensors = arguments
     return [layer(shape, hidden, cos, sin, tensors, positions.shape[0])]
