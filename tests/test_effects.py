@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -13,7 +14,6 @@ import torch
 from models import letters_state, tiny_spec, tiny_tokenizer, write_model
 
 from lowvram_lab import cli_report
-from lowvram_lab import effects as module
 from lowvram_lab.cli_report import add_report, run_report, write_report
 from lowvram_lab.convert import convert
 from lowvram_lab.dry_run import forecast
@@ -27,6 +27,8 @@ from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.source import find_source
 from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import GiB
+
+module = importlib.import_module("lowvram_lab.effects")  # the package gives the function of that name
 
 TEXT = sample_text()[:600]
 QUANTITIES = [

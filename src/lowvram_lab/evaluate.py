@@ -11,7 +11,7 @@ from importlib import resources
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.preallocated import new_cache
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.loader import load
 from lowvram_lab.memory.device import StandInGpu
@@ -200,7 +200,7 @@ def repetition(text: str, n: int = 4) -> float:
 
 def _log_probabilities(model, window: torch.Tensor, slice_tokens: int) -> torch.Tensor:
     """``(tokens - 1, vocab)`` in float32 on the CPU."""
-    cache, pieces = MeteredCache(model.gpu, model.plan.kv_format), []
+    cache, pieces = new_cache(model, len(window)), []
     for ids in window[None, :-1].split(slice_tokens, dim=1):
         logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
         pieces.append(torch.log_softmax(logits.cpu().float(), dim=-1))

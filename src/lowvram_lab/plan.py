@@ -46,7 +46,8 @@ class Plan:
         fingerprint: ``ModelSpec.fingerprint`` of that model.
         modules: Module name → assignment, in forward order.
         dtype: Activations, norms and biases: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
-        kv_format: Keys and values: the plan's dtype, or ``"int8"`` (one scale a token and head).
+        kv_format: Keys and values: the plan's dtype, ``"int8"`` (one scale a token and head) or ``"int4"`` (keys per
+            channel in groups of 32 tokens, values per token in groups of 32 channels).
         context: Tokens the plan is made for, prompt and answer together.
         threads: CPU threads, or ``None`` for torch's choice.
         stream_from: Prompts of so many tokens or more bring the weights of CPU and disk layers to the GPU, layer by
@@ -223,8 +224,14 @@ class Plan:
     def _validate_settings(self, spec: ModelSpec) -> None:
         if self.dtype not in DTYPES:
             raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {self.dtype!r}")
-        if self.kv_format not in (self.dtype, "int8"):
-            raise PlanError(f"expected kv_format {self.dtype} (the plan's dtype) or int8, found {self.kv_format!r}")
+        if self.kv_format not in (self.dtype, "int8", "int4"):
+            raise PlanError(
+                f"expected kv_format {self.dtype} (the plan's dtype), int8 or int4, found {self.kv_format!r}"
+            )
+        if self.kv_format == "int4" and spec.head_dim % 32:
+            raise PlanError(
+                f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8"
+            )
         if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2:
             raise PlanError(f"expected a context of 2 tokens or more, found {self.context!r}")
         if spec.max_position_embeddings and self.context > spec.max_position_embeddings:
@@ -275,9 +282,12 @@ class Plan:
 
     def kv_bytes(self, spec: ModelSpec, tokens: int, device: str | None = None) -> int:
         """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on GPU or CPU or on both."""
-        per_head = spec.head_dim + 2 if self.kv_format == "int8" else spec.head_dim * DTYPES[self.kv_format].itemsize
-        places = self.layer_places(spec)
+        places, width = self.layer_places(spec), spec.head_dim
         layers = len(places) if device is None else places.count(device)
+        if self.kv_format == "int4":  # codes, scales and zeros in groups of 32; and the newest keys as they are
+            values, blocks = width * tokens * 5 // 8, width * -(-tokens // 32) * 20
+            return layers * spec.num_key_value_heads * (values + blocks + 32 * width * DTYPES[self.dtype].itemsize)
+        per_head = width + 2 if self.kv_format == "int8" else width * DTYPES[self.kv_format].itemsize
         return 2 * layers * spec.num_key_value_heads * per_head * tokens
 
     @property

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from lowvram_lab.engine.decode import Sampling, choose, choose_beams, decode_one_token, prefill
-from lowvram_lab.engine.kv_cache import MeteredCache, MeteredStaticCache
+from lowvram_lab.engine.kv_cache import MeteredStaticCache
+from lowvram_lab.engine.preallocated import new_cache
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.device import Gpu
@@ -289,10 +290,11 @@ def run_workload(model, workload: Workload) -> MemoryProfile:
 
 def _make_cache(model, workload: Workload):
     if workload.cache == "static":
-        if model.plan.kv_format == "int8":
-            raise PlanError("a static cache holds the plan's dtype, found kv_format int8; use a growing cache")
+        if model.plan.kv_format in ("int8", "int4"):
+            found = model.plan.kv_format
+            raise PlanError(f"a static cache holds the plan's dtype, found kv_format {found}; use a growing cache")
         return MeteredStaticCache(model.gpu, model.config, workload.tokens)
-    return MeteredCache(model.gpu, model.plan.kv_format)
+    return new_cache(model, workload.tokens, workload.rows)
 
 
 def _first_step(model, ids, cache, workload: Workload):
@@ -381,7 +383,7 @@ def run_speed(model, workload: Workload) -> SpeedProfile:
     gpu: Gpu = model.gpu
     ids = torch.ones(1, workload.prompt_tokens, dtype=torch.long)
     with gpu.unmetered():
-        cache = MeteredCache(gpu, model.plan.kv_format)
+        cache = new_cache(model, workload.tokens + 1)
         started = time.perf_counter()
         token = choose(prefill(model, ids, cache), Sampling())
         int(token)  # waits for the device

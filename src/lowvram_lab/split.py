@@ -14,7 +14,7 @@ import torch
 from lowvram_lab import hub
 from lowvram_lab.dry_run import forecast
 from lowvram_lab.engine.decode import stream
-from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.preallocated import new_cache
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.plan import Plan
@@ -241,7 +241,7 @@ def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> 
         raise BudgetError(f"the prompt takes {len(ids)} tokens, the plan's context is {plan.context}; shorten it")
     room, stop = min(NEW_TOKENS, plan.context - len(ids)), stop_ids(model, tokenizer)
     with gpu.lock:  # no other thread's forward pass in between: it would be in the peak
-        cache = MeteredCache(gpu, plan.kv_format)
+        cache = new_cache(model)
         gpu.reset_peak()
         tokens = list(stream(model, torch.tensor([ids]), cache, max_new_tokens=room, stop_ids=stop))
         peak_bytes, fed = gpu.peak_allocated_bytes, cache.get_seq_length() - len(ids)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from transformers import Cache
 
-from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.preallocated import new_cache
 from lowvram_lab.errors import LowvramError
 
 
@@ -84,7 +84,7 @@ class ModuleDecoder:
 
     def __init__(self, model, why: str = ""):
         self.model, self.why = model, why
-        self.cache = MeteredCache(model.gpu, model.plan.kv_format)
+        self.cache = new_cache(model)
 
     @property
     def name(self) -> str:

@@ -60,9 +60,9 @@ def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, ma
         tokens: How many places of the cache are looked at, this token's among them.
         at: Which of them is this token's, ``(1,)`` int64; by default the last.
         mask: ``(tokens,)`` float32 to add to the scores: 0, or -inf for places that hold nothing yet.
-        loops: If given, products of one row may be written as loops, and their inputs are appended here. Loops are quick
-            only where this function is compiled, and returns these inputs too: what it does not return is computed anew
-            for every row of the weight.
+        loops: If given, products of one row may be written as loops, and their inputs are appended here. Loops are
+            quick only where this function is compiled, and returns these inputs too: what it does not return is
+            computed anew for every row of the weight.
 
     Returns:
         ``(batch, hidden)`` float32.

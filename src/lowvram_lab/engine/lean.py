@@ -45,6 +45,8 @@ def why_not(model, max_tokens: int | None = None) -> str:
     slides = kind == "mistral" or "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
     if window and slides and (max_tokens or model.plan.context) > window:
         return f"its attention slides over {window} tokens"
+    if model.plan.kv_format == "int4":
+        return "its KV cache is in int4, which the modules read"
     if model.plan.stream_from is not None:
         return "its plan lets weights travel for long prompts"
     for block in model.model.layers:

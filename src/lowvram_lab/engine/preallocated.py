@@ -1,14 +1,16 @@
 """A KV cache of exactly the size a plan gives, allocated once: decoding allocates nothing for keys and values.
 
 It is a transformers ``Cache``: the model's own forward (prefill, ``generate``) and the lean decoder write into the same
-memory. Keys and values in 16 or 32 bits, or as int8 codes with one scale a token and head.
+memory. Keys and values in 16 or 32 bits, as int8 codes with one scale a token and head, or in 4 bits
+(``int4_cache.py``).
 """
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from lowvram_lab.engine.kv_cache import quantize_states
+from lowvram_lab.engine.int4_cache import Int4Layer
+from lowvram_lab.engine.kv_cache import MeteredCache, quantize_states
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.formats import DTYPES, SCALE_DTYPE
 
@@ -71,6 +73,10 @@ class PreallocatedLayer(CacheLayerMixin):
         """Tokens there is room for."""
         return self.max_tokens
 
+    def keep(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` tokens."""
+        self.tokens = min(self.tokens, tokens)
+
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
         self.tokens = 0
@@ -96,18 +102,42 @@ class PreallocatedCache(Cache):
     """
 
     def __init__(self, model, max_tokens: int | None = None, batch_size: int = 1):
-        plan, spec, self.gpu = model.plan, model.spec, model.gpu
+        plan, spec, self.gpu, self._plan = model.plan, model.spec, model.gpu, model.plan
         shape = (batch_size, spec.num_key_value_heads, max_tokens or plan.context, spec.head_dim)
         with self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
-            places = plan.layer_places(spec)
-            layers = [PreallocatedLayer(self.gpu, place, shape, DTYPES[plan.dtype], plan.kv_format) for place in places]
+            layers = [self._layer(place, shape) for place in plan.layer_places(spec)]
         super().__init__(layers=layers)
+
+    def _layer(self, place: str, shape: tuple[int, int, int, int]):
+        dtype = DTYPES[self._plan.dtype]
+        if self._plan.kv_format == "int4":
+            return Int4Layer(self.gpu, place, shape, dtype)
+        return PreallocatedLayer(self.gpu, place, shape, dtype, self._plan.kv_format)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """See ``Cache.update``."""
         return self.layers[layer_idx].update(key_states, value_states)
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Selects rows of every layer's batch, wherever the layer is."""
+        with self.gpu.active(), self.gpu.meter.scope(category="kv"):
+            for layer in self.layers:
+                layer.reorder_cache(self.gpu.move(beam_idx, self.gpu.meter.place_of(layer.keys)))
+
     def keep(self, tokens: int) -> None:
         """Forgets all but the first ``tokens`` tokens."""
         for layer in self.layers:
-            layer.tokens = min(layer.tokens, tokens)
+            layer.keep(tokens)
+
+
+def new_cache(model, max_tokens: int | None = None, batch_size: int = 1) -> Cache:
+    """The cache a plan's KV format is run with: one that grows, or for int4, which is packed in blocks, all at once.
+
+    Args:
+        model: From ``load``, real or on meta.
+        max_tokens: Tokens it must hold; by default the plan's context.
+        batch_size: Sequences.
+    """
+    if model.plan.kv_format == "int4":
+        return PreallocatedCache(model, max_tokens, batch_size)
+    return MeteredCache(model.gpu, model.plan.kv_format)

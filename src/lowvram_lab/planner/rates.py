@@ -16,7 +16,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import psutil
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from lowvram_lab.cache import cache_dir
 from lowvram_lab.engine.decode import decode_one_token, prefill
-from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.preallocated import new_cache
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.formats import DTYPES, get_format
@@ -280,17 +280,17 @@ def _least_of_each(calls: dict, place: str, rounds: int = 12, round_s: float = R
 def _layer(kv_format: str, dtype: str, place: str, plain: KernelRates) -> LayerRates:
     """Differences between runs of tiny models that differ in one thing each."""
     models = {
-        name: _tiny(layers, heads, dtype, place)
+        name: _tiny(layers, heads, dtype, place, kv_format)
         for name, layers, heads in (("few", 2, 4), ("many", 6, 4), ("narrow", 6, 1))
     }
     with contextlib.ExitStack() as unmetered:
         for model in models.values():
             unmetered.enter_context(model.gpu.unmetered())
-        calls = {(name, "decode", 1): _decoding(model, kv_format, 1) for name, model in models.items()}
+        calls = {(name, "decode", 1): _decoding(model, 1) for name, model in models.items()}
         for name in ("many", "narrow"):
-            calls[name, "decode", 2 * LONG] = _decoding(models[name], kv_format, 2 * LONG)
+            calls[name, "decode", 2 * LONG] = _decoding(models[name], 2 * LONG)
         for name, tokens in itertools.product(("few", "many"), (SHORT, LONG)):
-            calls[name, "prefill", tokens] = _prefilling(models[name], kv_format, tokens)
+            calls[name, "prefill", tokens] = _prefilling(models[name], tokens)
         seconds = _least_of_each(calls, place)
     few, many = seconds["few", "decode", 1], seconds["many", "decode", 1]
     whole = (many - few) / 4  # a layer, its linear modules included
@@ -320,7 +320,7 @@ def _linear_seconds(spec: ModelSpec, rates: KernelRates, tokens: int) -> float:
     return sum(rates.seconds(m.weight_shape[0] * m.weight_shape[1], tokens) for m in modules)
 
 
-def _tiny(layers: int, kv_heads: int, dtype: str, place: str):
+def _tiny(layers: int, kv_heads: int, dtype: str, place: str, kv_format: str):
     """A Llama of random weights, loaded like any model."""
     from transformers import LlamaConfig
 
@@ -329,7 +329,7 @@ def _tiny(layers: int, kv_heads: int, dtype: str, place: str):
         tie_word_embeddings=True,
     )  # fmt: skip
     spec = ModelSpec.from_config(config, "tiny")
-    plan = Plan.uniform(spec, dtype, context=4 * LONG).with_modules("*", device=place)
+    plan = replace(Plan.uniform(spec, dtype, context=4 * LONG).with_modules("*", device=place), kv_format=kv_format)
     gpu = CudaGpu(None, set_cap=False) if torch.cuda.is_available() else StandInGpu(None)
     return load(plan, gpu, spec=spec, checkpoint=_RandomWeights(spec), progress=False)
 
@@ -345,15 +345,15 @@ class _RandomWeights(ShapesOnly):
         return (torch.randn(self.shape(name), generator=self._generator) * 0.02).bfloat16()
 
 
-def _prefilling(model, kv_format: str, tokens: int) -> Callable:
+def _prefilling(model, tokens: int) -> Callable:
     """A prompt of so many tokens, into a new cache each time."""
     ids = torch.ones(1, tokens, dtype=torch.long)
-    return lambda: prefill(model, ids, MeteredCache(model.gpu, kv_format))
+    return lambda: prefill(model, ids, new_cache(model))
 
 
-def _decoding(model, kv_format: str, cached: int) -> Callable:
+def _decoding(model, cached: int) -> Callable:
     """A token fed to a cache of so many tokens, which is cut back before each."""
-    cache, token = MeteredCache(model.gpu, kv_format), torch.ones(1, 1, dtype=torch.long)
+    cache, token = new_cache(model), torch.ones(1, 1, dtype=torch.long)
     prefill(model, token.expand(1, cached), cache)
 
     def step() -> None:
