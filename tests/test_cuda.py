@@ -16,6 +16,7 @@ from models import (
     TINY,
     TOLERANCES,
     RandomCheckpoint,
+    letters_state,
     load_tiny,
     random_ids,
     relative_error,
@@ -23,9 +24,14 @@ from models import (
     tiny_config,
     tiny_plan,
     tiny_spec,
+    tiny_tokenizer,
 )
 
+from lowvram_lab.chat import ChatSession
 from lowvram_lab.dry_run import forecast
+from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.explain import explain_oom
 from lowvram_lab.formats import get_format
@@ -266,3 +272,48 @@ def test_the_simulator_replays_a_recorded_trace(tmp_path, request):
 def test_a_budget_beyond_the_card_is_refused():
     with pytest.raises(BudgetError, match="give a smaller budget"):
         open_gpu(GpuBudget(torch.cuda.mem_get_info()[1] + GiB))
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "int8"])
+@pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "int4-g32", "int3", "nf4"])
+@pytest.mark.parametrize("kind", TINY)
+def test_graphs_decode_what_the_modules_do(kind, recipe, kv_format, monkeypatch):
+    monkeypatch.setattr("lowvram_lab.engine.graph.SHORTEST", 16)  # several lengths, hence several graphs
+    plan = replace(tiny_plan(kind, recipe, context=128), kv_format=kv_format)
+    model, ids = load_tiny(kind, plan), random_ids(60)
+    decoder = LeanDecoder(model)
+    found = [decoder.prefill(ids[:, :9])]
+    found += [decoder.decode(ids[:, at : at + 1]).clone() for at in range(9, 60)]
+    cache = MeteredCache(model.gpu, kv_format)
+    with torch.no_grad():
+        expected = [prefill(model, ids[:, :9], cache)]
+        expected += [decode_one_token(model, ids[:, at : at + 1], cache) for at in range(9, 60)]
+    assert decoder.name == "the lean decoder, as CUDA graphs"
+    assert set(decoder._graphed._graphs) == {16, 32, 64}
+    assert relative_error(torch.stack(found).cpu(), torch.stack(expected).cpu()) < 2 * TOLERANCES["bf16"]
+
+
+def test_decoding_by_graphs_allocates_nothing():
+    model = load_tiny("qwen2", tiny_plan("qwen2", "int4", context=1024))
+    decoder, token = LeanDecoder(model), torch.ones(1, 1, dtype=torch.long, device="cuda")
+    decoder.prefill(random_ids(4))
+    for _ in range(260):  # past the length of the first graph
+        decoder.decode(token)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    made = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(200):
+        decoder.decode(token)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+    per_token = (torch.cuda.memory_stats()["allocation.all.allocated"] - made) / 200
+    assert per_token < 8  # the lookup of a token's embedding; the layers' own are in the graph
+
+
+def test_a_chat_on_the_card_is_decoded_by_graphs():
+    model = load_tiny("qwen2", tiny_plan("qwen2", "bf16", context=256), None, letters_state())
+    session = ChatSession(model, tiny_tokenizer(), max_new_tokens=20)
+    assert session.engine == "the lean decoder, as CUDA graphs"
+    assert session.ask("hello")
+    split = load_tiny("qwen2", tiny_plan("qwen2", "bf16", "half", context=256), None, letters_state())
+    assert "both sides of a CUDA card" in ChatSession(split, tiny_tokenizer()).engine

@@ -85,7 +85,7 @@ def test_logits_are_near_those_of_an_exact_cache(kind, placement):
     found = logits_of(model, PreallocatedCache(model), ids, 40)
     assert 0 < relative_error(found, exact) < 0.25  # random weights: nothing in them expects to be rounded
     short = logits_of(model, PreallocatedCache(model), ids[:, :20], 10)
-    assert relative_error(short, exact_of(model, ids[:, :20])) < 0.15  # keys are exact yet, values are not
+    assert relative_error(short, exact_of(model, ids[:, :20])) < 0.25  # keys are exact yet, values are not
 
 
 def exact_of(model, ids):

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from lowvram_lab.engine import compiled
 from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.engine.lean import LeanDecoder, why_not
 from lowvram_lab.engine.preallocated import PreallocatedCache
@@ -89,6 +90,28 @@ def test_logits_are_those_of_stock_transformers(name, batch):
         expected = stock(ids).logits[:, 11:].transpose(0, 1)
     assert relative_error(found, expected) < TOLERANCES["fp32"]
     assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCES["fp32"]
+
+
+@simulated
+@pytest.mark.parametrize("kv_format", ["fp32", "int8"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fixed_number_of_places_and_a_mask_give_the_same(name, batch, kv_format, monkeypatch):
+    """What a CUDA graph captures, run operation by operation; lengths pass 4, 8, 16, 32 and the end of the cache."""
+    monkeypatch.setattr("lowvram_lab.engine.graph.SHORTEST", 4)
+    model, _ = loaded(name, kv_format=kv_format)
+    ids = random_ids(40, batch)
+    decoder = LeanDecoder(model, max_tokens=40, batch_size=batch, compiled=False)
+    expected = steps(decoder, ids, 3)
+    bound = [decoder._bind(*both) for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
+    tables = decoder._cos, decoder._sin
+    decoder._graphed = GraphedStep(bound, decoder._modules_head, *tables, batch, model.config.hidden_size, False)
+    decoder.cache.keep(3)
+    for held in decoder.cache.layers:
+        held.keys[:, :, 3:] = 100  # left over from before: hidden by the mask
+    found = [decoder.decode(ids[:, at : at + 1]).clone() for at in range(3, 40)]
+    assert relative_error(torch.stack(found), expected[1:]) < (1e-3 if kv_format == "int8" else TOLERANCES["fp32"])
+    assert decoder.name == "the lean decoder"
 
 
 @simulated

@@ -24,6 +24,9 @@ OPTIONS = {
     "scalar_asserts": False,  # the slice of a full cache is the whole of it, which the exporter takes for another case
     "cpp.dynamic_threads": True,
 }
+LEAST_ROOM = 3
+"""Places a cache must have for a compiled layer; the exporter takes fewer for another case."""
+
 _LONGEST = 1 << 24
 _LIBRARY = "library.pt2"
 
@@ -73,7 +76,8 @@ def compiled_layer(shape: LayerShape, example: list[torch.Tensor], progress: boo
     Raises:
         RuntimeError: The compiler is missing or fails.
     """
-    tokens, room = (torch.export.Dim(name, min=2, max=_LONGEST) for name in ("tokens", "room"))
+    tokens = torch.export.Dim("tokens", min=2, max=_LONGEST - 1)
+    room = torch.export.Dim("room", min=LEAST_ROOM, max=_LONGEST)
     cached = 4 if shape.int8_cache else 2
     sizes = [{}, {}, {}, {0: tokens}, *[{}] * (len(example) - 4 - cached), *[{2: room}] * cached]
     return _library(_Layer(shape), repr(shape), example, sizes, 4, progress)

@@ -16,8 +16,8 @@ LONGEST_LOOP = 4096
 times the rate of torch's kernels (20 and 25 GB/s, one thread). Beyond this many inputs the compiler sums in another
 way, slower than they are."""
 
-_STORED = {"int4": 2, "int8": 2, "float": 1}
-"""Kernel → tensors of a weight: codes and scales, or the weight."""
+_STORED = {"int4": 2, "int8": 2, "float": 1, "int4 on CUDA": 2, "module": 1}
+"""Kernel → tensors of a weight: codes and scales, or the weight; of a module, a function that multiplies by it."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +79,11 @@ def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, ma
         q, k = _rms_norm(q, norms[2], shape.eps), _rms_norm(k, norms[3], shape.eps)
     half = shape.head_dim // 2
     q, k = (states * cos + torch.roll(states, half, -1) * sin for states in (q, k))
-    keys, values = (
-        _write_and_read(seen[index], seen[index + 2] if shape.int8_cache else None, states, at)
-        for index, states in enumerate((k, v))
-    )
-    groups = shape.heads // shape.kv_heads
-    rows = (q * shape.scaling).view(batch * shape.kv_heads, groups, shape.head_dim)
-    scores = torch.bmm(rows, keys.transpose(1, 2))
-    if mask is not None:
-        scores = scores + mask
-    # a softmax by hand: the compiler knows the other form, and puts torch's slower attention in its place
-    scores = torch.exp(scores - scores.amax(-1, keepdim=True))
-    mixed = torch.bmm(scores, values) / scores.sum(-1, keepdim=True)
-    hidden = hidden + _multiply(mixed.view(batch, -1), shape.products[1], weights[1], loops)
+    held = [(seen[index], seen[index + 2] if shape.int8_cache else None) for index in (0, 1)]
+    for (cached, scales), states in zip(held, (k, v), strict=True):
+        _append(cached, scales, states[:, :, None], at)
+    mixed = _attend(shape, q, held, loops) if mask is None else _attend_masked(shape, q, held, mask)
+    hidden = hidden + _multiply(mixed.reshape(batch, -1), shape.products[1], weights[1], loops)
     x = _rms_norm(hidden, norms[1], shape.eps)
     gate, up = _multiply(x, shape.products[2], weights[2], loops).chunk(2, -1)
     return hidden + _multiply(F.silu(gate) * up, shape.products[3], weights[3], loops)
@@ -124,15 +116,48 @@ def _sorted(shape: LayerShape, tensors):
     return norms, weights, list(rest)
 
 
-def _write_and_read(held, scales, states, at):
-    """Writes one token's keys or values; all of them, ``(batch * kv_heads, tokens, head_dim)`` float32."""
-    states = states[:, :, None]
+def _attend(shape: LayerShape, q, held, loops):
+    """Attention of one token to all before it and itself, in float32; what a CPU does best."""
+    rows = (q * shape.scaling).view(-1, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
+    (keys, key_scales), (values, value_scales) = held
+    if loops is None:
+        scores = rows @ keys.float().transpose(2, 3)
+    else:  # reads the cache as it is, once; the other way writes a copy in float32 first
+        loops.append(rows)
+        scores = (rows[:, :, :, None] * keys[:, :, None].float()).sum(-1)
+    if key_scales is not None:
+        scores = scores * key_scales[:, :, None, :, 0].float()
+    # a softmax by hand: the compiler knows the other form, and puts torch's slower attention in its place
+    scores = torch.exp(scores - scores.amax(-1, keepdim=True))
+    total = scores.sum(-1, keepdim=True)
+    if value_scales is not None:
+        scores = scores * value_scales[:, :, None, :, 0].float()
+    if loops is None:
+        return scores @ values.float() / total
+    loops.append(scores)
+    return (scores[..., None] * values[:, :, None].float()).sum(-2) / total
+
+
+def _attend_masked(shape: LayerShape, q, held, mask):
+    """The same by torch's fused attention, over a fixed number of places of which some hold nothing yet."""
+    dtype = q.dtype if held[0][1] is not None else held[0][0].dtype
+    keys, values = (cached if scales is None else cached.to(dtype) * scales.to(dtype) for cached, scales in held)
+    mixed = F.scaled_dot_product_attention(
+        q[:, :, None].to(dtype),
+        keys,
+        values,
+        attn_mask=mask.to(dtype)[None, None, None],
+        scale=shape.scaling,
+        enable_gqa=shape.heads != shape.kv_heads,
+    )
+    return mixed.float()
+
+
+def _append(held, scales, states, at) -> None:
     if scales is not None:
         states, scale = quantize_states(states)
         _write(scales, scale, at)
     _write(held, states.to(held.dtype), at)
-    read = held.float() if scales is None else held.float() * scales.float()
-    return read.reshape(-1, held.shape[2], held.shape[3])
 
 
 def _write(held, states, at):
@@ -153,12 +178,16 @@ def _multiply(x, kernels: tuple[tuple[str, int, bool], ...], weights, loops: lis
 
 
 def _product(x, kernel: str, group_size: int, with_bias: bool, tensors, loops: list | None):
-    if loops is not None and kernel != "int4" and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
+    if loops is not None and kernel in ("int8", "float") and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
         loops.append(x)
         product = (tensors[0].float() * x).sum(-1)[None]
         product = product * tensors[1].float() if kernel == "int8" else product
     elif kernel == "int4":
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), tensors[0], group_size, tensors[1])
+    elif kernel == "int4 on CUDA":
+        product = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tensors[0], group_size, tensors[1])
+    elif kernel == "module":
+        product = tensors[0](x)
     elif kernel == "int8":
         product = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), tensors[0], tensors[1])
     else:

@@ -12,9 +12,10 @@ from functools import partial
 
 import torch
 
-from lowvram_lab.engine.compiled import compiled_head, compiled_layer, compiler
+from lowvram_lab.engine.compiled import LEAST_ROOM, compiled_head, compiled_layer, compiler
 from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.fuse import fuse
+from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.layer import LayerShape, layer
 from lowvram_lab.engine.preallocated import PreallocatedCache
 from lowvram_lab.errors import BudgetError, LowvramError
@@ -40,8 +41,9 @@ def why_not(model, max_tokens: int | None = None) -> str:
         return f"its activation is {model.config.hidden_act}, not silu"
     if "dynamic" in model.model.rotary_emb.rope_type or model.model.rotary_emb.rope_type == "longrope":
         return f"its rotary positions ({model.model.rotary_emb.rope_type}) depend on the length"
-    if "gpu" in model.plan.layer_places(model.spec) and model.gpu.kernels == "cuda":
-        return "layers on a CUDA card are decoded by the modules for now"
+    places = {*model.plan.layer_places(model.spec), model.plan.modules[model.spec.head].device}
+    if _on_card(model) and places != {"gpu"}:
+        return "its layers are on both sides of a CUDA card"
     slides = kind == "mistral" or "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
     if window and slides and (max_tokens or model.plan.context) > window:
         return f"its attention slides over {window} tokens"
@@ -54,6 +56,10 @@ def why_not(model, max_tokens: int | None = None) -> str:
             if _kernel(_projection(block, name)) is None:
                 return f"{name} is in {_projection(block, name).format.name}, which has no kernel"
     return ""
+
+
+def _on_card(model) -> bool:
+    return model.gpu.kernels == "cuda" and "gpu" in model.plan.layer_places(model.spec)
 
 
 def decoder_for(model, compiled: bool | None = None, progress: bool = True) -> "LeanDecoder | ModuleDecoder":
@@ -109,17 +115,29 @@ class LeanDecoder:
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
         room = self.cache.layers[0].max_tokens
         self._positions = torch.arange(room)
-        cos, sin = model.model.rotary_emb(torch.zeros(1, dtype=torch.float32), self._positions[None])
-        half = sin.shape[-1] // 2
-        # a half turn swaps the halves of a head; the sign of the first goes into the table
-        self._cos, self._sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+        self._cos, self._sin = self._rotary()
         bound = [self._bind(*both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
-        self.compiled = compiler() is not None and room > 1 if compiled is None else compiled
+        self._graphed, self.compiled = None, False
+        if _on_card(model):
+            tables = self._cos, self._sin
+            self._graphed = GraphedStep(bound, self._modules_head, *tables, batch_size, model.config.hidden_size)
+            return
+        self.compiled = compiler() is not None and room >= LEAST_ROOM if compiled is None else compiled
         if self.compiled:
             self.compiled = self._compile(bound, batch_size, progress, must=bool(compiled))
         if not self.compiled:
             self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
             self._head = self._modules_head
+
+    def _rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of every position, ``(room, head_dim)`` float32, where the layers compute."""
+        rotary = self.model.model.rotary_emb
+        device = rotary.inv_freq.device
+        cos, sin = rotary(torch.zeros(1, device=device), self._positions[None].to(device))
+        half = sin.shape[-1] // 2
+        # a half turn swaps the halves of a head; the sign of the first goes into the table
+        tables = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+        return tuple(table.to(self.cache.layers[0].keys.device) for table in tables)
 
     def _compile(self, bound: list, batch_size: int, progress: bool, must: bool) -> bool:
         hidden, threads = torch.zeros(batch_size, self.model.config.hidden_size), self.model.plan.threads
@@ -140,7 +158,7 @@ class LeanDecoder:
         last, norm = self.model.lm_head, self.model.model.norm
         if (kernel := _kernel(last)) is None:
             return self._modules_head
-        tensors = [norm.weight.detach(), *(tensor.detach() for tensor in _tensors(last))]
+        tensors = [norm.weight.detach(), *_tensors(last, self.model.dtype)]
         run = compiled_head(kernel, norm.variance_epsilon, [hidden, *tensors], progress)
         return lambda hidden: run([hidden, *tensors])[0]
 
@@ -152,9 +170,10 @@ class LeanDecoder:
         attention, config, kernels, weights = block.self_attn, self.model.config, [], []
         for group in _PROJECTIONS:
             projections = [_projection(block, name) for name in group]
-            common = self._fused(projections) if len(group) > 1 else None
-            kernels.append(tuple(_kernel(p) for p in (projections[:1] if common else projections)))
-            weights += _tensors(projections[0], common) if common else [t for p in projections for t in _tensors(p)]
+            common = self._fused(projections) if len(group) > 1 and not _on_card(self.model) else None
+            of_each = projections[:1] if common else projections
+            kernels.append(tuple(map(_kernel, of_each)))
+            weights += [tensor for p in of_each for tensor in _tensors(p, self.model.dtype, common)]
         normed = hasattr(attention, "q_norm")
         shape = LayerShape(
             heads=config.num_attention_heads,
@@ -169,7 +188,7 @@ class LeanDecoder:
         norms = [block.input_layernorm.weight, block.post_attention_layernorm.weight]
         norms += [attention.q_norm.weight, attention.k_norm.weight] if normed else []
         cached = [held.keys, held.values] + ([held.key_scale, held.value_scale] if shape.int8_cache else [])
-        return shape, [t.detach() for t in (*norms, *weights, *cached)]
+        return shape, [*(norm.detach() for norm in norms), *weights, *cached]
 
     def _fused(self, projections: list) -> dict | None:
         """Weights side by side; for a moment they are there twice, and where that is too much they stay as they are."""
@@ -182,7 +201,8 @@ class LeanDecoder:
     @property
     def name(self) -> str:
         """In words."""
-        return "the lean decoder" + (", compiled" if self.compiled else "")
+        how = ", compiled" if self.compiled else ", as CUDA graphs" if self._graphed and self._graphed.capture else ""
+        return f"the lean decoder{how}"
 
     @property
     def tokens(self) -> int:
@@ -225,13 +245,17 @@ class LeanDecoder:
             raise BudgetError(f"the KV cache of {position} tokens is full; plan a longer context")
         with self.gpu.lock, cpu_threads(self.model.plan.threads), self.gpu.unmetered():
             hidden = self.model.model.embed_tokens(token)[:, 0].float()
+            if self._graphed:
+                return self._counted(self._graphed(hidden, position), position)
             here = [self._cos[position], self._sin[position], self._positions[: position + 1]]
             for run, tensors in self._layers:
                 hidden = run([hidden, *here, *tensors])[0]
-            logits = self._head(hidden).to(self.model.dtype)
+            return self._counted(self._head(hidden), position)
+
+    def _counted(self, logits: torch.Tensor, position: int) -> torch.Tensor:
         for held in self.cache.layers:
             held.tokens = position + 1
-        return logits
+        return logits.to(self.model.dtype)
 
 
 def _run_layer(shape: LayerShape, arguments: list) -> list:
@@ -247,18 +271,29 @@ def _projection(block, name: str):
 def _kernel(projection) -> tuple[str, int, bool] | None:
     """How a linear layer is multiplied in ``layer``, or ``None`` where that is not known."""
     with_bias = projection.bias is not None
-    if isinstance(projection, Int4Linear):
-        return ("int4", projection.format.group_size, with_bias) if projection.layout == "cpu" else None
-    if isinstance(projection, Int8Linear):
-        return ("int8", 0, with_bias)
-    return None if isinstance(projection, QuantizedLinear) else ("float", 0, with_bias)
+    if not isinstance(projection, QuantizedLinear):
+        return "float", 0, with_bias
+    if isinstance(projection, Int4Linear) and projection.layout == projection.kernels:
+        return "int4" if projection.layout == "cpu" else "int4 on CUDA", projection.format.group_size, with_bias
+    if projection.kernels == "cuda":
+        return "module", 0, with_bias
+    return ("int8", 0, with_bias) if isinstance(projection, Int8Linear) else None
 
 
-def _tensors(projection, common: dict | None = None) -> list[torch.Tensor]:
+def _tensors(projection, dtype: torch.dtype, common: dict | None = None) -> list:
     """The weight as ``layer`` wants it: its own, or the common one it is part of."""
+    if _kernel(projection)[0] == "module":
+        return [
+            partial(_multiplied, projection, dtype),
+            *([] if projection.bias is None else [projection.bias.detach()]),
+        ]
     names = {Int4Linear: ("packed", "scale_and_zero", "bias"), Int8Linear: ("weight", "scale", "bias")}
     found = [
         common[name] if common else getattr(projection, name)
         for name in names.get(type(projection), ("weight", "bias"))
     ]
-    return [tensor for tensor in found if tensor is not None]
+    return [tensor.detach() for tensor in found if tensor is not None]
+
+
+def _multiplied(projection: QuantizedLinear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
+    return projection.multiply(x.to(dtype))
