@@ -142,48 +142,44 @@ class _State:
 
 
 @torch.inference_mode()
-def products(model: str, layers: int, cached: int, rounds: int) -> dict:
-    """Decoding a token beside the matrix products in it, called by themselves on the same weights, in alternation."""
+def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int) -> dict:
+    """Decoding a token beside the weights' products in it, called by themselves on the same weights, in alternation."""
     config = find_source(model).config()
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     spec = ModelSpec.from_config(config, model)
-    plan = Plan.uniform(spec, "int4", context=cached + 8)
+    plan = Plan.uniform(spec, "int4", context=max(lengths) + 8)
     loaded = load(plan, StandInGpu(None), spec=spec, checkpoint=RandomCheckpoint(spec), progress=True)
     decoder = LeanDecoder(loaded)
-    for held in decoder.cache.layers:
-        held.tokens = cached
-    token, calls = torch.ones(1, 1, dtype=torch.long), _products_of(decoder, loaded)
-
-    def decode() -> None:
-        decoder.cache.keep(cached)
-        decoder.decode(token)
-
-    ways, found = {"decode": decode, "products": calls}, {"decode": [], "products": []}
-    for turn in range(rounds + 2):
-        for name, call in ways.items():
-            started = time.perf_counter()
-            call()
-            if turn > 1:
-                found[name].append((time.perf_counter() - started) * 1e3)
-    shares = [a / b for a, b in zip(found["decode"], found["products"], strict=True)]
-    return {
-        "model": model,
-        "layers": layers,
-        "cached_tokens": cached,
-        "threads": torch.get_num_threads(),
-        "weight_bytes": plan.weight_bytes(spec),
-        "compiled": decoder.compiled,
-        "decode_ms": statistics.median(found["decode"]),
-        "products_ms": statistics.median(found["products"]),
-        "decode_over_products": statistics.median(shares),
-        "rounds": found,
-    }
+    token, calls, rows = torch.ones(1, 1, dtype=torch.long), _products_of(decoder, loaded), []
+    for cached in lengths:
+        found = {"decode": [], "products": []}
+        for turn in range(rounds + 2):
+            for held in decoder.cache.layers:
+                held.tokens = cached
+            for name, call in (("decode", lambda: decoder.decode(token)), ("products", calls)):
+                started = time.perf_counter()
+                call()
+                if turn > 1:
+                    found[name].append((time.perf_counter() - started) * 1e3)
+        shares = [a / b for a, b in zip(found["decode"], found["products"], strict=True)]
+        rows.append(
+            {
+                "cached_tokens": cached,
+                "decode_ms": statistics.median(found["decode"]),
+                "products_ms": statistics.median(found["products"]),
+                "ratio": statistics.median(shares),
+                "least": min(shares),
+                "most": max(shares),
+            }
+        )
+    facts = {"layers": layers, "threads": torch.get_num_threads(), "compiled": decoder.compiled}
+    return {"model": model, "format": "int4", "weight_bytes": plan.weight_bytes(spec), **facts, "rows": rows}
 
 
 def _products_of(decoder: LeanDecoder, model):
-    """The very products of ``layer`` and ``head``, in order, with made-up inputs."""
+    """The very products of ``layer``, in order, with made-up inputs, and the head as the decoder runs it."""
     from lowvram_lab.engine import layer as module
 
     shapes = [decoder._bind(*both)[0] for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
@@ -198,7 +194,7 @@ def _products_of(decoder: LeanDecoder, model):
         for shape, held in zip(shapes, weights, strict=True):
             for size, kernels, tensors in zip(kinds, shape.products, held, strict=True):
                 module._multiply(inputs[size], kernels, tensors, None)
-        model.lm_head(inputs[config.hidden_size].to(model.dtype))
+        decoder._head(inputs[config.hidden_size])
 
     return call
 
@@ -211,7 +207,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--layers", type=int, default=40)
-    parser.add_argument("--cached", type=int, default=512)
+    parser.add_argument("--cached", type=int, nargs="+", default=[16, 128, 512])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
@@ -222,11 +218,8 @@ def main() -> None:
     elif args.part == "parity":
         found = parity()
     else:
-        found = products(args.model or "qwen1.5-4b", args.layers, args.cached, args.rounds)
-    if "rows" in found:
-        print(pandas.DataFrame(found["rows"]).to_string(index=False))
-    else:
-        print({key: value for key, value in found.items() if key != "rounds"})
+        found = products(args.model or "qwen1.5-4b", args.layers, tuple(args.cached), args.rounds)
+    print(pandas.DataFrame(found["rows"]).to_string(index=False))
     path = RESULTS / f"engine_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     machine = {"machine": examine(paths=False), "date": datetime.now(UTC).date().isoformat()}

@@ -229,3 +229,25 @@ def test_after_an_interrupt_the_chat_goes_on(model, stopped_in):
     del session.history[2:]
     before = list(session.history)
     assert session.ask("x" * 40) == chat(model, before).ask("x" * 40)
+
+
+def test_an_answer_that_fills_the_context_goes_on_without_the_oldest_turn():
+    model = letters_model(context=128)
+    session = chat(model, max_new_tokens=40)
+    for text in ("first", "second", "third"):
+        session.ask(text)
+    before = session.dropped_turns
+    session.max_new_tokens = 90
+    answer = session.ask("go on")
+    assert session.turns[-1].new_tokens == len(answer) == 90  # more than was left of the context
+    assert session.dropped_turns > before
+    assert [message["content"] for message in session.history][::2] == ["first", "second", "third", "go on"]
+
+
+def test_an_answer_that_fills_the_context_alone_ends_there_and_says_so():
+    session = chat(letters_model(context=64), max_new_tokens=200)
+    answer = session.ask("go on")
+    turn = session.turns[-1]
+    assert len(answer) == turn.new_tokens == 64 - turn.prompt_tokens
+    assert not turn.stopped
+    assert session.ask("and now?")  # the next turn forgets that one

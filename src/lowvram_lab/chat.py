@@ -53,6 +53,9 @@ class TurnStats:
 class ChatSession:
     """A conversation with a loaded model.
 
+    A chat that outgrows the plan's context goes on without its oldest turns, whole ones, also in the middle of an
+    answer; an answer that fills the context all by itself ends there (``TurnStats.stopped`` is false).
+
     Where the GPU is full in spite of the plan (another process took memory, say), the session goes on with a smaller
     plan: KV cache in int8, then layers on the CPU, then a shorter context. ``TurnStats.given_up`` and a warning say so.
 
@@ -155,6 +158,10 @@ class ChatSession:
                         if ended:
                             break
                     ended = ended or len(tokens) - made < room
+                    if not ended and len(tokens) < self.max_new_tokens and self._forgets_a_turn(history, len(tokens)):
+                        prompt, self.dropped_turns = self._fitting_prompt(history, len(tokens))
+                        fed = prompt + tokens
+                        continue
                     if len(held := self._text(tokens)) > len(shown) and not self._stop_strings.cut(held)[1]:
                         piece, shown = held[len(shown) :], held  # what might have become a stop string
                         yield piece
@@ -243,6 +250,13 @@ class ChatSession:
                     f"this message takes {len(prompt) + answered} tokens, the plan's context is {context}; "
                     "shorten it or plan for more"
                 )
+
+    def _forgets_a_turn(self, history: list[dict[str, str]], answered: int) -> bool:
+        """Whether an answer that has filled the context can go on without the oldest turn that is still seen."""
+        try:
+            return self._fitting_prompt(history, answered)[1] > self.dropped_turns
+        except BudgetError:
+            return False
 
     def _begun(self):
         """The decoder of the model as it is planned now, with whatever its cache holds."""

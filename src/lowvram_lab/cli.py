@@ -102,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
     chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     chat.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
+    chat.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K most likely tokens only (0: all)")
+    chat.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's probability (0)")
+    chat.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="against repeating (1: none)")
+    chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer here; may be repeated")
     chat.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
     tune = command("tune", run_tune, "measure a few splits and thread counts")
     add_plan_options(tune, budget_required=False)
@@ -229,19 +233,30 @@ def _chat(args) -> int:
     from lowvram_lab.engine.decode import Sampling
     from lowvram_lab.loader import load
     from lowvram_lab.memory.device import open_gpu
+    from lowvram_lab.prompt import StopStrings
 
     say = prose(args)
+    if args.prompt is not None and not args.prompt.strip():
+        raise LowvramError("expected a prompt, found an empty one; write something, or leave --prompt out to converse")
     if args.json and args.prompt is None:
         raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
-    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
+    StopStrings(args.stop)  # refused before anything is loaded
     gpu = open_gpu(args.gpu, args.cuda_context)
     source, spec = spec_of(args.model)
     plan, profile, _ = chosen_plan(args, spec, gpu)
     print(f"{plan.summary(spec)}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
     model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
     session = ChatSession(
-        model, source.tokenizer(), system=args.system, max_new_tokens=args.max_new_tokens, sampling=sampling
+        model,
+        source.tokenizer(),
+        system=args.system,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop=args.stop,
+        progress=sys.stderr.isatty(),
     )
+    print(f"decoded by {session.engine}", file=sys.stderr)
     if args.prompt is None:
         return _converse(session)
     answer = ""
@@ -256,7 +271,8 @@ def _chat(args) -> int:
     turn = session.turns[-1]
     if args.json:
         budget_bytes = gpu.budget.total_bytes if gpu.budget else None
-        print_json({"text": answer, **turn.to_dict(), "budget_bytes": budget_bytes, "gpu": gpu.name})
+        figures = {**turn.to_dict(), "budget_bytes": budget_bytes, "gpu": gpu.name, "engine": session.engine}
+        print_json({"text": answer, **figures})
     else:
         say()
         print(_turn_line(turn), file=sys.stderr)
