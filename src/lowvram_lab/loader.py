@@ -20,6 +20,7 @@ from lowvram_lab.memory.host import check_room_in_ram
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.offload import attach, block_devices, detach
 from lowvram_lab.plan import Plan, compute_place
+from lowvram_lab.quantize.fuse import separate
 from lowvram_lab.quantize.linear import import_kernels, quantized_embedding, quantized_linear
 from lowvram_lab.quantize.solvers import is_finite
 from lowvram_lab.quantize.stored import check_stored, stored_tensors
@@ -161,6 +162,7 @@ def _check_machine(plan: Plan, modules, spec: ModelSpec, checkpoint, gpu: Gpu, l
 
 def _put_back(model, names: list[str]) -> None:
     """Puts the class's own modules, empty, where others with weights are: their memory is free for what comes."""
+    separate(model, set(names))
     fresh = build_on_meta(model.config) if names else None
     for name in names:
         parent, _, child = name.rpartition(".")

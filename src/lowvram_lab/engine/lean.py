@@ -14,11 +14,11 @@ import torch
 
 from lowvram_lab.engine.compiled import LEAST_ROOM, compiled_head, compiled_layer, compiler
 from lowvram_lab.engine.decode import ModuleDecoder, prefill
-from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.layer import LayerShape, layer
 from lowvram_lab.engine.preallocated import PreallocatedCache
 from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.quantize.fuse import fuse
 from lowvram_lab.quantize.linear import Int4Linear, Int8Linear, QuantizedLinear
 from lowvram_lab.threads import cpu_threads
 
@@ -170,7 +170,7 @@ class LeanDecoder:
         attention, config, kernels, weights = block.self_attn, self.model.config, [], []
         for group in _PROJECTIONS:
             projections = [_projection(block, name) for name in group]
-            common = self._fused(projections) if len(group) > 1 and not _on_card(self.model) else None
+            common = self._fused(projections, f"model.layers.{attention.layer_idx}.self_attn.q_proj")
             of_each = projections[:1] if common else projections
             kernels.append(tuple(map(_kernel, of_each)))
             weights += [tensor for p in of_each for tensor in _tensors(p, self.model.dtype, common)]
@@ -190,13 +190,18 @@ class LeanDecoder:
         cached = [held.keys, held.values] + ([held.key_scale, held.value_scale] if shape.int8_cache else [])
         return shape, [*(norm.detach() for norm in norms), *weights, *cached]
 
-    def _fused(self, projections: list) -> dict | None:
-        """Weights side by side; for a moment they are there twice, and where that is too much they stay as they are."""
-        try:
-            with self.gpu.active(), self.gpu.meter.scope(owner="fused weights", category="weights"):
-                return fuse(projections)
-        except torch.OutOfMemoryError:
+    def _fused(self, projections: list, name: str) -> dict | None:
+        """Lays weights side by side where they are in RAM.
+
+        Within a card's budget they stay as they were loaded: moving them would leave holes that no forecast has seen.
+        So do those mapped from disk.
+        """
+        device = self.model.plan.modules[name].device
+        in_ram = device == "cpu" or (device == "gpu" and self.gpu.simulated and self.gpu.budget is None)
+        if not in_ram:
             return None
+        with self.gpu.active(), self.gpu.meter.scope(owner="fused weights", category="weights"):
+            return fuse(projections)
 
     @property
     def name(self) -> str:

@@ -30,7 +30,7 @@ def fuse(projections: Sequence[nn.Module]) -> dict[str, torch.Tensor] | None:
         format each, biases in some only, or a layout that does not divide there.
     """
     first = projections[0]
-    if not all(_alike(first, other) for other in projections):
+    if len(projections) == 1 or not all(_alike(first, other) for other in projections):
         return None
     if isinstance(first, Int4Linear) and any(p.out_features % cpu_block_rows() for p in projections):
         return None
