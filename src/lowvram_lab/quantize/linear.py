@@ -221,7 +221,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
             return x.new_empty(x.shape[0], self.out_features).to(rows.dtype)
         else:
             kernel = torch.ops.aten._weight_int4pack_mm
-        # fused with others (quantize/fuse.py) the scales are a view with gaps, which the kernel would read as if without
+        # fused with others (fuse.py) the scales are a view with gaps, which the kernel would read as if without
         return kernel(x, self.packed, self.format.group_size, self.scale_and_zero.contiguous()).to(rows.dtype)
 
 
