@@ -1,0 +1,195 @@
+"""Qwen1.5-4B's shape on a CUDA card capped at 4 GiB, 2048 tokens: peak, tokens a second, share of the card's bandwidth.
+
+    python benchmarks/engine_cuda.py [--model qwen1.5-4b] [--gpu 4GiB] [--context 2048] [--tokens 64]
+
+Random weights. Ours in the planner's choice and in nf4, each in a process of its own, by CUDA graphs and by modules;
+beside them transformers with bitsandbytes' nf4, capped likewise, and without a cap where that does not fit. The speed is
+that of the card at hand, not of a 4 GiB card. Written to results/engine_cuda.json; without CUDA nothing is run.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas
+import torch
+from forecast_accuracy import RandomCheckpoint
+
+from lowvram_lab.doctor import examine
+from lowvram_lab.dry_run import forecast
+from lowvram_lab.engine.decode import ModuleDecoder, prefill
+from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.loader import load
+from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.plan import Plan
+from lowvram_lab.planner.auto import auto_plan
+from lowvram_lab.profile import Workload
+from lowvram_lab.source import find_source
+from lowvram_lab.spec import ModelSpec
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def bandwidth() -> float:
+    """Bytes a second the card copies, read and write counted."""
+    block = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    other, best = torch.empty_like(block), 0.0
+    for _ in range(20):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        other.copy_(block)
+        end.record()
+        torch.cuda.synchronize()
+        best = max(best, 2 * block.nbytes / (start.elapsed_time(end) / 1e3))
+    return best
+
+
+def timed(step, tokens: int) -> float:
+    """Tokens a second; the first of them are not counted: graphs are captured there."""
+    for _ in range(8):
+        step()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(tokens - 8):
+        step()
+    torch.cuda.synchronize()
+    return (tokens - 8) / (time.perf_counter() - started)
+
+
+@torch.no_grad()
+def ours(args, way: str) -> dict:
+    """The planner's plan, or nf4 with the embedding on the CPU and an int8 KV cache."""
+    spec = ModelSpec.from_config(find_source(args.model).config(), args.model)
+    reads = bandwidth()
+    torch.cuda.empty_cache()
+    gpu = open_gpu(args.gpu)
+    if way.startswith("nf4"):
+        plan = replace(Plan.uniform(spec, "nf4", context=args.context), kv_format="int8")
+        plan = plan.with_modules(spec.head, format="int8")
+        plan = plan if spec.tied else plan.with_modules(spec.embedding, device="cpu")
+    else:
+        plan = auto_plan(spec, gpu, args.context).plan
+    workload = Workload(args.context - args.tokens, args.tokens)
+    dry = forecast(plan, spec, gpu, workload=workload)
+    model = load(plan, gpu, spec=spec, checkpoint=RandomCheckpoint(spec), progress=False)
+    gpu.reset_peak()
+    decoder = ModuleDecoder(model) if way.endswith("modules") else decoder_for(model)
+    ids = torch.ones(1, args.context - args.tokens, dtype=torch.long)
+    started = time.perf_counter()
+    state = [prefill(model, ids, decoder.cache).argmax(-1, keepdim=True)]
+    torch.cuda.synchronize()
+    ttft = time.perf_counter() - started
+
+    def step() -> None:
+        state[0] = decoder.decode(state[0]).argmax(-1, keepdim=True)
+
+    speed = timed(step, args.tokens)
+    moved = plan.weight_bytes(spec, "gpu") + plan.kv_bytes(spec, args.context - args.tokens // 2, "gpu")
+    return {
+        "plan": plan.summary(spec),
+        "decoder": decoder.name,
+        "forecast_peak_bytes": dry.peak_allocated_bytes,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "ttft_s": ttft,
+        "tokens_per_s": speed,
+        "bandwidth_share": moved * speed / reads,
+    }
+
+
+def bitsandbytes(args, way: str) -> dict:
+    """Stock transformers with its usual 4-bit recipe; ``way`` says whether within the cap."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    reads = bandwidth()
+    torch.cuda.empty_cache()
+    if way.endswith("capped"):
+        open_gpu(args.gpu)
+    recipe = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    torch.cuda.reset_peak_memory_stats()
+    model = AutoModelForCausalLM.from_pretrained(
+        args.weights, quantization_config=recipe, dtype=torch.bfloat16, device_map={"": 0}
+    )
+    ids = torch.ones(1, args.context - args.tokens, dtype=torch.long, device="cuda")
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "min_new_tokens": 1}
+    started = time.perf_counter()
+    model.generate(ids, max_new_tokens=1, **options)
+    torch.cuda.synchronize()
+    ttft = time.perf_counter() - started
+    started = time.perf_counter()
+    model.generate(ids, **{**options, "max_new_tokens": args.tokens, "min_new_tokens": args.tokens})
+    torch.cuda.synchronize()
+    speed = (args.tokens - 1) / (time.perf_counter() - started - ttft)
+    held = sum(p.nbytes for name, p in model.named_parameters() if "embed_tokens" not in name)
+    return {
+        "decoder": "transformers generate",
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "ttft_s": ttft,
+        "tokens_per_s": speed,
+        "bandwidth_share": held * speed / reads,
+    }
+
+
+def write_weights(model: str, folder: Path) -> None:
+    """A directory of random 16-bit weights that ``from_pretrained`` opens, one file a module."""
+    from safetensors.torch import save_file
+
+    config = find_source(model).config()
+    spec = ModelSpec.from_config(config, model)
+    checkpoint, index = RandomCheckpoint(spec), {}
+    for number, module in enumerate(spec.modules):
+        names = [f"{module.name}.{key}" for key in module.parameters if not (key == "weight" and module.tied_to)]
+        if names:
+            file = f"model-{number:05d}.safetensors"
+            tensors = {name: checkpoint.read(name).to(torch.bfloat16).contiguous() for name in names}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(names, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+    config.save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="qwen1.5-4b")
+    parser.add_argument("--gpu", default="4GiB")
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("engine_cuda.py: no CUDA here, so nothing was measured")
+        return
+    if args.way:
+        run = bitsandbytes if args.way.startswith("bitsandbytes") else ours
+        print(json.dumps(run(args, args.way)))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_weights(args.model, Path(folder))
+        for way in ("planned", "planned, modules", "nf4", "bitsandbytes, capped", "bitsandbytes"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--weights", folder]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                rows.append({"way": way, "failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:300]})
+            else:
+                rows.append({"way": way, **json.loads(done.stdout.strip().splitlines()[-1])})
+            print(rows[-1], flush=True)
+    print(pandas.DataFrame(rows).to_string(index=False))
+    facts = {"model": args.model, "gpu_budget": args.gpu, "context": args.context, "rows": rows}
+    made = {"machine": examine(paths=False), "date": datetime.now(UTC).date().isoformat()}
+    path = RESULTS / "engine_cuda.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**kept, "capped": {**facts, **made}}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
