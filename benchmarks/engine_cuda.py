@@ -3,8 +3,8 @@
     python benchmarks/engine_cuda.py [--model qwen1.5-4b] [--gpu 4GiB] [--context 2048] [--tokens 64]
 
 Random weights. Ours in the planner's choice and in nf4, each in a process of its own, by CUDA graphs and by modules;
-beside them transformers with bitsandbytes' nf4, capped likewise, and without a cap where that does not fit. The speed is
-that of the card at hand, not of a 4 GiB card. Written to results/engine_cuda.json; without CUDA nothing is run.
+beside them transformers with bitsandbytes' nf4, capped likewise and without a cap. The speed is that of the card at
+hand, not of a 4 GiB card. Written to results/engine_cuda.json; without CUDA nothing is run.
 """
 
 import argparse

@@ -10,6 +10,7 @@ import platform
 import random
 import statistics
 import tempfile
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -45,6 +46,9 @@ PROCESS_BYTES = GiB // 2
 PACKAGES = ("lowvram_lab", "torch", "transformers", "accelerate", "bitsandbytes", "llama-cpp-python", "numpy")
 SEED = 0
 """Of the order of engines, and of a prompt of random ids."""
+
+READ_BYTES = GiB // 4
+"""Of the block whose reading tells the bandwidth: more than any cache."""
 
 
 def context_needed(prompt_tokens: int, new_tokens: int) -> int:
@@ -129,7 +133,7 @@ def bench(
                     raise
                 reasons["llama.cpp"] = str(error)
         machine = machine or Machine(anew=True)
-        bandwidth = _read_bandwidth(machine, plan, spec, threads)
+        bandwidth = _read_bandwidth(plan, spec, threads)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the measurement took is the engines' now
         names = [*OURS, *chosen]
@@ -349,11 +353,16 @@ def _card_holds(sizes: list[int], task: Task) -> bool:
     return wanted < torch.cuda.mem_get_info()[0]
 
 
-def _read_bandwidth(machine: Machine, plan: Plan, spec: ModelSpec, threads: int) -> float | None:
-    """Bytes a second of matrix-vector products over weights that no cache holds, the faster of two formats."""
-    place = "gpu" if set(plan.layer_places(spec)) == {"gpu"} else "cpu"
-    seconds = {itemsize: machine.kernel(fmt, place, threads).weight_s for fmt, itemsize in (("bf16", 2), ("fp32", 4))}
-    return max((itemsize / s for itemsize, s in seconds.items() if s > 0), default=None)
+def _read_bandwidth(plan: Plan, spec: ModelSpec, threads: int) -> float:
+    """Bytes a second at which the layers' processor sums a block that no cache holds: the best of nine times."""
+    on_card = torch.cuda.is_available() and set(plan.layer_places(spec)) == {"gpu"}
+    block, best = torch.ones(READ_BYTES // 8, dtype=torch.int64, device="cuda" if on_card else "cpu"), 0.0
+    with cpu_threads(threads):
+        for _ in range(9):
+            started = time.perf_counter()
+            int(block.sum())  # waits for the card
+            best = max(best, READ_BYTES / (time.perf_counter() - started))
+    return best
 
 
 def _facts(machine: Machine) -> dict[str, str | int]:

@@ -229,9 +229,7 @@ class Plan:
                 f"expected kv_format {self.dtype} (the plan's dtype), int8 or int4, found {self.kv_format!r}"
             )
         if self.kv_format == "int4" and spec.head_dim % 32:
-            raise PlanError(
-                f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8"
-            )
+            raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8")
         if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2:
             raise PlanError(f"expected a context of 2 tokens or more, found {self.context!r}")
         if spec.max_position_embeddings and self.context > spec.max_position_embeddings:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def _library(module, what: str, example: list[torch.Tensor], sizes: list[dict], 
     name = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
 
     def fill(directory: Path) -> None:
-        with tqdm(desc="compile, once for this machine", total=1, disable=not progress, leave=False) as bar:
+        shown = None if progress else True  # on a terminal; what a notebook keeps should not tell whether it compiled
+        with tqdm(desc="compile, once for this machine", total=1, disable=shown, leave=False) as bar:
             _compile(module, example, (*sizes[:named], tuple(sizes[named:])), directory / _LIBRARY)
             bar.update()
 
@@ -121,7 +123,8 @@ def _library(module, what: str, example: list[torch.Tensor], sizes: list[dict], 
 
 
 def _compile(module, example: list[torch.Tensor], sizes: tuple, path: Path) -> None:
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own
         program = torch.export.export(
             module,
             tuple(example),
