@@ -244,6 +244,17 @@ def test_an_answer_that_fills_the_context_goes_on_without_the_oldest_turn():
     assert [message["content"] for message in session.history][::2] == ["first", "second", "third", "go on"]
 
 
+def test_the_cache_is_compared_with_what_it_holds_now_not_with_the_turn_before():
+    session = chat(letters_model())
+    session.ask("hello")
+    first = [*session._cached_ids[:2], 200, 201, 202]
+    session._reuse_cache(first)
+    with torch.no_grad():
+        session._decoder.cache.keep(2)
+    again = session._cached_ids[:2] + [9, 9, 9]
+    assert session._reuse_cache(again) <= session._decoder.cache.get_seq_length() == 2
+
+
 def test_an_answer_that_fills_the_context_alone_ends_there_and_says_so():
     session = chat(letters_model(context=64), max_new_tokens=200)
     answer = session.ask("go on")

@@ -1,5 +1,6 @@
 """The lean decoder beside transformers: every family, every format with a kernel, compiled or not; and its cache."""
 
+import gc
 import shutil
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.engine.lean import LeanDecoder, why_not
 from lowvram_lab.engine.preallocated import PreallocatedCache
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.loader import load
+from lowvram_lab.loader import load, replan
 from lowvram_lab.memory.device import open_gpu
 from lowvram_lab.plan import Plan
 from lowvram_lab.spec import ModelSpec
@@ -105,7 +106,7 @@ def test_a_fixed_number_of_places_and_a_mask_give_the_same(name, batch, kv_forma
     expected = steps(decoder, ids, 3)
     bound = [decoder._bind(*both) for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     tables = decoder._cos, decoder._sin
-    decoder._graphed = GraphedStep(bound, decoder._modules_head, *tables, batch, model.config.hidden_size, False)
+    decoder._graphed = GraphedStep(bound, decoder._head, *tables, batch, model.config.hidden_size, False)
     decoder.cache.keep(3)
     for held in decoder.cache.layers:
         held.keys[:, :, 3:] = 100  # left over from before: hidden by the mask
@@ -160,6 +161,13 @@ def test_compiled_once_for_a_machine(recipe, kv_format, tmp_path, monkeypatch):
         assert relative_error(found.float(), expected) < TOLERANCES["bf16"]
         assert len({run for run, _ in decoder._layers}) == 1
     assert len(made) == 2  # a layer and the head
+    compiled._open.cache_clear()
+    for library in tmp_path.rglob("library.pt2"):  # damaged, of the same size
+        data = bytearray(library.read_bytes())
+        data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+        library.write_bytes(data)
+    assert LeanDecoder(model, max_tokens=60, progress=False).compiled
+    assert len(made) == 4
 
 
 @simulated
@@ -267,6 +275,65 @@ def test_full_empty_and_out_of_memory():
     tight = load_tiny("qwen2", tiny_plan("qwen2", "bf16"), open_gpu("2MiB"))
     with pytest.raises(torch.OutOfMemoryError, match="for kv cache"):
         LeanDecoder(tight, max_tokens=8192, compiled=False)
+
+
+@simulated
+def test_sizes_and_shapes_that_are_wrong():
+    model = load_tiny("qwen2", tiny_plan("qwen2", "fp32"))
+    for size in (0, -5, 1.5, True):
+        with pytest.raises(LowvramError, match="expected max_tokens of 1 or more, found"):
+            PreallocatedCache(model, size)
+    decoder = LeanDecoder(model, max_tokens=40, batch_size=2, compiled=False)
+    with pytest.raises(LowvramError, match="the KV cache is for 2 sequences, found 1; say batch_size=1"):
+        decoder.prefill(random_ids(4))
+    decoder.prefill(random_ids(4, batch=2))
+    with pytest.raises(LowvramError, match=r"one token of each sequence, \(2, 1\), found \(1, 1\)"):
+        decoder.decode(torch.ones(1, 1, dtype=torch.long))
+    chunked = load_tiny("qwen2", replace(tiny_plan("qwen2", "fp32"), prefill_chunk=16))
+    cache = PreallocatedCache(chunked, 40)
+    with torch.no_grad(), pytest.raises(BudgetError, match="holds 40 tokens, asked for 60"):
+        prefill(chunked, random_ids(60), cache)
+    assert cache.get_seq_length() == 0  # nothing half-read
+    with torch.no_grad(), pytest.raises(LowvramError, match="expected a prompt of one token or more"):
+        prefill(chunked, random_ids(60)[:, :0], cache)
+
+
+@simulated
+def test_int8_inputs_that_its_kernel_cannot_read_are_left_to_the_modules():
+    config = LlamaConfig(**{**SIZES, "intermediate_size": 200})
+    spec = ModelSpec.from_config(config, "narrow")
+    plan = Plan.uniform(spec, "int8", context=64)
+    model = load(plan, open_gpu(None), checkpoint=DictCheckpoint(random_state(spec)), spec=spec, progress=False)
+    assert why_not(model) == "down_proj is in int8, which has no kernel"
+
+
+@simulated
+def test_a_decoder_that_goes_takes_its_cache_along_at_once():
+    model = load_tiny("qwen2", tiny_plan("qwen2", "int4"))
+    gc.collect()
+    gc.disable()
+    try:
+        decoder = LeanDecoder(model, compiled=False)
+        decoder.prefill(random_ids(4))
+        decoder.decode(torch.ones(1, 1, dtype=torch.long))
+        assert model.gpu.meter.category_bytes("kv") > 0
+        del decoder
+        assert model.gpu.meter.category_bytes("kv") == 0
+    finally:
+        gc.enable()
+
+
+@simulated
+def test_a_replan_frees_the_weights_that_a_decoder_held():
+    plan = tiny_plan("qwen2", "bf16")
+    model = load_tiny("qwen2", plan)
+    decoder = LeanDecoder(model, compiled=False)
+    decoder.prefill(random_ids(4))
+    replan(model, tiny_plan("qwen2", "int8"), progress=False)
+    fresh = load_tiny("qwen2", tiny_plan("qwen2", "int8"))
+    assert model.gpu.meter.category_bytes("weights") == fresh.gpu.meter.category_bytes("weights")
+    with pytest.raises(LowvramError, match="planned anew meanwhile"):
+        decoder.decode(torch.ones(1, 1, dtype=torch.long))
 
 
 @simulated

@@ -136,6 +136,8 @@ def test_each_smaller_plan_takes_less():
         "1 more layer on the CPU, 2 left on the GPU",
         "2 more layers on the CPU, 0 left on the GPU",
     ]
+    four = replace(plan, kv_format="int4")
+    assert all(smaller.kv_format == "int4" for _, smaller in smaller_plans(four, spec))  # int8 would be more
     assert texts[3:] == [f"a context of {n} tokens" for n in (768, 576, 432, 324, 256)]
 
 
@@ -215,12 +217,12 @@ def test_a_chat_goes_on_when_the_gpu_is_full(caplog):
     caplog.set_level(logging.WARNING)
     session = letters_chat(open_gpu("4MiB"))
     session.ask("hi")
-    before = list(session.history)
+    before, steps = list(session.history), list(smaller_plans(session.model.plan, session.model.spec))
     answer = session.ask("x" * 300)
-    assert session.turns[-1].given_up
-    assert session.turns[-1].given_up[:2] == ("prompts read 256 tokens at a time", "KV cache in int8")
-    assert "the GPU is full; going on with less: KV cache in int8" in caplog.text
-    assert session.model.plan.kv_format == "int8"
+    given_up = session.turns[-1].given_up
+    assert given_up and given_up == tuple(text for text, _ in steps[: len(given_up)])
+    assert session.model.plan == steps[len(given_up) - 1][1]
+    assert f"the GPU is full; going on with less: {given_up[0]}" in caplog.text
     assert session.history == [
         *before,
         {"role": "user", "content": "x" * 300},

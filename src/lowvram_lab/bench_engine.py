@@ -15,7 +15,7 @@ import torch
 
 from lowvram_lab.checkpoint import Checkpoint
 from lowvram_lab.engine.decode import Sampling, choose, decode_one_token, prefill
-from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.preallocated import new_cache
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.loader import load
 from lowvram_lab.memory.budget import GpuBudget
@@ -255,7 +255,7 @@ class Modules(_Stepping):
 
     def forget(self):
         """See ``Engine``."""
-        self.cache = MeteredCache(self.model.gpu, self.model.plan.kv_format)
+        self.cache = new_cache(self.model)
 
     def _held(self):
         return self.cache.get_seq_length()

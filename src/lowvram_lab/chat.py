@@ -111,7 +111,10 @@ class ChatSession:
         return "".join(self.send(text))
 
     def send(self, text: str) -> Iterator[str]:
-        """Sends a message, yields the answer as it is made. History keeps what was yielded, also if cut off.
+        """Sends a message, yields the answer as it is made.
+
+        History keeps what was yielded where the answer is cut off by its reader or by Ctrl-C; after an error it is as
+        if nothing had been asked.
 
         Args:
             text: The user's message.
@@ -159,6 +162,8 @@ class ChatSession:
                             break
                     ended = ended or len(tokens) - made < room
                     if not ended and len(tokens) < self.max_new_tokens and self._forgets_a_turn(history, len(tokens)):
+                        self._cached_ids = fed[: self._decoder.cache.get_seq_length()]
+                        self._cached_ids += tokens[made : made + self._decoder.cache.get_seq_length() - len(fed)]
                         prompt, self.dropped_turns = self._fitting_prompt(history, len(tokens))
                         fed = prompt + tokens
                         continue
@@ -168,6 +173,7 @@ class ChatSession:
                     break
                 except torch.OutOfMemoryError as error:
                     full = error.with_traceback(None)  # its frames hold the tensors of the pass that failed
+                    full.__context__ = full.__cause__ = None
                 smaller = smaller or smaller_plans(self.model.plan, self.model.spec)
                 given_up.append(self._step_down(smaller, full))
                 prompt, self.dropped_turns = self._fitting_prompt(history, len(tokens))
@@ -193,7 +199,7 @@ class ChatSession:
     def _stream(self, fed: list[int], room: int, made: int) -> Iterator[int]:
         """Goes on after ``fed``, whose last ``made`` tokens are the answer's own."""
         cached = self._reuse_cache(fed)
-        sampling = replace(self.sampling, seed=self.sampling.seed + made)  # not the same draws once more
+        sampling = replace(self.sampling, seed=(self.sampling.seed + made) % 2**63)  # not the same draws once more
         decoder, seen = self._begun(), torch.tensor([fed])
         return stream(
             self.model,
@@ -260,7 +266,8 @@ class ChatSession:
 
     def _begun(self):
         """The decoder of the model as it is planned now, with whatever its cache holds."""
-        if self._decoder is None or self._decoder_plan != self.model.plan:  # replanned, by another session perhaps
+        stale = self._decoder is None or getattr(self._decoder, "released", False)
+        if stale or self._decoder_plan != self.model.plan:  # replanned, by another session perhaps
             self._decoder, self._cached_ids = None, []
             self._decoder = decoder_for(self.model, self._compiled, self._progress)
             self._decoder_plan = self.model.plan
@@ -281,4 +288,5 @@ class ChatSession:
                 break
             common += 1
         cache.keep(common)
+        self._cached_ids = prompt[:common]
         return common

@@ -162,8 +162,12 @@ def _check_machine(plan: Plan, modules, spec: ModelSpec, checkpoint, gpu: Gpu, l
 
 def _put_back(model, names: list[str]) -> None:
     """Puts the class's own modules, empty, where others with weights are: their memory is free for what comes."""
+    if not names:
+        return
+    for decoder in list(getattr(model, "decoders", ())):  # they hold the weights too
+        decoder.release()
     separate(model, set(names))
-    fresh = build_on_meta(model.config) if names else None
+    fresh = build_on_meta(model.config)
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, fresh.get_submodule(name))

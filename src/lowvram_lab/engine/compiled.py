@@ -4,11 +4,14 @@ torch.compile would do it anew in every process, and its checks before each call
 work (37 us of 211, SmolLM2): AOTInductor's library is called directly. What it is called with is the caller's duty.
 """
 
+import contextlib
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.cache import build_directory, cache_dir
+from lowvram_lab.cache import build_directory, cache_dir, sha256_file
 from lowvram_lab.engine.layer import LayerShape, head, layer
 
 OPTIONS = {
@@ -30,6 +33,9 @@ LEAST_ROOM = 3
 
 _LONGEST = 1 << 24
 _LIBRARY = "library.pt2"
+_DIGEST = "library.sha256"
+
+logger = logging.getLogger(__name__)
 
 
 class _Layer(torch.nn.Module):
@@ -58,8 +64,8 @@ def compiler() -> str | None:
     """The C++ compiler that would be used, or ``None``: there is none, or ``LOWVRAM_COMPILE=0`` says not to compile."""
     if os.environ.get("LOWVRAM_COMPILE") == "0":
         return None
-    names = (os.environ.get("CXX"), "g++", "clang++")
-    return next((name for name in names if name and shutil.which(name)), None)
+    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
+    return name if shutil.which(name.split()[0]) else None
 
 
 def compiled_layer(shape: LayerShape, example: list[torch.Tensor], progress: bool = True) -> Callable:
@@ -117,9 +123,16 @@ def _library(module, what: str, example: list[torch.Tensor], sizes: list[dict], 
         shown = None if progress else True  # on a terminal; what a notebook keeps should not tell whether it compiled
         with tqdm(desc="compile, once for this machine", total=1, disable=shown, leave=False) as bar:
             _compile(module, example, (*sizes[:named], tuple(sizes[named:])), directory / _LIBRARY)
+            (directory / _DIGEST).write_text(sha256_file(directory / _LIBRARY))
             bar.update()
 
-    return _open(build_directory(cache_dir() / "compiled" / name, identity, fill))
+    target = cache_dir() / "compiled" / name
+    try:
+        return _open(build_directory(target, identity, fill))
+    except (RuntimeError, OSError) as error:  # damaged since it was made, or no library any more
+        logger.warning("%s cannot be opened (%s): compiling again", target, (str(error).splitlines() or ["?"])[0])
+        shutil.rmtree(target, ignore_errors=True)
+    return _open(build_directory(target, identity, fill))
 
 
 def _compile(module, example: list[torch.Tensor], sizes: tuple, path: Path) -> None:
@@ -137,6 +150,8 @@ def _compile(module, example: list[torch.Tensor], sizes: tuple, path: Path) -> N
 
 @functools.cache
 def _open(directory: Path) -> Callable:
+    if sha256_file(directory / _LIBRARY) != (directory / _DIGEST).read_text():
+        raise RuntimeError("its checksum is another")
     # .loader: calling the model itself would take the arguments apart and put them together, 40 us each time
     return torch._inductor.aoti_load_package(str(directory / _LIBRARY)).loader.run
 
@@ -148,5 +163,13 @@ def _made_by() -> str:
     from lowvram_lab.engine import layer as layer_module
 
     sources = "".join(Path(module.__file__).read_text() for module in (layer_module, kv_cache))
-    made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), platform.processor(), OPTIONS, compiler())
+    made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), _processor(), OPTIONS, compiler())
     return hashlib.sha256(repr((made, sources)).encode()).hexdigest()
+
+
+def _processor() -> str:
+    """What the compiler makes code for: another processor may not know these instructions."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
+    return platform.processor() or platform.machine()

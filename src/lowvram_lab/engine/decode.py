@@ -11,12 +11,12 @@ import torch
 from transformers import Cache
 
 from lowvram_lab.engine.preallocated import new_cache
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.errors import BudgetError, LowvramError
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The limits apply one after the other, in this order, as in transformers.
+    """How the next token is chosen: penalty, temperature, top-k, top-p and min-p, in transformers' order.
 
     Attributes:
         temperature: 0 takes the most likely token (greedy).
@@ -36,8 +36,8 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise LowvramError(f"expected a temperature of 0 (greedy) or above, found {self.temperature}")
+        if self.temperature != 0 and not 1e-5 <= self.temperature < float("inf"):
+            raise LowvramError(f"expected a temperature of 0 (greedy) or 0.00001 and above, found {self.temperature}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
             raise LowvramError(f"expected a seed from 0 to 2**63 - 1, found {self.seed!r}")
         if not 0 < self.top_p <= 1:
@@ -46,8 +46,9 @@ class Sampling:
             raise LowvramError(f"expected top_k of 1 or more, or 0 for all tokens, found {self.top_k!r}")
         if not 0 <= self.min_p <= 1:
             raise LowvramError(f"expected min_p from 0 to 1, found {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise LowvramError(f"expected a repetition_penalty above 0 (1 for none), found {self.repetition_penalty}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            found = self.repetition_penalty
+            raise LowvramError(f"expected a repetition_penalty from 0.01 to 100 (1 for none), found {found}")
 
 
 def prefill(model, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
@@ -60,7 +61,17 @@ def prefill(model, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
 
     Returns:
         Logits of the last token, ``(batch, vocab)``.
+
+    Raises:
+        LowvramError: There is no token.
+        BudgetError: The cache has no room for all of them.
     """
+    if not ids.shape[1]:
+        raise LowvramError("expected a prompt of one token or more, found none")
+    room = getattr(cache, "max_tokens", None)
+    if room is not None and cache.get_seq_length() + ids.shape[1] > room:  # before the first piece is written
+        wanted = cache.get_seq_length() + ids.shape[1]
+        raise BudgetError(f"the KV cache holds {room} tokens, asked for {wanted}; plan a longer context")
     for piece in ids.split(model.plan.prefill_chunk or ids.shape[1], dim=1):
         logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     return logits

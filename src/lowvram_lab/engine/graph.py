@@ -44,7 +44,7 @@ class GraphedStep:
         self._hidden = torch.zeros(batch_size, hidden_size, device=cos.device)
         self._at = torch.zeros(1, dtype=torch.long, device=cos.device)
         self._graphs: dict[int, tuple] = {}
-        self._pool = None
+        self._pool = self._stream = None
 
     def __call__(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Decodes one token of each sequence.
@@ -59,14 +59,13 @@ class GraphedStep:
         self._hidden.copy_(hidden)
         self._at.fill_(position)
         length = min(max(SHORTEST, 1 << position.bit_length()), len(self._places))
-        if not self.capture:
-            return self._run(length)
-        if length not in self._graphs:
+        if self.capture and length not in self._graphs:
             try:
                 self._graphs[length] = self._captured(length)
-            except torch.OutOfMemoryError:  # the temporaries of one layer at a time need less than a graph's pool
+            except torch.OutOfMemoryError:
                 self.capture, self._graphs, self._pool = False, {}, None
-                return self._run(length)
+        if not self.capture:  # the temporaries of one layer at a time need less than a graph's pool
+            return self._run(length)
         graph, logits = self._graphs[length]
         graph.replay()
         return logits
@@ -81,14 +80,16 @@ class GraphedStep:
 
     def _captured(self, length: int) -> tuple:
         """Runs a few times first, on a stream of its own, as capturing asks for; each run writes what replay writes."""
-        stream = torch.cuda.Stream(self._hidden.device)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                self._run(length)
-        torch.cuda.current_stream().wait_stream(stream)
+        self._stream = self._stream or torch.cuda.Stream(self._hidden.device)  # one: each has a cuBLAS workspace
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    self._run(length)
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             logits = self._run(length)
         self._pool = self._pool or graph.pool()
         return graph, logits

@@ -34,6 +34,7 @@ class LayerShape:
             one for all where they lie side by side.
         normed_heads: Whether queries and keys are normed, head by head.
         int8_cache: Whether keys and values are int8 codes with scales.
+        dtype: The model's.
     """
 
     heads: int
@@ -44,6 +45,7 @@ class LayerShape:
     products: tuple[tuple[tuple[str, int, bool], ...], ...]
     normed_heads: bool
     int8_cache: bool
+    dtype: torch.dtype
 
 
 def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None):
@@ -140,17 +142,12 @@ def _attend(shape: LayerShape, q, held, loops):
 
 def _attend_masked(shape: LayerShape, q, held, mask):
     """The same by torch's fused attention, over a fixed number of places of which some hold nothing yet."""
-    dtype = q.dtype if held[0][1] is not None else held[0][0].dtype
+    dtype = shape.dtype
     keys, values = (cached if scales is None else cached.to(dtype) * scales.to(dtype) for cached, scales in held)
-    mixed = F.scaled_dot_product_attention(
-        q[:, :, None].to(dtype),
-        keys,
-        values,
-        attn_mask=mask.to(dtype)[None, None, None],
-        scale=shape.scaling,
-        enable_gqa=shape.heads != shape.kv_heads,
-    )
-    return mixed.float()
+    # heads that share keys are rows of one head: for a single query that is the same, and no keys are repeated
+    rows = q.view(-1, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim).to(dtype)
+    mask = mask.to(dtype)[None, None, None].expand(-1, -1, rows.shape[2], -1)
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=shape.scaling).float()
 
 
 def _append(held, scales, states, at) -> None:

@@ -8,6 +8,7 @@ loaded model, whatever their formats (those with a common input laid side by sid
 """
 
 import logging
+import weakref
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from lowvram_lab.engine.layer import LayerShape, layer
 from lowvram_lab.engine.preallocated import PreallocatedCache
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.quantize.fuse import fuse
-from lowvram_lab.quantize.linear import Int4Linear, Int8Linear, QuantizedLinear
+from lowvram_lab.quantize.linear import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear
 from lowvram_lab.threads import cpu_threads
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -70,16 +71,20 @@ def decoder_for(model, compiled: bool | None = None, progress: bool = True) -> "
         compiled: See ``LeanDecoder``.
         progress: See ``LeanDecoder``.
     """
-    if reason := why_not(model):
-        return ModuleDecoder(model, reason)
-    try:
-        return LeanDecoder(model, compiled=compiled, progress=progress)
-    except torch.OutOfMemoryError:  # a cache that grows may do for a short chat
-        return ModuleDecoder(model, f"no room for a KV cache of {model.plan.context} tokens at once")
+    reason = why_not(model)
+    if not reason:
+        try:
+            return LeanDecoder(model, compiled=compiled, progress=progress)
+        except torch.OutOfMemoryError:  # a cache that grows may do for a short chat
+            reason = f"no room for a KV cache of {model.plan.context} tokens at once"
+    return ModuleDecoder(model, reason)  # here: what the error held is free by now
 
 
 class LeanDecoder:
     """Decodes token by token on the weights of a loaded model.
+
+    The stand-in does not meter what it does for a token (a layer's temporaries; uncompiled, its keys and values in
+    float32), only what it keeps.
 
     Args:
         model: From ``load``.
@@ -92,6 +97,7 @@ class LeanDecoder:
     Attributes:
         cache: The ``PreallocatedCache`` that prompt and answer are in.
         compiled: Whether it is compiled.
+        released: Whether the model was planned anew since; then it decodes no more.
 
     Raises:
         LowvramError: The architecture or a format is none of those it knows (``why_not`` says so beforehand); or it was
@@ -110,8 +116,12 @@ class LeanDecoder:
         if reason := why_not(model, max_tokens):
             raise LowvramError(f"{model.spec.name} cannot be decoded by LeanDecoder: {reason}; use the model itself")
         if compiled and not compiler():
-            raise LowvramError("expected a C++ compiler (CXX, g++ or clang++), found none; leave compiled=True out")
-        self.model, self.gpu = model, model.gpu
+            raise LowvramError(
+                "expected a C++ compiler (CXX or g++), found none, or LOWVRAM_COMPILE=0; leave compiled=True out"
+            )
+        self.model, self.gpu, self.released = model, model.gpu, False
+        model.decoders = getattr(model, "decoders", None) or weakref.WeakSet()
+        model.decoders.add(self)
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
         room = self.cache.layers[0].max_tokens
         self._positions = torch.arange(room)
@@ -120,14 +130,19 @@ class LeanDecoder:
         self._graphed, self.compiled = None, False
         if _on_card(model):
             tables = self._cos, self._sin
-            self._graphed = GraphedStep(bound, self._modules_head, *tables, batch_size, model.config.hidden_size)
+            by_modules = partial(_modules_head, model)
+            self._graphed = GraphedStep(bound, by_modules, *tables, batch_size, model.config.hidden_size)
             return
         self.compiled = compiler() is not None and room >= LEAST_ROOM if compiled is None else compiled
         if self.compiled:
             self.compiled = self._compile(bound, batch_size, progress, must=bool(compiled))
         if not self.compiled:
             self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
-            self._head = self._modules_head
+            self._head = partial(_modules_head, model)
+
+    def release(self) -> None:
+        """Lets go of the weights, which are about to be others; ``replan`` calls this."""
+        self._layers, self._head, self._graphed, self.released = [], None, None, True
 
     def _rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of every position, ``(room, head_dim)`` float32, where the layers compute."""
@@ -147,23 +162,23 @@ class LeanDecoder:
                 self._layers = [(compiled_layer(shape, first + tensors, progress), tensors) for shape, tensors in bound]
                 self._head = self._compiled_head(hidden, progress)
         except Exception as error:  # the exporter's, the compiler's, a folder that cannot be written
-            if must:
-                raise
             reason = str(error).strip().splitlines() or [type(error).__name__]
+            if must:
+                raise LowvramError(f"the layer could not be compiled: {reason[0]}; leave compiled=True out") from error
             logger.warning("decoding without compiled layers, which is slower: %s", reason[0])
             return False
         return True
 
     def _compiled_head(self, hidden: torch.Tensor, progress: bool):
         last, norm = self.model.lm_head, self.model.model.norm
-        if (kernel := _kernel(last)) is None:
-            return self._modules_head
+        kernel = _kernel(last)
+        if kernel is None or kernel[0] == "module":
+            return partial(_modules_head, self.model)
         tensors = [norm.weight.detach(), *_tensors(last, self.model.dtype)]
+        if any(tensor.device.type != "cpu" for tensor in tensors):  # the layers are in RAM, the head is on a card
+            return partial(_modules_head, self.model)
         run = compiled_head(kernel, norm.variance_epsilon, [hidden, *tensors], progress)
         return lambda hidden: run([hidden, *tensors])[0]
-
-    def _modules_head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(self.model.model.norm(hidden).to(self.model.dtype))
 
     def _bind(self, block, held) -> tuple[LayerShape, list[torch.Tensor]]:
         """A layer's shape, and its tensors as ``layer`` wants them."""
@@ -184,6 +199,7 @@ class LeanDecoder:
             products=tuple(kernels),
             normed_heads=normed,
             int8_cache=held.key_scale is not None,
+            dtype=self.model.dtype,
         )
         norms = [block.input_layernorm.weight, block.post_attention_layernorm.weight]
         norms += [attention.q_norm.weight, attention.k_norm.weight] if normed else []
@@ -237,13 +253,17 @@ class LeanDecoder:
             token: ``(batch, 1)`` int64.
 
         Returns:
-            Logits, ``(batch, vocab)`` in the plan's dtype.
+            Logits, ``(batch, vocab)`` in the plan's dtype. On CUDA the next call writes over them.
 
         Raises:
-            LowvramError: There is no prompt yet.
+            LowvramError: There is no prompt yet, the token is of another shape, or the model was planned anew.
             BudgetError: The cache is full.
         """
-        position = self.tokens
+        position, sequences = self.tokens, self.cache.layers[0].keys.shape[0]
+        if self.released:
+            raise LowvramError("the model was planned anew meanwhile; make a new decoder")
+        if tuple(token.shape) != (sequences, 1):
+            raise LowvramError(f"expected one token of each sequence, ({sequences}, 1), found {tuple(token.shape)}")
         if position == 0:
             raise LowvramError("expected a prompt in the cache, found none: call prefill first")
         if position >= self.cache.layers[0].max_tokens:
@@ -261,6 +281,10 @@ class LeanDecoder:
         for held in self.cache.layers:
             held.tokens = position + 1
         return logits.to(self.model.dtype)
+
+
+def _modules_head(model, hidden: torch.Tensor) -> torch.Tensor:
+    return model.lm_head(model.model.norm(hidden).to(model.dtype))
 
 
 def _run_layer(shape: LayerShape, arguments: list) -> list:
@@ -282,7 +306,8 @@ def _kernel(projection) -> tuple[str, int, bool] | None:
         return "int4" if projection.layout == "cpu" else "int4 on CUDA", projection.format.group_size, with_bias
     if projection.kernels == "cuda":
         return "module", 0, with_bias
-    return ("int8", 0, with_bias) if isinstance(projection, Int8Linear) else None
+    whole = isinstance(projection, Int8Linear) and projection.in_features % INT8_COLUMNS == 0
+    return ("int8", 0, with_bias) if whole else None
 
 
 def _tensors(projection, dtype: torch.dtype, common: dict | None = None) -> list:

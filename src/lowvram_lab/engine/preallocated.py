@@ -11,7 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from lowvram_lab.engine.int4_cache import Int4Layer
 from lowvram_lab.engine.kv_cache import MeteredCache, quantize_states
-from lowvram_lab.errors import BudgetError
+from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.formats import DTYPES, SCALE_DTYPE
 
 
@@ -98,12 +98,17 @@ class PreallocatedCache(Cache):
         batch_size: Sequences.
 
     Raises:
+        LowvramError: A size that is none.
         torch.OutOfMemoryError: No room for it on the GPU.
     """
 
     def __init__(self, model, max_tokens: int | None = None, batch_size: int = 1):
         plan, spec, self.gpu, self._plan = model.plan, model.spec, model.gpu, model.plan
-        shape = (batch_size, spec.num_key_value_heads, max_tokens or plan.context, spec.head_dim)
+        self.max_tokens = plan.context if max_tokens is None else max_tokens
+        for name, value in (("max_tokens", self.max_tokens), ("batch_size", batch_size)):
+            if type(value) is not int or value < 1:
+                raise LowvramError(f"expected {name} of 1 or more, found {value!r}")
+        shape = (batch_size, spec.num_key_value_heads, self.max_tokens, spec.head_dim)
         with self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
             layers = [self._layer(place, shape) for place in plan.layer_places(spec)]
         super().__init__(layers=layers)
@@ -116,6 +121,9 @@ class PreallocatedCache(Cache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """See ``Cache.update``."""
+        held, found = self.layers[layer_idx].keys.shape[0], key_states.shape[0]
+        if held != found:  # one would be written into all rows
+            raise LowvramError(f"the KV cache is for {held} sequences, found {found}; say batch_size={found}")
         return self.layers[layer_idx].update(key_states, value_states)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

@@ -32,7 +32,7 @@ def smaller_plans(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
     if (plan.prefill_chunk or plan.context) > SHORT_CHUNK:
         plan = replace(plan, prefill_chunk=SHORT_CHUNK)
         yield f"prompts read {SHORT_CHUNK} tokens at a time", plan
-    if plan.kv_format != "int8":
+    if plan.kv_format not in ("int8", "int4"):
         plan = replace(plan, kv_format="int8")
         yield "KV cache in int8", plan
     left, moved = plan.layer_devices(spec).count("gpu"), 1
