@@ -3,6 +3,8 @@
 Engines alternate round by round in a shuffled order, so that a busy moment meets them all alike; what is compared is
 the ratio within a round. Every row says how far its text is the 16-bit model's: the speed of wrong output is worth
 nothing.
+
+Derived in: notebooks/07_measure_everything.ipynb
 """
 
 import os

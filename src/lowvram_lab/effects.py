@@ -1,4 +1,7 @@
-"""An article's effect table, measured again: each of its figures beside ours, or beside why this machine cannot say."""
+"""An article's effect table, measured again: each of its figures beside ours, or beside why this machine cannot say.
+
+Derived in: notebooks/07_measure_everything.ipynb
+"""
 
 import datetime
 import gc

@@ -2,6 +2,8 @@
 
 It knows nothing about models, caches or compilers. Everything between two matrix products is float32: a small cost for
 one token, and closer to full precision than 16 bits.
+
+Derived in: notebooks/06_the_engine.ipynb
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,8 @@ call for every operation. Here a layer is one plain function of tensors (``layer
 matrix products becomes one loop over memory, and one library serves all layers. It works on the very weights of a
 loaded model, whatever their formats (those with a common input laid side by side, ``fuse.py``), and on a
 ``PreallocatedCache``, so a token allocates nothing that stays.
+
+Derived in: notebooks/06_the_engine.ipynb
 """
 
 import logging
