@@ -1,7 +1,4 @@
-"""An article's effect table, measured again: each of its figures beside ours, or beside why this machine cannot say.
-
-Derived in: notebooks/07_measure_everything.ipynb
-"""
+"""An article's effect table, measured again: each of its figures beside ours, or beside why this machine cannot say."""
 
 import datetime
 import gc
