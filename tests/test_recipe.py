@@ -164,7 +164,7 @@ def test_too_few_bytes_name_the_least(kind, stock):
         ({"weight_bytes": "1MiB", "gpu": "1GiB"}, "expected weight_bytes or gpu, one of the two"),
         ({"weight_bytes": "1MiB", "formats": ("int9",)}, "unknown format 'int9'"),
         ({"weight_bytes": "1MiB", "context": 4096}, "beyond the 1024 positions"),
-        ({"weight_bytes": "1MiB", "kv_format": "int4"}, "expected kv_format"),
+        ({"weight_bytes": "1MiB", "kv_format": "int3"}, "expected kv_format"),
     ],
 )
 def test_contradictions_are_named(options, words):

@@ -97,7 +97,7 @@ def test_a_plans_settings_give_the_plan_back(kind, recipe, placement):
 
 def test_settings_a_model_does_not_have_are_refused():
     spec = tiny_spec("llama")
-    for wrong in ({"gpu_layers": 4}, {"context": 2048}, {"kv_format": "int4"}, {"threads": 0}, {"recipe": AS_LOADED}):
+    for wrong in ({"gpu_layers": 4}, {"context": 2048}, {"kv_format": "int3"}, {"threads": 0}, {"recipe": AS_LOADED}):
         with pytest.raises(PlanError):
             split_plan(replace(START, **wrong), spec)
 
