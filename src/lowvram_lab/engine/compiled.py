@@ -120,7 +120,7 @@ def _library(module, what: str, example: list[torch.Tensor], sizes: list[dict], 
     name = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
 
     def fill(directory: Path) -> None:
-        shown = None if progress else True  # on a terminal; what a notebook keeps should not tell whether it compiled
+        shown = None if progress else True  # None: on a terminal and in a notebook, not in a pipe
         with tqdm(desc="compile, once for this machine", total=1, disable=shown, leave=False) as bar:
             _compile(module, example, (*sizes[:named], tuple(sizes[named:])), directory / _LIBRARY)
             (directory / _DIGEST).write_text(sha256_file(directory / _LIBRARY))
