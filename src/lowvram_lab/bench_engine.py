@@ -246,7 +246,7 @@ class Lean(_Stepping):
 
 
 class Modules(_Stepping):
-    """The modules of the loaded transformers model, with a growing cache: what ``chat`` and ``generate`` call."""
+    """The loaded transformers model's own modules, with the plan's cache: what a chat runs that cannot be lean."""
 
     name = "lowvram (modules)"
 

@@ -126,9 +126,9 @@ def _library(module, what: str, example: list[torch.Tensor], sizes: list[dict], 
             (directory / _DIGEST).write_text(sha256_file(directory / _LIBRARY))
             bar.update()
 
-    target = cache_dir() / "compiled" / name
+    target = build_directory(cache_dir() / "compiled" / name, identity, fill)
     try:
-        return _open(build_directory(target, identity, fill))
+        return _open(target)
     except (RuntimeError, OSError) as error:  # damaged since it was made, or no library any more
         logger.warning("%s cannot be opened (%s): compiling again", target, (str(error).splitlines() or ["?"])[0])
         shutil.rmtree(target, ignore_errors=True)

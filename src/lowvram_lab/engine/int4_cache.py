@@ -6,16 +6,15 @@ quantised when it is full; until then its keys stay as they are. Source: Liu et 
 """
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
-from lowvram_lab.errors import BudgetError
+from lowvram_lab.engine.kv_cache import FixedLayer
 from lowvram_lab.formats import SCALE_DTYPE
 
 GROUP = 32
 """Tokens of a channel, or channels of a token, that share a scale and a zero."""
 
 
-class Int4Layer(CacheLayerMixin):
+class Int4Layer(FixedLayer):
     """Keys and values of one decoder layer, all of it allocated now.
 
     Shapes, for ``(batch, kv_heads, max_tokens, head_dim)`` and ``blocks = ceil(max_tokens / 32)``: ``keys`` uint8
@@ -31,8 +30,6 @@ class Int4Layer(CacheLayerMixin):
         dtype: The model's.
     """
 
-    is_sliding = False
-    is_compileable = False
     key_scale = None
 
     def __init__(self, gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype):
@@ -47,14 +44,9 @@ class Int4Layer(CacheLayerMixin):
         self.value_grid = gpu.zeros((batch, heads, self.max_tokens, 2, width // GROUP), SCALE_DTYPE, place)
         self.device, self.is_initialized = self.keys.device, True
 
-    def lazy_initialization(self, key_states, value_states):
-        """Nothing to do: everything is there."""
-
     def update(self, key_states, value_states, *args, **kwargs):
         """Writes new keys and values behind those there are; returns all of them, dequantised."""
-        start, end = self.tokens, self.tokens + key_states.shape[-2]
-        if end > self.max_tokens:
-            raise BudgetError(f"the KV cache holds {self.max_tokens} tokens, asked for {end}; plan a longer context")
+        start, end = self.tokens, self.end_of(key_states)
         codes, self.value_grid[:, :, start:end] = _quantize(value_states.unflatten(-1, (-1, GROUP)), -1)
         codes = codes.flatten(-2)
         self.values[:, :, start:end] = codes[..., ::2] | codes[..., 1::2] << 4
@@ -96,22 +88,6 @@ class Int4Layer(CacheLayerMixin):
             first = tokens - begun
             self.recent[:, :, :begun] = self._keys()[:, :, first : first + begun]
         self.tokens = tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens a query attends to, and the first of them."""
-        return self.tokens + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.tokens
-
-    def get_max_length(self) -> int:
-        """Tokens there is room for."""
-        return self.max_tokens
-
-    def reset(self) -> None:
-        """Forgets everything; the memory stays."""
-        self.tokens = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Selects rows of the batch, in place."""

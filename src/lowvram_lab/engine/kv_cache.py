@@ -5,8 +5,9 @@ Growing (16-bit or int8) by concatenation, as transformers' own; or static, allo
 
 import torch
 from transformers import Cache, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from lowvram_lab.errors import BudgetError
 from lowvram_lab.formats import SCALE_DTYPE
 
 
@@ -48,6 +49,39 @@ class Int8Layer(DynamicLayer):
             for name in ("keys", "key_scale", "values", "value_scale"):
                 tensor = getattr(self, name)
                 setattr(self, name, tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+class FixedLayer(CacheLayerMixin):
+    """What the caches have in common that allocate a layer's memory once: ``tokens`` of ``max_tokens`` are in use."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def lazy_initialization(self, key_states, value_states):
+        """Nothing to do: everything is there."""
+
+    def end_of(self, key_states) -> int:
+        """How many tokens there are with these behind them; ``BudgetError`` where there is no room."""
+        end = self.tokens + key_states.shape[-2]
+        if end > self.max_tokens:
+            raise BudgetError(f"the KV cache holds {self.max_tokens} tokens, asked for {end}; plan a longer context")
+        return end
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Tokens a query attends to, and the first of them."""
+        return self.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        """Tokens there is room for."""
+        return self.max_tokens
+
+    def reset(self) -> None:
+        """Forgets everything; the memory stays."""
+        self.tokens = 0
 
 
 class MeteredCache(Cache):

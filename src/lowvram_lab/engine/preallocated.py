@@ -7,15 +7,14 @@ memory. Keys and values in 16 or 32 bits, as int8 codes with one scale a token a
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
 from lowvram_lab.engine.int4_cache import Int4Layer
-from lowvram_lab.engine.kv_cache import MeteredCache, quantize_states
-from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.engine.kv_cache import FixedLayer, MeteredCache, quantize_states
+from lowvram_lab.errors import LowvramError
 from lowvram_lab.formats import DTYPES, SCALE_DTYPE
 
 
-class PreallocatedLayer(CacheLayerMixin):
+class PreallocatedLayer(FixedLayer):
     """Keys and values of one decoder layer, ``(batch, kv_heads, max_tokens, head_dim)`` from the start.
 
     Args:
@@ -25,9 +24,6 @@ class PreallocatedLayer(CacheLayerMixin):
         dtype: The model's.
         kv_format: ``"int8"``, or any float format for the model's dtype.
     """
-
-    is_sliding = False
-    is_compileable = False
 
     def __init__(self, gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype, kv_format: str):
         super().__init__()
@@ -40,14 +36,9 @@ class PreallocatedLayer(CacheLayerMixin):
             self.key_scale, self.value_scale = (gpu.zeros(scales, SCALE_DTYPE, place) for _ in range(2))
         self.device, self.is_initialized = self.keys.device, True
 
-    def lazy_initialization(self, key_states, value_states):
-        """Nothing to do: everything is there."""
-
     def update(self, key_states, value_states, *args, **kwargs):
         """Writes new keys and values behind those there are; returns all of them, in the model's dtype."""
-        end = self.tokens + key_states.shape[-2]
-        if end > self.max_tokens:
-            raise BudgetError(f"the KV cache holds {self.max_tokens} tokens, asked for {end}; plan a longer context")
+        end = self.end_of(key_states)
         both = ((self.keys, self.key_scale, key_states), (self.values, self.value_scale, value_states))
         for held, scales, states in both:
             if scales is not None:
@@ -61,25 +52,9 @@ class PreallocatedLayer(CacheLayerMixin):
         states = held[:, :, : self.tokens]
         return states if scales is None else states.to(self.dtype).mul_(scales[:, :, : self.tokens].to(self.dtype))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Tokens a query attends to, and the first of them."""
-        return self.tokens + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self.tokens
-
-    def get_max_length(self) -> int:
-        """Tokens there is room for."""
-        return self.max_tokens
-
     def keep(self, tokens: int) -> None:
         """Forgets all but the first ``tokens`` tokens."""
         self.tokens = min(self.tokens, tokens)
-
-    def reset(self) -> None:
-        """Forgets everything; the memory stays."""
-        self.tokens = 0
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Selects rows of the batch, in place."""
