@@ -23,9 +23,9 @@ from pathlib import Path
 
 import pandas
 
-from lowvram_lab.doctor import examine
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.units import MiB
 
 RESULTS = Path(__file__).parent / "results" / "convert_cpu.json"
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "convert_cpu.json"
 LOADERS = {
     "lowvram_lab": """
 from lowvram_lab import ModelSpec, Plan, find_source, load, open_gpu, watch_host
-import lowvram_lab.loader, lowvram_lab.chat, transformers.models.llama.modeling_llama
+import lowvram_lab.engine.load, lowvram_lab.chat.session, transformers.models.llama.modeling_llama
 source = find_source(name)
 spec = ModelSpec.from_config(source.config(), name)
 plan = Plan.uniform(spec, "stored" if spec.stored else "bf16").with_modules("*", device="cpu")
@@ -62,7 +62,7 @@ print(json.dumps({"seconds": seconds, "before": host.before_rss_bytes, "peak": h
 
 def convert(model: str, reduce: str, output: Path, kill_after: float | None = None) -> dict | None:
     """Runs ``lowvram convert``; killed after so many seconds, if it is still running, it returns None."""
-    command = [sys.executable, "-m", "lowvram_lab.cli", "convert", "--input", model, "--output", str(output)]
+    command = [sys.executable, "-m", "lowvram_lab.faces.cli.main", "convert", "--input", model, "--output", str(output)]
     process = subprocess.Popen(
         [*command, "--reduce", reduce, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

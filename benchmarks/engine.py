@@ -22,15 +22,15 @@ from forecast_accuracy import RandomCheckpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lowvram_lab.doctor import examine
+from lowvram_lab.engine.caches import new_cache
 from lowvram_lab.engine.lean import LeanDecoder
-from lowvram_lab.engine.preallocated import new_cache
-from lowvram_lab.evaluate import sample_text
-from lowvram_lab.loader import load
-from lowvram_lab.memory.device import StandInGpu
-from lowvram_lab.plan import Plan
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.engine.load import load
+from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import sample_text
 
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "vocab_size": 4096,
@@ -180,7 +180,7 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int) -> 
 
 def _products_of(decoder: LeanDecoder, model):
     """The very products of ``layer``, in order, with made-up inputs, and the head as the decoder runs it."""
-    from lowvram_lab.engine import layer as module
+    from lowvram_lab.engine import llama_layer as module
 
     shapes = [decoder._bind(*both)[0] for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     inputs, config = {}, model.config

@@ -21,17 +21,17 @@ import pandas
 import torch
 from forecast_accuracy import RandomCheckpoint
 
-from lowvram_lab.doctor import examine
-from lowvram_lab.dry_run import forecast
 from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.lean import decoder_for
-from lowvram_lab.loader import load
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
+from lowvram_lab.engine.load import load
+from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
-from lowvram_lab.profile import Workload
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import Workload
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 
 import lowvram_lab
-from lowvram_lab.checkpoint import Checkpoint
-from lowvram_lab.convert import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, convert, hash_of
 from lowvram_lab.files import write_atomically
-from lowvram_lab.formats import get_format
-from lowvram_lab.plan import Plan
-from lowvram_lab.planner.recipe import Recipe, recipe
-from lowvram_lab.quantize.stored import read_stored
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.card_recipe import Recipe, recipe
 from lowvram_lab.weights.calibration import evenly
+from lowvram_lab.weights.convert import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, convert, hash_of
 from lowvram_lab.weights.sensitivity import Sensitivity, estimate_sensitivity
+from lowvram_lab.weights.stored import read_stored
 
 SOLVER_CODE = ("quantize/*.py", "weights/[!s]*.py", "weights/stream.py", "convert.py", "formats.py", "data/*.txt")
 ESTIMATE_CODE = (*SOLVER_CODE, "weights/sensitivity.py")

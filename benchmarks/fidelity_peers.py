@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from lowvram_lab.formats import get_format
-from lowvram_lab.quantize.solvers import dequantize, quantize
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.weights.solvers import dequantize, quantize
 
 Stored = tuple[torch.Tensor, int]
 HQQ_SCALE_DTYPE = torch.float16

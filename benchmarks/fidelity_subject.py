@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowvram_lab.convert import CALIBRATION_TOKENS
-from lowvram_lab.evaluate import Fidelity
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
-from lowvram_lab.weights.calibration import calibration_text, calibration_windows, evenly
+from lowvram_lab.chat.fidelity import Fidelity
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import calibration_text
+from lowvram_lab.weights.calibration import calibration_windows, evenly
+from lowvram_lab.weights.convert import CALIBRATION_TOKENS
 
 STORIES, SMOLLM = "stories15M", "smollm2-135m"
 WINDOW = {STORIES: 256, SMOLLM: 512}

@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lowvram_lab.doctor import examine
-from lowvram_lab.formats import DTYPES, FORMATS
-from lowvram_lab.quantize.linear import quantized_linear
+from lowvram_lab.engine.layers import quantized_linear
+from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.model.formats import DTYPES, FORMATS
 from lowvram_lab.units import MiB
 
 RESULTS = Path(__file__).parent / "results"

@@ -20,15 +20,15 @@ import torch
 from forecast_accuracy import SMALL_LAYERS, SMALL_VOCABULARY, RandomCheckpoint, small_spec
 from tqdm.auto import tqdm
 
-from lowvram_lab.doctor import examine
+from lowvram_lab.engine.cache_layers import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
-from lowvram_lab.engine.kv_cache import MeteredCache
-from lowvram_lab.formats import FORMATS
-from lowvram_lab.loader import load, replan
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.engine.load import load, replan
+from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.formats import FORMATS
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("smollm2-135m", "qwen1.5-0.5b")

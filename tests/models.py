@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from lowvram_lab import cli
-from lowvram_lab.checkpoint import Checkpoint
-from lowvram_lab.formats import DTYPES, get_format
-from lowvram_lab.loader import load
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
-from lowvram_lab.quantize.solvers import dequantize, quantize
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.engine.load import load
+from lowvram_lab.faces.cli import main as cli
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.weights.solvers import dequantize, quantize
 
 torch.set_num_threads(
     1

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from models import TINY, DictCheckpoint, random_ids, tiny_spec, tiny_state
 
-from lowvram_lab.formats import get_format
-from lowvram_lab.planner.allocate import Option, allocate, lower_hull
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.weights.allocate import Option, allocate, lower_hull
 from lowvram_lab.weights.sensitivity import estimate_sensitivity
 
 FORMATS = ("int2", "int3", "int4", "int6", "int8", "bf16")

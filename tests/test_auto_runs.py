@@ -9,13 +9,13 @@ from models import DictCheckpoint, random_state, tiny_config
 from test_placement import Card
 from test_planner import Flat
 
-from lowvram_lab.dry_run import forecast
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError
-from lowvram_lab.loader import load
-from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import PREFERENCES, auto_plan, ram_bytes
-from lowvram_lab.profile import Workload, run_workload
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import Workload, run_workload
 from lowvram_lab.units import MiB
 
 SHAPES = (

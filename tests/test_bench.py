@@ -15,15 +15,18 @@ import torch
 from models import directory_spec, tiny_stock, write_model
 from test_cost import Made
 
-from lowvram_lab import bench_peers, bench_process, cli_bench
-from lowvram_lab.bench import bench, context_needed, plot_data
-from lowvram_lab.bench_engine import Engine, Task
-from lowvram_lab.bench_process import ChildEngine, EngineError, LocalEngine
 from lowvram_lab.errors import LowvramError, PlanError, SourceError
-from lowvram_lab.plan import Plan
-from lowvram_lab.source import Source
+from lowvram_lab.faces.cli import bench as cli_bench
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import Source
+from lowvram_lab.peers import others as bench_peers
+from lowvram_lab.peers import process as bench_process
+from lowvram_lab.peers.bench import bench, context_needed
+from lowvram_lab.peers.engines import Engine, Task
+from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
+from lowvram_lab.peers.result import plot_data
 
-bench_module = importlib.import_module("lowvram_lab.bench")  # the package gives the function of that name
+bench_module = importlib.import_module("lowvram_lab.peers.bench")  # the package gives the function of that name
 PROMPT, NEW = 12, 4
 LENGTH = NEW + 1
 
@@ -299,7 +302,7 @@ def test_where_the_gguf_file_comes_from(tmp_path, monkeypatch):
         made.append((model, type))
         output.write_bytes(b"GGUF")
 
-    monkeypatch.setitem(sys.modules, "lowvram_lab.gguf_export", SimpleNamespace(export_gguf=export))
+    monkeypatch.setitem(sys.modules, "lowvram_lab.weights.gguf_export", SimpleNamespace(export_gguf=export))
     file = tmp_path / "own.gguf"
     file.write_bytes(b"")
     folder = tmp_path / "exports"

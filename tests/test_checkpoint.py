@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowvram_lab.checkpoint import Checkpoint
 from lowvram_lab.errors import CheckpointError, SourceError
+from lowvram_lab.model.checkpoint import Checkpoint
 
 WEIGHTS = {
     "model.embed_tokens.weight": torch.randn(16, 8).to(torch.bfloat16),

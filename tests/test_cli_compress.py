@@ -20,8 +20,8 @@ from models import (
 )
 from models import run_command as run
 
-from lowvram_lab.plan import Plan
-from lowvram_lab.weights.calibration import calibration_text
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.packaged import calibration_text
 
 TEXT = "Held-out words, some of which the model will never have seen. " * 6
 
@@ -53,7 +53,7 @@ def converted(folder, source):
     """A directory converted by the command, and what it printed."""
     output = folder / "converted"
     words = ["--input", source, "--output", output, "--calibration", folder / "calibration.txt", "--json"]
-    command = [sys.executable, "-m", "lowvram_lab.cli", "convert", "--format", "int4", *map(str, words)]
+    command = [sys.executable, "-m", "lowvram_lab.faces.cli.main", "convert", "--format", "int4", *map(str, words)]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in models.py: a second thread only waits for a busy core
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
     assert done.returncode == 0, done.stderr
@@ -311,7 +311,7 @@ def test_a_disk_that_fills_up_is_one_line(capsys, tmp_path, source, monkeypatch)
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("lowvram_lab.partial.save_file", full)
+    monkeypatch.setattr("lowvram_lab.weights.resumable.save_file", full)
     one_line(*convert(capsys, source, tmp_path / "out", "--format", "int4"), "No space left on device")
     assert not (tmp_path / "out").exists()
 

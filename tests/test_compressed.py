@@ -25,16 +25,16 @@ from models import (
     write_model,
 )
 
-from lowvram_lab.compressed import quantization_config, stored_formats
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, PlanError, SourceError
-from lowvram_lab.formats import FORMATS, get_format
-from lowvram_lab.loader import load
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
-from lowvram_lab.quantize.solvers import round_to_nearest
-from lowvram_lab.quantize.stored import check_stored, read_stored, stored_tensors, tensor_names, to_stored
-from lowvram_lab.source import find_source, read_config
-from lowvram_lab.spec import ModelSpec, ModuleSpec
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.compressed import quantization_config, stored_formats
+from lowvram_lab.model.formats import FORMATS, get_format
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source, read_config
+from lowvram_lab.model.spec import ModelSpec, ModuleSpec
+from lowvram_lab.weights.solvers import round_to_nearest
+from lowvram_lab.weights.stored import check_stored, read_stored, stored_tensors, tensor_names, to_stored
 
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.kind in ("int8", "int4", "packed")]
 WIDE = 768

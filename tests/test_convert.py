@@ -35,25 +35,24 @@ from models import (
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from lowvram_lab.convert import Conversion, convert
-from lowvram_lab.dry_run import forecast
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
-from lowvram_lab.evaluate import sample_text
-from lowvram_lab.formats import get_format
-from lowvram_lab.loader import load
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.partial import PartialDirectory
-from lowvram_lab.plan import Plan
-from lowvram_lab.profile import Workload, run_workload
-from lowvram_lab.quantize.gptq import output_error
-from lowvram_lab.quantize.solve import relative_error as output_change
-from lowvram_lab.quantize.solvers import round_to_nearest
-from lowvram_lab.quantize.streamed import CORRECTION, DAMPING, corrected
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
-from lowvram_lab.weights.calibration import calibration_text
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import calibration_text, sample_text
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.weights.convert import Conversion, convert
+from lowvram_lab.weights.gptq import output_error
+from lowvram_lab.weights.layer_quantizer import CORRECTION, DAMPING, corrected
+from lowvram_lab.weights.resumable import PartialDirectory
+from lowvram_lab.weights.solve import relative_error as output_change
+from lowvram_lab.weights.solvers import round_to_nearest
 
-module = importlib.import_module("lowvram_lab.convert")  # the package's name for it is the function
+module = importlib.import_module("lowvram_lab.weights.convert")  # the package's name for it is the function
 
 HELD_OUT = sample_text()[:900]
 """Some 1100 tokens of a byte each: two windows and a rest."""
@@ -497,7 +496,7 @@ def test_kill_9_and_again_ends_in_the_same_bytes(tmp_path):
     source = write_model(tmp_path / "source", "qwen2")
     text = tmp_path / "calibration.txt"
     text.write_text(calibration_text()[:2100], encoding="utf-8")
-    command = [sys.executable, "-m", "lowvram_lab.cli", "convert", "--json", "--format", "int3"]
+    command = [sys.executable, "-m", "lowvram_lab.faces.cli.main", "convert", "--json", "--format", "int3"]
     command += ["--calibration", text, "--input", source, "--output"]
     options = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     subprocess.run([*command, tmp_path / "whole"], timeout=300, check=True, **options)
@@ -540,7 +539,7 @@ def test_a_disk_that_fills_up_leaves_no_output_and_can_be_gone_on_with(tmp_path,
         return save_file(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowvram_lab.partial.save_file", full)
+        patch.setattr("lowvram_lab.weights.resumable.save_file", full)
         with pytest.raises((LowvramError, OSError)):  # safetensors' own error is put in words
             run(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
@@ -723,8 +722,8 @@ def test_int8_of_any_width_runs(tokens):
     """torch's kernel reads beyond rows of other than 16 n columns: NaN for one token, for more it may crash."""
     code = f"""
 import torch
-from lowvram_lab.formats import get_format
-from lowvram_lab.quantize.linear import quantized_linear
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.engine.layers import quantized_linear
 for columns in (100, 104, 33):
     layer, weight = quantized_linear(columns, 64, get_format("int8"), "cpu"), torch.randn(64, columns)
     layer.store(weight, lambda tensor: tensor)

@@ -16,12 +16,12 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lowvram_lab.dry_run import forecast
+from lowvram_lab.engine.cache_layers import MeteredCache
 from lowvram_lab.engine.decode import Sampling, choose, decode_one_token, prefill, stream
-from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.errors import LowvramError, PlanError
-from lowvram_lab.plan import Plan
-from lowvram_lab.profile import Workload, run_workload
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import Workload, run_workload
 
 
 @pytest.fixture(scope="module")

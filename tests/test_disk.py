@@ -9,20 +9,20 @@ import pytest
 import torch
 from models import load_tiny, random_ids, relative_error, tiny_config, tiny_plan, tiny_spec, write_model
 
-from lowvram_lab import disk
 from lowvram_lab.cache import cache_dir
-from lowvram_lab.dry_run import forecast
+from lowvram_lab.engine import disk
+from lowvram_lab.engine.cache_layers import MeteredCache
 from lowvram_lab.engine.decode import prefill
-from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.layers import INT8_ALIGNMENT, quantized_linear
+from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError, PlanError
-from lowvram_lab.formats import get_format
-from lowvram_lab.loader import load, replan
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
-from lowvram_lab.profile import Workload, run_workload
-from lowvram_lab.quantize.linear import INT8_ALIGNMENT, quantized_linear
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import Workload, run_workload
 
 FORMATS = ("bf16", "int8", "int4", "int3", "nf4")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
@@ -171,12 +171,12 @@ RUN = """
 import sys
 import torch
 torch.set_num_threads(1)
-from lowvram_lab.loader import load
-from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.engine.load import load
+from lowvram_lab.memory.gpu import open_gpu
 from lowvram_lab.memory.host import give_back_heap
-from lowvram_lab.plan import Plan
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
 source = find_source(sys.argv[1])
 spec = ModelSpec.from_config(source.config(), source.name)
 plan = Plan.uniform(spec, "int8", context=64).with_modules("*", device="cpu")

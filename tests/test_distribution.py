@@ -13,12 +13,12 @@ from models import SIZES, seeded, tiny_config, tiny_state
 from safetensors.torch import save_file
 
 import lowvram_lab as lab
-from lowvram_lab.checkpoint import Checkpoint
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
-from lowvram_lab.formats import get_format
-from lowvram_lab.quantize.solvers import round_to_nearest
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.formats import get_format
 from lowvram_lab.weights import distribution
 from lowvram_lab.weights.distribution import error_curve, weight_histograms, weight_statistics
+from lowvram_lab.weights.solvers import round_to_nearest
 
 # float64 sums in another order: some 1e-16 a term, more where moments cancel
 CLOSE = {"rel": 1e-9, "abs": 1e-12}

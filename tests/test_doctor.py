@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from lowvram_lab import __version__, doctor
+from lowvram_lab import __version__
+from lowvram_lab.faces.cli import doctor
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def broken(weight, fmt):
 
 
 def test_a_kernel_that_fails_is_reported(monkeypatch):
-    from lowvram_lab.quantize import linear
+    from lowvram_lab.engine import layers as linear
 
     monkeypatch.setattr(linear.Int4Linear, "multiply", broken)
     found = doctor.examine()
@@ -46,7 +47,7 @@ def test_a_kernel_that_fails_is_reported(monkeypatch):
 
 
 def test_a_kernel_that_is_wrong_is_reported(monkeypatch):
-    from lowvram_lab.quantize import linear
+    from lowvram_lab.engine import layers as linear
 
     right = linear.Int8Linear.multiply
     monkeypatch.setattr(linear.Int8Linear, "multiply", lambda self, rows: 2 * right(self, rows))

@@ -13,22 +13,22 @@ import pytest
 import torch
 from models import letters_state, tiny_spec, tiny_tokenizer, write_model
 
-from lowvram_lab import cli_report
-from lowvram_lab.cli_report import add_report, run_report, write_report
-from lowvram_lab.convert import convert
-from lowvram_lab.dry_run import forecast
-from lowvram_lab.effects import CLAIMS, NOT_HERE, Effect, EffectReport, _Run, effects
+from lowvram_lab.chat.effects import CLAIMS, NOT_HERE, Effect, EffectReport, _Run, effects
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.evaluate import sample_text
+from lowvram_lab.faces.cli import report as cli_report
+from lowvram_lab.faces.cli.report import add_report, run_report, write_report
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.plan import Plan
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import sample_text
 from lowvram_lab.planner.auto import auto_plan
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.units import GiB
+from lowvram_lab.weights.convert import convert
 
-module = importlib.import_module("lowvram_lab.effects")  # the package gives the function of that name
+module = importlib.import_module("lowvram_lab.chat.effects")  # the package gives the function of that name
 
 TEXT = sample_text()[:600]
 QUANTITIES = [
@@ -50,7 +50,7 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ANSWER_TOKENS", 6)
         patch.setattr(module, "LeanDecoder", functools.partial(LeanDecoder, compiled=False))
-        patch.setattr("lowvram_lab.evaluate.sample_text", lambda: TEXT)
+        patch.setattr("lowvram_lab.chat.fidelity.sample_text", lambda: TEXT)
         patch.setattr(module, "auto_plan", planned_once())
         patch.setattr(module, "gc", SimpleNamespace(collect=lambda: None))  # a quarter of a second, nine times a report
         patch.setattr(module, "examine", functools.cache(module.examine))

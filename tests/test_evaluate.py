@@ -18,8 +18,9 @@ from models import (
     tiny_tokenizer,
 )
 
+from lowvram_lab.chat.fidelity import SLICE, WINDOW, Fidelity, _windows, fidelity, load_reference, repetition
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.evaluate import SLICE, WINDOW, Fidelity, _windows, fidelity, load_reference, repetition, sample_text
+from lowvram_lab.packaged import sample_text
 
 TEXT = (sample_text() * 3)[:700]
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from models import TINY, DictCheckpoint, load_tiny, random_ids, tiny_config, tiny_plan
 
-from lowvram_lab.dry_run import forecast
-from lowvram_lab.explain import TOP, OomExplanation, explain_oom
-from lowvram_lab.loader import load
+from lowvram_lab.engine.load import load
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.device import StandInGpu
-from lowvram_lab.plan import Plan
-from lowvram_lab.profile import Workload, run_workload
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.explain import TOP, OomExplanation, explain_oom
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import Workload, run_workload
 from lowvram_lab.units import MiB
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="budgets this small are the stand-in's")

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import packaged_spec
 
+from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
 from lowvram_lab.errors import PlanError
-from lowvram_lab.formats import DTYPES, FORMATS, TensorSpec, format_of_dtype, get_format
-from lowvram_lab.plan import Plan
-from lowvram_lab.quantize.linear import quantized_embedding, quantized_linear
+from lowvram_lab.model.formats import DTYPES, FORMATS, TensorSpec, format_of_dtype, get_format
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.units import GiB
 
 QUANTISED = [name for name, fmt in FORMATS.items() if fmt.kind != "float"]

@@ -19,17 +19,18 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from lowvram_lab import cli_export, gguf_export
-from lowvram_lab.checkpoint import Checkpoint
-from lowvram_lab.compressed import quantization_config
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
-from lowvram_lab.formats import get_format
-from lowvram_lab.gguf_convert import read_gguf_header
-from lowvram_lab.gguf_export import TYPES, export_gguf
-from lowvram_lab.quantize.solvers import round_to_nearest
-from lowvram_lab.quantize.stored import to_stored
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.faces.cli import export as cli_export
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.compressed import quantization_config
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.gguf import read_gguf_header
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.weights import gguf_export
+from lowvram_lab.weights.gguf_export import TYPES, export_gguf
+from lowvram_lab.weights.solvers import round_to_nearest
+from lowvram_lab.weights.stored import to_stored
 
 TEXT = (
     "The quick brown fox doesn't jump over 12 lazy dogs in 2024; they'll say: 'We've had it!' Numbers: 3.14159, 007. "

@@ -5,10 +5,10 @@ import torch
 from models import seeded
 
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.formats import FORMATS, get_format
-from lowvram_lab.quantize import gptq as module
-from lowvram_lab.quantize.gptq import DAMPINGS, error_spread, gptq, output_error
-from lowvram_lab.quantize.solvers import round_to_nearest, search_clip
+from lowvram_lab.model.formats import FORMATS, get_format
+from lowvram_lab.weights import gptq as module
+from lowvram_lab.weights.gptq import DAMPINGS, error_spread, gptq, output_error
+from lowvram_lab.weights.solvers import round_to_nearest, search_clip
 
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.kind in ("int8", "int4", "packed")]
 COLUMNS = 768  # a multiple of every group size

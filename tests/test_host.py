@@ -14,8 +14,8 @@ import torch
 from models import tiny_config
 
 from lowvram_lab.memory.host import HostMemory, forecast_load_bytes, watch_host
-from lowvram_lab.plan import Plan
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.units import MiB
 
 SLACK = 16 * MiB  # other threads of this process, malloc's arenas, the sampler itself
@@ -102,12 +102,12 @@ def mid_config():
 LOADING = """
 import json, sys
 import torch
-from lowvram_lab.loader import load
-from lowvram_lab.memory.device import StandInGpu
+from lowvram_lab.engine.load import load
+from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.memory.host import forecast_load_bytes, watch_host
-from lowvram_lab.plan import Plan
-from lowvram_lab.source import find_source
-from lowvram_lab.spec import ModelSpec, build_on_meta
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec, build_on_meta
 torch.set_num_threads(1)
 source = find_source(sys.argv[1])
 spec = ModelSpec.from_config(source.config(), source.name)

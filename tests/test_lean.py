@@ -22,16 +22,16 @@ from models import (
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lowvram_lab.engine import compiled
+from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import PreallocatedCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.graph import GraphedStep
-from lowvram_lab.engine.kv_cache import MeteredCache
 from lowvram_lab.engine.lean import LeanDecoder, why_not
-from lowvram_lab.engine.preallocated import PreallocatedCache
+from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.loader import load, replan
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="layers on a card are not decoded here yet")
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")

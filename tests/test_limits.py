@@ -6,15 +6,15 @@ from dataclasses import replace
 import pytest
 from models import TINY, packaged_spec, tiny_config
 
-from lowvram_lab import dry_run
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner import forecast as dry_run
 from lowvram_lab.planner import limits
 from lowvram_lab.planner.limits import CONTEXT_STEP, LARGEST_BATCH
-from lowvram_lab.profile import Workload
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import MiB, format_bytes
 
 forecast = functools.partial(dry_run.forecast, kernels="cpu")

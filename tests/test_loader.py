@@ -20,13 +20,13 @@ from models import (
     tiny_stock,
 )
 
+from lowvram_lab.engine.cache_layers import MeteredCache
 from lowvram_lab.engine.decode import prefill, stream
-from lowvram_lab.engine.kv_cache import MeteredCache
+from lowvram_lab.engine.load import replan
+from lowvram_lab.engine.placement import detach
 from lowvram_lab.errors import CheckpointError, PlanError
-from lowvram_lab.formats import DTYPES
-from lowvram_lab.loader import replan
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.offload import detach
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.units import MiB
 
 UP = "model.layers.1.mlp.up_proj.weight"

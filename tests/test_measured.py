@@ -5,11 +5,11 @@ import torch
 from models import TINY, DictCheckpoint, random_ids, tiny_spec, tiny_state, tiny_stock
 
 from lowvram_lab.errors import LowvramError, PlanError
-from lowvram_lab.formats import get_format
-from lowvram_lab.quantize.solve import solve
+from lowvram_lab.model.formats import get_format
 from lowvram_lab.weights.measured import measure_sensitivity
 from lowvram_lab.weights.moments import InputMoments, captured_inputs
 from lowvram_lab.weights.sensitivity import estimate_sensitivity
+from lowvram_lab.weights.solve import solve
 
 IDS = random_ids(64, batch=6)
 FIT, HELD_OUT = IDS[::2], IDS[1::2]

@@ -8,7 +8,7 @@ import torch
 
 from lowvram_lab.errors import BudgetError, UnitError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.device import StandInOutOfMemoryError, open_gpu
+from lowvram_lab.memory.gpu import StandInOutOfMemoryError, open_gpu
 from lowvram_lab.memory.oom import describe_holders
 from lowvram_lab.units import GiB, KiB, MiB
 

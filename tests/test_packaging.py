@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "src" / "lowvram_lab"
+PACKAGE = ROOT / "lowvram_lab"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 MAX_LINES = 400
 HEAVY = ("torch", "transformers", "matplotlib", "ipywidgets", "bitsandbytes")
@@ -65,13 +65,13 @@ def test_every_folder_with_code_is_a_package(path):
     assert (path.parent / "__init__.py").is_file(), f"{path.parent.name}/ has no __init__.py and would not be installed"
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.json")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "data").rglob("*.json")), ids=lambda p: p.name)
 def test_data_parses(path):
     assert json.loads(path.read_text("utf-8"))
 
 
 def test_bilingual_text_is_half_english_half_chinese():
-    paragraphs = (PACKAGE / "data" / "bilingual.txt").read_text("utf-8").strip().split("\n\n")
+    paragraphs = (ROOT / "data" / "bilingual.txt").read_text("utf-8").strip().split("\n\n")
     chinese = [max(p) >= "\u4e00" for p in paragraphs]
     assert len(paragraphs) >= 8 and chinese == [i % 2 == 1 for i in range(len(paragraphs))]
 

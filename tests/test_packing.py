@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowvram_lab.quantize.packing import PACK_CODES, pack, unpack
+from lowvram_lab.weights.codes import PACK_CODES, pack, unpack
 
 BITS = range(2, 9)
 

@@ -12,9 +12,9 @@ import torch
 from models import seeded
 from safetensors.torch import load_file, save_file
 
-from lowvram_lab import partial as module
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.partial import PartialDirectory, building, refuse_occupied, require_space
+from lowvram_lab.weights import resumable as module
+from lowvram_lab.weights.resumable import PartialDirectory, building, refuse_occupied, require_space
 
 IDENTITY = {"source": [["model.safetensors", 5, 123456789]], "solver": "gptq", "budget": 10**12, "plan": None}
 
@@ -128,7 +128,7 @@ def test_killed_while_writing_the_file_does_not_count_and_is_written_again(targe
             def die(*_, **__):
                 raise KeyboardInterrupt
 
-            patch.setattr(f"lowvram_lab.partial.{step}", die)
+            patch.setattr(f"lowvram_lab.weights.resumable.{step}", die)
             with pytest.raises(KeyboardInterrupt):
                 partial.save_tensors("two.safetensors", shard(2.0))
     with building(target, IDENTITY) as partial:
@@ -158,7 +158,7 @@ def test_killed_while_publishing_ends_in_a_whole_directory_the_next_time(target,
             def die(*_, **__):
                 raise KeyboardInterrupt
 
-            patch.setattr(f"lowvram_lab.partial.{step}", die)
+            patch.setattr(f"lowvram_lab.weights.resumable.{step}", die)
             with pytest.raises(KeyboardInterrupt):
                 partial.publish()
     if target.exists():  # killed after the rename: it is whole, and the next run clears up

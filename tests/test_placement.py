@@ -11,18 +11,19 @@ from models import TINY, load_tiny, random_ids, run_command, tiny_config, tiny_p
 from test_cost import Made
 from test_planner import CONTEXT, LAYERS, auto_plan, forecast, needed, small_spec
 
+from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import BudgetError, PlanError
-from lowvram_lab.loader import replan
 from lowvram_lab.memory import host
-from lowvram_lab.memory.device import CudaGpu, open_gpu
+from lowvram_lab.memory.gpu import CudaGpu, open_gpu
 from lowvram_lab.memory.host import check_room_in_ram, forecast_load_bytes
-from lowvram_lab.plan import Plan
-from lowvram_lab.planner import auto, cost
-from lowvram_lab.planner.cost import forecast_speed, stream_threshold
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner import auto
+from lowvram_lab.planner import speed as cost
 from lowvram_lab.planner.limits import max_context
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.rates import DiskRates, KernelRates, LayerRates, LinkRates, Machine
-from lowvram_lab.profile import Workload
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 
 LINK = LinkRates(to_gpu=5e7, to_gpu_pinned=1e8, to_cpu=4e9, to_cpu_pinned=2e10, crossing_s=2e-5)  # for tiny layers
 
@@ -273,7 +274,7 @@ def test_a_replan_checks_the_machine_too(monkeypatch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("lowvram_lab.planner.cost.Machine", Made)
+    monkeypatch.setattr("lowvram_lab.planner.speed.Machine", Made)
     monkeypatch.setattr("lowvram_lab.planner.auto.Machine", Made)
     return write_model(tmp_path / "model", "qwen2")
 

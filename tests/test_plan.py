@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from models import PLACEMENTS, TINY, load_tiny, tiny_plan, tiny_spec, tiny_state
 
 from lowvram_lab.errors import LowvramError, PlanError
-from lowvram_lab.formats import FORMATS
-from lowvram_lab.plan import Assignment, Plan
+from lowvram_lab.model.formats import FORMATS
+from lowvram_lab.model.plan import Assignment, Plan
 
 DOWN = "model.layers.1.mlp.down_proj"
 

@@ -6,18 +6,18 @@ from dataclasses import replace
 import pytest
 from models import TINY, packaged_spec, tiny_config
 
-from lowvram_lab import dry_run
 from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner import auto
+from lowvram_lab.planner import forecast as dry_run
 from lowvram_lab.planner.auto import RECIPES
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.rates import DiskRates, KernelRates, LayerRates
 from lowvram_lab.planner.search import largest_fitting, least_bytes
 from lowvram_lab.planner.suggest import suggest
-from lowvram_lab.profile import Workload
-from lowvram_lab.spec import ModelSpec
 from lowvram_lab.units import GiB, MiB
 
 CONTEXT, LAYERS = 512, 4

@@ -9,13 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from models import packaged_spec, tiny_plan, tiny_spec
 
-from lowvram_lab.chat import TurnStats
-from lowvram_lab.dry_run import forecast
+from lowvram_lab.chat.fidelity import Fidelity
+from lowvram_lab.chat.session import TurnStats
+from lowvram_lab.chat.validation import Limits
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.evaluate import Fidelity
-from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.timeline import Timeline
-from lowvram_lab.plot import (
+from lowvram_lab.faces.plot_memory import (
     BUDGET_COLOUR,
     LABELS,
     POINTS,
@@ -30,8 +28,10 @@ from lowvram_lab.plot import (
     plot_turns,
     plot_weights,
 )
-from lowvram_lab.profile import Workload
-from lowvram_lab.report import Limits
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.timeline import Timeline
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, MiB
 
 CARD = GpuBudget(8 * MiB, MiB)
@@ -103,12 +103,12 @@ def test_each_draws_where_it_is_told(name):
 
 
 def test_pyplot_is_never_imported():
-    code = "import sys, lowvram_lab.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, lowvram_lab.faces.plot_memory; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_library_needs_no_matplotlib_to_be_imported():
-    code = "import sys, lowvram_lab, lowvram_lab.report; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, lowvram_lab, lowvram_lab.chat.validation; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from models import seeded, tiny_state
 from safetensors.torch import save_file
 
-from lowvram_lab.checkpoint import Checkpoint
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.plot_weights import plot_error_curves, plot_histograms, plot_outliers, pooled_errors
+from lowvram_lab.faces.plot_weights import plot_error_curves, plot_histograms, plot_outliers, pooled_errors
+from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.weights.distribution import weight_statistics
 
 
@@ -55,7 +55,7 @@ def test_draws_where_it_is_told_and_can_be_drawn(plot, checkpoint, stats, tmp_pa
 
 def test_no_pyplot_and_no_matplotlib_for_the_statistics():
     code = "import sys, lowvram_lab.weights.distribution as d; assert 'matplotlib' not in sys.modules; "
-    code += "import lowvram_lab.plot_weights; assert 'matplotlib.pyplot' not in sys.modules"
+    code += "import lowvram_lab.faces.plot_weights; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

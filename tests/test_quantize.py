@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import dequantised_state, load_tiny, random_ids, relative_error, seeded, tiny_plan, tiny_stock
 
+from lowvram_lab.engine import int4_layout
+from lowvram_lab.engine import layers as linear
+from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.formats import FORMATS, get_format
-from lowvram_lab.quantize import int4_layout, linear
-from lowvram_lab.quantize.linear import quantized_embedding, quantized_linear
-from lowvram_lab.quantize.packing import unpack
-from lowvram_lab.quantize.solvers import dequantize, quantize, search_clip
+from lowvram_lab.model.formats import FORMATS, get_format
+from lowvram_lab.weights.codes import unpack
+from lowvram_lab.weights.solvers import dequantize, quantize, search_clip
 
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.kind in ("int8", "int4", "packed")]
 COLUMNS = 768  # a multiple of every group size

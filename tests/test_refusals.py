@@ -7,16 +7,16 @@ import torch
 import transformers
 from models import SIZES, DictCheckpoint, tiny_config, tiny_plan, tiny_spec
 
-from lowvram_lab.dry_run import forecast
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, PlanError, UnitError
-from lowvram_lab.loader import load
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.device import StandInGpu
-from lowvram_lab.plan import Plan
+from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.limits import max_batch, max_context
+from lowvram_lab.planner.profile import Workload, run_workload
 from lowvram_lab.planner.suggest import suggest
-from lowvram_lab.profile import Workload, run_workload
-from lowvram_lab.spec import ModelSpec
 
 BIG = 10**12
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from models import DictCheckpoint, letters_state, load_tiny, tiny_plan, tiny_spec, tiny_tokenizer
 
-from lowvram_lab.chat import ChatSession
-from lowvram_lab.dry_run import forecast
-from lowvram_lab.evaluate import load_reference
-from lowvram_lab.memory.device import StandInGpu
-from lowvram_lab.profile import SpeedProfile, Workload, run_workload
-from lowvram_lab.report import Check, Limits, ValidationReport, validate
+from lowvram_lab.chat.fidelity import load_reference
+from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.chat.validation import Check, Limits, ValidationReport, validate
+from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import SpeedProfile, Workload, run_workload
 
 TEXT = "a small text that is long enough to be scored, whatever it says about anything at all"
 SPEED = SpeedProfile("this CPU, standing in for a GPU (simulated)", 5, 5, 0.5, 12.34)

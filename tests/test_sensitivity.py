@@ -21,13 +21,13 @@ from models import (
 )
 
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.formats import get_format
-from lowvram_lab.quantize.gptq import gptq
-from lowvram_lab.quantize.solvers import round_to_nearest
-from lowvram_lab.spec import ModelSpec, ModuleSpec
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.weights import sensitivity as module
+from lowvram_lab.weights.gptq import gptq
 from lowvram_lab.weights.moments import InputMoments, captured_inputs
 from lowvram_lab.weights.sensitivity import HEAD_TOKENS, Sensitivity, candidate_formats, estimate_sensitivity
+from lowvram_lab.weights.solvers import round_to_nearest
 
 IDS = random_ids(64, batch=8)
 EMBED = "model.embed_tokens"

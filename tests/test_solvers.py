@@ -5,9 +5,9 @@ import torch
 from models import seeded
 
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.formats import FORMATS, SCALE_DTYPE, get_format
-from lowvram_lab.quantize import solvers
-from lowvram_lab.quantize.solvers import (
+from lowvram_lab.model.formats import FORMATS, SCALE_DTYPE, get_format
+from lowvram_lab.weights import solvers
+from lowvram_lab.weights.solvers import (
     IntegerWeight,
     by_rows,
     dequantize,

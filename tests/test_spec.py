@@ -4,10 +4,10 @@ import pytest
 import torch
 from models import TINY, packaged_spec, tiny_config, tiny_spec, tiny_stock
 
-from lowvram_lab import spec as spec_module
-from lowvram_lab.builtin import packaged_facts
 from lowvram_lab.errors import CheckpointError, PlanError
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.model import spec as spec_module
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import packaged_facts
 from lowvram_lab.units import GiB, KiB
 
 # name: hidden, layers, kv heads, vocabulary, tied, fp16 GiB, KV KiB a token. The published architectures.

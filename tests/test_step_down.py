@@ -17,14 +17,16 @@ from models import (
     tiny_tokenizer,
 )
 
-from lowvram_lab import disk, loader, offload
-from lowvram_lab.chat import ChatSession
+from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.engine import disk
+from lowvram_lab.engine import load as loader
+from lowvram_lab.engine import placement as offload
 from lowvram_lab.engine.decode import ModuleDecoder
+from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import BudgetError, CheckpointError, PlanError
-from lowvram_lab.loader import replan
-from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.planner.profile import Workload, run_workload
 from lowvram_lab.planner.step_down import smaller_plans
-from lowvram_lab.profile import Workload, run_workload
 
 SIMULATED = pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
 
@@ -248,7 +250,7 @@ def test_a_lean_answer_needs_no_memory_that_was_not_there_before():
 @SIMULATED
 def test_an_answer_cut_by_a_full_gpu_is_finished_where_it_was(monkeypatch):
     """Out of memory in the middle of an answer: another process takes what was left."""
-    monkeypatch.setattr("lowvram_lab.chat.decoder_for", lambda model, *args: ModuleDecoder(model))
+    monkeypatch.setattr("lowvram_lab.chat.session.decoder_for", lambda model, *args: ModuleDecoder(model))
     session, pieces = letters_chat(open_gpu("16MiB")), []
     for piece in session.send("tell me"):
         pieces.append(piece)

@@ -18,11 +18,11 @@ from models import (
     tiny_stock,
 )
 
-from lowvram_lab.compressed import quantization_config
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.spec import ModelSpec
+from lowvram_lab.model.compressed import quantization_config
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerStream
 from lowvram_lab.weights.moments import InputMoments, OutputGradients, captured_inputs
-from lowvram_lab.weights.stream import TOKENS_AT_ONCE, LayerStream
 
 EMBED, UP, NORM = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 BIAS, HEAD = "model.layers.1.self_attn.q_proj.bias", "lm_head.weight"

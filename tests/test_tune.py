@@ -8,12 +8,12 @@ import torch
 from models import DictCheckpoint, tiny_plan, tiny_spec, tiny_state, write_model
 from test_cost import Made
 
-from lowvram_lab import cli
 from lowvram_lab.errors import PlanError
-from lowvram_lab.memory.device import open_gpu
+from lowvram_lab.faces.cli import main as cli
+from lowvram_lab.memory.gpu import open_gpu
 from lowvram_lab.planner import rates
-from lowvram_lab.profile import Workload
-from lowvram_lab.tune import tune
+from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.tune import tune
 
 
 def measured(**options):
@@ -25,7 +25,7 @@ def measured(**options):
 def test_every_split_with_every_thread_count(monkeypatch):
     loads = []
     real = rates.load
-    monkeypatch.setattr("lowvram_lab.tune.load", lambda *a, **k: (loads.append(1), real(*a, **k))[1])
+    monkeypatch.setattr("lowvram_lab.planner.tune.load", lambda *a, **k: (loads.append(1), real(*a, **k))[1])
     threads = torch.get_num_threads()
     table = measured(threads=[1, 2])
     assert len(loads) == 1

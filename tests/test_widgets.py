@@ -25,18 +25,20 @@ from models import (
 from test_cost import Made
 
 import lowvram_lab
-from lowvram_lab import split, widgets
-from lowvram_lab.dry_run import forecast
 from lowvram_lab.errors import LowvramError, PlanError, SourceError
+from lowvram_lab.faces import panel as widgets
+from lowvram_lab.faces import split
+from lowvram_lab.faces.panel import FITS_COLOUR, LayerSplitPanel
+from lowvram_lab.faces.plot_memory import BUDGET_COLOUR
+from lowvram_lab.faces.split import AS_LOADED, SplitState, evaluate_split, split_plan, state_of, try_split
 from lowvram_lab.memory import host
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.device import open_gpu
-from lowvram_lab.plan import Plan
-from lowvram_lab.planner.cost import forecast_speed
-from lowvram_lab.spec import ModelSpec
-from lowvram_lab.split import AS_LOADED, SplitState, evaluate_split, split_plan, state_of, try_split
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.units import MiB
-from lowvram_lab.widgets import BUDGET_COLOUR, FITS_COLOUR, LayerSplitPanel
 
 SIMULATED = pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
 SMALL_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # that of most cards, also where the tests run on Hopper

@@ -1,0 +1,95 @@
+"""One decoded token on a CUDA card as a graph: captured once for a length, then replayed without Python or allocation.
+
+A graph's shapes are fixed: it looks at a power of two of the cache's places, and a mask hides those that hold nothing
+yet. The graphs of all lengths share one memory pool, which is allocated at the first capture of each.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from lowvram_lab.engine.llama_layer import LayerShape, layer
+
+SHORTEST = 256
+"""Fewest places a graph looks at."""
+
+_WARM_UPS = 3
+
+
+class GraphedStep:
+    """All layers and the head for one token of each sequence.
+
+    Args:
+        layers: Shape and tensors of each layer, as ``layer`` wants them.
+        head: Hidden states ``(batch, hidden)`` float32 → logits ``(batch, vocab)``.
+        cos: ``(room, head_dim)`` float32.
+        sin: The same; its first half negative.
+        batch_size: Sequences.
+        hidden_size: Features.
+        capture: Whether to capture; without, the same is run operation by operation, which any device can.
+    """
+
+    def __init__(
+        self,
+        layers: list[tuple[LayerShape, list]],
+        head: Callable,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch_size: int,
+        hidden_size: int,
+        capture: bool = True,
+    ):
+        self.layers, self.head, self.cos, self.sin, self.capture = layers, head, cos, sin, capture
+        self._places = torch.arange(cos.shape[0], device=cos.device)
+        self._hidden = torch.zeros(batch_size, hidden_size, device=cos.device)
+        self._at = torch.zeros(1, dtype=torch.long, device=cos.device)
+        self._graphs: dict[int, tuple] = {}
+        self._pool = self._stream = None
+
+    def __call__(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
+        """Decodes one token of each sequence.
+
+        Args:
+            hidden: Its embedding, ``(batch, hidden)``, on any device.
+            position: How many tokens the cache holds.
+
+        Returns:
+            Logits ``(batch, vocab)``; the next call writes over them.
+        """
+        self._hidden.copy_(hidden)
+        self._at.fill_(position)
+        length = min(max(SHORTEST, 1 << position.bit_length()), len(self._places))
+        if self.capture and length not in self._graphs:
+            try:
+                self._graphs[length] = self._captured(length)
+            except torch.OutOfMemoryError:
+                self.capture, self._graphs, self._pool = False, {}, None
+        if not self.capture:  # the temporaries of one layer at a time need less than a graph's pool
+            return self._run(length)
+        graph, logits = self._graphs[length]
+        graph.replay()
+        return logits
+
+    def _run(self, length: int) -> torch.Tensor:
+        cos, sin = (table.index_select(0, self._at)[0] for table in (self.cos, self.sin))
+        mask = torch.zeros(length, device=cos.device).masked_fill_(self._places[:length] > self._at, -torch.inf)
+        hidden = self._hidden
+        for shape, tensors in self.layers:
+            hidden = layer(shape, hidden, cos, sin, tensors, length, self._at, mask)
+        return self.head(hidden)
+
+    def _captured(self, length: int) -> tuple:
+        """Runs a few times first, on a stream of its own, as capturing asks for; each run writes what replay writes."""
+        self._stream = self._stream or torch.cuda.Stream(self._hidden.device)  # one: each has a cuBLAS workspace
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                for _ in range(_WARM_UPS):
+                    self._run(length)
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            logits = self._run(length)
+        self._pool = self._pool or graph.pool()
+        return graph, logits

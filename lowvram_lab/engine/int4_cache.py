@@ -1,0 +1,105 @@
+"""Keys and values of one layer in 4 bits: keys per channel, values per token, the newest keys exact.
+
+Keys have channels that are large at every token: a scale for each channel, over 32 tokens, costs a fifth of the error
+of a scale for each token (KL 0.010 against 0.045 nats, SmolLM2-135M; values have no such channels). A group is
+quantised when it is full; until then its keys stay as they are. Source: Liu et al. 2024 (KIVI), arXiv:2402.02750.
+"""
+
+import torch
+
+from lowvram_lab.engine.cache_layers import FixedLayer
+from lowvram_lab.model.formats import SCALE_DTYPE
+
+GROUP = 32
+"""Tokens of a channel, or channels of a token, that share a scale and a zero."""
+
+
+class Int4Layer(FixedLayer):
+    """Keys and values of one decoder layer, all of it allocated now.
+
+    Shapes, for ``(batch, kv_heads, max_tokens, head_dim)`` and ``blocks = ceil(max_tokens / 32)``: ``keys`` uint8
+    ``(batch, kv_heads, blocks, 16, head_dim)``, two tokens a byte, the even one low; ``key_grid`` bf16 ``(batch,
+    kv_heads, blocks, 2, head_dim)``, scale and zero; ``recent`` ``(batch, kv_heads, 32, head_dim)`` in the model's
+    dtype; ``values`` uint8 ``(batch, kv_heads, max_tokens, head_dim / 2)``; ``value_grid`` bf16 ``(batch, kv_heads,
+    max_tokens, 2, head_dim / 32)``.
+
+    Args:
+        gpu: The ``Gpu`` of the model.
+        place: Where the layer computes.
+        shape: ``(batch, kv_heads, max_tokens, head_dim)``; head_dim a multiple of 32.
+        dtype: The model's.
+    """
+
+    key_scale = None
+
+    def __init__(self, gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype):
+        super().__init__()
+        batch, heads, self.max_tokens, width = shape
+        self.dtype, self.tokens = dtype, 0
+        blocks = -(-self.max_tokens // GROUP)
+        self.keys = gpu.zeros((batch, heads, blocks, GROUP // 2, width), torch.uint8, place)
+        self.key_grid = gpu.zeros((batch, heads, blocks, 2, width), SCALE_DTYPE, place)
+        self.recent = gpu.zeros((batch, heads, GROUP, width), dtype, place)
+        self.values = gpu.zeros((batch, heads, self.max_tokens, width // 2), torch.uint8, place)
+        self.value_grid = gpu.zeros((batch, heads, self.max_tokens, 2, width // GROUP), SCALE_DTYPE, place)
+        self.device, self.is_initialized = self.keys.device, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Writes new keys and values behind those there are; returns all of them, dequantised."""
+        start, end = self.tokens, self.end_of(key_states)
+        codes, self.value_grid[:, :, start:end] = _quantize(value_states.unflatten(-1, (-1, GROUP)), -1)
+        codes = codes.flatten(-2)
+        self.values[:, :, start:end] = codes[..., ::2] | codes[..., 1::2] << 4
+        self._append_keys(key_states, start, end)
+        self.tokens = end
+        return self._keys(), self._values()
+
+    def _append_keys(self, states: torch.Tensor, start: int, end: int) -> None:
+        whole = end // GROUP * GROUP
+        if whole > start:  # groups that are full now, the first of them begun before
+            first = start // GROUP
+            begun = self.recent[:, :, : start - first * GROUP]
+            blocks = torch.cat((begun, states[:, :, : whole - start]), dim=2).unflatten(2, (-1, GROUP))
+            codes, self.key_grid[:, :, first : whole // GROUP] = _quantize(blocks, 3)
+            self.keys[:, :, first : whole // GROUP] = codes[:, :, :, ::2] | codes[:, :, :, 1::2] << 4
+            start, states = whole, states[:, :, whole - start :]
+        if end > start:
+            self.recent[:, :, start % GROUP : start % GROUP + end - start] = states
+
+    def _keys(self) -> torch.Tensor:
+        blocks = self.tokens // GROUP
+        codes = torch.stack((self.keys[:, :, :blocks] & 15, self.keys[:, :, :blocks] >> 4), dim=4)
+        grid = self.key_grid[:, :, :blocks].to(self.dtype)
+        whole = codes.flatten(3, 4).to(self.dtype).mul_(grid[:, :, :, :1]).add_(grid[:, :, :, 1:]).flatten(2, 3)
+        return torch.cat((whole, self.recent[:, :, : self.tokens - blocks * GROUP]), dim=2)
+
+    def _values(self) -> torch.Tensor:
+        held = self.values[:, :, : self.tokens]
+        codes = torch.stack((held & 15, held >> 4), dim=-1).flatten(-2).unflatten(-1, (-1, GROUP))
+        grid = self.value_grid[:, :, : self.tokens].to(self.dtype)
+        return codes.to(self.dtype).mul_(grid[:, :, :, 0, :, None]).add_(grid[:, :, :, 1, :, None]).flatten(-2)
+
+    def keep(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` tokens; a group that is no longer full is read back."""
+        if tokens >= self.tokens:
+            return
+        begun = tokens % GROUP
+        if tokens // GROUP < self.tokens // GROUP and begun:
+            first = tokens - begun
+            self.recent[:, :, :begun] = self._keys()[:, :, first : first + begun]
+        self.tokens = tokens
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Selects rows of the batch, in place."""
+        for held in (self.keys, self.key_grid, self.recent, self.values, self.value_grid):
+            held.copy_(held.index_select(0, beam_idx.to(held.device)))
+
+
+def _quantize(states: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of 0 to 15, and scale and zero, side by side in the place of ``dim`` (values: before it)."""
+    low, high = states.amin(dim, keepdim=True), states.amax(dim, keepdim=True)
+    scale = ((high - low).float() / 15).clamp_(min=torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
+    zero = low.to(SCALE_DTYPE)
+    codes = ((states.float() - zero.float()) / scale.float()).round_().clamp_(0, 15).to(torch.uint8)
+    grid = torch.cat((scale, zero), dim=dim)
+    return codes, grid if dim != -1 else grid.transpose(-1, -2)

@@ -1,0 +1,345 @@
+"""Layers that hold quantised weights and run them over kernels other people wrote.
+
+CPU: ``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu``, bfloat16 activations only (other dtypes are 20 times
+slower, so they are cast around the call). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where
+no kernel serves (2, 3, 5 and 6 bits have none, nor has 4 in odd groups), a tile of the weight is dequantised at a time,
+so that the temporary stays small (nf4: all of it).
+
+A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from lowvram_lab.engine.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
+from lowvram_lab.model.formats import Format, get_format
+from lowvram_lab.units import MiB
+from lowvram_lab.weights.codes import unpack
+from lowvram_lab.weights.solvers import INT4_OFFSET, quantize
+
+TILE_BYTES = 16 * MiB
+"""Largest dequantised temporary: small beside any budget, large enough to keep a matrix product efficient."""
+
+DEQUANTIZE_ROWS = 64
+"""From this many tokens on, torch's CPU int8 kernel is slower than dequantise + matmul (measured, 2560 to 6912)."""
+
+INT8_COLUMNS = 16
+"""torch's CPU int8 kernel reads so many columns at once, also beyond the end of a row: NaN, or a crash."""
+
+INT8_ALIGNMENT = 16
+"""torch's CPU int8 kernel ends the process on a weight that begins elsewhere, as one mapped from safetensors may."""
+
+NF4_FUSED_ROWS = 4
+"""Up to this many tokens bitsandbytes always runs its fused kernel on CUDA (``_GEMM_4BIT_CUSTOM_FLOOR_M``); beyond it
+the card decides, so there the weight is dequantised in the open, where it is counted."""
+
+CUDA_INNER_K_TILES = 8
+_CUDA_INT4_K = CUDA_INNER_K_TILES * 16
+
+
+class QuantizedLinear(nn.Module):
+    """``y = x W^T + b`` with W stored in a quantised format.
+
+    Args:
+        in_features: Columns of W.
+        out_features: Rows of W.
+        fmt: The format.
+        kernels: ``"cpu"`` or ``"cuda"``: whose kernels the layer runs, or imitates on meta.
+
+    Shapes: x ``(..., in_features)``, result ``(..., out_features)`` in x's dtype.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str):
+        super().__init__()
+        self.in_features, self.out_features, self.format, self.kernels = in_features, out_features, fmt, kernels
+        self.bias = None
+        self.tile_rows = 1  # rows of the weight that can be dequantised only together
+
+    def store(self, weight: torch.Tensor, move) -> None:
+        """Quantises ``weight`` ``(out, in)`` and keeps the result where ``move`` puts it.
+
+        Args:
+            weight: Float weight, on the CPU or on meta.
+            move: Tensor → the tensor at its final place.
+
+        Raises:
+            CheckpointError: The weight is not finite.
+        """
+        self.fill(_shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format), move)
+
+    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+        """Keeps a weight quantised before, where ``move`` puts it.
+
+        Args:
+            tensors: As ``quantize`` returns them, or of those shapes on meta.
+            move: See ``store``.
+        """
+        for name, tensor in tensors.items():
+            self.register_buffer(name, move(tensor))
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.in_features}, {self.out_features}, {self.format.name}, bias={self.bias is not None}"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiplies and adds the bias."""
+        rows = x.reshape(-1, self.in_features)
+        result = self.multiply(rows)
+        if self.bias is not None:
+            result = result + self.bias
+        return result.view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """``(tokens, in_features)`` → ``(tokens, out_features)``."""
+        raise NotImplementedError
+
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of the dequantised weight, ``(rows, in_features)``; ``select`` is a slice or ``(rows,)`` ids."""
+        raise NotImplementedError
+
+    def multiply_by_tiles(self, rows: torch.Tensor) -> torch.Tensor:
+        """Dequantise + matmul, a bounded tile of output features at a time."""
+        step = max(1, TILE_BYTES // (rows.element_size() * self.in_features))
+        step = max(step - step % self.tile_rows, self.tile_rows)
+        if step >= self.out_features:
+            return F.linear(rows, self.weight_rows(slice(None), rows.dtype))
+        result = rows.new_empty(rows.shape[0], self.out_features)
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            result[:, start:stop] = F.linear(rows, self.weight_rows(slice(start, stop), rows.dtype))
+        return result
+
+
+class _Int8Rows:
+    """One int8 code a weight, one bf16 scale an output feature."""
+
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See ``QuantizedLinear``."""
+        return self.weight[select].to(dtype).mul_(self.scale[select].to(dtype).unsqueeze(1))
+
+
+class _Int4Rows:
+    """Two codes a byte, the even column low; a bf16 scale and zero for every ``group_size`` inputs."""
+
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See ``QuantizedLinear``."""
+        packed = self.packed[select]
+        codes = self.codes(packed)
+        scale, zero = self.scale_and_zero[:, select].to(dtype).transpose(0, 1).unbind(-1)
+        groups = codes.view(*scale.shape, self.format.group_size).to(dtype)
+        groups = groups.sub_(INT4_OFFSET).mul_(scale.unsqueeze(-1)).add_(zero.unsqueeze(-1))
+        return groups.view(packed.shape[0], 2 * packed.shape[1])
+
+    def codes(self, packed: torch.Tensor) -> torch.Tensor:
+        """``(rows, in / 2)`` bytes → codes, ``in`` of them a row, in the order of the columns."""
+        return torch.stack((packed & 15, packed >> 4), dim=-1)
+
+
+class _PackedRows:
+    """Codes packed tight into words; a bf16 scale for every ``group_size`` inputs."""
+
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """See ``QuantizedLinear``."""
+        packed = self.packed[select]
+        codes, scale = unpack(packed, self.format.bits), self.scale[select].to(dtype)
+        groups = codes.to(dtype).view(*scale.shape, self.format.group_size)
+        return groups.mul_(scale.unsqueeze(-1)).view(codes.shape)
+
+
+class Int8Linear(_Int8Rows, QuantizedLinear):
+    """torch's int8 kernel on the CPU."""
+
+    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+        """See ``QuantizedLinear``; a weight that begins where the kernel cannot read it is copied."""
+        super().fill(tensors, move)
+        if self.kernels == "cpu" and not self.weight.is_meta and self.weight.data_ptr() % INT8_ALIGNMENT:
+            self.weight = self.weight.clone()
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """CPU kernel for few tokens, dequantised tiles for many and on CUDA."""
+        whole = self.in_features % INT8_COLUMNS == 0
+        if self.kernels == "cpu" and whole and rows.shape[0] < DEQUANTIZE_ROWS:
+            product = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale)
+            return product.to(rows.dtype)
+        return self.multiply_by_tiles(rows)
+
+
+class Int4Linear(_Int4Rows, QuantizedLinear):
+    """torch's int4 kernels.
+
+    ``layout`` says how the codes lie: ``"cpu"`` and ``"cuda"`` are what torch's own packing makes (they differ by
+    machine, so a checkpoint never holds them), ``"nibbles"`` is two codes a byte, the even column low.
+
+    Args:
+        in_features: See ``QuantizedLinear``.
+        out_features: See ``QuantizedLinear``.
+        fmt: See ``QuantizedLinear``.
+        kernels: See ``QuantizedLinear``.
+        shared: Whether an embedding reads rows of the same buffers, which only the ``nibbles`` layout allows.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
+        super().__init__(in_features, out_features, fmt, kernels)
+        if not shared and kernels == "cpu" and out_features % 16 == 0:
+            self.layout, self.tile_rows = "cpu", cpu_block_rows() or 1
+        elif not shared and kernels == "cuda" and not (in_features % _CUDA_INT4_K or out_features % 8) and _ampere():
+            self.layout = "cuda"
+        else:
+            self.layout = "nibbles"
+
+    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+        """See ``QuantizedLinear``. CUDA packs after the move: its packing runs only there."""
+        if "codes" not in tensors:  # a dry run's
+            super().fill(tensors, move)
+            if self.layout == "cuda":  # repacked on the card: for a moment both copies are there
+                self.packed = self.packed.clone()
+            return
+        codes = tensors["codes"]
+        if self.layout == "cpu":
+            packed = move(pack_for_cpu(codes))
+        else:
+            high_first = self.layout == "cuda"  # tinygemm wants the even column in the high nibble
+            packed = move(two_per_byte(codes, high_first))
+            if high_first:
+                packed = torch.ops.aten._convert_weight_to_int4pack(packed, CUDA_INNER_K_TILES)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale_and_zero", move(tensors["scale_and_zero"]))
+
+    def codes(self, packed: torch.Tensor) -> torch.Tensor:
+        """See ``_Int4Rows``; of whole blocks in the CPU's layout."""
+        return unpack_from_cpu(packed) if self.layout == "cpu" else super().codes(packed)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """torch's int4 kernel where the layout has one for the device, else dequantised tiles."""
+        if self.layout != self.kernels:  # nibbles; or packed for the CPU, and for now on the GPU: see streaming.py
+            return self.multiply_by_tiles(rows)
+        x = rows.to(torch.bfloat16)
+        if self.layout == "cpu":
+            kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
+        elif rows.is_meta:  # tinygemm's own packing is not imitated on meta; its result and temporaries (none) are
+            return x.new_empty(x.shape[0], self.out_features).to(rows.dtype)
+        else:
+            kernel = torch.ops.aten._weight_int4pack_mm
+        # fused with others (fuse.py) the scales are a view with gaps, which the kernel would read as if without
+        return kernel(x, self.packed, self.format.group_size, self.scale_and_zero.contiguous()).to(rows.dtype)
+
+
+class PackedLinear(_PackedRows, QuantizedLinear):
+    """Bits and groups without a kernel anywhere: always dequantised tiles."""
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """Dequantise + matmul."""
+        return self.multiply_by_tiles(rows)
+
+
+class Nf4Linear(QuantizedLinear):
+    """bitsandbytes' 4-bit NormalFloat: two codes a byte, one fp32 absmax for every 64 weights."""
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """bitsandbytes' fused kernel for few tokens on CUDA, else a dequantised weight and matmul."""
+        import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+        shape = [self.out_features, self.in_features]
+        if self.kernels == "cuda" and rows.shape[0] <= NF4_FUSED_ROWS:
+            return torch.ops.bitsandbytes.gemm_4bit.default(
+                rows, self.packed, shape, self.absmax, self.format.group_size, "nf4"
+            )
+        weight = torch.ops.bitsandbytes.dequantize_4bit.default(
+            self.packed, self.absmax, self.format.group_size, "nf4", shape, rows.dtype
+        )
+        return F.linear(rows, weight)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An embedding table in a quantised format, whose buffers a tied head can share.
+
+    Args:
+        num_embeddings: Rows.
+        embedding_dim: Columns.
+        fmt: The format.
+        dtype: Of the result.
+
+    Shapes: ids ``(...)`` of integers → ``(..., embedding_dim)``.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.format, self.dtype = num_embeddings, embedding_dim, fmt, dtype
+
+    def store(self, weight: torch.Tensor, move) -> None:
+        """Quantises the table ``(num_embeddings, embedding_dim)``; see ``QuantizedLinear.store``."""
+        self.fill(_shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format), move)
+
+    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+        """See ``QuantizedLinear.fill``."""
+        if "codes" in tensors:
+            tensors = {**tensors, "packed": two_per_byte(tensors["codes"], high_first=False)}
+            del tensors["codes"]
+        for name, tensor in tensors.items():
+            self.register_buffer(name, move(tensor))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Looks up rows and scales them."""
+        return self.weight_rows(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.format.name}"
+
+
+class Int8Embedding(_Int8Rows, QuantizedEmbedding):
+    """A table in int8."""
+
+
+class Int4Embedding(_Int4Rows, QuantizedEmbedding):
+    """A table in int4."""
+
+
+class PackedEmbedding(_PackedRows, QuantizedEmbedding):
+    """A table in a packed format."""
+
+
+_LINEARS = {"int8": Int8Linear, "int4": Int4Linear, "packed": PackedLinear, "nf4": Nf4Linear}
+_EMBEDDINGS = {"int8": Int8Embedding, "int4": Int4Embedding, "packed": PackedEmbedding}
+
+
+def import_kernels(formats: set[str]) -> None:
+    """Imports or learns what the formats' kernels need, before a meter runs that would count their tables."""
+    if "nf4" in formats:
+        import bitsandbytes  # noqa: F401
+    if any(get_format(name).kind == "int4" for name in formats):
+        cpu_block_rows()
+
+
+def quantized_linear(
+    in_features: int, out_features: int, fmt: Format, kernels: str, *, shared: bool = False
+) -> QuantizedLinear:
+    """An empty layer of a format, to be given its weight by ``store`` or ``fill``.
+
+    Args:
+        in_features: See ``QuantizedLinear``.
+        out_features: See ``QuantizedLinear``.
+        fmt: The format.
+        kernels: See ``QuantizedLinear``.
+        shared: Whether an embedding shares the buffers.
+    """
+    if fmt.kind == "int4":
+        return Int4Linear(in_features, out_features, fmt, kernels, shared)
+    return _LINEARS[fmt.kind](in_features, out_features, fmt, kernels)
+
+
+def quantized_embedding(num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype) -> QuantizedEmbedding:
+    """An empty table of a format; see ``quantized_linear``."""
+    return _EMBEDDINGS[fmt.kind](num_embeddings, embedding_dim, fmt, dtype)
+
+
+def _shapes_only(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
+    """What a dry run stores: the format table's tensors, without data."""
+    tensors = fmt.tensors(tuple(weight.shape), weight.dtype)
+    return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in tensors.items()}
+
+
+def _ampere() -> bool:
+    # A forecast made without a card assumes Ampere or later; a Turing card has no bf16 and takes the nibbles layout.
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)

@@ -1,0 +1,194 @@
+"""One decoder layer of the Llama family for one token of each sequence, as a plain function of tensors.
+
+It knows nothing about models, caches or compilers. Everything between two matrix products is float32: a small cost for
+one token, and closer to full precision than 16 bits.
+
+Derived in: notebooks/06_the_engine.ipynb
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lowvram_lab.engine.cache_layers import quantize_states
+
+LONGEST_LOOP = 4096
+"""Inputs of a weight. Compiled, a product of one row with int8 or 16-bit weights is a loop that reads at 1.3 to 1.9
+times the rate of torch's kernels (20 and 25 GB/s, one thread). Beyond this many inputs the compiler sums in another
+way, slower than they are."""
+
+_STORED = {"int4": 2, "int8": 2, "float": 1, "int4 on CUDA": 2, "module": 1}
+"""Kernel → tensors of a weight: codes and scales, or the weight; of a module, a function that multiplies by it."""
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the function of a layer is specialised for; layers of one shape share it.
+
+    Attributes:
+        heads: Query heads.
+        kv_heads: Key and value heads.
+        head_dim: Features of a head.
+        scaling: Of attention scores.
+        eps: Of the norms.
+        products: For q/k/v, o, gate/up and down, how each weight is multiplied: ``(kernel, group_size, with bias)``,
+            one for all where they lie side by side.
+        normed_heads: Whether queries and keys are normed, head by head.
+        int8_cache: Whether keys and values are int8 codes with scales.
+        dtype: The model's.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    eps: float
+    products: tuple[tuple[tuple[str, int, bool], ...], ...]
+    normed_heads: bool
+    int8_cache: bool
+    dtype: torch.dtype
+
+
+def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None):
+    """One decoder layer.
+
+    Args:
+        shape: What is constant.
+        hidden: ``(batch, hidden)`` float32.
+        cos: ``(head_dim,)`` float32, for this position.
+        sin: The same; its first half negative.
+        tensors: Of the layer: weights of its norms, and of queries and keys where they are normed; for each of
+            ``shape.products`` what its kernel wants, and the bias if there is one; keys and values
+            ``(batch, kv_heads, room, head_dim)``, and behind them their scales if they are int8.
+        tokens: How many places of the cache are looked at, this token's among them.
+        at: Which of them is this token's, ``(1,)`` int64; by default the last.
+        mask: ``(tokens,)`` float32 to add to the scores: 0, or -inf for places that hold nothing yet.
+        loops: If given, products of one row may be written as loops, and their inputs are appended here. Loops are
+            quick only where this function is compiled, and returns these inputs too: what it does not return is
+            computed anew for every row of the weight.
+
+    Returns:
+        ``(batch, hidden)`` float32.
+    """
+    norms, weights, seen = _sorted(shape, tensors)
+    seen = [held[:, :, :tokens] for held in seen]
+    batch, features = hidden.shape[0], shape.kv_heads * shape.head_dim
+    x = _rms_norm(hidden, norms[0], shape.eps)
+    qkv = _multiply(x, shape.products[0], weights[0], loops)
+    q, k, v = qkv.split([shape.heads * shape.head_dim, features, features], -1)
+    q = q.view(batch, shape.heads, shape.head_dim)
+    k, v = (states.view(batch, shape.kv_heads, shape.head_dim) for states in (k, v))
+    if shape.normed_heads:
+        q, k = _rms_norm(q, norms[2], shape.eps), _rms_norm(k, norms[3], shape.eps)
+    half = shape.head_dim // 2
+    q, k = (states * cos + torch.roll(states, half, -1) * sin for states in (q, k))
+    held = [(seen[index], seen[index + 2] if shape.int8_cache else None) for index in (0, 1)]
+    for (cached, scales), states in zip(held, (k, v), strict=True):
+        _append(cached, scales, states[:, :, None], at)
+    mixed = _attend(shape, q, held, loops) if mask is None else _attend_masked(shape, q, held, mask)
+    hidden = hidden + _multiply(mixed.reshape(batch, -1), shape.products[1], weights[1], loops)
+    x = _rms_norm(hidden, norms[1], shape.eps)
+    gate, up = _multiply(x, shape.products[2], weights[2], loops).chunk(2, -1)
+    return hidden + _multiply(F.silu(gate) * up, shape.products[3], weights[3], loops)
+
+
+def head(kernel: tuple[str, int, bool], eps: float, hidden, tensors, loops: list | None = None):
+    """The last norm and the product with the head.
+
+    Args:
+        kernel: Of the head, see ``LayerShape.products``.
+        eps: Of the norm.
+        hidden: ``(batch, hidden)`` float32.
+        tensors: Weight of the norm, and what the kernel wants.
+        loops: See ``layer``.
+
+    Returns:
+        Logits ``(batch, vocab)`` float32.
+    """
+    return _multiply(_rms_norm(hidden, tensors[0], eps), (kernel,), (tensors[1:],), loops)
+
+
+def _sorted(shape: LayerShape, tensors):
+    """The flat list of a layer's tensors as norms, weights by product, and cache."""
+    rest = iter(tensors)
+    norms = [next(rest) for _ in range(4 if shape.normed_heads else 2)]
+    weights = [
+        [[next(rest) for _ in range(_STORED[kernel] + with_bias)] for kernel, _, with_bias in kernels]
+        for kernels in shape.products
+    ]
+    return norms, weights, list(rest)
+
+
+def _attend(shape: LayerShape, q, held, loops):
+    """Attention of one token to all before it and itself, in float32; what a CPU does best."""
+    rows = (q * shape.scaling).view(-1, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
+    (keys, key_scales), (values, value_scales) = held
+    if loops is None:
+        scores = rows @ keys.float().transpose(2, 3)
+    else:  # reads the cache as it is, once; the other way writes a copy in float32 first
+        loops.append(rows)
+        scores = (rows[:, :, :, None] * keys[:, :, None].float()).sum(-1)
+    if key_scales is not None:
+        scores = scores * key_scales[:, :, None, :, 0].float()
+    # a softmax by hand: the compiler knows the other form, and puts torch's slower attention in its place
+    scores = torch.exp(scores - scores.amax(-1, keepdim=True))
+    total = scores.sum(-1, keepdim=True)
+    if value_scales is not None:
+        scores = scores * value_scales[:, :, None, :, 0].float()
+    if loops is None:
+        return scores @ values.float() / total
+    loops.append(scores)
+    return (scores[..., None] * values[:, :, None].float()).sum(-2) / total
+
+
+def _attend_masked(shape: LayerShape, q, held, mask):
+    """The same by torch's fused attention, over a fixed number of places of which some hold nothing yet."""
+    dtype = shape.dtype
+    keys, values = (cached if scales is None else cached.to(dtype) * scales.to(dtype) for cached, scales in held)
+    # heads that share keys are rows of one head: for a single query that is the same, and no keys are repeated
+    rows = q.view(-1, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim).to(dtype)
+    mask = mask.to(dtype)[None, None, None].expand(-1, -1, rows.shape[2], -1)
+    return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=shape.scaling).float()
+
+
+def _append(held, scales, states, at) -> None:
+    if scales is not None:
+        states, scale = quantize_states(states)
+        _write(scales, scale, at)
+    _write(held, states.to(held.dtype), at)
+
+
+def _write(held, states, at):
+    if at is None:
+        held[:, :, -1:] = states
+    else:
+        held.index_copy_(2, at, states)
+
+
+def _rms_norm(x, weight, eps: float):
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+
+
+def _multiply(x, kernels: tuple[tuple[str, int, bool], ...], weights, loops: list | None):
+    """``(rows, in)`` float32 → ``(rows, out)`` float32: the products with each weight, side by side."""
+    products = [_product(x, *kernel, tensors, loops) for kernel, tensors in zip(kernels, weights, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
+def _product(x, kernel: str, group_size: int, with_bias: bool, tensors, loops: list | None):
+    if loops is not None and kernel in ("int8", "float") and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
+        loops.append(x)
+        product = (tensors[0].float() * x).sum(-1)[None]
+        product = product * tensors[1].float() if kernel == "int8" else product
+    elif kernel == "int4":
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), tensors[0], group_size, tensors[1])
+    elif kernel == "int4 on CUDA":
+        product = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tensors[0], group_size, tensors[1])
+    elif kernel == "module":
+        product = tensors[0](x)
+    elif kernel == "int8":
+        product = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), tensors[0], tensors[1])
+    else:
+        product = F.linear(x.to(tensors[0].dtype), tensors[0])
+    return product.float() + tensors[-1].float() if with_bias else product.float()

@@ -1,0 +1,315 @@
+"""Realise a plan: a plain transformers ``PreTrainedModel`` whose weights have the plan's formats and places.
+
+Weights are read, converted, quantised and moved one module at a time, so peak RAM stays near the final size. The dry
+run of a forecast goes through the very same code with tensors on meta.
+"""
+
+import logging
+import os
+from contextlib import contextmanager
+
+import torch
+from tqdm.auto import tqdm
+
+from lowvram_lab.engine.disk import WeightsOnDisk, check_room_on_disk
+from lowvram_lab.engine.fuse import separate
+from lowvram_lab.engine.layers import import_kernels, quantized_embedding, quantized_linear
+from lowvram_lab.engine.placement import attach, block_devices, detach
+from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
+from lowvram_lab.machine import cpu_threads
+from lowvram_lab.memory.gpu import Gpu, open_gpu
+from lowvram_lab.memory.host import check_room_in_ram
+from lowvram_lab.memory.timeline import Timeline
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.plan import Plan, compute_place
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec, ModuleSpec, build_on_meta
+from lowvram_lab.weights.solvers import is_finite
+from lowvram_lab.weights.stored import check_stored, stored_tensors
+
+logger = logging.getLogger(__name__)
+
+
+class ShapesOnly:
+    """Stands for a checkpoint in a dry run: the right shapes, on meta, no bytes."""
+
+    def __init__(self, spec: ModelSpec):
+        self.spec = spec
+        self._shapes = {f"{m.name}.{key}": shape for m in spec.modules for key, shape in m.parameters.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self._shapes[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        """An empty meta tensor of the parameter's shape, in 16 bits as checkpoints are."""
+        return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="meta")
+
+
+def load(
+    plan: Plan,
+    gpu: Gpu | None = None,
+    *,
+    checkpoint=None,
+    spec: ModelSpec | None = None,
+    progress: bool = True,
+    timeline: bool = False,
+):
+    """Loads the plan's model onto a GPU, real or simulated, within its budget.
+
+    Args:
+        plan: What goes where, in which format.
+        gpu: From ``open_gpu``; by default this machine's GPU without a limit.
+        checkpoint: Anything with ``read(name)``, ``shape(name)`` and ``in``; by default the plan's source is fetched.
+        spec: The model's spec; by default from the source's config.
+        progress: Show a progress bar.
+        timeline: Record every allocation from here to the end of the next ``run_workload``, whose profile then has it.
+
+    Returns:
+        A ``PreTrainedModel`` in eval mode: ``generate``, streamers and chat templates work. ``model.hf_device_map``
+        tells the placement, ``model.plan`` the plan, ``model.gpu`` the GPU.
+
+    Raises:
+        PlanError: The plan does not fit the model, or has more threads than the machine.
+        BudgetError: RAM is too small for the CPU's part, or another process holds the GPU's memory.
+        CheckpointError: A weight is missing, has the wrong shape, or is not finite.
+        torch.OutOfMemoryError: The budget is too small; nothing of the model stays on the GPU.
+    """
+    gpu = gpu or open_gpu()
+    if spec is None:
+        source = find_source(plan.model)
+        spec = ModelSpec.from_config(source.config(), source.name)
+    plan.validate(spec)
+    if checkpoint is None:
+        checkpoint = find_source(plan.model).checkpoint()
+    _check_names_and_shapes(spec, checkpoint)
+    if not gpu.meta:
+        _check_machine(plan, spec.modules, spec, checkpoint, gpu)
+    config = spec.pretrained_config()
+    config.dtype = DTYPES[plan.dtype]
+    model = build_on_meta(config)
+    import_kernels({assignment.format for assignment in plan.modules.values()})
+    gpu.plan, gpu.spec, gpu.meter.first_oom = plan, spec, None
+    recording = Timeline() if timeline else None
+    if timeline:
+        gpu.meter.timeline = recording
+    filling = cpu_threads(plan.threads), gpu.phase("load"), gpu.meter.scope(category="weights")
+    with torch.no_grad(), _noted(gpu), filling[0], filling[1] as load_phase, filling[2]:
+        devices = _fill_all(model, spec.modules, plan, spec, checkpoint, gpu, progress)
+    _finish(model, plan, spec, devices, gpu)
+    _read_generation_config(model, getattr(checkpoint, "directory", None))
+    model.gpu, model.spec, model.load_phase, model.timeline = gpu, spec, load_phase, recording
+    model.checkpoint = checkpoint
+    return model.eval()
+
+
+def replan(model, plan: Plan, *, progress: bool = True) -> None:
+    """Makes a loaded model realise another plan: only modules whose format or device changes are loaded again.
+
+    KV caches made before are of the old plan; begin new ones.
+
+    Args:
+        model: From ``load``.
+        plan: Another plan of the same model and dtype.
+        progress: Show a progress bar.
+
+    Raises:
+        PlanError: The plan does not fit the model or the machine, or has another dtype.
+        BudgetError: See ``load``.
+        torch.OutOfMemoryError: No room on the GPU for what is to come. After this, as after any error or interrupt,
+            the model is as it was before.
+    """
+    spec, old = model.spec, model.plan
+    plan.validate(spec)
+    if plan.dtype != old.dtype:
+        raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
+    changed = [m for m in spec.modules if plan.modules[m.name] != old.modules[m.name]]
+    _check_machine(plan, changed, spec, model.checkpoint, model.gpu, old)
+    detach(model)
+    try:
+        _realise(model, changed, plan, progress)
+    except BaseException:  # Ctrl-C too
+        detach(model)
+        _realise(model, changed, old, progress)
+        raise
+
+
+def _realise(model, changed: list[ModuleSpec], plan: Plan, progress: bool) -> None:
+    spec, gpu = model.spec, model.gpu
+    import_kernels({assignment.format for assignment in plan.modules.values()})
+    gpu.meter.first_oom = None  # of the plan before
+    with torch.no_grad(), _noted(gpu), cpu_threads(plan.threads), gpu.active(), gpu.meter.scope(category="weights"):
+        _put_back(model, [m.name for m in changed])
+        # the owner of a shared weight before who shares it; what leaves the GPU makes room for what comes
+        ordered = sorted(changed, key=lambda m: (m.tied_to is not None, plan.modules[m.name].device == "gpu"))
+        devices = _fill_all(model, ordered, plan, spec, model.checkpoint, gpu, progress)
+    _finish(model, plan, spec, devices, gpu)
+
+
+def _check_machine(plan: Plan, modules, spec: ModelSpec, checkpoint, gpu: Gpu, loaded: Plan | None = None) -> None:
+    """Refuses, before any of these modules is loaded, what this machine has not got (any more)."""
+    if plan.threads and plan.threads > (cores := os.cpu_count() or 1):
+        raise PlanError(f"expected 1 to {cores} threads on this machine, found a plan with {plan.threads}")
+    check_room_in_ram(plan, spec, gpu, modules, loaded)
+    check_room_on_disk(sum(plan.module_bytes(m) for m in modules if _must_be_mapped(m, plan, checkpoint)))
+    on_gpu = plan.weight_bytes(spec, "gpu") - (loaded.weight_bytes(spec, "gpu") if loaded else 0)
+    gpu.check_room(on_gpu)
+
+
+def _put_back(model, names: list[str]) -> None:
+    """Puts the class's own modules, empty, where others with weights are: their memory is free for what comes."""
+    if not names:
+        return
+    for decoder in list(getattr(model, "decoders", ())):  # they hold the weights too
+        decoder.release()
+    separate(model, set(names))
+    fresh = build_on_meta(model.config)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, fresh.get_submodule(name))
+
+
+def _fill_all(model, modules, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu, progress: bool) -> dict[str, str]:
+    """Fills some modules, and puts buffers where their blocks compute; returns the devices of the blocks."""
+    to_disk = [] if gpu.meta else [m for m in modules if _must_be_mapped(m, plan, checkpoint)]
+    disk = WeightsOnDisk() if to_disk else None
+    filling = tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
+    for module in filling:
+        with gpu.meter.scope(owner=module.name):
+            _fill(model, module, plan, spec, checkpoint, gpu)
+            if module in to_disk:
+                disk.map(model.get_submodule(module.name))
+    model.weights_on_disk = [*getattr(model, "weights_on_disk", ()), *([disk] if disk else ())]
+    devices = block_devices(model, plan, spec)
+    _place_buffers(model, devices, gpu)
+    return devices
+
+
+def _finish(model, plan: Plan, spec: ModelSpec, devices: dict[str, str], gpu: Gpu) -> None:
+    attach(model, devices, plan, spec, gpu)
+    vars(model).pop("save_pretrained", None)
+    if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
+        model.save_pretrained = _refuse_to_save
+    model.plan = gpu.plan = plan
+    model.hf_device_map = {path: _device_name(device, gpu) for path, device in devices.items()}
+
+
+@contextmanager
+def _noted(gpu: Gpu):
+    """Puts the GPU on an out-of-memory error that passes, for ``explain_oom``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        gpu.note_oom(error)
+        raise
+
+
+def _refuse_to_save(*args, **kwargs):
+    """Stands in for ``save_pretrained``, which would write codes that stock transformers reads as weights."""
+    raise LowvramError(
+        "this model holds quantised weights, and save_pretrained would write them in a form that stock transformers "
+        "misreads; keep the original model and the plan (plan.to_json)"
+    )
+
+
+def _read_generation_config(model, directory) -> None:
+    """The checkpoint's own generation settings (stop ids above all), where it has a file of them."""
+    from transformers import GenerationConfig
+
+    if directory is not None and (directory / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory)
+        except Exception as error:  # an odd file must not stop a model whose config names its stop ids as well
+            logger.warning("ignoring %s: %s", directory / "generation_config.json", error)
+
+
+def _fill(model, module: ModuleSpec, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu) -> None:
+    assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
+    fmt, place = get_format(assignment.format), compute_place(assignment.device)
+    target = model.get_submodule(module.name)
+
+    def move(tensor):
+        return gpu.move(tensor, place)
+
+    def read(key):
+        name = f"{module.name}.{key}"
+        tensor = checkpoint.read(name)
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")
+        if not tensor.is_meta and not is_finite(tensor):
+            raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
+        return tensor
+
+    if fmt.kind == "float":
+        for key in module.parameters:
+            if key == "weight" and module.tied_to:
+                value = model.get_submodule(module.tied_to).weight
+            else:
+                converted = read(key).to(dtype)
+                if not converted.is_meta and not is_finite(converted):
+                    raise CheckpointError(
+                        f"{module.name}.{key}: a weight is too large for {plan.dtype}; plan with bf16"
+                    )
+                value = torch.nn.Parameter(move(converted), requires_grad=False)
+            setattr(target, key, value)
+        return
+    rows, columns = module.weight_shape
+    if module.kind == "embedding":
+        layer = quantized_embedding(rows, columns, fmt, dtype)
+    else:
+        kernels = gpu.kernels_of(place)
+        layer = quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
+    if module.tied_to:
+        for key, buffer in model.get_submodule(module.tied_to).named_buffers(recurse=False):
+            layer.register_buffer(key, buffer)
+    else:
+        if module.name in spec.stored and not gpu.meta:
+            layer.fill(stored_tensors(module.name, fmt, checkpoint), move)
+        else:
+            layer.store(read("weight"), move)
+    if "bias" in module.parameters:
+        layer.bias = torch.nn.Parameter(move(read("bias").to(dtype)), requires_grad=False)
+    parent, _, child = module.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer.eval())
+
+
+def _must_be_mapped(module: ModuleSpec, plan: Plan, checkpoint) -> bool:
+    """Whether a module on disk has to be written: not where the checkpoint's own file holds it as it is to be."""
+    assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
+    if assignment.device != "disk" or module.tied_to:
+        return False
+    as_it_is = get_format(assignment.format).kind == "float" and isinstance(checkpoint, Checkpoint)
+    return not as_it_is or any(checkpoint.dtype(f"{module.name}.{key}") != dtype for key in module.parameters)
+
+
+def _place_buffers(model, devices: dict[str, str], gpu: Gpu) -> None:
+    """Rotary frequencies and the like: made by the constructor on the CPU, wanted where their block computes."""
+    for path, module in model.named_modules():
+        if path in devices and not dict(module.named_parameters(recurse=False)):
+            for key, buffer in list(module.named_buffers(recurse=False)):
+                if not buffer.is_meta:
+                    with gpu.meter.scope(owner=path):
+                        module._buffers[key] = gpu.move(gpu.own(buffer), compute_place(devices[path]))
+
+
+def _check_names_and_shapes(spec: ModelSpec, checkpoint) -> None:
+    for module in spec.modules:
+        for key, shape in module.parameters.items():
+            if key == "weight" and module.tied_to:
+                continue
+            if key == "weight" and module.name in spec.stored and not isinstance(checkpoint, ShapesOnly):
+                check_stored(module, get_format(spec.stored[module.name]), checkpoint)
+                continue
+            name = f"{module.name}.{key}"
+            if name not in checkpoint:
+                raise CheckpointError(f"expected a tensor {name} in the checkpoint of {spec.name}, found none")
+            if tuple(checkpoint.shape(name)) != tuple(shape):
+                raise CheckpointError(f"{name}: expected shape {tuple(shape)}, found {tuple(checkpoint.shape(name))}")
+
+
+def _device_name(device: str, gpu: Gpu) -> str:
+    return str(gpu.device) if device == "gpu" and gpu.kernels == "cuda" and not gpu.meta else device

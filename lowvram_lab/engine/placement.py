@@ -1,0 +1,177 @@
+"""Let a model's blocks compute where the plan puts them: hidden states travel, weights and KV cache stay.
+
+``attach`` wraps the ``forward`` of the model and of every placed block; ``detach`` takes all of it back. A block on the
+CPU computes on the CPU. (accelerate's offload hooks move its weights to the GPU for every call instead.) The exception
+is a long prompt, for which a plan may say that weights travel after all: see ``streaming.py``.
+"""
+
+import functools
+import inspect
+import weakref
+
+import torch
+from transformers import Cache
+
+from lowvram_lab.engine.travel import WeightStream
+from lowvram_lab.machine import cpu_threads
+from lowvram_lab.model.plan import compute_place
+
+_WRAPPED, _ROUTE = "_lowvram_wrapped", "_lowvram_route"
+
+
+class _Route:
+    """What the blocks of one model share: where the first layer computes, what has moved, the weights that travel."""
+
+    def __init__(self, home: str, head: str, threads: int | None, gpu, stream: WeightStream):
+        self.home, self.head, self.threads, self.gpu, self.stream = home, head, threads, gpu, stream
+        self.first = home  # masks and rotary tables are made once, where the first layer computes in this pass
+        self.moved: dict[tuple[int, str], tuple] = {}
+
+
+def block_devices(model, plan, spec) -> dict[str, str]:
+    """The device of every block that computes: embedding, decoder layers, final norm, rotary embedding, head.
+
+    Blocks without weights (rotary embedding) live where the first decoder layer computes.
+
+    Returns:
+        Module path → ``"gpu"``, ``"cpu"`` or ``"disk"``.
+    """
+    layers = plan.layer_devices(spec)
+    devices = {f"{spec.layers_path}.{index}": device for index, device in enumerate(layers)}
+    for module in spec.modules:
+        if module.layer is None:
+            devices[module.name] = plan.modules[module.name].device
+    for path, module in model.named_modules():
+        inside = any(path == block or path.startswith(block + ".") for block in devices)
+        if not inside and dict(module.named_buffers(recurse=False)):
+            devices[path] = compute_place(layers[0])
+    return devices
+
+
+def attach(model, devices: dict[str, str], plan, spec, gpu) -> None:
+    """Makes each block move its inputs to its place and charge its allocations there. Undone by ``detach``.
+
+    Args:
+        model: A model whose weights already are where the plan says.
+        devices: From ``block_devices``.
+        plan: The plan.
+        spec: The model's spec.
+        gpu: The ``Gpu`` the model lives on.
+    """
+    home = compute_place(devices[f"{spec.layers_path}.0"])
+    route = _Route(home, spec.head, plan.threads, gpu, WeightStream(model, devices, plan, spec, gpu))
+    setattr(model, _ROUTE, route)
+    embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
+    for path, device in devices.items():
+        if _contains_another(path, devices):
+            continue
+        block, hands_over = model.get_submodule(path), path == spec.embedding or path in embeddings
+        _wrap(block, functools.partial(_block_forward, path, compute_place(device), hands_over, route))
+        if gpu.simulated:  # the meter is on anyway, so let it name the very module; on CUDA ``watch`` does when asked
+            for name, inner in block.named_modules(prefix=path):
+                if inner is not block:
+                    _wrap(inner, functools.partial(_owned_forward, name, gpu))
+    _wrap(model, functools.partial(_model_forward, route))
+
+
+def detach(model) -> None:
+    """Removes what ``attach`` put on: every ``forward`` is the class's own again."""
+    if _ROUTE in vars(model):
+        getattr(model, _ROUTE).stream.close()
+        delattr(model, _ROUTE)
+    for module in model.modules():
+        if vars(module).pop(_WRAPPED, False):
+            vars(module).pop("forward", None)  # not there yet where attach was interrupted
+
+
+def _wrap(module, around) -> None:
+    """Puts ``around`` before the module's own forward, without a reference cycle: a deleted model frees its memory."""
+    forward = weakref.WeakMethod(module.forward)
+    wrapped = functools.partial(around, lambda *args, **kwargs: forward()(*args, **kwargs))
+    wrapped.__signature__ = inspect.signature(module.forward)  # generate asks for it
+    setattr(module, _WRAPPED, True)
+    module.forward = wrapped
+
+
+def _model_forward(route, original, *args, **kwargs):
+    gpu, cache = route.gpu, kwargs.get("past_key_values")
+    ids = args[0] if args else kwargs.get("input_ids")
+    ids = kwargs.get("inputs_embeds") if ids is None else ids
+    decoding = ids is None or ids.shape[1] < 2  # of a batch too: one token of each computes where the layer is
+    tokens = 0 if decoding else ids.shape[0] * ids.shape[1]
+    with gpu.lock, cpu_threads(route.threads), gpu.active(), route.stream.opened_for(tokens, cache) as travelling:
+        route.first = "gpu" if travelling else route.home
+        # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
+        kwargs = {key: _moved(key, value, route) for key, value in kwargs.items()}
+        try:
+            with gpu.meter.scope(owner="model", place=route.first):
+                return original(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            gpu.note_oom(error)
+            raise
+        finally:
+            route.moved.clear()
+
+
+def _moved(key: str, value, route):
+    return value if key == "input_ids" else _to_place(value, route.first, route.gpu)
+
+
+def _contains_another(path: str, places) -> bool:
+    """Whether a module (with a buffer of its own) holds other blocks: it runs no code that a place would matter to."""
+    return any(other.startswith(path + ".") for other in places)
+
+
+def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
+    if path in route.stream:
+        with route.stream.visiting(path, _cache_among(args, kwargs)):
+            return _compute(path, "gpu", route, original, args, kwargs)
+    result = _compute(path, route.stream.place(path, place), route, original, args, kwargs)
+    # embeddings (of tokens, in some models of positions too) hand over where the masks are made
+    return _to_place(result, route.first, route.gpu) if hands_over else result
+
+
+def _compute(path, place, route, original, args, kwargs):
+    def here(value):
+        return _to_place(value, place, route.gpu)
+
+    args = tuple(here(value) for value in args)
+    if path == route.head and len(args) == 1 and args[0].dim() == 3 and not kwargs:
+        # over (batch, 1, hidden) cut out of a prompt, torch would copy all of a 16-bit head: it is given rows
+        shape, args = args[0].shape, (args[0].reshape(-1, args[0].shape[-1]),)
+        original, rows = (lambda x: rows(x).view(*shape[:-1], -1)), original
+    kwargs = {key: _shared(value, place, route.moved, here) for key, value in kwargs.items()}
+    with route.gpu.meter.scope(owner=path, place=place):
+        try:
+            return original(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            route.gpu.note_oom(error)  # here, where the block's name is still known
+            raise
+
+
+def _cache_among(args, kwargs) -> Cache | None:
+    """The KV cache that a layer is given: each architecture has its own name for it, or its own place."""
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+
+
+def _owned_forward(path, gpu, original, *args, **kwargs):
+    with gpu.meter.scope(owner=path):
+        return original(*args, **kwargs)
+
+
+def _shared(value, place, moved, here):
+    """Keyword inputs (mask, rotary tables) are the same for every layer: moved once a forward, not once a layer."""
+    if not isinstance(value, torch.Tensor | tuple):
+        return value
+    key = (id(value), place)
+    if key not in moved:
+        moved[key] = (value, here(value))  # the original is kept too, so that its id stays its own
+    return moved[key][1]
+
+
+def _to_place(value, place, gpu):
+    if isinstance(value, torch.Tensor):
+        return gpu.move(value, place)
+    if isinstance(value, tuple):
+        return tuple(_to_place(item, place, gpu) for item in value)
+    return value

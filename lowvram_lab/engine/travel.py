@@ -1,0 +1,236 @@
+"""Bring the weights of CPU layers to the GPU for a long prompt: one layer ahead of the computation.
+
+A layer on the CPU reads its weights once, whatever the length of the prompt, but its arithmetic grows with every token;
+on the GPU the arithmetic is next to nothing, and the weights have to travel. So from some length on it is cheaper to
+send weights than to compute where they are (``planner.cost.stream_threshold`` says from which).
+
+Two buffers on the GPU take turns: while one layer computes in the first, the next one's weights arrive in the second.
+The layer's keys and values go back to the CPU, where its decoding finds them.
+
+Derived in: notebooks/05_split_the_layers.ipynb
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from lowvram_lab.engine.cache_layers import Int8Layer
+from lowvram_lab.engine.layers import QuantizedLinear
+from lowvram_lab.memory.pinned import PinnedBlock
+
+BUFFERS = 2
+ALIGNMENT = 512
+"""Bytes; where a tensor may begin in a buffer: as CUDA's allocator has it, so that every kernel is content."""
+
+GROWING = (DynamicLayer, Int8Layer)
+"""KV layers that are a concatenation of all tokens, which can visit the GPU. A ring or a static block stays."""
+
+_STATES = ("keys", "values", "key_scale", "value_scale")
+
+
+class _Travelling:
+    """The weights of one layer: where they are, and where they go in a buffer.
+
+    Attributes:
+        index: Which decoder layer it is.
+        slots: Of each tensor: the dictionary of its module that holds it, its key, and its first byte in the buffer.
+        size_bytes: Of the whole layer in a buffer.
+    """
+
+    def __init__(self, block: torch.nn.Module, index: int):
+        self.index, self.slots, self.size_bytes = index, [], 0
+        self.pinned: PinnedBlock | None = None
+        # weakly: what attach wraps around a block must not hold it, or a deleted model would keep its memory
+        self._quantised = [weakref.ref(module) for module in block.modules() if isinstance(module, QuantizedLinear)]
+        for module in block.modules():
+            for held in (module._parameters, module._buffers):
+                for key, tensor in held.items():
+                    if tensor is not None:
+                        self.slots.append((held, key, self.size_bytes))
+                        self.size_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def gather(self, blocks: list[PinnedBlock]) -> None:
+        """Lays the layer's tensors side by side in page-locked memory: one copy brings them all, beside other work."""
+        self.pinned = PinnedBlock(self.size_bytes)
+        blocks.append(self.pinned)
+        for (held, key, _), view in zip(self.slots, self.views(self.pinned.tensor), strict=True):
+            view.copy_(held[key])
+            self._put(held, key, view)
+
+    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
+        """The layer's tensors as parts of a buffer."""
+        found = []
+        for held, key, start in self.slots:
+            tensor = held[key]
+            found.append(buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
+        return found
+
+    def pairs(self, buffer: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What to copy where, to have the layer in a buffer."""
+        if self.pinned is not None:
+            return [(buffer[: self.size_bytes], self.pinned.tensor)]
+        return [(view, held[key].detach()) for (held, key, _), view in zip(self.slots, self.views(buffer), strict=True)]
+
+    @contextmanager
+    def computing_in(self, buffer: torch.Tensor, kernels: str) -> Iterator[None]:
+        """Lets the block use its weights in a buffer, with the kernels of where the buffer is."""
+        quantised = [reference() for reference in self._quantised]
+        at_home = [held[key] for held, key, _ in self.slots], [module.kernels for module in quantised]
+        try:
+            for (held, key, _), view in zip(self.slots, self.views(buffer), strict=True):
+                self._put(held, key, view)
+            for module in quantised:
+                module.kernels = kernels
+            yield
+        finally:
+            for (held, key, _), tensor in zip(self.slots, at_home[0], strict=True):
+                held[key] = tensor
+            for module, before in zip(quantised, at_home[1], strict=True):
+                module.kernels = before
+
+    @staticmethod
+    def _put(held: dict, key: str, tensor: torch.Tensor) -> None:
+        is_parameter = isinstance(held[key], torch.nn.Parameter)
+        held[key] = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
+class WeightStream:
+    """The layers of a model whose weights come to the GPU for a long prompt.
+
+    Args:
+        model: A model whose weights are where its plan says.
+        devices: Of its blocks; those without weights (rotary embedding) come along.
+        plan: Says which layers, and from how many tokens on (``stream_from``).
+        spec: The model's spec.
+        gpu: The ``Gpu`` they come to.
+    """
+
+    def __init__(self, model, devices: dict[str, str], plan, spec, gpu):
+        self.gpu, self.threshold = gpu, plan.stream_from
+        self._layers: dict[str, _Travelling] = {}
+        pinned: list[PinnedBlock] = []
+        # before the first is locked: neither a model that is dropped without detach nor an interrupt leaves one locked
+        self._unlock = weakref.finalize(self, _unlock, gpu, pinned)
+        self._buffers: list[torch.Tensor] = []
+        self._copied: dict[int, object] = {}
+        for index, device in enumerate(plan.layer_devices(spec)):
+            if device != "gpu" and self.threshold is not None:
+                path = f"{spec.layers_path}.{index}"
+                self._layers[path] = layer = _Travelling(model.get_submodule(path), index)
+                if device == "cpu" and not gpu.simulated:  # from disk it comes as it is; the stand-in has it in RAM
+                    layer.gather(pinned)
+        self._order = list(self._layers.values())
+        tables = {path: model.get_submodule(path) for path, device in devices.items() if device == "cpu"}
+        self._tables = {
+            path: block._buffers for path, block in tables.items() if not any(True for _ in block.parameters())
+        }
+
+    def close(self) -> None:
+        """Unlocks the memory that was page-locked; the weights stay where they are."""
+        self._unlock()
+
+    def __contains__(self, path: str) -> bool:
+        """Whether this layer's weights are travelling at present."""
+        return bool(self._buffers) and path in self._layers
+
+    def place(self, path: str, usual: str) -> str:
+        """Where any other block computes at present."""
+        return "gpu" if self._buffers and path in self._tables else usual
+
+    @contextmanager
+    def opened_for(self, tokens: int, cache) -> Iterator[bool]:
+        """Makes the buffers, if a forward pass of so many tokens is worth it, and frees them in the end.
+
+        Yields:
+            Whether weights travel in this pass.
+        """
+        if not self._order or tokens < self.threshold or not self.gpu.moves or not _can_visit(cache):
+            yield False
+            return
+        largest = max(layer.size_bytes for layer in self._order)
+        tables = [(held, key, table) for held in self._tables.values() for key, table in held.items()]
+        try:
+            with self.gpu.meter.scope(owner="weights in flight", category="weights"):
+                for held, key, table in tables:
+                    held[key] = self.gpu.move(table, "gpu")
+                for _ in range(min(BUFFERS, len(self._order))):
+                    self._buffers.append(self.gpu.buffer(largest))
+            for turn in range(len(self._buffers)):
+                self._fetch(turn)
+            yield True
+        finally:
+            self.gpu.settle()  # after an error one may still be arriving
+            self._copied.clear()
+            self._buffers.clear()
+            for held, key, table in tables:
+                held[key] = table
+
+    @contextmanager
+    def visiting(self, path: str, cache) -> Iterator[None]:
+        """Lets a layer compute on the GPU: its weights in a buffer, its keys and values with it until it is done."""
+        layer = self._layers[path]
+        turn = self._order.index(layer)
+        if turn not in self._copied:  # layers out of their order
+            self._fetch(turn)
+        self.gpu.wait_for(self._copied.pop(turn))
+        buffer = self._buffers[turn % len(self._buffers)]
+        with layer.computing_in(buffer, self.gpu.kernels_of("gpu")), self._cache_visiting(cache, layer.index):
+            yield
+        if turn + len(self._buffers) < len(self._order):
+            self._fetch(turn + len(self._buffers))
+
+    def _fetch(self, turn: int) -> None:
+        buffer = self._buffers[turn % len(self._buffers)]
+        # the buffer is free when what has been computed so far is done
+        self._copied[turn] = self.gpu.copy_ahead(self._order[turn].pairs(buffer), after=self.gpu.mark())
+
+    @contextmanager
+    def _cache_visiting(self, cache, index: int) -> Iterator[None]:
+        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+        before = {name: getattr(layer, name, None) for name in _STATES}
+        tokens = layer.get_seq_length() if layer is not None else 0
+        began = layer is not None and layer.is_initialized
+        try:
+            with self.gpu.meter.scope(category="kv"):
+                for name, states in before.items():
+                    if tokens and states is not None:
+                        setattr(layer, name, self.gpu.move(states, "gpu"))
+            yield
+            if cache is not None:
+                self._take_home(cache.layers[index], before, tokens)
+        except BaseException:
+            for name, states in before.items():
+                if layer is not None and hasattr(layer, name):
+                    setattr(layer, name, states)
+                    layer.is_initialized = began
+            raise
+
+    def _take_home(self, layer, before: dict, tokens: int) -> None:
+        """What was there before has never left; only the new tokens' keys and values travel."""
+        with self.gpu.meter.scope(category="kv", place="cpu"):
+            for name, earlier in before.items():
+                if (states := getattr(layer, name, None)) is not None:
+                    new = self.gpu.move(states[..., tokens:, :], "cpu")
+                    setattr(layer, name, torch.cat((earlier, new), dim=-2) if tokens else new)
+        layer.device = layer.keys.device
+
+
+def _can_visit(cache) -> bool:
+    """Whether every layer of a KV cache may go to the GPU and come back."""
+    if cache is None:
+        return True
+    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
+    if getattr(cache, "layer_class_to_replicate", None) is not None:
+        kinds.add(cache.layer_class_to_replicate)
+    return bool(kinds) and kinds <= set(GROWING) and not getattr(cache, "offloading", False)
+
+
+def _unlock(gpu, blocks: list[PinnedBlock]) -> None:
+    with contextlib.suppress(RuntimeError):  # CUDA may be gone at the end of the process
+        gpu.settle(wait=True)
+        for block in blocks:
+            block.unlock()

@@ -1,0 +1,42 @@
+"""What the commands of ``lowvram`` share: argument types, JSON on stdout, prose where it belongs."""
+
+import argparse
+import json
+import sys
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number above zero."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above zero, found {text!r}")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """An argument between 0 and 1, as ``70%`` or ``0.7``."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share such as 70% or 0.7, found {text!r}")
+    return value
+
+
+def print_json(values: dict) -> None:
+    """The one document that ``--json`` prints on stdout."""
+    print(json.dumps(values, indent=1, ensure_ascii=False))
+
+
+def prose(args):
+    """A function that prints where prose goes: on stdout, or on stderr if stdout is for JSON."""
+    return lambda text="", end="\n": print(text, end=end, flush=True, file=sys.stderr if args.json else sys.stdout)
+
+
+def spec_of(name: str):
+    """Source and spec of the model that a user named."""
+    from lowvram_lab.model.source import find_source
+    from lowvram_lab.model.spec import ModelSpec
+
+    source = find_source(name)
+    return source, ModelSpec.from_config(source.config(), source.name)

@@ -1,0 +1,139 @@
+"""The whole story in one call: forecast, out of memory, plan, load, chat, validation, the running case."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from lowvram_lab.cache import read_marker
+from lowvram_lab.chat.fidelity import load_reference
+from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.chat.validation import validate
+from lowvram_lab.engine.load import load
+from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.oom import describe_holders
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.auto import auto_plan
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import Workload, run_speed, run_workload
+from lowvram_lab.units import format_bytes
+
+QUESTIONS = ("What is the capital of France?", "Write one sentence about its most famous museum.")
+RUNNING_CASE = ("qwen1.5-4b", "4GiB", 4096)
+
+
+def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., None], *, progress: bool = True) -> dict:
+    """Tells the story on one model and returns every figure in it.
+
+    Args:
+        model_name: See ``find_source``.
+        gpu_size: The card to be.
+        context: Tokens to plan for.
+        say: Prints a line; takes ``end=`` like ``print``.
+        progress: Show progress bars.
+
+    Returns:
+        Plain data with the keys ``oom``, ``plan``, ``forecast``, ``measured``, ``validation``, ``answer`` and, beside
+        them, ``turns``, ``speed``, ``weights_from`` and ``running_case``.
+    """
+    gpu = open_gpu(gpu_size)
+    source = find_source(model_name)
+    spec = ModelSpec.from_config(source.config(), source.name)
+    naive = Plan.uniform(spec, "fp16", context=context)
+
+    say(f"1. Forecast: {spec.name} in fp16 on a {format_bytes(gpu.budget.total_bytes)} GPU, from its config alone")
+    say(f"   {forecast(naive, spec, gpu).summary()}\n")
+
+    say("2. Try it anyway")
+    marker = read_marker(source.fetch(progress))
+    checkpoint = source.checkpoint()
+    say(f"   weights from {(marker or {}).get('source', source.name)}")
+    oom = _provoke_oom(naive, spec, gpu_size, checkpoint, progress)
+    say(f"   {oom['type']}: {oom['message']}\n" if oom else "   it fits: no need to compress\n")
+
+    say("3. Plan")
+    choice = auto_plan(spec, gpu, context)
+    for line in choice.why:
+        say(f"   {line}")
+    say(f"   {choice.plan.summary(spec)}\n")
+
+    say(f"4. Load inside the cap, on the {gpu.name}, and chat")
+    model = load(choice.plan, gpu, checkpoint=checkpoint, spec=spec, progress=progress)
+    workload = Workload(prompt_tokens=context // 2, new_tokens=8)
+    predicted = forecast(choice.plan, spec, gpu, workload=workload)
+    measured = run_workload(model, workload)
+    session = ChatSession(model, source.tokenizer(), max_new_tokens=80)
+    answers = [_converse(session, question, say) for question in QUESTIONS]
+
+    say("\n5. Validate against the 16-bit model")
+    reference = load_reference(choice.plan, spec, checkpoint=checkpoint, progress=progress)
+    speed = run_speed(model, Workload(prompt_tokens=64, new_tokens=32))
+    report = validate(
+        session, reference=reference, forecast=predicted, measured=measured, speed=speed, progress=progress
+    )
+    say(report.table().to_string(index=False))
+    say(f"   {report.summary()}\n")
+
+    running_case = _running_case(say)
+    return {
+        "oom": oom,
+        "plan": choice.plan.to_dict(),
+        "forecast": predicted.to_dict(),
+        "measured": measured.to_dict(),
+        "validation": report.to_dict(),
+        "answer": answers[0],
+        "answers": answers,
+        "turns": [turn.to_dict() for turn in session.turns],
+        "speed": speed.to_dict(),
+        "weights_from": (marker or {}).get("source", source.name),
+        "running_case": running_case,
+    }
+
+
+def _provoke_oom(plan: Plan, spec: ModelSpec, gpu_size: str, checkpoint, progress: bool) -> dict | None:
+    """Really loads the plan under the cap; returns what the error said, or ``None`` if there was none."""
+    gpu = open_gpu(gpu_size)
+    try:
+        load(plan, gpu, checkpoint=checkpoint, spec=spec, progress=progress)
+    except torch.OutOfMemoryError as error:
+        event = error.event
+        return {
+            "type": "torch.OutOfMemoryError" + (" (simulated)" if gpu.simulated else ""),
+            "message": str(error) if gpu.simulated else f"{error} Held by: {describe_holders(event.holders)}.",
+            "phase": event.phase,
+            "module": event.module,
+            "requested_bytes": event.requested_bytes,
+            "allocated_bytes": event.allocated_bytes,
+            "held_by": [{"module": module, "bytes": size} for module, size in event.holders[:10]],
+        }
+    finally:
+        gc.collect()
+        if not gpu.simulated:
+            torch.cuda.empty_cache()
+    return None
+
+
+def _converse(session: ChatSession, question: str, say) -> str:
+    say(f"   > {question}\n   ", end="")
+    answer = ""
+    for piece in session.send(question):
+        say(piece, end="")
+        answer += piece
+    turn = session.turns[-1]
+    say(f"\n   [first token after {turn.ttft_s:.2f} s, peak {format_bytes(turn.peak_bytes)}]")
+    return answer
+
+
+def _running_case(say) -> dict:
+    name, size, context = RUNNING_CASE
+    source = find_source(name)
+    spec = ModelSpec.from_config(source.config(), name)
+    say(f"6. The same for {name} on a {size} card, from its config alone, context {context}")
+    naive = forecast(Plan.uniform(spec, "fp16", context=context), spec, size)
+    say(f"   fp16: {naive.summary()}")
+    choice = auto_plan(spec, size, context)
+    say(f"   plan: {choice.plan.summary(spec)}")
+    say(f"   {choice.forecast.summary()}")
+    return {"fp16": naive.to_dict(), "planned": choice.forecast.to_dict(), "why": list(choice.why)}

@@ -1,0 +1,33 @@
+"""``lowvram export``: a model as a file that another engine opens."""
+
+import sys
+
+from lowvram_lab.faces.cli.common import print_json, prose
+
+_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_1")  # gguf_export.TYPES, without importing torch for --help
+
+
+def add_export(parser) -> None:
+    """Arguments of ``export``."""
+    parser.add_argument("model", metavar="MODEL", help="a model by name or path, a converted directory too")
+    parser.add_argument("--to", required=True, choices=("gguf",), help="the kind of file: gguf, which llama.cpp opens")
+    parser.add_argument("--output", required=True, metavar="FILE", help="a new file, .gguf")
+    parser.add_argument("--type", default="f16", choices=_TYPES, help="what matrices become (f16)")
+
+
+def run_export(args) -> int:
+    """Exports, and prints what is in the file."""
+    from lowvram_lab.units import format_bytes
+    from lowvram_lab.weights.gguf_export import export_gguf
+
+    made = export_gguf(args.model, args.output, type=args.type, progress=sys.stderr.isatty())
+    say = prose(args)
+    held = ", ".join(f"{count} in {name}" for name, count in made.types.items())
+    say(f"{made.output}: {format_bytes(made.file_bytes)}, {made.tensors} tensors ({held})")
+    if made.kept_codes:
+        say(f"{made.kept_codes} quantised tensors kept their integers, code for code")
+    say(f"{made.seconds:.0f} s, peak resident memory {format_bytes(made.peak_rss_bytes)}")
+    say(f"next: llama-cli -m {made.output}")
+    if args.json:
+        print_json(made.to_dict())
+    return 0

@@ -1,0 +1,179 @@
+"""The part of the command line that chooses plans: their options, ``lowvram plan`` and ``lowvram tune``."""
+
+import sys
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.faces.cli.common import positive, print_json, spec_of
+
+LONGEST = "longest"
+
+
+def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> None:
+    """The options that say which plan."""
+    parser.add_argument("model", metavar="MODEL", help="name (see lowvram models), hub id, directory or .gguf file")
+    parser.add_argument("--gpu", required=budget_required, metavar="SIZE", help="the card's memory, e.g. 4GiB")
+    parser.add_argument(
+        "--cuda-context", metavar="SIZE", help="what of it the CUDA context takes (384MiB; 0 under 1GiB)"
+    )
+    if chooses:
+        parser.add_argument("--ram", metavar="SIZE", help="what the CPU's part may take (no limit)")
+        parser.add_argument("--disk", metavar="SIZE", help="what may stay on disk where RAM is too small (nothing)")
+        parser.add_argument(
+            "--prefer", metavar="NAME", help="what the planner is to prefer: balance, fidelity or speed (balance)"
+        )
+    longest = ", or longest: all that then fit" if chooses else ""
+    parser.add_argument(
+        "--context",
+        type=_context if chooses else positive,
+        metavar="N",
+        help=f"tokens, prompt and answer (2048){longest}",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--format", metavar="NAME", help="one recipe: fp16, bf16, fp32, int8, int6 to int2, int4-g128, nf4, stored"
+    )
+    how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
+    parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
+    parser.add_argument("--disk-layers", type=int, metavar="N", help="of the rest, the first N stay on disk")
+    parser.add_argument(
+        "--stream-from",
+        type=positive,
+        metavar="N",
+        help="from N tokens on, a prompt brings CPU layers' weights to the GPU",
+    )
+    parser.add_argument("--prefill-chunk", type=positive, metavar="N", help="read prompts N tokens at a time (at once)")
+    parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+
+
+def _context(text: str) -> int | str:
+    return text if text == LONGEST else positive(text)
+
+
+def stated_plan(args, spec, default_format: str | None = None):
+    """The plan the options state, or ``None`` where they leave the choice to the planner."""
+    from dataclasses import replace
+    from pathlib import Path
+
+    from lowvram_lab.model.plan import Plan
+
+    if args.context == LONGEST and (args.plan or args.format or default_format):
+        raise LowvramError("--context longest is for the planner: give it --gpu, and neither --format nor --plan")
+    if args.plan:
+        plan = Plan.from_json(Path(args.plan))
+        if args.context:
+            plan = replace(plan, context=args.context)
+    elif args.format or default_format:
+        recipe = args.format or ("stored" if spec.stored else default_format)
+        plan = Plan.uniform(spec, recipe, context=args.context or 2048)
+    elif args.disk_layers is not None or args.stream_from is not None or args.prefill_chunk is not None:
+        raise LowvramError(
+            "--disk-layers, --stream-from and --prefill-chunk go with --format or --plan: the planner chooses by itself"
+        )
+    else:
+        return None
+    if args.gpu_layers is not None or args.disk_layers is not None:
+        on_gpu = plan.layer_devices(spec).count("gpu") if args.gpu_layers is None else args.gpu_layers
+        plan = plan.with_gpu_layers(spec, on_gpu, args.disk_layers)
+    plan = replace(plan, threads=args.threads or plan.threads, kv_format=args.kv or plan.kv_format)
+    plan = replace(plan, stream_from=args.stream_from or plan.stream_from)
+    plan = replace(plan, prefill_chunk=args.prefill_chunk or plan.prefill_chunk)
+    plan.validate(spec)
+    return plan
+
+
+def chosen_plan(args, spec, gpu):
+    """The stated plan with its forecast, or the planner's choice; and why."""
+    from lowvram_lab.planner.auto import auto_plan
+    from lowvram_lab.planner.forecast import forecast
+
+    plan = stated_plan(args, spec, None if gpu.budget else "bf16")
+    if plan is not None:
+        if args.prefer or args.disk:
+            raise LowvramError(
+                "--prefer and --disk are for the planner: give it --gpu, and neither --format nor --plan"
+            )
+        profile = forecast(plan, spec, gpu)
+        _check_ram(args.ram, plan, spec)
+        return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
+    if args.disk and not args.ram:
+        raise LowvramError("--disk says what may lie on disk where --ram is too small: give --ram as well")
+    choice = auto_plan(
+        spec,
+        gpu,
+        None if args.context == LONGEST else args.context or 2048,
+        ram=args.ram,
+        disk=args.disk,
+        prefer=args.prefer or "balance",
+        gpu_layers=args.gpu_layers,
+        kv_format=args.kv,
+        threads=args.threads,
+    )
+    return choice.plan, choice.forecast, list(choice.why)
+
+
+def _check_ram(ram: str | None, plan, spec) -> None:
+    from lowvram_lab.errors import BudgetError
+    from lowvram_lab.planner.auto import ram_bytes
+    from lowvram_lab.units import format_bytes, parse_bytes
+
+    if ram and ram_bytes(plan, spec) > parse_bytes(ram):
+        raise BudgetError(
+            f"the CPU's part of this plan takes {format_bytes(ram_bytes(plan, spec))} of RAM, found --ram {ram}; "
+            "put more layers on the GPU or take a smaller format"
+        )
+
+
+def run_plan(args) -> int:
+    """``lowvram plan``."""
+    from pathlib import Path
+
+    from lowvram_lab.memory.budget import GpuBudget
+    from lowvram_lab.memory.gpu import DryRunGpu
+    from lowvram_lab.planner.speed import forecast_speed
+    from lowvram_lab.units import parse_bytes
+
+    budget = GpuBudget.parse(args.gpu, args.cuda_context)
+    _, spec = spec_of(args.model)
+    plan, profile, why = chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
+    speed = forecast_speed(plan, spec, ram=parse_bytes(args.ram) if args.ram else None)
+    if args.output:
+        plan.to_json(Path(args.output))
+    if args.json:
+        print_json({"plan": plan.to_dict(), "forecast": profile.to_dict(), "speed": speed.to_dict(), "why": why})
+        return 0
+    for line in why:
+        print("-", line)
+    print(plan.summary(spec))
+    print(plan.table().to_string(index=False))
+    if args.explain:
+        print(profile.table().to_string(index=False))
+        print("(MiB; reserved is the simulated CUDA allocator's)")
+    print(profile.summary())
+    print(speed.summary())
+    if args.explain:
+        for part, seconds in sorted(speed.parts.items(), key=lambda item: -item[1]):
+            print(f"  {seconds * 1000:8.2f} ms a token: {part}")
+    return 0
+
+
+def run_tune(args) -> int:
+    """``lowvram tune``."""
+    from lowvram_lab.memory.gpu import open_gpu
+    from lowvram_lab.planner.tune import tune
+
+    gpu = open_gpu(args.gpu, args.cuda_context)
+    _, spec = spec_of(args.model)
+    plan, *_ = chosen_plan(args, spec, gpu)
+    threads = [args.threads] if args.threads else None
+    table = tune(plan, spec, gpu, threads=threads, progress=sys.stderr.isatty())
+    if args.json:
+        print_json({"gpu": gpu.name, "plan": plan.to_dict(), "rows": table.to_dict("records")})
+        return 0
+    print(f"{plan.summary(spec)}; on {gpu.name}", file=sys.stderr)
+    shown = table.assign(peak_gpu_mib=(table["peak_gpu_bytes"] / 2**20).round(1)).drop(columns="peak_gpu_bytes")
+    print(shown.round({"ttft_s": 3, "tokens_per_s": 1, "forecast_tokens_per_s": 1}).to_string(index=False))
+    best = table.loc[table["tokens_per_s"].idxmax()]
+    words = f"--gpu-layers {best['gpu_layers']:.0f} --threads {best['threads']:.0f}"
+    print(f"fastest: {words} (frontier: no row is faster with as little GPU memory)", file=sys.stderr)
+    return 0

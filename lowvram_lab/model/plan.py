@@ -1,0 +1,395 @@
+"""Plan: a format and a device for every module of a model, plus KV format, context and threads. The library's one noun.
+
+A plan can be written by hand, by a widget, by a solver or read from JSON; nothing downstream knows the difference.
+It knows nothing about budgets: whether it fits one is what the forecast says.
+
+Derived in: notebooks/01_analyze_the_oom.ipynb
+"""
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from pathlib import Path
+
+from lowvram_lab.errors import PlanError
+from lowvram_lab.files import write_atomically
+from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.plan_json import VERSION, read_values
+from lowvram_lab.model.spec import ModelSpec, ModuleSpec
+from lowvram_lab.units import format_bytes
+
+DEVICES = ("gpu", "cpu", "disk")
+"""Where weights lie. Those on disk are mapped, and compute on the CPU as those in RAM do."""
+
+MOST_THREADS = 1024  # more than any machine has; OpenMP ends the process on absurd numbers
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one module is stored as, and where."""
+
+    format: str
+    device: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A format and a device for every module.
+
+    Attributes:
+        model: Source name the plan was made for.
+        fingerprint: ``ModelSpec.fingerprint`` of that model.
+        modules: Module name → assignment, in forward order.
+        dtype: Activations, norms and biases: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
+        kv_format: Keys and values: the plan's dtype, ``"int8"`` (one scale a token and head) or ``"int4"`` (keys per
+            channel in groups of 32 tokens, values per token in groups of 32 channels).
+        context: Tokens the plan is made for, prompt and answer together.
+        threads: CPU threads, or ``None`` for torch's choice.
+        stream_from: Prompts of so many tokens or more bring the weights of CPU and disk layers to the GPU, layer by
+            layer, and compute there; ``None`` for never. Decoding a token always computes where the layer is.
+        prefill_chunk: Prompts are read so many tokens at a time, which bounds their activations; ``None`` for at once.
+    """
+
+    model: str
+    fingerprint: str
+    modules: Mapping[str, Assignment] = field(repr=False)
+    dtype: str = "bf16"
+    kv_format: str = "bf16"
+    context: int = 2048
+    threads: int | None = None
+    stream_from: int | None = None
+    prefill_chunk: int | None = None
+
+    @classmethod
+    def uniform(cls, spec: ModelSpec, recipe: str = "bf16", *, context: int = 2048, dtype: str | None = None) -> "Plan":
+        """Gives the whole model one recipe, everything on the GPU.
+
+        Args:
+            spec: The model.
+            recipe: A format's name, or ``"stored"``: as a converted checkpoint has it. ``nf4`` follows bitsandbytes'
+                default and leaves embeddings and head in 16 bits; ``int4`` (any integer of less than 8 bits) gives
+                embeddings and head ``int8``, which a tied pair can share row by row. A linear layer whose shape the
+                format cannot hold falls back to ``int8``.
+            context: Tokens to plan for.
+            dtype: Activation dtype; by default the recipe's own if it is a float format, else ``bf16``.
+
+        Raises:
+            PlanError: Unknown recipe, or a context the model does not have.
+        """
+        if recipe == "stored":
+            dtype = dtype or "bf16"
+            formats = {m.name: spec.stored.get(m.name, dtype) for m in spec.modules}
+        else:
+            dtype = dtype or (recipe if get_format(recipe).kind == "float" else "bf16")
+            formats = {m.name: _uniform_format(m, spec, recipe, dtype) for m in spec.modules}
+        modules = {name: Assignment(fmt, "gpu") for name, fmt in formats.items()}
+        plan = cls(spec.name, spec.fingerprint, modules, dtype=dtype, kv_format=dtype, context=context)
+        plan.validate(spec)
+        return plan
+
+    def with_modules(self, pattern: str, *, format: str | None = None, device: str | None = None) -> "Plan":
+        """The same plan with every module that matches a glob pattern changed.
+
+        Args:
+            pattern: Shell pattern over module names, e.g. ``"model.layers.3.*"`` or ``"*.down_proj"``.
+            format: New format, or ``None`` to keep each module's own.
+            device: New device, or ``None`` to keep each module's own.
+
+        Raises:
+            PlanError: No module matches.
+        """
+        names = set(fnmatch.filter(self.modules, pattern))
+        if not names:
+            raise PlanError(
+                f"no module of {self.model} matches {pattern!r}; names look like {next(iter(self.modules))}"
+            )
+        changed = {
+            name: Assignment(format or old.format, device or old.device) if name in names else old
+            for name, old in self.modules.items()
+        }
+        return replace(self, modules=changed)
+
+    def with_gpu_layers(self, spec: ModelSpec, count: int, disk: int | None = None) -> "Plan":
+        """The same plan with the last ``count`` decoder layers on the GPU and the earlier ones on the CPU.
+
+        The *first* layers go to the CPU: the embedding lookup is there too, so hidden states cross once.
+
+        Args:
+            spec: The model.
+            count: Layers on the GPU.
+            disk: Of the other layers, so many stay on disk, the first ones; by default those that are there already.
+
+        Raises:
+            PlanError: More layers than the model has.
+        """
+        total = spec.num_hidden_layers
+        _check_layers(count, total, f"GPU layers for {spec.name}")
+        if disk is not None:
+            _check_layers(disk, total - count, f"disk layers for {spec.name} beside {count} on the GPU")
+        before, places = self.layer_devices(spec), []
+        for index in range(total):
+            on_disk = before[index] == "disk" if disk is None else index < disk
+            places.append("gpu" if index >= total - count else "disk" if on_disk else "cpu")
+        by_name = {m.name: places[m.layer] for m in spec.modules if m.layer is not None}
+        changed = {name: replace(old, device=by_name.get(name, old.device)) for name, old in self.modules.items()}
+        return replace(self, modules=changed)
+
+    def with_device_map(self, spec: ModelSpec, device_map: Mapping) -> "Plan":
+        """The same plan with accelerate's placement: ``{"model.embed_tokens": "cpu", "model.layers.0": 0, ...}``.
+
+        Args:
+            spec: The model.
+            device_map: Module or any part of its path (``""`` for all) → ``"gpu"``, ``"cuda"``, a GPU's number, or
+                ``"cpu"`` or ``"disk"``. The longest name that fits a module counts.
+
+        Names of blocks without weights (``"model.rotary_emb"``) are passed over: they live where the first layer does.
+
+        Raises:
+            PlanError: A module without a place, a name that fits no module, or a place that is none.
+        """
+        places = {name: _place_of(name, where) for name, where in device_map.items()}
+        modules = {}
+        for name, old in self.modules.items():
+            fitting = [part for part in places if part in ("", name) or name.startswith(f"{part}.")]
+            if not fitting:
+                raise PlanError(f"the device map says nothing about {name}; add it, or '' for all others")
+            modules[name] = replace(old, device=places[max(fitting, key=len)])
+        known = {part for name in modules for part in accumulate(name.split("."), "{}.{}".format)}
+        for name in places:
+            parent = name.rpartition(".")[0]
+            if name not in known and name and (parent not in known or re.search(r"\.\d+$", name)):
+                raise PlanError(f"the device map names {name!r}, which {spec.name} does not have")
+        plan = replace(self, modules=modules)
+        plan.validate(spec)
+        return plan
+
+    def validate(self, spec: ModelSpec) -> None:
+        """Checks the plan against the model it is to run.
+
+        Raises:
+            PlanError: Names the first module (or setting) that does not fit, and what would.
+        """
+        if self.fingerprint != spec.fingerprint:
+            raise PlanError(
+                f"this plan was made for {self.model!r} (fingerprint {self.fingerprint}), found model "
+                f"{spec.name!r} (fingerprint {spec.fingerprint}); make a new plan"
+            )
+        missing = [m.name for m in spec.modules if m.name not in self.modules]
+        if missing:
+            raise PlanError(f"the plan says nothing about module {missing[0]} ({len(missing)} missing)")
+        known = {m.name: m for m in spec.modules}
+        for name, assignment in self.modules.items():
+            if name not in known:
+                raise PlanError(f"the plan names module {name!r}, which {spec.name or 'the model'} does not have")
+            self._validate_module(known[name], assignment)
+            if spec.stored and assignment.format != (stored := spec.stored.get(name, self.dtype)):
+                raise PlanError(
+                    f"{name}: {spec.name} is a converted model that holds it in {stored}, found {assignment.format}; "
+                    "take the formats it has (recipe 'stored'), or plan with the original"
+                )
+        self._validate_layers(spec)
+        self._validate_settings(spec)
+
+    def _validate_module(self, module: ModuleSpec, assignment: Assignment) -> None:
+        if assignment.device not in DEVICES:
+            raise PlanError(f"{module.name}: expected device {' or '.join(DEVICES)}, found {assignment.device!r}")
+        chosen = get_format(assignment.format)
+        if reason := chosen.refuse(module.kind, module.weight_shape):
+            raise PlanError(f"{module.name}: {reason}")
+        if chosen.kind == "float" and assignment.format != self.dtype:
+            raise PlanError(
+                f"{module.name}: an unquantised module has the plan's dtype {self.dtype}, found {assignment.format}"
+            )
+        if module.tied_to and assignment != self.modules.get(module.tied_to):
+            raise PlanError(
+                f"{module.name} shares its weight with {module.tied_to}: "
+                f"both need one format and one device, found {assignment} and {self.modules.get(module.tied_to)}"
+            )
+
+    def _validate_layers(self, spec: ModelSpec) -> None:
+        for module in spec.modules:
+            if module.layer is not None:
+                first = next(m for m in spec.modules if m.layer == module.layer)
+                if self.modules[first.name].device != self.modules[module.name].device:
+                    raise PlanError(
+                        f"{module.name}: a decoder layer lives on one device, found "
+                        f"{self.modules[module.name].device} beside {first.name} on {self.modules[first.name].device}"
+                    )
+
+    def _validate_settings(self, spec: ModelSpec) -> None:
+        if self.dtype not in DTYPES:
+            raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {self.dtype!r}")
+        if self.kv_format not in (self.dtype, "int8", "int4"):
+            raise PlanError(
+                f"expected kv_format {self.dtype} (the plan's dtype), int8 or int4, found {self.kv_format!r}"
+            )
+        if self.kv_format == "int4" and spec.head_dim % 32:
+            raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8")
+        if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2:
+            raise PlanError(f"expected a context of 2 tokens or more, found {self.context!r}")
+        if spec.max_position_embeddings and self.context > spec.max_position_embeddings:
+            raise PlanError(
+                f"context {self.context} is beyond the {spec.max_position_embeddings} positions {spec.name} was "
+                f"trained for; ask for {spec.max_position_embeddings} or less"
+            )
+        if spec.sliding_window and self.context > spec.sliding_window:
+            raise PlanError(
+                f"{spec.name} has sliding-window attention of {spec.sliding_window} tokens, which is not forecast yet: "
+                f"ask for a context of {spec.sliding_window} or less, found {self.context}"
+            )
+        if self.stream_from is not None and (type(self.stream_from) is not int or self.stream_from < 2):
+            raise PlanError(f"expected stream_from of 2 tokens or more, or None, found {self.stream_from!r}")
+        if self.prefill_chunk is not None and (type(self.prefill_chunk) is not int or self.prefill_chunk < 1):
+            raise PlanError(f"expected prefill_chunk of 1 token or more, or None, found {self.prefill_chunk!r}")
+        if self.stream_from is not None and (self.prefill_chunk or self.stream_from) < self.stream_from:
+            raise PlanError(
+                f"weights travel for {self.stream_from} tokens or more (stream_from), found a prefill_chunk of "
+                f"{self.prefill_chunk}; give chunks of {self.stream_from} or more"
+            )
+        wrong_type = isinstance(self.threads, bool) or not isinstance(self.threads, int | None)
+        if wrong_type or (self.threads is not None and not 1 <= self.threads <= MOST_THREADS):
+            raise PlanError(f"expected 1 to {MOST_THREADS} threads, found {self.threads!r}")
+
+    def layer_devices(self, spec: ModelSpec) -> list[str]:
+        """The device that holds each decoder layer, by index."""
+        devices = {m.layer: self.modules[m.name].device for m in spec.modules if m.layer is not None}
+        return [devices[index] for index in range(spec.num_hidden_layers)]
+
+    def layer_places(self, spec: ModelSpec) -> list[str]:
+        """Where each decoder layer computes and keeps its KV cache, by index: ``"gpu"`` or ``"cpu"``."""
+        return [compute_place(device) for device in self.layer_devices(spec)]
+
+    def weight_bytes(self, spec: ModelSpec, device: str | None = None) -> int:
+        """Exact bytes of all weights, or of those on one device; a shared weight counts once."""
+        wanted = (m for m in spec.modules if device in (None, self.modules[m.name].device))
+        return sum(self.module_bytes(module) for module in wanted)
+
+    def module_bytes(self, module: ModuleSpec) -> int:
+        """Exact bytes of one module's own weights: none for a weight that another owns."""
+        dtype, total = DTYPES[self.dtype], 0
+        for key, shape in module.parameters.items():
+            if key != "weight" or not module.tied_to:
+                stored = self.modules[module.name].format if key == "weight" else self.dtype
+                total += get_format(stored).weight_bytes(shape, dtype)
+        return total
+
+    def kv_bytes(self, spec: ModelSpec, tokens: int, device: str | None = None) -> int:
+        """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on GPU or CPU or on both."""
+        places, width = self.layer_places(spec), spec.head_dim
+        layers = len(places) if device is None else places.count(device)
+        if self.kv_format == "int4":  # codes, scales and zeros in groups of 32; and the newest keys as they are
+            values, blocks = width * tokens * 5 // 8, width * -(-tokens // 32) * 20
+            return layers * spec.num_key_value_heads * (values + blocks + 32 * width * DTYPES[self.dtype].itemsize)
+        per_head = width + 2 if self.kv_format == "int8" else width * DTYPES[self.kv_format].itemsize
+        return 2 * layers * spec.num_key_value_heads * per_head * tokens
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits of the plan's content."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def to_dict(self) -> dict:
+        """Plain data, ready for JSON."""
+        return {
+            "version": VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "kv_format": self.kv_format,
+            "context": self.context,
+            "threads": self.threads,
+            # only where it says something: plans without it keep the digest they had before there was one
+            **({} if self.stream_from is None else {"stream_from": self.stream_from}),
+            **({} if self.prefill_chunk is None else {"prefill_chunk": self.prefill_chunk}),
+            "modules": {name: {"format": a.format, "device": a.device} for name, a in self.modules.items()},
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """JSON text; written to ``path`` too, whole or not at all, if one is given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            write_atomically(Path(path), text)
+        return text
+
+    @classmethod
+    def from_json(cls, text: str | Path) -> "Plan":
+        """Reads a plan from JSON text or from a file.
+
+        Raises:
+            PlanError: Not JSON, or a field is missing, unknown or of the wrong type; the field is named.
+        """
+        values = read_values(text)
+        modules = {name: Assignment(**entry) for name, entry in values.pop("modules").items()}
+        return cls(modules=modules, **values)
+
+    def table(self):
+        """Formats and devices counted by kind of module. A DataFrame."""
+        import pandas as pd
+
+        counts = Counter((_role(name), a.format, a.device) for name, a in self.modules.items())
+        rows = [(role, fmt, device, count) for (role, fmt, device), count in counts.items()]
+        return pd.DataFrame(rows, columns=["modules", "format", "device", "count"])
+
+    def summary(self, spec: ModelSpec) -> str:
+        """One line: recipe, split, bytes on either side."""
+        layers = self.layer_devices(spec)
+        weights = (
+            "/".join(dict.fromkeys(a.format for a in self.modules.values() if a.format != self.dtype)) or self.dtype
+        )
+        on_disk, lookup = self.weight_bytes(spec, "disk"), self.modules[spec.embedding].device
+        disk = f" + {format_bytes(on_disk)} disk" if on_disk else ""
+        return (
+            f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
+            f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}, {self.kv_format} KV, context {self.context}: "
+            f"{format_bytes(self.weight_bytes(spec, 'gpu'))} GPU + {format_bytes(self.weight_bytes(spec, 'cpu'))} CPU"
+            f"{disk}"
+        )
+
+    def _repr_html_(self) -> str:
+        heading = f"<b>Plan</b> {self.model}, {self.dtype}, KV {self.kv_format}, context {self.context}"
+        return heading + self.table().to_html(index=False)
+
+
+def compute_place(device: str) -> str:
+    """Where modules on a device compute: weights on disk are mapped, and the CPU reads them."""
+    return "cpu" if device == "disk" else device
+
+
+def _check_layers(count, most: int, what: str) -> None:
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= most:
+        raise PlanError(f"expected 0 to {most} {what}, found {count!r}")
+
+
+def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str) -> str:
+    if module.kind == "other" or get_format(recipe).kind == "float":
+        return dtype
+    shape, ends = module.weight_shape, module.name in (spec.embedding, spec.head)
+    if ends and recipe == "nf4":
+        return dtype
+    if ends and spec.tied and spec.module(spec.embedding).kind != "embedding":
+        return dtype  # a table with arithmetic of its own (scaled, say) stays as it is, and so does the head tied to it
+    if ends or get_format(recipe).refuse(module.kind, shape):
+        return "int8"
+    return recipe
+
+
+def _place_of(name: str, where) -> str:
+    """accelerate's words for a place."""
+    text = str(where).split(":")[0]
+    if text in ("gpu", "cuda") or (isinstance(where, int) and not isinstance(where, bool) and where >= 0):
+        return "gpu"
+    if text in ("cpu", "disk"):
+        return text
+    raise PlanError(f"{name or 'all'}: expected gpu, cuda, a GPU's number, cpu or disk, found {where!r}")
+
+
+def _role(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

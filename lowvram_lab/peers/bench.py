@@ -1,0 +1,382 @@
+"""bench: our ways of running a model beside other engines, paired, on the same prompt and the same machine.
+
+Engines alternate round by round in a shuffled order, so that a busy moment meets them all alike; what is compared is
+the ratio within a round. Every row says how far its text is the 16-bit model's: the speed of wrong output is worth
+nothing.
+
+Derived in: notebooks/07_measure_everything.ipynb
+"""
+
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from lowvram_lab.errors import LowvramError, SourceError
+from lowvram_lab.machine import cpu_threads
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.gpu import DryRunGpu, Gpu
+from lowvram_lab.memory.host import weights_in_ram
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import Source, find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import sample_text
+from lowvram_lab.peers.engines import Task
+from lowvram_lab.peers.others import OURS, PEERS, gguf_file
+from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
+from lowvram_lab.peers.result import FOLLOW_UP_TOKENS, BenchResult, BenchRow, plot_data
+from lowvram_lab.planner.auto import auto_plan
+from lowvram_lab.planner.rates import Machine
+from lowvram_lab.units import GiB, format_bytes
+
+__all__ = ["BenchResult", "BenchRow", "bench", "plot_data"]
+
+PROCESS_BYTES = GiB // 2
+"""What a process with torch and transformers takes beside its model, for the question whether all fit at once."""
+
+PACKAGES = ("lowvram_lab", "torch", "transformers", "accelerate", "bitsandbytes", "llama-cpp-python", "numpy")
+SEED = 0
+"""Of the order of engines, and of a prompt of random ids."""
+
+READ_BYTES = GiB // 4
+"""Of the block whose reading tells the bandwidth: more than any cache."""
+
+
+def context_needed(prompt_tokens: int, new_tokens: int) -> int:
+    """Tokens of prompt, answer, second message and the token that answers it."""
+    return prompt_tokens + new_tokens + 1 + FOLLOW_UP_TOKENS + 1
+
+
+def bench(
+    model: str | os.PathLike,
+    gpu: str | int | GpuBudget | Gpu | None = None,
+    *,
+    plan: Plan | None = None,
+    against: tuple[str, ...] | None = None,
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    rounds: int = 5,
+    gguf: str | os.PathLike | None = None,
+    threads: int | None = None,
+    processes: bool = True,
+    machine: Machine | None = None,
+    progress: bool = True,
+) -> BenchResult:
+    """Measures our engines and others on one prompt, alternating: batch 1, greedy, the end of a text ignored.
+
+    Args:
+        model: Name, hub id, directory or .gguf file.
+        gpu: The card to be. On CUDA the cap holds for every engine that allocates through torch; on the stand-in, which
+            is RAM, for ours.
+        plan: Ours; by default ``auto_plan``'s for that card, and 16 bits (or the formats stored) without one.
+        against: Of ``transformers``, ``accelerate``, ``bitsandbytes`` and ``llama.cpp``; by default those
+            installed. What cannot run here is a row with the reason.
+        prompt_tokens: Length of the prompt.
+        new_tokens: Decoded after the first token of the answer.
+        rounds: How often each engine has its turn.
+        gguf: The file for llama.cpp; by default see ``gguf_file``.
+        threads: CPU threads of every engine; by default the plan's, else torch's number.
+        processes: Each engine in a process of its own. Without, all are in this one: ``peak_rss_bytes`` is ``None``,
+            and on CUDA a peak has the other engines in it.
+        machine: Its read bandwidth; by default this machine's, measured now.
+        progress: Show a progress bar.
+
+    Returns:
+        A row for each engine.
+
+    Raises:
+        LowvramError: An unknown peer, a number out of range, or no engine at all could run.
+        PlanError: The plan does not fit the model or the prompt.
+        SourceError: No such model.
+    """
+    chosen = _peers(against, gguf)
+    for what, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise LowvramError(f"expected {what} of 1 or more, found {count!r}")
+    source = find_source(model)
+    spec, budget = ModelSpec.from_config(source.config(), source.name), _budget(gpu)
+    needed = context_needed(prompt_tokens, new_tokens)
+    plan = _plan(plan, spec, budget, needed)
+    threads = threads or plan.threads or torch.get_num_threads()
+    if threads > (cores := os.cpu_count() or 1):
+        raise LowvramError(f"expected 1 to {cores} threads on this machine, found {threads}")
+    plan = replace(plan, threads=threads, context=max(plan.context, needed))
+    plan.validate(spec)
+    directory, load_before = source.fetch(progress), os.getloadavg() if hasattr(os, "getloadavg") else (0.0,)
+    prompt, origin = _prompt(source, spec, prompt_tokens + FOLLOW_UP_TOKENS)
+    task = Task(
+        source.name,
+        str(directory),
+        plan.to_json(),
+        (budget.total_bytes, budget.context_bytes) if budget else None,
+        prompt[:prompt_tokens],
+        prompt[prompt_tokens:],
+        new_tokens,
+        threads,
+    )
+    with cpu_threads(threads), tempfile.TemporaryDirectory() as folder:
+        reasons = {name: PEERS[name].absent(torch.cuda.is_available()) for name in chosen}
+        if not reasons.get("llama.cpp", "not asked for"):
+            try:
+                task = replace(task, gguf=str(gguf_file(source, gguf, Path(folder), progress)))
+            except LowvramError as error:
+                if gguf:
+                    raise
+                reasons["llama.cpp"] = str(error)
+        machine = machine or Machine(anew=True)
+        bandwidth = _read_bandwidth(plan, spec, threads)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what the measurement took is the engines' now
+        names = [*OURS, *chosen]
+        run = _Run(task, plan, spec, names, {k: v for k, v in reasons.items() if v}, processes, progress)
+        run.measure(rounds)
+    rows = _rows(run, names, bandwidth)
+    if not any(row.ran for row in rows):
+        raise LowvramError("no engine could run this: " + "; ".join(f"{row.engine}: {row.reason}" for row in rows))
+    load_after = os.getloadavg() if hasattr(os, "getloadavg") else (0.0,)
+    simulated = not torch.cuda.is_available()
+    card = format_bytes(budget.total_bytes) if budget else "no limit"
+    return BenchResult(
+        model=source.public_name,
+        plan=plan.summary(spec),
+        gpu=f"{'stand-in GPU (simulated)' if simulated else torch.cuda.get_device_name()}, {card}",
+        simulated=simulated,
+        rows=rows,
+        prompt=origin,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads,
+        text_reference=run.reference,
+        read_bytes_per_s=bandwidth,
+        alternated="loaded together" if run.together else "loaded anew for every round",
+        load_average=(round(load_before[0], 2), round(load_after[0], 2)),
+        machine=_facts(machine),
+        versions=_versions(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+class _Run:
+    """All engines of a benchmark, and what they said and did.
+
+    Attributes:
+        facts: Name → what the engine says of itself, see ``LocalEngine``.
+        texts: Name → its greedy answer.
+        agreement: Name → share of positions where it finds the reference's token most likely.
+        turns: Name → its rounds.
+        reasons: Name → why there are no figures.
+        reference: Whose answer is the reference.
+        together: Whether all engines are in memory at once.
+    """
+
+    def __init__(
+        self, task: Task, plan: Plan, spec: ModelSpec, names: list[str], reasons: dict[str, str], processes, progress
+    ):
+        self.task, self.kinds, self.reasons, self.progress = task, OURS | PEERS, reasons, progress
+        self.names = [name for name in names if name not in reasons]
+        self.open = ChildEngine if processes else LocalEngine
+        self.processes, self._held = processes, {}
+        self.facts, self.texts, self.agreement, self.reference = {}, {}, {}, ""
+        self.turns: dict[str, list[dict]] = {name: [] for name in names}
+        needed = {name: _needed_bytes(name, task, plan, spec) for name in self.names}
+        free = psutil.virtual_memory().available
+        for name in self.names:
+            if name in PEERS and needed[name] > free:
+                self.reasons[name] = f"needs about {format_bytes(needed[name])} of RAM, found {format_bytes(free)} free"
+        self.together = sum(needed[name] + PROCESS_BYTES for name in self._left()) < free and _card_holds(
+            [needed[name] for name in self._left()], task
+        )
+
+    def _left(self) -> list[str]:
+        return [name for name in self.names if name not in self.reasons]
+
+    def measure(self, rounds: int) -> None:
+        """Opens every engine, compares texts, then lets them take turns."""
+        # who gives the reference comes first: the 16-bit model, or the plainest of ours
+        order = sorted(self.names, key=lambda name: (name != "transformers", name != "lowvram (modules)"))
+        shuffled = random.Random(SEED)
+        try:
+            with tqdm(total=len(order) * (rounds + 1), desc="bench", disable=not self.progress, leave=False) as bar:
+                for name in order:
+                    self._let(name, self._meet, first=True)
+                    bar.update()
+                for _ in range(rounds):
+                    shuffled.shuffle(order)
+                    for name in order:
+                        self._let(name, lambda name, engine: self.turns[name].append(engine.turn()))
+                        bar.update()
+        finally:
+            for engine in self._held.values():
+                engine.close()
+
+    def _let(self, name: str, act, first: bool = False) -> None:
+        """Lets an engine do something, unless it has failed before."""
+        if name in self.reasons:
+            return
+        engine = self._held.pop(name, None)
+        try:
+            engine = engine or self.open(self.kinds[name], self.task, first and self.processes)
+            act(name, engine)
+            if self.together:
+                self._held[name] = engine
+        except EngineError as error:
+            self.reasons[name] = str(error)
+        finally:
+            if engine is not None and name not in self._held:
+                engine.close()
+
+    def _meet(self, name: str, engine) -> None:
+        self.facts[name], self.texts[name] = engine.facts, engine.tokens
+        self.reference = self.reference or name
+        answer = self.texts[self.reference]
+        self.agreement[name] = _share(engine.likeliest(answer), answer)
+
+
+def _rows(run: _Run, names: list[str], bandwidth: float | None) -> tuple[BenchRow, ...]:
+    speeds = {
+        name: [run.task.new_tokens / turn["decode_s"] for turn in run.turns[name]]
+        for name in names
+        if name not in run.reasons
+    }
+    first = next(iter(speeds.values()), [])
+    rows = []
+    for name in names:
+        if name in run.reasons:
+            rows.append(BenchRow(name, reason=run.reasons[name]))
+            continue
+        facts, turns, each = run.facts[name], run.turns[name], speeds[name]
+        ttft = statistics.median(turn["ttft_s"] for turn in turns)
+        low, middle, high = (float(value) for value in np.percentile(each, (10, 50, 90)))
+        a_token = facts["read_bytes"] + facts["kv_bytes"]
+        bounded = bandwidth and facts["one_memory"]
+        rows.append(
+            BenchRow(
+                engine=name,
+                prefill_tokens_per_s=len(run.task.prompt) / ttft,
+                decode_tokens_per_s=middle,
+                decode_p10=low,
+                decode_p90=high,
+                ratio=statistics.median(mine / other for mine, other in zip(each, first, strict=True)),
+                ttft_s=ttft,
+                follow_up_s=statistics.median(turn["follow_up_s"] for turn in turns),
+                peak_bytes=facts["peak_bytes"],
+                peak_rss_bytes=facts["peak_rss_bytes"],
+                weight_bytes=facts["weight_bytes"],
+                bytes_per_token=a_token,
+                bandwidth_share=a_token * middle / bandwidth if bounded else None,
+                equal_tokens=_share(run.texts[name], run.texts[run.reference]),
+                agreement=run.agreement[name],
+                note=_note(name, run),
+                rounds=tuple(each),
+            )
+        )
+    return tuple(rows)
+
+
+def _note(name: str, run: _Run) -> str:
+    """The engine's own, or for ours how far its two ways agree: they run the same weights."""
+    other = "lowvram (modules)"
+    if name != other and name in OURS and other in run.texts:
+        same, all_tokens = _equal(run.texts[name], run.texts[other]), len(run.texts[name])
+        return f"{same} of {all_tokens} tokens of its answer are the modules'"
+    return run.facts[name]["note"]
+
+
+def _equal(mine: list[int], theirs: list[int]) -> int:
+    return sum(a == b for a, b in zip(mine, theirs, strict=True))
+
+
+def _share(mine: list[int], theirs: list[int]) -> float:
+    return _equal(mine, theirs) / len(theirs)
+
+
+def _peers(against: tuple[str, ...] | None, gguf) -> list[str]:
+    """Names that are known, each once; by default those installed, and llama.cpp where it was given a file."""
+    if against is None:
+        return [name for name, kind in PEERS.items() if kind.installed() or (gguf and name == "llama.cpp")]
+    if isinstance(against, str) or not all(isinstance(name, str) for name in against):
+        raise LowvramError(f"expected names of engines such as ('transformers', 'llama.cpp'), found {against!r}")
+    if unknown := [name for name in against if name not in PEERS]:
+        raise LowvramError(f"unknown engine {unknown[0]!r}: expected some of {', '.join(PEERS)}")
+    if gguf and "llama.cpp" not in against:
+        raise LowvramError(f"a .gguf file is for llama.cpp, found {', '.join(against) or 'no engine'} to compare with")
+    return list(dict.fromkeys(against))
+
+
+def _budget(gpu) -> GpuBudget | None:
+    if isinstance(gpu, Gpu):
+        return gpu.budget
+    return gpu if gpu is None or isinstance(gpu, GpuBudget) else GpuBudget.parse(gpu)
+
+
+def _plan(plan: Plan | None, spec: ModelSpec, budget: GpuBudget | None, tokens: int) -> Plan:
+    if plan is not None:
+        return plan
+    if budget is None:
+        return Plan.uniform(spec, "stored" if spec.stored else "bf16", context=tokens)
+    return auto_plan(spec, DryRunGpu(budget, "cuda" if torch.cuda.is_available() else "cpu"), tokens).plan
+
+
+def _prompt(source: Source, spec: ModelSpec, tokens: int) -> tuple[tuple[int, ...], str]:
+    """Ids that every engine is given, and where they come from."""
+    try:
+        ids = source.tokenizer()(sample_text())["input_ids"]
+    except SourceError:  # no tokenizer: nothing here needs one
+        drawn = random.Random(SEED)
+        return tuple(drawn.randrange(spec.vocab_size) for _ in range(tokens)), "random ids: the model has no tokenizer"
+    return tuple((ids * -(-tokens // len(ids)))[:tokens]), "the library's own text"
+
+
+def _needed_bytes(name: str, task: Task, plan: Plan, spec: ModelSpec) -> int:
+    """About what an engine holds of the model: the 16-bit weights where it makes its own of them."""
+    if name in OURS:
+        return weights_in_ram(plan, spec, not torch.cuda.is_available()) + plan.kv_bytes(spec, plan.context)
+    return os.path.getsize(task.gguf) if name == "llama.cpp" else 2 * spec.num_parameters
+
+
+def _card_holds(sizes: list[int], task: Task) -> bool:
+    """Whether a CUDA card, if there is one, holds all engines at once, each with a CUDA context of its own."""
+    if not torch.cuda.is_available():
+        return True
+    most = task.budget[0] if task.budget else None
+    wanted = sum(min(size + PROCESS_BYTES, most or size + PROCESS_BYTES) for size in sizes)
+    return wanted < torch.cuda.mem_get_info()[0]
+
+
+def _read_bandwidth(plan: Plan, spec: ModelSpec, threads: int) -> float:
+    """Bytes a second at which the layers' processor sums a block that no cache holds: the best of nine times."""
+    on_card = torch.cuda.is_available() and set(plan.layer_places(spec)) == {"gpu"}
+    block, best = torch.ones(READ_BYTES // 8, dtype=torch.int64, device="cuda" if on_card else "cpu"), 0.0
+    with cpu_threads(threads):
+        for _ in range(9):
+            started = time.perf_counter()
+            int(block.sum())  # waits for the card
+            best = max(best, READ_BYTES / (time.perf_counter() - started))
+    return best
+
+
+def _facts(machine: Machine) -> dict[str, str | int]:
+    memory = format_bytes(psutil.virtual_memory().total)
+    return {"name": machine.name, "cores": os.cpu_count() or 1, "ram": memory, "system": platform.platform(terse=True)}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

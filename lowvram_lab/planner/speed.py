@@ -1,0 +1,173 @@
+"""How fast a plan will run: the parts of a forward pass, each at this machine's measured rate, added up.
+
+Reading weights, arithmetic, attention over what is cached, everything small that happens in a layer whatever its size,
+hidden states that cross between CPU and GPU, weights that travel for a long prompt or come from disk. The same
+``SpeedProfile`` as ``run_speed`` measures, so the two subtract.
+
+Derived in: notebooks/05_split_the_layers.ipynb
+"""
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import psutil
+
+from lowvram_lab.model.plan import Plan, compute_place
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.profile import STAND_IN, SpeedProfile, Workload, where_it_runs
+from lowvram_lab.planner.rates import Machine
+
+FEW_TOKENS = 64
+"""Decoded after the prompt where no workload is given."""
+
+
+def forecast_speed(
+    plan: Plan,
+    spec: ModelSpec,
+    workload: Workload | None = None,
+    machine: Machine | None = None,
+    ram: int | None = None,
+) -> SpeedProfile:
+    """Forecasts first-token latency and decoding speed of a plan on this machine, without loading it.
+
+    Args:
+        plan: The plan.
+        spec: The model.
+        workload: Prompt and answer; by default a prompt of half the context and ``FEW_TOKENS`` more.
+        machine: Its rates; by default this machine's, measured now where they are not known.
+        ram: Bytes of RAM there are for the model. Weights on disk for which there is room beside those of the CPU stay
+            in the system's cache; else all of them are read for every token. By default what is free now.
+
+    Returns:
+        A profile with origin ``"forecast"``; ``parts`` has the seconds of one decoded token by what takes them.
+    """
+    plan.validate(spec)
+    machine = machine or Machine()
+    if workload is None:
+        prompt = max(1, plan.context // 2)
+        workload = Workload(prompt, max(1, min(FEW_TOKENS, plan.context - prompt)))
+    first = _forward(plan, spec, machine, workload.prompt_tokens, 0, ram)
+    parts = _forward(plan, spec, machine, 1, workload.prompt_tokens + workload.new_tokens // 2, ram)
+    return SpeedProfile(
+        where=where_it_runs(plan, spec, machine.name if machine.cuda else STAND_IN),
+        prompt_tokens=workload.prompt_tokens,
+        new_tokens=workload.new_tokens,
+        ttft_s=sum(first.values()),
+        decode_tokens_per_s=1 / sum(parts.values()),
+        origin="forecast",
+        parts=dict(parts),
+    )
+
+
+def stream_threshold(plan: Plan, spec: ModelSpec, machine: Machine | None = None) -> int | None:
+    """The shortest prompt for which it is faster to send the CPU layers' weights to the GPU than to compute there.
+
+    A layer's weights take as long to send for one token as for a thousand, its arithmetic on the CPU does not.
+
+    Args:
+        plan: The plan; its own ``stream_from`` does not matter.
+        spec: The model.
+        machine: See ``forecast_speed``.
+
+    Returns:
+        Tokens, for ``Plan.stream_from``; ``None`` where nothing within the context is long enough, where no layer is
+        off the GPU, or where there is no CUDA card: the stand-in computes no faster than the CPU it is.
+    """
+    machine = machine or Machine()
+    if all(device == "gpu" for device in plan.layer_devices(spec)) or machine.link() is None:
+        return None
+
+    def gains(tokens: int) -> bool:
+        resident, travelling = replace(plan, stream_from=None), replace(plan, stream_from=2)
+        seconds = [sum(_forward(each, spec, machine, tokens, 0, None).values()) for each in (travelling, resident)]
+        return seconds[0] < seconds[1]
+
+    low, high = 1, plan.context  # gains is false at low
+    if high < 2 or not gains(high):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if gains(middle) else (middle, high)
+    return high
+
+
+def _forward(plan: Plan, spec: ModelSpec, machine: Machine, tokens: int, cached: int, ram: int | None) -> Counter:
+    """Seconds of a forward pass, by part; only the last token goes through the head."""
+    parts: Counter = Counter()
+    away = _Travel(plan, spec, machine) if plan.stream_from is not None and tokens >= plan.stream_from else None
+    places = plan.layer_places(spec) if away is None or not away.layers else ["gpu"] * spec.num_hidden_layers
+    for module in spec.modules:
+        if module.kind == "linear":
+            fed = 1 if module.name == spec.head else tokens
+            assignment = plan.modules[module.name]
+            place = compute_place(assignment.device) if module.layer is None else places[module.layer]
+            rates = machine.kernel(assignment.format, place, plan.threads, bool(module.tied_to))
+            label = "head" if module.name == spec.head else f"{assignment.format} weights on the {place}"
+            seconds = rates.seconds(math.prod(module.weight_shape), fed)
+            parts[label] += seconds
+            if away and module.layer in away.layers:
+                away.compute_s += seconds
+    heads = spec.config.get("num_attention_heads", spec.num_key_value_heads)
+    queries, keys = heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    for place in places:
+        rates = machine.layer(plan.kv_format, plan.dtype, place, plan.threads)
+        parts["small operations"] += rates.layer_s + rates.width_s * (tokens - 1) * spec.hidden_size
+        parts["attention"] += cached * (rates.cached_query_s * queries + rates.cached_kv_s * keys)
+        parts["attention"] += rates.pair_s * queries * (tokens - 1) * tokens / 2
+    parts["small operations"] += machine.layer(plan.kv_format, plan.dtype, places[0], plan.threads).model_s
+    order = [compute_place(plan.modules[spec.embedding].device), *places, compute_place(plan.modules[spec.head].device)]
+    if crossings := sum(a != b for a, b in zip(order, order[1:], strict=False)):
+        parts["crossing"] += _crossing_seconds(crossings, tokens, spec, machine)
+    if away and away.layers:
+        parts["weights on their way"] += away.waiting_s()
+        parts["keys and values on their way"] += away.cache_s(tokens, cached)
+    parts["weights from disk"] += _disk_seconds(plan, spec, machine, ram)
+    return +parts
+
+
+class _Travel:
+    """Weights on their way to the GPU, one layer ahead of the computation.
+
+    Attributes:
+        layers: Which decoder layers'.
+        compute_s: What computing them takes on the GPU; counted by who adds it up.
+    """
+
+    def __init__(self, plan: Plan, spec: ModelSpec, machine: Machine):
+        self.plan, self.spec, self.link, self.compute_s = plan, spec, machine.link(), 0.0
+        devices = plan.layer_devices(spec)
+        away = {index for index, device in enumerate(devices) if device != "gpu"}
+        self.layers = away if self.link else set()  # the stand-in lies in the same RAM, and a timing does not copy
+        self.size_bytes = Counter()
+        for module in spec.modules:
+            if module.layer in self.layers:
+                self.size_bytes[devices[module.layer]] += plan.module_bytes(module)
+
+    def waiting_s(self) -> float:
+        """The first layer's weights are waited for, then whatever computing the layer before does not hide."""
+        count, copy_s = len(self.layers), self.size_bytes["cpu"] / self.link.to_gpu_pinned
+        beside = copy_s / count + (count - 1) / count * max(0.0, copy_s - self.compute_s)
+        return beside + self.size_bytes["disk"] / self.link.to_gpu  # mapped, not page-locked: waited for
+
+    def cache_s(self, tokens: int, cached: int) -> float:
+        """Keys and values: those there are, to the GPU; the new ones, home to the CPU."""
+        one = self.plan.kv_bytes(self.spec, 1, "cpu")
+        return one * (cached / self.link.to_gpu + tokens / self.link.to_cpu)
+
+
+def _crossing_seconds(crossings: int, tokens: int, spec: ModelSpec, machine: Machine) -> float:
+    link = machine.link()
+    if link is None:
+        return 0.0  # the stand-in lies in the same RAM, and a timing does not copy
+    return crossings * (link.crossing_s + 2 * tokens * spec.hidden_size / min(link.to_gpu, link.to_cpu))
+
+
+def _disk_seconds(plan: Plan, spec: ModelSpec, machine: Machine, ram: int | None) -> float:
+    """Weights on disk, read anew in every forward pass where RAM cannot hold them; of a lookup, next to nothing."""
+    on_disk = plan.weight_bytes(spec, "disk")
+    if not spec.tied and plan.modules[spec.embedding].device == "disk":
+        on_disk -= plan.module_bytes(spec.module(spec.embedding))
+    ram = psutil.virtual_memory().available if ram is None else ram
+    held = plan.weight_bytes(spec, "cpu") + plan.kv_bytes(spec, plan.context, "cpu")
+    return on_disk / machine.disk().read if on_disk > max(0, ram - held) else 0.0

@@ -1,0 +1,362 @@
+"""Write a model as a ``.gguf`` file, tensor by tensor: for llama.cpp and whatever is built on it.
+
+The way back from ``gguf_convert.py``. Integer weights of a converted directory keep their codes in ``q8_0`` and
+``q4_1``: these are blocks of 32 codes with a float16 scale each, and a scale of more weights is simply repeated.
+
+Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``; blocks, ``ggml-common.h``.
+"""
+
+import contextlib
+import math
+import os
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as GgmlType
+
+from lowvram_lab.cache import locked
+from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.memory.host import peak_rss_bytes
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.source import find_source
+from lowvram_lab.model.spec import ModelSpec, ModuleSpec
+from lowvram_lab.units import format_bytes
+from lowvram_lab.weights.gguf_vocab import vocabulary as vocabulary_of
+from lowvram_lab.weights.resumable import require_space
+from lowvram_lab.weights.solvers import IntegerWeight, is_finite
+from lowvram_lab.weights.stored import check_stored, read_stored
+
+TYPES = ("f16", "f32", "bf16", "q8_0", "q4_1")
+"""What matrices can become; vectors are always f32, as llama.cpp wants them."""
+
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+"""``model_type`` of a config → what llama.cpp calls that architecture."""
+
+_BIASED = {"llama": ("attn_", "ffn_"), "qwen2": ("attn_q", "attn_k", "attn_v"), "qwen3": ()}
+_BLOCK = 32
+_ELEMENTS_AT_ONCE = 1 << 22  # converted at a time: 16 MiB in float32
+
+
+@dataclass(frozen=True, repr=False)
+class ExportResult:
+    """What was written.
+
+    Attributes:
+        output: The file.
+        type: As asked for.
+        architecture: llama.cpp's name of it; ``pre_tokenizer`` too, ``""`` for a SentencePiece vocabulary.
+        tensors: How many.
+        types: GGML type → number of tensors.
+        kept_codes: Tensors whose integers were carried over, code for code.
+        tensor_bytes: Data of all tensors; ``file_bytes`` with metadata and vocabulary.
+        seconds: Of the export.
+        peak_rss_bytes: Highest resident memory of this process so far, mapped pages of the source included.
+    """
+
+    output: str
+    type: str
+    architecture: str
+    pre_tokenizer: str
+    tensors: int
+    types: dict[str, int]
+    kept_codes: int
+    tensor_bytes: int
+    file_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{count} in {name}" for name, count in self.types.items())
+        return f"ExportResult({self.output}: {format_bytes(self.file_bytes)}, {self.tensors} tensors: {held})"
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return asdict(self)
+
+    def table(self):
+        """Attribute by attribute. A DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame({"found": {key: str(value) for key, value in self.to_dict().items()}})
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file to be: its name there, whose it is, what it becomes.
+
+    ``heads`` are those of q and k in the llama architecture, whose rows change places; ``stored`` is the format of the
+    codes it is read from.
+    """
+
+    name: str
+    module: ModuleSpec
+    key: str
+    type: str
+    heads: int = 0
+    stored: str = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.module.parameters[self.key]
+
+    @property
+    def source(self) -> str:
+        return f"{self.module.name}.{self.key}"
+
+    @property
+    def nbytes(self) -> int:
+        elements, size = gguf.GGML_QUANT_SIZES[GgmlType[self.type.upper()]]
+        return math.prod(self.shape) // elements * size
+
+    @property
+    def keeps_codes(self) -> bool:
+        shared = self.stored and (get_format(self.stored).group_size or self.shape[-1])
+        return bool(shared) and self.type in ("q8_0", "q4_1") and shared % _BLOCK == 0
+
+
+def export_gguf(
+    model: str | os.PathLike, output: str | Path, *, type: str = "f16", progress: bool = True
+) -> ExportResult:
+    """Writes a model as GGUF: weights, config, vocabulary, chat template. Whole, or not at all.
+
+    Takes the RAM of the largest tensor as it is in the file, beside the pages of the source that are being read.
+
+    Args:
+        model: Name, hub id, directory (a converted one too) or .gguf file of a Llama, Mistral, Qwen2 or Qwen3.
+        output: A new file, ``.gguf``.
+        type: What matrices become: one of ``TYPES``. In ``"q4_1"`` embedding and head become q8_0, and so does what a
+            converted directory holds in more than 4 bits. Rows that are no multiple of 32 become f16 instead.
+        progress: Show a progress bar, on stderr.
+
+    Raises:
+        LowvramError: Unknown type; an output that exists, is no .gguf, has no folder or no room.
+        SourceError: No such model, or a tokenizer that llama.cpp has no name for.
+        CheckpointError: An architecture that is none of these, or something about it that GGUF cannot say; damaged
+            weights, or such as do not fit the type.
+    """
+    from tqdm.auto import tqdm
+
+    began, output = time.monotonic(), Path(output).expanduser()
+    if type not in TYPES:
+        raise LowvramError(f"expected type {', '.join(TYPES)}, found {type!r}")
+    _refuse_output(output)
+    source = find_source(model)
+    config = source.config()
+    spec = ModelSpec.from_config(config, source.public_name)
+    architecture = _architecture(spec, config)
+    tensors = _tensors(spec, architecture, type)
+    directory = source.fetch(progress)
+    checkpoint = Checkpoint(directory)
+    for tensor in tensors:
+        _check(tensor, checkpoint)
+    vocabulary = vocabulary_of(source, spec, directory)
+    factors = _rope_factors(config)
+    tensor_bytes = sum(tensor.nbytes for tensor in tensors) + (0 if factors is None else factors.nbytes)
+    temporary = output.with_name(f".{output.name}.partial")  # one name: what a killed run left is written over
+    with locked(output) as lock:
+        try:
+            _refuse_output(output)
+            require_space(output.parent, tensor_bytes + 128 * spec.vocab_size, "the export")
+            with contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer:
+                for key, value in {**_facts(spec, config, architecture, type), **vocabulary}.items():
+                    _add(writer, key, value)
+                if factors is not None:
+                    writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+                for t in tensors:
+                    kind = GgmlType[t.type.upper()]
+                    writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=kind)
+                writer.write_header_to_file()
+                writer.write_kv_data_to_file()
+                writer.write_ti_data_to_file()
+                if factors is not None:
+                    writer.write_tensor_data(factors)
+                for tensor in tqdm(tensors, desc="writing GGUF", disable=not progress):
+                    writer.write_tensor_data(_data(tensor, checkpoint))
+            os.replace(temporary, output)
+        except OSError as error:
+            raise LowvramError(f"cannot write {output}: {error.strerror or error}; choose another folder") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows does not remove a file that is held
+                lock.unlink()
+    return ExportResult(
+        output=str(output),
+        type=type,
+        architecture=architecture,
+        pre_tokenizer=vocabulary.get("tokenizer.ggml.pre", ""),
+        tensors=len(tensors) + (factors is not None),
+        types=dict(Counter(["f32"] * (factors is not None) + [tensor.type for tensor in tensors])),
+        kept_codes=sum(tensor.keeps_codes for tensor in tensors),
+        tensor_bytes=tensor_bytes,
+        file_bytes=output.stat().st_size,
+        seconds=time.monotonic() - began,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+def _refuse_output(output: Path) -> None:
+    if output.suffix.lower() != ".gguf":
+        raise LowvramError(f"{output}: expected a file name that ends in .gguf")
+    if output.exists():
+        raise LowvramError(f"{output} exists already; name a new file, or remove it first")
+    if not output.parent.is_dir():
+        raise LowvramError(f"cannot write {output}: its folder does not exist")
+
+
+def _architecture(spec: ModelSpec, config) -> str:
+    """llama.cpp's name, or the first thing about the model that it would compute otherwise."""
+    kind, rope = config.model_type, config.rope_parameters if config.model_type in ARCHITECTURES else {}
+    scaling, activation = rope.get("rope_type", "default"), getattr(config, "hidden_act", "silu")
+
+    def refuse(found: str) -> CheckpointError:
+        return CheckpointError(f"{spec.name}: cannot be written as GGUF: {found}")
+
+    if kind not in ARCHITECTURES:
+        raise refuse(f"expected a model of type {', '.join(ARCHITECTURES)}, found {kind}")
+    if activation != "silu":
+        raise refuse(f"expected the activation silu, found {activation}")
+    if rope.get("partial_rotary_factor", 1) != 1:
+        raise refuse(f"expected rotary positions of whole heads, found of a share {rope['partial_rotary_factor']}")
+    if scaling != "default" and (scaling, ARCHITECTURES[kind]) != ("llama3", "llama"):
+        raise refuse(f"RoPE scaling {scaling!r} of a {kind} model is not supported (llama3 is, in a llama model)")
+    return ARCHITECTURES[kind]
+
+
+def _tensors(spec: ModelSpec, architecture: str, type: str) -> list[_Tensor]:
+    """Everything to be written, in forward order, from the config alone."""
+    known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(known[architecture], spec.num_hidden_layers)
+    heads = {"attn_q": spec.config["num_attention_heads"], "attn_k": spec.num_key_value_heads}
+    found = []
+    for module in spec.modules:
+        base = names.get_name(module.name) or ""
+        short = base.rpartition(".")[2]
+        for key, shape in module.parameters.items():
+            if key == "weight" and module.tied_to:
+                continue
+            if not base or (key != "weight" and not (key == "bias" and short.startswith(_BIASED[architecture]))):
+                raise CheckpointError(
+                    f"{spec.name}: {module.name}.{key} has no place in a GGUF of a {architecture} model; expected "
+                    "biases where such models have them"
+                )
+            stored = spec.stored.get(module.name, "") if key == "weight" else ""
+            kind = _type(type, shape, short in ("token_embd", "output"), stored)
+            permuted = heads.get(short, 0) if architecture == "llama" else 0
+            found.append(_Tensor(f"{base}.{key}", module, key, kind, permuted, stored))
+    return found
+
+
+def _type(type: str, shape: tuple[int, ...], is_table: bool, stored: str) -> str:
+    if len(shape) == 1:
+        return "f32"
+    if type in ("q8_0", "q4_1") and shape[-1] % _BLOCK:
+        return "f16"
+    if type == "q4_1" and (get_format(stored).bits > 4 if stored else is_table):
+        return "q8_0"
+    return type
+
+
+def _check(tensor: _Tensor, checkpoint: Checkpoint) -> None:
+    if tensor.stored:
+        return check_stored(tensor.module, get_format(tensor.stored), checkpoint)
+    name = tensor.source
+    if name not in checkpoint:
+        raise CheckpointError(f"{checkpoint.directory}: expected a tensor {name}, found none")
+    shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
+    if shape != tensor.shape or not dtype.is_floating_point:
+        raise CheckpointError(f"{name}: expected floats of shape {tensor.shape}, found {dtype} of {shape}")
+
+
+def _data(tensor: _Tensor, checkpoint: Checkpoint) -> np.ndarray:
+    """A tensor's bytes as they go into the file, ``(rows, bytes of a row)``; converted some rows at a time."""
+    if tensor.stored:
+        weight = read_stored(tensor.module.name, get_format(tensor.stored), checkpoint.read)
+    else:
+        weight = checkpoint.read(tensor.source)
+    rows = tensor.shape[0]
+    order = torch.arange(rows)
+    if tensor.heads:  # llama.cpp turns neighbours in a head, transformers the two halves of it
+        order = order.view(tensor.heads, 2, -1).transpose(1, 2).reshape(-1)
+    data = np.empty((rows, tensor.nbytes // rows), np.uint8)
+    start = 0
+    for some in order.split(max(1, _ELEMENTS_AT_ONCE * rows // math.prod(tensor.shape))):
+        piece = IntegerWeight(weight.codes[some], weight.scale[some]) if tensor.stored else weight[some]
+        data[start : start + len(some)] = _encode(piece, tensor).reshape(len(some), -1).view(np.uint8)
+        start += len(some)
+    return data
+
+
+def _encode(piece, tensor: _Tensor) -> np.ndarray:
+    if tensor.keeps_codes:
+        return _blocks(piece, tensor)
+    values = piece.dequantize() if tensor.stored else piece.float()
+    if not is_finite(values):
+        raise CheckpointError(f"{tensor.source}: expected finite weights, found NaN or infinite values; fetch it anew")
+    if tensor.type == "bf16":
+        return values.to(torch.bfloat16).view(torch.int16).numpy()
+    if tensor.type == "f16" and values.abs().max() > torch.finfo(torch.float16).max:
+        raise CheckpointError(f"{tensor.source}: holds values beyond float16's 65504; choose bf16 or f32")
+    return gguf.quants.quantize(values.numpy(), GgmlType[tensor.type.upper()])
+
+
+def _blocks(weight: IntegerWeight, tensor: _Tensor) -> np.ndarray:
+    """The very codes in GGML's blocks: q8_0 is ``d * code``, q4_1 ``d * code + m`` with codes from 0 to 15."""
+    rows, blocks = weight.codes.shape[0], weight.codes.shape[1] // _BLOCK
+    scale = weight.scale.repeat_interleave(blocks // weight.scale.shape[1], dim=1).half().unsqueeze(-1).numpy()
+    codes = weight.codes.view(rows, blocks, _BLOCK).numpy()
+    if not np.isfinite(8 * scale).all():
+        raise CheckpointError(f"{tensor.source}: holds scales beyond float16's range; choose bf16 or f32")
+    if tensor.type == "q8_0":
+        return np.concatenate((scale.view(np.uint8), codes.view(np.uint8)), axis=-1)
+    low, high = np.split((codes + 8).astype(np.uint8), 2, axis=-1)
+    return np.concatenate((scale.view(np.uint8), (-8 * scale).view(np.uint8), low | high << 4), axis=-1)
+
+
+def _rope_factors(config) -> np.ndarray | None:
+    """What llama3's scaling divides each rotary frequency by, ``(head_dim / 2,)``."""
+    if config.rope_parameters.get("rope_type", "default") == "default":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
+    return (1 / config.rope_parameters["rope_theta"] ** exponents / scaled).numpy()
+
+
+def _facts(spec: ModelSpec, config, architecture: str, type: str) -> dict:
+    """Metadata but for the vocabulary."""
+    attention, rope = f"{architecture}.attention", f"{architecture}.rope"
+    return {
+        "general.name": spec.name,
+        "general.file_type": int(gguf.LlamaFileType["ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+        f"{architecture}.block_count": spec.num_hidden_layers,
+        # no further than a sliding window: llama.cpp would not slide it
+        f"{architecture}.context_length": spec.longest_context,
+        f"{architecture}.embedding_length": spec.hidden_size,
+        f"{architecture}.feed_forward_length": config.intermediate_size,
+        f"{architecture}.vocab_size": spec.vocab_size,
+        f"{attention}.head_count": config.num_attention_heads,
+        f"{attention}.head_count_kv": spec.num_key_value_heads,
+        f"{attention}.key_length": spec.head_dim,
+        f"{attention}.value_length": spec.head_dim,
+        f"{attention}.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        f"{rope}.dimension_count": spec.head_dim,
+        f"{rope}.freq_base": float(config.rope_parameters["rope_theta"]),
+    }
+
+
+def _add(writer, key: str, value) -> None:
+    """Counts and token ids are unsigned 32-bit integers in GGUF, other numbers float32."""
+    for kind, method in ((bool, "bool"), (int, "uint32"), (float, "float32"), (str, "string"), (list, "array")):
+        if isinstance(value, kind):
+            return getattr(writer, f"add_{method}")(key, value)

@@ -1,0 +1,179 @@
+"""Run a model one decoder layer at a time: a 4 B model's calibration needs the RAM of one layer, not of the model.
+
+Hidden states of all calibration windows go through layer 0, then through layer 1, and so on; a layer's weights are read
+from the checkpoint when its turn comes and given back after it. Knows nothing about formats or plans.
+
+Derived in: notebooks/04_compress.ipynb
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+
+from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.model.spec import ModelSpec, build_on_meta
+from lowvram_lab.weights.solvers import is_finite
+
+TOKENS_AT_ONCE = 1024
+"""Tokens of a forward pass: activations of the widest layer stay near 30 MiB for a 4 B model in float32."""
+
+
+class LayerStream:
+    """A 16-bit checkpoint, run layer by layer.
+
+    Args:
+        spec: The model; one whose checkpoint is not quantised.
+        checkpoint: Its tensors.
+        dtype: Of the arithmetic; float32 keeps a small difference between two models visible.
+
+    Raises:
+        CheckpointError: An architecture whose layers cannot be run by themselves; it says what was looked for.
+    """
+
+    def __init__(self, spec: ModelSpec, checkpoint, dtype: torch.dtype = torch.float32):
+        if spec.stored:
+            raise LowvramError(f"{spec.name} holds quantised weights alone; expected the 16-bit original")
+        self.spec, self.checkpoint, self.dtype = spec, checkpoint, dtype
+        config = spec.pretrained_config()
+        norms = [m.name for m in spec.modules if m.layer is None and m.kind == "other"]
+        if odd := _oddity(spec, config, norms):
+            raise CheckpointError(
+                f"{config.model_type}: expected an embedding, decoder layers alike, one final norm and a plain head, "
+                f"found {odd}; such a model cannot be calibrated layer by layer"
+            )
+        self.model = build_on_meta(config)
+        self._shapes = {f"{m.name}.{key}": tuple(shape) for m in spec.modules for key, shape in m.parameters.items()}
+        self.norm = self._fill(norms[0])
+        self._keyword_arguments: dict = {}
+
+    def __len__(self) -> int:
+        return self.spec.num_hidden_layers
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A module's weight in the stream's dtype, read anew.
+
+        Raises:
+            CheckpointError: Not finite, or not a float tensor.
+        """
+        return self.read(f"{self.owner(name)}.weight")
+
+    def owner(self, name: str) -> str:
+        """The module that owns a weight: a tied head's is the embedding."""
+        return self.spec.module(name).tied_to or name
+
+    @torch.no_grad()
+    def embed(self, ids: torch.Tensor, look_up: Callable[[torch.Tensor], torch.Tensor] | None = None) -> torch.Tensor:
+        """What the first layer is given for ``ids`` ``(windows, tokens)``: ``(windows, tokens, hidden)``.
+
+        Also notes what the model hands its layers beside hidden states (positions, mask); it depends on the length of
+        a window alone.
+
+        Args:
+            ids: Tokens.
+            look_up: ``(tokens,)`` ids → their rows; by default of the checkpoint's embedding table.
+        """
+        if look_up is None:
+            look_up = self.stored(f"{self.spec.embedding}.weight").__getitem__
+        if self.spec.sliding_window and ids.shape[1] > self.spec.sliding_window:
+            raise LowvramError(
+                f"{self.spec.name} sees {self.spec.sliding_window} tokens at a time, found windows of {ids.shape[1]}"
+            )
+        layers = self.model.get_submodule(self.spec.layers_path)
+        catcher, first = _Catcher(), layers[0]
+        layers[0] = catcher
+        hidden = torch.empty(*ids.shape, self.spec.hidden_size, dtype=self.dtype)
+        try:
+            for window, into in zip(ids, hidden, strict=True):
+                try:
+                    self.model.base_model(inputs_embeds=look_up(window).to(self.dtype)[None], use_cache=False)
+                except _CaughtError:
+                    into.copy_(catcher.hidden[0])
+        finally:
+            layers[0] = first
+        self._keyword_arguments = catcher.keyword_arguments
+        return hidden
+
+    @contextmanager
+    def layer(self, index: int):
+        """A decoder layer with its weights, which go when the block ends. They may be changed meanwhile."""
+        path = f"{self.spec.layers_path}.{index}"
+        layer = self.model.get_submodule(path)
+        try:
+            for module in self.spec.modules:
+                if module.layer == index:
+                    self._fill(module.name)
+            yield layer
+        finally:
+            for module in layer.modules():  # not layer.to("meta"): buffers the constructor made are not in the file
+                for key, parameter in module.named_parameters(recurse=False):
+                    setattr(module, key, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+
+    def names(self, index: int) -> list[str]:
+        """The linear modules of a layer, in forward order."""
+        return [m.name for m in self.spec.modules if m.layer == index and m.kind == "linear"]
+
+    def run(self, layer, hidden: torch.Tensor) -> torch.Tensor:
+        """``(windows, tokens, hidden)`` through one layer, with whatever autograd mode is on."""
+        step = max(1, TOKENS_AT_ONCE // hidden.shape[1])
+        pieces = [layer(piece, **self._keyword_arguments) for piece in hidden.split(step)]
+        pieces = [piece[0] if isinstance(piece, tuple) else piece for piece in pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    @torch.no_grad()
+    def run_in_place(self, layer, hidden: torch.Tensor) -> None:
+        """Like ``run``, writing over ``hidden``: calibration states are never held twice."""
+        for window in hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])):
+            window.copy_(self.run(layer, window))
+
+    def _fill(self, name: str):
+        module = self.model.get_submodule(name)
+        for key in self.spec.module(name).parameters:
+            setattr(module, key, torch.nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False))
+        return module
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A checked tensor of the checkpoint, in ``dtype`` or else the stream's."""
+        return self.stored(name).to(dtype or self.dtype)
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A checked tensor of the checkpoint, as it is: of a large table only the rows that are touched take RAM."""
+        if name not in self.checkpoint:
+            raise CheckpointError(f"expected a tensor {name} in the checkpoint of {self.spec.name}, found none")
+        if tuple(self.checkpoint.shape(name)) != self._shapes[name]:
+            raise CheckpointError(f"{name}: expected shape {self._shapes[name]}, found {self.checkpoint.shape(name)}")
+        tensor = self.checkpoint.read(name)
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+            raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")
+        if not is_finite(tensor):
+            raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
+        return tensor
+
+
+def _oddity(spec: ModelSpec, config, norms: list[str]) -> str | None:
+    """What about a model would make a run layer by layer another than its own, or ``None``."""
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"{name} {getattr(config, name)}"
+    if len(set(getattr(config, "layer_types", None) or ["one"])) > 1:
+        return "layers of several kinds of attention"
+    if tables := [m.name for m in spec.modules if m.kind == "embedding" and m.name != spec.embedding]:
+        return f"another table, {tables[0]}"
+    if not any(m.kind == "linear" and m.layer is not None for m in spec.modules):
+        return "layers without plain linear modules"
+    return None if len(norms) == 1 else f"{len(norms)} norms outside the layers"
+
+
+class _CaughtError(Exception):
+    """Ends a forward pass where the first layer would begin."""
+
+
+class _Catcher(torch.nn.Module):
+    def forward(self, hidden, **keyword_arguments):
+        self.hidden, self.keyword_arguments = hidden, keyword_arguments
+        raise _CaughtError
+
+    def __getattr__(self, name: str):
+        if name.startswith("attention_type"):  # Qwen and others ask a layer which mask it wants
+            return "full_attention"
+        return super().__getattr__(name)

@@ -1,0 +1,262 @@
+"""Exact quantize/dequantize pairs: which codes and scales stand for a float weight.
+
+Scales are rounded to their stored dtype before codes are chosen, so a code is the nearest one under the scale that will
+really be used. A symmetric solution has no zero points and may have *negative* scales: the range of signed codes
+reaches one step further down than up (-8 … 7), and the sign lets the group's largest value have that step.
+
+Derived in: notebooks/04_compress.ipynb
+Source: negative scales, llama.cpp ``ggml-quants.c`` (q4_0); clip search by weighted error, Lin et al. 2023,
+arXiv:2306.00978; half-quadratic, Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/. GPTQ is in ``gptq.py``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lowvram_lab.errors import CheckpointError, PlanError
+from lowvram_lab.model.formats import SCALE_DTYPE, Format
+from lowvram_lab.units import MiB
+from lowvram_lab.weights.codes import pack, unpack
+
+INT4_OFFSET = 8
+"""torch's int4 kernels compute ``(code - 8) * scale + zero`` (``aten/src/ATen/native/cpu/int4mm_kernel.cpp``)."""
+
+CHUNK_BYTES = 4 * MiB
+"""Rows are quantised in chunks of this many float32 bytes: the temporaries of an embedding table would not be small.
+
+A chunk has a multiple of 64 rows, so that no group of 64 weights, as nf4 counts them, straddles two chunks.
+"""
+
+TINY = torch.finfo(SCALE_DTYPE).tiny
+
+CLIP_STEPS = {2: 25, 3: 24, 4: 24, 5: 12, 6: 10, 8: 6}
+"""Scales tried on either side of zero, each 2.5 % smaller than the last: fewer bits gain from more clipping."""
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as integers: ``codes * scale (+ zero)``, group by group.
+
+    Attributes:
+        codes: ``(out, in)`` int8, signed.
+        scale: ``(out, groups)`` in ``SCALE_DTYPE``; may be negative.
+        zero: ``(out, groups)`` in ``SCALE_DTYPE``, or ``None`` for a symmetric solution.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight ``(out, in)``; exact in float32."""
+        groups = self.codes.to(dtype).view(*self.scale.shape, -1).mul_(self.scale.to(dtype).unsqueeze(-1))
+        if self.zero is not None:
+            groups = groups.add_(self.zero.to(dtype).unsqueeze(-1))
+        return groups.view(self.codes.shape)
+
+    def tensors(self, fmt: Format) -> dict[str, torch.Tensor]:
+        """What a layer of the format holds.
+
+        Returns:
+            int8: ``weight`` int8 ``(out, in)``, ``scale`` ``(out,)``. int4: ``codes`` uint8 ``(out, in)`` of 0…15 (the
+            layer packs them as its kernel likes), ``scale_and_zero`` ``(groups, out, 2)``. Packed formats: ``packed``
+            int32, ``scale`` ``(out, groups)``.
+
+        Raises:
+            PlanError: Zero points, in a format without a place for them.
+        """
+        if fmt.kind != "int4" and self.zero is not None:
+            raise PlanError(f"{fmt.name} has no place for zero points; give it a symmetric solution")
+        if fmt.kind == "int8":
+            return {"weight": self.codes, "scale": self.scale.squeeze(1)}
+        if fmt.kind == "int4":
+            zero = torch.zeros_like(self.scale) if self.zero is None else self.zero
+            pairs = torch.stack((self.scale.T, zero.T), dim=-1).contiguous()
+            return {"codes": (self.codes + INT4_OFFSET).to(torch.uint8), "scale_and_zero": pairs}
+        return {"packed": pack(self.codes, fmt.bits), "scale": self.scale}
+
+
+def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
+    """Quantises a weight, round to nearest: what ``load`` does where nothing better was prepared.
+
+    int4 has zero points (they cost nothing in torch's layout); int8 and the packed formats are symmetric.
+
+    Args:
+        weight: ``(out_features, in_features)`` or ``(num_embeddings, embedding_dim)``, any float dtype, finite.
+        fmt: Any format but a float one.
+
+    Returns:
+        See ``IntegerWeight.tensors``; nf4: ``packed`` and ``absmax`` as bitsandbytes makes them.
+
+    Raises:
+        CheckpointError: The weight has NaN or infinite values.
+    """
+    if not is_finite(weight):
+        raise CheckpointError(f"cannot quantise to {fmt.name}: the weight has NaN or infinite values")
+    if fmt.kind == "nf4":
+        return by_rows(weight, lambda chunk: _nf4(chunk, fmt))
+    return by_rows(weight, lambda chunk: round_to_nearest(chunk, fmt, symmetric=fmt.kind != "int4").tensors(fmt))
+
+
+def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], dict]) -> dict[str, torch.Tensor]:
+    """Solves a chunk of rows at a time and joins the tensors; see ``CHUNK_BYTES``."""
+    rows, step = weight.shape[0], max(64, CHUNK_BYTES // (4 * weight.shape[1]) // 64 * 64)
+    result: dict[str, torch.Tensor] = {}
+    filled: dict[str, int] = {}
+    for chunk in weight.split(step):
+        for name, piece in solve(chunk).items():
+            along = 1 if name == "scale_and_zero" else 0  # its first dimension is the group; others begin with the row
+            size, start = piece.shape[along], filled.get(name, 0)
+            if name not in result:
+                shape = list(piece.shape)
+                shape[along] = size * rows // len(chunk)
+                result[name] = piece.new_empty(shape)
+            result[name].narrow(along, start, size).copy_(piece)
+            filled[name] = start + size
+    return result
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; makes no temporary of the weight's size."""
+    return bool(torch.isfinite(torch.stack(weight.aminmax())).all())
+
+
+def dequantize(tensors: dict[str, torch.Tensor], fmt: Format, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Restores the weight that ``quantize`` stored. Shape and meaning as there; exact in float32.
+
+    Args:
+        tensors: What ``quantize`` or ``IntegerWeight.tensors`` returned.
+        fmt: The same format.
+        dtype: Result dtype.
+    """
+    if fmt.kind == "int8":
+        return IntegerWeight(tensors["weight"], tensors["scale"].unsqueeze(1)).dequantize(dtype)
+    if fmt.kind == "int4":
+        scale, zero = tensors["scale_and_zero"].transpose(0, 1).unbind(-1)  # each (out, groups)
+        return IntegerWeight(tensors["codes"].to(torch.int8) - INT4_OFFSET, scale, zero).dequantize(dtype)
+    if fmt.kind == "packed":
+        return IntegerWeight(unpack(tensors["packed"], fmt.bits), tensors["scale"]).dequantize(dtype)
+    raise NotImplementedError(f"{fmt.name} is dequantised by bitsandbytes, inside its layer")
+
+
+def round_to_nearest(weight: torch.Tensor, fmt: Format, *, symmetric: bool = True) -> IntegerWeight:
+    """The nearest code under the scale that gives each group's largest value the outermost code.
+
+    Symmetric, a value as large on the other side is clipped by a step: there is one code less.
+
+    Args:
+        weight: ``(out, in)``, any float dtype.
+        fmt: An integer format.
+        symmetric: Scale alone; else scale and zero point.
+    """
+    groups = _grouped(weight, fmt)
+    if not symmetric:
+        return _asymmetric(groups, fmt, weight.shape)
+    return assign_codes(groups, _fitting_scale(groups, fmt), fmt)
+
+
+def search_clip(
+    weight: torch.Tensor, fmt: Format, importance: torch.Tensor | None = None, *, stride: int = 1
+) -> IntegerWeight:
+    """The nearest code under the scale with the least weighted squared error; may clip outliers to serve the rest.
+
+    Args:
+        weight: ``(out, in)``.
+        fmt: An integer format.
+        importance: ``(in,)``, weight of each input channel's error, such as its mean squared activation; by default all
+            alike.
+        stride: Try every ``stride``-th scale only, for an estimate.
+
+    Source: Lin et al. 2023, arXiv:2306.00978 (the search; here per group, and on both signs of the scale).
+    """
+    groups = _grouped(weight, fmt)
+    by_channel = _grouped(importance.unsqueeze(0), fmt) if importance is not None else None
+    widest, best, least = _fitting_scale(groups, fmt).float(), None, None
+    top = (1 << (fmt.bits - 1)) - 1
+    for sign in (1.0, -(top + 1) / top):  # turned round, the largest value has one code less
+        for step in range(0, CLIP_STEPS[fmt.bits], stride):
+            scale = (widest * sign * (1 - 0.025 * step)).to(SCALE_DTYPE)
+            error = _codes(groups, scale, fmt).mul_(scale.float()).sub_(groups).square_()
+            error = (error * by_channel if by_channel is not None else error).sum(dim=-1, keepdim=True)
+            better = error < least if least is not None else torch.ones_like(error, dtype=torch.bool)
+            least = torch.where(better, error, least) if least is not None else error
+            best = torch.where(better, scale, best) if best is not None else scale
+    return assign_codes(groups, best, fmt)
+
+
+def half_quadratic(weight: torch.Tensor, fmt: Format, *, iterations: int = 20) -> IntegerWeight:
+    """HQQ: keeps the scale and moves the zero point, under a norm that forgives a few large errors. No data needed.
+
+    Alternates a shrinkage of the error (p = 0.7) with a closed-form zero point, a growing penalty pulling the two
+    together.
+
+    Args:
+        weight: ``(out, in)``.
+        fmt: An integer format.
+        iterations: At most so many; it stops when the error grows.
+
+    Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/, equations 4 to 8.
+    """
+    groups, power, penalty = _grouped(weight, fmt), 0.7, 10.0
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale = ((high - low) / ((1 << fmt.bits) - 1)).clamp_(min=TINY).to(SCALE_DTYPE).float()
+    zero = low + (1 << (fmt.bits - 1)) * scale
+    best, least = zero, torch.inf
+    for _ in range(iterations):
+        restored = _codes(groups - zero, scale, fmt).mul_(scale) + zero
+        error = groups - restored
+        if (size := error.abs().mean().item()) >= least:
+            break
+        best, least = zero, size
+        steps = (error / scale).abs()  # in steps, or the penalty would mean nothing for small weights
+        shrunk = (steps - steps.clamp(min=1e-8).pow(power - 1) / penalty).clamp_(min=0)
+        error = error.sign() * shrunk * scale
+        zero = (groups - error - (restored - zero)).mean(dim=-1, keepdim=True)
+        penalty *= 1.01
+    zero = best.to(SCALE_DTYPE)
+    codes = _codes(groups - zero.float(), scale, fmt).to(torch.int8).view(weight.shape)
+    return IntegerWeight(codes, scale.to(SCALE_DTYPE).squeeze(-1), zero.squeeze(-1))
+
+
+def assign_codes(groups: torch.Tensor, scale: torch.Tensor, fmt: Format) -> IntegerWeight:
+    """The nearest codes of ``groups`` ``(out, groups, group_size)`` under ``scale`` ``(out, groups, 1)``."""
+    codes = _codes(groups, scale, fmt).to(torch.int8).view(groups.shape[0], -1)
+    return IntegerWeight(codes, scale.to(SCALE_DTYPE).squeeze(-1))
+
+
+def _grouped(weight: torch.Tensor, fmt: Format) -> torch.Tensor:
+    return weight.float().view(weight.shape[0], -1, fmt.group_size or weight.shape[1])
+
+
+def _codes(groups: torch.Tensor, scale: torch.Tensor, fmt: Format) -> torch.Tensor:
+    top = (1 << (fmt.bits - 1)) - 1
+    low = -top if fmt.kind == "int8" else -top - 1  # torch's int8 kernel is quickest without -128
+    return (groups / scale.float()).round_().clamp_(low, top)
+
+
+def _fitting_scale(groups: torch.Tensor, fmt: Format) -> torch.Tensor:
+    """The scale under which the largest value of a group has the outermost code, ``(out, groups, 1)``."""
+    if fmt.kind == "int8":
+        return (groups.abs().amax(dim=-1, keepdim=True) / 127).clamp_(min=TINY).to(SCALE_DTYPE)
+    largest = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))
+    scale = (largest / -(1 << (fmt.bits - 1))).to(SCALE_DTYPE)
+    return torch.where(scale.abs() < TINY, TINY, scale)
+
+
+def _asymmetric(groups: torch.Tensor, fmt: Format, shape) -> IntegerWeight:
+    offset = 1 << (fmt.bits - 1)
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    scale = ((high - low) / ((1 << fmt.bits) - 1)).clamp_(min=TINY).to(SCALE_DTYPE)
+    zero = (low + offset * scale.float()).to(SCALE_DTYPE)
+    codes = ((groups - zero.float()) / scale.float()).round_().clamp_(-offset, offset - 1).to(torch.int8)
+    return IntegerWeight(codes.view(shape), scale.squeeze(-1), zero.squeeze(-1))
+
+
+def _nf4(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
+    import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+    packed, absmax = torch.ops.bitsandbytes.quantize_4bit.default(
+        weight.contiguous(), fmt.group_size, "nf4", torch.uint8
+    )
+    return {"packed": packed, "absmax": absmax}

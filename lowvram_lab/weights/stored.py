@@ -1,0 +1,80 @@
+"""The tensors of a quantised module in a safetensors file; ``compressed.py`` says which modules have them."""
+
+from collections.abc import Callable
+
+import torch
+
+from lowvram_lab.errors import CheckpointError
+from lowvram_lab.model.formats import SCALE_DTYPE, Format
+from lowvram_lab.weights.codes import pack, unpack
+from lowvram_lab.weights.solvers import IntegerWeight
+
+
+def tensor_names(name: str, fmt: Format) -> dict[str, str]:
+    """Names in the file of a module's codes, scales and shape."""
+    codes = "weight" if fmt.kind == "int8" else "weight_packed"
+    return {"codes": f"{name}.{codes}", "scale": f"{name}.weight_scale", "shape": f"{name}.weight_shape"}
+
+
+def to_stored(name: str, weight: IntegerWeight, fmt: Format) -> dict[str, torch.Tensor]:
+    """The tensors of a quantised module by their names in the file. The solution must be symmetric."""
+    names = tensor_names(name, fmt)
+    if fmt.kind == "int8":
+        return {names["codes"]: weight.codes, names["scale"]: weight.scale}
+    return {
+        names["codes"]: pack(weight.codes, fmt.bits),
+        names["scale"]: weight.scale,
+        names["shape"]: torch.tensor(weight.codes.shape),
+    }
+
+
+def check_stored(module, fmt: Format, checkpoint) -> None:
+    """Checks names, shapes and dtypes of a module's stored tensors, from headers alone.
+
+    Raises:
+        CheckpointError: Missing, or not what the config says.
+    """
+    rows, columns = module.weight_shape
+    names = tensor_names(module.name, fmt)
+    columns_stored = columns if fmt.kind == "int8" else columns * fmt.bits // 32
+    expected = {
+        names["codes"]: ((rows, columns_stored), torch.int8 if fmt.kind == "int8" else torch.int32),
+        names["scale"]: ((rows, columns // (fmt.group_size or columns)), None),
+    }
+    for name, (shape, dtype) in expected.items():
+        if name not in checkpoint:
+            raise CheckpointError(f"expected a tensor {name} for {module.name} in {fmt.name}, found none")
+        found = tuple(checkpoint.shape(name)), checkpoint.dtype(name)
+        if found != (shape, dtype or found[1]):
+            raise CheckpointError(f"{name}: expected shape {shape} of {dtype}, found {found[0]} of {found[1]}")
+
+
+def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> IntegerWeight:
+    """A module's stored codes and scales.
+
+    Args:
+        name: The module.
+        fmt: Its format.
+        read: Name of a tensor → the tensor.
+
+    Raises:
+        CheckpointError: The scales are not finite.
+    """
+    names = tensor_names(name, fmt)
+    codes = read(names["codes"])
+    return IntegerWeight(codes if fmt.kind == "int8" else unpack(codes, fmt.bits), _scale(names["scale"], read))
+
+
+def stored_tensors(name: str, fmt: Format, checkpoint) -> dict[str, torch.Tensor]:
+    """What a layer is filled with, see ``QuantizedLinear.fill``: packed codes stay as they lie in the file."""
+    if fmt.kind != "packed":
+        return read_stored(name, fmt, checkpoint.read).tensors(fmt)
+    names = tensor_names(name, fmt)
+    return {"packed": checkpoint.read(names["codes"]), "scale": _scale(names["scale"], checkpoint.read)}
+
+
+def _scale(name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+    scale = read(name)
+    if not bool(torch.isfinite(scale).all()):
+        raise CheckpointError(f"{name}: expected finite scales, found NaN or infinite values; fetch it anew")
+    return scale.to(SCALE_DTYPE)

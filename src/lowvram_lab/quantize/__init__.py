@@ -1,1 +1,0 @@
-"""Make weights smaller: solvers choose the codes, linear.py runs them over existing kernels."""
