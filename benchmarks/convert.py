@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pandas
 
-from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.machine import facts
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.units import MiB
@@ -142,7 +142,7 @@ def main() -> None:
     result = {
         "benchmark": "convert",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": examine(paths=False),
+        "machine": facts(),
         "model": args.model,
         "parameters": spec.num_parameters,
         "convert": {key: value for key, value in made.items() if key != "output"},

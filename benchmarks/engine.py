@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from lowvram_lab.engine.caches import new_cache
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load
-from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.machine import facts
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
@@ -174,8 +174,8 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int) -> 
                 "most": max(shares),
             }
         )
-    facts = {"layers": layers, "threads": torch.get_num_threads(), "compiled": decoder.compiled}
-    return {"model": model, "format": "int4", "weight_bytes": plan.weight_bytes(spec), **facts, "rows": rows}
+    described = {"layers": layers, "threads": torch.get_num_threads(), "compiled": decoder.compiled}
+    return {"model": model, "format": "int4", "weight_bytes": plan.weight_bytes(spec), **described, "rows": rows}
 
 
 def _products_of(decoder: LeanDecoder, model):
@@ -222,7 +222,7 @@ def main() -> None:
     print(pandas.DataFrame(found["rows"]).to_string(index=False))
     path = RESULTS / f"engine_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    machine = {"machine": examine(paths=False), "date": datetime.now(UTC).date().isoformat()}
+    machine = {"machine": facts(), "date": datetime.now(UTC).date().isoformat()}
     path.write_text(json.dumps({**kept, args.part: {**found, **machine}}, indent=1) + "\n")
 
 

@@ -24,8 +24,8 @@ from forecast_accuracy import RandomCheckpoint
 from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.faces.cli.doctor import examine
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.machine import facts
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -184,11 +184,11 @@ def main() -> None:
                 rows.append({"way": way, **json.loads(done.stdout.strip().splitlines()[-1])})
             print(rows[-1], flush=True)
     print(pandas.DataFrame(rows).to_string(index=False))
-    facts = {"model": args.model, "gpu_budget": args.gpu, "context": args.context, "rows": rows}
-    made = {"machine": examine(paths=False), "date": datetime.now(UTC).date().isoformat()}
+    asked = {"model": args.model, "gpu_budget": args.gpu, "context": args.context, "rows": rows}
+    made = {"machine": facts(), "date": datetime.now(UTC).date().isoformat()}
     path = RESULTS / "engine_cuda.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**kept, "capped": {**facts, **made}}, indent=1) + "\n")
+    path.write_text(json.dumps({**kept, "capped": {**asked, **made}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,14 @@ from transformers import AutoConfig
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import Gpu, open_gpu
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, format_bytes
 
 RESULTS = Path(__file__).parent / "results"

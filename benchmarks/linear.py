@@ -31,7 +31,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lowvram_lab.engine.layers import quantized_linear
-from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.machine import facts
 from lowvram_lab.model.formats import DTYPES, FORMATS
 from lowvram_lab.units import MiB
 
@@ -201,7 +201,7 @@ def machine() -> dict:
     """What it ran on: the doctor's findings without its paths, and how busy the machine was."""
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.open() if "model name" in line] if info.exists() else []
-    found = examine(paths=False)
+    found = facts()
     cpu = names[0] if names else platform.processor()
     return {"system": platform.platform(), "cpu": cpu, "load_average": psutil.getloadavg()[0], **found}
 

@@ -23,15 +23,16 @@ import torch
 from accelerate.hooks import attach_align_device_hook
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.load import load, replan
-from lowvram_lab.faces.cli.doctor import examine
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.machine import facts
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.profile import Workload, run_speed
+from lowvram_lab.planner.measure import run_speed
+from lowvram_lab.planner.profile import Workload
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -158,7 +159,7 @@ def main() -> None:
     result = {
         "benchmark": "offload",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": examine(paths=False),
+        "machine": facts(),
         "model": args.model,
         "threads": args.threads,
         "prompt_tokens": args.prompt,

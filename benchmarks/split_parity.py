@@ -20,11 +20,11 @@ import torch
 from forecast_accuracy import SMALL_LAYERS, SMALL_VOCABULARY, RandomCheckpoint, small_spec
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.load import load, replan
-from lowvram_lab.faces.cli.doctor import examine
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.machine import facts
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import FORMATS
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
@@ -91,7 +91,7 @@ def main() -> None:
     result = {
         "benchmark": "split_parity",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": examine(paths=False),
+        "machine": facts(),
         "simulated": not torch.cuda.is_available(),
         "layers": SMALL_LAYERS,
         "splits": 3 * SMALL_LAYERS + 1,

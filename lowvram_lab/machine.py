@@ -1,8 +1,19 @@
-"""CPU threads for a while: torch's number is the process's, a plan's is the model's."""
+"""What this machine is (processor, memory, card, versions), and CPU threads for a while. Knows no model."""
 
+import contextlib
+import os
+import platform
+from collections.abc import Iterable
 from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
 
+import psutil
 import torch
+
+from lowvram_lab.units import format_bytes
+
+PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "gguf")
 
 
 @contextmanager
@@ -22,3 +33,59 @@ def cpu_threads(count: int | None):
 def one_thread():
     """A single one: many small operations only wait for a second thread, 8 ms each where its core is busy."""
     return cpu_threads(1)
+
+
+def processor_name() -> str:
+    """The processor as the system calls it."""
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def instruction_set() -> str:
+    """What a compiler makes code for: another processor may not know these instructions."""
+    lines = [line for line in _cpuinfo() if line.startswith(("model name", "flags", "Features"))]
+    return "".join(dict.fromkeys(lines)) or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return []
+
+
+def card() -> str:
+    """The CUDA card and what is free on it, in words."""
+    if not torch.cuda.is_available():
+        return "none: GPU budgets are simulated in RAM"
+    free, total = torch.cuda.mem_get_info()
+    return f"{torch.cuda.get_device_name()}, {format_bytes(free)} of {format_bytes(total)} free"
+
+
+def version(name: str) -> str | None:
+    """Version of an installed package, or ``None``."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version(name)
+    return None
+
+
+def versions(names: Iterable[str]) -> dict[str, str]:
+    """Python's version, and those of the packages that are installed."""
+    found = {name: version(name) for name in names}
+    return {"python": platform.python_version(), **{name: text for name, text in found.items() if text}}
+
+
+def facts() -> dict[str, str | int]:
+    """Plain data that belongs beside any figure measured here: versions, processor, memory, card."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) or "not installed" for name in PACKAGES},
+        "cpu": processor_name(),
+        "cpu_cores": os.cpu_count() or 1,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "ram": format_bytes(psutil.virtual_memory().total),
+        "system": platform.platform(terse=True),
+        "gpu": card(),
+    }

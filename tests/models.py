@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.faces.cli import main as cli
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan

@@ -11,11 +11,13 @@ from test_planner import Flat
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.auto import PREFERENCES, auto_plan, ram_bytes
+from lowvram_lab.planner.auto import PREFERENCES, auto_plan
+from lowvram_lab.planner.constraints import ram_bytes
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import MiB
 
 SHAPES = (

@@ -8,9 +8,9 @@ from models import letters_state, load_tiny, tiny_plan, tiny_tokenizer
 
 from lowvram_lab.chat.prompt import stop_ids
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.decode import Sampling
+from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import BudgetError, SourceError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 
 TEXT = "naïve 日本語 🙂🙃 end"
 

@@ -27,7 +27,7 @@ from models import (
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, PlanError, SourceError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.compressed import quantization_config, stored_formats
 from lowvram_lab.model.formats import FORMATS, get_format
 from lowvram_lab.model.plan import Plan

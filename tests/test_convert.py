@@ -37,14 +37,15 @@ from safetensors.torch import save_file
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text, sample_text
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.weights.convert import Conversion, convert
 from lowvram_lab.weights.gptq import output_error
 from lowvram_lab.weights.layer_quantizer import CORRECTION, DAMPING, corrected

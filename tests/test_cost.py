@@ -10,8 +10,10 @@ from models import TINY, load_tiny, tiny_plan, tiny_spec
 from lowvram_lab.errors import PlanError
 from lowvram_lab.model.formats import FORMATS
 from lowvram_lab.planner import rates as module
-from lowvram_lab.planner.profile import Workload, run_speed
-from lowvram_lab.planner.rates import KernelRates, LayerRates, LinkRates, Machine
+from lowvram_lab.planner.measure import run_speed
+from lowvram_lab.planner.measure_rates import Machine
+from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.rates import KernelRates, LayerRates, LinkRates
 from lowvram_lab.planner.speed import forecast_speed
 
 

@@ -26,23 +26,24 @@ from models import (
     tiny_spec,
     tiny_tokenizer,
 )
+from trace_replay import read_snapshot, replay_trace
 
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import open_gpu
-from lowvram_lab.memory.snapshot import read_snapshot, replay_trace
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.explain import explain_oom
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, MiB
 from lowvram_lab.weights.solvers import dequantize, quantize
 
@@ -250,9 +251,10 @@ import json, sys
 import torch
 torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=1_000_000)
 from test_cuda import load_mid, mid_spec
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.measure import run_workload
 run_workload(load_mid(Plan.uniform(mid_spec("llama"), "int8", context=1024), open_gpu()), Workload(900, 40))
 with open(sys.argv[1], "w") as file:
     json.dump(torch.cuda.memory._snapshot(), file, default=str)

@@ -16,12 +16,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lowvram_lab.engine.cache_layers import MeteredCache
-from lowvram_lab.engine.decode import Sampling, choose, decode_one_token, prefill, stream
+from lowvram_lab.engine.caches import MeteredCache
+from lowvram_lab.engine.decode import decode_one_token, prefill, stream
+from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 
 
 @pytest.fixture(scope="module")

@@ -9,20 +9,21 @@ import pytest
 import torch
 from models import load_tiny, random_ids, relative_error, tiny_config, tiny_plan, tiny_spec, write_model
 
-from lowvram_lab.cache import cache_dir
 from lowvram_lab.engine import disk
-from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.layers import INT8_ALIGNMENT, quantized_linear
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError, PlanError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.files import cache_dir
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 
 FORMATS = ("bf16", "int8", "int4", "int3", "nf4")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
@@ -172,7 +173,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from lowvram_lab.engine.load import load
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source

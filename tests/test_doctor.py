@@ -29,7 +29,7 @@ def test_every_format_has_a_kernel_that_is_right_here(found, name):
 
 
 def test_a_package_that_is_missing(monkeypatch):
-    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("lowvram_lab.machine.PACKAGES", ("torch", "no-such-package"))
     assert doctor.examine()["no-such-package"] == "not installed"
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import letters_state, tiny_spec, tiny_tokenizer, write_model
 
+from lowvram_lab import machine
 from lowvram_lab.chat.effects import CLAIMS, NOT_HERE, Effect, EffectReport, _Run, effects
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.errors import BudgetError, LowvramError
@@ -53,7 +54,7 @@ def small():
         patch.setattr("lowvram_lab.chat.fidelity.sample_text", lambda: TEXT)
         patch.setattr(module, "auto_plan", planned_once())
         patch.setattr(module, "gc", SimpleNamespace(collect=lambda: None))  # a quarter of a second, nine times a report
-        patch.setattr(module, "examine", functools.cache(module.examine))
+        patch.setattr("lowvram_lab.machine.facts", functools.cache(machine.facts))
         yield
 
 

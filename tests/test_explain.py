@@ -17,7 +17,8 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.explain import TOP, OomExplanation, explain_oom
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import MiB
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="budgets this small are the stand-in's")

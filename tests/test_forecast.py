@@ -13,10 +13,11 @@ from models import PLACEMENTS, TINY, load_tiny, packaged_spec, tiny_plan, tiny_s
 
 from lowvram_lab.errors import BudgetError, PlanError, UnitError
 from lowvram_lab.memory.allocator import round_size
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, MiB, parse_bytes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
@@ -200,7 +201,8 @@ def test_qwen_4b_in_16_bits_at_4096_tokens():
 FIRST_NF4 = """
 from models import load_tiny, tiny_plan, tiny_spec, open_gpu
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.measure import run_workload
 gpu, plan, spec = open_gpu("1000MiB"), tiny_plan("qwen2", "nf4"), tiny_spec("qwen2")
 work = Workload(20, 2)
 table = forecast(plan, spec, gpu, workload=work).compare(run_workload(load_tiny("qwen2", plan, gpu), work))

@@ -9,7 +9,7 @@ from models import load_tiny, random_ids, tiny_plan, tiny_spec
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import replan
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="weights on a card stay as they were loaded")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from models import tiny_config
 
-from lowvram_lab.memory.host import HostMemory, forecast_load_bytes, watch_host
+from lowvram_lab.engine.room import forecast_load_bytes
+from lowvram_lab.memory.host import HostMemory, watch_host
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.units import MiB
@@ -104,7 +105,8 @@ import json, sys
 import torch
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.gpu import StandInGpu
-from lowvram_lab.memory.host import forecast_load_bytes, watch_host
+from lowvram_lab.engine.room import forecast_load_bytes
+from lowvram_lab.memory.host import watch_host
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, build_on_meta

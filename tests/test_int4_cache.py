@@ -9,13 +9,13 @@ from models import TINY, letters_state, load_tiny, random_ids, relative_error, t
 from test_kv_cache import logits_of, simulated
 
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.cache_layers import MeteredCache
-from lowvram_lab.engine.caches import PreallocatedCache
+from lowvram_lab.engine.caches import MeteredCache, PreallocatedCache
 from lowvram_lab.engine.int4_cache import GROUP, Int4Layer
 from lowvram_lab.errors import BudgetError, PlanError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_speed, run_workload
+from lowvram_lab.planner.measure import run_speed, run_workload
+from lowvram_lab.planner.profile import Workload
 
 
 def plan_of(kind="qwen2", placement="gpu", context=128):

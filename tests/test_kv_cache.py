@@ -8,12 +8,15 @@ import pytest
 import torch
 from models import TINY, load_tiny, random_ids, relative_error, tiny_plan, tiny_spec, tiny_stock
 
-from lowvram_lab.engine.cache_layers import Int8Layer, MeteredCache, MeteredStaticCache
-from lowvram_lab.engine.decode import choose_beams, decode_one_token, prefill
+from lowvram_lab.engine.cache_layers import Int8Layer
+from lowvram_lab.engine.caches import MeteredCache, MeteredStaticCache
+from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.sampling import choose_beams
 from lowvram_lab.errors import PlanError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import MiB
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")

@@ -22,14 +22,13 @@ from models import (
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lowvram_lab.engine import compiled
-from lowvram_lab.engine.cache_layers import MeteredCache
-from lowvram_lab.engine.caches import PreallocatedCache
+from lowvram_lab.engine.caches import MeteredCache, PreallocatedCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.lean import LeanDecoder, why_not
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 

@@ -8,13 +8,13 @@ from models import TINY, packaged_spec, tiny_config
 
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner import forecast as dry_run
-from lowvram_lab.planner import limits
-from lowvram_lab.planner.limits import CONTEXT_STEP, LARGEST_BATCH
+from lowvram_lab.planner import search as limits
 from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.search import CONTEXT_STEP, LARGEST_BATCH
 from lowvram_lab.units import MiB, format_bytes
 
 forecast = functools.partial(dry_run.forecast, kernels="cpu")

@@ -20,12 +20,12 @@ from models import (
     tiny_stock,
 )
 
-from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import prefill, stream
 from lowvram_lab.engine.load import replan
 from lowvram_lab.engine.placement import detach
 from lowvram_lab.errors import CheckpointError, PlanError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.units import MiB
 

@@ -8,8 +8,8 @@ import torch
 
 from lowvram_lab.errors import BudgetError, UnitError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import StandInOutOfMemoryError, open_gpu
-from lowvram_lab.memory.oom import describe_holders
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.gpu import StandInOutOfMemoryError, describe_holders
 from lowvram_lab.units import GiB, KiB, MiB
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in takes the place of a missing CUDA")

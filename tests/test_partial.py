@@ -13,8 +13,9 @@ from models import seeded
 from safetensors.torch import load_file, save_file
 
 from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.files import refuse_occupied, require_space
 from lowvram_lab.weights import resumable as module
-from lowvram_lab.weights.resumable import PartialDirectory, building, refuse_occupied, require_space
+from lowvram_lab.weights.resumable import PartialDirectory, building
 
 IDENTITY = {"source": [["model.safetensors", 5, 123456789]], "solver": "gptq", "budget": 10**12, "plan": None}
 

@@ -12,17 +12,18 @@ from test_cost import Made
 from test_planner import CONTEXT, LAYERS, auto_plan, forecast, needed, small_spec
 
 from lowvram_lab.engine.load import replan
+from lowvram_lab.engine.room import check_room_in_ram, forecast_load_bytes
 from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory import host
-from lowvram_lab.memory.gpu import CudaGpu, open_gpu
-from lowvram_lab.memory.host import check_room_in_ram, forecast_load_bytes
+from lowvram_lab.memory.cuda import CudaGpu, open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner import auto
 from lowvram_lab.planner import speed as cost
-from lowvram_lab.planner.limits import max_context
+from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.planner.rates import DiskRates, KernelRates, LayerRates, LinkRates, Machine
+from lowvram_lab.planner.rates import DiskRates, KernelRates, LayerRates, LinkRates
+from lowvram_lab.planner.search import max_context
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 
 LINK = LinkRates(to_gpu=5e7, to_gpu_pinned=1e8, to_cpu=4e9, to_cpu_pinned=2e10, crossing_s=2e-5)  # for tiny layers

@@ -8,7 +8,7 @@ from models import TINY, packaged_spec, tiny_config
 
 from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner import auto

@@ -13,6 +13,7 @@ from lowvram_lab.chat.fidelity import Fidelity
 from lowvram_lab.chat.session import TurnStats
 from lowvram_lab.chat.validation import Limits
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.faces.plot_chat import plot_fidelity, plot_turns
 from lowvram_lab.faces.plot_memory import (
     BUDGET_COLOUR,
     LABELS,
@@ -20,12 +21,10 @@ from lowvram_lab.faces.plot_memory import (
     UNUSED,
     plot_breakdown,
     plot_comparison,
-    plot_fidelity,
     plot_kv,
     plot_phases,
     plot_profiles,
     plot_timeline,
-    plot_turns,
     plot_weights,
 )
 from lowvram_lab.memory.budget import GpuBudget

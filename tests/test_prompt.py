@@ -10,7 +10,7 @@ from models import letters_state, load_tiny, tiny_plan, tiny_tokenizer
 from lowvram_lab.chat.prompt import StopStrings, chat_ids
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.errors import LowvramError, SourceError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 
 
 def session(gpu=None, plan=None, **options):

@@ -11,13 +11,14 @@ from models import TINY, DictCheckpoint, random_ids, random_state, tiny_config, 
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError, PlanError
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.card_recipe import recipe
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import MiB, parse_bytes
 from lowvram_lab.weights.sensitivity import Sensitivity, candidate_formats, estimate_sensitivity
 

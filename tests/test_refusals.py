@@ -14,8 +14,9 @@ from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.limits import max_batch, max_context
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.search import max_batch, max_context
 from lowvram_lab.planner.suggest import suggest
 
 BIG = 10**12

@@ -12,7 +12,8 @@ from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.validation import Check, Limits, ValidationReport, validate
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import SpeedProfile, Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import SpeedProfile, Workload
 
 TEXT = "a small text that is long enough to be scored, whatever it says about anything at all"
 SPEED = SpeedProfile("this CPU, standing in for a GPU (simulated)", 5, 5, 0.5, 12.34)

@@ -9,9 +9,9 @@ import random
 from collections import Counter
 
 import pytest
+from trace_replay import read_snapshot, replay_trace
 
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.memory.snapshot import read_snapshot, replay_trace
 from lowvram_lab.units import KiB, MiB
 
 A, B, C = 0x7F00_0000_0000, 0x7F00_4000_0000, 0x7F00_8000_0000  # where cudaMalloc put three segments

@@ -7,15 +7,8 @@ from models import seeded
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.formats import FORMATS, SCALE_DTYPE, get_format
 from lowvram_lab.weights import solvers
-from lowvram_lab.weights.solvers import (
-    IntegerWeight,
-    by_rows,
-    dequantize,
-    half_quadratic,
-    quantize,
-    round_to_nearest,
-    search_clip,
-)
+from lowvram_lab.weights.codes import IntegerWeight
+from lowvram_lab.weights.solvers import by_rows, dequantize, half_quadratic, quantize, round_to_nearest, search_clip
 
 QUANTISED = [name for name, fmt in FORMATS.items() if fmt.kind != "float"]
 INTEGERS = [name for name in QUANTISED if name != "nf4"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowvram_lab import cache
+from lowvram_lab import files as cache
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.model import builtin, hub, source
 from lowvram_lab.model import gguf as gguf_convert

@@ -24,8 +24,9 @@ from lowvram_lab.engine import placement as offload
 from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import BudgetError, CheckpointError, PlanError
-from lowvram_lab.memory.gpu import open_gpu
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.step_down import smaller_plans
 
 SIMULATED = pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")

@@ -21,18 +21,18 @@ from models import (
 from transformers import AutoConfig, DynamicCache
 
 from lowvram_lab.engine import travel as streaming
-from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.engine.placement import detach
 from lowvram_lab.errors import PlanError
-from lowvram_lab.memory import pinned
-from lowvram_lab.memory.gpu import open_gpu
-from lowvram_lab.memory.pinned import PinnedBlock
+from lowvram_lab.memory import cuda as pinned
+from lowvram_lab.memory.cuda import PinnedBlock, open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_speed, run_workload
+from lowvram_lab.planner.measure import run_speed, run_workload
+from lowvram_lab.planner.profile import Workload
 
 stand_in_only = pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
 FORMATS = ("bf16", "int8", "int4", "int3", "nf4")

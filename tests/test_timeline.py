@@ -8,13 +8,14 @@ import pytest
 import torch
 from models import TINY, DictCheckpoint, load_tiny, random_ids, tiny_plan, tiny_spec, tiny_state
 
-from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.load import load
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA kernels take memory the meter does not see")
 WORKLOAD = Workload(70, 3)

@@ -10,7 +10,7 @@ from test_cost import Made
 
 from lowvram_lab.errors import PlanError
 from lowvram_lab.faces.cli import main as cli
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner import rates
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.tune import tune

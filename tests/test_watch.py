@@ -4,13 +4,14 @@ import pytest
 import torch
 from models import TINY, load_tiny, random_ids, tiny_plan
 
-from lowvram_lab.engine.cache_layers import MeteredCache
+from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.allocator import round_size
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.memory.watch import Watched, measure_overhead, watch
-from lowvram_lab.planner.profile import Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import Workload
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="counts bytes that CUDA's kernels allocate otherwise")
 

@@ -33,7 +33,7 @@ from lowvram_lab.faces.plot_memory import BUDGET_COLOUR
 from lowvram_lab.faces.split import AS_LOADED, SplitState, evaluate_split, split_plan, state_of, try_split
 from lowvram_lab.memory import host
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast

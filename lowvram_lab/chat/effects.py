@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.cache import read_marker
+from lowvram_lab import machine
 from lowvram_lab.chat.fidelity import WINDOW, fidelity, load_reference
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.decode import Sampling, choose
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load
+from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.faces.cli.doctor import examine
+from lowvram_lab.files import read_marker
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import StandInGpu, open_gpu
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -28,7 +29,8 @@ from lowvram_lab.packaged import calibration_text
 from lowvram_lab.planner.auto import DEFAULT_CONTEXT, auto_plan
 from lowvram_lab.planner.card_recipe import recipe
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import STAND_IN, Workload, run_speed, run_workload, where_it_runs
+from lowvram_lab.planner.measure import run_speed, run_workload, where_it_runs
+from lowvram_lab.planner.profile import STAND_IN, Workload
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.units import GiB, format_bytes
 from lowvram_lab.weights.calibration import calibration_windows
@@ -212,8 +214,7 @@ def effects(
                 say(f"{number}/{bar.total} {name}")
             bar.set_postfix_str(name)
             run.stage(name, rows, work)
-    facts = {key: value for key, value in examine(paths=False).items() if "kernel" not in key}
-    made_on = run.weights_from, facts, run.seconds, date, time.monotonic() - began
+    made_on = run.weights_from, machine.facts(), run.seconds, date, time.monotonic() - began
     return EffectReport(run.spec.name, f"{run.card} of {run.gpu.name}", run.context, tuple(run.rows), *made_on)
 
 

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from lowvram_lab.chat.prompt import StopStrings, chat_ids, stop_ids
-from lowvram_lab.engine.decode import Sampling, stream
+from lowvram_lab.engine.decode import stream
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import replan
+from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import BudgetError, LowvramError, SourceError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.step_down import smaller_plans

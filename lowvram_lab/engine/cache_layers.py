@@ -4,7 +4,6 @@ Growing (16-bit or int8) by concatenation, as transformers' own; or static, allo
 """
 
 import torch
-from transformers import Cache, StaticCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from lowvram_lab.errors import BudgetError
@@ -84,58 +83,6 @@ class FixedLayer(CacheLayerMixin):
         self.tokens = 0
 
 
-class MeteredCache(Cache):
-    """A growing cache.
-
-    Args:
-        gpu: The ``Gpu`` its model lives on.
-        kv_format: ``"int8"``, or any float format's name for the model's own dtype.
-    """
-
-    def __init__(self, gpu, kv_format: str = "bf16"):
-        super().__init__(layer_class_to_replicate=Int8Layer if kv_format == "int8" else DynamicLayer)
-        self.gpu = gpu
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """See ``Cache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""
-        with self.gpu.meter.scope(category="kv"):
-            keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx]
-        return layer.dequantized() if isinstance(layer, Int8Layer) else (keys, values)
-
-    def reorder_cache(self, beam_idx):
-        """Selects rows of every layer's batch, wherever the layer is."""
-        with self.gpu.meter.scope(category="kv"):
-            for layer in self.layers:
-                layer.reorder_cache(self.gpu.move(beam_idx, self.gpu.meter.place_of(layer.keys)))
-
-    def keep(self, tokens: int) -> None:
-        """Forgets all but the first ``tokens`` tokens. Views only: the memory goes with the next token."""
-        for layer in self.layers:
-            for name in ("keys", "values", "key_scale", "value_scale"):
-                if getattr(layer, name, None) is not None:
-                    setattr(layer, name, getattr(layer, name)[..., :tokens, :])
-
-
-class MeteredStaticCache(StaticCache):
-    """transformers' static cache: all of it allocated at the first token, then written in place.
-
-    Args:
-        gpu: The ``Gpu`` its model lives on.
-        config: The model's config.
-        max_cache_len: Tokens it can hold.
-    """
-
-    def __init__(self, gpu, config, max_cache_len: int):
-        super().__init__(config=config, max_cache_len=max_cache_len)
-        self.gpu = gpu
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        """See ``MeteredCache.update``."""
-        with self.gpu.meter.scope(category="kv"):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
 def quantize_states(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys or values ``(..., tokens, head_dim)`` as int8 codes, and a bf16 scale for each token and head."""
     scale = (states.abs().amax(dim=-1, keepdim=True).float() / 127).clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
@@ -148,3 +95,53 @@ def _append(codes, scales, states):
     if codes is None:
         return new, scale
     return torch.cat((codes, new), dim=-2), torch.cat((scales, scale), dim=-2)
+
+
+class PreallocatedLayer(FixedLayer):
+    """Keys and values of one decoder layer, ``(batch, kv_heads, max_tokens, head_dim)`` from the start.
+
+    Args:
+        gpu: The ``Gpu`` of the model.
+        place: Where the layer computes, ``"gpu"`` or ``"cpu"``.
+        shape: Of keys and of values, all tokens included.
+        dtype: The model's.
+        kv_format: ``"int8"``, or any float format for the model's dtype.
+    """
+
+    def __init__(self, gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype, kv_format: str):
+        super().__init__()
+        self.dtype, self.tokens, self.max_tokens = dtype, 0, shape[2]
+        stored = torch.int8 if kv_format == "int8" else dtype
+        self.keys, self.values = (gpu.zeros(shape, stored, place) for _ in range(2))
+        self.key_scale = self.value_scale = None
+        if kv_format == "int8":
+            scales = (*shape[:3], 1)
+            self.key_scale, self.value_scale = (gpu.zeros(scales, SCALE_DTYPE, place) for _ in range(2))
+        self.device, self.is_initialized = self.keys.device, True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Writes new keys and values behind those there are; returns all of them, in the model's dtype."""
+        end = self.end_of(key_states)
+        both = ((self.keys, self.key_scale, key_states), (self.values, self.value_scale, value_states))
+        for held, scales, states in both:
+            if scales is not None:
+                states, scale = quantize_states(states)
+                scales[:, :, self.tokens : end] = scale
+            held[:, :, self.tokens : end] = states
+        self.tokens = end
+        return tuple(self._read(held, scales) for held, scales, _ in both)
+
+    def _read(self, held: torch.Tensor, scales: torch.Tensor | None) -> torch.Tensor:
+        states = held[:, :, : self.tokens]
+        return states if scales is None else states.to(self.dtype).mul_(scales[:, :, : self.tokens].to(self.dtype))
+
+    def keep(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` tokens."""
+        self.tokens = min(self.tokens, tokens)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Selects rows of the batch, in place."""
+        for held in (self.keys, self.values, self.key_scale, self.value_scale):
+            if held is not None:
+                rows = held[:, :, : self.tokens]
+                rows.copy_(rows.index_select(0, beam_idx.to(held.device)))

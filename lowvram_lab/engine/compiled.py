@@ -4,12 +4,10 @@ torch.compile would do it anew in every process, and its checks before each call
 work (37 us of 211, SmolLM2): AOTInductor's library is called directly. What it is called with is the caller's duty.
 """
 
-import contextlib
 import functools
 import hashlib
 import logging
 import os
-import platform
 import shutil
 import sys
 import warnings
@@ -19,8 +17,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.cache import build_directory, cache_dir, sha256_file
 from lowvram_lab.engine.llama_layer import LayerShape, head, layer
+from lowvram_lab.files import build_directory, cache_dir, sha256_file
+from lowvram_lab.machine import instruction_set
 
 OPTIONS = {
     "size_asserts": False,
@@ -163,13 +162,5 @@ def _made_by() -> str:
     from lowvram_lab.engine import llama_layer as layer_module
 
     sources = "".join(Path(module.__file__).read_text() for module in (layer_module, kv_cache))
-    made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), _processor(), OPTIONS, compiler())
+    made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), instruction_set(), OPTIONS, compiler())
     return hashlib.sha256(repr((made, sources)).encode()).hexdigest()
-
-
-def _processor() -> str:
-    """What the compiler makes code for: another processor may not know these instructions."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return "".join(dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features"))))
-    return platform.processor() or platform.machine()

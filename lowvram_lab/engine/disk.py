@@ -10,16 +10,14 @@ are not written at all: they are mapped where they are, in safetensors.)
 """
 
 import os
-import shutil
 import tempfile
 import weakref
 from pathlib import Path
 
 import torch
 
-from lowvram_lab.cache import cache_dir
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.units import format_bytes
+from lowvram_lab.files import cache_dir
 
 ALIGNMENT = 64
 """Bytes; where a tensor may begin: as torch's own allocations."""
@@ -38,7 +36,7 @@ class WeightsOnDisk:
     """
 
     def __init__(self):
-        self._folder = _folder()
+        self._folder = scratch_folder()
         self._named: list[Path] = []
         weakref.finalize(self, _remove, self._named)
 
@@ -67,20 +65,8 @@ class WeightsOnDisk:
             _remove(self._named)
 
 
-def check_room_on_disk(size_bytes: int) -> None:
-    """Refuses what the disk of the cache folder has no room for, before anything is written.
-
-    Raises:
-        CheckpointError: Says what it takes and what is free.
-    """
-    if size_bytes and size_bytes > (free := shutil.disk_usage(_folder()).free):
-        raise CheckpointError(
-            f"{_folder()}: the layers on disk take {format_bytes(size_bytes)}, found {format_bytes(free)} free; set "
-            "LOWVRAM_CACHE to a folder on a larger disk, or plan fewer of them"
-        )
-
-
-def _folder() -> Path:
+def scratch_folder() -> Path:
+    """Where files of weights on disk lie, in the cache folder."""
     folder = cache_dir() / "mapped"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -15,8 +15,8 @@ from torch import nn
 from lowvram_lab.engine.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
 from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.units import MiB
-from lowvram_lab.weights.codes import unpack
-from lowvram_lab.weights.solvers import INT4_OFFSET, quantize
+from lowvram_lab.weights.codes import INT4_OFFSET, unpack
+from lowvram_lab.weights.solvers import quantize
 
 TILE_BYTES = 16 * MiB
 """Largest dequantised temporary: small beside any budget, large enough to keep a matrix product efficient."""

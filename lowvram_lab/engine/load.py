@@ -11,43 +11,25 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.disk import WeightsOnDisk, check_room_on_disk
+from lowvram_lab.engine.disk import WeightsOnDisk
+from lowvram_lab.engine.fill import fill_module, must_be_mapped, place_buffers
 from lowvram_lab.engine.fuse import separate
-from lowvram_lab.engine.layers import import_kernels, quantized_embedding, quantized_linear
+from lowvram_lab.engine.layers import import_kernels
 from lowvram_lab.engine.placement import attach, block_devices, detach
+from lowvram_lab.engine.room import check_room_in_ram, check_room_on_disk
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.machine import cpu_threads
-from lowvram_lab.memory.gpu import Gpu, open_gpu
-from lowvram_lab.memory.host import check_room_in_ram
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.memory.timeline import Timeline
-from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import DTYPES, get_format
-from lowvram_lab.model.plan import Plan, compute_place
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec, build_on_meta
-from lowvram_lab.weights.solvers import is_finite
-from lowvram_lab.weights.stored import check_stored, stored_tensors
+from lowvram_lab.weights.stored import check_stored
 
 logger = logging.getLogger(__name__)
-
-
-class ShapesOnly:
-    """Stands for a checkpoint in a dry run: the right shapes, on meta, no bytes."""
-
-    def __init__(self, spec: ModelSpec):
-        self.spec = spec
-        self._shapes = {f"{m.name}.{key}": shape for m in spec.modules for key, shape in m.parameters.items()}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter."""
-        return self._shapes[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def read(self, name: str) -> torch.Tensor:
-        """An empty meta tensor of the parameter's shape, in 16 bits as checkpoints are."""
-        return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="meta")
 
 
 def load(
@@ -155,7 +137,7 @@ def _check_machine(plan: Plan, modules, spec: ModelSpec, checkpoint, gpu: Gpu, l
     if plan.threads and plan.threads > (cores := os.cpu_count() or 1):
         raise PlanError(f"expected 1 to {cores} threads on this machine, found a plan with {plan.threads}")
     check_room_in_ram(plan, spec, gpu, modules, loaded)
-    check_room_on_disk(sum(plan.module_bytes(m) for m in modules if _must_be_mapped(m, plan, checkpoint)))
+    check_room_on_disk(sum(plan.module_bytes(m) for m in modules if must_be_mapped(m, plan, checkpoint)))
     on_gpu = plan.weight_bytes(spec, "gpu") - (loaded.weight_bytes(spec, "gpu") if loaded else 0)
     gpu.check_room(on_gpu)
 
@@ -175,17 +157,17 @@ def _put_back(model, names: list[str]) -> None:
 
 def _fill_all(model, modules, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu, progress: bool) -> dict[str, str]:
     """Fills some modules, and puts buffers where their blocks compute; returns the devices of the blocks."""
-    to_disk = [] if gpu.meta else [m for m in modules if _must_be_mapped(m, plan, checkpoint)]
+    to_disk = [] if gpu.meta else [m for m in modules if must_be_mapped(m, plan, checkpoint)]
     disk = WeightsOnDisk() if to_disk else None
     filling = tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
     for module in filling:
         with gpu.meter.scope(owner=module.name):
-            _fill(model, module, plan, spec, checkpoint, gpu)
+            fill_module(model, module, plan, spec, checkpoint, gpu)
             if module in to_disk:
                 disk.map(model.get_submodule(module.name))
     model.weights_on_disk = [*getattr(model, "weights_on_disk", ()), *([disk] if disk else ())]
     devices = block_devices(model, plan, spec)
-    _place_buffers(model, devices, gpu)
+    place_buffers(model, devices, gpu)
     return devices
 
 
@@ -225,75 +207,6 @@ def _read_generation_config(model, directory) -> None:
             model.generation_config = GenerationConfig.from_pretrained(directory)
         except Exception as error:  # an odd file must not stop a model whose config names its stop ids as well
             logger.warning("ignoring %s: %s", directory / "generation_config.json", error)
-
-
-def _fill(model, module: ModuleSpec, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu) -> None:
-    assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
-    fmt, place = get_format(assignment.format), compute_place(assignment.device)
-    target = model.get_submodule(module.name)
-
-    def move(tensor):
-        return gpu.move(tensor, place)
-
-    def read(key):
-        name = f"{module.name}.{key}"
-        tensor = checkpoint.read(name)
-        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-            raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")
-        if not tensor.is_meta and not is_finite(tensor):
-            raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
-        return tensor
-
-    if fmt.kind == "float":
-        for key in module.parameters:
-            if key == "weight" and module.tied_to:
-                value = model.get_submodule(module.tied_to).weight
-            else:
-                converted = read(key).to(dtype)
-                if not converted.is_meta and not is_finite(converted):
-                    raise CheckpointError(
-                        f"{module.name}.{key}: a weight is too large for {plan.dtype}; plan with bf16"
-                    )
-                value = torch.nn.Parameter(move(converted), requires_grad=False)
-            setattr(target, key, value)
-        return
-    rows, columns = module.weight_shape
-    if module.kind == "embedding":
-        layer = quantized_embedding(rows, columns, fmt, dtype)
-    else:
-        kernels = gpu.kernels_of(place)
-        layer = quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
-    if module.tied_to:
-        for key, buffer in model.get_submodule(module.tied_to).named_buffers(recurse=False):
-            layer.register_buffer(key, buffer)
-    else:
-        if module.name in spec.stored and not gpu.meta:
-            layer.fill(stored_tensors(module.name, fmt, checkpoint), move)
-        else:
-            layer.store(read("weight"), move)
-    if "bias" in module.parameters:
-        layer.bias = torch.nn.Parameter(move(read("bias").to(dtype)), requires_grad=False)
-    parent, _, child = module.name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer.eval())
-
-
-def _must_be_mapped(module: ModuleSpec, plan: Plan, checkpoint) -> bool:
-    """Whether a module on disk has to be written: not where the checkpoint's own file holds it as it is to be."""
-    assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
-    if assignment.device != "disk" or module.tied_to:
-        return False
-    as_it_is = get_format(assignment.format).kind == "float" and isinstance(checkpoint, Checkpoint)
-    return not as_it_is or any(checkpoint.dtype(f"{module.name}.{key}") != dtype for key in module.parameters)
-
-
-def _place_buffers(model, devices: dict[str, str], gpu: Gpu) -> None:
-    """Rotary frequencies and the like: made by the constructor on the CPU, wanted where their block computes."""
-    for path, module in model.named_modules():
-        if path in devices and not dict(module.named_parameters(recurse=False)):
-            for key, buffer in list(module.named_buffers(recurse=False)):
-                if not buffer.is_meta:
-                    with gpu.meter.scope(owner=path):
-                        module._buffers[key] = gpu.move(gpu.own(buffer), compute_place(devices[path]))
 
 
 def _check_names_and_shapes(spec: ModelSpec, checkpoint) -> None:

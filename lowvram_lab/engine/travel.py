@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 
 from lowvram_lab.engine.cache_layers import Int8Layer
 from lowvram_lab.engine.layers import QuantizedLinear
-from lowvram_lab.memory.pinned import PinnedBlock
+from lowvram_lab.memory.cuda import PinnedBlock
 
 BUFFERS = 2
 ALIGNMENT = 512

@@ -32,12 +32,13 @@ from lowvram_lab.faces.split import (
     try_split,
     why_no_weights,
 )
-from lowvram_lab.memory.gpu import Gpu, open_gpu
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
-from lowvram_lab.planner.rates import Machine
 from lowvram_lab.planner.search import resolve
 from lowvram_lab.units import GiB, MiB, format_bytes
 

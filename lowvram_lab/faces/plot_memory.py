@@ -6,14 +6,11 @@ Derived in: notebooks/01_analyze_the_oom.ipynb, notebooks/02_watch_memory.ipynb,
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lowvram_lab.chat.fidelity import Fidelity
-from lowvram_lab.chat.session import TurnStats
-from lowvram_lab.chat.validation import Limits
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.allocator import LARGE_SEGMENT
 from lowvram_lab.memory.budget import GpuBudget
@@ -55,16 +52,16 @@ def plot_profiles(
         labels: A name a bar; by default model and origin.
         ax: Where to draw; a new figure by default.
     """
-    ax = ax or _new_axes(width=2.6 + 1.2 * len(profiles))
+    ax = ax or new_axes(width=2.6 + 1.2 * len(profiles))
     names = labels or [f"{p.model}\n{p.origin}" for p in profiles]
     unit, tops = _draw_stacks(ax, names, [p.breakdown for p in profiles], profiles[0].budget)
     for position, (profile, top) in enumerate(zip(profiles, tops, strict=True)):
         verdict = "" if profile.fits else "\ndoes not fit"
         colour = "black" if profile.fits else BUDGET_COLOUR
-        _label(ax, f"{_number(top, unit)}{verdict}", (position, top / unit), colour)
-    ax.set_ylabel(f"GPU memory at the peak, {_name(unit)}")
+        _label(ax, f"{in_unit(top, unit)}{verdict}", (position, top / unit), colour)
+    ax.set_ylabel(f"GPU memory at the peak, {unit_name(unit)}")
     ax.margins(y=0.18)
-    return _legend(ax)
+    return legend(ax)
 
 
 def plot_phases(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
@@ -74,15 +71,15 @@ def plot_phases(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
         profile: Forecast or measured.
         ax: Where to draw; a new figure by default.
     """
-    ax = ax or _new_axes(width=2.6 + 1.2 * len(profile.phases))
+    ax = ax or new_axes(width=2.6 + 1.2 * len(profile.phases))
     stacks = [{**phase.reserved_breakdown, "context": profile.overhead_bytes} for phase in profile.phases]
     unit, tops = _draw_stacks(ax, [phase.name for phase in profile.phases], stacks, profile.budget)
     for position, top in enumerate(tops):
-        _label(ax, _number(top, unit), (position, top / unit))
-    ax.set_ylabel(f"peak GPU memory, {_name(unit)}")
+        _label(ax, in_unit(top, unit), (position, top / unit))
+    ax.set_ylabel(f"peak GPU memory, {unit_name(unit)}")
     ax.set_title(_title(profile), fontsize="medium")
     ax.margins(y=0.12)
-    return _legend(ax)
+    return legend(ax)
 
 
 def plot_breakdown(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
@@ -94,8 +91,8 @@ def plot_breakdown(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
     """
     parts = {category: profile.breakdown[category] for category in STYLES if profile.breakdown[category]}
     whole, left = sum(parts.values()), 0
-    unit = _unit(whole)
-    ax = ax or _new_axes(width=6.5, height=0.36 * len(parts) + 1.2)
+    unit = unit_of(whole)
+    ax = ax or new_axes(width=6.5, height=0.36 * len(parts) + 1.2)
     _draw_card(ax, profile.budget, unit, upright=True)
     for category, size in parts.items():
         ax.barh(LABELS[category], size / unit, left=left / unit, height=0.7, **STYLES[category])
@@ -104,9 +101,9 @@ def plot_breakdown(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
         _label(ax, text, (left / unit, LABELS[category]), xytext=(4, 0), ha="left", va="center")
     ax.invert_yaxis()
     ax.set_xlim(0, 1.4 * whole / unit)
-    ax.set_xlabel(f"GPU memory at the peak, {_name(unit)}: {_number(whole, unit)} in all")
+    ax.set_xlabel(f"GPU memory at the peak, {unit_name(unit)}: {in_unit(whole, unit)} in all")
     ax.set_title(_title(profile), fontsize="medium")
-    return _legend(ax) if profile.budget else ax
+    return legend(ax) if profile.budget else ax
 
 
 def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = None, ax: Axes | None = None) -> Axes:
@@ -129,9 +126,9 @@ def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = N
     from_empty = table["reserved"][0] - table["allocated"][0] <= LARGE_SEGMENT  # else it tells only what came on top
     budget = (budget or (profile.budget if profile else None)) if from_empty else None
     reserved = table["reserved"] * from_empty
-    unit = _unit(max(table["allocated"].max(), reserved.max(), budget.usable_bytes if budget else 0))
+    unit = unit_of(max(table["allocated"].max(), reserved.max(), budget.usable_bytes if budget else 0))
     failed = _failure(table, profile.first_oom) if profile and profile.first_oom else []
-    ax = ax or _new_axes(width=8.5, height=4)
+    ax = ax or new_axes(width=8.5, height=4)
     at, rows = _draw_phases(ax, table, keep=failed)
     shown = [category for category in CATEGORIES if table[category].any()]
     areas = [table[category][rows] / unit for category in shown]
@@ -145,10 +142,10 @@ def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = N
         ax.axvspan(at[row], at.max(), color="white", alpha=0.5, linewidth=0, zorder=2.2)
         _mark_failure(ax, profile.first_oom, (at[row], reserved[row] / unit), late=at[row] > at.max() / 3)
     above = "without CUDA context" if from_empty else "above what was live before"
-    ax.set_ylabel(f"GPU memory {above}, {_name(unit)}")
+    ax.set_ylabel(f"GPU memory {above}, {unit_name(unit)}")
     ax.set_ylim(bottom=0)
     ax.margins(y=0.12)
-    return _legend(ax)
+    return legend(ax)
 
 
 def plot_comparison(forecast: MemoryProfile, measured: MemoryProfile, ax: Axes | None = None) -> Axes:
@@ -162,8 +159,8 @@ def plot_comparison(forecast: MemoryProfile, measured: MemoryProfile, ax: Axes |
         ax: Where to draw; a new figure by default.
     """
     compared = forecast.compare(measured)
-    names, unit = list(compared["phase"]), _unit(max(compared[[forecast.origin, measured.origin]].max()))
-    ax = ax or _new_axes(width=2.6 + 1.5 * len(compared), height=4)
+    names, unit = list(compared["phase"]), unit_of(max(compared[[forecast.origin, measured.origin]].max()))
+    ax = ax or new_axes(width=2.6 + 1.5 * len(compared), height=4)
     tables = [profile.timeline.table() if profile.timeline else None for profile in (measured, forecast)]
     if all(table is not None and list(table["phase"].unique()) == names for table in tables):
         (at, measured_bytes), (forecast_at, forecast_bytes) = (_curve(ax, table) for table in tables)
@@ -176,14 +173,14 @@ def plot_comparison(forecast: MemoryProfile, measured: MemoryProfile, ax: Axes |
         ax.set_xticks(middles, names)
     for position, row in compared.iterrows():
         peak = row[measured.origin]
-        text = f"{_number(peak, unit)} {_name(unit)}\noff by {row['difference']:,} bytes"
+        text = f"{in_unit(peak, unit)} {unit_name(unit)}\noff by {row['difference']:,} bytes"
         _label(ax, text, (position + 0.5, peak / unit))
     _draw_tensor_room(ax, measured.budget, unit)
-    ax.set_ylabel(f"allocated, without CUDA context, {_name(unit)}")
+    ax.set_ylabel(f"allocated, without CUDA context, {unit_name(unit)}")
     ax.set_title(_title(measured), fontsize="medium")
     ax.set_ylim(bottom=0)
     ax.margins(y=0.2)
-    return _legend(ax)
+    return legend(ax)
 
 
 def plot_weights(spec: ModelSpec, ax: Axes | None = None) -> Axes:
@@ -197,13 +194,13 @@ def plot_weights(spec: ModelSpec, ax: Axes | None = None) -> Axes:
     for row in spec.table().itertuples():
         totals[row.module.rpartition(".")[2]] += row.fp16_bytes
     kinds = [kind for kind, size in totals.most_common() if size > max(totals.values()) / 1000][::-1]
-    ax = ax or _new_axes(width=6.5, height=0.3 * len(kinds) + 1)
-    unit, whole = _unit(sum(totals.values())), sum(totals.values())
+    ax = ax or new_axes(width=6.5, height=0.3 * len(kinds) + 1)
+    unit, whole = unit_of(sum(totals.values())), sum(totals.values())
     ax.barh(kinds, [totals[kind] / unit for kind in kinds], color=COLOURS["weights"])
     for position, kind in enumerate(kinds):
-        text = f" {_number(totals[kind], unit)} ({totals[kind] / whole:.0%})"
+        text = f" {in_unit(totals[kind], unit)} ({totals[kind] / whole:.0%})"
         ax.annotate(text, (totals[kind] / unit, position), va="center")
-    ax.set_xlabel(f"weights in 16 bits, {_name(unit)} (all layers)")
+    ax.set_xlabel(f"weights in 16 bits, {unit_name(unit)} (all layers)")
     ax.margins(x=0.2)
     return ax
 
@@ -217,70 +214,21 @@ def plot_kv(specs: Sequence[ModelSpec], context: int, budget: GpuBudget | None =
         budget: The card, drawn if given.
         ax: Where to draw; a new figure by default.
     """
-    ax = ax or _new_axes(width=6.5)
-    unit = _unit(max([spec.kv_bytes(context) for spec in specs] + [budget.total_bytes if budget else 0]))
+    ax = ax or new_axes(width=6.5)
+    unit = unit_of(max([spec.kv_bytes(context) for spec in specs] + [budget.total_bytes if budget else 0]))
     for spec, style in zip(specs, ["-", "--", "-.", ":"] * len(specs), strict=False):
         label = f"{spec.name}: {spec.kv_bytes(1) / 1024:g} KiB a token"
         ax.plot([0, context], [0, spec.kv_bytes(context) / unit], style, label=label, linewidth=2)
     _draw_card(ax, budget, unit)
     ax.set_xlabel("tokens in the cache")
-    ax.set_ylabel(f"KV cache in 16 bits, {_name(unit)}")
+    ax.set_ylabel(f"KV cache in 16 bits, {unit_name(unit)}")
     ax.set_xlim(0, context)
     ax.set_ylim(bottom=0)
-    return _legend(ax)
+    return legend(ax)
 
 
-def plot_turns(turns: Sequence[TurnStats], ax: Axes | None = None) -> Axes:
-    """Horizontal bars: the tokens of each turn, by whether they were cached, prefilled or generated.
-
-    Args:
-        turns: From a ``ChatSession``.
-        ax: Where to draw; a new figure by default.
-    """
-    ax = ax or _new_axes(width=7, height=0.6 * len(turns) + 1.2)
-    names = [f"turn {index}" for index, _ in enumerate(turns, 1)]
-    parts = {
-        "already in the KV cache": ([t.cached_tokens for t in turns], COLOURS["context"]),
-        "prefilled": ([t.prompt_tokens - t.cached_tokens for t in turns], COLOURS["weights"]),
-        "generated": ([t.new_tokens for t in turns], COLOURS["kv"]),
-    }
-    lefts = [0] * len(turns)
-    for label, (counts, colour) in parts.items():
-        ax.barh(names, counts, left=lefts, color=colour, label=label, height=0.6)
-        lefts = [left + count for left, count in zip(lefts, counts, strict=True)]
-    for position, (turn, left) in enumerate(zip(turns, lefts, strict=True)):
-        ax.annotate(f" peak {format_bytes(turn.peak_bytes)}", (left, position), va="center")
-    ax.set_xlabel("tokens")
-    ax.invert_yaxis()
-    ax.margins(x=0.25)
-    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    return ax
-
-
-def plot_fidelity(results: Mapping[str, Fidelity], limits: Limits | None = None, ax: Axes | None = None) -> Axes:
-    """Points: mean KL against top-1 agreement, with the region that passes shaded.
-
-    Args:
-        results: A name a point, e.g. of the plan's format.
-        limits: What passes; by default the report's own limits.
-        ax: Where to draw; a new figure by default.
-    """
-    ax, limits = ax or _new_axes(width=4.5, height=3.8), limits or Limits()
-    right = 1.6 * max([limits.kl_mean, *(found.kl_mean for found in results.values())])
-    low = min([limits.top1_agreement, *(found.top1_agreement for found in results.values())])
-    ax.set_xlim(0, right)
-    ax.set_ylim(max(0.0, low - 0.25 * (1.02 - low)), 1.02)
-    ax.fill_between([0, limits.kl_mean], limits.top1_agreement, 1, color="#d9ead3", label="passes", linewidth=0)
-    for name, found in results.items():
-        inside = found.kl_mean <= limits.kl_mean and found.top1_agreement >= limits.top1_agreement
-        ax.plot(found.kl_mean, found.top1_agreement, "o", color=COLOURS["weights"] if inside else BUDGET_COLOUR)
-        ax.annotate(name, (found.kl_mean, found.top1_agreement), xytext=(7, 0), textcoords="offset points", va="center")
-    ax.set_xlabel("mean KL to the reference, nats (0 = identical)")
-    ax.set_ylabel("top-1 agreement with the reference")
-    return _legend(ax)
-
-
-def _new_axes(width: float = 6.4, height: float = 3.6) -> Axes:
+def new_axes(width: float = 6.4, height: float = 3.6) -> Axes:
+    """Axes of a new figure, with room for a legend beside them; inches."""
     return Figure(figsize=(width + 1.5, height), dpi=80, layout="constrained").add_subplot()
 
 
@@ -291,7 +239,7 @@ def _title(profile: MemoryProfile) -> str:
 
 def _draw_stacks(ax: Axes, names: Sequence[str], stacks: Sequence[dict], budget) -> tuple[int, list[int]]:
     """Draws a breakdown a bar, and the card; returns the unit and every bar's height in bytes."""
-    unit, tops = _unit(max(sum(stack.values()) for stack in stacks)), [0] * len(stacks)
+    unit, tops = unit_of(max(sum(stack.values()) for stack in stacks)), [0] * len(stacks)
     for category, style in STYLES.items():
         sizes = [stack.get(category, 0) for stack in stacks]
         if any(sizes):
@@ -365,18 +313,22 @@ def _label(ax: Axes, text: str, at: tuple, colour: str = "black", **where) -> No
     ax.annotate(text, at, textcoords="offset points", color=colour, bbox=box, zorder=4, **style)
 
 
-def _legend(ax: Axes) -> Axes:
+def legend(ax: Axes) -> Axes:
+    """Puts the legend beside the axes."""
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return ax
 
 
-def _unit(largest: int) -> int:
+def unit_of(largest: int) -> int:
+    """The unit in which sizes up to this one are drawn."""
     return GiB if largest >= GiB else MiB
 
 
-def _name(unit: int) -> str:
+def unit_name(unit: int) -> str:
+    """Its name."""
     return "GiB" if unit == GiB else "MiB"
 
 
-def _number(size: int, unit: int) -> str:
+def in_unit(size: int, unit: int) -> str:
+    """A size in it, as text."""
     return f"{size / unit:.2f}" if unit == GiB else f"{size / unit:.0f}"

@@ -1,10 +1,9 @@
-"""The GPU with a byte budget: CUDA with a real cap, a metered stand-in in RAM, or a dry run on meta. One interface.
+"""The GPU with a byte budget, one interface for CUDA (``cuda.py``), a dry run (``dry_run.py``) and the stand-in in RAM.
 
-Everything above says ``gpu`` or ``cpu`` and moves tensors with ``Gpu.move``; only this file knows what they mean here.
+Everything above says ``gpu`` or ``cpu`` and moves tensors with ``Gpu.move``; only these files know what they mean here.
+Out of memory is said in words: who asked for how much, what was free, and who held the rest.
 """
 
-import os
-import re
 import threading
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -12,30 +11,10 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
-from lowvram_lab.memory.nvml import process_bytes
-from lowvram_lab.memory.oom import oom_message
-from lowvram_lab.memory.replay import MetaResults
-from lowvram_lab.units import KiB, MiB, format_bytes
-
-_MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
-
-
-def cublas_workspace_bytes() -> int:
-    """What the first matrix product on CUDA allocates for good (``parseChosenWorkspaceSize`` in ATen's CUDABlas.cpp).
-
-    32 MiB on Hopper and Blackwell, 2 x 4096 + 8 x 16 KiB on other cards, which is assumed where there is none; what
-    ``CUBLAS_WORKSPACE_CONFIG`` says comes first.
-    """
-    stated = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
-    if stated:
-        return sum(int(size) * int(count) for size, count in stated) * KiB
-    large = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-    return 32 * MiB if large else (2 * 4096 + 8 * 16) * KiB
+from lowvram_lab.units import format_bytes
 
 
 class StandInOutOfMemoryError(torch.OutOfMemoryError):
@@ -204,181 +183,38 @@ class StandInGpu(Gpu):
     name = "stand-in GPU (simulated)"
 
 
-class DryRunGpu(Gpu):
-    """A GPU of meta tensors: nothing is computed, everything is counted. It records the first OOM and goes on.
+def oom_message(event: OomEvent, budget) -> str:
+    """An out-of-memory message in CUDA's order of facts, plus what CUDA leaves out: who asked, who held.
 
     Args:
-        budget: The card.
-        kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's).
-        expandable_segments: Imitate the allocator's other mode.
+        event: The allocation that did not fit.
+        budget: The card's ``GpuBudget``.
     """
-
-    name = "dry run"
-    meta = True
-    _tensor_device = "meta"
-
-    def __init__(self, budget: GpuBudget | None, kernels: str, expandable_segments: bool = False):
-        super().__init__(budget)
-        if expandable_segments:
-            self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
-        self.kernels = kernels
-        self.meter.run, self.meter.by_block = self._run, kernels == "cuda"
-        self._results = MetaResults()
-        self._workspace = None
-
-    def _run(self, func, args, kwargs):
-        """Runs an operator on meta; before the first matrix product on CUDA, cuBLAS' workspace is there."""
-        wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
-        if wanted and self.meter.place_of(args[-1]) == "gpu":
-            with self.meter.scope(owner="cuBLAS", category="workspace"):
-                self._workspace = torch.empty(cublas_workspace_bytes(), dtype=torch.uint8, device="meta")
-                self.meter.count(self._workspace, "gpu")
-        try:
-            return self._results(func, args, kwargs)
-        except (RuntimeError, NotImplementedError) as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            where = self.meter.owner or "the model"
-            raise RuntimeError(f"{where} needs data: {func} on meta says: {reason}") from error
-
-    def own(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor's shape and dtype on meta."""
-        return torch.empty_like(tensor, device="meta")
-
-    def _out_of_memory(self, event: OomEvent) -> None:
-        """Goes on, without a limit: the forecast wants the whole peak."""
+    free = max(0, budget.usable_bytes - event.reserved_bytes)
+    context = f", {format_bytes(budget.context_bytes)} of it the CUDA context" if budget.context_bytes else ""
+    return (
+        f"simulated GPU out of memory. Tried to allocate {format_bytes(event.requested_bytes)} for "
+        f"{event.module or 'the model'} during {event.phase}. The GPU has a total capacity of "
+        f"{format_bytes(budget.total_bytes)}{context}, of which {format_bytes(free)} is free. "
+        f"{format_bytes(event.allocated_bytes)} is allocated by tensors and "
+        f"{format_bytes(event.reserved_bytes - event.allocated_bytes)} is reserved but unallocated. "
+        f"Held by: {describe_holders(event.holders)}."
+    )
 
 
-class CudaGpu(Gpu):
-    """A CUDA card, capped for this process so that a small card's OOM is real on any card.
-
-    The meter is not run over CUDA work outside ``phase``: CUDA's own counters are the truth and cost nothing.
-
-    Args:
-        budget: The card to be, or ``None`` for all of it.
-        set_cap: Whether to set this process's cap; a measurement beside a loaded model leaves it as it is.
-    """
-
-    kernels = "cuda"
-    simulated = False
-
-    def __init__(self, budget: GpuBudget | None, set_cap: bool = True):
-        super().__init__(budget)
-        self.meter = Meter(by_device=True)
-        self.device = self._tensor_device = torch.device("cuda", torch.cuda.current_device())
-        self._side_stream = None
-        self.name = torch.cuda.get_device_name(self.device)
-        card_bytes = torch.cuda.mem_get_info(self.device)[1]
-        if budget and budget.total_bytes > card_bytes:
-            raise BudgetError(
-                f"asked for a {format_bytes(budget.total_bytes)} GPU, found {self.name} with "
-                f"{format_bytes(card_bytes)}; give a smaller budget"
-            )
-        if not set_cap:
-            return
-        # the allocator truncates fraction * total to bytes: one more keeps the cap from falling a byte short
-        fraction = min(1.0, (budget.usable_bytes + 1) / card_bytes) if budget else 1.0
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(fraction, self.device)
-
-    def watching(self):
-        """See ``Gpu``."""
-        return super().active()
-
-    @contextmanager
-    def active(self):
-        """Nothing to do: CUDA counts by itself."""
-        yield self
-
-    @contextmanager
-    def phase(self, name: str):
-        """Measures a phase with CUDA's own counters; the meter runs beside them only to name who holds the memory."""
-        torch.cuda.synchronize(self.device)
-        if name == "load":
-            torch.cuda.empty_cache()  # what an earlier model left reserved is not this one's
-        torch.cuda.reset_peak_memory_stats(self.device)
-        record = PhaseMemory(name)
-        self.phases.append(record)
-        try:
-            with self.watching(), self.meter.phase(name) as metered:
-                yield record
-        finally:
-            torch.cuda.synchronize(self.device)
-            record.peak_allocated_bytes = torch.cuda.max_memory_allocated(self.device)
-            record.end_allocated_bytes = torch.cuda.memory_allocated(self.device)
-            record.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.device)
-            record.process_bytes = process_bytes(self.device.index)
-            # what CUDA counted and the meter did not see: cuBLAS' workspace, temporaries inside kernels
-            unseen = record.peak_allocated_bytes - sum(metered.breakdown.values())
-            record.breakdown = {**metered.breakdown, "workspace": unseen}
-            fragmentation = record.peak_reserved_bytes - record.peak_allocated_bytes
-            record.reserved_breakdown = {**record.breakdown, "fragmentation": fragmentation}
-
-    def check_room(self, size_bytes: int) -> None:
-        """See ``Gpu``."""
-        free, total = torch.cuda.mem_get_info(self.device)
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        usable = self.budget.usable_bytes if self.budget else total
-        if free + unused < size_bytes <= usable:  # more than the card ever has is an honest out of memory
-            raise BudgetError(
-                f"the weights take {format_bytes(size_bytes)} of {self.name}, found {format_bytes(free + unused)} "
-                "free: other processes, or other models of this one, hold the rest; end them, or plan for what is free"
-            )
-
-    def reset_peak(self) -> None:
-        """See ``Gpu``."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    @property
-    def peak_reserved_bytes(self) -> int:
-        """CUDA's own counter."""
-        return torch.cuda.max_memory_reserved(self.device)
-
-    @property
-    def peak_allocated_bytes(self) -> int:
-        """CUDA's own counter."""
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def copy_ahead(self, pairs, after=None):
-        """See ``Gpu``: on a stream of its own. Only from page-locked memory does it run beside the computation."""
-        if self._side_stream is None:
-            self._side_stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._side_stream):
-            if after is not None:
-                self._side_stream.wait_event(after)
-            for target, source in pairs:
-                self.transfers["cpu", "gpu"] += source.nbytes
-                target.copy_(source, non_blocking=True)
-            return self._side_stream.record_event()
-
-    def mark(self):
-        """See ``Gpu``."""
-        return torch.cuda.current_stream(self.device).record_event()
-
-    def wait_for(self, mark) -> None:
-        """See ``Gpu``."""
-        torch.cuda.current_stream(self.device).wait_event(mark)
-
-    def settle(self, wait: bool = False) -> None:
-        """See ``Gpu``."""
-        if self._side_stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
-            if wait:
-                self._side_stream.synchronize()
-
-    def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
-        return tensor.to(self.device if place == "gpu" else "cpu")
-
-
-def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int | None = None) -> Gpu:
-    """Opens the GPU of this machine with a byte budget: CUDA where there is one, else the simulated stand-in.
-
-    Args:
-        size: The card to be, e.g. ``"4GiB"``; ``None`` for no limit.
-        cuda_context: See ``GpuBudget.parse``.
-
-    Raises:
-        UnitError: The size cannot be read.
-        BudgetError: The size is too small, or larger than the card.
-    """
-    budget = None if size is None else GpuBudget.parse(size, cuda_context)
-    return CudaGpu(budget) if torch.cuda.is_available() else StandInGpu(budget)
+def describe_holders(holders: list[tuple[str, int]], top: int = 4) -> str:
+    """Holders in one line, decoder layers joined: ``model.layers.0-21 (137.0 MiB), model.embed_tokens (54.0 MiB)``."""
+    totals, layers = Counter(), {}
+    for owner, size in holders:
+        parts = owner.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        key = ".".join(parts[:index]) if index is not None else owner or "other"
+        totals[key] += size
+        if index is not None:
+            layers.setdefault(key, set()).add(int(parts[index]))
+    named = []
+    for key, size in totals.most_common(top):
+        span = layers.get(key)
+        label = f"{key}.{min(span)}-{max(span)}" if span and len(span) > 1 else key + (f".{min(span)}" if span else "")
+        named.append(f"{label} ({format_bytes(size)})")
+    return ", ".join(named) or "nothing"

@@ -8,7 +8,6 @@ Derived in: notebooks/02_watch_memory.ipynb
 
 import contextlib
 import ctypes
-import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,9 +15,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import psutil
-
-from lowvram_lab.errors import BudgetError
-from lowvram_lab.units import format_bytes
 
 INTERVAL_S = 0.005
 
@@ -102,49 +98,3 @@ def give_back_heap() -> None:
     """Returns freed memory to the system. glibc keeps it for the next allocation, and layer by layer that adds up."""
     with contextlib.suppress(OSError, AttributeError):  # another C library, another system
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:
-    """Forecasts how far resident memory rises while a plan loads, above what Python and torch already take.
-
-    The weights that stay in RAM (what lies on disk does not), and beside them the largest tensor in flight: mapped from
-    its file, plus the quantised copy on its way.
-
-    Args:
-        plan: The plan.
-        spec: The model.
-        gpu_in_ram: Whether "gpu" is the stand-in, whose tensors lie in RAM too.
-    """
-    return weights_in_ram(plan, spec, gpu_in_ram) + _in_flight_bytes(spec.modules)
-
-
-def check_room_in_ram(plan, spec, gpu, modules, loaded=None) -> None:
-    """Refuses a load that the host's free memory cannot take: a process that the system ends cannot say why.
-
-    Args:
-        plan: What is to be loaded ...
-        spec: ... of this model ...
-        gpu: ... onto this GPU; the stand-in lies in RAM too.
-        modules: Those that really are loaded, of the spec's.
-        loaded: The plan that is there already, and whose weights make room.
-
-    Raises:
-        BudgetError: Says what it takes and what is free.
-    """
-    needed = weights_in_ram(plan, spec, gpu.simulated) + _in_flight_bytes(modules)
-    needed -= weights_in_ram(loaded, spec, gpu.simulated) if loaded else 0
-    if needed > (free := psutil.virtual_memory().available):
-        helps = "a smaller format, layers on disk" + ("" if gpu.simulated else ", more layers on the GPU")
-        raise BudgetError(
-            f"loading this takes {format_bytes(needed)} of RAM, found {format_bytes(free)} free; choose {helps}"
-        )
-
-
-def _in_flight_bytes(modules) -> int:
-    """The largest tensor, twice: mapped from its file in 16 bits, and the copy on its way."""
-    return 2 * max((2 * math.prod(shape) for module in modules for shape in module.parameters.values()), default=0)
-
-
-def weights_in_ram(plan, spec, gpu_in_ram: bool) -> int:
-    """Bytes of weights that stay in RAM; what lies on disk does not."""
-    return plan.weight_bytes(spec, "cpu") + (plan.weight_bytes(spec, "gpu") if gpu_in_ram else 0)

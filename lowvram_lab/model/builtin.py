@@ -8,8 +8,8 @@ import sys
 import zipfile
 from pathlib import Path
 
-from lowvram_lab.cache import build_directory, is_finished, sha256_file
 from lowvram_lab.errors import SourceError
+from lowvram_lab.files import build_directory, is_finished, sha256_file
 from lowvram_lab.model.gguf import convert_gguf, converted_identity, converted_path
 from lowvram_lab.packaged import packaged_facts
 

@@ -8,6 +8,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowvram_lab.errors import CheckpointError, SourceError
+from lowvram_lab.model.spec import ModelSpec
+
+
+class ShapesOnly:
+    """Stands for a checkpoint in a dry run: the right shapes, on meta, no bytes."""
+
+    def __init__(self, spec: ModelSpec):
+        self.spec = spec
+        self._shapes = {f"{m.name}.{key}": shape for m in spec.modules for key, shape in m.parameters.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter."""
+        return self._shapes[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        """An empty meta tensor of the parameter's shape, in 16 bits as checkpoints are."""
+        return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="meta")
+
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -202,3 +223,15 @@ def _pointer_hint(file: Path) -> str:
     if start.startswith(b"version https://git"):
         return "; it is a Git LFS pointer, not the weights: run git lfs pull"
     return ""
+
+
+class RandomWeights(ShapesOnly):
+    """A checkpoint of small random weights."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__(spec)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Normal values of standard deviation 0.02, in bf16."""
+        return (torch.randn(self.shape(name), generator=self._generator) * 0.02).bfloat16()

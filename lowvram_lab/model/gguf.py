@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowvram_lab.cache import build_directory, cache_dir, known_sha256
 from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.files import build_directory, cache_dir, known_sha256
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,8 @@
 """Plan: a format and a device for every module of a model, plus KV format, context and threads. The library's one noun.
 
-A plan can be written by hand, by a widget, by a solver or read from JSON; nothing downstream knows the difference.
-It knows nothing about budgets: whether it fits one is what the forecast says.
+A plan can be written by hand, by a widget, by a solver or read from JSON; nothing downstream knows the difference. Its
+JSON is read with care: whatever is odd is named before a plan is made of it. It knows nothing about budgets: whether it
+fits one is what the forecast says.
 
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
@@ -19,7 +20,6 @@ from pathlib import Path
 from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.model.formats import DTYPES, get_format
-from lowvram_lab.model.plan_json import VERSION, read_values
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.units import format_bytes
 
@@ -393,3 +393,52 @@ def _place_of(name: str, where) -> str:
 
 def _role(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+VERSION = 1
+_TYPES = {
+    "model": (str, "str"),
+    "fingerprint": (str, "str"),
+    "dtype": (str, "str"),
+    "kv_format": (str, "str"),
+    "context": (int, "a whole number"),
+    "threads": (int | None, "a whole number"),
+    "stream_from": (int | None, "a whole number"),
+    "prefill_chunk": (int | None, "a whole number"),
+    "modules": (dict, "dict"),
+}
+
+
+def read_values(text: str | Path) -> dict:
+    """The fields of a plan from its JSON text or file, ``version`` left out; each module an object of two texts.
+
+    Raises:
+        PlanError: See ``Plan.from_json``.
+    """
+    if isinstance(text, Path):
+        try:
+            text = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"expected a plan's JSON file, found {text}: {error}") from error
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"expected a plan as JSON, found text that is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
+    if type(values.get("version")) is not int or values["version"] != VERSION:
+        raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
+    values = {"stream_from": None, "prefill_chunk": None, **values}
+    if odd := set(values) ^ {"version", *_TYPES}:
+        name = sorted(odd)[0]
+        raise PlanError(f"plan field {name!r} is {'missing' if name in _TYPES else 'not known'}")
+    for name, (kind, words) in _TYPES.items():
+        if isinstance(values[name], bool) or not isinstance(values[name], kind):
+            raise PlanError(f"plan field {name!r}: expected {words}, found {values[name]!r}"[:200])
+    for name, entry in values["modules"].items():
+        if not isinstance(entry, dict) or set(entry) != {"format", "device"}:
+            raise PlanError(f"{name}: expected an object with format and device, found {entry!r}"[:200])
+        if not all(isinstance(value, str) for value in entry.values()):
+            raise PlanError(f"{name}: expected format and device as text, found {entry!r}"[:200])
+    del values["version"]
+    return values

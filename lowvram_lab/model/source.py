@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowvram_lab.cache import cache_dir
 from lowvram_lab.errors import CheckpointError, SourceError
+from lowvram_lab.files import cache_dir
 from lowvram_lab.model import builtin, hub
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle

@@ -8,14 +8,12 @@ Derived in: notebooks/07_measure_everything.ipynb
 """
 
 import os
-import platform
 import random
 import statistics
 import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +21,12 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
+from lowvram_lab.engine.room import weights_in_ram
 from lowvram_lab.errors import LowvramError, SourceError
-from lowvram_lab.machine import cpu_threads
+from lowvram_lab.machine import cpu_threads, facts, versions
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import DryRunGpu, Gpu
-from lowvram_lab.memory.host import weights_in_ram
+from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -37,7 +36,7 @@ from lowvram_lab.peers.others import OURS, PEERS, gguf_file
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
 from lowvram_lab.peers.result import FOLLOW_UP_TOKENS, BenchResult, BenchRow, plot_data
 from lowvram_lab.planner.auto import auto_plan
-from lowvram_lab.planner.rates import Machine
+from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.units import GiB, format_bytes
 
 __all__ = ["BenchResult", "BenchRow", "bench", "plot_data"]
@@ -162,8 +161,8 @@ def bench(
         read_bytes_per_s=bandwidth,
         alternated="loaded together" if run.together else "loaded anew for every round",
         load_average=(round(load_before[0], 2), round(load_after[0], 2)),
-        machine=_facts(machine),
-        versions=_versions(),
+        machine=facts(),
+        versions=versions(PACKAGES),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -365,18 +364,3 @@ def _read_bandwidth(plan: Plan, spec: ModelSpec, threads: int) -> float:
             int(block.sum())  # waits for the card
             best = max(best, READ_BYTES / (time.perf_counter() - started))
     return best
-
-
-def _facts(machine: Machine) -> dict[str, str | int]:
-    memory = format_bytes(psutil.virtual_memory().total)
-    return {"name": machine.name, "cores": os.cpu_count() or 1, "ram": memory, "system": platform.platform(terse=True)}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

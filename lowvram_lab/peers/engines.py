@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from lowvram_lab.engine.caches import new_cache
-from lowvram_lab.engine.decode import Sampling, choose, decode_one_token, prefill
+from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.load import load
+from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import open_gpu
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.source import find_source

@@ -10,10 +10,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from lowvram_lab.cache import build_directory, cache_dir
 from lowvram_lab.errors import LowvramError, SourceError
+from lowvram_lab.files import build_directory, cache_dir
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.nvml import process_bytes
+from lowvram_lab.memory.cuda import process_bytes
 from lowvram_lab.model import builtin
 from lowvram_lab.peers.engines import Engine, Lean, Modules, Task
 from lowvram_lab.units import format_bytes

@@ -158,7 +158,7 @@ class BenchResult:
         versions = ", ".join(f"{name} {value}" for name, value in self.versions.items())
         bandwidth = f"{self.read_bytes_per_s / 1e9:.1f} GB/s" if self.read_bytes_per_s else "unknown"
         load = " to ".join(f"{load:.2f}" for load in self.load_average)
-        if self.load_average[0] > self.machine["cores"] / 2:
+        if self.load_average[0] > self.machine["cpu_cores"] / 2:
             load += ": something else kept the cores busy"
         return [
             f"plan: {self.plan}; GPU: {self.gpu}",

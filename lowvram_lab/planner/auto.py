@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.memory.host import forecast_load_bytes
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, shortage
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.limits import max_context
-from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
-from lowvram_lab.planner.rates import Machine
-from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes, resolve
+from lowvram_lab.planner.measure_rates import Machine
+from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
+from lowvram_lab.planner.search import forecast_if_possible, max_context, resolve
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
-from lowvram_lab.planner.suggest import SHORTEST_CONTEXT, suggest
+from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 from lowvram_lab.units import format_bytes, parse_bytes
 
 RECIPES = ("bf16", "int8", "int4")
@@ -56,61 +55,6 @@ class PlanChoice:
 
     def _repr_html_(self) -> str:
         return self.plan._repr_html_() + "<br>".join(self.why) + self.forecast._repr_html_()
-
-
-@dataclass(frozen=True)
-class _Room:
-    """What a plan may take, on both sides."""
-
-    spec: ModelSpec
-    budget: GpuBudget
-    kernels: str
-    ram_bytes: int | None
-    disk_bytes: int | None
-    kv_format: str | None
-
-    def fit(self, plan: Plan) -> tuple[Plan, MemoryProfile] | None:
-        """A plan that fits the GPU, with as much of it on disk as RAM has no room for, and its forecast."""
-        plan = self.within_ram(plan)
-        profile = plan and forecast_if_possible(plan, self.spec, self.budget, self.kernels)
-        return (plan, profile) if profile else None
-
-    def within_ram(self, plan: Plan) -> Plan | None:
-        """The plan, or with the least of its CPU part on disk that makes the rest fit; ``None`` where nothing does."""
-        if not self.lacks_ram(plan):
-            return plan
-        if self.disk_bytes is None:
-            return None
-        spec, layers, bases = self.spec, plan.layer_devices(self.spec), [plan]
-        if not spec.tied and plan.modules[spec.embedding].device == "cpu":
-            # a lookup reads next to nothing; but the table may be more than the disk has room for
-            bases.insert(0, plan.with_modules(spec.embedding, device="disk"))
-        on_gpu = layers.count("gpu")
-        for base in bases:
-            splits = (base.with_gpu_layers(spec, on_gpu, disk=count) for count in range(len(layers) - on_gpu + 1))
-            found = next((each for each in splits if not self.lacks_ram(each)), None)
-            if found and found.weight_bytes(spec, "disk") <= self.disk_bytes:
-                return found
-        return None
-
-    def lacks_ram(self, plan: Plan) -> bool:
-        """Whether the CPU's part is more than the RAM."""
-        return self.ram_bytes is not None and ram_bytes(plan, self.spec) > self.ram_bytes
-
-    def most_layers(self, plan: Plan) -> tuple[int, Plan, MemoryProfile] | None:
-        """The plan with as many layers on the GPU as fit, but not all."""
-        workload = Workload.full_context(plan.context)
-        high = self.spec.num_hidden_layers - 1
-        found = largest_fitting(
-            lambda n: (plan.with_gpu_layers(self.spec, n), workload), 0, high, self.spec, self.budget, self.kernels
-        )
-        fitting = found and self.fit(found.plan)
-        return (found.number, *fitting) if fitting else None
-
-
-def ram_bytes(plan: Plan, spec: ModelSpec) -> int:
-    """What a plan takes of the host's memory beside Python and torch: weights, the load's transient, KV cache."""
-    return forecast_load_bytes(plan, spec, gpu_in_ram=False) + plan.kv_bytes(spec, plan.context, "cpu")
 
 
 def auto_plan(
@@ -167,7 +111,7 @@ def auto_plan(
     if prefer != "balance" and gpu_layers is not None:
         raise PlanError(f"prefer={prefer!r} chooses the split, found gpu_layers={gpu_layers} as well; give one of them")
     sizes = (None if size is None else parse_bytes(size) for size in (ram, disk))
-    room, machine = _Room(spec, budget, kernels, *sizes, kv_format), machine or Machine()
+    room, machine = Room(spec, budget, kernels, *sizes, kv_format), machine or Machine()
     settings = {"prefer": prefer, "gpu_layers": gpu_layers, "threads": threads, "machine": machine}
     if context is not None:
         choice = _at_context(context, recipes, room, **settings)
@@ -176,7 +120,7 @@ def auto_plan(
     return _with_streaming(choice, room, machine)
 
 
-def _at_context(context: int, recipes, room: _Room, prefer: str, gpu_layers, threads, machine: Machine) -> PlanChoice:
+def _at_context(context: int, recipes, room: Room, prefer: str, gpu_layers, threads, machine: Machine) -> PlanChoice:
     spec, why, plans = room.spec, [], {}
     for recipe in recipes:
         plan = replace(Plan.uniform(spec, recipe, context=context), threads=threads)
@@ -198,11 +142,11 @@ def _at_context(context: int, recipes, room: _Room, prefer: str, gpu_layers, thr
         if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
             most = replace(room, ram_bytes=None).most_layers(least)
             least = most[1] if most else least
-        raise _refusal(least, room)
+        raise refusal(least, room)
     return choice
 
 
-def _at_longest_context(context: int, recipes, room: _Room, **settings) -> PlanChoice:
+def _at_longest_context(context: int, recipes, room: Room, **settings) -> PlanChoice:
     """What is preferred at a usual context, with as many tokens as then fit GPU and RAM."""
     try:
         choice = _at_context(context, recipes, room, **settings)
@@ -219,11 +163,11 @@ def _at_longest_context(context: int, recipes, room: _Room, **settings) -> PlanC
         return choice
     plan = replace(plan, context=tokens)
     profile = longest.forecast if tokens == longest.value else forecast(plan, spec, room.budget, kernels=room.kernels)
-    text = f"context {tokens} is the longest that fits it: {_margin(profile)}"
+    text = f"context {tokens} is the longest that fits it: {margin(profile)}"
     return _changed(choice, plan, profile, text, room, settings["machine"])
 
 
-def _changed(choice: PlanChoice, plan: Plan, profile: MemoryProfile, text: str, room: _Room, machine) -> PlanChoice:
+def _changed(choice: PlanChoice, plan: Plan, profile: MemoryProfile, text: str, room: Room, machine) -> PlanChoice:
     """The choice with another plan, why, and its speed instead of the earlier one's."""
     why, speed = [*choice.why, text], None
     if choice.speed:
@@ -232,7 +176,7 @@ def _changed(choice: PlanChoice, plan: Plan, profile: MemoryProfile, text: str, 
     return replace(choice, plan=plan, forecast=profile, why=tuple(why[-MOST_REASONS:]), speed=speed)
 
 
-def _with_streaming(choice: PlanChoice, room: _Room, machine: Machine) -> PlanChoice:
+def _with_streaming(choice: PlanChoice, room: Room, machine: Machine) -> PlanChoice:
     """Lets the CPU layers' weights travel for long prompts, where this machine gains by it and two buffers fit.
 
     With as many layers on the GPU as fit, they seldom do: ``gpu_layers=`` leaves them room.
@@ -245,7 +189,7 @@ def _with_streaming(choice: PlanChoice, room: _Room, machine: Machine) -> PlanCh
         return choice
     if not profile:
         return choice
-    text = f"prompts of {tokens} tokens or more are faster with weights that travel to the GPU: {_margin(profile)}"
+    text = f"prompts of {tokens} tokens or more are faster with weights that travel to the GPU: {margin(profile)}"
     return _changed(choice, plan, profile, text, room, machine)
 
 
@@ -261,7 +205,7 @@ def _budgets(max_memory: dict, ram, disk) -> tuple:
     return max_memory[cards[0]], max_memory.get("cpu", ram), max_memory.get("disk", disk)
 
 
-def _variants(plan: Plan, room: _Room) -> Iterator[tuple[str, Plan]]:
+def _variants(plan: Plan, room: Room) -> Iterator[tuple[str, Plan]]:
     """A recipe's plans that differ in what costs next to nothing, gentlest first."""
     spec = room.spec
     yield "", plan
@@ -273,19 +217,19 @@ def _variants(plan: Plan, room: _Room) -> Iterator[tuple[str, Plan]]:
         yield f"{beside or ' with'} the KV cache in int8", replace(plan, kv_format="int8")
 
 
-def _whole(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[PlanChoice]:
+def _whole(plans: dict[str, Plan], room: Room, why: list[str]) -> Iterator[PlanChoice]:
     """Plans whose layers stay where they are, the most precise first; notes in ``why`` what does not fit."""
     for recipe, base in plans.items():
         for where, plan in _variants(base, room):
             if fitting := room.fit(plan):
-                text = f"{recipe}{where}{_on_disk(fitting[0], room)} fits: {_margin(fitting[1])}"
+                text = f"{recipe}{where}{_on_disk(fitting[0], room)} fits: {margin(fitting[1])}"
                 yield PlanChoice(*fitting, (*why, text), recipe)
                 break
         else:
-            why.append(f"{recipe} does not fit: {_shortage(plan, room)}{where and ', even' + where}")
+            why.append(f"{recipe} does not fit: {shortage(plan, room)}{where and ', even' + where}")
 
 
-def _split(recipe: str, base: Plan, room: _Room, why: list[str]) -> PlanChoice | None:
+def _split(recipe: str, base: Plan, room: Room, why: list[str]) -> PlanChoice | None:
     """A recipe with the most layers on the GPU; in 16 bits of KV cache unless int8 lets more layers in."""
     found = []
     *_, plan = (plan for text, plan in _variants(base, room) if "KV" not in text)
@@ -297,16 +241,16 @@ def _split(recipe: str, base: Plan, room: _Room, why: list[str]) -> PlanChoice |
     number, plan, profile = max(found, key=lambda split: split[0])  # the first of equals
     kv = ", KV cache in int8" if plan.kv_format == "int8" else ""
     layers = f"{number} of {room.spec.num_hidden_layers} layers on the GPU{kv}{_on_disk(plan, room)}"
-    text = f"{recipe} with {layers} fits: {_margin(profile)}"
+    text = f"{recipe} with {layers} fits: {margin(profile)}"
     return PlanChoice(plan, profile, (*why, text), recipe)
 
 
-def _smallest_split(plans: dict[str, Plan], room: _Room, why: list[str]) -> PlanChoice | None:
+def _smallest_split(plans: dict[str, Plan], room: Room, why: list[str]) -> PlanChoice | None:
     recipe = list(plans)[-1]
     return _split(recipe, plans[recipe], room, why)
 
 
-def _splits(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[PlanChoice]:
+def _splits(plans: dict[str, Plan], room: Room, why: list[str]) -> Iterator[PlanChoice]:
     """Of each recipe, the most precise first, the plan with the most layers on the GPU."""
     for recipe, base in plans.items():
         reasons: list[str] = []
@@ -315,10 +259,10 @@ def _splits(plans: dict[str, Plan], room: _Room, why: list[str]) -> Iterator[Pla
             yield replace(choice, why=(*why, *choice.why))
         else:
             *_, (_, least) = _variants(base.with_gpu_layers(room.spec, 0), room)
-            why.append(f"{recipe} does not fit, however it is split: {_shortage(least, room)}")
+            why.append(f"{recipe} does not fit, however it is split: {shortage(least, room)}")
 
 
-def _fastest(plans: dict[str, Plan], room: _Room, why: list[str], machine: Machine) -> PlanChoice | None:
+def _fastest(plans: dict[str, Plan], room: Room, why: list[str], machine: Machine) -> PlanChoice | None:
     """The fastest of each recipe's best; a more precise one that is nearly as fast instead."""
     found = [_with_threads(choice, room, machine) for choice in _splits(plans, room, why)]
     if not found:
@@ -329,7 +273,7 @@ def _fastest(plans: dict[str, Plan], room: _Room, why: list[str], machine: Machi
     return replace(chosen, why=(*chosen.why[-3:], f"forecast tokens/s: {speeds}", chosen.speed.summary()))
 
 
-def _with_threads(choice: PlanChoice, room: _Room, machine: Machine) -> PlanChoice:
+def _with_threads(choice: PlanChoice, room: Room, machine: Machine) -> PlanChoice:
     """A plan with its forecast speed; with the fastest number of threads, where none is stated and it matters."""
     counts, cores = [choice.plan.threads], os.cpu_count() or 1
     if counts == [None] and "cpu" in choice.plan.layer_places(room.spec):
@@ -340,61 +284,6 @@ def _with_threads(choice: PlanChoice, room: _Room, machine: Machine) -> PlanChoi
     return replace(choice, plan=plans[best], speed=speeds[best])
 
 
-def _on_disk(plan: Plan, room: _Room) -> str:
+def _on_disk(plan: Plan, room: Room) -> str:
     on_disk = plan.weight_bytes(room.spec, "disk")
     return f", {format_bytes(on_disk)} on disk" if on_disk else ""
-
-
-def _margin(profile: MemoryProfile) -> str:
-    free = profile.budget.usable_bytes - profile.peak_reserved_bytes
-    return f"peak {format_bytes(profile.peak_allocated_bytes)}, {format_bytes(free)} to spare"
-
-
-def _shortage(plan: Plan, room: _Room) -> str:
-    if room.lacks_ram(plan):
-        return _short_of_ram(plan, room)
-    weights, least = plan.weight_bytes(room.spec, "gpu"), least_bytes(plan, room.spec)
-    beyond = least - room.budget.usable_bytes
-    tail = f", {format_bytes(beyond)} too much" if beyond > 0 else " before activations and fragmentation"
-    return f"{format_bytes(weights)} of weights + {format_bytes(least - weights)} of KV{tail}"
-
-
-def _short_of_ram(plan: Plan, room: _Room) -> str:
-    on_cpu = format_bytes(ram_bytes(plan, room.spec))
-    disk = "" if room.disk_bytes is None else f" and {format_bytes(room.disk_bytes)} of disk"
-    return f"the CPU's part takes {on_cpu} of RAM, found {format_bytes(room.ram_bytes)}{disk}"
-
-
-def _refusal(plan: Plan, room: _Room) -> BudgetError:
-    spec, budget = room.spec, room.budget
-    needed = least_bytes(plan, spec) + budget.context_bytes
-    message = (
-        f"no plan for {spec.name} at context {plan.context} fits a {format_bytes(budget.total_bytes)} GPU: even "
-        f"{plan.summary(spec)}, needs more than {format_bytes(needed)}"
-    )
-    if room.lacks_ram(plan):
-        return BudgetError(
-            f"no plan for {spec.name} at context {plan.context} fits a {format_bytes(budget.total_bytes)} GPU and "
-            f"{format_bytes(room.ram_bytes)} of RAM: {_ram_refusal(plan, room)}, a larger GPU or a smaller model"
-        )
-    helps = suggest(plan, spec, budget, room.kernels)
-    if helps:
-        return BudgetError(f"{message}; what would help: {helps[0].text}")
-    return BudgetError(
-        f"{message}; not even a context of {SHORTEST_CONTEXT} helps: give it a larger GPU or a smaller model"
-    )
-
-
-def _ram_refusal(plan: Plan, room: _Room) -> str:
-    spec = room.spec
-    taken = format_bytes(ram_bytes(plan, spec))
-    if room.disk_bytes is None:
-        return f"the CPU's part alone takes {taken}, loading included; give it disk for layers or more RAM"
-    for name, assignment in plan.modules.items():
-        if assignment.device == "cpu":
-            plan = plan.with_modules(name, device="disk")
-    if room.lacks_ram(plan):
-        rest = format_bytes(ram_bytes(plan, spec))
-        return f"even with the CPU's weights on disk it takes {rest}; give it a shorter context, more RAM"
-    on_disk = format_bytes(plan.weight_bytes(spec, "disk"))
-    return f"the CPU's part takes {taken}, {on_disk} of it weights that may lie on disk; give it more disk or RAM"

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.gpu import Gpu, describe_holders
 from lowvram_lab.memory.meter import OomEvent
-from lowvram_lab.memory.oom import describe_holders
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.suggest import Suggestion, suggest
 from lowvram_lab.units import format_bytes

@@ -6,14 +6,16 @@ model of CUDA's allocator. Nothing here is a formula, so what the code does is w
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
-from lowvram_lab.engine.load import ShapesOnly, load
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import PlanError
-from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.gpu import DryRunGpu, Gpu
+from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.profile import MemoryProfile, Workload, run_workload
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import MemoryProfile, Workload
 
 
 def forecast(

@@ -15,8 +15,9 @@ import psutil
 
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.profile import STAND_IN, SpeedProfile, Workload, where_it_runs
-from lowvram_lab.planner.rates import Machine
+from lowvram_lab.planner.measure import where_it_runs
+from lowvram_lab.planner.measure_rates import Machine
+from lowvram_lab.planner.profile import STAND_IN, SpeedProfile, Workload
 
 FEW_TOKENS = 64
 """Decoded after the prompt where no workload is given."""

@@ -5,7 +5,12 @@ row begins at bit ``i * bits`` and may straddle two words, so 32 codes fill exac
 what lies in memory. A test holds it to that library's own functions.
 """
 
+from dataclasses import dataclass
+
 import torch
+
+from lowvram_lab.errors import PlanError
+from lowvram_lab.model.formats import Format
 
 PACK_CODES = 32
 """Codes that fill a whole number of words, whatever their width."""
@@ -54,3 +59,56 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
             code |= blocks[..., word + 1] << (32 - shift)
         codes[..., lane] = (code & mask) - offset
     return codes.view(rows, words.shape[1] * 32 // bits)
+
+
+INT4_OFFSET = 8
+"""torch's int4 kernels compute ``(code - 8) * scale + zero`` (``aten/src/ATen/native/cpu/int4mm_kernel.cpp``)."""
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as integers: ``codes * scale (+ zero)``, group by group.
+
+    Attributes:
+        codes: ``(out, in)`` int8, signed.
+        scale: ``(out, groups)`` in ``SCALE_DTYPE``; may be negative.
+        zero: ``(out, groups)`` in ``SCALE_DTYPE``, or ``None`` for a symmetric solution.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight ``(out, in)``; exact in float32."""
+        groups = self.codes.to(dtype).view(*self.scale.shape, -1).mul_(self.scale.to(dtype).unsqueeze(-1))
+        if self.zero is not None:
+            groups = groups.add_(self.zero.to(dtype).unsqueeze(-1))
+        return groups.view(self.codes.shape)
+
+    def tensors(self, fmt: Format) -> dict[str, torch.Tensor]:
+        """What a layer of the format holds.
+
+        Returns:
+            int8: ``weight`` int8 ``(out, in)``, ``scale`` ``(out,)``. int4: ``codes`` uint8 ``(out, in)`` of 0…15 (the
+            layer packs them as its kernel likes), ``scale_and_zero`` ``(groups, out, 2)``. Packed formats: ``packed``
+            int32, ``scale`` ``(out, groups)``.
+
+        Raises:
+            PlanError: Zero points, in a format without a place for them.
+        """
+        if fmt.kind != "int4" and self.zero is not None:
+            raise PlanError(f"{fmt.name} has no place for zero points; give it a symmetric solution")
+        if fmt.kind == "int8":
+            return {"weight": self.codes, "scale": self.scale.squeeze(1)}
+        if fmt.kind == "int4":
+            zero = torch.zeros_like(self.scale) if self.zero is None else self.zero
+            pairs = torch.stack((self.scale.T, zero.T), dim=-1).contiguous()
+            return {"codes": (self.codes + INT4_OFFSET).to(torch.uint8), "scale_and_zero": pairs}
+        return {"packed": pack(self.codes, fmt.bits), "scale": self.scale}
+
+
+def rows_of(solution: IntegerWeight, select) -> IntegerWeight:
+    """Some rows of a solution, by slice or index."""
+    zero = solution.zero[select] if solution.zero is not None else None
+    return IntegerWeight(solution.codes[select], solution.scale[select], zero)

@@ -16,9 +16,8 @@ from pathlib import Path
 import torch
 
 from lowvram_lab import __version__
-from lowvram_lab.cache import cache_dir, known_sha256
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.files import write_atomically
+from lowvram_lab.files import cache_dir, known_sha256, refuse_occupied, require_space, write_atomically
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.formats import get_format
@@ -33,7 +32,7 @@ from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, e
 from lowvram_lab.weights.layer_quantizer import StreamedQuantizer
 from lowvram_lab.weights.layerwise import LayerStream
 from lowvram_lab.weights.model_card import model_card
-from lowvram_lab.weights.resumable import PartialDirectory, building, refuse_occupied, require_space
+from lowvram_lab.weights.resumable import PartialDirectory, building
 from lowvram_lab.weights.sensitivity import Sensitivity, candidate_formats, estimate_sensitivity
 from lowvram_lab.weights.solve import SOLVERS
 

@@ -19,17 +19,17 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GgmlType
 
-from lowvram_lab.cache import locked
 from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.files import locked, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.units import format_bytes
+from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.gguf_vocab import vocabulary as vocabulary_of
-from lowvram_lab.weights.resumable import require_space
-from lowvram_lab.weights.solvers import IntegerWeight, is_finite
+from lowvram_lab.weights.solvers import is_finite
 from lowvram_lab.weights.stored import check_stored, read_stored
 
 TYPES = ("f16", "f32", "bf16", "q8_0", "q4_1")

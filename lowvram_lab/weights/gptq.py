@@ -14,7 +14,8 @@ from lowvram_lab.errors import CheckpointError
 from lowvram_lab.machine import one_thread
 from lowvram_lab.model.formats import Format
 from lowvram_lab.units import MiB
-from lowvram_lab.weights.solvers import IntegerWeight, search_clip
+from lowvram_lab.weights.codes import IntegerWeight
+from lowvram_lab.weights.solvers import search_clip
 
 BLOCK = 128
 """Columns whose errors are spread at once to all later ones: one large product instead of 128 small ones."""

@@ -19,11 +19,11 @@ from tqdm.auto import tqdm
 from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.formats import DTYPES, Format, get_format
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.weights.codes import IntegerWeight, rows_of
 from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerStream
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments
 from lowvram_lab.weights.resumable import PartialDirectory
-from lowvram_lab.weights.solve import rows_of, solve
-from lowvram_lab.weights.solvers import IntegerWeight
+from lowvram_lab.weights.solve import solve
 from lowvram_lab.weights.stored import read_stored, to_stored
 
 logger = logging.getLogger(__name__)

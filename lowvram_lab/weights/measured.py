@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.weights.codes import rows_of
 from lowvram_lab.weights.layerwise import LayerStream
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments, normed_moments
 from lowvram_lab.weights.sensitivity import HEAD_TOKENS, Sensitivity
-from lowvram_lab.weights.solve import rows_of, solve
+from lowvram_lab.weights.solve import solve
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lowvram_lab.cache import locked, sha256_file
 from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, PlanError
-from lowvram_lab.files import write_atomically
+from lowvram_lab.files import locked, refuse_occupied, settled, sha256_file, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -148,37 +147,6 @@ def building(target: Path, identity: dict):
         if target.exists():  # whoever waits for the lock, or makes a new one, finds the target occupied
             with contextlib.suppress(OSError):  # Windows does not remove a file that is held
                 lock.unlink()
-
-
-def settled(target: Path) -> Path:
-    """Where a directory will really be made: absolute, links followed.
-
-    Raises:
-        LowvramError: A place that no other directory can be renamed to: the current one, or a mount point.
-    """
-    real = target.expanduser().resolve()
-    if real == Path.cwd() or os.path.ismount(real):
-        what = "the current directory" if real == Path.cwd() else "a mount point"
-        raise LowvramError(f"{target}: expected a directory of its own for the output, found {what}; name one in it")
-    return real
-
-
-def refuse_occupied(target: Path) -> None:
-    """Raises LowvramError unless something new can be made at ``target``, and whole."""
-    target = settled(target)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise LowvramError(f"{target}: expected a new or empty directory for the output, found something in it")
-    if not target.parent.is_dir():
-        raise LowvramError(f"cannot write {target}: its folder does not exist")
-
-
-def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raises LowvramError unless the disk of ``folder`` has ``needed`` bytes free."""
-    from lowvram_lab.units import format_bytes
-
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise LowvramError(f"{folder}: {what} needs {format_bytes(needed)} of disk, found {format_bytes(free)} free")
 
 
 def _hidden(target: Path, what: str) -> Path:

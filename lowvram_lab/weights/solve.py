@@ -4,8 +4,9 @@ import torch
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.formats import Format
+from lowvram_lab.weights.codes import IntegerWeight, rows_of
 from lowvram_lab.weights.gptq import gptq, output_error
-from lowvram_lab.weights.solvers import IntegerWeight, round_to_nearest, search_clip
+from lowvram_lab.weights.solvers import round_to_nearest, search_clip
 
 SOLVERS = ("gptq", "clip", "rtn")
 
@@ -60,12 +61,6 @@ def relative_error(weight: torch.Tensor, solution: IntegerWeight, moments: torch
         for_ = (lambda m: output_error(m, moments)) if moments is not None else (lambda m: m.square())
         changed, whole = changed + for_(change).sum().item(), whole + for_(rows).sum().item()
     return changed / whole if whole > 0 else 0.0
-
-
-def rows_of(solution: IntegerWeight, select) -> IntegerWeight:
-    """Some rows of a solution, by slice or index."""
-    zero = solution.zero[select] if solution.zero is not None else None
-    return IntegerWeight(solution.codes[select], solution.scale[select], zero)
 
 
 def _by_rows(weight: torch.Tensor, way) -> IntegerWeight:

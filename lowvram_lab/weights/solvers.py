@@ -10,17 +10,13 @@ arXiv:2306.00978; half-quadratic, Badri and Shaji 2023, https://mobiusml.github.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
-from lowvram_lab.errors import CheckpointError, PlanError
+from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.formats import SCALE_DTYPE, Format
 from lowvram_lab.units import MiB
-from lowvram_lab.weights.codes import pack, unpack
-
-INT4_OFFSET = 8
-"""torch's int4 kernels compute ``(code - 8) * scale + zero`` (``aten/src/ATen/native/cpu/int4mm_kernel.cpp``)."""
+from lowvram_lab.weights.codes import INT4_OFFSET, IntegerWeight, unpack
 
 CHUNK_BYTES = 4 * MiB
 """Rows are quantised in chunks of this many float32 bytes: the temporaries of an embedding table would not be small.
@@ -32,49 +28,6 @@ TINY = torch.finfo(SCALE_DTYPE).tiny
 
 CLIP_STEPS = {2: 25, 3: 24, 4: 24, 5: 12, 6: 10, 8: 6}
 """Scales tried on either side of zero, each 2.5 % smaller than the last: fewer bits gain from more clipping."""
-
-
-@dataclass(frozen=True)
-class IntegerWeight:
-    """A weight as integers: ``codes * scale (+ zero)``, group by group.
-
-    Attributes:
-        codes: ``(out, in)`` int8, signed.
-        scale: ``(out, groups)`` in ``SCALE_DTYPE``; may be negative.
-        zero: ``(out, groups)`` in ``SCALE_DTYPE``, or ``None`` for a symmetric solution.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None = None
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight ``(out, in)``; exact in float32."""
-        groups = self.codes.to(dtype).view(*self.scale.shape, -1).mul_(self.scale.to(dtype).unsqueeze(-1))
-        if self.zero is not None:
-            groups = groups.add_(self.zero.to(dtype).unsqueeze(-1))
-        return groups.view(self.codes.shape)
-
-    def tensors(self, fmt: Format) -> dict[str, torch.Tensor]:
-        """What a layer of the format holds.
-
-        Returns:
-            int8: ``weight`` int8 ``(out, in)``, ``scale`` ``(out,)``. int4: ``codes`` uint8 ``(out, in)`` of 0…15 (the
-            layer packs them as its kernel likes), ``scale_and_zero`` ``(groups, out, 2)``. Packed formats: ``packed``
-            int32, ``scale`` ``(out, groups)``.
-
-        Raises:
-            PlanError: Zero points, in a format without a place for them.
-        """
-        if fmt.kind != "int4" and self.zero is not None:
-            raise PlanError(f"{fmt.name} has no place for zero points; give it a symmetric solution")
-        if fmt.kind == "int8":
-            return {"weight": self.codes, "scale": self.scale.squeeze(1)}
-        if fmt.kind == "int4":
-            zero = torch.zeros_like(self.scale) if self.zero is None else self.zero
-            pairs = torch.stack((self.scale.T, zero.T), dim=-1).contiguous()
-            return {"codes": (self.codes + INT4_OFFSET).to(torch.uint8), "scale_and_zero": pairs}
-        return {"packed": pack(self.codes, fmt.bits), "scale": self.scale}
 
 
 def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:

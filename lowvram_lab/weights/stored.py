@@ -6,8 +6,7 @@ import torch
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.formats import SCALE_DTYPE, Format
-from lowvram_lab.weights.codes import pack, unpack
-from lowvram_lab.weights.solvers import IntegerWeight
+from lowvram_lab.weights.codes import IntegerWeight, pack, unpack
 
 
 def tensor_names(name: str, fmt: Format) -> dict[str, str]:

@@ -26,7 +26,7 @@ def run_bench(args) -> int:
     import torch
 
     from lowvram_lab.memory.budget import GpuBudget
-    from lowvram_lab.memory.gpu import DryRunGpu
+    from lowvram_lab.memory.dry_run import DryRunGpu
     from lowvram_lab.peers.bench import bench, context_needed
 
     if args.context == LONGEST:

@@ -40,3 +40,8 @@ def spec_of(name: str):
 
     source = find_source(name)
     return source, ModelSpec.from_config(source.config(), source.name)
+
+
+EXIT_USAGE = 2
+EXIT_FAILED_VALIDATION = 1
+EXIT_INTERRUPTED = 130

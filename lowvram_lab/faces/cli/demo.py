@@ -1,23 +1,26 @@
 """The whole story in one call: forecast, out of memory, plan, load, chat, validation, the running case."""
 
 import gc
+import sys
 from collections.abc import Callable
 
 import torch
 
-from lowvram_lab.cache import read_marker
 from lowvram_lab.chat.fidelity import load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.validation import validate
 from lowvram_lab.engine.load import load
-from lowvram_lab.memory.gpu import open_gpu
-from lowvram_lab.memory.oom import describe_holders
+from lowvram_lab.faces.cli.common import EXIT_FAILED_VALIDATION, print_json, prose
+from lowvram_lab.files import read_marker
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.gpu import describe_holders
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload, run_speed, run_workload
+from lowvram_lab.planner.measure import run_speed, run_workload
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import format_bytes
 
 QUESTIONS = ("What is the capital of France?", "Write one sentence about its most famous museum.")
@@ -137,3 +140,11 @@ def _running_case(say) -> dict:
     say(f"   plan: {choice.plan.summary(spec)}")
     say(f"   {choice.forecast.summary()}")
     return {"fp16": naive.to_dict(), "planned": choice.forecast.to_dict(), "why": list(choice.why)}
+
+
+def run_demo_command(args) -> int:
+    """Tells the story; exit status 1 where the validation failed."""
+    result = run_demo(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
+    if args.json:
+        print_json(result)
+    return 0 if result["validation"]["passed"] else EXIT_FAILED_VALIDATION

@@ -1,62 +1,27 @@
 """What this machine can do: versions, memory, and which kernels give right answers here."""
 
-import os
-import platform
-from importlib import metadata
-
-import psutil
 import torch
 
 from lowvram_lab import __version__
-from lowvram_lab.cache import cache_dir
 from lowvram_lab.engine.layers import quantized_linear
+from lowvram_lab.faces.cli.common import print_json
+from lowvram_lab.files import cache_dir
+from lowvram_lab.machine import facts
 from lowvram_lab.model.formats import get_format
-from lowvram_lab.units import format_bytes
 
-PACKAGES = ("torch", "transformers", "accelerate", "bitsandbytes", "safetensors", "gguf")
+KERNELS = ("int8", "int4", "nf4")
 
 
-def examine(paths: bool = True) -> dict:
+def examine() -> dict:
     """Examines the machine.
 
-    Args:
-        paths: Whether to name the cache folder, too, which is nobody's business in a result to be shown.
-
     Returns:
-        Plain data: Python and package versions, cores, RAM, GPU, and per format whether its kernel agrees with
-        a float one.
+        Plain data: Python and package versions, cores, RAM, GPU, the cache folder, and per format whether its kernel
+        agrees with a float one.
     """
-    return {
-        "lowvram_lab": __version__,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
-        "cpu_cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "ram": format_bytes(psutil.virtual_memory().total),
-        "gpu": _gpu(),
-        **({"cache": str(cache_dir())} if paths else {}),
-        **{f"{name} kernel, cpu": _try_kernel(name, "cpu") for name in ("int8", "int4", "nf4")},
-        **(
-            {f"{name} kernel, cuda": _try_kernel(name, "cuda") for name in ("int8", "int4", "nf4")}
-            if torch.cuda.is_available()
-            else {}
-        ),
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _gpu() -> str:
-    if not torch.cuda.is_available():
-        return "none: GPU budgets are simulated in RAM"
-    free, total = torch.cuda.mem_get_info()
-    return f"{torch.cuda.get_device_name()}, {format_bytes(free)} of {format_bytes(total)} free"
+    places = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    kernels = {f"{name} kernel, {place}": _try_kernel(name, place) for place in places for name in KERNELS}
+    return {"lowvram_lab": __version__, **facts(), "cache": str(cache_dir()), **kernels}
 
 
 def _try_kernel(name: str, kernels: str) -> str:
@@ -75,3 +40,28 @@ def _try_kernel(name: str, kernels: str) -> str:
     return (
         f"works (relative error {error:.3f})" if error < (0.03 if name == "int8" else 0.15) else f"wrong ({error:.2f})"
     )
+
+
+def run_doctor(args) -> int:
+    """Says what this machine can do."""
+    found = examine()
+    if args.json:
+        print_json(found)
+    else:
+        for key, value in found.items():
+            print(f"{key:22} {value}")
+    return 0
+
+
+def run_models(args) -> int:
+    """Lists the models known by name."""
+    from lowvram_lab.model.builtin import builtin_names
+
+    names = builtin_names()
+    if args.json:
+        print_json({"models": names})
+    else:
+        for name, line in names.items():
+            print(f"{name:14} {line}")
+        print("\nAlso: a hub id such as Qwen/Qwen1.5-4B-Chat, a directory with safetensors, or a .gguf file.")
+    return 0

@@ -114,7 +114,7 @@ def chosen_plan(args, spec, gpu):
 
 def _check_ram(ram: str | None, plan, spec) -> None:
     from lowvram_lab.errors import BudgetError
-    from lowvram_lab.planner.auto import ram_bytes
+    from lowvram_lab.planner.constraints import ram_bytes
     from lowvram_lab.units import format_bytes, parse_bytes
 
     if ram and ram_bytes(plan, spec) > parse_bytes(ram):
@@ -129,7 +129,7 @@ def run_plan(args) -> int:
     from pathlib import Path
 
     from lowvram_lab.memory.budget import GpuBudget
-    from lowvram_lab.memory.gpu import DryRunGpu
+    from lowvram_lab.memory.dry_run import DryRunGpu
     from lowvram_lab.planner.speed import forecast_speed
     from lowvram_lab.units import parse_bytes
 
@@ -159,7 +159,7 @@ def run_plan(args) -> int:
 
 def run_tune(args) -> int:
     """``lowvram tune``."""
-    from lowvram_lab.memory.gpu import open_gpu
+    from lowvram_lab.memory.cuda import open_gpu
     from lowvram_lab.planner.tune import tune
 
     gpu = open_gpu(args.gpu, args.cuda_context)

@@ -1,0 +1,73 @@
+"""Refuse a load that RAM or disk cannot take, before it begins: a process that the system ends cannot say why."""
+
+import math
+import shutil
+
+import psutil
+
+from lowvram_lab.engine.disk import scratch_folder
+from lowvram_lab.errors import BudgetError, CheckpointError
+from lowvram_lab.units import format_bytes
+
+
+def check_room_on_disk(size_bytes: int) -> None:
+    """Refuses what the disk of the cache folder has no room for, before anything is written.
+
+    Raises:
+        CheckpointError: Says what it takes and what is free.
+    """
+    if not size_bytes:
+        return
+    folder = scratch_folder()
+    free = shutil.disk_usage(folder).free
+    if size_bytes > free:
+        raise CheckpointError(
+            f"{folder}: the layers on disk take {format_bytes(size_bytes)}, found {format_bytes(free)} free; set "
+            "LOWVRAM_CACHE to a folder on a larger disk, or plan fewer of them"
+        )
+
+
+def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:
+    """Forecasts how far resident memory rises while a plan loads, above what Python and torch already take.
+
+    The weights that stay in RAM (what lies on disk does not), and beside them the largest tensor in flight: mapped from
+    its file, plus the quantised copy on its way.
+
+    Args:
+        plan: The plan.
+        spec: The model.
+        gpu_in_ram: Whether "gpu" is the stand-in, whose tensors lie in RAM too.
+    """
+    return weights_in_ram(plan, spec, gpu_in_ram) + in_flight_bytes(spec.modules)
+
+
+def check_room_in_ram(plan, spec, gpu, modules, loaded=None) -> None:
+    """Refuses a load that the host's free memory cannot take: a process that the system ends cannot say why.
+
+    Args:
+        plan: What is to be loaded ...
+        spec: ... of this model ...
+        gpu: ... onto this GPU; the stand-in lies in RAM too.
+        modules: Those that really are loaded, of the spec's.
+        loaded: The plan that is there already, and whose weights make room.
+
+    Raises:
+        BudgetError: Says what it takes and what is free.
+    """
+    needed = weights_in_ram(plan, spec, gpu.simulated) + in_flight_bytes(modules)
+    needed -= weights_in_ram(loaded, spec, gpu.simulated) if loaded else 0
+    if needed > (free := psutil.virtual_memory().available):
+        helps = "a smaller format, layers on disk" + ("" if gpu.simulated else ", more layers on the GPU")
+        raise BudgetError(
+            f"loading this takes {format_bytes(needed)} of RAM, found {format_bytes(free)} free; choose {helps}"
+        )
+
+
+def in_flight_bytes(modules) -> int:
+    """The largest tensor, twice: mapped from its file in 16 bits, and the copy on its way."""
+    return 2 * max((2 * math.prod(shape) for module in modules for shape in module.parameters.values()), default=0)
+
+
+def weights_in_ram(plan, spec, gpu_in_ram: bool) -> int:
+    """Bytes of weights that stay in RAM; what lies on disk does not."""
+    return plan.weight_bytes(spec, "cpu") + (plan.weight_bytes(spec, "gpu") if gpu_in_ram else 0)

@@ -1,0 +1,103 @@
+"""Choose the next token from logits. Knows no model and no cache."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lowvram_lab.errors import LowvramError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: penalty, temperature, top-k, top-p and min-p, in transformers' order.
+
+    Attributes:
+        temperature: 0 takes the most likely token (greedy).
+        top_p: Smallest set of tokens with at least this probability (Holtzman et al. 2019, arXiv:1904.09751).
+        seed: Makes a sampled answer repeatable.
+        top_k: Only so many tokens, the most likely ones; 0 for all. Applied before ``top_p``.
+        min_p: Only tokens at least this share as likely as the most likely one (Nguyen et al. 2024, arXiv:2407.01082).
+        repetition_penalty: Divides positive logits of tokens that are there already, and multiplies negative ones
+            (Keskar et al. 2019, arXiv:1909.05858); 1 for none. Also where the choice is greedy.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        if self.temperature != 0 and not 1e-5 <= self.temperature < float("inf"):
+            raise LowvramError(f"expected a temperature of 0 (greedy) or 0.00001 and above, found {self.temperature}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise LowvramError(f"expected a seed from 0 to 2**63 - 1, found {self.seed!r}")
+        if not 0 < self.top_p <= 1:
+            raise LowvramError(f"expected top_p above 0 and at most 1, found {self.top_p}")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise LowvramError(f"expected top_k of 1 or more, or 0 for all tokens, found {self.top_k!r}")
+        if not 0 <= self.min_p <= 1:
+            raise LowvramError(f"expected min_p from 0 to 1, found {self.min_p}")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            found = self.repetition_penalty
+            raise LowvramError(f"expected a repetition_penalty from 0.01 to 100 (1 for none), found {found}")
+
+
+def choose(
+    logits: torch.Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+    seen: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The next token, in float32 as transformers' ``generate`` does.
+
+    Args:
+        logits: ``(batch, vocab)``.
+        sampling: How.
+        generator: Where randomness comes from.
+        seen: Ids of prompt and answer so far, ``(batch, tokens)``, for a repetition penalty.
+
+    Returns:
+        ``(batch, 1)`` int64.
+    """
+    logits = logits.float()
+    if sampling.repetition_penalty != 1 and seen is not None:
+        found = logits.gather(-1, seen)
+        penalised = torch.where(found < 0, found * sampling.repetition_penalty, found / sampling.repetition_penalty)
+        logits = logits.scatter(-1, seen, penalised)
+    if sampling.temperature <= 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = probabilities.topk(sampling.top_k, dim=-1).values[..., -1:]
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    if sampling.top_p < 1:
+        ordered, indices = probabilities.sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        probabilities = torch.zeros_like(probabilities).scatter(-1, indices, ordered.masked_fill(beyond, 0))
+    if sampling.min_p > 0:
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0)
+    return torch.multinomial(probabilities, 1, generator=generator)
+
+
+def choose_beams(
+    logits: torch.Tensor, scores: torch.Tensor, num_beams: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One step of beam search, without length penalty or finished hypotheses: what its memory depends on.
+
+    Args:
+        logits: ``(batch * num_beams, vocab)``.
+        scores: Log-probability of each beam so far, ``(batch * num_beams, 1)``.
+        num_beams: Beams kept for each prompt.
+
+    Returns:
+        Next token of each beam ``(batch * num_beams, 1)``, its score, and the row each new beam continues.
+    """
+    totals = torch.log_softmax(logits.float(), dim=-1) + scores
+    vocabulary = totals.shape[-1]
+    best, flat = totals.view(-1, num_beams * vocabulary).topk(num_beams, dim=-1)
+    rows = torch.arange(best.shape[0], device=flat.device).unsqueeze(1) * num_beams + flat // vocabulary
+    return (flat % vocabulary).view(-1, 1), best.view(-1, 1), rows.view(-1)

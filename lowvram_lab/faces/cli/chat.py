@@ -1,0 +1,92 @@
+"""``lowvram chat``: one answer, or a conversation, inside a GPU budget."""
+
+import sys
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.faces.cli.common import print_json, prose, spec_of
+from lowvram_lab.faces.cli.plan import chosen_plan
+
+
+def run_chat(args) -> int:
+    """Answers one prompt, or converses."""
+    from lowvram_lab.chat.prompt import StopStrings
+    from lowvram_lab.chat.session import ChatSession
+    from lowvram_lab.engine.load import load
+    from lowvram_lab.engine.sampling import Sampling
+    from lowvram_lab.memory.cuda import open_gpu
+
+    say = prose(args)
+    if args.prompt is not None and not args.prompt.strip():
+        raise LowvramError("expected a prompt, found an empty one; write something, or leave --prompt out to converse")
+    if args.json and args.prompt is None:
+        raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
+    sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
+    StopStrings(args.stop)  # refused before anything is loaded
+    gpu = open_gpu(args.gpu, args.cuda_context)
+    source, spec = spec_of(args.model)
+    plan, profile, _ = chosen_plan(args, spec, gpu)
+    print(f"{plan.summary(spec)}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
+    model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
+    session = ChatSession(
+        model,
+        source.tokenizer(),
+        system=args.system,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop=args.stop,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"decoded by {session.engine}", file=sys.stderr)
+    if args.prompt is None:
+        return _converse(session)
+    answer = ""
+    try:
+        for piece in session.send(args.prompt):
+            answer += piece
+            if not args.json:
+                say(piece, end="")
+    except KeyboardInterrupt:
+        say()
+        raise
+    turn = session.turns[-1]
+    if args.json:
+        budget_bytes = gpu.budget.total_bytes if gpu.budget else None
+        figures = {**turn.to_dict(), "budget_bytes": budget_bytes, "gpu": gpu.name, "engine": session.engine}
+        print_json({"text": answer, **figures})
+    else:
+        say()
+        print(_turn_line(turn), file=sys.stderr)
+    return 0
+
+
+def _converse(session) -> int:
+    import torch
+
+    print("Type a message; Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if not text:
+            continue
+        try:
+            for piece in session.send(text):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        except (LowvramError, torch.OutOfMemoryError) as error:
+            print(f"lowvram: {' '.join(str(error).split())}", file=sys.stderr)
+            continue
+        print()
+        if session.turns:
+            print(_turn_line(session.turns[-1]), file=sys.stderr)
+
+
+def _turn_line(turn) -> str:
+    from lowvram_lab.units import format_bytes
+
+    speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
+    less = f"; the GPU was full, so now: {'; '.join(turn.given_up)}" if turn.given_up else ""
+    return f"[first token {turn.ttft_s:.2f} s{speed}, peak {format_bytes(turn.peak_bytes)}{less}]"

@@ -1,0 +1,90 @@
+"""``lowvram forecast``: what a model will take, and with ``--compare`` what it did."""
+
+import sys
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.faces.cli.common import print_json, prose, spec_of
+from lowvram_lab.faces.cli.plan import stated_plan
+
+
+def run_forecast(args) -> int:
+    """Says what a model will take of a GPU."""
+    from dataclasses import replace
+
+    from lowvram_lab.memory.budget import GpuBudget
+    from lowvram_lab.memory.cuda import open_gpu
+    from lowvram_lab.planner.forecast import forecast
+    from lowvram_lab.planner.profile import Workload
+    from lowvram_lab.planner.search import max_context
+    from lowvram_lab.planner.suggest import suggest
+
+    if args.max_context and not args.gpu:
+        raise LowvramError("--max-context needs --gpu: without a card every context fits")
+    budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
+    _check_picture(args.plot)
+    _, spec = spec_of(args.model)
+    plan = stated_plan(args, spec, "fp16")
+    workload = Workload.full_context(plan.context, batch_size=args.batch)
+    gpu = open_gpu(budget) if args.compare else budget
+    profile = forecast(plan, spec, gpu, workload=workload, timeline=bool(args.plot))
+    found = suggest(plan, spec, gpu) if budget and not profile.fits else []
+    profile = replace(profile, suggestions=tuple(map(str, found)))
+    result = {**profile.to_dict(), "plan": plan.digest, "suggestions": [s.to_dict() for s in found]}
+    say = prose(args)
+    say(plan.summary(spec))
+    say(profile.table().to_string(index=False))
+    say("(MiB; reserved is the simulated CUDA allocator's)")
+    say(profile.summary())
+    for line in profile.suggestions:
+        say(f"would fit: {line}")
+    if args.max_context:
+        longest = max_context(plan, spec, gpu)
+        result["max_context"] = longest.value
+        say(f"longest context that fits: {longest.value} tokens")
+    if args.compare:
+        result |= _compare(args, plan, spec, gpu, profile, say)
+    if args.plot:
+        _draw(profile, args.plot)
+        say(f"drawn: {args.plot}")
+    if args.json:
+        print_json(result)
+    return 0
+
+
+def _compare(args, plan, spec, gpu, profile, say) -> dict:
+    """Loads and runs what was forecast; says where the two differ, or that both run out of memory."""
+    from lowvram_lab.engine.load import load
+    from lowvram_lab.planner.explain import explain_oom
+    from lowvram_lab.planner.measure import run_workload
+
+    say(f"\nmeasured on the {gpu.name}:")
+    with explain_oom(suggestions=False) as oom:
+        model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
+        measured = run_workload(model, profile.workload)
+    if oom.happened:
+        say(oom.summary())
+        return {"measured": None, "oom": oom.to_dict()}
+    table = profile.compare(measured)
+    say(table.to_string(index=False))
+    return {"measured": measured.to_dict(), "comparison": table.to_dict("records")}
+
+
+def _check_picture(path: str | None) -> None:
+    from pathlib import Path
+
+    if path and Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise LowvramError(f"expected a picture's name ending in .png, .svg or .pdf, found {path!r}")
+    if path and not Path(path).absolute().parent.is_dir():
+        raise LowvramError(f"cannot write {path}: its folder does not exist")
+
+
+def _draw(profile, path: str) -> None:
+    import io
+    from pathlib import Path
+
+    from lowvram_lab.faces.plot_memory import plot_timeline
+    from lowvram_lab.files import write_atomically
+
+    picture = io.BytesIO()
+    plot_timeline(profile).figure.savefig(picture, format=Path(path).suffix[1:].lower(), dpi=150)
+    write_atomically(Path(path), picture.getvalue())

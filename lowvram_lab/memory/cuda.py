@@ -1,0 +1,224 @@
+"""CUDA with a real cap: the allocator's limit, what the driver says this process holds, and page-locked memory.
+
+Page-locked ("pinned") memory is what a card can fetch from by itself, beside whatever else is going on. Not
+``Tensor.pin_memory``: its allocator rounds every size up to a power of two, which for a model's layers can be nearly
+twice their bytes of RAM that nothing else may use. Whole pages are taken from the system and locked as they are.
+"""
+
+import contextlib
+import logging
+import mmap
+import os
+from contextlib import contextmanager
+
+import torch
+
+from lowvram_lab.errors import BudgetError
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.gpu import Gpu, StandInGpu
+from lowvram_lab.memory.meter import Meter, PhaseMemory
+from lowvram_lab.units import format_bytes
+
+
+class CudaGpu(Gpu):
+    """A CUDA card, capped for this process so that a small card's OOM is real on any card.
+
+    The meter is not run over CUDA work outside ``phase``: CUDA's own counters are the truth and cost nothing.
+
+    Args:
+        budget: The card to be, or ``None`` for all of it.
+        set_cap: Whether to set this process's cap; a measurement beside a loaded model leaves it as it is.
+    """
+
+    kernels = "cuda"
+    simulated = False
+
+    def __init__(self, budget: GpuBudget | None, set_cap: bool = True):
+        super().__init__(budget)
+        self.meter = Meter(by_device=True)
+        self.device = self._tensor_device = torch.device("cuda", torch.cuda.current_device())
+        self._side_stream = None
+        self.name = torch.cuda.get_device_name(self.device)
+        card_bytes = torch.cuda.mem_get_info(self.device)[1]
+        if budget and budget.total_bytes > card_bytes:
+            raise BudgetError(
+                f"asked for a {format_bytes(budget.total_bytes)} GPU, found {self.name} with "
+                f"{format_bytes(card_bytes)}; give a smaller budget"
+            )
+        if not set_cap:
+            return
+        # the allocator truncates fraction * total to bytes: one more keeps the cap from falling a byte short
+        fraction = min(1.0, (budget.usable_bytes + 1) / card_bytes) if budget else 1.0
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+
+    def watching(self):
+        """See ``Gpu``."""
+        return super().active()
+
+    @contextmanager
+    def active(self):
+        """Nothing to do: CUDA counts by itself."""
+        yield self
+
+    @contextmanager
+    def phase(self, name: str):
+        """Measures a phase with CUDA's own counters; the meter runs beside them only to name who holds the memory."""
+        torch.cuda.synchronize(self.device)
+        if name == "load":
+            torch.cuda.empty_cache()  # what an earlier model left reserved is not this one's
+        torch.cuda.reset_peak_memory_stats(self.device)
+        record = PhaseMemory(name)
+        self.phases.append(record)
+        try:
+            with self.watching(), self.meter.phase(name) as metered:
+                yield record
+        finally:
+            torch.cuda.synchronize(self.device)
+            record.peak_allocated_bytes = torch.cuda.max_memory_allocated(self.device)
+            record.end_allocated_bytes = torch.cuda.memory_allocated(self.device)
+            record.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.device)
+            record.process_bytes = process_bytes(self.device.index)
+            # what CUDA counted and the meter did not see: cuBLAS' workspace, temporaries inside kernels
+            unseen = record.peak_allocated_bytes - sum(metered.breakdown.values())
+            record.breakdown = {**metered.breakdown, "workspace": unseen}
+            fragmentation = record.peak_reserved_bytes - record.peak_allocated_bytes
+            record.reserved_breakdown = {**record.breakdown, "fragmentation": fragmentation}
+
+    def check_room(self, size_bytes: int) -> None:
+        """See ``Gpu``."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        usable = self.budget.usable_bytes if self.budget else total
+        if free + unused < size_bytes <= usable:  # more than the card ever has is an honest out of memory
+            raise BudgetError(
+                f"the weights take {format_bytes(size_bytes)} of {self.name}, found {format_bytes(free + unused)} "
+                "free: other processes, or other models of this one, hold the rest; end them, or plan for what is free"
+            )
+
+    def reset_peak(self) -> None:
+        """See ``Gpu``."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    @property
+    def peak_reserved_bytes(self) -> int:
+        """CUDA's own counter."""
+        return torch.cuda.max_memory_reserved(self.device)
+
+    @property
+    def peak_allocated_bytes(self) -> int:
+        """CUDA's own counter."""
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def copy_ahead(self, pairs, after=None):
+        """See ``Gpu``: on a stream of its own. Only from page-locked memory does it run beside the computation."""
+        if self._side_stream is None:
+            self._side_stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._side_stream):
+            if after is not None:
+                self._side_stream.wait_event(after)
+            for target, source in pairs:
+                self.transfers["cpu", "gpu"] += source.nbytes
+                target.copy_(source, non_blocking=True)
+            return self._side_stream.record_event()
+
+    def mark(self):
+        """See ``Gpu``."""
+        return torch.cuda.current_stream(self.device).record_event()
+
+    def wait_for(self, mark) -> None:
+        """See ``Gpu``."""
+        torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def settle(self, wait: bool = False) -> None:
+        """See ``Gpu``."""
+        if self._side_stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side_stream)
+            if wait:
+                self._side_stream.synchronize()
+
+    def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        return tensor.to(self.device if place == "gpu" else "cpu")
+
+
+def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int | None = None) -> Gpu:
+    """Opens the GPU of this machine with a byte budget: CUDA where there is one, else the simulated stand-in.
+
+    Args:
+        size: The card to be, e.g. ``"4GiB"``; ``None`` for no limit.
+        cuda_context: See ``GpuBudget.parse``.
+
+    Raises:
+        UnitError: The size cannot be read.
+        BudgetError: The size is too small, or larger than the card.
+    """
+    budget = None if size is None else GpuBudget.parse(size, cuda_context)
+    return CudaGpu(budget) if torch.cuda.is_available() else StandInGpu(budget)
+
+
+def process_bytes(device_index: int) -> int | None:
+    """GPU memory of this process in bytes, by NVML (package ``nvidia-ml-py``), or ``None`` where it cannot be known.
+
+    It cannot where the package is missing, and in containers whose process ids the driver does not know.
+
+    Args:
+        device_index: CUDA device; ``CUDA_VISIBLE_DEVICES`` is taken into account.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # missing package, missing library and missing driver each fail in their own way
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(device_index))
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if process.pid == os.getpid():
+                return process.usedGpuMemory
+        return None
+    except Exception:  # asked at the end of a measurement, whose own outcome matters more than this figure
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _uuid(device_index: int) -> str:
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(device_index).uuid}"
+
+
+logger = logging.getLogger(__name__)
+
+
+class PinnedBlock:
+    """A block of RAM, page-locked for CUDA if the system lets it. Ordinary memory, and slower to copy from, if not.
+
+    Args:
+        size_bytes: Its size.
+
+    Attributes:
+        tensor: The bytes, ``(size_bytes,)`` uint8, uninitialised.
+        locked: Whether they are page-locked.
+    """
+
+    refused = False  # once the system has said no, it is not asked again
+
+    def __init__(self, size_bytes: int):
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        self.tensor, self.locked = torch.frombuffer(mmap.mmap(-1, size_bytes, **private), dtype=torch.uint8), False
+        if not torch.cuda.is_available() or PinnedBlock.refused:
+            return
+        status = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), size_bytes, 0))
+        self.locked = status == 0
+        if not self.locked:
+            PinnedBlock.refused = True
+            with contextlib.suppress(RuntimeError):  # CUDA would report the refusal at the next launch: let it be this
+                torch.zeros(1, device="cuda")
+            logger.warning("could not page-lock %d bytes of RAM (CUDA error %d): copies are slower", size_bytes, status)
+
+    def unlock(self) -> None:
+        """Gives the pages back to the system's discretion. The tensor stays valid."""
+        if self.locked:
+            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
+            self.locked = False

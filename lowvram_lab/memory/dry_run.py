@@ -1,0 +1,196 @@
+"""A GPU of meta tensors, for forecasts: every operator is counted as the real run would allocate, nothing is computed.
+
+On meta, torch decomposes ``scaled_dot_product_attention`` into the math path, with a full score matrix. The real run
+takes a fused kernel that allocates its output and a row of log-sum-exps. The order of preference on CUDA is that of
+``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``, on the CPU of ``transformers/sdp_utils_cpp.cpp``.
+
+A decoder's layers are alike: of some ten thousand operator calls in a forecast a few hundred differ. torch works each
+of them out in Python (about 0.1 ms); what it returned is remembered by shape, and costs a fraction of that.
+"""
+
+import os
+import re
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.expandable import ExpandableAllocator
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.meter import OomEvent
+from lowvram_lab.units import KiB, MiB
+
+aten = torch.ops.aten
+
+
+class ImitateAttention(TorchFunctionMode):
+    """Replaces attention on meta tensors by the fused kernel of the place it runs at.
+
+    Args:
+        gpu: The dry-run GPU; says which place a tensor is at and whose kernels run there.
+    """
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Intercepts attention; passes everything else on."""
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
+            broadcast = args[0].shape[1] != args[1].shape[1] and not kwargs.get("enable_gqa")
+            if not broadcast:  # heads that only broadcast (multi-query) take the math path in the real run as well
+                return self._attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            attn_mask = _additive(attn_mask, q.dtype)
+        if self.gpu.kernels_of(self.gpu.meter.place_of(q)) == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )[0]
+        if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
+            output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # kernel's layout: (batch, tokens, heads, dim)
+            q.new_empty(q.shape[:3], dtype=torch.float32)  # log-sum-exp, dropped with the call
+            return output
+        if enable_gqa:
+            groups = q.shape[1] // k.shape[1]
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        return aten._scaled_dot_product_efficient_attention(
+            q, k, v, attn_mask, False, dropout_p, is_causal, scale=scale
+        )[0]
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as torch's own attention turns it into one to add (``convert_boolean_attn_mask``)."""
+    zero, minus_infinity = (
+        torch.scalar_tensor(value, dtype=dtype, device=mask.device) for value in (0.0, float("-inf"))
+    )
+    return torch.where(mask, zero, minus_infinity)
+
+
+_MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+
+
+def cublas_workspace_bytes() -> int:
+    """What the first matrix product on CUDA allocates for good (``parseChosenWorkspaceSize`` in ATen's CUDABlas.cpp).
+
+    32 MiB on Hopper and Blackwell, 2 x 4096 + 8 x 16 KiB on other cards, which is assumed where there is none; what
+    ``CUBLAS_WORKSPACE_CONFIG`` says comes first.
+    """
+    stated = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if stated:
+        return sum(int(size) * int(count) for size, count in stated) * KiB
+    large = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return 32 * MiB if large else (2 * 4096 + 8 * 16) * KiB
+
+
+class DryRunGpu(Gpu):
+    """A GPU of meta tensors: nothing is computed, everything is counted. It records the first OOM and goes on.
+
+    Args:
+        budget: The card.
+        kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's).
+        expandable_segments: Imitate the allocator's other mode.
+    """
+
+    name = "dry run"
+    meta = True
+    _tensor_device = "meta"
+
+    def __init__(self, budget: GpuBudget | None, kernels: str, expandable_segments: bool = False):
+        super().__init__(budget)
+        if expandable_segments:
+            self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
+        self.kernels = kernels
+        self.meter.run, self.meter.by_block = self._run, kernels == "cuda"
+        self._results = MetaResults()
+        self._workspace = None
+
+    def _run(self, func, args, kwargs):
+        """Runs an operator on meta; before the first matrix product on CUDA, cuBLAS' workspace is there."""
+        wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
+        if wanted and self.meter.place_of(args[-1]) == "gpu":
+            with self.meter.scope(owner="cuBLAS", category="workspace"):
+                self._workspace = torch.empty(cublas_workspace_bytes(), dtype=torch.uint8, device="meta")
+                self.meter.count(self._workspace, "gpu")
+        try:
+            return self._results(func, args, kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            where = self.meter.owner or "the model"
+            raise RuntimeError(f"{where} needs data: {func} on meta says: {reason}") from error
+
+    def own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor's shape and dtype on meta."""
+        return torch.empty_like(tensor, device="meta")
+
+    def _out_of_memory(self, event: OomEvent) -> None:
+        """Goes on, without a limit: the forecast wants the whole peak."""
+
+
+class MetaResults:
+    """Runs operators over meta tensors, answering repeated calls from memory.
+
+    Only results with storage of their own are remembered. Views and in-place operators say so in their schema; one
+    (``_unsafe_view``) does not, so the storages are compared too.
+    """
+
+    def __init__(self):
+        self._layouts: dict[tuple, list[tuple] | tuple] = {}
+        self._fresh: dict[object, bool] = {}
+
+    def __call__(self, func, args: tuple, kwargs: dict):
+        """The operator's result: equal in shape, strides and dtype to what ``func(*args, **kwargs)`` gives on meta."""
+        fresh = self._fresh.get(func)
+        if fresh is None:
+            fresh = self._fresh[func] = _returns_fresh_tensors(func)
+        key = (func, _signature(args), _signature(tuple(sorted(kwargs.items())))) if fresh else None
+        layout = self._layouts.get(key) if key else None
+        if layout is None:
+            result = func(*args, **kwargs)
+            if key and (layout := _layout(result)) is not None and not _shares_storage(result, args):
+                self._layouts[key] = layout
+            return result
+        return _empty(layout) if isinstance(layout, tuple) else tuple(_empty(one) for one in layout)
+
+
+def _returns_fresh_tensors(func) -> bool:
+    schema = func._schema
+    aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
+    return not aliases and all(str(r.type) == "Tensor" for r in schema.returns)
+
+
+def _signature(value):
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.device.type, value.shape, value.stride())
+    if isinstance(value, list | tuple):
+        return tuple(_signature(item) for item in value)
+    return (type(value), value)  # 1 and 1.0 and True are equal as keys, and promote differently
+
+
+def _layout(result):
+    if isinstance(result, torch.Tensor):
+        return (result.shape, result.stride(), result.dtype) if result.is_meta else None
+    if isinstance(result, tuple) and all(isinstance(item, torch.Tensor) and item.is_meta for item in result):
+        return [(item.shape, item.stride(), item.dtype) for item in result]
+    return None
+
+
+def _shares_storage(result, args: tuple) -> bool:
+    storages = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
+    return any(tensor.untyped_storage()._cdata in storages for tensor in _tensors((result,)))
+
+
+def _tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _empty(layout: tuple) -> torch.Tensor:
+    shape, stride, dtype = layout
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
