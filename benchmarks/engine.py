@@ -22,7 +22,6 @@ from forecast_accuracy import RandomCheckpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lowvram_lab.engine.caches import new_cache
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load
 from lowvram_lab.machine import facts
@@ -62,7 +61,7 @@ def kv(model: str, text: str | None, windows: int, window: int) -> dict:
             cache = new_cache(loaded, window)
             if kv_format == "bf16":
                 _round_states(cache)
-            with loaded.gpu.unmetered():
+            with loaded.lowvram.gpu.unmetered():
                 logits = loaded(part[None], past_key_values=cache, use_cache=True).logits[0]
             found.append(torch.log_softmax(logits.float(), -1))
         if kv_format == "fp32":
@@ -184,9 +183,9 @@ def _products_of(decoder: LeanDecoder, model):
 
     shapes = [decoder._bind(*both)[0] for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     inputs, config = {}, model.config
-    for size in (config.hidden_size, config.num_attention_heads * model.spec.head_dim, config.intermediate_size):
+    for size in (config.hidden_size, config.num_attention_heads * model.lowvram.spec.head_dim, config.intermediate_size):
         inputs[size] = torch.randn(1, size)
-    kinds = [config.hidden_size, config.num_attention_heads * model.spec.head_dim, config.hidden_size,
+    kinds = [config.hidden_size, config.num_attention_heads * model.lowvram.spec.head_dim, config.hidden_size,
              config.intermediate_size]  # fmt: skip
     weights = [module._sorted(shape, t)[1] for shape, (_, t) in zip(shapes, decoder._layers, strict=True)]
 

@@ -23,7 +23,6 @@ import torch
 from accelerate.hooks import attach_align_device_hook
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.machine import facts
@@ -57,7 +56,7 @@ class Ours:
 
     def bytes_per_token(self) -> float:
         """Bytes that crossed for one decoded token."""
-        gpu, tokens = self.model.gpu, 4
+        gpu, tokens = self.model.lowvram.gpu, 4
         cache, token = MeteredCache(gpu), torch.ones(1, 1, dtype=torch.long)
         with torch.no_grad(), gpu.active():
             prefill(self.model, token.expand(1, 16), cache)

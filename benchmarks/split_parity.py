@@ -20,8 +20,8 @@ import torch
 from forecast_accuracy import SMALL_LAYERS, SMALL_VOCABULARY, RandomCheckpoint, small_spec
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu
@@ -53,7 +53,7 @@ def places(plan: Plan, spec: ModelSpec) -> dict[str, Plan]:
 def run(model, batch: int) -> dict[str, torch.Tensor]:
     """Logits after a prompt, and of the tokens fed one at a time after it; float32, on the CPU."""
     ids = torch.randint(0, SMALL_VOCABULARY, (batch, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
-    cache = MeteredCache(model.gpu, model.plan.kv_format)
+    cache = PreallocatedCache(model)
     first = prefill(model, ids[:, :PROMPT], cache).float().cpu()
     steps = [decode_one_token(model, ids[:, at : at + 1], cache).float().cpu() for at in range(PROMPT, PROMPT + STEPS)]
     return {"prefill": first, "decode": torch.stack(steps)}

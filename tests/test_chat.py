@@ -202,7 +202,7 @@ def test_what_a_turn_took(model):
     turn = session.turns[0]
     assert turn.ttft_s > 0
     assert turn.tokens_per_s > 0
-    assert turn.peak_bytes > model.plan.weight_bytes(model.spec, "gpu")
+    assert turn.peak_bytes > model.lowvram.plan.weight_bytes(model.lowvram.spec, "gpu")
     assert scripted("x").ask("hi") == "x"
     short = scripted("x")
     short.ask("hi")

@@ -29,8 +29,8 @@ from models import (
 from trace_replay import read_snapshot, replay_trace
 
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load, replan
@@ -125,7 +125,7 @@ def test_weights_that_travel_are_in_the_forecast_and_change_no_answer(recipe):
     dry = forecast(travelling, spec, gpu, workload=workload)
     model = load_mid(travelling, gpu)
     assert_near(dry, run_workload(model, workload))
-    assert all(layer.pinned.locked for layer in model._lowvram_route.stream._order if layer.pinned)
+    assert all(layer.pinned.locked for layer in model.lowvram.placement._weights._order if layer.pinned)
     ids = random_ids(300)
     with torch.no_grad():
         found = model(ids).logits.cpu()
@@ -195,7 +195,7 @@ def test_an_oom_is_cudas_own_and_names_the_module(phase):
     gpu = open_gpu(budget)
     with pytest.raises(torch.OutOfMemoryError) as error:
         run_workload(load_mid(plan, gpu), Workload.full_context(8192))
-    event = error.value.event
+    event = error.value.lowvram.event
     assert event.phase == expected.phase == phase
     assert event.module
     assert event.module.split(".")[:2] == expected.module.split(".")[:2]
@@ -286,7 +286,7 @@ def test_graphs_decode_what_the_modules_do(kind, recipe, kv_format, monkeypatch)
     decoder = LeanDecoder(model)
     found = [decoder.prefill(ids[:, :9])]
     found += [decoder.decode(ids[:, at : at + 1]).clone() for at in range(9, 60)]
-    cache = MeteredCache(model.gpu, kv_format)
+    cache = PreallocatedCache(model)
     with torch.no_grad():
         expected = [prefill(model, ids[:, :9], cache)]
         expected += [decode_one_token(model, ids[:, at : at + 1], cache) for at in range(9, 60)]

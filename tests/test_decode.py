@@ -16,8 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill, stream
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.plan import Plan
@@ -32,7 +32,7 @@ def model():
 
 
 def run(model, tokens=10, prompt=6, **options):
-    cache = MeteredCache(model.gpu)
+    cache = PreallocatedCache(model)
     return list(stream(model, random_ids(prompt), cache, max_new_tokens=tokens, **options)), cache
 
 
@@ -120,7 +120,7 @@ def test_a_prompt_read_in_pieces_is_the_prompt(chunk, kv_format):
     plan = replace(tiny_plan("qwen2", "fp32", "half"), kv_format=kv_format)
     whole, pieces = (load_tiny("qwen2", replace(plan, prefill_chunk=size)) for size in (None, chunk))
     with torch.no_grad():
-        expected, found = (prefill(m, random_ids(33), MeteredCache(m.gpu, kv_format)) for m in (whole, pieces))
+        expected, found = (prefill(m, random_ids(33), PreallocatedCache(m)) for m in (whole, pieces))
     # a rounded code may fall to the other side
     assert relative_error(found, expected) < (1e-3 if kv_format == "int8" else TOLERANCES["fp32"])
 
@@ -133,9 +133,9 @@ def test_pieces_bound_the_activations_and_the_forecast_says_so():
         model = load_tiny("qwen2", chunked)
         measured, dry = (
             run_workload(model, workload),
-            forecast(chunked, tiny_spec("qwen2"), model.gpu, workload=workload),
+            forecast(chunked, tiny_spec("qwen2"), model.lowvram.gpu, workload=workload),
         )
-        if model.gpu.simulated:
+        if model.lowvram.gpu.simulated:
             assert [p.peak_allocated_bytes for p in dry.phases] == [p.peak_allocated_bytes for p in measured.phases]
         peaks.append(dry.phase("prefill").peak_allocated_bytes - dry.weights_bytes - dry.kv_bytes)
     assert peaks[0] > 2 * peaks[1] > 3 * peaks[2]
@@ -206,7 +206,7 @@ def test_a_second_stream_goes_on_where_the_first_stopped(model):
 
 
 def test_prefill_returns_the_last_logits_only(model):
-    cache = MeteredCache(model.gpu)
+    cache = PreallocatedCache(model)
     with torch.no_grad():
         logits = prefill(model, random_ids(5, batch=2), cache)
         step = decode_one_token(model, choose(logits, Sampling()), cache)
@@ -216,10 +216,10 @@ def test_prefill_returns_the_last_logits_only(model):
 
 
 def test_the_cache_is_charged_to_kv(model):
-    before = model.gpu.meter.category_bytes("kv")
+    before = model.lowvram.gpu.meter.category_bytes("kv")
     tokens, cache = run(model, prompt=32, tokens=1)
-    if model.gpu.simulated:
-        assert model.gpu.meter.category_bytes("kv") - before == 3 * 2 * 32 * 2 * 32 * 4
+    if model.lowvram.gpu.simulated:
+        assert model.lowvram.gpu.meter.category_bytes("kv") - before == 3 * 2 * 32 * 2 * 32 * 4
     cache.keep(0)
     assert cache.get_seq_length() == 0
     del cache

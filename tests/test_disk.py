@@ -10,8 +10,8 @@ import torch
 from models import load_tiny, random_ids, relative_error, tiny_config, tiny_plan, tiny_spec, write_model
 
 from lowvram_lab.engine import disk
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import prefill
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.layers import INT8_ALIGNMENT, quantized_linear
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError, PlanError
@@ -40,7 +40,7 @@ def on_disk(kind="qwen2", recipe="int8", gpu=1, count=2) -> Plan:
 
 @torch.no_grad()
 def answer(model, tokens=20):
-    return prefill(model, random_ids(tokens), MeteredCache(model.gpu)).cpu()
+    return prefill(model, random_ids(tokens), PreallocatedCache(model)).cpu()
 
 
 def mapped_files(tensor: torch.Tensor) -> list[str]:
@@ -100,7 +100,7 @@ def test_replan_moves_layers_to_disk_and_back():
     for plan in (on_disk(count=1), on_disk(count=2), on_disk(gpu=3, count=0), on_disk(gpu=0, count=3)):
         replan(model, plan, progress=False)
         assert relative_error(answer(model), ram) < 1e-6
-        assert list(model.hf_device_map.values()).count("disk") == plan.layer_devices(model.spec).count("disk")
+        assert list(model.hf_device_map.values()).count("disk") == plan.layer_devices(model.lowvram.spec).count("disk")
 
 
 def test_layers_stay_on_disk_when_others_move():

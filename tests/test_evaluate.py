@@ -78,7 +78,7 @@ def test_identical_models_do_not_differ(kind):
     assert found.top1_agreement == 1
     assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-5)
     assert found.perplexity_increase == pytest.approx(0, abs=1e-5)
-    assert found.weight_bytes == found.reference_weight_bytes == model.plan.weight_bytes(model.spec)
+    assert found.weight_bytes == found.reference_weight_bytes == model.lowvram.plan.weight_bytes(model.lowvram.spec)
 
 
 def test_fewer_bits_differ_more():
@@ -243,10 +243,10 @@ def test_the_librarys_own_text_is_the_default():
 
 def test_the_reference_is_whole_on_the_cpu():
     model = reference("qwen2", "bf16")
-    assert {assignment.device for assignment in model.plan.modules.values()} == {"cpu"}
-    assert {assignment.format for assignment in model.plan.modules.values()} == {"bf16"}
-    assert model.gpu.budget is None
-    assert model.gpu.meter.allocated["gpu"] == 0
+    assert {assignment.device for assignment in model.lowvram.plan.modules.values()} == {"cpu"}
+    assert {assignment.format for assignment in model.lowvram.plan.modules.values()} == {"bf16"}
+    assert model.lowvram.gpu.budget is None
+    assert model.lowvram.gpu.meter.allocated["gpu"] == 0
 
 
 def test_to_dict_is_plain():

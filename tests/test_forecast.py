@@ -98,10 +98,10 @@ def test_first_oom_is_where_the_real_run_raises(recipe, budget):
         run_workload(load_tiny("qwen2", plan, gpu), workload)
     except torch.OutOfMemoryError as error:
         for fact in ("phase", "module", "requested_bytes", "allocated_bytes", "reserved_bytes", "holders"):
-            assert getattr(dry.first_oom, fact) == getattr(error.event, fact), fact
+            assert getattr(dry.first_oom, fact) == getattr(error.lowvram.event, fact), fact
         assert not dry.fits
-        assert f"first out of memory in {error.event.phase}, at {error.event.module}" in dry.summary()
-        assert dry.to_dict()["first_oom"]["bytes"] == error.event.requested_bytes
+        assert f"first out of memory in {error.lowvram.event.phase}, at {error.lowvram.event.module}" in dry.summary()
+        assert dry.to_dict()["first_oom"]["bytes"] == error.lowvram.event.requested_bytes
     else:
         assert dry.fits
         assert dry.peak_reserved_bytes <= parse_bytes(budget)

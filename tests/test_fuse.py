@@ -24,13 +24,13 @@ def logits(model):
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_modules_answer_as_before_on_one_common_storage(kind, recipe):
     model = load_tiny(kind, tiny_plan(kind, recipe), open_gpu(None))
-    before, held = logits(model), model.gpu.meter.category_bytes("weights")
+    before, held = logits(model), model.lowvram.gpu.meter.category_bytes("weights")
     decoder = LeanDecoder(model, compiled=False)
     assert torch.equal(logits(model), before)
     attention = model.model.layers[0].self_attn
     tensors = [next(iter(m.state_dict().values())) for m in (attention.q_proj, attention.k_proj, attention.v_proj)]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
-    assert model.gpu.meter.category_bytes("weights") <= held  # fewer blocks, fewer roundings
+    assert model.lowvram.gpu.meter.category_bytes("weights") <= held  # fewer blocks, fewer roundings
     where = [tensor.data_ptr() for tensor in tensors]
     LeanDecoder(model, compiled=False)  # finds them so
     assert [next(iter(m.state_dict().values())).data_ptr() for m in (attention.q_proj, attention.k_proj)] == where[:2]

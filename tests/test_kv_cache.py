@@ -9,8 +9,8 @@ import torch
 from models import TINY, load_tiny, random_ids, relative_error, tiny_plan, tiny_spec, tiny_stock
 
 from lowvram_lab.engine.cache_layers import Int8Layer
-from lowvram_lab.engine.caches import MeteredCache, MeteredStaticCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.sampling import choose_beams
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.cuda import open_gpu
@@ -38,7 +38,7 @@ def logits_of(model, cache, ids, prompt):
 @pytest.mark.parametrize("prompt", [1, 30])
 def test_int8_is_close_to_16_bits(model, prompt):
     ids = random_ids(36)
-    exact, rounded = (logits_of(model, MeteredCache(model.gpu, name), ids, prompt) for name in ("fp32", "int8"))
+    exact, rounded = (logits_of(model, MeteredCache(model.lowvram.gpu, name), ids, prompt) for name in ("fp32", "int8"))
     # A code is off by half of amax/127 at most: under 1 % of a key's typical size; bf16 scales add 2^-9 of it;
     # attention averages over tokens, the residual carries the rest past it.
     assert 0 < relative_error(rounded, exact) < 0.02
@@ -46,8 +46,8 @@ def test_int8_is_close_to_16_bits(model, prompt):
 
 def test_a_static_cache_gives_the_growing_ones_logits(model):
     ids = random_ids(24, batch=2)
-    growing = logits_of(model, MeteredCache(model.gpu, "fp32"), ids, 20)
-    static = logits_of(model, MeteredStaticCache(model.gpu, model.config, 24), ids, 20)
+    growing = logits_of(model, PreallocatedCache(model), ids, 20)
+    static = logits_of(model, MeteredStaticCache(model.lowvram.gpu, model.config, 24), ids, 20)
     assert relative_error(static, growing) < 1e-5  # masked positions are exact zeros; only the order of sums differs
 
 
@@ -59,7 +59,7 @@ def test_a_static_cache_gives_the_growing_ones_logits(model):
 def test_bytes_are_the_plans(kind, kv_format, recipe):
     plan = replace(tiny_plan(kind, recipe), kv_format=kv_format)
     model, spec = load_tiny(kind, plan), tiny_spec(kind)
-    cache = MeteredCache(model.gpu, kv_format)
+    cache = PreallocatedCache(model)
     assert cache.get_seq_length() == 0
     logits_of(model, cache, random_ids(64), 60)  # 64 tokens: each tensor of keys is a whole number of blocks
     tensors = [
@@ -70,17 +70,17 @@ def test_bytes_are_the_plans(kind, kv_format, recipe):
     ]
     assert sum(tensor.nbytes for tensor in tensors) == plan.kv_bytes(spec, 64) == plan.kv_bytes(spec, 64, "gpu")
     scales = 2 * 3 * (512 - 64 * 2 * 2) if kv_format == "int8" else 0  # 256 bytes of scales fill half a block
-    assert model.gpu.meter.category_bytes("kv") == plan.kv_bytes(spec, 64) + scales
+    assert model.lowvram.gpu.meter.category_bytes("kv") == plan.kv_bytes(spec, 64) + scales
     del tensors, cache
     gc.collect()
-    assert model.gpu.meter.category_bytes("kv") == 0
+    assert model.lowvram.gpu.meter.category_bytes("kv") == 0
 
 
 @pytest.mark.parametrize("kv_format", ["fp32", "int8"])
 def test_length_and_keeping(model, kv_format):
     ids = random_ids(20)
-    whole = logits_of(model, MeteredCache(model.gpu, kv_format), ids, 12)
-    cache = MeteredCache(model.gpu, kv_format)
+    whole = logits_of(model, PreallocatedCache(model), ids, 12)
+    cache = PreallocatedCache(model)
     assert cache.get_seq_length() == 0
     logits_of(model, cache, random_ids(20, seed=9)[:, :5], 5)
     cache.keep(0)
@@ -99,13 +99,13 @@ def test_length_and_keeping(model, kv_format):
 @pytest.mark.parametrize("kv_format", ["fp32", "int8"])
 def test_reordering_follows_the_beams(model, kv_format):
     ids, order = random_ids(10, batch=3), torch.tensor([2, 0, 0])
-    cache = MeteredCache(model.gpu, kv_format)
+    cache = PreallocatedCache(model)
     logits_of(model, cache, ids[:, :9], 9)
-    with model.gpu.active(), torch.no_grad():
+    with model.lowvram.gpu.active(), torch.no_grad():
         cache.reorder_cache(order)
         found = decode_one_token(model, ids[:, 9:], cache)
     shuffled = torch.cat((ids[order, :9], ids[:, 9:]), dim=1)
-    expected = logits_of(model, MeteredCache(model.gpu, kv_format), shuffled, 9)[-1]
+    expected = logits_of(model, PreallocatedCache(model), shuffled, 9)[-1]
     assert relative_error(found, expected) < 1e-5
 
 
@@ -197,7 +197,7 @@ def test_beams_are_the_best_of_all_continuations(batch, num_beams, vocabulary):
 
 @torch.no_grad()
 def beam_search(model, ids, num_beams, steps):
-    gpu, cache = model.gpu, MeteredCache(model.gpu, "fp32")
+    gpu, cache = model.lowvram.gpu, PreallocatedCache(model)
     scores = torch.full((num_beams, 1), -1e9)
     scores[0] = 0  # as in generate: all beams begin alike, so only the first may branch
     with gpu.active():

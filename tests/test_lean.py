@@ -22,9 +22,9 @@ from models import (
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lowvram_lab.engine import compiled
-from lowvram_lab.engine.caches import MeteredCache, PreallocatedCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.graph import GraphedStep
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.lean import LeanDecoder, why_not
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import BudgetError, LowvramError
@@ -72,7 +72,7 @@ def steps(decoder: LeanDecoder, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 
 @torch.no_grad()
 def by_modules(model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    cache = MeteredCache(model.gpu, model.plan.kv_format)
+    cache = PreallocatedCache(model)
     found = [prefill(model, ids[:, :prompt], cache)]
     return torch.stack(
         [*found, *(decode_one_token(model, ids[:, at : at + 1], cache) for at in range(prompt, ids.shape[1]))]
@@ -213,14 +213,14 @@ def test_nothing_grows_over_500_tokens():
     assert sum(usage) == 0
     assert any(usage)
     assert decoder.tokens == 505
-    assert model.gpu.meter.category_bytes("kv") == plan.kv_bytes(tiny_spec("qwen2"), 600, "gpu")
+    assert model.lowvram.gpu.meter.category_bytes("kv") == plan.kv_bytes(tiny_spec("qwen2"), 600, "gpu")
 
 
 @simulated
 def test_a_meter_around_it_is_left_out():
     model = load_tiny("qwen2", tiny_plan("qwen2", "int8", "half"))
     decoder, token = LeanDecoder(model, compiled=False), torch.ones(1, 1, dtype=torch.long)
-    with model.gpu.active():
+    with model.lowvram.gpu.active():
         decoder.prefill(random_ids(4))
         inside = decoder.decode(token)
     decoder.cache.keep(4)
@@ -237,7 +237,7 @@ def test_the_cache_is_one_that_stock_generate_uses(placement, kv_format):
     cache = PreallocatedCache(model, 40)
     where = [layer.keys.data_ptr() for layer in cache.layers]
     found = model.generate(ids, past_key_values=cache, **options)
-    assert torch.equal(found, model.generate(ids, past_key_values=MeteredCache(model.gpu, kv_format), **options))
+    assert torch.equal(found, model.generate(ids, past_key_values=PreallocatedCache(model), **options))
     assert [layer.keys.data_ptr() for layer in cache.layers] == where
     assert cache.get_seq_length() == 23
     cache.keep(5)
@@ -315,9 +315,9 @@ def test_a_decoder_that_goes_takes_its_cache_along_at_once():
         decoder = LeanDecoder(model, compiled=False)
         decoder.prefill(random_ids(4))
         decoder.decode(torch.ones(1, 1, dtype=torch.long))
-        assert model.gpu.meter.category_bytes("kv") > 0
+        assert model.lowvram.gpu.meter.category_bytes("kv") > 0
         del decoder
-        assert model.gpu.meter.category_bytes("kv") == 0
+        assert model.lowvram.gpu.meter.category_bytes("kv") == 0
     finally:
         gc.enable()
 
@@ -330,7 +330,7 @@ def test_a_replan_frees_the_weights_that_a_decoder_held():
     decoder.prefill(random_ids(4))
     replan(model, tiny_plan("qwen2", "int8"), progress=False)
     fresh = load_tiny("qwen2", tiny_plan("qwen2", "int8"))
-    assert model.gpu.meter.category_bytes("weights") == fresh.gpu.meter.category_bytes("weights")
+    assert model.lowvram.gpu.meter.category_bytes("weights") == fresh.lowvram.gpu.meter.category_bytes("weights")
     with pytest.raises(LowvramError, match="planned anew meanwhile"):
         decoder.decode(torch.ones(1, 1, dtype=torch.long))
 

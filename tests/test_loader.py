@@ -20,10 +20,9 @@ from models import (
     tiny_stock,
 )
 
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import prefill, stream
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import replan
-from lowvram_lab.engine.placement import detach
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import DTYPES
@@ -84,7 +83,7 @@ def test_generate_and_stream_agree_with_stock(kind, placement):
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = tiny_stock(kind).generate(ids, **options)[0, 12:].tolist()
     assert model.generate(ids, **options)[0, 12:].tolist() == expected
-    cache = MeteredCache(model.gpu)
+    cache = PreallocatedCache(model)
     assert list(stream(model, ids, cache, max_new_tokens=12)) == expected
     assert cache.get_seq_length() == 12 + 11
     assert len(set(expected)) > 2  # not one token over and over
@@ -93,7 +92,7 @@ def test_generate_and_stream_agree_with_stock(kind, placement):
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_past_key_values_are_reused(placement):
     model, ids = load_tiny("qwen2", tiny_plan("qwen2", "fp32", placement)), random_ids(30)
-    cache = MeteredCache(model.gpu)
+    cache = PreallocatedCache(model)
     with torch.no_grad():
         steps = [prefill(model, part, cache) for part in ids.split([17, 1, 12], dim=1)]
     whole = logits(model, ids)
@@ -111,8 +110,8 @@ def test_past_key_values_are_reused(placement):
 def test_the_last_token_of_a_prompt_does_not_make_torch_copy_the_head(placement, batch):
     """A strided ``(batch, 1, hidden)`` becomes a batched product, for which torch copies the whole weight first."""
     model = load_tiny("qwen2", tiny_plan("qwen2", "bf16", placement))
-    with torch.profiler.profile() as profile, torch.no_grad(), model.gpu.unmetered():
-        prefill(model, random_ids(5, batch), MeteredCache(model.gpu))
+    with torch.profiler.profile() as profile, torch.no_grad(), model.lowvram.gpu.unmetered():
+        prefill(model, random_ids(5, batch), PreallocatedCache(model))
     assert "aten::bmm" not in {event.name for event in profile.events()}
 
 
@@ -139,7 +138,7 @@ def test_the_loaded_model_says_what_it_is():
     assert set(places) == {"model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"} | {
         f"model.layers.{n}" for n in range(3)
     }
-    assert model.plan is plan
+    assert model.lowvram.plan is plan
     assert not model.training
     assert not any(parameter.requires_grad or parameter.is_meta for parameter in model.parameters())
     assert "int8" in repr(model.model.layers[0].mlp)
@@ -158,10 +157,10 @@ def test_a_tied_weight_is_stored_once(recipe):
 def test_a_forward_leaves_nothing_behind(placement):
     model = load_tiny("llama", tiny_plan("llama", "int8", placement))
     gc.collect()
-    before = dict(model.gpu.meter.allocated)
+    before = dict(model.lowvram.gpu.meter.allocated)
     logits(model, random_ids(20))
     gc.collect()
-    after = dict(model.gpu.meter.allocated)
+    after = dict(model.lowvram.gpu.meter.allocated)
     assert after.get("gpu", 0) == before.get("gpu", 0)
     assert after.get("cpu", 0) == before.get("cpu", 0)
 
@@ -169,12 +168,12 @@ def test_a_forward_leaves_nothing_behind(placement):
 @stand_in_only
 def test_detach_makes_a_stock_model_again():
     model, ids = load_tiny("qwen2", tiny_plan("qwen2", "fp32", "half")), random_ids(8)
-    before, transfers = logits(model, ids), sum(model.gpu.transfers.values())
+    before, transfers = logits(model, ids), sum(model.lowvram.gpu.transfers.values())
     assert "forward" in vars(model.model.layers[0])
-    detach(model)
+    model.lowvram.placement.remove()
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(logits(model, ids), before)
-    assert sum(model.gpu.transfers.values()) == transfers  # nothing is moved or counted any more
+    assert sum(model.lowvram.gpu.transfers.values()) == transfers  # nothing is moved or counted any more
 
 
 def spoilt(change):
@@ -225,7 +224,7 @@ def test_out_of_memory_while_loading_leaves_nothing(recipe):
         kept = [torch.zeros(MiB // 8) for _ in range(3)]
     with pytest.raises(torch.OutOfMemoryError) as error:
         load_tiny("qwen2", tiny_plan("qwen2", recipe), gpu)
-    message, event = str(error.value), error.value.event
+    message, event = str(error.value), error.value.lowvram.event
     assert f"for {event.module} during load" in message
     assert event.module in {m.name for m in tiny_spec("qwen2").modules}
     assert "another model (1.5 MiB)" in message
@@ -254,4 +253,4 @@ def test_more_threads_than_the_machine_has_are_refused_before_loading():
     model = load_tiny("qwen2")
     with pytest.raises(PlanError, match="found a plan with 1000"):
         replan(model, plan, progress=False)
-    assert model.plan == tiny_plan("qwen2")
+    assert model.lowvram.plan == tiny_plan("qwen2")

@@ -159,7 +159,7 @@ def test_out_of_memory_is_torchs_and_says_who_held_it(gpu):
     held = on_gpu(gpu, 40, MiB // 4, owner="model.layers.3.mlp")
     with pytest.raises(torch.OutOfMemoryError) as error, gpu.phase("prefill"):
         on_gpu(gpu, 30, MiB // 4, owner="lm_head")
-    event = error.value.event
+    event = error.value.lowvram.event
     assert isinstance(error.value, StandInOutOfMemoryError)
     assert (event.phase, event.module, event.requested_bytes) == ("prefill", "lm_head", 30 * MiB)
     assert event.allocated_bytes == held.nbytes

@@ -222,7 +222,7 @@ def test_weights_travel_where_it_is_faster_and_the_buffers_fit():
     assert f"prompts of {plan.stream_from} tokens or more" in choice.why[-1]
     assert choice.forecast == forecast(plan, spec, budget)
     tight = auto_plan(spec, needed("qwen2", "int4", 2), CONTEXT, recipes=("int4",), gpu_layers=2, machine=Card())
-    assert tight.plan.stream_from is None
+    assert tight.lowvram.plan.stream_from is None
     assert auto_plan(spec, budget, CONTEXT, gpu_layers=2, machine=Made()).plan.stream_from is None
     fast = auto_plan(spec, budget, CONTEXT, recipes=("int4",), prefer="speed", machine=Card())
     assert len(fast.why) <= 5
@@ -239,7 +239,7 @@ def test_ram_that_is_too_small_is_said_before_loading(monkeypatch):
     check_room_in_ram(plan, spec, gpu, spec.modules, loaded=plan)  # what is there already makes room
     model = load_tiny("qwen2", plan.with_modules("*", device="disk"), gpu)  # and what stays on disk takes none
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
-    replan(model, replace(model.plan, context=64, threads=1), progress=False)  # nothing is loaded for that
+    replan(model, replace(model.lowvram.plan, context=64, threads=1), progress=False)  # nothing is loaded for that
 
 
 class Taken(CudaGpu):
@@ -263,11 +263,11 @@ def test_a_gpu_taken_by_another_process_is_named(cached, monkeypatch):
 
 def test_a_replan_checks_the_machine_too(monkeypatch):
     model = load_tiny("qwen2", tiny_plan("qwen2", "int8"))
-    before = model.plan
+    before = model.lowvram.plan
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     with pytest.raises(BudgetError, match="of RAM"):
         replan(model, tiny_plan("qwen2", "bf16"), progress=False)
-    assert model.plan == before
+    assert model.lowvram.plan == before
     with torch.no_grad():
         assert model(random_ids(3)).logits.isfinite().all()
 

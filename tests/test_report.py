@@ -33,14 +33,14 @@ def chat(recipe="int8", turns=2):
 @pytest.fixture(scope="module")
 def evidence():
     session = chat()
-    plan, spec = session.model.plan, tiny_spec("qwen2")
+    plan, spec = session.model.lowvram.plan, tiny_spec("qwen2")
     workload = Workload(60, 2)
     fresh = load_tiny("qwen2", plan, StandInGpu(None), letters_state())  # the chat's own KV cache is not in its peaks
     return {
         "session": session,
         "reference": load_reference(plan, spec, checkpoint=DictCheckpoint(letters_state()), progress=False),
         "measured": run_workload(fresh, workload),
-        "forecast": forecast(plan, spec, session.model.gpu, workload=workload),
+        "forecast": forecast(plan, spec, session.model.lowvram.gpu, workload=workload),
         "speed": SPEED,
         "text": TEXT,
         "limits": LENIENT,
@@ -70,9 +70,9 @@ def test_a_report_that_passes(evidence):
         "first token, later turns",
         "decoding",
     }
-    assert report.summary() == f"PASS: 8 of 8 checks, tiny-qwen2 on {evidence['session'].model.gpu.name}"
+    assert report.summary() == f"PASS: 8 of 8 checks, tiny-qwen2 on {evidence['session'].model.lowvram.gpu.name}"
     assert "simulated" in report.summary()
-    assert report.fidelity.weight_bytes == evidence["session"].model.plan.weight_bytes(tiny_spec("qwen2"))
+    assert report.fidelity.weight_bytes == evidence["session"].model.lowvram.plan.weight_bytes(tiny_spec("qwen2"))
     shown = repr(report)
     assert all(words in shown for words in ("PASS", "12.3 tokens/s", "standing in for a GPU", "demanded"))
 
@@ -108,7 +108,7 @@ def test_a_wrong_forecast_fails_it(evidence):
 
 def test_a_peak_above_the_card_fails_it(evidence):
     session = evidence["session"]
-    gpu = session.model.gpu
+    gpu = session.model.lowvram.gpu
     for total, passed in ((gpu.peak_reserved_bytes, True), (gpu.peak_reserved_bytes - 1, False)):
         gpu.budget = type("Budget", (), {"total_bytes": total, "context_bytes": 0, "usable_bytes": total})()
         try:

@@ -57,16 +57,16 @@ def test_another_plan_is_what_a_fresh_load_makes_of_it(kind):
         replan(model, plan, progress=False)
         fresh = load_tiny(kind, plan)
         assert torch.equal(logits(model), logits(fresh)), name
-        assert model.plan == plan
+        assert model.lowvram.plan == plan
         assert model.hf_device_map == fresh.hf_device_map
-        assert model.gpu.meter.allocated["gpu"] == fresh.gpu.meter.allocated["gpu"], name
+        assert model.lowvram.gpu.meter.allocated["gpu"] == fresh.lowvram.gpu.meter.allocated["gpu"], name
         assert ("save_pretrained" in vars(model)) == ("save_pretrained" in vars(fresh))
 
 
 def test_only_what_changes_is_loaded_again(monkeypatch):
     model, read = load_tiny("qwen2", tiny_plan("qwen2")), []
-    original = model.checkpoint.read
-    monkeypatch.setattr(model.checkpoint, "read", lambda name: (read.append(name), original(name))[1])
+    original = model.lowvram.weights.read
+    monkeypatch.setattr(model.lowvram.weights, "read", lambda name: (read.append(name), original(name))[1])
     replan(model, tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), 2), progress=False)
     assert read
     assert all(name.startswith("model.layers.0.") for name in read)
@@ -96,20 +96,20 @@ def test_without_room_the_model_is_as_it_was():
     spec = tiny_spec("qwen2")
     plan = tiny_plan("qwen2").with_gpu_layers(spec, 1)
     model = load_tiny("qwen2", plan, open_gpu("16MiB"))
-    before, held = logits(model), model.gpu.meter.allocated["gpu"]
-    kept = filled(model.gpu)
+    before, held = logits(model), model.lowvram.gpu.meter.allocated["gpu"]
+    kept = filled(model.lowvram.gpu)
     with pytest.raises(torch.OutOfMemoryError):
         replan(model, plan.with_gpu_layers(spec, 3), progress=False)
-    assert model.plan == plan
+    assert model.lowvram.plan == plan
     del kept
     gc.collect()
-    assert model.gpu.meter.allocated["gpu"] == held
+    assert model.lowvram.gpu.meter.allocated["gpu"] == held
     assert torch.equal(logits(model), before)
 
 
 def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
     model = load_tiny("qwen2", tiny_plan("qwen2"))
-    before, reads, original = logits(model), [], model.checkpoint.read
+    before, reads, original = logits(model), [], model.lowvram.weights.read
 
     def interrupted(name):
         reads.append(name)
@@ -117,11 +117,11 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         return original(name)
 
-    monkeypatch.setattr(model.checkpoint, "read", interrupted)
+    monkeypatch.setattr(model.lowvram.weights, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         replan(model, tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), 1), progress=False)
     assert torch.equal(logits(model), before)
-    assert model.plan == tiny_plan("qwen2")
+    assert model.lowvram.plan == tiny_plan("qwen2")
 
 
 def test_each_smaller_plan_takes_less():
@@ -160,7 +160,7 @@ def test_a_replan_interrupted_while_it_finishes_is_undone(at, monkeypatch):
     monkeypatch.setattr(module, at, interrupted)
     with pytest.raises(KeyboardInterrupt):
         replan(model, plan, progress=False)
-    assert model.plan == tiny_plan("qwen2", "int8")
+    assert model.lowvram.plan == tiny_plan("qwen2", "int8")
     assert torch.equal(logits(model), before)
 
 
@@ -183,12 +183,12 @@ def test_a_chat_goes_on_where_ram_is_short_for_a_step(monkeypatch):
     real = loader.check_room_in_ram
 
     def short_once(plan, *args):
-        if plan.prefill_chunk and plan.layer_devices(session.model.spec).count("gpu") == 3:
+        if plan.prefill_chunk and plan.layer_devices(session.model.lowvram.spec).count("gpu") == 3:
             raise BudgetError("no RAM")
         real(plan, *args)
 
     monkeypatch.setattr(loader, "check_room_in_ram", short_once)
-    plans = smaller_plans(session.model.plan, session.model.spec)
+    plans = smaller_plans(session.model.lowvram.plan, session.model.lowvram.spec)
     assert "1 more layer on the CPU" in session._step_down(plans, torch.OutOfMemoryError())
 
 
@@ -209,7 +209,7 @@ def letters_chat(gpu, context=512, **options):
 
 def fresh_answer(session, history, text):
     """What a chat with the same plan and all the room in the world says."""
-    model = load_tiny("qwen2", session.model.plan, open_gpu(None), letters_state())
+    model = load_tiny("qwen2", session.model.lowvram.plan, open_gpu(None), letters_state())
     other = ChatSession(model, tiny_tokenizer(), max_new_tokens=12)
     other.history.extend(dict(message) for message in history)
     return other.ask(text)
@@ -220,11 +220,11 @@ def test_a_chat_goes_on_when_the_gpu_is_full(caplog):
     caplog.set_level(logging.WARNING)
     session = letters_chat(open_gpu("4MiB"))
     session.ask("hi")
-    before, steps = list(session.history), list(smaller_plans(session.model.plan, session.model.spec))
+    before, steps = list(session.history), list(smaller_plans(session.model.lowvram.plan, session.model.lowvram.spec))
     answer = session.ask("x" * 300)
     given_up = session.turns[-1].given_up
     assert given_up and given_up == tuple(text for text, _ in steps[: len(given_up)])
-    assert session.model.plan == steps[len(given_up) - 1][1]
+    assert session.model.lowvram.plan == steps[len(given_up) - 1][1]
     assert f"the GPU is full; going on with less: {given_up[0]}" in caplog.text
     assert session.history == [
         *before,
@@ -242,7 +242,7 @@ def test_a_lean_answer_needs_no_memory_that_was_not_there_before():
     for piece in session.send("tell me"):
         pieces.append(piece)
         if len(pieces) == 4:
-            kept = filled(session.model.gpu)
+            kept = filled(session.model.lowvram.gpu)
     assert len("".join(pieces)) == 12
     assert session.turns[-1].given_up == ()
     assert kept
@@ -256,7 +256,7 @@ def test_an_answer_cut_by_a_full_gpu_is_finished_where_it_was(monkeypatch):
     for piece in session.send("tell me"):
         pieces.append(piece)
         if len(pieces) == 4:
-            kept = filled(session.model.gpu)
+            kept = filled(session.model.lowvram.gpu)
     assert len("".join(pieces)) == 12
     assert session.turns[-1].new_tokens == 12
     assert session.turns[-1].given_up
@@ -267,7 +267,7 @@ def test_a_chat_notices_that_its_model_was_replanned():
     session = letters_chat(open_gpu("64MiB"))
     session.ask("hi")
     before = list(session.history)
-    replan(session.model, session.model.plan.with_gpu_layers(tiny_spec("qwen2"), 1), progress=False)
+    replan(session.model, session.model.lowvram.plan.with_gpu_layers(tiny_spec("qwen2"), 1), progress=False)
     assert session.ask("and now?") == fresh_answer(session, before, "and now?")
     assert session.turns[-1].cached_tokens == 0
 
@@ -296,7 +296,7 @@ def test_where_nothing_helps_the_error_passes_and_the_history_is_as_before():
     model = load_tiny("qwen2", plan, open_gpu("16MiB"), letters_state())
     session = ChatSession(model, tiny_tokenizer(), max_new_tokens=12)
     session.ask("hi")
-    before, kept = list(session.history), filled(model.gpu)
+    before, kept = list(session.history), filled(model.lowvram.gpu)
     with pytest.raises(torch.OutOfMemoryError):
         session.ask("x" * 100)
     assert session.history == before
@@ -313,7 +313,7 @@ def test_a_long_chat_under_a_tight_cap_ends_with_its_history(turns):
     assert [m["content"] for m in session.history[::2]] == [f"question {n}" for n in range(turns)]
     assert session.dropped_turns > 0
     assert all(t.prompt_tokens + t.new_tokens <= 400 for t in session.turns)
-    assert session.model.gpu.meter.allocator.peak_reserved <= 4 * 2**20
+    assert session.model.lowvram.gpu.meter.allocator.peak_reserved <= 4 * 2**20
 
 
 def test_tolerance_of_splits():

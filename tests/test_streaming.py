@@ -21,10 +21,9 @@ from models import (
 from transformers import AutoConfig, DynamicCache
 
 from lowvram_lab.engine import travel as streaming
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import prefill
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import load, replan
-from lowvram_lab.engine.placement import detach
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory import cuda as pinned
 from lowvram_lab.memory.cuda import PinnedBlock, open_gpu
@@ -51,10 +50,10 @@ def layer_bytes(plan: Plan, spec, layers) -> int:
 @torch.no_grad()
 def crossed(model, tokens: int, batch: int = 1) -> dict:
     """What prompts move."""
-    before = copy.copy(model.gpu.transfers)
-    with model.gpu.active():
-        prefill(model, random_ids(tokens, batch), MeteredCache(model.gpu, model.plan.kv_format))
-    return dict(model.gpu.transfers - before)
+    before = copy.copy(model.lowvram.gpu.transfers)
+    with model.lowvram.gpu.active():
+        prefill(model, random_ids(tokens, batch), PreallocatedCache(model))
+    return dict(model.lowvram.gpu.transfers - before)
 
 
 @stand_in_only
@@ -106,10 +105,10 @@ def test_a_conversation_of_long_and_short_turns(kind, kv_format):
     parts = ids.split([30, 1, 4, 20, 1, 34], dim=1)
     for each in (plan, replace(plan, stream_from=None)):
         model = load_tiny(kind, each)
-        cache = MeteredCache(model.gpu, kv_format)
+        cache = PreallocatedCache(model)
         with torch.no_grad():
             found.append([prefill(model, part, cache).cpu() for part in parts])
-        places = {model.gpu.meter.place_of(layer.keys) for layer in cache.layers[:2]}
+        places = {model.lowvram.gpu.meter.place_of(layer.keys) for layer in cache.layers[:2]}
         assert (places, cache.get_seq_length()) == ({"cpu"}, 90)
     for streaming_logits, resident_logits in zip(*found, strict=True):
         assert relative_error(streaming_logits, resident_logits) < 0.02
@@ -118,7 +117,7 @@ def test_a_conversation_of_long_and_short_turns(kind, kv_format):
 def test_a_batch_counts_all_its_tokens_and_stock_caches_travel_too():
     plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(tiny_spec("qwen2"), 1), stream_from=FROM)
     model, ids = load_tiny("qwen2", plan), random_ids(6, batch=3)
-    before = model.gpu.transfers["cpu", "gpu"]
+    before = model.lowvram.gpu.transfers["cpu", "gpu"]
     with torch.no_grad():
         cache = DynamicCache()
         found = model(ids, past_key_values=cache, use_cache=True).logits
@@ -128,18 +127,18 @@ def test_a_batch_counts_all_its_tokens_and_stock_caches_travel_too():
         expected = stock(ids, past_key_values=other, use_cache=True).logits
         assert relative_error(found, expected) < 1e-5
         assert relative_error(again, stock(ids[:, :1], past_key_values=other, use_cache=True).logits) < 1e-5
-    assert model.gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, tiny_spec("qwen2"), {0, 1})
+    assert model.lowvram.gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, tiny_spec("qwen2"), {0, 1})
 
 
 @stand_in_only
 def test_one_token_of_each_of_a_batch_computes_where_the_layers_are():
     model = load_tiny("qwen2", streamed(tokens=4))
-    cache = MeteredCache(model.gpu)
+    cache = PreallocatedCache(model)
     with torch.no_grad():
         prefill(model, random_ids(5, batch=8), cache)
-        before = sum(model.gpu.transfers.values())
+        before = sum(model.lowvram.gpu.transfers.values())
         model(random_ids(1, batch=8), past_key_values=cache, use_cache=True)
-    assert sum(model.gpu.transfers.values()) - before < layer_bytes(model.plan, model.spec, {0}) / 4
+    assert sum(model.lowvram.gpu.transfers.values()) - before < layer_bytes(model.lowvram.plan, model.lowvram.spec, {0}) / 4
 
 
 OTHERS = {
@@ -190,7 +189,7 @@ def test_out_of_memory_on_the_way_leaves_the_model_whole():
     held = gpu.meter.allocated["gpu"]
     with pytest.raises(torch.OutOfMemoryError) as error:
         crossed(model, 500, batch=8)
-    assert error.value.event.module
+    assert error.value.lowvram.event.module
     assert "weights in flight" in str(error.value)
     del error
     gc.collect()
@@ -202,7 +201,7 @@ def test_out_of_memory_on_the_way_leaves_the_model_whole():
 
 @torch.no_grad()
 def prefilled(model, tokens: int) -> torch.Tensor:
-    return prefill(model, random_ids(tokens), MeteredCache(model.gpu)).cpu()
+    return prefill(model, random_ids(tokens), PreallocatedCache(model)).cpu()
 
 
 def test_inference_mode_and_generate():
@@ -219,9 +218,9 @@ def test_inference_mode_and_generate():
 def test_a_timing_on_the_stand_in_copies_nothing():
     """Both sides lie in one RAM: copying there says nothing about a card."""
     model = load_tiny("qwen2", streamed())
-    before = sum(model.gpu.transfers.values())
+    before = sum(model.lowvram.gpu.transfers.values())
     assert run_speed(model, Workload(40, 2)).ttft_s > 0
-    assert sum(model.gpu.transfers.values()) == before
+    assert sum(model.lowvram.gpu.transfers.values()) == before
 
 
 def test_a_deleted_model_is_gone():
@@ -241,9 +240,9 @@ def test_weights_gathered_into_one_block_are_the_same(recipe, monkeypatch):
     """On CUDA the CPU layers lie in page-locked blocks; here the very same blocks, unlocked."""
     resident, plan = load_tiny("qwen2", streamed("qwen2", recipe, tokens=None)), streamed("qwen2", recipe)
     model = load_tiny("qwen2", plan)
-    detach(model)
-    monkeypatch.setattr(model.gpu, "simulated", False)
-    stream = streaming.WeightStream(model, {}, plan, tiny_spec("qwen2"), model.gpu)
+    model.lowvram.placement.remove()
+    monkeypatch.setattr(model.lowvram.gpu, "simulated", False)
+    stream = streaming.TravellingWeights(model, {}, plan, tiny_spec("qwen2"), model.lowvram.gpu)
     monkeypatch.undo()
     for name, tensor in [*resident.named_parameters(), *resident.named_buffers()]:
         assert torch.equal(tensor, dict([*model.named_parameters(), *model.named_buffers()])[name])

@@ -8,7 +8,6 @@ import pytest
 import torch
 from models import TINY, DictCheckpoint, load_tiny, random_ids, tiny_plan, tiny_spec, tiny_state
 
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.cuda import open_gpu
@@ -87,13 +86,13 @@ def test_every_byte_at_the_peak_has_an_owner(run, kind):
 
 def test_each_release_gives_back_what_was_taken():
     model = recorded("qwen2", tiny_plan("qwen2", "int8"))
-    gpu, timeline = model.gpu, model.gpu.meter.timeline
+    gpu, timeline = model.lowvram.gpu, model.lowvram.gpu.meter.timeline
     cache = MeteredCache(gpu)
     with torch.no_grad():
         logits = prefill(model, random_ids(50), cache)
     for place in ("gpu", "cpu"):
         assert sum(event.size for event in timeline.events if event.place == place) == gpu.meter.allocated[place]
-    assert gpu.meter.allocated["gpu"] > model.plan.weight_bytes(model.spec)
+    assert gpu.meter.allocated["gpu"] > model.lowvram.plan.weight_bytes(model.lowvram.spec)
     del model, cache, logits
     gc.collect()
     assert gpu.meter.allocated["gpu"] == 0
@@ -107,7 +106,7 @@ def test_a_run_ends_its_timeline():
     events = len(first.timeline.events)
     assert {event.phase for event in first.timeline.events} == {"load", "prefill", "decode"}
     assert second.timeline is None
-    assert model.gpu.meter.timeline is None
+    assert model.lowvram.gpu.meter.timeline is None
     del model
     gc.collect()
     assert len(first.timeline.events) == events
@@ -115,7 +114,7 @@ def test_a_run_ends_its_timeline():
 
 def test_a_timeline_begun_late_knows_only_what_came_after():
     model = load_tiny("llama", tiny_plan("llama"))
-    gpu = model.gpu
+    gpu = model.lowvram.gpu
     gpu.meter.timeline = timeline = Timeline()
     with torch.no_grad():
         prefill(model, random_ids(50), MeteredCache(gpu))

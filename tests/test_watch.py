@@ -4,8 +4,8 @@ import pytest
 import torch
 from models import TINY, load_tiny, random_ids, tiny_plan
 
-from lowvram_lab.engine.caches import MeteredCache
 from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.allocator import round_size
 from lowvram_lab.memory.timeline import Timeline
@@ -23,7 +23,7 @@ def model(request):
 
 @torch.no_grad()
 def run(model, tokens=40, steps=0):
-    cache = MeteredCache(model.gpu)
+    cache = PreallocatedCache(model)
     logits = prefill(model, random_ids(tokens), cache)
     for _ in range(steps):
         logits = decode_one_token(model, torch.ones(1, 1, dtype=torch.long), cache)
@@ -69,13 +69,13 @@ def test_a_pattern_without_a_match_is_refused(model):
         raise AssertionError("the block must not run")
     assert "\n" not in str(error.value)
     assert traces(model) == before
-    assert model.gpu.meter.timeline is None
+    assert model.lowvram.gpu.meter.timeline is None
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_behind(model, fails):
     before, timeline = traces(model), Timeline()
-    model.gpu.meter.timeline = timeline
+    model.lowvram.gpu.meter.timeline = timeline
     try:
         if fails:
             with pytest.raises(ZeroDivisionError), watch(model):
@@ -83,16 +83,16 @@ def test_nothing_is_left_behind(model, fails):
                 _ = 1 / 0
         else:
             with watch(model):
-                assert model.gpu.meter.timeline is not timeline
+                assert model.lowvram.gpu.meter.timeline is not timeline
                 assert traces(model) != before
                 run(model)
-        assert model.gpu.meter.timeline is timeline
+        assert model.lowvram.gpu.meter.timeline is timeline
         assert traces(model) == before
         assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
-        assert model.gpu.meter.windows == []
+        assert model.lowvram.gpu.meter.windows == []
         assert timeline.events == []
     finally:
-        model.gpu.meter.timeline = None
+        model.lowvram.gpu.meter.timeline = None
 
 
 def test_a_forward_that_fails_leaves_no_window_open(model):
@@ -101,7 +101,7 @@ def test_a_forward_that_fails_leaves_no_window_open(model):
         run(model)
         model(torch.tensor([[10_000]]))  # beyond the vocabulary
     assert traces(model) == before
-    assert model.gpu.meter.windows == []
+    assert model.lowvram.gpu.meter.windows == []
     assert seen.modules["lm_head"].calls == 1
     assert seen.modules["model.embed_tokens"].calls == 2
 
@@ -170,7 +170,7 @@ def test_the_timeline_names_the_very_module():
         run(model)
     owners = {event.owner for event in seen.timeline.events if event.size > 0}
     assert {"model.layers.2.self_attn.q_proj", "model.layers.0.mlp.down_proj", "lm_head", "model.norm"} <= owners
-    assert model.gpu.meter.timeline is None
+    assert model.lowvram.gpu.meter.timeline is None
 
 
 @simulated
@@ -210,10 +210,10 @@ def test_overhead_is_a_ratio():
     calls = []
 
     def work():
-        calls.append(model.gpu.meter.timeline is not None)
+        calls.append(model.lowvram.gpu.meter.timeline is not None)
         run(model, 8)
 
     assert measure_overhead(model, work, repeats=2) > 0
     assert calls == [False, True, False, True]  # in alternation
     assert traces(model) == traces(model)
-    assert model.gpu.meter.timeline is None
+    assert model.lowvram.gpu.meter.timeline is None

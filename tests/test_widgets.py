@@ -228,7 +228,7 @@ def test_a_loaded_models_plan_and_gpu_are_the_start():
     panel = a_loaded_panel(plan)
     assert panel.plan == plan
     assert panel.controls["recipe"].options == (AS_LOADED, "bf16", "int8", "int4")
-    assert panel.forecast == forecast(plan, spec, panel.model.gpu)
+    assert panel.forecast == forecast(plan, spec, panel.model.lowvram.gpu)
     unlimited = a_loaded_panel(gpu=open_gpu(None))
     assert "without a limit" in unlimited.verdict.value
     assert isinstance(unlimited.figure(), Figure)
@@ -238,7 +238,7 @@ def test_a_try_puts_measured_beside_predicted():
     panel = a_loaded_panel()
     panel.button.click()
     (trial,) = panel.trials
-    assert trial.plan == panel.plan == panel.model.plan
+    assert trial.plan == panel.plan == panel.model.lowvram.plan
     assert trial.answer.isalpha()
     assert trial.answer in panel.message.value
     assert trial.predicted.new_tokens == trial.measured.new_tokens
@@ -246,7 +246,7 @@ def test_a_try_puts_measured_beside_predicted():
     if not torch.cuda.is_available():
         assert trial.measured_bytes == trial.predicted_bytes
     assert trial.to_dict()["plan"] == panel.plan.to_dict()
-    for figure in (f"{trial.measured.decode_tokens_per_s:.2f}", f"{trial.predicted.ttft_s:.2f}", panel.model.gpu.name):
+    for figure in (f"{trial.measured.decode_tokens_per_s:.2f}", f"{trial.predicted.ttft_s:.2f}", panel.model.lowvram.gpu.name):
         assert figure in panel.message.value
     assert f"{trial.answer!r} on {trial.gpu}" in repr(trial)
     assert not panel.button.disabled
@@ -255,12 +255,12 @@ def test_a_try_puts_measured_beside_predicted():
 def test_after_another_split_the_model_is_replanned_not_loaded_again(monkeypatch):
     panel, read = a_panel(), []
     assert panel.load_and_try() is panel.trials[0]
-    model, original = panel.model, panel.model.checkpoint.read
-    monkeypatch.setattr(model.checkpoint, "read", lambda name: (read.append(name), original(name))[1])
+    model, original = panel.model, panel.model.lowvram.weights.read
+    monkeypatch.setattr(model.lowvram.weights, "read", lambda name: (read.append(name), original(name))[1])
     panel.controls["gpu_layers"].value = 2
     panel.button.click()
     assert panel.model is model
-    assert model.plan == panel.plan
+    assert model.lowvram.plan == panel.plan
     assert read and all(name.startswith("model.layers.0.") for name in read)
     panel.button.click()  # the same split once more: nothing is read
     assert len(panel.trials) == 3
@@ -274,7 +274,7 @@ def test_a_directory_is_loaded_with_its_own_tokenizer(tmp_path):
     panel = LayerSplitPanel(str(folder), gpu="1000MiB", machine=Made())
     assert panel.spec.fingerprint == directory_spec(folder).fingerprint
     assert panel.load_and_try() is not None
-    assert panel.model.plan.model == str(folder)
+    assert panel.model.lowvram.plan.model == str(folder)
 
 
 @SIMULATED
@@ -304,7 +304,7 @@ def test_out_of_memory_on_load_is_said_and_memory_given_back():
     panel.state = replace(panel.state, gpu_layers=8, recipe="bf16")
     panel.button.click()
     assert "out of memory" in panel.message.value
-    assert panel.model.plan == plan
+    assert panel.model.lowvram.plan == plan
     gc.collect()
     assert gpu.meter.allocated["gpu"] == held
     assert len(panel.trials) == 1
@@ -313,11 +313,11 @@ def test_out_of_memory_on_load_is_said_and_memory_given_back():
 @SIMULATED
 def test_out_of_memory_while_answering_is_said_and_memory_given_back():
     panel = a_loaded_panel(tiny_plan("qwen2", context=1024), open_gpu("3MiB"))
-    held = panel.model.gpu.meter.allocated["gpu"]
+    held = panel.model.lowvram.gpu.meter.allocated["gpu"]
     panel.prompt.value = "x" * 900
     assert panel.load_and_try() is None
     assert "during run" in panel.message.value
-    assert panel.model.gpu.meter.allocated["gpu"] == held
+    assert panel.model.lowvram.gpu.meter.allocated["gpu"] == held
 
 
 def test_prompts_that_cannot_be_answered_are_said():
@@ -359,7 +359,7 @@ def test_threads_of_a_try_are_not_left_behind():
     torch.set_num_threads(2)
     try:
         panel.load_and_try()
-        assert panel.model.plan.threads == 1
+        assert panel.model.lowvram.plan.threads == 1
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

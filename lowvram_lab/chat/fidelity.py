@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.caches import new_cache
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.gpu import StandInGpu
@@ -159,8 +159,8 @@ def fidelity(
         kl_median=divergence.median().item(),
         kl_p99=divergence.kthvalue(math.ceil(0.99 * count)).values.item(),
         top1_agreement=total["agree"] / count,
-        weight_bytes=model.plan.weight_bytes(model.spec),
-        reference_weight_bytes=reference.plan.weight_bytes(reference.spec),
+        weight_bytes=model.lowvram.plan.weight_bytes(model.lowvram.spec),
+        reference_weight_bytes=reference.lowvram.plan.weight_bytes(reference.lowvram.spec),
     )
 
 
@@ -195,7 +195,7 @@ def repetition(text: str, n: int = 4) -> float:
 
 def _log_probabilities(model, window: torch.Tensor, slice_tokens: int) -> torch.Tensor:
     """``(tokens - 1, vocab)`` in float32 on the CPU."""
-    cache, pieces = new_cache(model, len(window)), []
+    cache, pieces = PreallocatedCache(model, len(window)), []
     for ids in window[None, :-1].split(slice_tokens, dim=1):
         logits = model(ids, past_key_values=cache, use_cache=True).logits[0]
         pieces.append(torch.log_softmax(logits.cpu().float(), dim=-1))

@@ -3,23 +3,17 @@
 Derived in: notebooks/09_validated_chat.ipynb
 """
 
-import logging
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
+from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.chat.prompt import StopStrings, chat_ids, stop_ids
-from lowvram_lab.engine.decode import stream
-from lowvram_lab.engine.lean import decoder_for
-from lowvram_lab.engine.load import replan
+from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import BudgetError, LowvramError, SourceError
-from lowvram_lab.model.plan import Plan
-from lowvram_lab.planner.step_down import smaller_plans
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class ChatSession:
     ):
         if not getattr(tokenizer, "chat_template", None):
             raise SourceError(
-                f"{model.plan.model} has no chat template, so it is a base model; name an instruction-tuned one"
+                f"{model.lowvram.plan.model} has no chat template, so it is a base model; name an instruction-tuned one"
             )
         self.model, self.tokenizer = model, tokenizer
         self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling()
@@ -98,14 +92,13 @@ class ChatSession:
         self.turns: list[TurnStats] = []
         self.dropped_turns = 0
         self._stop, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
-        self._decoder, self._decoder_plan, self._cached_ids = None, None, []
-        self._compiled, self._progress = compiled, progress
-        self._begun()  # now: compiling and allocating are no part of the first answer
+        self._live = LiveDecoder(model, compiled, progress)
+        self._live.begun()  # now: compiling and allocating are no part of the first answer
 
     @property
     def engine(self) -> str:
         """What decodes, in words; where it is not the fast way, why."""
-        return self._begun().name
+        return self._live.begun().name
 
     def ask(self, text: str) -> str:
         """Sends a message and returns the whole answer."""
@@ -142,92 +135,26 @@ class ChatSession:
     def _answer(self, history: list[dict[str, str]], prompt: list[int], dropped: int) -> Iterator[str]:
         dropped_before = self.dropped_turns
         self.history, self.dropped_turns = history, dropped
-        gpu, started = self.model.gpu, time.perf_counter()
-        cached = self._reuse_cache(prompt)
-        fed, tokens, shown, first_at, ended, given_up = prompt, [], "", None, False, []
-        smaller = None
-        gpu.reset_peak()
+        answer = _Answer(self, prompt)
         try:
-            while True:
-                room = min(self.max_new_tokens - len(tokens), self.model.plan.context - len(fed))
-                made = len(tokens)
-                try:
-                    for token in self._stream(fed, room, made):
-                        first_at = first_at or time.perf_counter()
-                        tokens.append(token)
-                        text, ended = self._stop_strings.cut(self._text(tokens))
-                        if len(text) > len(shown):
-                            piece, shown = text[len(shown) :], text
-                            yield piece
-                        if ended:
-                            break
-                    ended = ended or len(tokens) - made < room
-                    if not ended and len(tokens) < self.max_new_tokens and self._forgets_a_turn(history, len(tokens)):
-                        self._cached_ids = fed[: self._decoder.cache.get_seq_length()]
-                        self._cached_ids += tokens[made : made + self._decoder.cache.get_seq_length() - len(fed)]
-                        prompt, self.dropped_turns = self._fitting_prompt(history, len(tokens))
-                        fed = prompt + tokens
-                        continue
-                    if len(held := self._text(tokens)) > len(shown) and not self._stop_strings.cut(held)[1]:
-                        piece, shown = held[len(shown) :], held  # what might have become a stop string
-                        yield piece
-                    break
-                except torch.OutOfMemoryError as error:
-                    full = error.with_traceback(None)  # its frames hold the tensors of the pass that failed
-                    full.__context__ = full.__cause__ = None
-                smaller = smaller or smaller_plans(self.model.plan, self.model.spec)
-                given_up.append(self._step_down(smaller, full))
-                prompt, self.dropped_turns = self._fitting_prompt(history, len(tokens))
-                fed = prompt + tokens
+            yield from answer.pieces(history)
         except (GeneratorExit, KeyboardInterrupt):
-            self._drop_broken_cache()
+            self._live.forget_broken()
             raise
         except BaseException:
-            self._drop_broken_cache()
+            self._live.forget_broken()
             self.history = history[:-1]  # asked again, the message would fail again
             self.dropped_turns = dropped_before
             raise
         finally:
-            now = time.perf_counter()
-            self._cached_ids = (prompt + tokens)[: self._decoder.cache.get_seq_length()] if self._decoder else []
+            self._live.holds(answer.prompt + answer.tokens)
             if self.history is history:
-                history.append({"role": "assistant", "content": shown})
-            speed = (len(tokens) - 1) / (now - first_at) if len(tokens) > 1 else None
-            ttft = (first_at or now) - started
-            peak = gpu.peak_allocated_bytes
-            self.turns.append(TurnStats(len(prompt), cached, len(tokens), ttft, speed, peak, ended, tuple(given_up)))
-
-    def _stream(self, fed: list[int], room: int, made: int) -> Iterator[int]:
-        """Goes on after ``fed``, whose last ``made`` tokens are the answer's own."""
-        cached = self._reuse_cache(fed)
-        sampling = replace(self.sampling, seed=(self.sampling.seed + made) % 2**63)  # not the same draws once more
-        decoder, seen = self._begun(), torch.tensor([fed])
-        return stream(
-            self.model,
-            seen[:, cached:],
-            decoder.cache,
-            max_new_tokens=room,
-            stop_ids=self._stop,
-            sampling=sampling,
-            seen=seen,
-            decode=decoder.decode,
-        )
+                history.append({"role": "assistant", "content": answer.shown})
+            self.turns.append(answer.stats())
 
     def _text(self, tokens: list[int]) -> str:
         """An answer's text, whole characters only: the bytes of one may be spread over several tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
-
-    def _step_down(self, smaller: Iterator[tuple[str, Plan]], error: torch.OutOfMemoryError) -> str:
-        """Makes the model realise the next smaller plan that can be; says what was given up. Else raises ``error``."""
-        for text, plan in smaller:
-            self._decoder = None  # its cache makes room
-            try:
-                replan(self.model, plan, progress=False)
-            except (torch.OutOfMemoryError, BudgetError):  # RAM may be short too
-                continue
-            logger.warning("the GPU is full; going on with less: %s", text)
-            return text
-        raise error
 
     def _fitting_prompt(self, history: list[dict[str, str]], answered: int = 0) -> tuple[list[int], int]:
         """Renders a chat without its oldest turns, whole ones, so that there is room for an answer.
@@ -239,7 +166,7 @@ class ChatSession:
         Returns:
             Token ids, and how many turns they leave out.
         """
-        context = self.model.plan.context
+        context = self.model.lowvram.plan.context
         first = 1 if history[0]["role"] == "system" else 0
         dropped = min(self.dropped_turns, (len(history) - first - 1) // 2)  # history may have been cut by its owner
         while True:
@@ -265,29 +192,82 @@ class ChatSession:
         except BudgetError:
             return False
 
-    def _begun(self):
-        """The decoder of the model as it is planned now, with whatever its cache holds."""
-        stale = self._decoder is None or getattr(self._decoder, "released", False)
-        if stale or self._decoder_plan != self.model.plan:  # replanned, by another session perhaps
-            self._decoder, self._cached_ids = None, []
-            self._decoder = decoder_for(self.model, self._compiled, self._progress)
-            self._decoder_plan = self.model.plan
-        return self._decoder
 
-    def _drop_broken_cache(self) -> None:
-        """Begins an empty cache if a forward that was cut off left the layers of this one with different lengths."""
-        cache = self._decoder.cache if self._decoder else None
-        lengths = {layer.get_seq_length() for layer in cache.layers} if cache else set()
-        if cache and (len(lengths) > 1 or len(cache.layers) not in (0, self.model.spec.num_hidden_layers)):
-            self._decoder = None
+class _Answer:
+    """One answer on its way.
 
-    def _reuse_cache(self, prompt: list[int]) -> int:
-        """Keeps the part of the KV cache that the new prompt begins with; returns its length in tokens."""
-        cache, common = self._begun().cache, 0
-        for old, new in zip(self._cached_ids, prompt[:-1], strict=False):  # at least one token must be fed
-            if old != new:
+    Attributes:
+        prompt: Ids of the rendered chat, without the turns that were dropped.
+        tokens: Ids of the answer so far.
+        shown: Its text so far, as it was yielded.
+    """
+
+    def __init__(self, session: ChatSession, prompt: list[int]):
+        self.session, self.prompt = session, prompt
+        self.tokens: list[int] = []
+        self.shown = ""
+        self._live = session._live
+        self._gpu = loaded(session.model).gpu
+        self._ended, self._first_at = False, None
+        self._started = time.perf_counter()
+        self._cached = self._live.reuse(prompt)
+        self._gpu.reset_peak()
+
+    def pieces(self, history: list[dict[str, str]]) -> Iterator[str]:
+        """Yields the answer; where there is no room left, without the oldest turns, or with a smaller plan."""
+        while True:
+            fed, made = self.prompt + self.tokens, len(self.tokens)
+            try:
+                yield from self._until_full(fed, made)
+            except torch.OutOfMemoryError as error:
+                self._live.step_down(error)
+                self._render(history)
+                continue
+            unfinished = not self._ended and made < len(self.tokens) < self.session.max_new_tokens
+            if not unfinished or not self.session._forgets_a_turn(history, len(self.tokens)):
                 break
-            common += 1
-        cache.keep(common)
-        self._cached_ids = prompt[:common]
-        return common
+            self._live.holds(fed + self.tokens[made:])
+            self._render(history)
+        yield from self._held_back()
+
+    def _until_full(self, fed: list[int], made: int) -> Iterator[str]:
+        """Goes on after ``fed`` until the answer ends, or the context or the longest answer is reached."""
+        session = self.session
+        room = min(session.max_new_tokens - made, loaded(session.model).plan.context - len(fed))
+        for token in self._live.stream(fed, room, session._stop, session.sampling, made):
+            self._first_at = self._first_at or time.perf_counter()
+            self.tokens.append(token)
+            text, self._ended = session._stop_strings.cut(session._text(self.tokens))
+            if len(text) > len(self.shown):
+                piece, self.shown = text[len(self.shown) :], text
+                yield piece
+            if self._ended:
+                return
+        self._ended = len(self.tokens) - made < room
+
+    def _held_back(self) -> Iterator[str]:
+        """What might have become a stop string, and did not."""
+        text = self.session._text(self.tokens)
+        if len(text) > len(self.shown) and not self.session._stop_strings.cut(text)[1]:
+            piece, self.shown = text[len(self.shown) :], text
+            yield piece
+
+    def _render(self, history: list[dict[str, str]]) -> None:
+        self.prompt, self.session.dropped_turns = self.session._fitting_prompt(history, len(self.tokens))
+
+    def stats(self) -> TurnStats:
+        """What it took until now."""
+        now = time.perf_counter()
+        decoded = len(self.tokens) - 1
+        given_up = tuple(self._live.given_up)
+        self._live.given_up.clear()
+        return TurnStats(
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self._cached,
+            new_tokens=len(self.tokens),
+            ttft_s=(self._first_at or now) - self._started,
+            tokens_per_s=decoded / (now - self._first_at) if decoded > 0 else None,
+            peak_bytes=self._gpu.peak_allocated_bytes,
+            stopped=self._ended,
+            given_up=given_up,
+        )

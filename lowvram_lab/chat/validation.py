@@ -139,11 +139,11 @@ def validate(
         Check("repeated 4-grams", f"{worst:.0%}", f"at most {limits.repetition:.0%}", worst <= limits.repetition)
     )
     checks += _speed_figures(session, speed)
-    return ValidationReport(model.plan.model, model.gpu.name, tuple(checks), found)
+    return ValidationReport(model.lowvram.plan.model, model.lowvram.gpu.name, tuple(checks), found)
 
 
 def _memory_checks(session: ChatSession, measured: MemoryProfile | None) -> list[Check]:
-    gpu = session.model.gpu
+    gpu = session.model.lowvram.gpu
     if gpu.budget is None:
         return []
     allocated = max([t.peak_bytes for t in session.turns] + ([measured.peak_allocated_bytes] if measured else []))

@@ -1,66 +1,57 @@
-"""KV caches of a plan's format, as transformers ``Cache`` objects; what they allocate is charged to ``kv``.
+"""What a decoder layer keeps of the tokens it has seen: keys and values, in memory that is allocated once.
 
-Growing (16-bit or int8) by concatenation, as transformers' own; or static, allocated once for a known length.
+A KV format is a class here (this file: the model's dtype and int8) or in ``int4_cache.py``. Each is a layer of a
+transformers ``Cache``, so that a model's own forward writes into it, and its tensors are open to the lean decoder.
 """
 
-import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from __future__ import annotations
 
-from lowvram_lab.errors import BudgetError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.formats import SCALE_DTYPE
 
 
-class Int8Layer(DynamicLayer):
-    """Keys and values as int8 codes with one bf16 scale a token and head; attention sees them dequantised.
-
-    Shapes: ``keys``, ``values`` int8 ``(batch, kv_heads, tokens, head_dim)``; ``key_scale``, ``value_scale`` the same
-    with a last dimension of 1. The dequantised copy lives for one layer's attention only.
-    """
-
-    def lazy_initialization(self, key_states, value_states):
-        """See ``DynamicLayer``."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = self.values = self.key_scale = self.value_scale = None
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Appends keys and values; returns all codes. Attention wants ``dequantized`` of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        self.keys, self.key_scale = _append(self.keys, self.key_scale, key_states)
-        self.values, self.value_scale = _append(self.values, self.value_scale, value_states)
-        return self.keys, self.values
-
-    def dequantized(self):
-        """Keys and values in the model's dtype, for one layer's attention only."""
-        return tuple(
-            codes.to(self.dtype).mul_(scales.to(self.dtype))
-            for codes, scales in ((self.keys, self.key_scale), (self.values, self.value_scale))
-        )
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return 0 if not self.is_initialized or self.keys is None else self.keys.shape[-2]
-
-    def reorder_cache(self, beam_idx):
-        """Selects rows of the batch, scales too."""
-        if self.get_seq_length() > 0:
-            for name in ("keys", "key_scale", "values", "value_scale"):
-                tensor = getattr(self, name)
-                setattr(self, name, tensor.index_select(0, beam_idx.to(tensor.device)))
-
-
 class FixedLayer(CacheLayerMixin):
-    """What the caches have in common that allocate a layer's memory once: ``tokens`` of ``max_tokens`` are in use."""
+    """What all KV formats have in common: ``tokens`` of ``max_tokens`` are in use.
+
+    Args:
+        shape: Of keys and of values, ``(batch, kv_heads, max_tokens, head_dim)``.
+        dtype: The model's.
+    """
 
     is_sliding = False
     is_compileable = False
+    can_visit = False
+    """Whether keys and values can go to the GPU for a prompt whose weights travel."""
 
-    def lazy_initialization(self, key_states, value_states):
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype):
+        super().__init__()
+        self.shape, self.dtype = shape, dtype
+        self.tokens, self.max_tokens = 0, shape[2]
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: everything is there."""
 
-    def end_of(self, key_states) -> int:
-        """How many tokens there are with these behind them; ``BudgetError`` where there is no room."""
+    def end_of(self, key_states: torch.Tensor, value_states: torch.Tensor) -> int:
+        """How many tokens there are with these behind them.
+
+        Raises:
+            BudgetError: There is no room for them.
+            LowvramError: They are of another shape than the plan's cache was made for.
+        """
+        batch, heads, _, width = self.shape
+        for states in (key_states, value_states):
+            if (states.shape[0], states.shape[1], states.shape[3]) != (batch, heads, width):
+                raise LowvramError(
+                    f"expected keys and values of {batch} sequences, {heads} heads and {width} features in the KV "
+                    f"cache, found {states.shape[0]}, {states.shape[1]} and {states.shape[3]}"
+                )
         end = self.tokens + key_states.shape[-2]
         if end > self.max_tokens:
             raise BudgetError(f"the KV cache holds {self.max_tokens} tokens, asked for {end}; plan a longer context")
@@ -83,22 +74,11 @@ class FixedLayer(CacheLayerMixin):
         self.tokens = 0
 
 
-def quantize_states(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys or values ``(..., tokens, head_dim)`` as int8 codes, and a bf16 scale for each token and head."""
-    scale = (states.abs().amax(dim=-1, keepdim=True).float() / 127).clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
-    scale = scale.to(SCALE_DTYPE)
-    return (states / scale).round_().clamp_(-127, 127).to(torch.int8), scale
-
-
-def _append(codes, scales, states):
-    new, scale = quantize_states(states)
-    if codes is None:
-        return new, scale
-    return torch.cat((codes, new), dim=-2), torch.cat((scales, scale), dim=-2)
-
-
 class PreallocatedLayer(FixedLayer):
-    """Keys and values of one decoder layer, ``(batch, kv_heads, max_tokens, head_dim)`` from the start.
+    """Keys and values of one decoder layer in the model's dtype, or as int8 codes with a scale a token and head.
+
+    Shapes: ``keys``, ``values`` ``(batch, kv_heads, max_tokens, head_dim)``; ``key_scale``, ``value_scale`` the same
+    with a last dimension of 1, or ``None``. A dequantised copy lives for one layer's attention only.
 
     Args:
         gpu: The ``Gpu`` of the model.
@@ -108,9 +88,10 @@ class PreallocatedLayer(FixedLayer):
         kv_format: ``"int8"``, or any float format for the model's dtype.
     """
 
-    def __init__(self, gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype, kv_format: str):
-        super().__init__()
-        self.dtype, self.tokens, self.max_tokens = dtype, 0, shape[2]
+    can_visit = True
+
+    def __init__(self, gpu: Gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype, kv_format: str):
+        super().__init__(shape, dtype)
         stored = torch.int8 if kv_format == "int8" else dtype
         self.keys, self.values = (gpu.zeros(shape, stored, place) for _ in range(2))
         self.key_scale = self.value_scale = None
@@ -119,9 +100,9 @@ class PreallocatedLayer(FixedLayer):
             self.key_scale, self.value_scale = (gpu.zeros(scales, SCALE_DTYPE, place) for _ in range(2))
         self.device, self.is_initialized = self.keys.device, True
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes new keys and values behind those there are; returns all of them, in the model's dtype."""
-        end = self.end_of(key_states)
+        end = self.end_of(key_states, value_states)
         both = ((self.keys, self.key_scale, key_states), (self.values, self.value_scale, value_states))
         for held, scales, states in both:
             if scales is not None:
@@ -139,9 +120,40 @@ class PreallocatedLayer(FixedLayer):
         """Forgets all but the first ``tokens`` tokens."""
         self.tokens = min(self.tokens, tokens)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Selects rows of the batch, in place."""
-        for held in (self.keys, self.values, self.key_scale, self.value_scale):
-            if held is not None:
-                rows = held[:, :, : self.tokens]
-                rows.copy_(rows.index_select(0, beam_idx.to(held.device)))
+    @contextmanager
+    def visiting(self, gpu: Gpu, new_tokens: int) -> Iterator[None]:
+        """Lets a layer whose home is the CPU compute on the GPU.
+
+        What it holds is copied there; only the new tokens' keys and values come home. After an error it is as before.
+
+        Args:
+            gpu: Where it goes.
+            new_tokens: How many tokens will be added there.
+        """
+        names = [name for name in ("keys", "values", "key_scale", "value_scale") if getattr(self, name) is not None]
+        home = {name: getattr(self, name) for name in names}
+        began = self.tokens
+        try:
+            for name, states in home.items():
+                room = (*states.shape[:2], began + new_tokens, states.shape[3])
+                guest = gpu.zeros(room, states.dtype, "gpu")
+                if began:
+                    guest[:, :, :began] = gpu.move(states[:, :, :began], "gpu")
+                setattr(self, name, guest)
+            yield
+            for name, states in home.items():
+                new = getattr(self, name)[:, :, began : self.tokens]
+                states[:, :, began : self.tokens] = gpu.move(new, "cpu")
+        except BaseException:
+            self.tokens = began
+            raise
+        finally:
+            for name, states in home.items():
+                setattr(self, name, states)
+
+
+def quantize_states(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values ``(..., tokens, head_dim)`` as int8 codes, and a bf16 scale for each token and head."""
+    scale = (states.abs().amax(dim=-1, keepdim=True).float() / 127).clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
+    scale = scale.to(SCALE_DTYPE)
+    return (states / scale).round_().clamp_(-127, 127).to(torch.int8), scale

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.llama_layer import LayerShape, head, layer
+from lowvram_lab.engine.llama_layer import LayerShape, Product, head, layer
 from lowvram_lab.files import build_directory, cache_dir, sha256_file
 from lowvram_lab.machine import instruction_set
 
@@ -49,14 +49,14 @@ class _Layer(torch.nn.Module):
 
 
 class _Head(torch.nn.Module):
-    def __init__(self, kernel: tuple[str, int, bool], eps: float):
+    def __init__(self, product: Product, eps: float):
         super().__init__()
-        self.kernel, self.eps = kernel, eps
+        self.product, self.eps = product, eps
 
     def forward(self, hidden, *tensors):
         """See ``head``."""
         loops = []
-        return head(self.kernel, self.eps, hidden, tensors, loops), *loops
+        return head(self.product, self.eps, hidden, tensors, loops), *loops
 
 
 def compiler() -> str | None:
@@ -89,13 +89,11 @@ def compiled_layer(shape: LayerShape, example: list[torch.Tensor], progress: boo
     return _library(_Layer(shape), repr(shape), example, sizes, 4, progress)
 
 
-def compiled_head(
-    kernel: tuple[str, int, bool], eps: float, example: list[torch.Tensor], progress: bool = True
-) -> Callable:
+def compiled_head(product: Product, eps: float, example: list[torch.Tensor], progress: bool = True) -> Callable:
     """``head`` as a library.
 
     Args:
-        kernel: See ``head``.
+        product: See ``head``.
         eps: See ``head``.
         example: Arguments as the library will get them: hidden, and the tensors.
         progress: See ``compiled_layer``.
@@ -106,7 +104,7 @@ def compiled_head(
     Raises:
         RuntimeError: See ``compiled_layer``.
     """
-    return _library(_Head(kernel, eps), f"head {kernel} {eps}", example, [{} for _ in example], 1, progress)
+    return _library(_Head(product, eps), f"head {product} {eps}", example, [{} for _ in example], 1, progress)
 
 
 def _library(module, what: str, example: list[torch.Tensor], sizes: list[dict], named: int, progress: bool) -> Callable:

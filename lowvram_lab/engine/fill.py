@@ -1,8 +1,11 @@
-"""Fill one module of a model with its weights, in the plan's format and at its place."""
+"""Fill a model's modules with their weights, one at a time, in the plan's formats and at its places."""
+
+from dataclasses import dataclass
 
 import torch
 
-from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
+from lowvram_lab.engine.layers import QuantizedEmbedding, QuantizedLinear, quantized_embedding, quantized_linear
+from lowvram_lab.engine.loaded import Weights
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.checkpoint import Checkpoint
@@ -13,67 +16,94 @@ from lowvram_lab.weights.solvers import is_finite
 from lowvram_lab.weights.stored import stored_tensors
 
 
-def fill_module(model, module: ModuleSpec, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu) -> None:
-    """Reads a module's weights and puts them into the model, whole and tied as the plan says."""
-    assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
-    fmt, place = get_format(assignment.format), compute_place(assignment.device)
-    target = model.get_submodule(module.name)
+@dataclass(frozen=True)
+class Filler:
+    """What filling any module of one model needs.
 
-    def move(tensor):
-        return gpu.move(tensor, place)
+    Attributes:
+        model: Its modules are empty, or filled by an earlier plan.
+        plan: Formats and places.
+        spec: The model's.
+        weights: Where weights come from.
+        gpu: Where those of the GPU go.
+    """
 
-    def read(key):
+    model: torch.nn.Module
+    plan: Plan
+    spec: ModelSpec
+    weights: Weights
+    gpu: Gpu
+
+    def fill(self, module: ModuleSpec) -> None:
+        """Gives a module its weights; a quantised one is replaced by a layer of its format."""
+        if get_format(self.plan.modules[module.name].format).kind == "float":
+            target = self.model.get_submodule(module.name)
+            for key in module.parameters:
+                shared = key == "weight" and module.tied_to
+                setattr(target, key, self._owner(module).weight if shared else self._float(module, key))
+            return
+        parent, _, child = module.name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, self._quantised(module).eval())
+
+    def _quantised(self, module: ModuleSpec) -> QuantizedLinear | QuantizedEmbedding:
+        """A layer of the module's format, with its codes: shared, as they are stored, or made now."""
+        fmt = get_format(self.plan.modules[module.name].format)
+        layer = self._empty_layer(module)
+        if module.tied_to:
+            for key, buffer in self._owner(module).named_buffers(recurse=False):
+                layer.register_buffer(key, buffer)
+        elif module.name in self.spec.stored and not self.gpu.meta:
+            layer.fill(stored_tensors(module.name, fmt, self.weights), self._mover(module))
+        else:
+            layer.store(self._read(module, "weight"), self._mover(module))
+        if "bias" in module.parameters:
+            layer.bias = self._float(module, "bias")
+        return layer
+
+    def _empty_layer(self, module: ModuleSpec) -> QuantizedLinear | QuantizedEmbedding:
+        assignment = self.plan.modules[module.name]
+        fmt = get_format(assignment.format)
+        rows, columns = module.weight_shape
+        if module.kind == "embedding":
+            return quantized_embedding(rows, columns, fmt, DTYPES[self.plan.dtype])
+        kernels = self.gpu.kernels_of(compute_place(assignment.device))
+        return quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
+
+    def _owner(self, module: ModuleSpec) -> torch.nn.Module:
+        """The module whose weight this one shares."""
+        return self.model.get_submodule(module.tied_to)
+
+    def _float(self, module: ModuleSpec, key: str) -> torch.nn.Parameter:
+        """A parameter in the plan's dtype, at its place."""
+        converted = self._read(module, key).to(DTYPES[self.plan.dtype])
+        if not converted.is_meta and not is_finite(converted):
+            raise CheckpointError(f"{module.name}.{key}: a weight is too large for {self.plan.dtype}; plan with bf16")
+        return torch.nn.Parameter(self._mover(module)(converted), requires_grad=False)
+
+    def _read(self, module: ModuleSpec, key: str) -> torch.Tensor:
         name = f"{module.name}.{key}"
-        tensor = checkpoint.read(name)
+        tensor = self.weights.read(name)
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")
         if not tensor.is_meta and not is_finite(tensor):
             raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
         return tensor
 
-    if fmt.kind == "float":
-        for key in module.parameters:
-            if key == "weight" and module.tied_to:
-                value = model.get_submodule(module.tied_to).weight
-            else:
-                converted = read(key).to(dtype)
-                if not converted.is_meta and not is_finite(converted):
-                    raise CheckpointError(
-                        f"{module.name}.{key}: a weight is too large for {plan.dtype}; plan with bf16"
-                    )
-                value = torch.nn.Parameter(move(converted), requires_grad=False)
-            setattr(target, key, value)
-        return
-    rows, columns = module.weight_shape
-    if module.kind == "embedding":
-        layer = quantized_embedding(rows, columns, fmt, dtype)
-    else:
-        kernels = gpu.kernels_of(place)
-        layer = quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
-    if module.tied_to:
-        for key, buffer in model.get_submodule(module.tied_to).named_buffers(recurse=False):
-            layer.register_buffer(key, buffer)
-    else:
-        if module.name in spec.stored and not gpu.meta:
-            layer.fill(stored_tensors(module.name, fmt, checkpoint), move)
-        else:
-            layer.store(read("weight"), move)
-    if "bias" in module.parameters:
-        layer.bias = torch.nn.Parameter(move(read("bias").to(dtype)), requires_grad=False)
-    parent, _, child = module.name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer.eval())
+    def _mover(self, module: ModuleSpec):
+        place = compute_place(self.plan.modules[module.name].device)
+        return lambda tensor: self.gpu.move(tensor, place)
 
 
-def must_be_mapped(module: ModuleSpec, plan: Plan, checkpoint) -> bool:
+def must_be_mapped(module: ModuleSpec, plan: Plan, weights: Weights) -> bool:
     """Whether a module on disk has to be written: not where the checkpoint's own file holds it as it is to be."""
     assignment, dtype = plan.modules[module.name], DTYPES[plan.dtype]
     if assignment.device != "disk" or module.tied_to:
         return False
-    as_it_is = get_format(assignment.format).kind == "float" and isinstance(checkpoint, Checkpoint)
-    return not as_it_is or any(checkpoint.dtype(f"{module.name}.{key}") != dtype for key in module.parameters)
+    as_it_is = get_format(assignment.format).kind == "float" and isinstance(weights, Checkpoint)
+    return not as_it_is or any(weights.dtype(f"{module.name}.{key}") != dtype for key in module.parameters)
 
 
-def place_buffers(model, devices: dict[str, str], gpu: Gpu) -> None:
+def place_buffers(model: torch.nn.Module, devices: dict[str, str], gpu: Gpu) -> None:
     """Rotary frequencies and the like: made by the constructor on the CPU, wanted where their block computes."""
     for path, module in model.named_modules():
         if path in devices and not dict(module.named_parameters(recurse=False)):

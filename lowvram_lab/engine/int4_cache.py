@@ -8,6 +8,7 @@ quantised when it is full; until then its keys stay as they are. Source: Liu et 
 import torch
 
 from lowvram_lab.engine.cache_layers import FixedLayer
+from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.formats import SCALE_DTYPE
 
 GROUP = 32
@@ -32,10 +33,9 @@ class Int4Layer(FixedLayer):
 
     key_scale = None
 
-    def __init__(self, gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype):
-        super().__init__()
-        batch, heads, self.max_tokens, width = shape
-        self.dtype, self.tokens = dtype, 0
+    def __init__(self, gpu: Gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype):
+        super().__init__(shape, dtype)
+        batch, heads, _, width = shape
         blocks = -(-self.max_tokens // GROUP)
         self.keys = gpu.zeros((batch, heads, blocks, GROUP // 2, width), torch.uint8, place)
         self.key_grid = gpu.zeros((batch, heads, blocks, 2, width), SCALE_DTYPE, place)
@@ -46,7 +46,7 @@ class Int4Layer(FixedLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Writes new keys and values behind those there are; returns all of them, dequantised."""
-        start, end = self.tokens, self.end_of(key_states)
+        start, end = self.tokens, self.end_of(key_states, value_states)
         codes, self.value_grid[:, :, start:end] = _quantize(value_states.unflatten(-1, (-1, GROUP)), -1)
         codes = codes.flatten(-2)
         self.values[:, :, start:end] = codes[..., ::2] | codes[..., 1::2] << 4
@@ -88,11 +88,6 @@ class Int4Layer(FixedLayer):
             first = tokens - begun
             self.recent[:, :, :begun] = self._keys()[:, :, first : first + begun]
         self.tokens = tokens
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Selects rows of the batch, in place."""
-        for held in (self.keys, self.key_grid, self.recent, self.values, self.value_grid):
-            held.copy_(held.index_select(0, beam_idx.to(held.device)))
 
 
 def _quantize(states: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:

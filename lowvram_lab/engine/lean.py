@@ -1,29 +1,36 @@
 """A decoder for the Llama family that does as little as possible for a token: one function for all layers.
 
 transformers' forward of a small model spends most of its time between its matrix products: masks, caches, a Python
-call for every operation. Here a layer is one plain function of tensors (``layer.py``). Compiled, everything between two
-matrix products becomes one loop over memory, and one library serves all layers. It works on the very weights of a
-loaded model, whatever their formats (those with a common input laid side by side, ``fuse.py``), and on a
-``PreallocatedCache``, so a token allocates nothing that stays.
+call for every operation. Here a layer is one plain function of tensors (``llama_layer.py``). Compiled, everything
+between two matrix products becomes one loop over memory, and one library serves all layers. It works on the very
+weights of a loaded model, whatever their formats (those with a common input laid side by side, ``fuse.py``), and on a
+``PreallocatedCache``. All that a token needs is taken at the start, so a token allocates nothing that stays.
 
 Derived in: notebooks/06_the_engine.ipynb
 """
 
+from __future__ import annotations
+
 import logging
-import weakref
+from collections import Counter
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
-from lowvram_lab.engine.caches import PreallocatedCache
 from lowvram_lab.engine.compiled import LEAST_ROOM, compiled_head, compiled_layer, compiler
-from lowvram_lab.engine.decode import ModuleDecoder, prefill
+from lowvram_lab.engine.decode import Decoder, ModuleDecoder, prefill
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.graph import GraphedStep
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear
-from lowvram_lab.engine.llama_layer import LayerShape, layer
+from lowvram_lab.engine.llama_layer import LayerShape, Product, layer
+from lowvram_lab.engine.loaded import loaded
+from lowvram_lab.engine.workspace import token_bytes
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.machine import cpu_threads
+from lowvram_lab.model.plan import compute_place
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of configs whose layers are: norm, attention with rotary positions (q and k perhaps normed), norm,
@@ -35,58 +42,65 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_p
 """Of a layer; those in one bracket have a common input."""
 
 
-def why_not(model, max_tokens: int | None = None) -> str:
+def why_not(model: nn.Module, max_tokens: int | None = None) -> str:
     """Why a loaded model cannot be decoded here (up to so many tokens), in words, or nothing if it can."""
-    kind, window = model.config.model_type, getattr(model.config, "sliding_window", None)
+    state, config = loaded(model), model.config
+    kind, window = config.model_type, getattr(config, "sliding_window", None)
     if kind not in FAMILIES:
         return f"{kind} is none of {', '.join(FAMILIES)}"
-    if model.config.hidden_act != "silu":
-        return f"its activation is {model.config.hidden_act}, not silu"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act}, not silu"
     if "dynamic" in model.model.rotary_emb.rope_type or model.model.rotary_emb.rope_type == "longrope":
         return f"its rotary positions ({model.model.rotary_emb.rope_type}) depend on the length"
-    places = {*model.plan.layer_places(model.spec), model.plan.modules[model.spec.head].device}
+    places = {*state.plan.layer_places(state.spec), state.plan.modules[state.spec.head].device}
     if _on_card(model) and places != {"gpu"}:
         return "its layers are on both sides of a CUDA card"
-    slides = kind == "mistral" or "sliding_attention" in (getattr(model.config, "layer_types", None) or ())
-    if window and slides and (max_tokens or model.plan.context) > window:
+    slides = kind == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if window and slides and (max_tokens or state.plan.context) > window:
         return f"its attention slides over {window} tokens"
-    if model.plan.kv_format == "int4":
+    if state.plan.kv_format == "int4":
         return "its KV cache is in int4, which the modules read"
-    if model.plan.stream_from is not None:
+    if state.plan.stream_from is not None:
         return "its plan lets weights travel for long prompts"
     for block in model.model.layers:
         for name in (name for group in _PROJECTIONS for name in group):
-            if _kernel(_projection(block, name)) is None:
+            if product_of(_projection(block, name)) is None:
                 return f"{name} is in {_projection(block, name).format.name}, which has no kernel"
     return ""
 
 
-def _on_card(model) -> bool:
-    return model.gpu.kernels == "cuda" and "gpu" in model.plan.layer_places(model.spec)
-
-
-def decoder_for(model, compiled: bool | None = None, progress: bool = True) -> "LeanDecoder | ModuleDecoder":
+def decoder_for(
+    model: nn.Module,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    *,
+    compiled: bool | None = None,
+    progress: bool = True,
+) -> Decoder:
     """The fastest decoder there is for a loaded model: lean, or by its modules; ``name`` says which, and why.
 
     Args:
-        model: From ``load``.
+        model: From ``load``, real or a dry run.
+        max_tokens: Tokens of prompt and answer; by default the plan's context.
+        batch_size: Sequences, all of one length.
         compiled: See ``LeanDecoder``.
         progress: See ``LeanDecoder``.
+
+    Raises:
+        LowvramError: The model is not from ``load``.
+        torch.OutOfMemoryError: No room for the KV cache and a token's workspace.
     """
-    reason = why_not(model)
-    if not reason:
-        try:
-            return LeanDecoder(model, compiled=compiled, progress=progress)
-        except torch.OutOfMemoryError:  # a cache that grows may do for a short chat
-            reason = f"no room for a KV cache of {model.plan.context} tokens at once"
-    return ModuleDecoder(model, reason)  # here: what the error held is free by now
+    reason = why_not(model, max_tokens)
+    if reason:
+        return ModuleDecoder(model, max_tokens, batch_size, reason)
+    return LeanDecoder(model, max_tokens, batch_size, compiled=compiled, progress=progress)
 
 
 class LeanDecoder:
     """Decodes token by token on the weights of a loaded model.
 
-    The stand-in does not meter what it does for a token (a layer's temporaries; uncompiled, its keys and values in
-    float32), only what it keeps.
+    Takes from the start, within the GPU's budget: the KV cache, rotary tables, logits, and a workspace of the bytes
+    that one token's temporaries take (``workspace.py``; on CUDA the graphs' own pool). A dry run takes the same.
 
     Args:
         model: From ``load``.
@@ -97,133 +111,74 @@ class LeanDecoder:
         progress: Show that it compiles.
 
     Attributes:
+        model: The model.
         cache: The ``PreallocatedCache`` that prompt and answer are in.
         compiled: Whether it is compiled.
         released: Whether the model was planned anew since; then it decodes no more.
+        why: Nothing: there is no faster decoder.
+        workspace_bytes: What a token's temporaries take on the GPU.
 
     Raises:
         LowvramError: The architecture or a format is none of those it knows (``why_not`` says so beforehand); or it was
             to be compiled and there is no compiler.
-        torch.OutOfMemoryError: No room for the cache.
+        torch.OutOfMemoryError: No room for what it takes.
     """
+
+    why = ""
 
     def __init__(
         self,
-        model,
+        model: nn.Module,
         max_tokens: int | None = None,
         batch_size: int = 1,
+        *,
         compiled: bool | None = None,
         progress: bool = True,
     ):
+        state = loaded(model)
         if reason := why_not(model, max_tokens):
-            raise LowvramError(f"{model.spec.name} cannot be decoded by LeanDecoder: {reason}; use the model itself")
+            raise LowvramError(f"{state.spec.name} cannot be decoded by LeanDecoder: {reason}; use the model itself")
         if compiled and not compiler():
             raise LowvramError(
                 "expected a C++ compiler (CXX or g++), found none, or LOWVRAM_COMPILE=0; leave compiled=True out"
             )
-        self.model, self.gpu, self.released = model, model.gpu, False
-        model.decoders = getattr(model, "decoders", None) or weakref.WeakSet()
-        model.decoders.add(self)
+        self.model, self.released = model, False
+        self._gpu, self._plan, self._spec = state.gpu, state.plan, state.spec
+        self._places = self._plan.layer_places(self._spec)
+        self._head_place = compute_place(self._plan.modules[self._spec.head].device)
+        self._crossed_bytes = self._crossings(batch_size)
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
-        room = self.cache.layers[0].max_tokens
-        self._positions = torch.arange(room)
-        self._cos, self._sin = self._rotary()
-        bound = [self._bind(*both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
-        self._graphed, self.compiled = None, False
-        if _on_card(model):
-            tables = self._cos, self._sin
-            by_modules = partial(_modules_head, model)
-            self._graphed = GraphedStep(bound, by_modules, *tables, batch_size, model.config.hidden_size)
-            return
-        self.compiled = compiler() is not None and room >= LEAST_ROOM if compiled is None else compiled
-        if self.compiled:
-            self.compiled = self._compile(bound, batch_size, progress, must=bool(compiled))
-        if not self.compiled:
-            self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
-            self._head = partial(_modules_head, model)
+        self._positions = torch.arange(self.cache.max_tokens)
+        try:
+            with self._gpu.active(), torch.no_grad():
+                self._tables = self._rotary()
+                bound = [self._bind(*both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
+                self._graphed = self._graph(bound, batch_size) if _on_card(model) else None
+                self.compiled = self._graphed is None and self._may_compile(compiled)
+                self.workspace_bytes = self._workspace(bound, batch_size)
+                self._reserve(batch_size)
+        except torch.OutOfMemoryError as error:
+            self._gpu.note_oom(error, state)
+            raise
+        state.decoders.add(self)
+        self._layers, self._head = [], None
+        if self._graphed is None and not self._gpu.meta:
+            if self.compiled and not self._compile(bound, batch_size, progress, must=bool(compiled)):
+                self.compiled = False
+                with self._gpu.active():
+                    self.workspace_bytes = self._workspace(bound, batch_size)
+                    self._reserve(batch_size)
+            if not self.compiled:
+                self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
+                self._head = partial(_modules_head, model)
 
     def release(self) -> None:
-        """Lets go of the weights, which are about to be others; ``replan`` calls this."""
+        """See ``Decoder``."""
         self._layers, self._head, self._graphed, self.released = [], None, None, True
-
-    def _rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of every position, ``(room, head_dim)`` float32, where the layers compute."""
-        rotary = self.model.model.rotary_emb
-        device = rotary.inv_freq.device
-        cos, sin = rotary(torch.zeros(1, device=device), self._positions[None].to(device))
-        half = sin.shape[-1] // 2
-        # a half turn swaps the halves of a head; the sign of the first goes into the table
-        tables = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
-        return tuple(table.to(self.cache.layers[0].keys.device) for table in tables)
-
-    def _compile(self, bound: list, batch_size: int, progress: bool, must: bool) -> bool:
-        hidden, threads = torch.zeros(batch_size, self.model.config.hidden_size), self.model.plan.threads
-        first = [hidden, self._cos[0], self._sin[0], self._positions[:2]]
-        try:
-            with self.gpu.unmetered(), cpu_threads(threads):
-                self._layers = [(compiled_layer(shape, first + tensors, progress), tensors) for shape, tensors in bound]
-                self._head = self._compiled_head(hidden, progress)
-        except Exception as error:  # the exporter's, the compiler's, a folder that cannot be written
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            if must:
-                raise LowvramError(f"the layer could not be compiled: {reason[0]}; leave compiled=True out") from error
-            logger.warning("decoding without compiled layers, which is slower: %s", reason[0])
-            return False
-        return True
-
-    def _compiled_head(self, hidden: torch.Tensor, progress: bool):
-        last, norm = self.model.lm_head, self.model.model.norm
-        kernel = _kernel(last)
-        if kernel is None or kernel[0] == "module":
-            return partial(_modules_head, self.model)
-        tensors = [norm.weight.detach(), *_tensors(last, self.model.dtype)]
-        if any(tensor.device.type != "cpu" for tensor in tensors):  # the layers are in RAM, the head is on a card
-            return partial(_modules_head, self.model)
-        run = compiled_head(kernel, norm.variance_epsilon, [hidden, *tensors], progress)
-        return lambda hidden: run([hidden, *tensors])[0]
-
-    def _bind(self, block, held) -> tuple[LayerShape, list[torch.Tensor]]:
-        """A layer's shape, and its tensors as ``layer`` wants them."""
-        attention, config, kernels, weights = block.self_attn, self.model.config, [], []
-        for group in _PROJECTIONS:
-            projections = [_projection(block, name) for name in group]
-            common = self._fused(projections, f"model.layers.{attention.layer_idx}.self_attn.q_proj")
-            of_each = projections[:1] if common else projections
-            kernels.append(tuple(map(_kernel, of_each)))
-            weights += [tensor for p in of_each for tensor in _tensors(p, self.model.dtype, common)]
-        normed = hasattr(attention, "q_norm")
-        shape = LayerShape(
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=self.model.spec.head_dim,
-            scaling=attention.scaling,
-            eps=config.rms_norm_eps,
-            products=tuple(kernels),
-            normed_heads=normed,
-            int8_cache=held.key_scale is not None,
-            dtype=self.model.dtype,
-        )
-        norms = [block.input_layernorm.weight, block.post_attention_layernorm.weight]
-        norms += [attention.q_norm.weight, attention.k_norm.weight] if normed else []
-        cached = [held.keys, held.values] + ([held.key_scale, held.value_scale] if shape.int8_cache else [])
-        return shape, [*(norm.detach() for norm in norms), *weights, *cached]
-
-    def _fused(self, projections: list, name: str) -> dict | None:
-        """Lays weights side by side where they are in RAM.
-
-        Within a card's budget they stay as they were loaded: moving them would leave holes that no forecast has seen.
-        So do those mapped from disk.
-        """
-        device = self.model.plan.modules[name].device
-        in_ram = device == "cpu" or (device == "gpu" and self.gpu.simulated and self.gpu.budget is None)
-        if not in_ram:
-            return None
-        with self.gpu.active(), self.gpu.meter.scope(owner="fused weights", category="weights"):
-            return fuse(projections)
 
     @property
     def name(self) -> str:
-        """In words."""
+        """See ``Decoder``."""
         how = ", compiled" if self.compiled else ", as CUDA graphs" if self._graphed and self._graphed.capture else ""
         return f"the lean decoder{how}"
 
@@ -245,6 +200,7 @@ class LeanDecoder:
         Raises:
             BudgetError: The cache has no room for them.
         """
+        self._check_released()
         return prefill(self.model, ids, self.cache)
 
     @torch.inference_mode()
@@ -255,37 +211,202 @@ class LeanDecoder:
             token: ``(batch, 1)`` int64.
 
         Returns:
-            Logits, ``(batch, vocab)`` in the plan's dtype. On CUDA the next call writes over them.
+            Logits, ``(batch, vocab)`` in the plan's dtype. The next call writes over them.
 
         Raises:
             LowvramError: There is no prompt yet, the token is of another shape, or the model was planned anew.
             BudgetError: The cache is full.
         """
-        position, sequences = self.tokens, self.cache.layers[0].keys.shape[0]
-        if self.released:
-            raise LowvramError("the model was planned anew meanwhile; make a new decoder")
+        self._check_released()
+        position, sequences = self.tokens, self._logits.shape[0]
         if tuple(token.shape) != (sequences, 1):
             raise LowvramError(f"expected one token of each sequence, ({sequences}, 1), found {tuple(token.shape)}")
         if position == 0:
             raise LowvramError("expected a prompt in the cache, found none: call prefill first")
-        if position >= self.cache.layers[0].max_tokens:
+        if position >= self.cache.max_tokens:
             raise BudgetError(f"the KV cache of {position} tokens is full; plan a longer context")
-        with self.gpu.lock, cpu_threads(self.model.plan.threads), self.gpu.unmetered():
-            hidden = self.model.model.embed_tokens(token)[:, 0].float()
-            if self._graphed:
-                return self._counted(self._graphed(hidden, position), position)
-            here = [self._cos[position], self._sin[position], self._positions[: position + 1]]
-            for run, tensors in self._layers:
-                hidden = run([hidden, *here, *tensors])[0]
-            return self._counted(self._head(hidden), position)
-
-    def _counted(self, logits: torch.Tensor, position: int) -> torch.Tensor:
+        if not self._gpu.meta:
+            with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
+                self._logits.copy_(self._run(token, position))
+        if self._gpu.simulated:
+            self._gpu.transfers.update(self._crossed_bytes)
         for held in self.cache.layers:
             held.tokens = position + 1
-        return logits.to(self.model.dtype)
+        return self._logits
+
+    def _run(self, token: torch.Tensor, position: int) -> torch.Tensor:
+        hidden = self.model.model.embed_tokens(token)[:, 0].float()
+        if self._graphed:
+            return self._graphed(hidden, position)
+        seen = self._positions[: position + 1]
+        for (run, tensors), place in zip(self._layers, self._places, strict=True):
+            cos, sin = self._tables[place]
+            hidden = run([hidden, cos[position], sin[position], seen, *tensors])[0]
+        return self._head(hidden)
+
+    def _check_released(self) -> None:
+        if self.released:
+            raise LowvramError("the model was planned anew meanwhile; make a new decoder")
+
+    def _crossings(self, batch_size: int) -> Counter:
+        """Bytes of hidden states that one token takes from place to place; the stand-in only counts them."""
+        embedding = compute_place(self._plan.modules[self._spec.embedding].device)
+        order = [embedding, *self._places, self._head_place]
+        crossed = Counter()
+        for here, there in zip(order, order[1:], strict=False):
+            if here != there:
+                crossed[here, there] += batch_size * self._spec.hidden_size * torch.float32.itemsize
+        return crossed
+
+    def _rotary(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines of every position, ``(room, head_dim)`` float32, at each place where layers compute."""
+        rotary, home, gpu = self.model.model.rotary_emb, self._places[0], self._gpu
+        with gpu.meter.scope(owner="rotary tables", place=home):
+            device = rotary.inv_freq.device
+            positions = torch.arange(self.cache.max_tokens, device=device)
+            cos, sin = rotary(torch.zeros(1, device=device), positions[None])
+            half = sin.shape[-1] // 2
+            # a half turn swaps the halves of a head; the sign of the first goes into the table
+            cos, sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
+            return {place: (gpu.move(cos, place), gpu.move(sin, place)) for place in set(self._places)}
+
+    def _bind(self, block: nn.Module, held) -> tuple[LayerShape, list]:
+        """A layer's shape, and its tensors as ``layer`` wants them."""
+        attention, config = block.self_attn, self.model.config
+        products, weights = [], []
+        for group in _PROJECTIONS:
+            projections = [_projection(block, name) for name in group]
+            common = self._fused(projections, f"model.layers.{attention.layer_idx}.self_attn.q_proj")
+            of_each = projections[:1] if common else projections
+            products.append(tuple(product_of(projection) for projection in of_each))
+            for projection in of_each:
+                weights += _tensors(projection, self.model.dtype, common)
+        normed = hasattr(attention, "q_norm")
+        shape = LayerShape(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=self._spec.head_dim,
+            scaling=attention.scaling,
+            eps=config.rms_norm_eps,
+            products=tuple(products),
+            normed_heads=normed,
+            int8_cache=held.key_scale is not None,
+            dtype=self.model.dtype,
+        )
+        norms = [block.input_layernorm.weight, block.post_attention_layernorm.weight]
+        if normed:
+            norms += [attention.q_norm.weight, attention.k_norm.weight]
+        cached = [held.keys, held.values]
+        if shape.int8_cache:
+            cached += [held.key_scale, held.value_scale]
+        return shape, [*(norm.detach() for norm in norms), *weights, *cached]
+
+    def _fused(self, projections: list[nn.Module], name: str) -> dict | None:
+        """Lays weights side by side where they are in RAM.
+
+        Within a card's budget they stay as they were loaded: moving them would leave holes that no forecast has seen.
+        So do those mapped from disk.
+        """
+        device, gpu = self._plan.modules[name].device, self._gpu
+        in_ram = device == "cpu" or (device == "gpu" and gpu.kernels == "cpu" and gpu.budget is None)
+        if not in_ram:
+            return None
+        with gpu.meter.scope(owner="fused weights", category="weights"):
+            return fuse(projections)
+
+    def _graph(self, bound: list, batch_size: int) -> GraphedStep:
+        by_modules = partial(_modules_head, self.model)
+        hidden_size = self.model.config.hidden_size
+        capture = not self._gpu.meta
+        with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
+            return GraphedStep(bound, by_modules, *self._tables["gpu"], batch_size, hidden_size, capture)
+
+    def _may_compile(self, wanted: bool | None) -> bool:
+        if self.cache.max_tokens < LEAST_ROOM and not wanted:
+            return False
+        return compiler() is not None if wanted is None else wanted
+
+    def _workspace(self, bound: list, batch_size: int) -> int:
+        """Bytes of one token's temporaries on the GPU, all of the cache in use; CUDA's graphs take their own."""
+        if not self._gpu.simulated:
+            return 0
+        hidden = torch.empty(batch_size, self._spec.hidden_size, device="meta")
+        kinds = {}
+        for (shape, tensors), place in zip(bound, self._places, strict=True):
+            if place == "gpu":
+                kinds[shape] = tensors
+        with self._gpu.unmetered():  # it only looks
+            found = [self._layer_bytes(shape, tensors, hidden) for shape, tensors in kinds.items()]
+        if self._head_place == "gpu":
+            found.append(self._head_bytes(hidden))
+        return max(found, default=0)
+
+    def _layer_bytes(self, shape: LayerShape, tensors: list, hidden: torch.Tensor) -> int:
+        places = self._positions.to("meta")
+        row = torch.empty(shape.head_dim, device="meta")
+        if self._graphed is not None:
+            mask = torch.empty(len(places), device="meta")
+
+            def run(arguments: list, loops: list | None) -> torch.Tensor:
+                hidden, cos, sin, mask, at, *tensors = arguments
+                return layer(shape, hidden, cos, sin, tensors, len(places), at, mask)
+
+            return token_bytes(run, [hidden, row, row, mask, places[:1], *tensors], compiled=False)
+
+        def run(arguments: list, loops: list | None) -> torch.Tensor:
+            hidden, cos, sin, *tensors = arguments
+            return layer(shape, hidden, cos, sin, tensors, len(places), loops=loops)
+
+        return token_bytes(run, [hidden, row, row, *tensors], compiled=self.compiled)
+
+    def _head_bytes(self, hidden: torch.Tensor) -> int:
+        """Of the last norm and the logits in float32, however the head multiplies."""
+        rows = hidden.shape[0]
+        return 4 * rows * (2 * self._spec.hidden_size + self._spec.vocab_size)
+
+    def _reserve(self, batch_size: int) -> None:
+        gpu, meter = self._gpu, self._gpu.meter
+        with meter.scope(owner="logits"):
+            self._logits = gpu.zeros((batch_size, self._spec.vocab_size), self.model.dtype, self._head_place)
+        self._reserved = None
+        if self.workspace_bytes:
+            with meter.scope(owner="workspace of a token"):
+                self._reserved = gpu.buffer(self.workspace_bytes)
+
+    def _compile(self, bound: list, batch_size: int, progress: bool, must: bool) -> bool:
+        hidden, threads = torch.zeros(batch_size, self.model.config.hidden_size), self._plan.threads
+        cos, sin = self._tables[self._places[0]]
+        first = [hidden, cos[0], sin[0], self._positions[:2]]
+        try:
+            with self._gpu.unmetered(), cpu_threads(threads):
+                self._layers = [(compiled_layer(shape, first + tensors, progress), tensors) for shape, tensors in bound]
+                self._head = self._compiled_head(hidden, progress)
+        except Exception as error:  # the exporter's, the compiler's, a folder that cannot be written
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            if must:
+                raise LowvramError(f"the layer could not be compiled: {reason[0]}; leave compiled=True out") from error
+            logger.warning("decoding without compiled layers, which is slower: %s", reason[0])
+            return False
+        return True
+
+    def _compiled_head(self, hidden: torch.Tensor, progress: bool) -> Callable:
+        last, norm = self.model.lm_head, self.model.model.norm
+        product = product_of(last)
+        if product is None or product.kernel == "module":
+            return partial(_modules_head, self.model)
+        tensors = [norm.weight.detach(), *_tensors(last, self.model.dtype)]
+        if any(tensor.device.type != "cpu" for tensor in tensors):  # the layers are in RAM, the head is on a card
+            return partial(_modules_head, self.model)
+        run = compiled_head(product, norm.variance_epsilon, [hidden, *tensors], progress)
+        return lambda hidden: run([hidden, *tensors])[0]
 
 
-def _modules_head(model, hidden: torch.Tensor) -> torch.Tensor:
+def _on_card(model: nn.Module) -> bool:
+    state = loaded(model)
+    return state.gpu.kernels == "cuda" and "gpu" in state.plan.layer_places(state.spec)
+
+
+def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return model.lm_head(model.model.norm(hidden).to(model.dtype))
 
 
@@ -295,36 +416,36 @@ def _run_layer(shape: LayerShape, arguments: list) -> list:
     return [layer(shape, hidden, cos, sin, tensors, positions.shape[0])]
 
 
-def _projection(block, name: str):
+def _projection(block: nn.Module, name: str) -> nn.Module:
     return getattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name)
 
 
-def _kernel(projection) -> tuple[str, int, bool] | None:
+def product_of(projection: nn.Module) -> Product | None:
     """How a linear layer is multiplied in ``layer``, or ``None`` where that is not known."""
-    with_bias = projection.bias is not None
+    bias = projection.bias is not None
     if not isinstance(projection, QuantizedLinear):
-        return "float", 0, with_bias
+        return Product("float", bias=bias)
     if isinstance(projection, Int4Linear) and projection.layout == projection.kernels:
-        return "int4" if projection.layout == "cpu" else "int4 on CUDA", projection.format.group_size, with_bias
+        kernel = "int4" if projection.layout == "cpu" else "int4 on CUDA"
+        return Product(kernel, projection.format.group_size, bias)
     if projection.kernels == "cuda":
-        return "module", 0, with_bias
+        return Product("module", bias=bias)
     whole = isinstance(projection, Int8Linear) and projection.in_features % INT8_COLUMNS == 0
-    return ("int8", 0, with_bias) if whole else None
+    return Product("int8", bias=bias) if whole else None
 
 
-def _tensors(projection, dtype: torch.dtype, common: dict | None = None) -> list:
-    """The weight as ``layer`` wants it: its own, or the common one it is part of."""
-    if _kernel(projection)[0] == "module":
-        return [
-            partial(_multiplied, projection, dtype),
-            *([] if projection.bias is None else [projection.bias.detach()]),
-        ]
+def _tensors(projection: nn.Module, dtype: torch.dtype, common: dict | None = None) -> list:
+    """The weight as ``layer`` wants it: its own, or the common one it is part of; then the bias."""
+    if product_of(projection).kernel == "module":
+        bias = [] if projection.bias is None else [projection.bias.detach()]
+        return [partial(_multiplied, projection, dtype), *bias]
     names = {Int4Linear: ("packed", "scale_and_zero", "bias"), Int8Linear: ("weight", "scale", "bias")}
-    found = [
-        common[name] if common else getattr(projection, name)
-        for name in names.get(type(projection), ("weight", "bias"))
-    ]
-    return [tensor.detach() for tensor in found if tensor is not None]
+    found = []
+    for name in names.get(type(projection), ("weight", "bias")):
+        tensor = common[name] if common else getattr(projection, name)
+        if tensor is not None:
+            found.append(tensor.detach())
+    return found
 
 
 def _multiplied(projection: QuantizedLinear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,26 @@ LONGEST_LOOP = 4096
 times the rate of torch's kernels (20 and 25 GB/s, one thread). Beyond this many inputs the compiler sums in another
 way, slower than they are."""
 
-_STORED = {"int4": 2, "int8": 2, "float": 1, "int4 on CUDA": 2, "module": 1}
-"""Kernel → tensors of a weight: codes and scales, or the weight; of a module, a function that multiplies by it."""
+
+@dataclass(frozen=True)
+class Product:
+    """How a weight is multiplied.
+
+    Attributes:
+        kernel: ``"int4"`` or ``"int8"`` by torch's kernels, ``"int4 on CUDA"``, ``"float"``, or ``"module"`` for a
+            layer that multiplies by itself.
+        group_size: Codes that share a scale, of int4.
+        bias: Whether a bias is added.
+    """
+
+    kernel: str
+    group_size: int = 0
+    bias: bool = False
+
+    @property
+    def tensors(self) -> int:
+        """How many it takes of a layer's list: codes and scales, or the weight, or a function; and the bias."""
+        return (2 if self.kernel in ("int4", "int8", "int4 on CUDA") else 1) + self.bias
 
 
 @dataclass(frozen=True)
@@ -32,8 +50,7 @@ class LayerShape:
         head_dim: Features of a head.
         scaling: Of attention scores.
         eps: Of the norms.
-        products: For q/k/v, o, gate/up and down, how each weight is multiplied: ``(kernel, group_size, with bias)``,
-            one for all where they lie side by side.
+        products: For q/k/v, o, gate/up and down, how each weight is multiplied; one where they lie side by side.
         normed_heads: Whether queries and keys are normed, head by head.
         int8_cache: Whether keys and values are int8 codes with scales.
         dtype: The model's.
@@ -44,7 +61,7 @@ class LayerShape:
     head_dim: int
     scaling: float
     eps: float
-    products: tuple[tuple[tuple[str, int, bool], ...], ...]
+    products: tuple[tuple[Product, ...], ...]
     normed_heads: bool
     int8_cache: bool
     dtype: torch.dtype
@@ -93,30 +110,27 @@ def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, ma
     return hidden + _multiply(F.silu(gate) * up, shape.products[3], weights[3], loops)
 
 
-def head(kernel: tuple[str, int, bool], eps: float, hidden, tensors, loops: list | None = None):
+def head(product: Product, eps: float, hidden, tensors, loops: list | None = None):
     """The last norm and the product with the head.
 
     Args:
-        kernel: Of the head, see ``LayerShape.products``.
+        product: Of the head's weight.
         eps: Of the norm.
         hidden: ``(batch, hidden)`` float32.
-        tensors: Weight of the norm, and what the kernel wants.
+        tensors: Weight of the norm, and what the product wants.
         loops: See ``layer``.
 
     Returns:
         Logits ``(batch, vocab)`` float32.
     """
-    return _multiply(_rms_norm(hidden, tensors[0], eps), (kernel,), (tensors[1:],), loops)
+    return _multiply(_rms_norm(hidden, tensors[0], eps), (product,), (tensors[1:],), loops)
 
 
 def _sorted(shape: LayerShape, tensors):
     """The flat list of a layer's tensors as norms, weights by product, and cache."""
     rest = iter(tensors)
     norms = [next(rest) for _ in range(4 if shape.normed_heads else 2)]
-    weights = [
-        [[next(rest) for _ in range(_STORED[kernel] + with_bias)] for kernel, _, with_bias in kernels]
-        for kernels in shape.products
-    ]
+    weights = [[[next(rest) for _ in range(product.tensors)] for product in group] for group in shape.products]
     return norms, weights, list(rest)
 
 
@@ -170,25 +184,26 @@ def _rms_norm(x, weight, eps: float):
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def _multiply(x, kernels: tuple[tuple[str, int, bool], ...], weights, loops: list | None):
+def _multiply(x, products: tuple[Product, ...], weights, loops: list | None):
     """``(rows, in)`` float32 → ``(rows, out)`` float32: the products with each weight, side by side."""
-    products = [_product(x, *kernel, tensors, loops) for kernel, tensors in zip(kernels, weights, strict=True)]
-    return products[0] if len(products) == 1 else torch.cat(products, -1)
+    found = [_product(x, product, tensors, loops) for product, tensors in zip(products, weights, strict=True)]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
-def _product(x, kernel: str, group_size: int, with_bias: bool, tensors, loops: list | None):
+def _product(x, product: Product, tensors, loops: list | None):
+    kernel, group_size = product.kernel, product.group_size
     if loops is not None and kernel in ("int8", "float") and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
         loops.append(x)
-        product = (tensors[0].float() * x).sum(-1)[None]
-        product = product * tensors[1].float() if kernel == "int8" else product
+        found = (tensors[0].float() * x).sum(-1)[None]
+        found = found * tensors[1].float() if kernel == "int8" else found
     elif kernel == "int4":
-        product = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), tensors[0], group_size, tensors[1])
+        found = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), tensors[0], group_size, tensors[1])
     elif kernel == "int4 on CUDA":
-        product = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tensors[0], group_size, tensors[1])
+        found = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tensors[0], group_size, tensors[1])
     elif kernel == "module":
-        product = tensors[0](x)
+        found = tensors[0](x)
     elif kernel == "int8":
-        product = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), tensors[0], tensors[1])
+        found = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), tensors[0], tensors[1])
     else:
-        product = F.linear(x.to(tensors[0].dtype), tensors[0])
-    return product.float() + tensors[-1].float() if with_bias else product.float()
+        found = F.linear(x.to(tensors[0].dtype), tensors[0])
+    return found.float() + tensors[-1].float() if product.bias else found.float()

@@ -6,16 +6,18 @@ run of a forecast goes through the very same code with tensors on meta.
 
 import logging
 import os
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from lowvram_lab.engine.disk import WeightsOnDisk
-from lowvram_lab.engine.fill import fill_module, must_be_mapped, place_buffers
+from lowvram_lab.engine.fill import Filler, must_be_mapped, place_buffers
 from lowvram_lab.engine.fuse import separate
 from lowvram_lab.engine.layers import import_kernels
-from lowvram_lab.engine.placement import attach, block_devices, detach
+from lowvram_lab.engine.loaded import Loaded, Weights, loaded
+from lowvram_lab.engine.placement import Placement, block_devices
 from lowvram_lab.engine.room import check_room_in_ram, check_room_on_disk
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.machine import cpu_threads
@@ -36,11 +38,11 @@ def load(
     plan: Plan,
     gpu: Gpu | None = None,
     *,
-    checkpoint=None,
+    checkpoint: Weights | None = None,
     spec: ModelSpec | None = None,
     progress: bool = True,
     timeline: bool = False,
-):
+) -> PreTrainedModel:
     """Loads the plan's model onto a GPU, real or simulated, within its budget.
 
     Args:
@@ -53,7 +55,7 @@ def load(
 
     Returns:
         A ``PreTrainedModel`` in eval mode: ``generate``, streamers and chat templates work. ``model.hf_device_map``
-        tells the placement, ``model.plan`` the plan, ``model.gpu`` the GPU.
+        tells the placement, ``model.lowvram.plan`` the plan, ``model.lowvram.gpu`` the GPU.
 
     Raises:
         PlanError: The plan does not fit the model, or has more threads than the machine.
@@ -75,21 +77,23 @@ def load(
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
     import_kernels({assignment.format for assignment in plan.modules.values()})
-    gpu.plan, gpu.spec, gpu.meter.first_oom = plan, spec, None
+    gpu.meter.first_oom = None
     recording = Timeline() if timeline else None
     if timeline:
         gpu.meter.timeline = recording
-    filling = cpu_threads(plan.threads), gpu.phase("load"), gpu.meter.scope(category="weights")
-    with torch.no_grad(), _noted(gpu), filling[0], filling[1] as load_phase, filling[2]:
-        devices = _fill_all(model, spec.modules, plan, spec, checkpoint, gpu, progress)
-    _finish(model, plan, spec, devices, gpu)
+    with (
+        cpu_threads(plan.threads),
+        gpu.phase("load") as load_phase,
+        gpu.meter.scope(category="weights"),
+        torch.no_grad(),
+    ):
+        model.lowvram = Loaded(plan, spec, gpu, checkpoint, load_phase, recording)
+        _fill(model, spec.modules, plan, progress)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
-    model.gpu, model.spec, model.load_phase, model.timeline = gpu, spec, load_phase, recording
-    model.checkpoint = checkpoint
     return model.eval()
 
 
-def replan(model, plan: Plan, *, progress: bool = True) -> None:
+def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None:
     """Makes a loaded model realise another plan: only modules whose format or device changes are loaded again.
 
     KV caches made before are of the old plan; begin new ones.
@@ -105,48 +109,61 @@ def replan(model, plan: Plan, *, progress: bool = True) -> None:
         torch.OutOfMemoryError: No room on the GPU for what is to come. After this, as after any error or interrupt,
             the model is as it was before.
     """
-    spec, old = model.spec, model.plan
+    state = loaded(model)
+    spec, old = state.spec, state.plan
     plan.validate(spec)
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
     changed = [m for m in spec.modules if plan.modules[m.name] != old.modules[m.name]]
-    _check_machine(plan, changed, spec, model.checkpoint, model.gpu, old)
-    detach(model)
+    _check_machine(plan, changed, spec, state.weights, state.gpu, old)
     try:
         _realise(model, changed, plan, progress)
     except BaseException:  # Ctrl-C too
-        detach(model)
         _realise(model, changed, old, progress)
         raise
 
 
-def _realise(model, changed: list[ModuleSpec], plan: Plan, progress: bool) -> None:
-    spec, gpu = model.spec, model.gpu
+def _realise(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan, progress: bool) -> None:
+    state = loaded(model)
+    if state.placement is not None:
+        state.placement.remove()
     import_kernels({assignment.format for assignment in plan.modules.values()})
-    gpu.meter.first_oom = None  # of the plan before
-    with torch.no_grad(), _noted(gpu), cpu_threads(plan.threads), gpu.active(), gpu.meter.scope(category="weights"):
+    state.gpu.meter.first_oom = None  # of the plan before
+    with (
+        cpu_threads(plan.threads),
+        state.gpu.active(),
+        state.gpu.meter.scope(category="weights"),
+        torch.no_grad(),
+    ):
         _put_back(model, [m.name for m in changed])
         # the owner of a shared weight before who shares it; what leaves the GPU makes room for what comes
         ordered = sorted(changed, key=lambda m: (m.tied_to is not None, plan.modules[m.name].device == "gpu"))
-        devices = _fill_all(model, ordered, plan, spec, model.checkpoint, gpu, progress)
-    _finish(model, plan, spec, devices, gpu)
+        _fill(model, ordered, plan, progress)
 
 
-def _check_machine(plan: Plan, modules, spec: ModelSpec, checkpoint, gpu: Gpu, loaded: Plan | None = None) -> None:
+def _check_machine(
+    plan: Plan,
+    modules: Sequence[ModuleSpec],
+    spec: ModelSpec,
+    weights: Weights,
+    gpu: Gpu,
+    before: Plan | None = None,
+) -> None:
     """Refuses, before any of these modules is loaded, what this machine has not got (any more)."""
-    if plan.threads and plan.threads > (cores := os.cpu_count() or 1):
+    cores = os.cpu_count() or 1
+    if plan.threads and plan.threads > cores:
         raise PlanError(f"expected 1 to {cores} threads on this machine, found a plan with {plan.threads}")
-    check_room_in_ram(plan, spec, gpu, modules, loaded)
-    check_room_on_disk(sum(plan.module_bytes(m) for m in modules if must_be_mapped(m, plan, checkpoint)))
-    on_gpu = plan.weight_bytes(spec, "gpu") - (loaded.weight_bytes(spec, "gpu") if loaded else 0)
-    gpu.check_room(on_gpu)
+    check_room_in_ram(plan, spec, gpu, modules, before)
+    check_room_on_disk(sum(plan.module_bytes(m) for m in modules if must_be_mapped(m, plan, weights)))
+    freed = before.weight_bytes(spec, "gpu") if before else 0
+    gpu.check_room(plan.weight_bytes(spec, "gpu") - freed)
 
 
-def _put_back(model, names: list[str]) -> None:
+def _put_back(model: PreTrainedModel, names: list[str]) -> None:
     """Puts the class's own modules, empty, where others with weights are: their memory is free for what comes."""
     if not names:
         return
-    for decoder in list(getattr(model, "decoders", ())):  # they hold the weights too
+    for decoder in list(loaded(model).decoders):  # they hold the weights too
         decoder.release()
     separate(model, set(names))
     fresh = build_on_meta(model.config)
@@ -155,39 +172,32 @@ def _put_back(model, names: list[str]) -> None:
         setattr(model.get_submodule(parent), child, fresh.get_submodule(name))
 
 
-def _fill_all(model, modules, plan: Plan, spec: ModelSpec, checkpoint, gpu: Gpu, progress: bool) -> dict[str, str]:
-    """Fills some modules, and puts buffers where their blocks compute; returns the devices of the blocks."""
-    to_disk = [] if gpu.meta else [m for m in modules if must_be_mapped(m, plan, checkpoint)]
+def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, progress: bool) -> None:
+    """Fills some modules, puts buffers where their blocks compute, and lets each block compute at its place."""
+    state = loaded(model)
+    gpu = state.gpu
+    filler = Filler(model, plan, state.spec, state.weights, gpu)
+    to_disk = [] if gpu.meta else [m for m in modules if must_be_mapped(m, plan, state.weights)]
     disk = WeightsOnDisk() if to_disk else None
-    filling = tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False)
-    for module in filling:
-        with gpu.meter.scope(owner=module.name):
-            fill_module(model, module, plan, spec, checkpoint, gpu)
-            if module in to_disk:
-                disk.map(model.get_submodule(module.name))
-    model.weights_on_disk = [*getattr(model, "weights_on_disk", ()), *([disk] if disk else ())]
-    devices = block_devices(model, plan, spec)
-    place_buffers(model, devices, gpu)
-    return devices
-
-
-def _finish(model, plan: Plan, spec: ModelSpec, devices: dict[str, str], gpu: Gpu) -> None:
-    attach(model, devices, plan, spec, gpu)
+    try:
+        for module in tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False):
+            with gpu.meter.scope(owner=module.name):
+                filler.fill(module)
+                if module in to_disk:
+                    disk.map(model.get_submodule(module.name))
+        if disk is not None:
+            state.mapped.append(disk)
+        devices = block_devices(model, plan, state.spec)
+        place_buffers(model, devices, gpu)
+        state.placement = Placement(model, devices, plan, state.spec, gpu)
+    except torch.OutOfMemoryError as error:
+        gpu.note_oom(error, state)
+        raise
+    state.plan = plan
     vars(model).pop("save_pretrained", None)
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
         model.save_pretrained = _refuse_to_save
-    model.plan = gpu.plan = plan
     model.hf_device_map = {path: _device_name(device, gpu) for path, device in devices.items()}
-
-
-@contextmanager
-def _noted(gpu: Gpu):
-    """Puts the GPU on an out-of-memory error that passes, for ``explain_oom``."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        gpu.note_oom(error)
-        raise
 
 
 def _refuse_to_save(*args, **kwargs):
@@ -209,7 +219,7 @@ def _read_generation_config(model, directory) -> None:
             logger.warning("ignoring %s: %s", directory / "generation_config.json", error)
 
 
-def _check_names_and_shapes(spec: ModelSpec, checkpoint) -> None:
+def _check_names_and_shapes(spec: ModelSpec, checkpoint: Weights) -> None:
     for module in spec.modules:
         for key, shape in module.parameters.items():
             if key == "weight" and module.tied_to:

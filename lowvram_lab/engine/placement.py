@@ -1,34 +1,42 @@
 """Let a model's blocks compute where the plan puts them: hidden states travel, weights and KV cache stay.
 
-``attach`` wraps the ``forward`` of the model and of every placed block; ``detach`` takes all of it back. A block on the
-CPU computes on the CPU. (accelerate's offload hooks move its weights to the GPU for every call instead.) The exception
-is a long prompt, for which a plan may say that weights travel after all: see ``streaming.py``.
+``Placement`` wraps the ``forward`` of the model and of every placed block; ``remove`` takes all of it back. A block on
+the CPU computes on the CPU. (accelerate's offload hooks move its weights to the GPU for every call instead.) The
+exception is a long prompt, for which a plan may say that weights travel after all: see ``travel.py``.
 """
 
 import functools
 import inspect
 import weakref
+from collections.abc import Callable
 
 import torch
 from transformers import Cache
 
-from lowvram_lab.engine.travel import WeightStream
+from lowvram_lab.engine.travel import TravellingWeights
 from lowvram_lab.machine import cpu_threads
-from lowvram_lab.model.plan import compute_place
-
-_WRAPPED, _ROUTE = "_lowvram_wrapped", "_lowvram_route"
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.plan import Plan, compute_place
+from lowvram_lab.model.spec import ModelSpec
 
 
 class _Route:
     """What the blocks of one model share: where the first layer computes, what has moved, the weights that travel."""
 
-    def __init__(self, home: str, head: str, threads: int | None, gpu, stream: WeightStream):
-        self.home, self.head, self.threads, self.gpu, self.stream = home, head, threads, gpu, stream
+    def __init__(
+        self, home: str, head: str, threads: int | None, gpu: Gpu, weights: TravellingWeights, model: weakref.ref
+    ):
+        self.home, self.head, self.threads = home, head, threads
+        self.gpu, self.weights, self.model = gpu, weights, model
         self.first = home  # masks and rotary tables are made once, where the first layer computes in this pass
         self.moved: dict[tuple[int, str], tuple] = {}
 
+    def note_oom(self, error: torch.OutOfMemoryError) -> None:
+        """Says on an error whose it is, while the block's name is still known."""
+        self.gpu.note_oom(error, getattr(self.model(), "lowvram", None))
 
-def block_devices(model, plan, spec) -> dict[str, str]:
+
+def block_devices(model: torch.nn.Module, plan: Plan, spec: ModelSpec) -> dict[str, str]:
     """The device of every block that computes: embedding, decoder layers, final norm, rotary embedding, head.
 
     Blocks without weights (rotary embedding) live where the first decoder layer computes.
@@ -48,8 +56,8 @@ def block_devices(model, plan, spec) -> dict[str, str]:
     return devices
 
 
-def attach(model, devices: dict[str, str], plan, spec, gpu) -> None:
-    """Makes each block move its inputs to its place and charge its allocations there. Undone by ``detach``.
+class Placement:
+    """Makes each block of a model move its inputs to its place and charge its allocations there, until ``remove``.
 
     Args:
         model: A model whose weights already are where the plan says.
@@ -58,48 +66,49 @@ def attach(model, devices: dict[str, str], plan, spec, gpu) -> None:
         spec: The model's spec.
         gpu: The ``Gpu`` the model lives on.
     """
-    home = compute_place(devices[f"{spec.layers_path}.0"])
-    route = _Route(home, spec.head, plan.threads, gpu, WeightStream(model, devices, plan, spec, gpu))
-    setattr(model, _ROUTE, route)
-    embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
-    for path, device in devices.items():
-        if _contains_another(path, devices):
-            continue
-        block, hands_over = model.get_submodule(path), path == spec.embedding or path in embeddings
-        _wrap(block, functools.partial(_block_forward, path, compute_place(device), hands_over, route))
-        if gpu.simulated:  # the meter is on anyway, so let it name the very module; on CUDA ``watch`` does when asked
-            for name, inner in block.named_modules(prefix=path):
-                if inner is not block:
-                    _wrap(inner, functools.partial(_owned_forward, name, gpu))
-    _wrap(model, functools.partial(_model_forward, route))
 
+    def __init__(self, model: torch.nn.Module, devices: dict[str, str], plan: Plan, spec: ModelSpec, gpu: Gpu):
+        self._wrapped: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._weights = TravellingWeights(model, devices, plan, spec, gpu)
+        home = compute_place(devices[f"{spec.layers_path}.0"])
+        route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model))
+        embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
+        try:
+            for path, device in devices.items():
+                if _contains_another(path, devices):
+                    continue
+                block, hands_over = model.get_submodule(path), path == spec.embedding or path in embeddings
+                self._wrap(block, functools.partial(_block_forward, path, compute_place(device), hands_over, route))
+                if gpu.simulated:  # the meter is on anyway: let it name the very module; on CUDA ``watch`` does
+                    for name, inner in block.named_modules(prefix=path):
+                        if inner is not block:
+                            self._wrap(inner, functools.partial(_owned_forward, name, gpu))
+            self._wrap(model, functools.partial(_model_forward, route))
+        except BaseException:
+            self.remove()
+            raise
 
-def detach(model) -> None:
-    """Removes what ``attach`` put on: every ``forward`` is the class's own again."""
-    if _ROUTE in vars(model):
-        getattr(model, _ROUTE).stream.close()
-        delattr(model, _ROUTE)
-    for module in model.modules():
-        if vars(module).pop(_WRAPPED, False):
-            vars(module).pop("forward", None)  # not there yet where attach was interrupted
+    def _wrap(self, module: torch.nn.Module, around: Callable) -> None:
+        """Puts ``around`` before a module's own forward, without a cycle: a deleted model frees its memory."""
+        forward = weakref.WeakMethod(module.forward)
+        wrapped = functools.partial(around, lambda *args, **kwargs: forward()(*args, **kwargs))
+        wrapped.__signature__ = inspect.signature(module.forward)  # generate asks for it
+        self._wrapped.add(module)
+        module.forward = wrapped
 
-
-def _wrap(module, around) -> None:
-    """Puts ``around`` before the module's own forward, without a reference cycle: a deleted model frees its memory."""
-    forward = weakref.WeakMethod(module.forward)
-    wrapped = functools.partial(around, lambda *args, **kwargs: forward()(*args, **kwargs))
-    wrapped.__signature__ = inspect.signature(module.forward)  # generate asks for it
-    setattr(module, _WRAPPED, True)
-    module.forward = wrapped
+    def remove(self) -> None:
+        """Gives every module its class's own ``forward`` back, and unlocks the memory of weights that travel."""
+        self._weights.close()
+        for module in list(self._wrapped):
+            vars(module).pop("forward", None)
+        self._wrapped.clear()
 
 
 def _model_forward(route, original, *args, **kwargs):
     gpu, cache = route.gpu, kwargs.get("past_key_values")
     ids = args[0] if args else kwargs.get("input_ids")
     ids = kwargs.get("inputs_embeds") if ids is None else ids
-    decoding = ids is None or ids.shape[1] < 2  # of a batch too: one token of each computes where the layer is
-    tokens = 0 if decoding else ids.shape[0] * ids.shape[1]
-    with gpu.lock, cpu_threads(route.threads), gpu.active(), route.stream.opened_for(tokens, cache) as travelling:
+    with gpu.lock, cpu_threads(route.threads), gpu.active(), route.weights.opened_for(ids, cache) as travelling:
         route.first = "gpu" if travelling else route.home
         # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
         kwargs = {key: _moved(key, value, route) for key, value in kwargs.items()}
@@ -107,7 +116,7 @@ def _model_forward(route, original, *args, **kwargs):
             with gpu.meter.scope(owner="model", place=route.first):
                 return original(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            gpu.note_oom(error)
+            route.note_oom(error)
             raise
         finally:
             route.moved.clear()
@@ -123,10 +132,10 @@ def _contains_another(path: str, places) -> bool:
 
 
 def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
-    if path in route.stream:
-        with route.stream.visiting(path, _cache_among(args, kwargs)):
+    if path in route.weights:
+        with route.weights.visiting(path, _cache_among(args, kwargs)):
             return _compute(path, "gpu", route, original, args, kwargs)
-    result = _compute(path, route.stream.place(path, place), route, original, args, kwargs)
+    result = _compute(path, route.weights.place(path, place), route, original, args, kwargs)
     # embeddings (of tokens, in some models of positions too) hand over where the masks are made
     return _to_place(result, route.first, route.gpu) if hands_over else result
 
@@ -145,7 +154,7 @@ def _compute(path, place, route, original, args, kwargs):
         try:
             return original(*args, **kwargs)
         except torch.OutOfMemoryError as error:
-            route.gpu.note_oom(error)  # here, where the block's name is still known
+            route.note_oom(error)
             raise
 
 

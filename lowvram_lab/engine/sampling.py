@@ -81,23 +81,3 @@ def choose(
         least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0)
     return torch.multinomial(probabilities, 1, generator=generator)
-
-
-def choose_beams(
-    logits: torch.Tensor, scores: torch.Tensor, num_beams: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One step of beam search, without length penalty or finished hypotheses: what its memory depends on.
-
-    Args:
-        logits: ``(batch * num_beams, vocab)``.
-        scores: Log-probability of each beam so far, ``(batch * num_beams, 1)``.
-        num_beams: Beams kept for each prompt.
-
-    Returns:
-        Next token of each beam ``(batch * num_beams, 1)``, its score, and the row each new beam continues.
-    """
-    totals = torch.log_softmax(logits.float(), dim=-1) + scores
-    vocabulary = totals.shape[-1]
-    best, flat = totals.view(-1, num_beams * vocabulary).topk(num_beams, dim=-1)
-    rows = torch.arange(best.shape[0], device=flat.device).unsqueeze(1) * num_beams + flat // vocabulary
-    return (flat % vocabulary).view(-1, 1), best.view(-1, 1), rows.view(-1)

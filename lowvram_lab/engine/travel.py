@@ -2,7 +2,7 @@
 
 A layer on the CPU reads its weights once, whatever the length of the prompt, but its arithmetic grows with every token;
 on the GPU the arithmetic is next to nothing, and the weights have to travel. So from some length on it is cheaper to
-send weights than to compute where they are (``planner.cost.stream_threshold`` says from which).
+send weights than to compute where they are (``planner.speed.stream_threshold`` says from which).
 
 Two buffers on the GPU take turns: while one layer computes in the first, the next one's weights arrive in the second.
 The layer's keys and values go back to the CPU, where its decoding finds them.
@@ -16,20 +16,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache
 
-from lowvram_lab.engine.cache_layers import Int8Layer
 from lowvram_lab.engine.layers import QuantizedLinear
 from lowvram_lab.memory.cuda import PinnedBlock
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
 
 BUFFERS = 2
 ALIGNMENT = 512
 """Bytes; where a tensor may begin in a buffer: as CUDA's allocator has it, so that every kernel is content."""
-
-GROWING = (DynamicLayer, Int8Layer)
-"""KV layers that are a concatenation of all tokens, which can visit the GPU. A ring or a static block stays."""
-
-_STATES = ("keys", "values", "key_scale", "value_scale")
 
 
 class _Travelling:
@@ -44,7 +41,7 @@ class _Travelling:
     def __init__(self, block: torch.nn.Module, index: int):
         self.index, self.slots, self.size_bytes = index, [], 0
         self.pinned: PinnedBlock | None = None
-        # weakly: what attach wraps around a block must not hold it, or a deleted model would keep its memory
+        # weakly: what ``Placement`` wraps around a block must not hold it, or a deleted model would keep its memory
         self._quantised = [weakref.ref(module) for module in block.modules() if isinstance(module, QuantizedLinear)]
         for module in block.modules():
             for held in (module._parameters, module._buffers):
@@ -98,7 +95,7 @@ class _Travelling:
         held[key] = torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
 
 
-class WeightStream:
+class TravellingWeights:
     """The layers of a model whose weights come to the GPU for a long prompt.
 
     Args:
@@ -109,14 +106,15 @@ class WeightStream:
         gpu: The ``Gpu`` they come to.
     """
 
-    def __init__(self, model, devices: dict[str, str], plan, spec, gpu):
+    def __init__(self, model: torch.nn.Module, devices: dict[str, str], plan: Plan, spec: ModelSpec, gpu: Gpu):
         self.gpu, self.threshold = gpu, plan.stream_from
         self._layers: dict[str, _Travelling] = {}
         pinned: list[PinnedBlock] = []
-        # before the first is locked: neither a model that is dropped without detach nor an interrupt leaves one locked
+        # before the first is locked: neither a model dropped without ``remove`` nor an interrupt leaves one locked
         self._unlock = weakref.finalize(self, _unlock, gpu, pinned)
         self._buffers: list[torch.Tensor] = []
         self._copied: dict[int, object] = {}
+        self._new_tokens = 0
         for index, device in enumerate(plan.layer_devices(spec)):
             if device != "gpu" and self.threshold is not None:
                 path = f"{spec.layers_path}.{index}"
@@ -142,12 +140,18 @@ class WeightStream:
         return "gpu" if self._buffers and path in self._tables else usual
 
     @contextmanager
-    def opened_for(self, tokens: int, cache) -> Iterator[bool]:
-        """Makes the buffers, if a forward pass of so many tokens is worth it, and frees them in the end.
+    def opened_for(self, ids: torch.Tensor | None, cache: Cache | None) -> Iterator[bool]:
+        """Makes the buffers, if a forward pass is worth it, and frees them in the end.
+
+        Args:
+            ids: Of the pass, ``(batch, tokens)`` or embedded; a single token never is.
+            cache: The KV cache it writes into.
 
         Yields:
             Whether weights travel in this pass.
         """
+        decoding = ids is None or ids.shape[1] < 2  # of a batch too: one token of each computes where the layer is
+        tokens = 0 if decoding else ids.shape[0] * ids.shape[1]
         if not self._order or tokens < self.threshold or not self.gpu.moves or not _can_visit(cache):
             yield False
             return
@@ -161,6 +165,7 @@ class WeightStream:
                     self._buffers.append(self.gpu.buffer(largest))
             for turn in range(len(self._buffers)):
                 self._fetch(turn)
+            self._new_tokens = ids.shape[1]
             yield True
         finally:
             self.gpu.settle()  # after an error one may still be arriving
@@ -189,44 +194,23 @@ class WeightStream:
         self._copied[turn] = self.gpu.copy_ahead(self._order[turn].pairs(buffer), after=self.gpu.mark())
 
     @contextmanager
-    def _cache_visiting(self, cache, index: int) -> Iterator[None]:
-        layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-        before = {name: getattr(layer, name, None) for name in _STATES}
-        tokens = layer.get_seq_length() if layer is not None else 0
-        began = layer is not None and layer.is_initialized
-        try:
-            with self.gpu.meter.scope(category="kv"):
-                for name, states in before.items():
-                    if tokens and states is not None:
-                        setattr(layer, name, self.gpu.move(states, "gpu"))
+    def _cache_visiting(self, cache: Cache | None, index: int) -> Iterator[None]:
+        if cache is None:
             yield
-            if cache is not None:
-                self._take_home(cache.layers[index], before, tokens)
-        except BaseException:
-            for name, states in before.items():
-                if layer is not None and hasattr(layer, name):
-                    setattr(layer, name, states)
-                    layer.is_initialized = began
-            raise
-
-    def _take_home(self, layer, before: dict, tokens: int) -> None:
-        """What was there before has never left; only the new tokens' keys and values travel."""
-        with self.gpu.meter.scope(category="kv", place="cpu"):
-            for name, earlier in before.items():
-                if (states := getattr(layer, name, None)) is not None:
-                    new = self.gpu.move(states[..., tokens:, :], "cpu")
-                    setattr(layer, name, torch.cat((earlier, new), dim=-2) if tokens else new)
-        layer.device = layer.keys.device
+            return
+        with (
+            self.gpu.meter.scope(category="kv"),
+            cache.layers[index].visiting(self.gpu, self._new_tokens),
+            self.gpu.meter.scope(category="activations"),
+        ):
+            yield
 
 
-def _can_visit(cache) -> bool:
+def _can_visit(cache: Cache | None) -> bool:
     """Whether every layer of a KV cache may go to the GPU and come back."""
     if cache is None:
         return True
-    kinds = {type(layer) for layer in getattr(cache, "layers", ())}
-    if getattr(cache, "layer_class_to_replicate", None) is not None:
-        kinds.add(cache.layer_class_to_replicate)
-    return bool(kinds) and kinds <= set(GROWING) and not getattr(cache, "offloading", False)
+    return bool(cache.layers) and all(getattr(layer, "can_visit", False) for layer in cache.layers)
 
 
 def _unlock(gpu, blocks: list[PinnedBlock]) -> None:

@@ -103,7 +103,7 @@ class LayerSplitPanel:
         elif gpu is not None:
             raise LowvramError("a loaded model stays on its own GPU; leave gpu out, or name the model instead")
         else:
-            self.model, self.spec, self._base, gpu = model, model.spec, model.plan, model.gpu
+            self.model, self.spec, self._base, gpu = model, model.lowvram.spec, model.lowvram.plan, model.lowvram.gpu
         if gpu is None:
             raise LowvramError("expected a GPU budget beside a name or a spec, found none; give one, e.g. gpu='4GiB'")
         self._gpu = gpu if isinstance(gpu, Gpu) else None
@@ -284,7 +284,7 @@ class LayerSplitPanel:
             self._refresh()
         if self.model is None:
             self.model = load(plan, self._gpu, checkpoint=self._checkpoint, spec=self.spec, progress=False)
-        elif plan != self.model.plan:
+        elif plan != self.model.lowvram.plan:
             with self._gpu.lock:  # no forward pass of another thread over half a split
                 replan(self.model, plan, progress=False)
 

@@ -1,6 +1,6 @@
 """One split of a model between GPU and CPU: from a few settings to plan, forecast and speed, and one try of it.
 
-Pure functions over frozen data; what draws and clicks is ``widgets.py``.
+Pure functions over frozen data; what draws and clicks is ``panel.py``.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """
@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 
 from lowvram_lab.chat.prompt import chat_ids, stop_ids
-from lowvram_lab.engine.caches import new_cache
-from lowvram_lab.engine.decode import stream
+from lowvram_lab.engine.decode import generate
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model import hub
@@ -234,7 +234,7 @@ def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> 
         PlanError: The prompt has no tokens.
         torch.OutOfMemoryError: The GPU is too small for it.
     """
-    plan, spec, gpu = model.plan, model.spec, model.gpu
+    plan, spec, gpu = model.lowvram.plan, model.lowvram.spec, model.lowvram.gpu
     ids = _prompt_ids(tokenizer, prompt)
     if not ids:
         raise PlanError("expected a prompt of one token or more, found none; write something")
@@ -242,14 +242,14 @@ def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> 
         raise BudgetError(f"the prompt takes {len(ids)} tokens, the plan's context is {plan.context}; shorten it")
     room, stop = min(NEW_TOKENS, plan.context - len(ids)), stop_ids(model, tokenizer)
     with gpu.lock:  # no other thread's forward pass in between: it would be in the peak
-        cache = new_cache(model)
         gpu.reset_peak()
-        tokens = list(stream(model, torch.tensor([ids]), cache, max_new_tokens=room, stop_ids=stop))
-        peak_bytes, fed = gpu.peak_allocated_bytes, cache.get_seq_length() - len(ids)
-        del cache
+        decoder = decoder_for(model, len(ids) + room, progress=False)
+        tokens = list(generate(decoder, torch.tensor([ids]), max_new_tokens=room, stop_ids=stop))
+        peak_bytes, fed = gpu.peak_allocated_bytes, decoder.cache.get_seq_length() - len(ids)
         workload = Workload(len(ids), max(1, fed))
-        measured = run_speed(model, workload)  # once more: the meter above slows a small model down
-    dry = forecast(plan, spec, gpu, workload=Workload(len(ids), fed))
+        measured = run_speed(model, workload, decoder)  # once more: the meter above slows a small model down
+        del decoder
+    dry = forecast(plan, spec, gpu, workload=Workload(len(ids), room))
     return Trial(
         plan=plan,
         gpu=gpu.name,

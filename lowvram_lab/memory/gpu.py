@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.meter import Meter, OomEvent, PhaseMemory
+from lowvram_lab.memory.meter import Meter, OomEvent, OutOfMemory, PhaseMemory
 from lowvram_lab.units import format_bytes
 
 
@@ -21,12 +21,12 @@ class StandInOutOfMemoryError(torch.OutOfMemoryError):
     """Out of memory on the simulated GPU. Caught by ``except torch.OutOfMemoryError``, like CUDA's own.
 
     Attributes:
-        event: What was asked, by which module, in which phase, and who held the memory.
+        lowvram: What was asked, by which module, in which phase, and who held the memory.
     """
 
-    def __init__(self, message: str, event: OomEvent):
+    def __init__(self, message: str, found: OutOfMemory):
         super().__init__(message)
-        self.event = event
+        self.lowvram = found
 
 
 class Gpu:
@@ -39,7 +39,6 @@ class Gpu:
         meter: Counts what is live.
         transfers: (from, to) → bytes moved so far.
         phases: Every phase measured so far, oldest first.
-        plan: The plan loaded last, and ``spec`` its model's, or ``None``.
     """
 
     name = "gpu"
@@ -52,7 +51,6 @@ class Gpu:
         self.budget = budget
         self.transfers: Counter = Counter()
         self.phases: list[PhaseMemory] = []
-        self.plan = self.spec = None
         self.lock = threading.RLock()
         self._local = threading.local()
         self._paused = False
@@ -167,14 +165,20 @@ class Gpu:
         """A tensor as this GPU's kind of memory holds it; the dry run turns real tensors into meta ones."""
         return tensor
 
-    def note_oom(self, error: torch.OutOfMemoryError) -> None:
-        """Puts on an error what ``explain_oom`` needs: this GPU, and who asked and who held, if not there yet."""
-        error.gpu = self
-        if not hasattr(error, "event"):
-            error.event = self.meter.oom_event()
+    def note_oom(self, error: torch.OutOfMemoryError, loaded: object = None) -> None:
+        """Puts on an error what ``explain_oom`` needs, where it is not there yet.
+
+        Args:
+            error: Passing; it keeps what is said of it first, nearest to where it happened.
+            loaded: The state of the model that ran.
+        """
+        if not hasattr(error, "lowvram"):
+            error.lowvram = OutOfMemory(self.meter.oom_event())
+        error.lowvram.gpu = self
+        error.lowvram.loaded = error.lowvram.loaded or loaded
 
     def _out_of_memory(self, event: OomEvent) -> None:
-        raise StandInOutOfMemoryError(oom_message(event, self.budget), event)
+        raise StandInOutOfMemoryError(oom_message(event, self.budget), OutOfMemory(event, self))
 
 
 class StandInGpu(Gpu):

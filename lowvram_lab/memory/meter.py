@@ -63,6 +63,21 @@ class OomEvent:
     holders: list[tuple[str, int]]
 
 
+@dataclass
+class OutOfMemory:
+    """What is hung on an out-of-memory error as ``error.lowvram``, for whoever explains it.
+
+    Attributes:
+        event: Who asked, when, and who held the memory.
+        gpu: The ``Gpu`` that was full.
+        loaded: The state of the model that ran, as whoever loaded it keeps it.
+    """
+
+    event: OomEvent
+    gpu: object = None
+    loaded: object = None
+
+
 @dataclass(eq=False)
 class Window:
     """GPU bytes at the start, at the peak and at the end of a stretch of a run."""
@@ -93,7 +108,7 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         allocated: Place → live bytes.
-        run: Called with operator, arguments and keyword arguments instead of the operator itself; see ``replay.py``.
+        run: Called with operator, arguments and keyword arguments instead of the operator itself; see ``dry_run.py``.
         by_block: Count a GPU tensor as the allocator's whole block, as ``torch.cuda.memory_allocated`` does: a large
             block that is not worth splitting is counted with its unused end.
     """
@@ -196,8 +211,8 @@ class Meter(TorchDispatchMode):
         try:
             result = self.run(func, args, kwargs) if self.run else func(*args, **kwargs)
         except torch.OutOfMemoryError as error:  # CUDA's own: only here is it known which module asked
-            if not hasattr(error, "event"):
-                error.event = self.oom_event()
+            if not hasattr(error, "lowvram"):
+                error.lowvram = OutOfMemory(self.oom_event())
             raise
         if isinstance(result, torch.Tensor):
             self._see(result, place)

@@ -75,7 +75,7 @@ def watch(model, include: str = "*") -> Iterator[Watched]:
     if not chosen:
         example = next(path for path, _ in model.named_modules() if path)
         raise LowvramError(f"no module matches {include!r}; paths look like {example}")
-    gpu, seen = model.gpu, Watched()
+    gpu, seen = model.lowvram.gpu, Watched()
     earlier, gpu.meter.timeline = gpu.meter.timeline, seen.timeline
     handles = []
     for path, module in chosen.items():
@@ -104,7 +104,7 @@ def measure_overhead(model, run, repeats: int = 5) -> float:
     """
     plain, watched = [], []
     for _ in range(repeats):
-        for times, context in ((plain, model.gpu.unmetered()), (watched, watch(model))):
+        for times, context in ((plain, model.lowvram.gpu.unmetered()), (watched, watch(model))):
             with context:
                 started = time.perf_counter()
                 run()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from lowvram_lab.engine.caches import new_cache
-from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.decode import Decoder, ModuleDecoder
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import LowvramError
@@ -157,8 +157,10 @@ class Engine:
         }
 
 
-class _Stepping(Engine):
-    """An engine that is fed ids and gives logits: ours."""
+class Ours(Engine):
+    """A model from ``load`` and its ``Decoder``, as a chat runs it."""
+
+    name = "lowvram"
 
     def __init__(self, task: Task):
         self.task, plan, self._counting = task, Plan.from_json(task.plan), False
@@ -171,38 +173,35 @@ class _Stepping(Engine):
         devices = {assignment.device for assignment in plan.modules.values()}
         places = {compute_place(device) for device in devices} if torch.cuda.is_available() else {"cpu"}
         self.one_memory = len(places) == 1 and "disk" not in devices
-        self._begin()
+        self.decoder = self._decoder()
+        self.note = self.decoder.name
 
-    def _begin(self) -> None:
-        raise NotImplementedError
+    def _decoder(self) -> Decoder:
+        return decoder_for(self.model, self.task.tokens, progress=False)
 
-    def _read(self, ids: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _step(self, token: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _held(self) -> int:
-        raise NotImplementedError
+    def forget(self):
+        """See ``Engine``."""
+        self.decoder.cache.keep(0)
 
     def answer(self, ids, count):
         """See ``Engine``."""
         tokens, times = [], []
-        with self._timed(), torch.no_grad():
-            token = choose(self._read(torch.tensor([ids[self._held() :]])), Sampling())
+        held = self.decoder.cache.get_seq_length()
+        with self._timed():
+            token = choose(self.decoder.prefill(torch.tensor([ids[held:]])), Sampling())
             while True:
                 tokens.append(int(token))
                 times.append(time.perf_counter())
                 if len(tokens) == count:
                     return tokens, times
-                token = choose(self._step(token), Sampling())
+                token = choose(self.decoder.decode(token), Sampling())
 
     def likeliest(self, ids, answer):
         """See ``Engine``."""
         self.forget()
-        with self._timed(), torch.no_grad():
-            found = [int(choose(self._read(torch.tensor([ids])), Sampling()))]
-            found += [int(choose(self._step(torch.tensor([[token]])), Sampling())) for token in answer[:-1]]
+        with self._timed():
+            found = [int(choose(self.decoder.prefill(torch.tensor([ids])), Sampling()))]
+            found += [int(choose(self.decoder.decode(torch.tensor([[token]])), Sampling())) for token in answer[:-1]]
         return found
 
     @contextmanager
@@ -215,54 +214,18 @@ class _Stepping(Engine):
             self._counting = False
 
     def _timed(self):
-        return nullcontext() if self._counting else self.model.gpu.unmetered()
+        return nullcontext() if self._counting else self.model.lowvram.gpu.unmetered()
 
     def peak_bytes(self):
         """See ``Engine``; on the stand-in, the meter's figure."""
-        return max(self.model.load_phase.peak_allocated_bytes, self.model.gpu.peak_allocated_bytes)
+        state = self.model.lowvram
+        return max(state.load_phase.peak_allocated_bytes, state.gpu.peak_allocated_bytes)
 
 
-class Lean(_Stepping):
-    """``LeanDecoder``."""
-
-    name = "lowvram (lean)"
-
-    def _begin(self) -> None:
-        from lowvram_lab.engine.lean import LeanDecoder
-
-        self.decoder = LeanDecoder(self.model, self.task.tokens)
-
-    def forget(self):
-        """See ``Engine``."""
-        self.decoder.cache.keep(0)
-
-    def _held(self):
-        return self.decoder.tokens
-
-    def _read(self, ids):
-        return self.decoder.prefill(ids)
-
-    def _step(self, token):
-        return self.decoder.decode(token)
-
-
-class Modules(_Stepping):
-    """The loaded transformers model's own modules, with the plan's cache: what a chat runs that cannot be lean."""
+class Modules(Ours):
+    """The same model by its own modules: what a chat runs that cannot be lean."""
 
     name = "lowvram (modules)"
 
-    def _begin(self) -> None:
-        self.forget()
-
-    def forget(self):
-        """See ``Engine``."""
-        self.cache = new_cache(self.model)
-
-    def _held(self):
-        return self.cache.get_seq_length()
-
-    def _read(self, ids):
-        return prefill(self.model, ids, self.cache)
-
-    def _step(self, token):
-        return decode_one_token(self.model, token, self.cache)
+    def _decoder(self) -> Decoder:
+        return ModuleDecoder(self.model, self.task.tokens)

@@ -15,7 +15,7 @@ from lowvram_lab.files import build_directory, cache_dir
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import process_bytes
 from lowvram_lab.model import builtin
-from lowvram_lab.peers.engines import Engine, Lean, Modules, Task
+from lowvram_lab.peers.engines import Engine, Modules, Ours, Task
 from lowvram_lab.units import format_bytes
 
 WORKSPACE_SHARE = 0.15
@@ -228,7 +228,7 @@ def _weight_bytes(model) -> int:
     return total
 
 
-OURS: dict[str, type[Engine]] = {engine.name: engine for engine in (Lean, Modules)}
+OURS: dict[str, type[Engine]] = {engine.name: engine for engine in (Ours, Modules)}
 """Ours, by name; the first is what others are compared with where it runs."""
 
 PEERS: dict[str, type[Engine]] = {engine.name: engine for engine in (Transformers, Accelerate, BitsAndBytes, LlamaCpp)}

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from lowvram_lab.engine.loaded import Loaded
 from lowvram_lab.memory.gpu import Gpu, describe_holders
 from lowvram_lab.memory.meter import OomEvent
 from lowvram_lab.planner.forecast import forecast
@@ -32,6 +33,7 @@ class OomExplanation:
         self.message: str | None = None
         self.event: OomEvent | None = None
         self.gpu: Gpu | None = None
+        self.loaded: Loaded | None = None
         self.suggestions: list[Suggestion] = []
         self.within_forecast = False
 
@@ -70,7 +72,7 @@ class OomExplanation:
             + (f"; CUDA context {format_bytes(budget.context_bytes)}." if budget else "."),
         ]
         if self.within_forecast:
-            lines.append(f"The plan's forecast fits at its context of {self.gpu.plan.context}: this run was longer.")
+            lines.append(f"The plan's forecast fits at its context of {self.loaded.plan.context}: this run was longer.")
         lines += [f"Would fit: {suggestion}" for suggestion in self.suggestions]
         return "\n".join(lines)
 
@@ -104,9 +106,10 @@ def explain_oom(*, suggestions: bool = True) -> Iterator[OomExplanation]:
     try:
         yield found
     except torch.OutOfMemoryError as error:
-        found.message, found.event = str(error), getattr(error, "event", None)
-        found.gpu = getattr(error, "gpu", None)
-    if found.happened and suggestions and found.gpu is not None and found.gpu.budget and found.gpu.plan:
-        gpu = found.gpu
-        found.within_forecast = forecast(gpu.plan, gpu.spec, gpu).fits
-        found.suggestions = [] if found.within_forecast else suggest(gpu.plan, gpu.spec, gpu)
+        found.message = str(error)
+        if (noted := getattr(error, "lowvram", None)) is not None:
+            found.event, found.gpu, found.loaded = noted.event, noted.gpu, noted.loaded
+    if found.happened and suggestions and found.loaded is not None and found.gpu.budget:
+        gpu, plan, spec = found.gpu, found.loaded.plan, found.loaded.spec
+        found.within_forecast = forecast(plan, spec, gpu).fits
+        found.suggestions = [] if found.within_forecast else suggest(plan, spec, gpu)

@@ -18,9 +18,8 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from lowvram_lab.engine.caches import new_cache
-from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.layers import quantized_linear
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, write_atomically
@@ -215,7 +214,7 @@ def _layer(kv_format: str, dtype: str, place: str, plain: KernelRates) -> LayerR
     }
     with contextlib.ExitStack() as unmetered:
         for model in models.values():
-            unmetered.enter_context(model.gpu.unmetered())
+            unmetered.enter_context(model.lowvram.gpu.unmetered())
         calls = {(name, "decode", 1): _decoding(model, 1) for name, model in models.items()}
         for name in ("many", "narrow"):
             calls[name, "decode", 2 * LONG] = _decoding(models[name], 2 * LONG)
@@ -265,21 +264,24 @@ def _tiny(layers: int, kv_heads: int, dtype: str, place: str, kv_format: str):
 
 
 def _prefilling(model, tokens: int) -> Callable:
-    """A prompt of so many tokens, into a new cache each time."""
-    ids = torch.ones(1, tokens, dtype=torch.long)
-    return lambda: prefill(model, ids, new_cache(model))
+    ids, decoder = torch.ones(1, tokens, dtype=torch.long), decoder_for(model, progress=False)
+
+    def call() -> None:
+        decoder.cache.keep(0)
+        decoder.prefill(ids)
+
+    return call
 
 
 def _decoding(model, cached: int) -> Callable:
-    """A token fed to a cache of so many tokens, which is cut back before each."""
-    cache, token = new_cache(model), torch.ones(1, 1, dtype=torch.long)
-    prefill(model, token.expand(1, cached), cache)
+    decoder, token = decoder_for(model, progress=False), torch.ones(1, 1, dtype=torch.long)
+    decoder.prefill(torch.ones(1, cached, dtype=torch.long))
 
-    def step() -> None:
-        cache.keep(cached)
-        decode_one_token(model, token, cache)
+    def call() -> None:
+        decoder.cache.keep(cached)
+        decoder.decode(token)
 
-    return step
+    return call
 
 
 def _link() -> LinkRates:

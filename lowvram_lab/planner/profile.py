@@ -27,33 +27,25 @@ class Workload:
         new_tokens: Tokens decoded after them.
         follow_up_tokens: Length of a second message; then one more token is decoded. 0 for none.
         batch_size: Prompts at once.
-        num_beams: Beams for each.
-        cache: ``"growing"`` by concatenation, or ``"static"``: allocated once for all tokens.
     """
 
     prompt_tokens: int
     new_tokens: int = 2
     follow_up_tokens: int = 0
     batch_size: int = 1
-    num_beams: int = 1
-    cache: str = "growing"
 
     def __post_init__(self):
-        lowest = {"prompt_tokens": 1, "new_tokens": 0, "follow_up_tokens": 0, "batch_size": 1, "num_beams": 1}
+        lowest = {"prompt_tokens": 1, "new_tokens": 0, "follow_up_tokens": 0, "batch_size": 1}
         for name, least in lowest.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PlanError(f"expected {name} of {least} or more, found {value!r}")
-        if self.rows > MOST_ROWS:
-            raise PlanError(f"expected at most {MOST_ROWS:,} sequences (batch_size x num_beams), found {self.rows:,}")
-        if self.cache not in ("growing", "static"):
-            raise PlanError(f"expected a growing or a static cache, found {self.cache!r}")
+        if self.batch_size > MOST_ROWS:
+            raise PlanError(f"expected at most {MOST_ROWS:,} sequences (batch_size), found {self.batch_size:,}")
         if self.follow_up_tokens >= self.tokens:
             raise PlanError(
                 f"a second turn of {self.follow_up_tokens} tokens is longer than the first of {self.tokens}; shorten it"
             )
-        if self.cache == "static" and (self.follow_up_tokens or self.num_beams > 1):
-            raise PlanError("a static cache is run without second turn and without beams")
 
     @classmethod
     def full_context(cls, context: int, **changes) -> "Workload":
@@ -65,11 +57,6 @@ class Workload:
         """
         new_tokens = min(2, context - 1)
         return cls(context - new_tokens, new_tokens, **changes)
-
-    @property
-    def rows(self) -> int:
-        """Sequences held at once."""
-        return self.batch_size * self.num_beams
 
     @property
     def tokens(self) -> int:
@@ -85,6 +72,7 @@ class MemoryProfile:
         model: Model name.
         origin: ``"forecast"`` or ``"measured"``.
         gpu: On what, in words; says *simulated* where it is.
+        engine: The decoder that ran, in words.
         budget: The card, or ``None`` for no limit.
         weights_bytes: Exact bytes of the weights on the GPU, without the allocator's rounding.
         cpu_weights_bytes: The same on the CPU; ``disk_weights_bytes`` mapped from disk.
@@ -111,6 +99,7 @@ class MemoryProfile:
     disk_weights_bytes: int = 0
     suggestions: tuple[str, ...] = field(default=())
     timeline: Timeline | None = field(default=None, repr=False)
+    engine: str = ""
 
     @property
     def peak(self) -> PhaseMemory:
@@ -209,6 +198,7 @@ class MemoryProfile:
             "model": self.model,
             "origin": self.origin,
             "gpu": self.gpu,
+            "engine": self.engine,
             "fits": self.fits,
             "budget_bytes": self.budget.total_bytes if self.budget else None,
             "weights_bytes": self.weights_bytes,
@@ -243,7 +233,8 @@ class SpeedProfile:
         ttft_s: Seconds from prompt to first token.
         decode_tokens_per_s: Tokens a second after the first.
         origin: ``"forecast"`` or ``"measured"``.
-        parts: Of a forecast: what takes time → seconds of it in one decoded token.
+        parts: Seconds per decoded token, keyed by operation (forecasts only).
+        engine: The decoder that runs it, in words.
     """
 
     where: str
@@ -253,6 +244,7 @@ class SpeedProfile:
     decode_tokens_per_s: float
     origin: str = "measured"
     parts: dict[str, float] = field(default_factory=dict)
+    engine: str = ""
 
     def compare(self, other: "SpeedProfile"):
         """This profile beside another of the same workload, and the difference in per cent. A DataFrame."""

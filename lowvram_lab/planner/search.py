@@ -20,8 +20,6 @@ from lowvram_lab.units import format_bytes
 CONTEXT_STEP = 16
 """Contexts are told apart to so many tokens: KV memory grows in blocks, and nobody plans for 4093."""
 
-LARGEST_BATCH = 1024
-
 
 @dataclass(frozen=True)
 class Largest:
@@ -76,15 +74,6 @@ def max_layers_on_gpu(
     return _largest(at, 0, spec.num_hidden_layers, spec, gpu, kernels, "the embeddings alone")
 
 
-def max_batch(plan: Plan, spec: ModelSpec, gpu: str | int | GpuBudget | Gpu, *, kernels: str | None = None) -> Largest:
-    """The most prompts at once, each of the plan's whole context (at most 1024). Arguments as ``max_context``."""
-
-    def at(batch: int) -> tuple[Plan, Workload]:
-        return plan, Workload.full_context(plan.context, batch_size=batch)
-
-    return _largest(at, 1, LARGEST_BATCH, spec, gpu, kernels, "one prompt")
-
-
 def _largest(at, low: int, high: int, spec, gpu, kernels, least: str) -> Largest:
     budget, kernels = resolve(gpu, kernels)
     found = largest_fitting(at, low, high, spec, budget, kernels)
@@ -126,7 +115,7 @@ def resolve(gpu: str | int | GpuBudget | Gpu, kernels: str | None) -> tuple[GpuB
 
 def least_bytes(plan: Plan, spec: ModelSpec, workload: Workload | None = None) -> int:
     """A lower bound of what a plan takes on the GPU: exact weights and full KV cache, no activations, no rounding."""
-    rows = workload.rows if workload else 1
+    rows = workload.batch_size if workload else 1
     return plan.weight_bytes(spec, "gpu") + rows * plan.kv_bytes(spec, plan.context - 1, "gpu")
 
 

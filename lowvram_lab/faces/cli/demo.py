@@ -101,7 +101,7 @@ def _provoke_oom(plan: Plan, spec: ModelSpec, gpu_size: str, checkpoint, progres
     try:
         load(plan, gpu, checkpoint=checkpoint, spec=spec, progress=progress)
     except torch.OutOfMemoryError as error:
-        event = error.event
+        event = error.lowvram.event
         return {
             "type": "torch.OutOfMemoryError" + (" (simulated)" if gpu.simulated else ""),
             "message": str(error) if gpu.simulated else f"{error} Held by: {describe_holders(event.holders)}.",

@@ -1,0 +1,69 @@
+"""The KV cache of a loaded model: exactly the bytes that its plan gives, allocated once.
+
+It is a transformers ``Cache``: the model's own forward (prefill, ``generate``) and the lean decoder write into the same
+memory. Keys and values in 16 or 32 bits, as int8 codes, or in 4 bits.
+
+Derived in: notebooks/06_the_engine.ipynb
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import Cache
+
+from lowvram_lab.engine.cache_layers import FixedLayer, PreallocatedLayer
+from lowvram_lab.engine.int4_cache import Int4Layer
+from lowvram_lab.engine.loaded import loaded
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.model.formats import DTYPES
+from lowvram_lab.model.plan import Plan
+
+
+class PreallocatedCache(Cache):
+    """Keys and values of every decoder layer, each where the layer computes.
+
+    Args:
+        model: From ``load``; its plan says format, places and length.
+        max_tokens: Tokens it can hold; by default the plan's context.
+        batch_size: Sequences.
+
+    Raises:
+        LowvramError: A size that is none.
+        torch.OutOfMemoryError: No room for it on the GPU.
+    """
+
+    def __init__(self, model: torch.nn.Module, max_tokens: int | None = None, batch_size: int = 1):
+        state = loaded(model)
+        plan, spec, self.gpu = state.plan, state.spec, state.gpu
+        self.max_tokens = plan.context if max_tokens is None else max_tokens
+        for name, value in (("max_tokens", self.max_tokens), ("batch_size", batch_size)):
+            if type(value) is not int or value < 1:
+                raise LowvramError(f"expected {name} of 1 or more, found {value!r}")
+        shape = (batch_size, spec.num_key_value_heads, self.max_tokens, spec.head_dim)
+        layers = []
+        try:
+            with self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
+                for place in plan.layer_places(spec):
+                    layers.append(self._layer(plan, place, shape))
+        except torch.OutOfMemoryError as error:
+            self.gpu.note_oom(error, state)
+            raise
+        super().__init__(layers=layers)
+
+    def _layer(self, plan: Plan, place: str, shape: tuple[int, int, int, int]) -> FixedLayer:
+        dtype = DTYPES[plan.dtype]
+        if plan.kv_format == "int4":
+            return Int4Layer(self.gpu, place, shape, dtype)
+        return PreallocatedLayer(self.gpu, place, shape, dtype, plan.kv_format)
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        """See ``Cache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""
+        held, found = self.layers[layer_idx].shape[0], key_states.shape[0]
+        if held != found:  # one would be written into all rows
+            raise LowvramError(f"the KV cache is for {held} sequences, found {found}; say batch_size={found}")
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def keep(self, tokens: int) -> None:
+        """Forgets all but the first ``tokens`` tokens."""
+        for layer in self.layers:
+            layer.keep(tokens)

@@ -1,0 +1,78 @@
+"""What ``load`` made of a model: one attribute, ``model.lowvram``, holds all that this library adds to it."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.meter import PhaseMemory
+from lowvram_lab.memory.timeline import Timeline
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from lowvram_lab.engine.disk import WeightsOnDisk
+    from lowvram_lab.engine.placement import Placement
+
+
+class Weights(Protocol):
+    """Where weights come from: a checkpoint, or what stands for one in a dry run or a test."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A parameter by its full name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+
+class Releasable(Protocol):
+    """What holds a model's weights beside the model and lets go of them when asked."""
+
+    def release(self) -> None:
+        """Lets go."""
+
+
+@dataclass(eq=False)
+class Loaded:
+    """The state of a loaded model. ``replan`` changes ``plan``, ``placement`` and ``mapped``; nothing else changes.
+
+    Attributes:
+        plan: What it realises.
+        spec: The model's.
+        gpu: What it lives on.
+        weights: Where its weights came from, and come from again when it is planned anew.
+        load_phase: Memory while it was loaded.
+        timeline: Every allocation since, where that was asked for.
+        placement: What makes each block compute at its place; ``remove()`` undoes it.
+        mapped: Files of the weights that lie on disk.
+        decoders: Who else holds weights.
+    """
+
+    plan: Plan
+    spec: ModelSpec
+    gpu: Gpu
+    weights: Weights
+    load_phase: PhaseMemory
+    timeline: Timeline | None = None
+    placement: Placement | None = None
+    mapped: list[WeightsOnDisk] = field(default_factory=list)
+    decoders: weakref.WeakSet[Releasable] = field(default_factory=weakref.WeakSet)
+
+
+def loaded(model: torch.nn.Module) -> Loaded:
+    """The state of a model that ``load`` made.
+
+    Raises:
+        LowvramError: It was not loaded here.
+    """
+    state = getattr(model, "lowvram", None)
+    if not isinstance(state, Loaded):
+        raise LowvramError(f"expected a model from lowvram_lab's load, found a {type(model).__name__} made elsewhere")
+    return state
