@@ -73,6 +73,11 @@ def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache)
     return logits
 
 
+def module_decoder_name(why: str) -> str:
+    """What a ``ModuleDecoder`` calls itself."""
+    return "the model's modules" + (f" ({why})" if why else "")
+
+
 class ModuleDecoder:
     """Decodes with the model's own modules: any architecture, any format.
 
@@ -96,7 +101,7 @@ class ModuleDecoder:
     @property
     def name(self) -> str:
         """See ``Decoder``."""
-        return "the model's modules" + (f" ({self.why})" if self.why else "")
+        return module_decoder_name(self.why)
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:

@@ -20,21 +20,32 @@ import torch
 from torch import nn
 
 from lowvram_lab.engine.compiled import LEAST_ROOM, compiled_head, compiled_layer, compiler
-from lowvram_lab.engine.decode import Decoder, ModuleDecoder, prefill
+from lowvram_lab.engine.decode import Decoder, ModuleDecoder, module_decoder_name, prefill
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear
+from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear, quantized_linear
 from lowvram_lab.engine.llama_layer import LayerShape, Product, layer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.workspace import token_bytes
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.machine import cpu_threads
-from lowvram_lab.model.plan import compute_place
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.plan import Plan, compute_place
+from lowvram_lab.model.spec import ModelSpec
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of configs whose layers are: norm, attention with rotary positions (q and k perhaps normed), norm,
 gated SiLU. Smaller differences (biases, grouped heads, tied head) are read off the modules."""
+
+MODULES, LEAN, COMPILED, GRAPHS = "modules", "lean", "compiled", "graphs"
+"""Kinds of decoders, as forecasts and rates name them."""
+
+NAMES = {
+    LEAN: "the lean decoder",
+    COMPILED: "the lean decoder, compiled",
+    GRAPHS: "the lean decoder, as CUDA graphs",
+}
 
 logger = logging.getLogger(__name__)
 
@@ -42,31 +53,70 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_p
 """Of a layer; those in one bracket have a common input."""
 
 
-def why_not(model: nn.Module, max_tokens: int | None = None) -> str:
-    """Why a loaded model cannot be decoded here (up to so many tokens), in words, or nothing if it can."""
-    state, config = loaded(model), model.config
-    kind, window = config.model_type, getattr(config, "sliding_window", None)
+def why_not(plan: Plan, spec: ModelSpec, kernels: str, max_tokens: int | None = None) -> str:
+    """Why a plan cannot be decoded here, in words, or nothing if it can. Asks no loaded model, so forecasts ask it too.
+
+    Args:
+        plan: The plan.
+        spec: The model's.
+        kernels: Whose kernels GPU modules run, ``"cuda"`` or ``"cpu"`` for the stand-in.
+        max_tokens: Tokens of prompt and answer; by default the plan's context.
+    """
+    config = spec.config
+    kind, window = config.get("model_type"), config.get("sliding_window")
     if kind not in FAMILIES:
         return f"{kind} is none of {', '.join(FAMILIES)}"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act}, not silu"
-    if "dynamic" in model.model.rotary_emb.rope_type or model.model.rotary_emb.rope_type == "longrope":
-        return f"its rotary positions ({model.model.rotary_emb.rope_type}) depend on the length"
-    places = {*state.plan.layer_places(state.spec), state.plan.modules[state.spec.head].device}
-    if _on_card(model) and places != {"gpu"}:
+    if config.get("hidden_act") != "silu":
+        return f"its activation is {config.get('hidden_act')}, not silu"
+    rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if "dynamic" in rope or rope == "longrope":
+        return f"its rotary positions ({rope}) depend on the length"
+    places = {*plan.layer_places(spec), compute_place(plan.modules[spec.head].device)}
+    if kernels == "cuda" and "gpu" in plan.layer_places(spec) and places != {"gpu"}:
         return "its layers are on both sides of a CUDA card"
-    slides = kind == "mistral" or "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if window and slides and (max_tokens or state.plan.context) > window:
+    slides = kind == "mistral" or "sliding_attention" in (config.get("layer_types") or ())
+    if window and slides and (max_tokens or plan.context) > window:
         return f"its attention slides over {window} tokens"
-    if state.plan.kv_format == "int4":
+    if plan.kv_format == "int4":
         return "its KV cache is in int4, which the modules read"
-    if state.plan.stream_from is not None:
+    if plan.stream_from is not None:
         return "its plan lets weights travel for long prompts"
-    for block in model.model.layers:
-        for name in (name for group in _PROJECTIONS for name in group):
-            if product_of(_projection(block, name)) is None:
-                return f"{name} is in {_projection(block, name).format.name}, which has no kernel"
+    return _format_without_kernel(plan, spec, kernels)
+
+
+def _format_without_kernel(plan: Plan, spec: ModelSpec, kernels: str) -> str:
+    known = set()
+    for module in spec.modules:
+        if module.layer is None or module.kind != "linear":
+            continue
+        assignment = plan.modules[module.name]
+        its_kernels = kernels if compute_place(assignment.device) == "gpu" else "cpu"
+        case = (assignment.format, module.weight_shape, its_kernels)
+        if case in known:
+            continue
+        known.add(case)
+        fmt, (rows, columns) = get_format(assignment.format), module.weight_shape
+        if fmt.kind != "float" and product_of(quantized_linear(columns, rows, fmt, its_kernels)) is None:
+            return f"{module.name.rpartition('.')[2]} is in {fmt.name}, which has no kernel"
     return ""
+
+
+def engine_of(plan: Plan, spec: ModelSpec, kernels: str) -> tuple[str, str]:
+    """Which decoder a plan would have on this machine: its kind, and its name as ``Decoder.name`` gives it.
+
+    Args:
+        plan: The plan.
+        spec: The model's.
+        kernels: See ``why_not``.
+    """
+    reason = why_not(plan, spec, kernels)
+    if reason:
+        return MODULES, module_decoder_name(reason)
+    if kernels == "cuda" and "gpu" in plan.layer_places(spec):
+        kind = GRAPHS
+    else:
+        kind = COMPILED if compiler() is not None and plan.context >= LEAST_ROOM else LEAN
+    return kind, NAMES[kind]
 
 
 def decoder_for(
@@ -90,7 +140,8 @@ def decoder_for(
         LowvramError: The model is not from ``load``.
         torch.OutOfMemoryError: No room for the KV cache and a token's workspace.
     """
-    reason = why_not(model, max_tokens)
+    state = loaded(model)
+    reason = why_not(state.plan, state.spec, state.gpu.kernels, max_tokens)
     if reason:
         return ModuleDecoder(model, max_tokens, batch_size, reason)
     return LeanDecoder(model, max_tokens, batch_size, compiled=compiled, progress=progress)
@@ -136,7 +187,7 @@ class LeanDecoder:
         progress: bool = True,
     ):
         state = loaded(model)
-        if reason := why_not(model, max_tokens):
+        if reason := why_not(state.plan, state.spec, state.gpu.kernels, max_tokens):
             raise LowvramError(f"{state.spec.name} cannot be decoded by LeanDecoder: {reason}; use the model itself")
         if compiled and not compiler():
             raise LowvramError(
@@ -179,8 +230,9 @@ class LeanDecoder:
     @property
     def name(self) -> str:
         """See ``Decoder``."""
-        how = ", compiled" if self.compiled else ", as CUDA graphs" if self._graphed and self._graphed.capture else ""
-        return f"the lean decoder{how}"
+        if self._graphed is not None:
+            return NAMES[GRAPHS if self._graphed.capture or self._gpu.meta else LEAN]
+        return NAMES[COMPILED if self.compiled else LEAN]
 
     @property
     def tokens(self) -> int:
@@ -280,7 +332,7 @@ class LeanDecoder:
             of_each = projections[:1] if common else projections
             products.append(tuple(product_of(projection) for projection in of_each))
             for projection in of_each:
-                weights += _tensors(projection, self.model.dtype, common)
+                weights += tensors_of(projection, self.model.dtype, common)
         normed = hasattr(attention, "q_norm")
         shape = LayerShape(
             heads=config.num_attention_heads,
@@ -394,7 +446,7 @@ class LeanDecoder:
         product = product_of(last)
         if product is None or product.kernel == "module":
             return partial(_modules_head, self.model)
-        tensors = [norm.weight.detach(), *_tensors(last, self.model.dtype)]
+        tensors = [norm.weight.detach(), *tensors_of(last, self.model.dtype)]
         if any(tensor.device.type != "cpu" for tensor in tensors):  # the layers are in RAM, the head is on a card
             return partial(_modules_head, self.model)
         run = compiled_head(product, norm.variance_epsilon, [hidden, *tensors], progress)
@@ -434,7 +486,7 @@ def product_of(projection: nn.Module) -> Product | None:
     return Product("int8", bias=bias) if whole else None
 
 
-def _tensors(projection: nn.Module, dtype: torch.dtype, common: dict | None = None) -> list:
+def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = None) -> list:
     """The weight as ``layer`` wants it: its own, or the common one it is part of; then the bias."""
     if product_of(projection).kernel == "module":
         bias = [] if projection.bias is None else [projection.bias.detach()]

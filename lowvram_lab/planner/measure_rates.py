@@ -1,7 +1,13 @@
 """Measure what this machine takes for the parts of a forward pass, and keep it until the machine changes.
 
+A linear layer as a module (prompts, and whatever is not lean); a product inside the lean decoder, by format; what else
+a layer takes, by differences between tiny Llamas that go through the real loader and the real decoder; the link between
+GPU and CPU; the disk. Figures that were disturbed by other work are used, said to be so, and measured anew next time.
+
 Derived in: notebooks/05_split_the_layers.ipynb
 """
+
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -13,27 +19,41 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 
 import psutil
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 
-from lowvram_lab.engine.layers import quantized_linear
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.engine.compiled import compiled_head
+from lowvram_lab.engine.decode import Decoder, ModuleDecoder
+from lowvram_lab.engine.layers import QuantizedLinear, quantized_linear
+from lowvram_lab.engine.lean import COMPILED, LEAN, MODULES, LeanDecoder, product_of, tensors_of
+from lowvram_lab.engine.llama_layer import LONGEST_LOOP, head
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, write_atomically
 from lowvram_lab.machine import cpu_threads, processor_name
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import CudaGpu
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.checkpoint import RandomWeights
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.rates import DiskRates, KernelRates, LayerRates, LinkRates
-from lowvram_lab.units import MiB
+from lowvram_lab.planner.rates import (
+    Circumstances,
+    DiskRates,
+    KernelRates,
+    LinkRates,
+    ProductRates,
+    PromptRates,
+    TokenRates,
+)
+from lowvram_lab.planner.timing import Timing, time_calls
+from lowvram_lab.units import GiB, MiB
 
-VERSION = 3
+VERSION = 4
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB
@@ -46,12 +66,14 @@ whole groups."""
 ROWS = 64
 """Tokens of a short prompt, from which arithmetic is told apart from reading weights."""
 
-ROUND_S = 0.04
-"""Seconds a timing takes at most; the least disturbed of three counts: a busy moment says nothing about the machine."""
+WORDS = 8192
+"""Rows of a weight whose product inside the lean decoder is timed: so many that the call itself does not count."""
 
 LINK_BYTES, DISK_BYTES = 32 * MiB, 64 * MiB
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 256}
 SHORT, LONG = 64, 512
+FEW, MANY = 2, 6
+"""Layers of the tiny models whose difference is a layer."""
 
 
 class Machine:
@@ -59,11 +81,12 @@ class Machine:
 
     Args:
         remember: Whether to keep rates in the cache folder.
-        anew: Whether to measure again what is known: a busy moment may have been kept.
+        anew: Whether to measure again what is known.
 
     Attributes:
         name: What it is, in words: the CPU, and the GPU if there is one.
         cuda: Whether there is a CUDA card; without one "gpu" is the stand-in, and as fast as the CPU it is.
+        asked: Circumstances of the rates that were asked for, by name.
     """
 
     def __init__(self, remember: bool = True, anew: bool = False):
@@ -73,11 +96,13 @@ class Machine:
         key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         self._file = cache_dir() / "rates" / f"{key}.json" if remember else None
         self._known: dict[str, dict] = {}
+        self.asked: dict[str, Circumstances] = {}
         if not anew:
-            self._known = self._read()
+            kept = self._read()
+            self._known = {name: entry for name, entry in kept.items() if Circumstances(**entry["measured"]).steady}
 
     def kernel(self, fmt: str, place: str = "cpu", threads: int | None = None, shared: bool = False) -> KernelRates:
-        """Rates of a linear layer in a format at a place.
+        """Rates of a linear layer in a format at a place, as a module.
 
         Args:
             fmt: Name of a format.
@@ -90,12 +115,62 @@ class Machine:
         name = f"kernel {fmt}{' shared' if shared else ''} {self._where(place, threads)}"
         return self._rates(KernelRates, name, threads, lambda: _kernel(fmt, place, shared))
 
-    def layer(self, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None) -> LayerRates:
-        """Rates of everything in a decoder layer but its linear modules. Arguments as ``Plan`` and ``kernel``."""
+    def product(
+        self, engine: str, fmt: str, columns: int, place: str = "cpu", threads: int | None = None
+    ) -> ProductRates:
+        """Rate of one row's product inside a lean decoder.
+
+        Args:
+            engine: ``"compiled"``, ``"lean"`` or ``"graphs"``, see ``lean.engine_of``.
+            fmt: Name of a format.
+            columns: Inputs of the weight; beyond ``LONGEST_LOOP`` a compiled layer calls torch's kernel as well.
+            place: See ``kernel``.
+            threads: See ``kernel``.
+        """
         place, threads = self._place(place), threads or torch.get_num_threads()
-        name = f"layer {kv_format} {dtype} {self._where(place, threads)}"
+        if engine == COMPILED and columns > LONGEST_LOOP:
+            engine = LEAN
+        name = f"product {engine} {fmt} {self._where(place, threads)}"
+        return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place))
+
+    def prompt(
+        self, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None
+    ) -> PromptRates:
+        """Rates of everything in reading a prompt but linear modules. Arguments as ``Plan`` and ``kernel``."""
+        place, threads = self._place(place), threads or torch.get_num_threads()
+        name = f"prompt {kv_format} {dtype} {self._where(place, threads)}"
         plain = self.kernel(dtype, place, threads)
-        return self._rates(LayerRates, name, threads, lambda: _layer(kv_format, dtype, place, plain))
+        return self._rates(PromptRates, name, threads, lambda: _prompt(kv_format, dtype, place, plain))
+
+    def token(
+        self,
+        engine: str,
+        fmt: str,
+        kv_format: str,
+        dtype: str = "bf16",
+        place: str = "cpu",
+        threads: int | None = None,
+    ) -> TokenRates:
+        """Rates of everything in decoding a token but the products.
+
+        Args:
+            engine: Any of ``lean.engine_of``.
+            fmt: Format of a layer's weights: each kernel has its own cost of a call.
+            kv_format: See ``Plan``.
+            dtype: See ``Plan``.
+            place: See ``kernel``; weights on the CPU lie side by side, within a GPU's budget they do not.
+            threads: See ``kernel``.
+        """
+        apart = place == "gpu"
+        place, threads = self._place(place), threads or torch.get_num_threads()
+        if engine == MODULES:
+            fmt, apart = dtype, False
+            weight_s = self.kernel(dtype, place, threads)
+        else:
+            weight_s = self.product(engine, fmt, TINY["hidden_size"], place, threads)
+        name = f"token {engine} {fmt} {kv_format} {dtype} {self._where(place, threads)}{' apart' if apart else ''}"
+        case = _Case(engine, fmt, kv_format, dtype, place, apart)
+        return self._rates(TokenRates, name, threads, lambda: _token(case, weight_s))
 
     def link(self) -> LinkRates | None:
         """Rates between CPU and GPU, or ``None`` without a CUDA card: the stand-in lies in the same RAM."""
@@ -105,6 +180,15 @@ class Machine:
         """Rate of the disk that the cache folder is on."""
         return self._rates(DiskRates, "disk", torch.get_num_threads(), _disk)
 
+    def circumstances(self) -> Circumstances:
+        """Of all rates asked for so far: the oldest age, the worst spread, the most that other work held."""
+        asked = self.asked.values()
+        return Circumstances(
+            measured_at=min((each.measured_at for each in asked), default=time.time()),
+            spread=max((each.spread for each in asked), default=1.0),
+            others=max((each.others for each in asked), default=0.0),
+        )
+
     def _place(self, place: str) -> str:
         return place if self.cuda else "cpu"
 
@@ -112,136 +196,193 @@ class Machine:
     def _where(place: str, threads: int) -> str:
         return place if place == "gpu" else f"{place} {threads}"
 
-    def _rates(self, kind: type, name: str, threads: int, measure: Callable):
+    def _rates(self, kind: type, name: str, threads: int, measure: Callable[[], tuple[object, Circumstances]]):
         if name not in self._known:
             try:
-                with cpu_threads(threads), torch.inference_mode():
-                    self._known[name] = asdict(measure())
+                with cpu_threads(threads), torch.no_grad():
+                    rates, measured = measure()
             except torch.OutOfMemoryError as error:
                 raise LowvramError(
                     f"no room on the GPU to measure its rates ({name}); forecast speed before a model is loaded"
                 ) from error
+            self._known[name] = {"rates": asdict(rates), "measured": asdict(measured)}
             if self._file:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._file, json.dumps({**self._read(), **self._known}, indent=1))
-        return kind(**self._known[name])
+        entry = self._known[name]
+        self.asked[name] = Circumstances(**entry["measured"])
+        return kind(**entry["rates"])
 
     def _read(self) -> dict[str, dict]:
         if self._file:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 known = json.loads(self._file.read_text(encoding="utf-8"))
-                return known if isinstance(known, dict) else {}
+                for entry in known.values():
+                    Circumstances(**entry["measured"])
+                return known
         return {}
 
 
-def _kernel(fmt: str, place: str, shared: bool) -> KernelRates:
+def _kernel(fmt: str, place: str, shared: bool) -> tuple[KernelRates, Circumstances]:
     group = get_format(fmt).group_size or 1
-    sides = [-(-size // group) * group for size in (SMALL, LARGE)]
-    (small, large), (few, many) = (_weights(fmt, side, place, shared) for side in sides), (side**2 for side in sides)
-    one = [_per_call(layers, 1, fmt, place) for layers in (small, large)]
-    rows = _per_call(large, ROWS, fmt, place)
-    weight = max(0.0, one[1] - one[0]) / (many - few)
-    return KernelRates(max(0.0, one[0] - weight * few), weight, max(0.0, rows - one[1]) / many / (ROWS - 1))
+    small, large = (-(-size // group) * group for size in (SMALL, LARGE))
+    layers = {side: _copies(_weight(fmt, side, side, place, shared), side >= LARGE) for side in (small, large)}
+    timing = time_calls(
+        {
+            "small": _multiplying(layers[small], 1, fmt, place),
+            "large": _multiplying(layers[large], 1, fmt, place),
+            "rows": _multiplying(layers[large], ROWS, fmt, place),
+        },
+        place,
+    )
+    seconds = timing.seconds
+    weight = max(0.0, seconds["large"] - seconds["small"]) / (large**2 - small**2)
+    call = max(0.0, seconds["small"] - weight * small**2)
+    row = max(0.0, seconds["rows"] - seconds["large"]) / large**2 / (ROWS - 1)
+    return KernelRates(call, weight, row), timing.circumstances
 
 
-def _weights(fmt: str, size: int, place: str, shared: bool) -> list:
-    """Layers enough not to stay in a cache (of small ones there is one: it is the call that is timed)."""
+def _weight(fmt: str, rows: int, columns: int, place: str, shared: bool = False) -> torch.nn.Module:
+    """A linear layer of random weights."""
     chosen, device = get_format(fmt), "cuda" if place == "gpu" else "cpu"
-    weight = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
     if chosen.kind == "float":
-        layers = [torch.nn.Parameter(weight.to(device, DTYPES[fmt]), requires_grad=False)]
-        size_bytes = layers[0].nbytes
-    else:
-        layer = quantized_linear(size, size, chosen, "cuda" if place == "gpu" else "cpu", shared=shared)
-        layer.store(weight.bfloat16(), lambda tensor: tensor.to(device))
-        layers, size_bytes = [layer], sum(buffer.nbytes for buffer in layer.buffers())
-    count = 1 if size < LARGE else max(2, COPIES_BYTES // size_bytes)
-    return layers + [copy.deepcopy(layers[0]) for _ in range(count - 1)]
+        layer = torch.nn.Linear(columns, rows, bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(weight.to(device, DTYPES[fmt]), requires_grad=False)
+        return layer
+    layer = quantized_linear(columns, rows, chosen, "cuda" if place == "gpu" else "cpu", shared=shared)
+    layer.store(weight.bfloat16(), lambda tensor: tensor.to(device))
+    return layer
 
 
-def _per_call(layers: list, rows: int, fmt: str, place: str) -> float:
-    """Seconds of a call, over layers in turn."""
+def _copies(layer: torch.nn.Module, several: bool) -> list[torch.nn.Module]:
+    """Layers enough not to stay in a cache (of a small one there is one: it is the call that is timed)."""
+    held = [*layer.parameters(), *layer.buffers()]
+    count = max(2, COPIES_BYTES // sum(tensor.nbytes for tensor in held)) if several else 1
+    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+
+
+def _multiplying(layers: list[torch.nn.Module], rows: int, fmt: str, place: str) -> Callable[[], None]:
+    """A call of the layers in turn, with so many rows."""
     dtype = DTYPES.get(fmt, torch.bfloat16)
-    side = layers[0].shape[1] if isinstance(layers[0], torch.Tensor) else layers[0].in_features
-    x = torch.randn(rows, side).to("cuda" if place == "gpu" else "cpu", dtype)
-    done = 0
+    x = torch.randn(rows, layers[0].in_features).to("cuda" if place == "gpu" else "cpu", dtype)
+    turns = itertools.cycle(layers)
 
     def call() -> None:
-        nonlocal done
-        layer = layers[done % len(layers)]
-        done += 1
-        F.linear(x, layer) if isinstance(layer, torch.Tensor) else layer(x)
+        layer = next(turns)
+        F.linear(x, layer.weight) if not isinstance(layer, QuantizedLinear) else layer(x)
 
-    return _least_seconds(call, place)
+    return call
 
 
-def _least_seconds(call: Callable, place: str) -> float:
-    """Seconds of one call; see ``_least_of_each``."""
-    return _least_of_each({"": call}, place, 3, ROUND_S)[""]
+def _product(engine: str, fmt: str, place: str) -> tuple[ProductRates, Circumstances]:
+    columns = (
+        LARGE
+        if not get_format(fmt).group_size
+        else -(-LARGE // get_format(fmt).group_size) * get_format(fmt).group_size
+    )
+    layers = _copies(_weight(fmt, WORDS, columns, place), True)
+    device = "cuda" if place == "gpu" else "cpu"
+    hidden, norm = torch.randn(1, columns, device=device), torch.ones(columns, device=device)
+    dtype = DTYPES.get(fmt, torch.bfloat16)
+    product, arguments = product_of(layers[0]), [[norm, *tensors_of(layer, dtype)] for layer in layers]
+    if engine == COMPILED:
+        run = compiled_head(product, 1e-6, [hidden, *arguments[0]], progress=False)
+        turns = itertools.cycle([[hidden, *each] for each in arguments])
+        timing = time_calls({"": lambda: run(next(turns))}, place)
+    else:
+        turns = itertools.cycle(arguments)
+        timing = time_calls({"": lambda: head(product, 1e-6, hidden, next(turns))}, place)
+    return ProductRates(timing.seconds[""] / (WORDS * columns)), timing.circumstances
 
 
-def _least_of_each(calls: dict, place: str, rounds: int = 12, round_s: float = ROUND_S / 4) -> dict:
-    """Seconds a call, the least disturbed of some rounds, in each of which every call has its turn.
+class _Case:
+    """What tiny models are made for, see ``Machine.token``."""
 
-    What is subtracted from each other is then measured side by side: a disturbance outlasts a turn, seldom all rounds.
+    def __init__(self, engine: str, fmt: str, kv_format: str, dtype: str, place: str, apart: bool):
+        self.engine, self.fmt, self.kv_format = engine, fmt, kv_format
+        self.dtype, self.place, self.apart = dtype, place, apart
 
-    Args:
-        calls: What to call, by name.
-        place: Where it computes, ``"gpu"`` or ``"cpu"``.
-        rounds: Turns of each.
-        round_s: Seconds of a turn; at least one call.
-    """
-    wait = torch.cuda.synchronize if place == "gpu" else lambda: None
-    for call in calls.values():
-        call(), wait()
-    least = dict.fromkeys(calls, float("inf"))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            done, began = 0, time.perf_counter()
-            while time.perf_counter() - began < round_s:
-                call()
-                done += 1
-            wait()
-            least[name] = min(least[name], (time.perf_counter() - began) / done)
-    return least
+    def decoder(self, layers: int, kv_heads: int) -> Decoder:
+        """A decoder of a Llama of random weights, loaded like any model."""
+        from transformers import LlamaConfig
+
+        config = LlamaConfig(
+            **TINY,
+            num_hidden_layers=layers,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=4 * LONG,
+            tie_word_embeddings=True,
+        )
+        spec = ModelSpec.from_config(config, "tiny")
+        plan = Plan.uniform(spec, self.dtype, context=4 * LONG)
+        plan = plan.with_modules("*_proj", format=self.fmt).with_modules("*", device=self.place)
+        plan = replace(plan, kv_format=self.kv_format)
+        if torch.cuda.is_available():
+            gpu = CudaGpu(None, set_cap=False)
+        else:
+            gpu = StandInGpu(GpuBudget(GiB, 0) if self.apart else None)
+            if self.apart:
+                plan = plan.with_modules("*", device="gpu")
+        model = load(plan, gpu, spec=spec, checkpoint=RandomWeights(spec), progress=False)
+        if self.engine == MODULES:
+            return ModuleDecoder(model)
+        return LeanDecoder(model, compiled=self.engine == COMPILED, progress=False)
 
 
-def _layer(kv_format: str, dtype: str, place: str, plain: KernelRates) -> LayerRates:
-    """Differences between runs of tiny models that differ in one thing each."""
-    models = {
-        name: _tiny(layers, heads, dtype, place, kv_format)
-        for name, layers, heads in (("few", 2, 4), ("many", 6, 4), ("narrow", 6, 1))
+def _token(case: _Case, weight: KernelRates | ProductRates) -> tuple[TokenRates, Circumstances]:
+    """Differences between tiny models that differ in one thing each."""
+    decoders = {"few": case.decoder(FEW, 4), "many": case.decoder(MANY, 4), "narrow": case.decoder(MANY, 1)}
+    lengths = [("few", 1), ("many", 1), ("many", 2 * LONG), ("narrow", 1), ("narrow", 2 * LONG)]
+    timing = _timed(
+        {(name, cached): _decoding(decoders[name], cached) for name, cached in lengths}, decoders, case.place
+    )
+    seconds = timing.seconds
+    whole = (seconds["many", 1] - seconds["few", 1]) / (MANY - FEW)  # a layer, its products included
+    spec = decoders["many"].model.lowvram.spec
+    products = [module for module in spec.modules if module.layer == 0 and module.kind == "linear"]
+    weights = [module.weight_shape[0] * module.weight_shape[1] for module in products]
+    if isinstance(weight, KernelRates):
+        linear = sum(weight.seconds(count) for count in weights)
+    else:
+        linear = weight.weight_s * sum(weights)
+    queries = TINY["num_attention_heads"] * TINY["head_dim"]
+    # a cached token: queries * cached_query + keys * cached_kv, from two numbers of key heads
+    wide, narrow = (
+        max(0.0, seconds[name, 2 * LONG] - seconds[name, 1]) / MANY / (2 * LONG) for name in ("many", "narrow")
+    )
+    kv = max(0.0, wide - narrow) / (3 * TINY["head_dim"])
+    query = max(0.0, narrow - kv * TINY["head_dim"]) / queries
+    around = max(0.0, seconds["few", 1] - FEW * whole)
+    return TokenRates(around, max(0.0, whole - linear), query, kv), timing.circumstances
+
+
+def _prompt(kv_format: str, dtype: str, place: str, plain: KernelRates) -> tuple[PromptRates, Circumstances]:
+    case = _Case(MODULES, dtype, kv_format, dtype, place, apart=False)
+    decoders = {"few": case.decoder(FEW, 4), "many": case.decoder(MANY, 4)}
+    lengths = list(itertools.product(decoders, (1, SHORT, LONG)))
+    timing = _timed({(name, n): _prefilling(decoders[name], n) for name, n in lengths}, decoders, place)
+    a_layer = {
+        tokens: (timing.seconds["many", tokens] - timing.seconds["few", tokens]) / (MANY - FEW)
+        for tokens in (1, SHORT, LONG)
     }
-    with contextlib.ExitStack() as unmetered:
-        for model in models.values():
-            unmetered.enter_context(model.lowvram.gpu.unmetered())
-        calls = {(name, "decode", 1): _decoding(model, 1) for name, model in models.items()}
-        for name in ("many", "narrow"):
-            calls[name, "decode", 2 * LONG] = _decoding(models[name], 2 * LONG)
-        for name, tokens in itertools.product(("few", "many"), (SHORT, LONG)):
-            calls[name, "prefill", tokens] = _prefilling(models[name], tokens)
-        seconds = _least_of_each(calls, place)
-    few, many = seconds["few", "decode", 1], seconds["many", "decode", 1]
-    whole = (many - few) / 4  # a layer, its linear modules included
-    linear = {tokens: _linear_seconds(models["many"].spec, plain, tokens) for tokens in (1, SHORT, LONG)}
-    layer_s = max(0.0, whole - linear[1])
+    spec = decoders["many"].model.lowvram.spec
+    linear = {tokens: _linear_seconds(spec, plain, tokens) for tokens in a_layer}
+    layer_s = max(0.0, a_layer[1] - linear[1])
     queries, hidden = TINY["num_attention_heads"] * TINY["head_dim"], TINY["hidden_size"]
     # a prompt of n tokens: n * hidden * width + n * n / 2 * queries * pair, from two lengths
-    rest = {}
-    for tokens in (SHORT, LONG):
-        a_layer = (seconds["many", "prefill", tokens] - seconds["few", "prefill", tokens]) / 4
-        rest[tokens] = max(0.0, a_layer - layer_s - linear[tokens])
-    a, b = rest[SHORT] / SHORT, rest[LONG] / LONG
-    pair = max(0.0, (b - a) / (LONG - SHORT)) * 2 / queries
-    width = max(0.0, a - pair * queries * SHORT / 2) / hidden
-    # a cached token: queries * cached_query + keys * cached_kv, from two numbers of key heads
-    grown = {}
-    for heads, name in ((4, "many"), (1, "narrow")):
-        longer = seconds[name, "decode", 2 * LONG] - seconds[name, "decode", 1]
-        grown[heads] = max(0.0, longer) / 6 / (2 * LONG)
-    kv = max(0.0, grown[4] - grown[1]) / (3 * TINY["head_dim"])
-    query = max(0.0, grown[1] - kv * TINY["head_dim"]) / queries
-    return LayerRates(max(0.0, few - 2 * whole), layer_s, width, pair, query, kv)
+    short, long = (max(0.0, a_layer[tokens] - layer_s - linear[tokens]) / tokens for tokens in (SHORT, LONG))
+    pair = max(0.0, (long - short) / (LONG - SHORT)) * 2 / queries
+    width = max(0.0, short - pair * queries * SHORT / 2) / hidden
+    around = max(0.0, timing.seconds["few", 1] - FEW * a_layer[1])
+    return PromptRates(around, layer_s, width, pair), timing.circumstances
+
+
+def _timed(calls: dict, decoders: dict[str, Decoder], place: str) -> Timing:
+    with contextlib.ExitStack() as unmetered:
+        for decoder in decoders.values():
+            unmetered.enter_context(decoder.model.lowvram.gpu.unmetered())
+        return time_calls(calls, place)
 
 
 def _linear_seconds(spec: ModelSpec, rates: KernelRates, tokens: int) -> float:
@@ -249,22 +390,8 @@ def _linear_seconds(spec: ModelSpec, rates: KernelRates, tokens: int) -> float:
     return sum(rates.seconds(m.weight_shape[0] * m.weight_shape[1], tokens) for m in modules)
 
 
-def _tiny(layers: int, kv_heads: int, dtype: str, place: str, kv_format: str):
-    """A Llama of random weights, loaded like any model."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig(
-        **TINY, num_hidden_layers=layers, num_key_value_heads=kv_heads, max_position_embeddings=4 * LONG,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    spec = ModelSpec.from_config(config, "tiny")
-    plan = replace(Plan.uniform(spec, dtype, context=4 * LONG).with_modules("*", device=place), kv_format=kv_format)
-    gpu = CudaGpu(None, set_cap=False) if torch.cuda.is_available() else StandInGpu(None)
-    return load(plan, gpu, spec=spec, checkpoint=RandomWeights(spec), progress=False)
-
-
-def _prefilling(model, tokens: int) -> Callable:
-    ids, decoder = torch.ones(1, tokens, dtype=torch.long), decoder_for(model, progress=False)
+def _prefilling(decoder: Decoder, tokens: int) -> Callable[[], None]:
+    ids = torch.ones(1, tokens, dtype=torch.long)
 
     def call() -> None:
         decoder.cache.keep(0)
@@ -273,29 +400,40 @@ def _prefilling(model, tokens: int) -> Callable:
     return call
 
 
-def _decoding(model, cached: int) -> Callable:
-    decoder, token = decoder_for(model, progress=False), torch.ones(1, 1, dtype=torch.long)
-    decoder.prefill(torch.ones(1, cached, dtype=torch.long))
+def _decoding(decoder: Decoder, cached: int) -> Callable[[], None]:
+    """Decodes and chooses one token behind so many."""
+    token = torch.ones(1, 1, dtype=torch.long)
+    decoder.cache.keep(0)
+    decoder.prefill(torch.ones(1, 2 * LONG, dtype=torch.long))
 
     def call() -> None:
         decoder.cache.keep(cached)
-        decoder.decode(token)
+        int(decoder.decode(token).float().argmax(dim=-1))
 
     return call
 
 
-def _link() -> LinkRates:
-    def seconds(size: int, pinned: bool, to_gpu: bool) -> float:
+def _link() -> tuple[LinkRates, Circumstances]:
+    def copying(size: int, pinned: bool, to_gpu: bool) -> Callable[[], None]:
         there, here = torch.empty(size, dtype=torch.uint8, device="cuda"), torch.empty(size, dtype=torch.uint8)
         here = here.pin_memory() if pinned else here
         source, target = (here, there) if to_gpu else (there, here)
-        return _least_seconds(lambda: (target.copy_(source, non_blocking=pinned), torch.cuda.synchronize()), "gpu")
+        return partial(_copy_and_wait, target, source, pinned)
 
-    rates = [LINK_BYTES / seconds(LINK_BYTES, pinned, to_gpu) for to_gpu in (True, False) for pinned in (False, True)]
-    return LinkRates(*rates, seconds(4096, False, True))
+    calls = {
+        (to_gpu, pinned): copying(LINK_BYTES, pinned, to_gpu) for to_gpu in (True, False) for pinned in (False, True)
+    }
+    timing = time_calls({**calls, "crossing": copying(4096, False, True)}, "gpu")
+    rates = [LINK_BYTES / timing.seconds[name] for name in calls]
+    return LinkRates(*rates, timing.seconds["crossing"]), timing.circumstances
 
 
-def _disk() -> DiskRates:
+def _copy_and_wait(target: torch.Tensor, source: torch.Tensor, pinned: bool) -> None:
+    target.copy_(source, non_blocking=pinned)
+    torch.cuda.synchronize()
+
+
+def _disk() -> tuple[DiskRates, Circumstances]:
     """Reads a file that the system was told to forget. Where it cannot be told (macOS), the rate is its cache's."""
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=cache_dir(), buffering=0) as file:
@@ -307,4 +445,5 @@ def _disk() -> DiskRates:
         block, began = bytearray(MiB), time.perf_counter()
         while file.readinto(block):
             pass
-        return DiskRates(DISK_BYTES / (time.perf_counter() - began))
+        rate = DISK_BYTES / (time.perf_counter() - began)
+    return DiskRates(rate), Circumstances(time.time())

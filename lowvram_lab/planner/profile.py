@@ -235,6 +235,7 @@ class SpeedProfile:
         origin: ``"forecast"`` or ``"measured"``.
         parts: Seconds per decoded token, keyed by operation (forecasts only).
         engine: The decoder that runs it, in words.
+        rates: How old and how steady the rates of a forecast are, in words.
     """
 
     where: str
@@ -245,6 +246,7 @@ class SpeedProfile:
     origin: str = "measured"
     parts: dict[str, float] = field(default_factory=dict)
     engine: str = ""
+    rates: str = ""
 
     def compare(self, other: "SpeedProfile"):
         """This profile beside another of the same workload, and the difference in per cent. A DataFrame."""
@@ -258,8 +260,12 @@ class SpeedProfile:
         """One line."""
         return (
             f"{self.decode_tokens_per_s:.1f} tokens/s, first token after {self.ttft_s:.2f} s for a prompt of "
-            f"{self.prompt_tokens} tokens ({self.origin}, {self.where})"
+            f"{self.prompt_tokens} tokens ({self.origin}, {self.where}{self._by()})"
         )
+
+    def _by(self) -> str:
+        engine = f", by {self.engine}" if self.engine else ""
+        return engine + (f"; rates {self.rates}" if "disturbed" in self.rates else "")
 
     def to_dict(self) -> dict:
         """Plain data."""

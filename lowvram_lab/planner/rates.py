@@ -1,7 +1,4 @@
-"""What this machine takes for the parts of a forward pass: measured in a second or two, kept until it changes.
-
-Three sorts of rates: of a linear layer, by format (call, weights read, arithmetic a token); of everything else in a
-decoder layer, measured on a tiny Llama that goes through the real loader; of the link between GPU and CPU.
+"""What this machine takes for the parts of a forward pass, as plain figures; ``measure_rates.py`` measures them.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """
@@ -11,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class KernelRates:
-    """A linear layer of one format. Seconds: ``call + weights * (weight + row * (tokens - 1))``.
+    """A linear layer of one format, as a module. Seconds: ``call + weights * (weight + row * (tokens - 1))``.
 
     Attributes:
         call_s: A call with next to no weights.
@@ -29,22 +26,46 @@ class KernelRates:
 
 
 @dataclass(frozen=True)
-class LayerRates:
-    """A decoder layer without its linear modules, and what a model has around its layers.
+class ProductRates:
+    """One row times a weight inside the lean decoder.
 
     Attributes:
-        model_s: A forward pass of a model without layers and head: embedding, mask, final norm.
-        layer_s: Norms, rotary embedding, attention over a few tokens, Python.
+        weight_s: Per weight; what a call takes besides is in ``TokenRates.layer_s``.
+    """
+
+    weight_s: float
+
+
+@dataclass(frozen=True)
+class PromptRates:
+    """Reading a prompt by the model's modules, without its linear layers.
+
+    Attributes:
+        model_s: What a model has around its layers: embedding, mask, final norm.
+        layer_s: A layer: norms, rotary embedding, attention over a few tokens, Python.
         width_s: Per further token and hidden feature: element-wise work.
-        pair_s: Per pair of tokens that see each other in a prompt, and query feature.
-        cached_query_s: While decoding, per cached token and query feature.
-        cached_kv_s: While decoding, per cached token and key feature.
+        pair_s: Per pair of tokens that see each other, and query feature.
     """
 
     model_s: float
     layer_s: float
     width_s: float
     pair_s: float
+
+
+@dataclass(frozen=True)
+class TokenRates:
+    """Decoding one token by one engine, without its products.
+
+    Attributes:
+        model_s: What there is around the layers: embedding, final norm, copying logits, choosing.
+        layer_s: A layer with next to nothing cached.
+        cached_query_s: Per cached token and query feature.
+        cached_kv_s: Per cached token and key feature.
+    """
+
+    model_s: float
+    layer_s: float
     cached_query_s: float
     cached_kv_s: float
 
@@ -75,3 +96,33 @@ class DiskRates:
     """
 
     read: float
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """When rates were measured, and how steadily.
+
+    Attributes:
+        measured_at: Seconds since the epoch.
+        spread: Median round over the least disturbed one, of the least steady timing; 1 is perfectly steady.
+        others: Cores that other work of the machine held meanwhile, on average.
+    """
+
+    measured_at: float
+    spread: float = 1.0
+    others: float = 0.0
+
+    STEADY_SPREAD = 1.25
+    STEADY_OTHERS = 0.25
+
+    @property
+    def steady(self) -> bool:
+        """Whether the figures are the machine's own: rounds agree, and nothing else held its cores."""
+        return self.spread <= self.STEADY_SPREAD and self.others <= self.STEADY_OTHERS
+
+    def words(self, now: float) -> str:
+        """How old and how steady, in words."""
+        age = max(0.0, now - self.measured_at)
+        unit, name = next(((s, n) for s, n in ((86400, "d"), (3600, "h"), (60, "min")) if age >= s), (1, "s"))
+        disturbed = "" if self.steady else f", disturbed: other work held {self.others:.1f} cores"
+        return f"measured {age / unit:.0f} {name} ago, rounds within {self.spread - 1:.0%}{disturbed}"

@@ -1,20 +1,24 @@
 """How fast a plan will run: the parts of a forward pass, each at this machine's measured rate, added up.
 
-Reading weights, arithmetic, attention over what is cached, everything small that happens in a layer whatever its size,
-hidden states that cross between CPU and GPU, weights that travel for a long prompt or come from disk. The same
+A prompt is read by the model's modules, a token is decoded by the decoder that ``decoder_for`` gives, and each has its
+own rates: products, attention over what is cached, everything small that happens in a layer whatever its size, hidden
+states that cross between CPU and GPU, weights that travel for a long prompt or come from disk. The same
 ``SpeedProfile`` as ``run_speed`` measures, so the two subtract.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """
 
 import math
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import psutil
 
+from lowvram_lab.engine.lean import MODULES, engine_of
+from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan, compute_place
-from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.planner.measure import where_it_runs
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import STAND_IN, SpeedProfile, Workload
@@ -41,15 +45,18 @@ def forecast_speed(
             in the system's cache; else all of them are read for every token. By default what is free now.
 
     Returns:
-        A profile with origin ``"forecast"``; ``parts`` has the seconds of one decoded token by what takes them.
+        A profile with origin ``"forecast"``, of the decoder that ``decoder_for`` would give; ``parts`` has the seconds
+        of one decoded token by what takes them, ``rates`` how old and how steady the rates are.
     """
     plan.validate(spec)
     machine = machine or Machine()
     if workload is None:
         prompt = max(1, plan.context // 2)
         workload = Workload(prompt, max(1, min(FEW_TOKENS, plan.context - prompt)))
-    first = _forward(plan, spec, machine, workload.prompt_tokens, 0, ram)
-    parts = _forward(plan, spec, machine, 1, workload.prompt_tokens + workload.new_tokens // 2, ram)
+    kind, name = engine_of(plan, spec, "cuda" if machine.cuda else "cpu")
+    first = _prompt(plan, spec, machine, workload.prompt_tokens, ram)
+    parts = _token(plan, spec, machine, kind, workload.prompt_tokens + workload.new_tokens // 2)
+    parts["weights from disk"] += _disk_seconds(plan, spec, machine, ram)
     return SpeedProfile(
         where=where_it_runs(plan, spec, machine.name if machine.cuda else STAND_IN),
         prompt_tokens=workload.prompt_tokens,
@@ -57,7 +64,9 @@ def forecast_speed(
         ttft_s=sum(first.values()),
         decode_tokens_per_s=1 / sum(parts.values()),
         origin="forecast",
-        parts=dict(parts),
+        parts=dict(+parts),
+        engine=name,
+        rates=machine.circumstances().words(time.time()),
     )
 
 
@@ -81,7 +90,7 @@ def stream_threshold(plan: Plan, spec: ModelSpec, machine: Machine | None = None
 
     def gains(tokens: int) -> bool:
         resident, travelling = replace(plan, stream_from=None), replace(plan, stream_from=2)
-        seconds = [sum(_forward(each, spec, machine, tokens, 0, None).values()) for each in (travelling, resident)]
+        seconds = [sum(_prompt(each, spec, machine, tokens, None).values()) for each in (travelling, resident)]
         return seconds[0] < seconds[1]
 
     low, high = 1, plan.context  # gains is false at low
@@ -93,38 +102,80 @@ def stream_threshold(plan: Plan, spec: ModelSpec, machine: Machine | None = None
     return high
 
 
-def _forward(plan: Plan, spec: ModelSpec, machine: Machine, tokens: int, cached: int, ram: int | None) -> Counter:
-    """Seconds of a forward pass, by part; only the last token goes through the head."""
+def _prompt(plan: Plan, spec: ModelSpec, machine: Machine, tokens: int, ram: int | None) -> Counter:
+    """Seconds of reading a prompt by the model's modules, by part; only the last token goes through the head."""
     parts: Counter = Counter()
     away = _Travel(plan, spec, machine) if plan.stream_from is not None and tokens >= plan.stream_from else None
     places = plan.layer_places(spec) if away is None or not away.layers else ["gpu"] * spec.num_hidden_layers
     for module in spec.modules:
-        if module.kind == "linear":
-            fed = 1 if module.name == spec.head else tokens
-            assignment = plan.modules[module.name]
-            place = compute_place(assignment.device) if module.layer is None else places[module.layer]
-            rates = machine.kernel(assignment.format, place, plan.threads, bool(module.tied_to))
-            label = "head" if module.name == spec.head else f"{assignment.format} weights on the {place}"
-            seconds = rates.seconds(math.prod(module.weight_shape), fed)
-            parts[label] += seconds
-            if away and module.layer in away.layers:
-                away.compute_s += seconds
-    heads = spec.config.get("num_attention_heads", spec.num_key_value_heads)
-    queries, keys = heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+        if module.kind != "linear":
+            continue
+        fed = 1 if module.name == spec.head else tokens
+        assignment = plan.modules[module.name]
+        place = compute_place(assignment.device) if module.layer is None else places[module.layer]
+        rates = machine.kernel(assignment.format, place, plan.threads, bool(module.tied_to))
+        seconds = rates.seconds(math.prod(module.weight_shape), fed)
+        parts[_label(module, assignment.format, place, spec)] += seconds
+        if away and module.layer in away.layers:
+            away.compute_s += seconds
+    queries = _query_features(spec)
     for place in places:
-        rates = machine.layer(plan.kv_format, plan.dtype, place, plan.threads)
+        rates = machine.prompt(plan.kv_format, plan.dtype, place, plan.threads)
         parts["small operations"] += rates.layer_s + rates.width_s * (tokens - 1) * spec.hidden_size
-        parts["attention"] += cached * (rates.cached_query_s * queries + rates.cached_kv_s * keys)
         parts["attention"] += rates.pair_s * queries * (tokens - 1) * tokens / 2
-    parts["small operations"] += machine.layer(plan.kv_format, plan.dtype, places[0], plan.threads).model_s
-    order = [compute_place(plan.modules[spec.embedding].device), *places, compute_place(plan.modules[spec.head].device)]
-    if crossings := sum(a != b for a, b in zip(order, order[1:], strict=False)):
-        parts["crossing"] += _crossing_seconds(crossings, tokens, spec, machine)
+    parts["small operations"] += machine.prompt(plan.kv_format, plan.dtype, places[0], plan.threads).model_s
+    parts["crossing"] += _crossing_seconds(plan, spec, machine, places, tokens)
     if away and away.layers:
         parts["weights on their way"] += away.waiting_s()
-        parts["keys and values on their way"] += away.cache_s(tokens, cached)
+        parts["keys and values on their way"] += away.cache_s(tokens)
     parts["weights from disk"] += _disk_seconds(plan, spec, machine, ram)
     return +parts
+
+
+def _token(plan: Plan, spec: ModelSpec, machine: Machine, engine: str, cached: int) -> Counter:
+    """Seconds of one decoded token by the engine that decodes, by part."""
+    parts: Counter = Counter()
+    places = plan.layer_places(spec)
+    queries, keys = _query_features(spec), spec.num_key_value_heads * spec.head_dim
+    formats: dict[int, list[str]] = defaultdict(list)
+    for module in spec.modules:
+        if module.kind != "linear":
+            continue
+        assignment, (rows, columns) = plan.modules[module.name], module.weight_shape
+        place = compute_place(assignment.device)
+        if module.layer is not None:
+            formats[module.layer].append(assignment.format)
+        head_by_modules = module.name == spec.head and not _has_product(assignment.format, bool(module.tied_to))
+        if engine == MODULES or head_by_modules:
+            rates = machine.kernel(assignment.format, place, plan.threads, bool(module.tied_to))
+            seconds = rates.seconds(rows * columns)
+        else:
+            seconds = machine.product(engine, assignment.format, columns, place, plan.threads).weight_s * rows * columns
+        parts[_label(module, assignment.format, place, spec)] += seconds
+    around = 0.0
+    for index, place in enumerate(places):
+        for fmt, count in Counter(formats[index]).items():
+            rates = machine.token(engine, fmt, plan.kv_format, plan.dtype, place, plan.threads)
+            parts["small operations"] += rates.layer_s * count / len(formats[index])
+        parts["attention"] += cached * (rates.cached_query_s * queries + rates.cached_kv_s * keys)
+        around = around or rates.model_s
+    parts["small operations"] += around
+    parts["crossing"] += _crossing_seconds(plan, spec, machine, places, 1)
+    return +parts
+
+
+def _has_product(fmt: str, shared: bool) -> bool:
+    """Whether the lean decoder multiplies by a head of this format itself, or leaves it to the module."""
+    kind = get_format(fmt).kind
+    return kind in ("float", "int8") or (kind == "int4" and not shared)
+
+
+def _query_features(spec: ModelSpec) -> int:
+    return spec.config.get("num_attention_heads", spec.num_key_value_heads) * spec.head_dim
+
+
+def _label(module: ModuleSpec, fmt: str, place: str, spec: ModelSpec) -> str:
+    return "head" if module.name == spec.head else f"{fmt} weights on the {place}"
 
 
 class _Travel:
@@ -151,16 +202,18 @@ class _Travel:
         beside = copy_s / count + (count - 1) / count * max(0.0, copy_s - self.compute_s)
         return beside + self.size_bytes["disk"] / self.link.to_gpu  # mapped, not page-locked: waited for
 
-    def cache_s(self, tokens: int, cached: int) -> float:
-        """Keys and values: those there are, to the GPU; the new ones, home to the CPU."""
-        one = self.plan.kv_bytes(self.spec, 1, "cpu")
-        return one * (cached / self.link.to_gpu + tokens / self.link.to_cpu)
+    def cache_s(self, tokens: int) -> float:
+        """The new tokens' keys and values come home to the CPU."""
+        return self.plan.kv_bytes(self.spec, tokens, "cpu") / self.link.to_cpu
 
 
-def _crossing_seconds(crossings: int, tokens: int, spec: ModelSpec, machine: Machine) -> float:
-    link = machine.link()
+def _crossing_seconds(plan: Plan, spec: ModelSpec, machine: Machine, places: list[str], tokens: int) -> float:
+    """Hidden states on their way between places; the stand-in lies in the same RAM, and a timing does not copy."""
+    order = [compute_place(plan.modules[spec.embedding].device), *places, compute_place(plan.modules[spec.head].device)]
+    crossings = sum(here != there for here, there in zip(order, order[1:], strict=False))
+    link = machine.link() if crossings else None
     if link is None:
-        return 0.0  # the stand-in lies in the same RAM, and a timing does not copy
+        return 0.0
     return crossings * (link.crossing_s + 2 * tokens * spec.hidden_size / min(link.to_gpu, link.to_cpu))
 
 
