@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,12 +44,14 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text, sample_text
+from lowvram_lab.planner.card_recipe import CardBudget
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.weights.convert import Conversion, convert
 from lowvram_lab.weights.gptq import output_error
 from lowvram_lab.weights.layer_quantizer import CORRECTION, DAMPING, corrected
+from lowvram_lab.weights.recipe import WeightBudget
 from lowvram_lab.weights.resumable import PartialDirectory
 from lowvram_lab.weights.solve import relative_error as output_change
 from lowvram_lab.weights.solvers import round_to_nearest
@@ -341,7 +344,7 @@ def tinier(folder):
     llama, qwen2 = (write_model(folder / f"tinier {kind}", kind, **TINIER) for kind in ("llama", "qwen2"))
     return {
         "plan": (llama, {"plan": Plan.uniform(directory_spec(llama), "int3", context=64)}),
-        "recipe": (qwen2, {"reduction": 0.65, "formats": ("int4", "int3-g32")}),
+        "recipe": (qwen2, {"plan": WeightBudget(reduction=0.65, formats=("int4", "int3-g32"))}),
     }
 
 
@@ -622,7 +625,7 @@ def test_a_bad_embedding_is_named_and_nothing_is_left(tmp_path, by, how):
     change, words = SPOILT[how]
     name = f"{EMBED}.weight"
     source = write_model(tmp_path / "source", "qwen2", spoilt(name, change), **TINIER)
-    options = {"plan": tinier_plan()} if by == "plan" else {"reduction": 0.6, "formats": ("int4",)}
+    options = {"plan": tinier_plan()} if by == "plan" else {"plan": WeightBudget(reduction=0.6, formats=("int4",))}
     with pytest.raises(CheckpointError, match=words.format(name=name)) as error:
         run(source, tmp_path / "out", **options)
     assert_refused(error, tmp_path)
@@ -707,7 +710,7 @@ def test_dead_inputs_leave_a_weight_as_it_would_be_rounded(tmp_path):
 
 def test_a_width_that_no_group_divides_is_in_8_bits(tmp_path):
     source = write_model(tmp_path / "source", "qwen2", hidden_size=64, intermediate_size=100, num_hidden_layers=1)
-    done = run(source, tmp_path / "out", weight_bytes="70KiB", formats=("int4", "int4-g32"))
+    done = run(source, tmp_path / "out", plan=WeightBudget("70KiB", formats=("int4", "int4-g32")))
     formats = {name: a.format for name, a in done.plan.modules.items()}
     assert formats["model.layers.0.mlp.down_proj"] == "int8"
     assert "int4" in formats["model.layers.0.mlp.up_proj"]
@@ -744,7 +747,7 @@ for columns in (100, 104, 33):
 
 @pytest.mark.parametrize("kind", ["qwen2", pytest.param("llama")])
 def test_a_size_becomes_a_recipe_and_its_estimate_is_kept(tmp_path, sources, kind):
-    done = run(sources[kind], tmp_path / "out", reduction=0.65, formats=("int6", "int4", "int3"))
+    done = run(sources[kind], tmp_path / "out", plan=WeightBudget(reduction=0.65, formats=("int6", "int4", "int3")))
     assert done.weight_bytes <= 0.35 * done.source_weight_bytes
     assert done.weight_bytes > 0.33 * done.source_weight_bytes
     assert done.estimated_kl == json.loads((tmp_path / "out" / "recipe.json").read_text())["estimated_kl"]
@@ -762,27 +765,29 @@ def test_the_estimate_foretells_what_is_measured(tmp_path, sources, kind, monkey
     monkeypatch.setattr(module, "SENSITIVITY_TOKENS", 4096)
     monkeypatch.setattr(module, "calibration_text", calibration_text)
     for share in (0.6, 0.8):
-        done = run(sources[kind], tmp_path / f"{share}", reduction=share, stock=False, calibration_tokens=16384)
+        budget = WeightBudget(reduction=share, stock=False)
+        done = run(sources[kind], tmp_path / f"{share}", plan=budget, calibration_tokens=16384)
         assert done.measured["kl_mean"] / 5 < done.estimated_kl < 5 * done.measured["kl_mean"]
 
 
 def test_another_size_needs_no_other_sensitivity(tmp_path, tinier, monkeypatch):
-    (source, _), options = tinier["recipe"], {"formats": ("int6", "int2")}
+    source, _ = tinier["recipe"]
+    half, less = (WeightBudget(reduction=share, formats=("int6", "int2")) for share in (0.5, 0.7))
     whole = 2 * directory_spec(source).num_parameters
-    first = run(source, tmp_path / "a", reduction=0.5, **options)
+    first = run(source, tmp_path / "a", plan=half)
 
     def never(*_, **__):
         raise AssertionError("estimated again")
 
     monkeypatch.setattr(module, "estimate_sensitivity", never)
-    second = run(source, tmp_path / "b", reduction=0.7, **options)
+    second = run(source, tmp_path / "b", plan=less)
     assert first.weight_bytes > 0.3 * whole >= second.weight_bytes
     assert first.estimated_kl < second.estimated_kl
     with pytest.raises(AssertionError, match="again"):  # but other formats, and other text, do
-        run(source, tmp_path / "c", reduction=0.7, formats=("int4", "int3"))
+        run(source, tmp_path / "c", plan=replace(less, formats=("int4", "int3")))
     (tmp_path / "other.txt").write_text("Another text, long enough. " * 100)
     with pytest.raises(AssertionError, match="again"):
-        run(source, tmp_path / "d", reduction=0.7, calibration=tmp_path / "other.txt", **options)
+        run(source, tmp_path / "d", plan=less, calibration=tmp_path / "other.txt")
 
 
 def test_gptq_loses_less_than_clipping_and_that_less_than_rounding(folder, sources):
@@ -816,24 +821,19 @@ def test_16_bits_everywhere_is_a_plain_copy(tmp_path, sources):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "expected one of plan, weight_bytes, reduction, gpu"),
-        ({"reduction": 0.5, "gpu": "1GiB"}, "expected one of plan, weight_bytes, reduction, gpu"),
-        ({"reduction": 1.0}, "between 0 and 1"),
-        ({"reduction": -0.5}, "between 0 and 1"),
-        ({"reduction": 70}, "between 0 and 1"),
-        ({"reduction": float("nan")}, "between 0 and 1"),
-        ({"reduction": 0.5, "calibration_tokens": 640}, "2048 calibration tokens or more, found 640"),
-        ({"reduction": 0.5, "solver": "awq"}, "expected solver gptq, clip, rtn, found 'awq'"),
-        ({"reduction": 0.99}, "at the least"),
-        ({"reduction": 0.5, "formats": ("int9",)}, "unknown format 'int9'"),
-        ({"weight_bytes": "1.9"}, "GiB"),
-        ({"gpu": "1GiB", "context": 5000}, "1024 positions"),
-        ({"reduction": 0.5, "calibration": "missing.txt"}, "missing.txt: expected a text in UTF-8"),
+        ({"plan": "int4"}, "expected a Plan, a Recipe, a WeightBudget or a CardBudget as the plan, found 'int4'"),
+        ({"calibration_tokens": 640}, "2048 calibration tokens or more, found 640"),
+        ({"solver": "awq"}, "expected solver gptq, clip, rtn, found 'awq'"),
+        ({"plan": WeightBudget(reduction=0.99)}, "at the least"),
+        ({"plan": WeightBudget(reduction=0.5, formats=("int9",))}, "unknown format 'int9'"),
+        ({"plan": CardBudget("1GiB", context=5000)}, "1024 positions"),
+        ({"plan": CardBudget("1MiB", context=64)}, "no recipe for .* fits a 1.0 MiB GPU whole"),
+        ({"calibration": "missing.txt"}, "missing.txt: expected a text in UTF-8"),
     ],
 )
 def test_a_mistake_is_said_before_any_work(tmp_path, sources, options, words):
     with pytest.raises(LowvramError, match=words) as error:
-        run(sources["qwen2"], tmp_path / "out", **options)
+        run(sources["qwen2"], tmp_path / "out", **{"plan": WeightBudget(reduction=0.5), **options})
     assert_refused(error, tmp_path)
 
 
@@ -841,11 +841,11 @@ def test_too_short_a_text_and_one_that_is_none(tmp_path, sources):
     text = tmp_path / "source"  # as what is there before is called here
     text.write_text("word " * 400)
     with pytest.raises(LowvramError, match="calibration text of 2048 tokens or more, found 2000") as error:
-        run(sources["qwen2"], tmp_path / "out", reduction=0.5, calibration=text)
+        run(sources["qwen2"], tmp_path / "out", plan=WeightBudget(reduction=0.5), calibration=text)
     assert_refused(error, tmp_path)
     text.write_bytes(b"\xff\xfe" * 3000)
     with pytest.raises(LowvramError, match="expected a text in UTF-8") as error:
-        run(sources["qwen2"], tmp_path / "out", reduction=0.5, calibration=text)
+        run(sources["qwen2"], tmp_path / "out", plan=WeightBudget(reduction=0.5), calibration=text)
     assert_refused(error, tmp_path)
 
 
@@ -863,7 +863,7 @@ def test_output_that_is_not_empty_is_left_as_it_is(tmp_path, made, sources):
 def test_a_converted_model_is_not_converted_again(tmp_path, made):
     directory, _ = made("qwen2")
     with pytest.raises(LowvramError, match="is a converted model already; convert the 16-bit original"):
-        run(directory, tmp_path / "out", reduction=0.5)
+        run(directory, tmp_path / "out", plan=WeightBudget(reduction=0.5))
 
 
 @pytest.mark.parametrize(

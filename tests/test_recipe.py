@@ -10,16 +10,17 @@ from hypothesis import strategies as st
 from models import TINY, DictCheckpoint, random_ids, random_state, tiny_config, tiny_spec, tiny_state
 
 from lowvram_lab.engine.load import load
-from lowvram_lab.errors import BudgetError, PlanError
+from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.card_recipe import recipe
+from lowvram_lab.planner.card_recipe import CardBudget, recipe_for_card
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import MiB, parse_bytes
+from lowvram_lab.weights.recipe import WeightBudget, recipe
 from lowvram_lab.weights.sensitivity import Sensitivity, candidate_formats, estimate_sensitivity
 
 stand_in_only = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
@@ -161,8 +162,6 @@ def test_too_few_bytes_name_the_least(kind, stock):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "expected weight_bytes or gpu, one of the two"),
-        ({"weight_bytes": "1MiB", "gpu": "1GiB"}, "expected weight_bytes or gpu, one of the two"),
         ({"weight_bytes": "1MiB", "formats": ("int9",)}, "unknown format 'int9'"),
         ({"weight_bytes": "1MiB", "context": 4096}, "beyond the 1024 positions"),
         ({"weight_bytes": "1MiB", "kv_format": "int3"}, "expected kv_format"),
@@ -171,6 +170,41 @@ def test_too_few_bytes_name_the_least(kind, stock):
 def test_contradictions_are_named(options, words):
     with pytest.raises(PlanError, match=words):
         recipe(tiny_spec("llama"), estimated("llama"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "expected weight_bytes or reduction, one of the two"),
+        ({"weight_bytes": "1MiB", "reduction": 0.5}, "expected weight_bytes or reduction, one of the two"),
+        ({"reduction": 1.0}, "between 0 and 1"),
+        ({"reduction": -0.5}, "between 0 and 1"),
+        ({"reduction": 70}, "between 0 and 1"),
+        ({"reduction": float("nan")}, "between 0 and 1"),
+        ({"weight_bytes": "1.9"}, "GiB"),
+    ],
+)
+def test_a_budget_that_says_no_size_is_refused_when_made(options, words):
+    with pytest.raises(LowvramError, match=words) as error:
+        WeightBudget(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_maker_makes_what_the_function_does_and_its_repr_says_of_what():
+    spec, costs = tiny_spec("llama"), estimated("llama")
+    whole = 2 * spec.num_parameters
+    share, size = WeightBudget(reduction=0.6, stock=False), int(whole * 0.4)
+    assert share.recipe(spec, costs) == recipe(spec, costs, weight_bytes=size, stock=False)
+    assert WeightBudget("300KiB").recipe(spec, costs) == recipe(spec, costs, weight_bytes="300KiB")
+    assert repr(WeightBudget("1GiB")) == repr(WeightBudget(2**30)) != repr(WeightBudget("1GiB", stock=False))
+    wide, costs = wider("qwen2")
+    card = CardBudget("12MiB", context=256, kernels="cpu", formats=("int8", "int4"))
+    assert (
+        card.recipe(wide, costs)
+        == recipe_for_card(wide, costs, "12MiB", context=256, kernels="cpu", formats=("int8", "int4"))[0]
+    )
+    assert repr(CardBudget("1GiB")) == repr(CardBudget(2**30, kernels="cuda")) != repr(CardBudget("1GiB", context=64))
+    assert repr(CardBudget(open_gpu("12MiB"), kernels="cpu")) == repr(CardBudget("12MiB", kernels="cpu"))
 
 
 def test_the_sensitivity_of_another_model_is_refused():
@@ -201,23 +235,23 @@ def wider(kind) -> tuple[ModelSpec, Sensitivity]:
 
 @functools.cache
 def beside_the_cache(kind, size):
-    """The recipe for a stand-in of so many MiB, each made once."""
+    """The recipe for a stand-in of so many MiB and its forecast, each made once."""
     spec, costs = wider(kind)
-    return recipe(spec, costs, gpu=open_gpu(f"{size}MiB"), context=256)
+    return recipe_for_card(spec, costs, open_gpu(f"{size}MiB"), context=256)
 
 
 @stand_in_only
 @pytest.mark.parametrize(("kind", "size"), [("llama", 10), ("llama", 16), ("qwen2", 12)])
 def test_beside_the_cache_it_fits_and_really_runs(kind, size):
     (spec, _), gpu = wider(kind), open_gpu(f"{size}MiB")
-    found = beside_the_cache(kind, size)
-    assert found.forecast.fits
-    assert found.forecast.peak_reserved_bytes <= gpu.budget.usable_bytes
+    found, foretold = beside_the_cache(kind, size)
+    assert foretold.fits
+    assert foretold.peak_reserved_bytes <= gpu.budget.usable_bytes
     again = forecast(found.plan, spec, gpu)
-    assert again.phases == found.forecast.phases
+    assert again.phases == foretold.phases
     model = load(found.plan, gpu, checkpoint=DictCheckpoint(random_state(spec)), spec=spec, progress=False)
     measured = run_workload(model, Workload.full_context(256))
-    assert (found.forecast.compare(measured)["difference"] == 0).all()
+    assert (foretold.compare(measured)["difference"] == 0).all()
     assert measured.fits
     devices = {name: a.device for name, a in found.plan.modules.items()}
     assert {d for n, d in devices.items() if n != EMBED} == {"gpu"}
@@ -229,7 +263,7 @@ def test_beside_the_cache_it_fits_and_really_runs(kind, size):
 @stand_in_only
 @pytest.mark.parametrize("kind", TINY)
 def test_a_larger_card_gives_a_better_recipe(kind):
-    found = [beside_the_cache(kind, size) for size in (12, 16)]
+    found = [beside_the_cache(kind, size)[0] for size in (12, 16)]
     assert [f.estimated_kl for f in found] == sorted((f.estimated_kl for f in found), reverse=True)
     assert found[0].estimated_kl > 2 * found[1].estimated_kl
 
@@ -238,14 +272,15 @@ def test_a_larger_card_gives_a_better_recipe(kind):
 def test_what_is_left_of_the_card_is_less_than_a_segment():
     """The allocator takes 2 MiB at a time (20 for large tensors, of which these models have none)."""
     for size in (10, 12):
-        assert size * MiB - beside_the_cache("llama", size).forecast.peak_reserved_bytes < 2 * MiB
+        _, foretold = beside_the_cache("llama", size)
+        assert size * MiB - foretold.peak_reserved_bytes < 2 * MiB
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "cuda"])
 def test_a_card_for_which_nothing_is_small_enough(kernels):
     spec, costs = wider("llama")
     with pytest.raises(BudgetError) as error:
-        recipe(spec, costs, gpu="3MiB", context=256, kernels=kernels)
+        recipe_for_card(spec, costs, "3MiB", context=256, kernels=kernels)
     assert "wider-llama" in str(error.value)
     assert "\n" not in str(error.value)
     assert "-" not in re.sub("wider-llama", "", str(error.value)), "a negative number of bytes"
@@ -254,7 +289,7 @@ def test_a_card_for_which_nothing_is_small_enough(kernels):
 def test_a_card_too_small_is_named_as_it_was_given():
     spec, costs = wider("llama")
     with pytest.raises(BudgetError, match="5.0 MiB"):
-        recipe(spec, costs, gpu="5MiB", context=256, kernels="cpu")
+        recipe_for_card(spec, costs, "5MiB", context=256, kernels="cpu")
 
 
 @pytest.mark.parametrize(
@@ -264,12 +299,16 @@ def test_a_card_too_small_is_named_as_it_was_given():
 def test_where_one_format_for_all_fits_a_recipe_does(kind, size, context):
     spec, costs = wider(kind)
     assert forecast(Plan.uniform(spec, "int4", context=context), spec, size, kernels="cpu").fits
-    assert recipe(spec, costs, gpu=size, context=context, kernels="cpu").forecast.fits
+    _, foretold = recipe_for_card(spec, costs, size, context=context, kernels="cpu")
+    assert foretold.fits
 
 
 def test_an_int8_cache_leaves_more_to_the_weights():
     spec, costs = wider("llama")
-    found = [recipe(spec, costs, gpu="16MiB", context=512, kv_format=kv, kernels="cpu") for kv in (None, "int8")]
+    found = []
+    for kv_format in (None, "int8"):
+        made, _ = recipe_for_card(spec, costs, "16MiB", context=512, kv_format=kv_format, kernels="cpu")
+        found.append(made)
     assert [f.plan.kv_format for f in found] == ["bf16", "int8"]
     assert found[1].weight_bytes > found[0].weight_bytes
     assert found[1].estimated_kl < found[0].estimated_kl

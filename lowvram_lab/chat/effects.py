@@ -27,13 +27,13 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.planner.auto import DEFAULT_CONTEXT, auto_plan
-from lowvram_lab.planner.card_recipe import recipe
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed, run_workload, where_it_runs
 from lowvram_lab.planner.profile import STAND_IN, Workload
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.units import GiB, format_bytes
 from lowvram_lab.weights.calibration import calibration_windows
+from lowvram_lab.weights.recipe import recipe
 from lowvram_lab.weights.sensitivity import estimate_sensitivity
 
 
