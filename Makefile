@@ -39,7 +39,7 @@ test-all: $(STAMP) $(DRIVER) ## also the slow, network, GPU and browser tests (t
 	$(call run_notebooks)
 
 browser: $(DRIVER) ## notebook 05's panels in a real browser (needs Chromium: apt-get install chromium)
-	$(BIN)/pytest -m browser tests/test_browser.py $(ARGS)
+	$(BIN)/pytest -m browser tests/faces/test_browser.py $(ARGS)
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
