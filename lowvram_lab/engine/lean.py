@@ -21,7 +21,7 @@ from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear
-from lowvram_lab.engine.llama_layer import LayerShape, layer
+from lowvram_lab.engine.llama_layer import LayerShape, llama_layer
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.machine import cpu_threads
 
@@ -290,9 +290,9 @@ def _modules_head(model, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _run_layer(shape: LayerShape, arguments: list) -> list:
-    """``layer`` as a compiled library is called."""
+    """``llama_layer`` as a compiled library is called."""
     hidden, cos, sin, positions, *tensors = arguments
-    return [layer(shape, hidden, cos, sin, tensors, positions.shape[0])]
+    return [llama_layer(shape, hidden, cos, sin, tensors, positions.shape[0])]
 
 
 def _projection(block, name: str):

@@ -50,7 +50,9 @@ class LayerShape:
     dtype: torch.dtype
 
 
-def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None):
+def llama_layer(
+    shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None
+):
     """One decoder layer.
 
     Args:
@@ -101,7 +103,7 @@ def head(kernel: tuple[str, int, bool], eps: float, hidden, tensors, loops: list
         eps: Of the norm.
         hidden: ``(batch, hidden)`` float32.
         tensors: Weight of the norm, and what the kernel wants.
-        loops: See ``layer``.
+        loops: See ``llama_layer``.
 
     Returns:
         Logits ``(batch, vocab)`` float32.

@@ -1,6 +1,6 @@
 """One split of a model between GPU and CPU: from a few settings to plan, forecast and speed, and one try of it.
 
-Pure functions over frozen data; what draws and clicks is ``widgets.py``.
+Pure functions over frozen data; what draws and clicks is ``panel.py``.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """

@@ -93,7 +93,7 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         allocated: Place → live bytes.
-        run: Called with operator, arguments and keyword arguments instead of the operator itself; see ``replay.py``.
+        run: Called with operator, arguments and keyword arguments instead of the operator itself; see ``dry_run.py``.
         by_block: Count a GPU tensor as the allocator's whole block, as ``torch.cuda.memory_allocated`` does: a large
             block that is not worth splitting is counted with its unused end.
     """

@@ -27,8 +27,8 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text, sample_text
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
-from lowvram_lab.weights.layer_quantizer import StreamedQuantizer
-from lowvram_lab.weights.layerwise import LayerStream
+from lowvram_lab.weights.layer_quantizer import LayerQuantizer
+from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.model_card import model_card
 from lowvram_lab.weights.recipe import Recipe, RecipeMaker, WeightBudget
 from lowvram_lab.weights.resumable import PartialDirectory, building
@@ -126,10 +126,10 @@ def convert(
     with building(output, _identity(weights, chosen_by, solver, ids)) as partial:
         most = _most_bytes(recipe, plan, spec) + _state_bytes(spec, ids, held_out, recipe)
         require_space(partial.path, most, "the conversion")
-        stream = LayerStream(spec, checkpoint)
+        stream = LayerByLayer(spec, checkpoint)
         if recipe is None:
             recipe = plan.recipe(spec, _sensitivity(stream, ids, weights, plan.formats, partial, progress))
-        work = StreamedQuantizer(stream, recipe.plan, partial, ids, held_out, solver, progress, recipe.lookup)
+        work = LayerQuantizer(stream, recipe.plan, partial, ids, held_out, solver, progress, recipe.lookup)
         measured = work.run()
         facts = _facts(recipe, source.public_name, calibration, ids)
         facts |= {"solver": solver, "measured": measured, "modules": work.modules}
@@ -219,7 +219,7 @@ def _try_for_free(maker: RecipeMaker, spec: ModelSpec) -> None:
 
 
 def _sensitivity(
-    stream: LayerStream, ids, weights: dict, formats: tuple[str, ...] | None, partial: PartialDirectory, progress: bool
+    stream: LayerByLayer, ids, weights: dict, formats: tuple[str, ...] | None, partial: PartialDirectory, progress: bool
 ) -> Sensitivity:
     """The estimate. It stays in the cache, for other sizes of the same model."""
     windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]

@@ -439,9 +439,9 @@ def test_bad_arguments_are_said_at_once(folder, converted, tmp_path):
     other = write_model(tmp_path / "other", "qwen2", vocab_size=352)
     for words, expected in (
         ({"model": str(converted)}, "expected a 16-bit model, found a directory from lowvram convert"),
-        ({"medium": folder}, "expected a directory from lowvram convert, found a 16-bit model"),
-        ({"deep": tmp_path / "nothing"}, "no such file"),
-        ({"model": str(other), "deep": converted}, "352 words, found 320"),
+        ({"converted": {"medium": folder}}, "expected a directory from lowvram convert, found a 16-bit model"),
+        ({"converted": {"deep": tmp_path / "nothing"}}, "no such file"),
+        ({"model": str(other), "converted": {"deep": converted}}, "352 words, found 320"),
         ({"context": 5000}, "5000"),
         ({"gpu": "many"}, "size such as"),
         ({"model": "no-such-model"}, "no-such-model"),
@@ -478,7 +478,7 @@ def test_the_command_prints_the_table_and_writes_the_file(capsys, measured, repo
     assert (tmp_path / "r.md").read_text("utf-8") == report.to_markdown()
     (args, kwargs), *_ = measured
     assert args == ("m", "4GiB")
-    assert (kwargs["context"], kwargs["medium"], kwargs["deep"]) == (99, "a", "b")
+    assert (kwargs["context"], kwargs["converted"]) == (99, {"medium": "a", "deep": "b"})
 
 
 def test_json_is_alone_on_stdout(capsys, measured, report):

@@ -24,7 +24,7 @@ from lowvram_lab.faces.plot_memory import (
     plot_phases,
     plot_profiles,
     plot_timeline,
-    plot_weights,
+    plot_weight_bytes,
 )
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.timeline import Timeline
@@ -53,7 +53,7 @@ def a_measurement(profile):
 PLOTS = {
     "profiles": lambda ax=None: plot_profiles([a_forecast("bf16"), a_forecast()], ax=ax),
     "phases": lambda ax=None: plot_phases(a_forecast(), ax=ax),
-    "weights": lambda ax=None: plot_weights(tiny_spec("qwen2"), ax=ax),
+    "weights": lambda ax=None: plot_weight_bytes(tiny_spec("qwen2"), ax=ax),
     "kv": lambda ax=None: plot_kv([tiny_spec("llama"), tiny_spec("qwen2")], 512, CARD, ax=ax),
     "breakdown": lambda ax=None: plot_breakdown(a_forecast(), ax=ax),
     "timeline": lambda ax=None: plot_timeline(a_forecast(timeline=True), ax=ax),
@@ -143,16 +143,16 @@ def test_without_a_budget_there_is_no_card():
 
 def test_gigabytes_are_drawn_as_such():
     spec = packaged_spec("qwen1.5-0.5b")
-    ax = plot_weights(spec)
+    ax = plot_weight_bytes(spec)
     assert sum(bar.get_width() for bar in ax.patches) == pytest.approx(2 * spec.num_parameters / MiB, rel=1e-3)
     large = packaged_spec("qwen1.5-4b")
-    ax = plot_weights(large)
+    ax = plot_weight_bytes(large)
     assert sum(bar.get_width() for bar in ax.patches) == pytest.approx(2 * large.num_parameters / GiB, rel=1e-3)
     assert "GiB" in ax.get_xlabel()
 
 
 def test_a_tied_head_is_drawn_once():
-    kinds = [label.get_text() for label in plot_weights(tiny_spec("llama")).get_yticklabels()]
+    kinds = [label.get_text() for label in plot_weight_bytes(tiny_spec("llama")).get_yticklabels()]
     assert "embed_tokens" in kinds and "lm_head" not in kinds
 
 

@@ -76,7 +76,7 @@ def fakes(monkeypatch):
     """Two peers that ``bench`` knows, and their calls."""
     monkeypatch.setattr(FakeEngine, "calls", Counter())
     for kind in (FakeEngine, FailingEngine):
-        monkeypatch.setitem(bench_peers.PEERS, kind.name, kind)
+        monkeypatch.setitem(bench_peers.ENGINES, kind.name, kind)
     monkeypatch.setattr("shutil.which", lambda name: None)  # nothing is compiled
     return FakeEngine.calls
 

@@ -8,7 +8,7 @@ import transformers
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerStream
+from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, OutputGradients, captured_inputs
 from tests.helpers.checkpoints import spoilt_state
 from tests.helpers.tiny import (
@@ -28,12 +28,12 @@ EMBED, UP, NORM = "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weigh
 BIAS, HEAD = "model.layers.1.self_attn.q_proj.bias", "lm_head.weight"
 
 
-def stream_of(kind, state=None, dtype=torch.float32) -> LayerStream:
-    return LayerStream(tiny_spec(kind), DictCheckpoint(state or tiny_state(kind)), dtype)
+def stream_of(kind, state=None, dtype=torch.float32) -> LayerByLayer:
+    return LayerByLayer(tiny_spec(kind), DictCheckpoint(state or tiny_state(kind)), dtype)
 
 
 @torch.no_grad()
-def logits(stream: LayerStream, ids) -> torch.Tensor:
+def logits(stream: LayerByLayer, ids) -> torch.Tensor:
     hidden = stream.embed(ids)
     for index in range(len(stream)):
         with stream.layer(index) as layer:
@@ -43,7 +43,7 @@ def logits(stream: LayerStream, ids) -> torch.Tensor:
     return F.linear(stream.norm(hidden), stream.weight(stream.spec.head), offset)
 
 
-def on_meta(stream: LayerStream) -> bool:
+def on_meta(stream: LayerByLayer) -> bool:
     layers = stream.model.get_submodule(stream.spec.layers_path)
     return all(p.is_meta for layer in layers for p in layer.parameters())
 
@@ -164,7 +164,7 @@ def test_a_converted_model_is_refused():
     config.quantization_config = quantization_config({UP.removesuffix(".weight"): "int4"})
     spec = ModelSpec.from_config(config, "converted-qwen2")
     with pytest.raises(LowvramError, match="converted-qwen2 holds quantised weights alone; expected the 16-bit"):
-        LayerStream(spec, DictCheckpoint(tiny_state("qwen2")))
+        LayerByLayer(spec, DictCheckpoint(tiny_state("qwen2")))
 
 
 def other(kind, **changes):
@@ -206,7 +206,7 @@ def test_other_architectures_run_rightly_or_are_refused(kind, changes):
     spec = other(kind, **changes)
     state, ids = random_state(spec), random_ids(40, batch=2)
     try:
-        found = logits(LayerStream(spec, DictCheckpoint(state)), ids)
+        found = logits(LayerByLayer(spec, DictCheckpoint(state)), ids)
     except LowvramError as error:
         assert kind in str(error)
         assert "\n" not in str(error)
