@@ -6,6 +6,7 @@ DRIVER := $(VENV)/.installed-playwright
 ARGS   ?=
 # Two workers of one thread each: a thread that finds the other core busy waits longer than it saves.
 WORKERS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+LAYERS  := $(BIN)/lint-imports --no-cache --no-logo
 # PYTHON=/path/to/python3.12 picks the interpreter that .venv is made from.
 PYTHON ?=
 
@@ -27,22 +28,25 @@ demo: $(STAMP) ## the whole story once, on this machine (ARGS=--json for JSON)
 
 test: $(STAMP) ## lint, tests with coverage, and every notebook
 	$(BIN)/ruff check
+	$(LAYERS)
 	$(WORKERS) --cov --cov-report=term-missing $(ARGS)
 	$(call run_notebooks)
 
 test-all: $(STAMP) $(DRIVER) ## also the slow, network, GPU and browser tests (those this machine can run)
 	$(BIN)/ruff check
+	$(LAYERS)
 	HF_HUB_OFFLINE=0 $(WORKERS) -m "" --cov --cov-report=term-missing $(ARGS)
 	$(call run_notebooks)
 
 browser: $(DRIVER) ## notebook 05's panels in a real browser (needs Chromium: apt-get install chromium)
-	$(BIN)/pytest -m browser tests/test_browser.py $(ARGS)
+	$(BIN)/pytest -m browser tests/faces/test_browser.py $(ARGS)
 
 lab: $(STAMP) ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks $(ARGS)
 
-lint: $(STAMP) ## ruff, check only
+lint: $(STAMP) ## ruff and the floors of imports, check only
 	$(BIN)/ruff check
+	$(LAYERS)
 	$(BIN)/ruff format --check
 
 format: $(STAMP) ## ruff, mend in place

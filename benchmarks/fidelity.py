@@ -33,7 +33,7 @@ from fidelity_subject import SMOLLM, STORIES, Subject, channel_power, open_subje
 
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.files import write_atomically
-from lowvram_lab.planner.card_recipe import Recipe
+from lowvram_lab.weights.recipe import Recipe
 
 SHARED = Path(__file__).parents[2] / "shared"
 GROUP = {STORIES: 96, SMOLLM: 64}

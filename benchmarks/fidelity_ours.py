@@ -21,13 +21,24 @@ from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.card_recipe import Recipe, recipe
 from lowvram_lab.weights.calibration import evenly
 from lowvram_lab.weights.convert import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, convert, hash_of
+from lowvram_lab.weights.recipe import Recipe, recipe
 from lowvram_lab.weights.sensitivity import Sensitivity, estimate_sensitivity
 from lowvram_lab.weights.stored import read_stored
 
-SOLVER_CODE = ("quantize/*.py", "weights/[!s]*.py", "weights/stream.py", "convert.py", "formats.py", "data/*.txt")
+SOLVER_CODE = (
+    "weights/calibration.py",
+    "weights/codes.py",
+    "weights/convert.py",
+    "weights/gptq.py",
+    "weights/layer*.py",
+    "weights/moments.py",
+    "weights/solve*.py",
+    "weights/stored.py",
+    "model/formats.py",
+    "packaged.py",
+)
 ESTIMATE_CODE = (*SOLVER_CODE, "weights/sensitivity.py")
 
 
@@ -74,7 +85,7 @@ class Ours:
         return Sensitivity.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def recipe(self, weight_bytes: int, **choices) -> Recipe:
-        """The best plan within some bytes, see ``planner.recipe``."""
+        """The best plan within some bytes, see ``lowvram_lab.recipe``."""
         return recipe(self.subject.spec, self.sensitivity, weight_bytes=weight_bytes, **choices)
 
     def uniform(self, fmt: str) -> Recipe:

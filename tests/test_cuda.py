@@ -11,22 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import (
-    PLACEMENTS,
-    TINY,
-    TOLERANCES,
-    RandomCheckpoint,
-    letters_state,
-    load_tiny,
-    random_ids,
-    relative_error,
-    stock_logits,
-    tiny_config,
-    tiny_plan,
-    tiny_spec,
-    tiny_tokenizer,
-)
-from trace_replay import read_snapshot, replay_trace
 
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.decode import decode_one_token, prefill
@@ -46,6 +30,22 @@ from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, MiB
 from lowvram_lab.weights.solvers import dequantize, quantize
+from tests.helpers.checkpoints import RandomCheckpoint
+from tests.helpers.tiny import (
+    PLACEMENTS,
+    TINY,
+    TOLERANCES,
+    letters_state,
+    load_tiny,
+    random_ids,
+    relative_error,
+    stock_logits,
+    tiny_config,
+    tiny_plan,
+    tiny_spec,
+    tiny_tokenizer,
+)
+from tests.memory.trace_replay import read_snapshot, replay_trace
 
 pytestmark = pytest.mark.gpu
 SHARES = {"peak_allocated_bytes": 0.02, "end_allocated_bytes": 0.02, "peak_reserved_bytes": 0.05}
@@ -250,7 +250,7 @@ RECORDING = """
 import json, sys
 import torch
 torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=1_000_000)
-from test_cuda import load_mid, mid_spec
+from tests.test_cuda import load_mid, mid_spec
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.profile import Workload
@@ -263,7 +263,7 @@ with open(sys.argv[1], "w") as file:
 
 def test_the_simulator_replays_a_recorded_trace(tmp_path, request):
     path = tmp_path / "snapshot.json"
-    subprocess.run([sys.executable, "-c", RECORDING, str(path)], check=True, cwd=request.path.parent, timeout=300)
+    subprocess.run([sys.executable, "-c", RECORDING, str(path)], check=True, cwd=request.config.rootpath, timeout=300)
     snapshot = read_snapshot(path)
     found = replay_trace(snapshot, torch.cuda.current_device())
     assert sum(found.recorded_segments.values()) > 10

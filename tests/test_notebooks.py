@@ -3,11 +3,14 @@
 That they run is pytest --nbmake's to say (``make test``).
 """
 
+import ast
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+
+import lowvram_lab as lab
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -156,7 +159,7 @@ def test_exercises_run_as_they_are_and_show_the_expected_value(path):
     assert len(exercises) == 3
     for cell in exercises:
         assert re.search(r"(answer =|return) None  # your turn", cell.source), cell.id
-        assert re.search(r"^check\(", cell.source.splitlines()[-1]), cell.id
+        assert re.search(r"^lab\.check\(", cell.source.splitlines()[-1]), cell.id
         assert re.search(r"yours None.*, expected \S", shown(cell)), cell.id
         assert re.search(r"exercise \d: not yet", shown(cell).splitlines()[-1]), cell.id
     hints = [cell.source for cell in read(path).cells if cell.cell_type == "markdown" and "<details>" in cell.source]
@@ -180,6 +183,23 @@ def test_what_a_stand_in_did_is_called_simulated(path):
 @each
 def test_pyplot_is_left_alone(path):
     assert not any("pyplot" in cell.source for cell in code_cells(path))
+
+
+@each
+def test_every_name_of_the_package_is_a_public_one(path):
+    """Cells say ``lab.name`` and import no submodule, so that what lies where can change without editing them."""
+    for cell in code_cells(path):
+        code = "\n".join(line for line in cell.source.splitlines() if not line.lstrip().startswith(("!", "%")))
+        if cell.id == "setup":
+            continue
+        assert "lowvram_lab." not in code, f"{cell.id}: a module by its name"
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                assert (node.module or "").split(".")[0] != lab.__name__, f"{cell.id}: {ast.unparse(node)}"
+            if isinstance(node, ast.Import):
+                assert lab.__name__ not in {alias.name.split(".")[0] for alias in node.names}, cell.id
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lab":
+                assert node.attr in lab.__all__, f"{cell.id}: lab.{node.attr}"
 
 
 def test_no_function_is_written_in_two_notebooks():

@@ -3,7 +3,7 @@
 import datetime
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
@@ -27,13 +27,13 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.planner.auto import DEFAULT_CONTEXT, auto_plan
-from lowvram_lab.planner.card_recipe import recipe
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed, run_workload, where_it_runs
 from lowvram_lab.planner.profile import STAND_IN, Workload
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.units import GiB, format_bytes
 from lowvram_lab.weights.calibration import calibration_windows
+from lowvram_lab.weights.recipe import recipe
 from lowvram_lab.weights.sensitivity import estimate_sensitivity
 
 
@@ -186,8 +186,9 @@ def effects(
     gpu: str | int | GpuBudget,
     *,
     context: int | None = None,
-    medium: str | Path | None = None,
-    deep: str | Path | None = None,
+    converted: Mapping[str, str | Path | None] | None = None,
+    formats: tuple[str, ...] = FORMATS,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> EffectReport:
@@ -197,9 +198,10 @@ def effects(
         model: Name, hub id, directory or .gguf file of a 16-bit model.
         gpu: The card to be, such as ``"4GiB"``.
         context: Tokens to plan for; by default 2048, or what the model has.
-        medium: A directory from ``convert`` for medium compression; by default a recipe of that size is rounded to
-            nearest while loading, which loses more than ``convert`` does.
-        deep: The same for deep compression.
+        converted: ``"medium"`` or ``"deep"`` → a directory from ``convert`` to measure for that claim; by default a
+            recipe of that size is rounded to nearest while loading, which loses more than ``convert`` does.
+        formats: For recipes to choose among.
+        calibration_tokens: Read so many to estimate what the formats cost.
         progress: Show progress bars.
         say: Told of each stage as it begins.
 
@@ -207,7 +209,8 @@ def effects(
         LowvramError: An unknown or converted model, a context or card that cannot be, a directory of another model.
     """
     began, date = time.monotonic(), datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    run = _Run(model, gpu, context, {"medium": medium, "deep": deep}, progress)
+    run = _Run(model, gpu, context, converted or {}, progress)
+    run.formats, run.calibration_tokens = formats, calibration_tokens
     with tqdm(run.stages(), desc="report", unit="stage", disable=not progress, leave=False) as bar:
         for number, (name, rows, work) in enumerate(bar, start=1):
             if say:
@@ -236,6 +239,7 @@ class _Run:
         self.source, self.spec = _opened(model)
         self.budget, self.progress, self.weights_from = GpuBudget.parse(gpu), progress, ""
         self.rows, self.seconds, self.made, self.lost = [], {}, {}, {}
+        self.formats, self.calibration_tokens = FORMATS, CALIBRATION_TOKENS
         self.context = context or min(DEFAULT_CONTEXT, self.spec.longest_context)
         self.naive = Plan.uniform(self.spec, "bf16", context=self.context)
         self.naive.validate(self.spec)
@@ -362,8 +366,8 @@ class _Run:
         checkpoint, tokenizer = self.need("weights", "fetch"), self.made["tokenizer"]
         self.made["reference"] = load_reference(self.naive, self.spec, checkpoint=checkpoint, progress=self.progress)
         if len(self.converted) < 2:
-            ids = calibration_windows(tokenizer, calibration_text(), CALIBRATION_TOKENS, self.spec.longest_context)
-            found = estimate_sensitivity(self.spec, checkpoint, ids, formats=FORMATS, progress=self.progress)
+            ids = calibration_windows(tokenizer, calibration_text(), self.calibration_tokens, self.spec.longest_context)
+            found = estimate_sensitivity(self.spec, checkpoint, ids, formats=self.formats, progress=self.progress)
             self.made["sensitivity"] = found
 
     def compress(self, key: str):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.llama_layer import LayerShape, Product, head, layer
+from lowvram_lab.engine.llama_layer import LayerShape, Product, head, llama_layer
 from lowvram_lab.files import build_directory, cache_dir, sha256_file
 from lowvram_lab.machine import instruction_set
 
@@ -43,9 +43,9 @@ class _Layer(torch.nn.Module):
         self.shape = shape
 
     def forward(self, hidden, cos, sin, positions, *tensors):
-        """``layer`` for as many tokens as there are positions: a length the library reads off a shape."""
+        """``llama_layer`` for as many tokens as there are positions: a length the library reads off a shape."""
         loops = []
-        return layer(self.shape, hidden, cos, sin, tensors, positions.shape[0], loops=loops), *loops
+        return llama_layer(self.shape, hidden, cos, sin, tensors, positions.shape[0], loops=loops), *loops
 
 
 class _Head(torch.nn.Module):

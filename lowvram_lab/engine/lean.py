@@ -25,7 +25,7 @@ from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear, quantized_linear
-from lowvram_lab.engine.llama_layer import LayerShape, Product, layer
+from lowvram_lab.engine.llama_layer import LayerShape, Product, llama_layer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.workspace import token_bytes
 from lowvram_lab.errors import BudgetError, LowvramError
@@ -401,13 +401,13 @@ class LeanDecoder:
 
             def run(arguments: list, loops: list | None) -> torch.Tensor:
                 hidden, cos, sin, mask, at, *tensors = arguments
-                return layer(shape, hidden, cos, sin, tensors, len(places), at, mask)
+                return llama_layer(shape, hidden, cos, sin, tensors, len(places), at, mask)
 
             return token_bytes(run, [hidden, row, row, mask, places[:1], *tensors], compiled=False)
 
         def run(arguments: list, loops: list | None) -> torch.Tensor:
             hidden, cos, sin, *tensors = arguments
-            return layer(shape, hidden, cos, sin, tensors, len(places), loops=loops)
+            return llama_layer(shape, hidden, cos, sin, tensors, len(places), loops=loops)
 
         return token_bytes(run, [hidden, row, row, *tensors], compiled=self.compiled)
 
@@ -463,9 +463,9 @@ def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _run_layer(shape: LayerShape, arguments: list) -> list:
-    """``layer`` as a compiled library is called."""
+    """``llama_layer`` as a compiled library is called."""
     hidden, cos, sin, positions, *tensors = arguments
-    return [layer(shape, hidden, cos, sin, tensors, positions.shape[0])]
+    return [llama_layer(shape, hidden, cos, sin, tensors, positions.shape[0])]
 
 
 def _projection(block: nn.Module, name: str) -> nn.Module:

@@ -67,7 +67,9 @@ class LayerShape:
     dtype: torch.dtype
 
 
-def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None):
+def llama_layer(
+    shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None
+):
     """One decoder layer.
 
     Args:
@@ -118,7 +120,7 @@ def head(product: Product, eps: float, hidden, tensors, loops: list | None = Non
         eps: Of the norm.
         hidden: ``(batch, hidden)`` float32.
         tensors: Weight of the norm, and what the product wants.
-        loops: See ``layer``.
+        loops: See ``llama_layer``.
 
     Returns:
         Logits ``(batch, vocab)`` float32.

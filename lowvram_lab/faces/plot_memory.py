@@ -1,6 +1,6 @@
 """Pictures of specs, forecasts, runs and chats. Each takes ``ax=None`` and returns the Axes; none opens a window.
 
-matplotlib is imported only here, in plot_weights.py and in widgets.py, and pyplot nowhere.
+matplotlib is imported only here, in the other ``plot_`` files and in panel.py, and pyplot nowhere.
 
 Derived in: notebooks/01_analyze_the_oom.ipynb, notebooks/02_watch_memory.ipynb, notebooks/09_validated_chat.ipynb
 """
@@ -183,7 +183,7 @@ def plot_comparison(forecast: MemoryProfile, measured: MemoryProfile, ax: Axes |
     return legend(ax)
 
 
-def plot_weights(spec: ModelSpec, ax: Axes | None = None) -> Axes:
+def plot_weight_bytes(spec: ModelSpec, ax: Axes | None = None) -> Axes:
     """Horizontal bars: 16-bit bytes by kind of module, all layers added up.
 
     Args:

@@ -1,4 +1,4 @@
-"""Pictures of weights: their distributions, who has outliers, what rounding costs. Like ``plot.py``'s: ``ax=None``.
+"""Pictures of weights: their distributions, who has outliers, what rounding costs. Drawn as in plot_memory.py.
 
 Derived in: notebooks/03_know_your_weights.ipynb
 """

@@ -80,7 +80,7 @@ class Format:
                 "packed": TensorSpec((rows, columns // 2), torch.uint8),
                 "scale_and_zero": TensorSpec((groups, rows, 2), SCALE_DTYPE),
             }
-        if self.kind == "packed":  # 32 codes fill exactly ``bits`` words; see quantize/packing.py
+        if self.kind == "packed":  # 32 codes fill exactly ``bits`` words; see weights/codes.py
             return {
                 "packed": TensorSpec((rows, columns * self.bits // 32), torch.int32),
                 "scale": TensorSpec((rows, columns // self.group_size), SCALE_DTYPE),

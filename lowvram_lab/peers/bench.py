@@ -32,7 +32,7 @@ from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import sample_text
 from lowvram_lab.peers.engines import Task
-from lowvram_lab.peers.others import OURS, PEERS, gguf_file
+from lowvram_lab.peers.others import ENGINES, OURS, gguf_file
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
 from lowvram_lab.peers.result import FOLLOW_UP_TOKENS, BenchResult, BenchRow, plot_data
 from lowvram_lab.planner.auto import auto_plan
@@ -125,7 +125,7 @@ def bench(
         threads,
     )
     with cpu_threads(threads), tempfile.TemporaryDirectory() as folder:
-        reasons = {name: PEERS[name].absent(torch.cuda.is_available()) for name in chosen}
+        reasons = {name: ENGINES[name].absent(torch.cuda.is_available()) for name in chosen}
         if not reasons.get("llama.cpp", "not asked for"):
             try:
                 task = replace(task, gguf=str(gguf_file(source, gguf, Path(folder), progress)))
@@ -183,7 +183,7 @@ class _Run:
     def __init__(
         self, task: Task, plan: Plan, spec: ModelSpec, names: list[str], reasons: dict[str, str], processes, progress
     ):
-        self.task, self.kinds, self.reasons, self.progress = task, OURS | PEERS, reasons, progress
+        self.task, self.kinds, self.reasons, self.progress = task, ENGINES, reasons, progress
         self.names = [name for name in names if name not in reasons]
         self.open = ChildEngine if processes else LocalEngine
         self.processes, self._held = processes, {}
@@ -192,7 +192,7 @@ class _Run:
         needed = {name: _needed_bytes(name, task, plan, spec) for name in self.names}
         free = psutil.virtual_memory().available
         for name in self.names:
-            if name in PEERS and needed[name] > free:
+            if name not in OURS and needed[name] > free:
                 self.reasons[name] = f"needs about {format_bytes(needed[name])} of RAM, found {format_bytes(free)} free"
         self.together = sum(needed[name] + PROCESS_BYTES for name in self._left()) < free and _card_holds(
             [needed[name] for name in self._left()], task
@@ -303,12 +303,13 @@ def _share(mine: list[int], theirs: list[int]) -> float:
 
 def _peers(against: tuple[str, ...] | None, gguf) -> list[str]:
     """Names that are known, each once; by default those installed, and llama.cpp where it was given a file."""
+    peers = [name for name in ENGINES if name not in OURS]
     if against is None:
-        return [name for name, kind in PEERS.items() if kind.installed() or (gguf and name == "llama.cpp")]
+        return [name for name in peers if ENGINES[name].installed() or (gguf and name == "llama.cpp")]
     if isinstance(against, str) or not all(isinstance(name, str) for name in against):
         raise LowvramError(f"expected names of engines such as ('transformers', 'llama.cpp'), found {against!r}")
-    if unknown := [name for name in against if name not in PEERS]:
-        raise LowvramError(f"unknown engine {unknown[0]!r}: expected some of {', '.join(PEERS)}")
+    if unknown := [name for name in against if name not in peers]:
+        raise LowvramError(f"unknown engine {unknown[0]!r}: expected some of {', '.join(peers)}")
     if gguf and "llama.cpp" not in against:
         raise LowvramError(f"a .gguf file is for llama.cpp, found {', '.join(against) or 'no engine'} to compare with")
     return list(dict.fromkeys(against))

@@ -228,11 +228,13 @@ def _weight_bytes(model) -> int:
     return total
 
 
-OURS: dict[str, type[Engine]] = {engine.name: engine for engine in (Ours, Modules)}
-"""Ours, by name; the first is what others are compared with where it runs."""
+ENGINES: dict[str, type[Engine]] = {
+    engine.name: engine for engine in (Ours, Modules, Transformers, Accelerate, BitsAndBytes, LlamaCpp)
+}
+"""Every engine that ``bench`` knows, by name."""
 
-PEERS: dict[str, type[Engine]] = {engine.name: engine for engine in (Transformers, Accelerate, BitsAndBytes, LlamaCpp)}
-"""The others, by name."""
+OURS = (Ours.name, Modules.name)
+"""The first is what others are compared with where it runs."""
 
 
 def gguf_file(source, stated: str | None, folder: Path, progress: bool = True) -> Path:

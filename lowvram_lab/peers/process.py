@@ -154,14 +154,14 @@ def serve() -> None:
     """The other end of ``ChildEngine``: a request a line on stdin, a reply a line on stdout, until stdin ends."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not a reply
-    from lowvram_lab.peers.others import OURS, PEERS
+    from lowvram_lab.peers.others import ENGINES
 
     engine = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if engine is None:
-                kind = (OURS | PEERS)[request["engine"]]
+                kind = ENGINES[request["engine"]]
                 engine = LocalEngine(kind, _task(request["task"]), request["weigh"])
                 reply = {"facts": engine.facts, "tokens": engine.tokens}
             elif "turn" in request:

@@ -1,6 +1,6 @@
 """One workload, run over a model that is real or on meta, and the one dataclass that holds what it took.
 
-``dry_run.py`` runs it dry, ``measure`` runs it for real; both return a ``MemoryProfile``, so the two subtract.
+``forecast`` runs it dry, ``measure`` runs it for real; both return a ``MemoryProfile``, so the two subtract.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -1,6 +1,6 @@
 """convert: quantise a model once into a directory that this library and stock transformers open.
 
-Plans the bits, then lets ``quantize/streamed.py`` make the shards, then adds config, tokenizer, recipe and model card.
+Plans the bits, then lets ``layer_quantizer`` make the shards, then adds config, tokenizer, recipe and model card.
 
 Derived in: notebooks/04_compress.ipynb
 """
@@ -26,12 +26,11 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text, sample_text
-from lowvram_lab.planner.card_recipe import Recipe, recipe
-from lowvram_lab.units import parse_bytes
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
-from lowvram_lab.weights.layer_quantizer import StreamedQuantizer
-from lowvram_lab.weights.layerwise import LayerStream
+from lowvram_lab.weights.layer_quantizer import LayerQuantizer
+from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.model_card import model_card
+from lowvram_lab.weights.recipe import Recipe, RecipeMaker, WeightBudget
 from lowvram_lab.weights.resumable import PartialDirectory, building
 from lowvram_lab.weights.sensitivity import Sensitivity, candidate_formats, estimate_sensitivity
 from lowvram_lab.weights.solve import SOLVERS
@@ -80,14 +79,8 @@ class Conversion:
 def convert(
     model: str,
     output: str | Path,
+    plan: Plan | Recipe | RecipeMaker,
     *,
-    plan: Plan | Recipe | None = None,
-    weight_bytes: int | str | None = None,
-    reduction: float | None = None,
-    gpu: str | int | None = None,
-    context: int | None = None,
-    formats: tuple[str, ...] | None = None,
-    stock: bool = True,
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
     solver: str = "gptq",
@@ -100,88 +93,55 @@ def convert(
     Args:
         model: Name, hub id, directory or .gguf file of a 16-bit model.
         output: A new or empty directory.
-        plan: Formats made by hand, or a recipe; or one of
-        weight_bytes: bytes for the weights in memory,
-        reduction: share of the 16-bit bytes to save, such as 0.7,
-        gpu: a card to share with ``context`` tokens of KV cache and the workspace.
-        context: Tokens to plan for.
-        formats: See ``recipe``.
-        stock: See ``recipe``.
+        plan: The formats: a plan made by hand, a recipe, or what makes a recipe once the sensitivity is estimated, such
+            as ``WeightBudget(reduction=0.7)`` or ``CardBudget("4GiB", context=4096)``.
         calibration: A text file; by default the library's own text.
         calibration_tokens: Read so many tokens of it at most; time grows with them, and so does the result's quality.
         solver: ``"gptq"``, ``"clip"`` (activation-weighted clip search) or ``"rtn"``.
         progress: Show progress bars.
 
     Raises:
-        LowvramError: Output not empty, text too short, no disk space, contradicting budgets.
+        LowvramError: Output not empty, text too short, no disk space.
         BudgetError: The budget is too small for the model.
         CheckpointError: Weights that are missing, not finite, or cannot be held in their format.
     """
-    began, output = time.monotonic(), Path(output).expanduser()
-    estimated, lookup = None, 0.0
-    if isinstance(plan, Recipe):
-        plan, estimated, lookup = plan.plan, plan.estimated_kl, plan.lookup
-    given = {"plan": plan, "weight_bytes": weight_bytes, "reduction": reduction, "gpu": gpu}
-    _check_arguments(given, solver, calibration_tokens)
+    began = time.monotonic()
+    output = Path(output).expanduser()
+    _check_arguments(plan, solver, calibration_tokens)
     refuse_occupied(output)
     source = find_source(model)
     spec = ModelSpec.from_config(source.config(), source.public_name)
     if spec.stored:
         raise LowvramError(f"{model} is a converted model already; convert the 16-bit original it was made from")
-    source_bytes = 2 * spec.num_parameters
-    if reduction is not None:
-        weight_bytes = int(source_bytes * (1 - reduction))
-    if plan is not None:
-        _check_plan(plan, spec)
-    directory, tokenizer = source.fetch(progress), source.tokenizer()
-    ids = calibration_windows(
-        tokenizer, calibration_text(calibration), calibration_tokens, spec.max_position_embeddings
-    )
+    recipe = _known_recipe(plan, spec)
+    directory = source.fetch(progress)
+    tokenizer, checkpoint = source.tokenizer(), source.checkpoint()
+    text = calibration_text(calibration)
+    ids = calibration_windows(tokenizer, text, calibration_tokens, spec.max_position_embeddings)
     held_out = _held_out(tokenizer, ids.shape[1])
-    checkpoint = source.checkpoint()
-    budget = {"gpu": gpu, "context": context, "formats": formats and tuple(formats), "stock": stock}
-    budget["weight_bytes"] = weight_bytes if weight_bytes is None else parse_bytes(weight_bytes)
-    if plan is None:
-        _check_budget(spec, budget)
+    if recipe is None:
+        _try_for_free(plan, spec)
     weights = {file.name: known_sha256(file, progress) for file in [directory / "config.json", *checkpoint.files]}
-    identity = {
-        "weights": weights,
-        "plan": [plan.digest, lookup] if plan else None,
-        **{key: str(value) for key, value in budget.items()},
-        "solver": solver,
-        "calibration": hash_of(ids),
-        "threads": torch.get_num_threads(),  # another order of summation could round a code the other way
-    }
-    with building(output, identity) as partial:
-        most = plan.weight_bytes(spec) if plan else budget["weight_bytes"] or source_bytes // 2
-        require_space(partial.path, most + _state_bytes(spec, ids, held_out, plan), "the conversion")
-        stream = LayerStream(spec, checkpoint)
-        if plan is None:
-            found = _recipe(stream, ids, weights, budget, partial, progress)
-            plan, estimated, lookup = found.plan, found.estimated_kl, found.lookup
-        work = StreamedQuantizer(stream, plan, partial, ids, held_out, solver, progress, lookup)
+    chosen_by = [recipe.plan.digest, recipe.lookup] if recipe else repr(plan)
+    with building(output, _identity(weights, chosen_by, solver, ids)) as partial:
+        most = _most_bytes(recipe, plan, spec) + _state_bytes(spec, ids, held_out, recipe)
+        require_space(partial.path, most, "the conversion")
+        stream = LayerByLayer(spec, checkpoint)
+        if recipe is None:
+            recipe = plan.recipe(spec, _sensitivity(stream, ids, weights, plan.formats, partial, progress))
+        work = LayerQuantizer(stream, recipe.plan, partial, ids, held_out, solver, progress, recipe.lookup)
         measured = work.run()
-        facts = {
-            "source": source.public_name,
-            "solver": solver,
-            "calibration": Path(calibration).name if calibration else "the text that comes with lowvram_lab",
-            "calibration_tokens": ids.numel(),
-            "weight_bytes": plan.weight_bytes(spec),
-            "source_weight_bytes": source_bytes,
-            "estimated_kl": estimated,
-            "measured": measured,
-            "modules": work.modules,
-            "plan": replace(plan, model=source.public_name).to_dict(),
-        }
-        _finish(partial, directory, spec, plan, facts, work.shards)
+        facts = _facts(recipe, source.public_name, calibration, ids)
+        facts |= {"solver": solver, "measured": measured, "modules": work.modules}
+        _finish(partial, directory, spec, recipe.plan, facts, work.shards)
         partial.publish()
     return Conversion(
         output=str(output),
-        plan=plan,
-        weight_bytes=plan.weight_bytes(spec),
+        plan=recipe.plan,
+        weight_bytes=recipe.weight_bytes,
         file_bytes=sum(file.stat().st_size for file in output.glob("*.safetensors")),
-        source_weight_bytes=source_bytes,
-        estimated_kl=estimated,
+        source_weight_bytes=recipe.source_weight_bytes,
+        estimated_kl=recipe.estimated_kl,
         measured=measured,
         seconds=time.monotonic() - began,
         peak_rss_bytes=peak_rss_bytes(),
@@ -193,16 +153,35 @@ def hash_of(ids: torch.Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]
 
 
-def _check_arguments(given: dict, solver: str, calibration_tokens: int) -> None:
-    if sum(value is not None for value in given.values()) != 1:
-        raise LowvramError(f"expected one of {', '.join(given)}: it says how small the result is to be")
+def _check_arguments(plan: object, solver: str, calibration_tokens: int) -> None:
+    if not isinstance(plan, Plan | Recipe) and not callable(getattr(plan, "recipe", None)):
+        raise LowvramError(f"expected a Plan, a Recipe, a WeightBudget or a CardBudget as the plan, found {plan!r}")
     if solver not in SOLVERS:
         raise LowvramError(f"expected solver {', '.join(SOLVERS)}, found {solver!r}")
     if calibration_tokens < LEAST_TOKENS:
         raise LowvramError(f"expected {LEAST_TOKENS} calibration tokens or more, found {calibration_tokens}")
-    reduction = given["reduction"]
-    if reduction is not None and not 0 < reduction < 1:
-        raise LowvramError(f"expected a reduction between 0 and 1, such as 0.7, found {reduction!r}")
+
+
+def _identity(weights: dict, chosen_by: list | str, solver: str, ids: torch.Tensor) -> dict:
+    """What a result is made from: work begun with anything else is not gone on with."""
+    return {
+        "weights": weights,
+        "plan": chosen_by,
+        "solver": solver,
+        "calibration": hash_of(ids),
+        "threads": torch.get_num_threads(),  # another order of summation could round a code the other way
+    }
+
+
+def _known_recipe(plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> Recipe | None:
+    """The recipe, unless it is still to be made."""
+    if isinstance(plan, Plan):
+        _check_plan(plan, spec)
+        return Recipe(plan, None, plan.weight_bytes(spec), 2 * spec.num_parameters)
+    if isinstance(plan, Recipe):
+        _check_plan(plan.plan, spec)
+        return plan
+    return None
 
 
 def _check_plan(plan: Plan, spec: ModelSpec) -> None:
@@ -218,39 +197,56 @@ def _held_out(tokenizer, length: int) -> torch.Tensor:
     return ids[: max(1, len(ids) // length) * length].view(-1, min(length, len(ids)))
 
 
-def _state_bytes(spec: ModelSpec, ids, held_out, plan: Plan | None) -> int:
+def _most_bytes(recipe: Recipe | None, plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> int:
+    """Disk that the weights may take. What a card leaves to them is not known yet: half the original, say."""
+    if recipe:
+        return recipe.weight_bytes
+    return plan.bytes_for(spec) if isinstance(plan, WeightBudget) else spec.num_parameters
+
+
+def _state_bytes(spec: ModelSpec, ids, held_out, recipe: Recipe | None) -> int:
     """Disk that hidden states take meanwhile: two generations of four runs, or every layer's for the sensitivity."""
     runs = 4 * spec.hidden_size * 2 * (ids.numel() + held_out.numel())
-    every_layer = 0 if plan else 4 * spec.hidden_size * SENSITIVITY_TOKENS * spec.num_hidden_layers
+    every_layer = 0 if recipe else 4 * spec.hidden_size * SENSITIVITY_TOKENS * spec.num_hidden_layers
     return max(2 * runs, every_layer)
 
 
-def _recipe(stream: LayerStream, ids, weights: dict, budget: dict, partial: PartialDirectory, progress: bool) -> Recipe:
-    """The recipe. The sensitivity stays in the cache, for other sizes of the same model."""
-    windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
-    facts = [weights, hash_of(windows), budget["formats"], __version__]
-    kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
-    try:
-        found = Sensitivity.from_dict(json.loads(kept.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        found = estimate_sensitivity(
-            stream.spec,
-            stream.checkpoint,
-            windows,
-            formats=budget["formats"],
-            scratch=partial.state,
-            progress=progress,
-        )
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, json.dumps(found.to_dict()))
-    return recipe(stream.spec, found, **budget)
-
-
-def _check_budget(spec: ModelSpec, budget: dict) -> None:
+def _try_for_free(maker: RecipeMaker, spec: ModelSpec) -> None:
     """Raises what a budget too small for any recipe raises, before minutes are spent on a good one."""
     owners = [m for m in spec.modules if m.kind != "other" and not m.tied_to]
-    free = {m.name: dict.fromkeys(candidate_formats(m, budget["formats"]), 0.0) for m in owners}
-    recipe(spec, Sensitivity(free, free, 0), **budget)
+    free = {m.name: dict.fromkeys(candidate_formats(m, maker.formats), 0.0) for m in owners}
+    maker.recipe(spec, Sensitivity(free, free, 0))
+
+
+def _sensitivity(
+    stream: LayerByLayer, ids, weights: dict, formats: tuple[str, ...] | None, partial: PartialDirectory, progress: bool
+) -> Sensitivity:
+    """The estimate. It stays in the cache, for other sizes of the same model."""
+    windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
+    facts = [weights, hash_of(windows), formats, __version__]
+    kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
+    try:
+        return Sensitivity.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        found = estimate_sensitivity(
+            stream.spec, stream.checkpoint, windows, formats=formats, scratch=partial.state, progress=progress
+        )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(kept, json.dumps(found.to_dict()))
+    return found
+
+
+def _facts(recipe: Recipe, name: str, calibration: str | Path | None, ids: torch.Tensor) -> dict:
+    """What ``recipe.json`` says of how the result was planned."""
+    return {
+        "source": name,
+        "calibration": Path(calibration).name if calibration else "the text that comes with lowvram_lab",
+        "calibration_tokens": ids.numel(),
+        "weight_bytes": recipe.weight_bytes,
+        "source_weight_bytes": recipe.source_weight_bytes,
+        "estimated_kl": recipe.estimated_kl,
+        "plan": replace(recipe.plan, model=name).to_dict(),
+    }
 
 
 def _finish(partial: PartialDirectory, directory: Path, spec: ModelSpec, plan: Plan, facts: dict, shards) -> None:

@@ -1,6 +1,6 @@
 """Write a model as a ``.gguf`` file, tensor by tensor: for llama.cpp and whatever is built on it.
 
-The way back from ``gguf_convert.py``. Integer weights of a converted directory keep their codes in ``q8_0`` and
+The way back from ``model/gguf.py``. Integer weights of a converted directory keep their codes in ``q8_0`` and
 ``q4_1``: these are blocks of 32 codes with a float16 scale each, and a scale of more weights is simply repeated.
 
 Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``; blocks, ``ggml-common.h``.

@@ -20,7 +20,7 @@ from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.formats import DTYPES, Format, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.weights.codes import IntegerWeight, rows_of
-from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerStream
+from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments
 from lowvram_lab.weights.resumable import PartialDirectory
 from lowvram_lab.weights.solve import solve
@@ -43,7 +43,7 @@ HEAD_TOKENS, HEAD_ROWS = 64, 4096
 _STREAMS = ("calibration", "calibration_quantised", "held_out", "held_out_quantised")
 
 
-class StreamedQuantizer:
+class LayerQuantizer:
     """Writes the shards of a quantised model into a partial directory, going on where an earlier run was killed.
 
     Args:
@@ -62,7 +62,7 @@ class StreamedQuantizer:
     """
 
     def __init__(
-        self, stream: LayerStream, plan: Plan, partial: PartialDirectory, ids, held_out, solver, progress, lookup=0.0
+        self, stream: LayerByLayer, plan: Plan, partial: PartialDirectory, ids, held_out, solver, progress, lookup=0.0
     ):
         self.lookup = lookup
         self.stream, self.spec, self.plan, self.partial = stream, stream.spec, plan, partial

@@ -19,7 +19,7 @@ TOKENS_AT_ONCE = 1024
 """Tokens of a forward pass: activations of the widest layer stay near 30 MiB for a 4 B model in float32."""
 
 
-class LayerStream:
+class LayerByLayer:
     """A 16-bit checkpoint, run layer by layer.
 
     Args:

@@ -18,7 +18,7 @@ from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.weights.codes import rows_of
-from lowvram_lab.weights.layerwise import LayerStream
+from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments, normed_moments
 from lowvram_lab.weights.sensitivity import HEAD_TOKENS, Sensitivity
 from lowvram_lab.weights.solve import solve
@@ -85,7 +85,7 @@ def measure_sensitivity(
     Raises:
         LowvramError: Fewer than two windows.
         PlanError: A pair that the estimate does not have.
-        CheckpointError: See ``LayerStream``.
+        CheckpointError: See ``LayerByLayer``.
     """
     if len(ids) < 2:
         raise LowvramError(f"expected two windows of tokens or more, to fit and to measure on, found {len(ids)}")
@@ -95,7 +95,7 @@ def measure_sensitivity(
             raise PlanError(
                 f"expected pairs of the estimate, found {name} in {fmt}; estimate it with formats=({fmt!r},)"
             )
-    stream, fit, held_out = LayerStream(spec, checkpoint), ids[::2], ids[1::2]
+    stream, fit, held_out = LayerByLayer(spec, checkpoint), ids[::2], ids[1::2]
     heads: dict[tuple[str, str], object] = {}
     fitted, states = stream.embed(fit), {None: stream.embed(held_out)}
     with tqdm(total=len(stream) + 1, desc="measuring", unit="layer", disable=not progress, leave=False) as bar:
@@ -129,7 +129,7 @@ def _drawn(sensitivity: Sensitivity, count: int) -> list[tuple[str, str]]:
     return [pairs[index] for index in order[:count].sort().values.tolist()]
 
 
-def _through_layer(stream: LayerStream, index: int, fitted, states: dict, pairs, solver: str) -> None:
+def _through_layer(stream: LayerByLayer, index: int, fitted, states: dict, pairs, solver: str) -> None:
     """Moves all runs on by a layer; those of its own modules depart from the original here."""
     with stream.layer(index) as layer:
         named = {name: stream.model.get_submodule(name) for name in stream.names(index)}
@@ -153,7 +153,7 @@ def _through_layer(stream: LayerStream, index: int, fitted, states: dict, pairs,
     states |= departing
 
 
-def _divergences(stream: LayerStream, states: dict, heads: dict, pairs) -> dict[tuple[str, str], float]:
+def _divergences(stream: LayerByLayer, states: dict, heads: dict, pairs) -> dict[tuple[str, str], float]:
     """Mean KL of every pair, a few tokens' logits at a time."""
     name, totals = stream.spec.head, dict.fromkeys(pairs, 0.0)
     plain, bias = stream.weight(name), None

@@ -74,7 +74,7 @@ def head_moments(stream, ids: torch.Tensor) -> torch.Tensor:
     """Second moments ``(hidden, hidden)`` of what a model's head is given for tokens ``(windows, tokens)``.
 
     Args:
-        stream: A ``LayerStream``.
+        stream: A ``LayerByLayer``.
         ids: Tokens.
     """
     hidden = stream.embed(ids)

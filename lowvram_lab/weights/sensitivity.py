@@ -28,7 +28,7 @@ from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.formats import GROUP_SIZES, get_format
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.weights.gptq import gptq, output_error
-from lowvram_lab.weights.layerwise import LayerStream
+from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, OutputGradients, captured_inputs
 from lowvram_lab.weights.solvers import round_to_nearest, search_clip
 
@@ -127,7 +127,7 @@ def estimate_sensitivity(
     """
     if ids.numel() < 2 * spec.num_hidden_layers:
         raise LowvramError(f"expected a calibration text of some hundred tokens or more, found {ids.numel()} tokens")
-    stream = LayerStream(spec, checkpoint)
+    stream = LayerByLayer(spec, checkpoint)
     costs, activation = {}, {}
     with (
         tempfile.TemporaryDirectory(dir=scratch) as folder,
@@ -152,7 +152,7 @@ def estimate_sensitivity(
     return Sensitivity({n: costs[n] for n in order}, {n: activation[n] for n in order}, ids.numel(), lookup)
 
 
-def _head(stream: LayerStream, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _head(stream: LayerByLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs the head over the final states, labels drawn from the model's own prediction.
 
     Returns:

@@ -57,13 +57,7 @@ def run_convert(args) -> int:
     made = convert(
         args.model,
         args.output,
-        plan=_plan(args, spec_of(args.model)[1]),
-        weight_bytes=args.weight_bytes,
-        reduction=args.reduce,
-        gpu=args.gpu,
-        context=args.context,
-        formats=tuple(args.formats.split(",")) if args.formats else None,
-        stock=not args.own_formats,
+        plan=_plan(args, spec_of(args.model)[1]) or _budget(args),
         calibration=args.calibration,
         solver=args.solver,
         progress=sys.stderr.isatty(),
@@ -79,6 +73,18 @@ def run_convert(args) -> int:
     if args.json:
         print_json(made.to_dict())
     return 0
+
+
+def _budget(args):
+    """What makes the recipe within --gpu, --weight-bytes or --reduce."""
+    from lowvram_lab.planner.card_recipe import CardBudget
+    from lowvram_lab.weights.recipe import WeightBudget
+
+    formats = tuple(args.formats.split(",")) if args.formats else None
+    stock = not args.own_formats
+    if args.gpu:
+        return CardBudget(args.gpu, context=args.context, formats=formats, stock=stock)
+    return WeightBudget(weight_bytes=args.weight_bytes, reduction=args.reduce, formats=formats, stock=stock)
 
 
 def run_evaluate(args) -> int:

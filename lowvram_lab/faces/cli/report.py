@@ -31,8 +31,7 @@ def run_report(args) -> int:
         args.model,
         args.gpu,
         context=args.context,
-        medium=args.medium,
-        deep=args.deep,
+        converted={"medium": args.medium, "deep": args.deep},
         progress=sys.stderr.isatty(),
         say=lambda text: print(text, file=sys.stderr, flush=True),
     )

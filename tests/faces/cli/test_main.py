@@ -1,0 +1,214 @@
+"""The command line: results on stdout; every mistake is one line and exit status 2, with nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.helpers.commands import run_command as run
+from tests.helpers.tiny import tiny_config
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def directory_with(tmp_path, **changes):
+    """A model directory whose config has the given fields changed; ``None`` removes one."""
+    values = {**tiny_config("llama").to_dict(), **changes}
+    values = {key: value for key, value in values.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+MISTAKES = {
+    "unknown model": (["forecast", "no-such-model", "--gpu", "4GiB"], "no-such-model"),
+    "bits, not bytes": (["forecast", "qwen1.5-4b", "--gpu", "4Gb"], "4GiB"),
+    "zero": (["forecast", "qwen1.5-4b", "--gpu", "0"], "above zero"),
+    "negative": (["plan", "qwen1.5-4b", "--gpu=-4GiB"], "above zero"),
+    "no unit": (["forecast", "qwen1.5-4b", "--gpu", "4"], "4GiB"),
+    "a few bytes": (["forecast", "qwen1.5-4b", "--gpu", "4KiB"], "4096 bytes"),
+    "context beyond the model": (["forecast", "qwen1.5-4b", "--context", "40000"], "32768"),
+    "context zero": (["forecast", "qwen1.5-4b", "--context", "0"], "above zero"),
+    "unknown format": (["forecast", "qwen1.5-4b", "--format", "int9"], "int8"),
+    "budget too small for any plan": (["plan", "smollm2-135m", "--gpu", "20MiB"], "no plan"),
+    "CUDA context takes all": (
+        ["forecast", "smollm2-135m", "--gpu", "1GiB", "--cuda-context", "1GiB"],
+        "leaves nothing",
+    ),
+    "too many layers": (["forecast", "smollm2-135m", "--format", "int8", "--gpu-layers", "31"], "0 to 30"),
+    "layers beyond the model": (["plan", "smollm2-135m", "--gpu", "1GiB", "--gpu-layers", "31"], "0 to 30"),
+    "a preference without a choice": (
+        ["plan", "smollm2-135m", "--gpu", "1GiB", "--format", "int8", "--prefer", "speed"],
+        "--prefer",
+    ),
+    "too little RAM": (
+        ["plan", "smollm2-135m", "--gpu", "1GiB", "--format", "int8", "--gpu-layers", "0", "--ram", "9MiB"],
+        "of RAM, found --ram 9MiB",
+    ),
+    "no split fits": (["tune", "smollm2-135m", "--gpu", "8MiB", "--format", "bf16"], "fits"),
+    "max context without a card": (["forecast", "smollm2-135m", "--max-context"], "--gpu"),
+    "a picture of no known kind": (["forecast", "smollm2-135m", "--plot", "x.gif"], ".png"),
+    "a size in two words": (["forecast", "smollm2-135m", "--gpu", "4", "GiB"], "one word"),
+    "an unknown KV format": (["plan", "smollm2-135m", "--gpu", "1GiB", "--kv", "int7"], "kv_format bf16"),
+    "no such plan file": (["forecast", "smollm2-135m", "--plan", "missing.json"], "missing.json"),
+    "temperature": (["chat", "smollm2-135m", "--gpu", "192MiB", "--prompt", "x", "--temperature", "-1"], "temperature"),
+    "conversation as JSON": (["chat", "smollm2-135m", "--gpu", "192MiB", "--json"], "--prompt"),
+    "no network": (["chat", "Qwen/Qwen1.5-0.5B-Chat", "--gpu", "4GiB", "--prompt", "x"], "Qwen/Qwen1.5-0.5B-Chat"),
+    "no command": ([], "COMMAND"),
+    "pickle file": (["forecast", "model.bin", "--gpu", "4GiB"], "model.bin"),
+}
+
+
+@pytest.mark.parametrize("words, expected", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(capsys, words, expected):
+    status, out, err = run(capsys, *words)
+    lines = [line for line in err.splitlines() if line.startswith("lowvram")]
+    assert (status, out) == (2, "")
+    assert len(lines) == 1 and expected in lines[0]
+    assert "Traceback" not in err
+
+
+CONFIG_MISTAKES = {
+    "missing field": ({"num_hidden_layers": None}, "num_hidden_layers"),
+    "remote code": ({"auto_map": {"AutoModelForCausalLM": "modeling.Evil"}}, "code"),
+    "unknown architecture": ({"model_type": "no-such-type"}, "no-such-type"),
+    "absurd size": ({"num_hidden_layers": -1}, "num_hidden_layers"),
+}
+
+
+@pytest.mark.parametrize("changes, expected", CONFIG_MISTAKES.values(), ids=CONFIG_MISTAKES)
+def test_a_bad_config_is_one_line(capsys, tmp_path, changes, expected):
+    directory = directory_with(tmp_path, **changes)
+    status, out, err = run(capsys, "forecast", directory, "--gpu", "4GiB")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1 and expected in err
+
+
+def bad_weights(kind, directory):
+    """Makes the directory's weights bad in one way."""
+    good = directory / "model.safetensors"
+    save_file({"model.embed_tokens.weight": torch.zeros(8, 4)}, good)
+    if kind == "pickle only":
+        good.rename(directory / "pytorch_model.bin")
+    elif kind == "truncated":
+        good.write_bytes(good.read_bytes()[:-16])
+    elif kind == "corrupt":
+        good.write_bytes(b"\xff" * 64)
+    elif kind == "none":
+        good.unlink()
+
+
+@pytest.mark.parametrize("kind", ["pickle only", "truncated", "corrupt", "none", "other model"])
+def test_bad_weights_are_one_line(capsys, tmp_path, kind):
+    directory = directory_with(tmp_path)
+    bad_weights(kind, directory)
+    status, out, err = run(
+        capsys, "chat", directory, "--gpu", "192MiB", "--format", "int8", "--context", 64, "--prompt", "x"
+    )
+    complaints = [line for line in err.splitlines() if line.startswith("lowvram:")]
+    assert (status, out, len(complaints)) == (2, "", 1), err
+    assert "Traceback" not in err
+
+
+def test_a_truncated_gguf_is_one_line(capsys, tmp_path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00" + b"\x00" * 10)
+    status, out, err = run(capsys, "forecast", file, "--gpu", "4GiB")
+    assert (status, out) == (2, "") and "model.gguf" in err and len(err.splitlines()) == 1
+
+
+def test_a_refused_plan_writes_no_file(capsys, tmp_path):
+    target = tmp_path / "plan.json"
+    status, _, _ = run(capsys, "plan", "smollm2-135m", "--gpu", "20MiB", "--output", target)
+    assert status == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_forecast_json_has_the_promised_keys(capsys):
+    status, out, _ = run(capsys, "forecast", "smollm2-135m", "--gpu", "192MiB", "--context", 256, "--json")
+    found = json.loads(out)
+    promised = "model fits budget_bytes weights_bytes kv_bytes activation_bytes overhead_bytes load_peak_bytes "
+    promised += "peak_allocated_bytes peak_reserved_bytes first_oom suggestions"
+    assert status == 0 and set(promised.split()) <= set(found)
+    assert found["fits"] is False and found["first_oom"]["phase"] == "load"
+    assert found["suggestions"], "something must be said to help"
+
+
+def test_forecast_draws_and_finds_the_longest_context(capsys, tmp_path):
+    picture = tmp_path / "timeline.png"
+    words = ["forecast", "smollm2-135m", "--gpu", "192MiB", "--context", 128, "--format", "int8", "--kv", "int8"]
+    status, out, _ = run(capsys, *words, "--max-context", "--batch", 2, "--plot", picture, "--json")
+    found = json.loads(out)
+    assert status == 0 and found["workload"]["batch_size"] == 2 and found["max_context"] > 128
+    assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]
+
+
+@pytest.mark.integration
+def test_forecast_compares_with_a_run(capsys):
+    words = ["forecast", "smollm2-135m", "--gpu", "192MiB", "--context", 128, "--compare", "--json"]
+    status, out, _ = run(capsys, *words, "--format", "int8")
+    assert status == 0 and [row["difference"] for row in json.loads(out)["comparison"]] == [0, 0, 0]
+    status, out, _ = run(capsys, *words)
+    found = json.loads(out)
+    assert status == 0 and found["oom"]["event"]["module"] == found["first_oom"]["module"]
+
+
+def test_plan_round_trips_through_its_file(capsys, tmp_path):
+    target = tmp_path / "plan.json"
+    status, out, _ = run(
+        capsys, "plan", "smollm2-135m", "--gpu", "192MiB", "--context", 256, "--output", target, "--json"
+    )
+    assert status == 0 and json.loads(target.read_text()) == json.loads(out)["plan"]
+    status, out, _ = run(capsys, "forecast", "smollm2-135m", "--gpu", "192MiB", "--plan", target, "--json")
+    assert status == 0 and json.loads(out)["fits"] is True
+
+
+def test_a_plan_for_another_model_is_refused(capsys, tmp_path):
+    target = tmp_path / "plan.json"
+    run(capsys, "plan", "smollm2-135m", "--gpu", "192MiB", "--context", 256, "--output", target)
+    status, out, err = run(capsys, "forecast", "smollm2-1.7b", "--plan", target)
+    assert (status, out) == (2, "") and "smollm2-135m" in err
+
+
+def test_models_and_doctor_print_json(capsys):
+    status, out, _ = run(capsys, "models", "--json")
+    assert status == 0 and "qwen1.5-4b" in json.loads(out)["models"]
+    status, out, _ = run(capsys, "doctor", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["torch"] == torch.__version__ and "works" in found["int4 kernel, cpu"]
+
+
+def test_the_installed_command_prints_no_traceback():
+    command = os.path.join(os.path.dirname(sys.executable), "lowvram")
+    done = subprocess.run(
+        [command, "forecast", "qwen1.5-4b", "--gpu", "4Gb"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.integration
+def test_demo_tells_the_whole_story(capsys):
+    status, out, err = run(capsys, "demo", "--json")
+    found = json.loads(out)
+    assert status == 0 and {"oom", "plan", "forecast", "measured", "validation", "answer"} <= set(found)
+    assert "Paris" in found["answer"] and found["validation"]["passed"] is True
+    assert found["oom"]["module"] and "out of memory" in err
+    for phase in ("load", "prefill", "decode"):
+        forecast, measured = (found[key]["phases"][phase]["peak_allocated_bytes"] for key in ("forecast", "measured"))
+        print(f"{phase}: forecast {forecast}, measured {measured}")
+        assert abs(forecast - measured) <= 0.02 * measured
+    assert found["measured"]["peak_allocated_bytes"] < found["measured"]["budget_bytes"]
+
+
+@pytest.mark.integration
+def test_chat_answers_one_prompt(capsys):
+    words = ["chat", "smollm2-135m", "--gpu", "192MiB", "--context", 256, "--prompt", "What is the capital of France?"]
+    status, out, _ = run(capsys, *words, "--json")
+    found = json.loads(out)
+    assert status == 0 and "Paris" in found["text"] and found["peak_bytes"] < found["budget_bytes"]
+    assert {"ttft_s", "tokens_per_s"} <= set(found)

@@ -1,0 +1,150 @@
+"""The table of formats against what solvers and layers allocate, against published sizes, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
+from lowvram_lab.errors import PlanError
+from lowvram_lab.model.formats import DTYPES, FORMATS, TensorSpec, format_of_dtype, get_format
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.units import GiB
+from tests.helpers.tiny import packaged_spec
+
+QUANTISED = [name for name, fmt in FORMATS.items() if fmt.kind != "float"]
+TABLES = [name for name in QUANTISED if name != "nf4"]
+FLOATS = [name for name, fmt in FORMATS.items() if fmt.kind == "float"]
+SHAPES = [(32, 1536), (48, 768)]  # columns that every group size divides
+
+
+def buffer_bytes(module) -> int:
+    return sum(buffer.nbytes for buffer in module.buffers())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", [*QUANTISED, "int4 nibbles", "int4-g128 nibbles"])
+def test_a_layer_allocates_what_the_table_says(name, shape):
+    name, _, layout = name.partition(" ")
+    fmt = get_format(name)
+    layer = quantized_linear(shape[1], shape[0], fmt, "cpu")
+    if layout:
+        layer.layout = layout
+    layer.store(torch.randn(shape), lambda tensor: tensor)
+    assert buffer_bytes(layer) == fmt.weight_bytes(shape)
+    expected = fmt.tensors(shape, torch.bfloat16)
+    found = {key: TensorSpec(tuple(b.shape), b.dtype) for key, b in layer.named_buffers()}
+    assert {key: (spec.nbytes, spec.dtype) for key, spec in found.items()} == {
+        key: (spec.nbytes, spec.dtype) for key, spec in expected.items()
+    }
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_a_layer_on_meta_has_the_same_bytes(name):
+    layer = quantized_linear(768, 32, get_format(name), "cuda")
+    layer.store(torch.empty(32, 768, device="meta"), lambda tensor: tensor)
+    assert buffer_bytes(layer) == get_format(name).weight_bytes((32, 768))
+    assert all(buffer.is_meta for buffer in layer.buffers())
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_an_embedding_allocates_what_the_table_says(name):
+    fmt = get_format(name)
+    for weight in (torch.randn(50, 768), torch.empty(50, 768, device="meta")):
+        table = quantized_embedding(50, 768, fmt, torch.bfloat16)
+        table.store(weight, lambda tensor: tensor)
+        found = {key: TensorSpec(tuple(buffer.shape), buffer.dtype) for key, buffer in table.named_buffers()}
+        assert found == fmt.tensors((50, 768), torch.bfloat16)
+        assert buffer_bytes(table) == fmt.weight_bytes((50, 768))
+
+
+@given(st.integers(1, 40), st.integers(1, 8), st.sampled_from(TABLES))
+def test_bytes_count_codes_scales_and_zeros(rows, groups, name):
+    fmt = get_format(name)
+    columns = groups * (fmt.group_size or 32)
+    scale_bytes = {"int8": 2 * rows, "int4": 4 * rows * groups, "packed": 2 * rows * groups}[fmt.kind]
+    assert fmt.weight_bytes((rows, columns)) == rows * columns * fmt.bits // 8 + scale_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("int2", 2.25), ("int3", 3.25), ("int4", 4.5), ("int5-g32", 5.5), ("int6-g256", 6.0625), ("int4-g128", 4.25)],
+)
+def test_bits_a_weight_by_hand(name, bits):
+    assert get_format(name).weight_bytes((768, 768)) * 8 / 768**2 == bits
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_float_bytes_follow_the_format_not_the_activations(name):
+    assert get_format(name).weight_bytes((3, 5), torch.float32) == 15 * get_format(name).bits // 8
+    assert get_format(name).tensors((3, 5), torch.float32)["weight"].dtype == DTYPES[name]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "gib"),
+    [("fp16", 7.36), ("nf4", 3.11), ("int8", 3.68)],  # FACTS: fp16 7.36, nf4 with 16-bit embedding and head 3.11
+)
+def test_known_sizes_of_qwen_4b(recipe, gib):
+    spec = packaged_spec("qwen1.5-4b")
+    assert Plan.uniform(spec, recipe).weight_bytes(spec) / GiB == pytest.approx(gib, abs=0.006)
+
+
+def test_qwen_4b_in_16_bits_to_the_byte():
+    spec = packaged_spec("qwen1.5-4b")
+    assert Plan.uniform(spec, "fp16").weight_bytes(spec) == 7_900_738_560 == 2 * 3_950_369_280
+
+
+def test_nf4_of_qwen_4b_by_hand():
+    spec = packaged_spec("qwen1.5-4b")
+    quantised = 40 * (4 * 2560 * 2560 + 3 * 2560 * 6912)
+    left = 3_950_369_280 - quantised  # embedding, head, norms and biases stay in 16 bits
+    assert Plan.uniform(spec, "nf4").weight_bytes(spec) == quantised // 2 + quantised // 64 * 4 + 2 * left
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape", "words"),
+    [
+        ("int4", "linear", (8, 96), ["int4 ", "divisible by 64", "96"]),
+        ("int4-g128", "linear", (8, 192), ["int4-g128", "128", "192"]),
+        ("int4", "embedding", (8, 96), ["int4 ", "divisible by 64", "96"]),
+        ("int4-g96", "linear", (8, 256), ["int4-g96", "divisible by 96", "256"]),
+        ("int3", "linear", (8, 96), ["int3 ", "divisible by 64", "96"]),
+        ("int2-g192", "embedding", (8, 256), ["int2-g192", "divisible by 192", "256"]),
+        ("int6", "other", (64,), ["int6", "other"]),
+        ("nf4", "linear", (3, 3), ["nf4", "multiple of 64", "3 x 3"]),
+        ("nf4", "embedding", (64, 64), ["nf4", "embedding"]),
+        ("int8", "other", (64,), ["int8", "other"]),
+    ],
+)
+def test_refusals_say_what_and_why(name, kind, shape, words):
+    reason = get_format(name).refuse(kind, shape)
+    assert all(word in reason for word in words)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape"),
+    [
+        *(("int4", kind, (3, 128)) for kind in ("linear", "embedding")),
+        *(("int3", kind, (3, 64)) for kind in ("linear", "embedding")),
+        ("int6-g96", "linear", (1, 288)),
+        ("nf4", "linear", (32, 2)),
+        ("int8", "embedding", (5, 7)),
+        ("fp32", "other", (9,)),
+    ],
+)
+def test_what_is_not_refused(name, kind, shape):
+    assert get_format(name).refuse(kind, shape) is None
+
+
+@pytest.mark.parametrize("name", ["int7", "int3-g16", "INT8", "", None, 8, ["int8"]])
+def test_an_unknown_format_is_named_beside_those_there_are(name):
+    with pytest.raises(PlanError) as error:
+        get_format(name)
+    assert repr(name) in str(error.value)
+    assert "int4-g128" in str(error.value)
+
+
+def test_dtypes_and_float_formats_are_one_to_one():
+    assert [format_of_dtype(DTYPES[name]) for name in FLOATS] == FLOATS
+    with pytest.raises(PlanError, match="found dtype int8"):
+        format_of_dtype(torch.int8)

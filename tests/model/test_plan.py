@@ -1,0 +1,282 @@
+"""Plans: what is accepted, what is refused and under which name, and the round trip through JSON."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowvram_lab.errors import LowvramError, PlanError
+from lowvram_lab.model.formats import FORMATS
+from lowvram_lab.model.plan import Assignment, Plan
+from tests.helpers.tiny import PLACEMENTS, TINY, load_tiny, tiny_plan, tiny_spec, tiny_state
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def refusal(plan: Plan, kind: str = "qwen2") -> str:
+    with pytest.raises(PlanError) as error:
+        plan.validate(tiny_spec(kind))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@st.composite
+def valid_plans(draw):
+    """Any plan that the rules allow: a format for every module, a device for every block, any setting."""
+    kind = draw(st.sampled_from(TINY))
+    spec = tiny_spec(kind)
+    dtype = draw(st.sampled_from(["bf16", "fp16", "fp32"]))
+    places = draw(st.lists(st.sampled_from(["gpu", "cpu"]), min_size=6, max_size=6))
+    modules = {}
+    for module in spec.modules:
+        allowed = [name for name, f in FORMATS.items() if f.kind != "float" or name == dtype]
+        allowed = [name for name in allowed if FORMATS[name].refuse(module.kind, module.weight_shape) is None]
+        block = (
+            module.layer
+            if module.layer is not None
+            else 3 + ["model.embed", "lm_head", "model.norm"].index(module.name.replace("_tokens", ""))
+        )
+        modules[module.name] = Assignment(draw(st.sampled_from(allowed)), places[block])
+    if spec.tied:
+        modules[spec.head] = modules[spec.embedding]
+    context, threads = draw(st.integers(2, 1024)), draw(st.none() | st.integers(1, 64))
+    kv_format = draw(st.sampled_from([dtype, "int8"]))
+    return spec, Plan(spec.name, spec.fingerprint, modules, dtype, kv_format, context, threads)
+
+
+@given(valid_plans())
+def test_a_valid_plan_survives_json(made):
+    spec, plan = made
+    plan.validate(spec)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.digest == plan.digest
+    assert hash(again) == hash(plan)
+    assert list(again.modules) == list(plan.modules)
+    assert plan.weight_bytes(spec, "gpu") + plan.weight_bytes(spec, "cpu") == plan.weight_bytes(spec)
+    assert [plan.modules[f"model.layers.{n}.mlp.up_proj"].device for n in range(3)] == plan.layer_devices(spec)
+
+
+@given(valid_plans(), st.integers(0, 10**6), st.sampled_from(["format", "device"]))
+def test_any_change_changes_the_digest(made, number, what):
+    _, plan = made
+    name = list(plan.modules)[number % len(plan.modules)]
+    changed = plan.with_modules(name, **{what: "something else"})
+    assert changed.digest != plan.digest
+    assert changed != plan
+    assert [n for n in plan.modules if plan.modules[n] != changed.modules[n]] == [name]
+
+
+def test_the_digest_is_stable_over_processes_and_order():
+    plan = tiny_plan("qwen2", "int8")
+    shuffled = replace(plan, modules=dict(reversed(plan.modules.items())))
+    assert shuffled.digest == plan.digest
+    fixed = Plan("m", "f", {"a": Assignment("bf16", "gpu")})
+    assert fixed.digest == "3f233823bc98dbfe"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "change", "words"),
+    [
+        (DOWN, {"format": "int7"}, ["int7", "int4-g128"]),
+        (DOWN, {"format": "fp16"}, [DOWN, "bf16", "fp16"]),
+        (DOWN, {"format": "int4-g128"}, [DOWN, "int4-g128", "192"]),
+        (DOWN, {"device": "cuda:0"}, [DOWN, "'cuda:0'", "gpu or cpu or disk"]),
+        (DOWN, {"device": "cpu"}, [DOWN, "one device", "cpu", "gpu"]),
+        ("model.embed_tokens", {"format": "nf4"}, ["model.embed_tokens", "nf4", "embedding"]),
+        ("model.norm", {"format": "int8"}, ["model.norm", "int8"]),
+    ],
+)
+def test_a_refusal_names_the_module(pattern, change, words):
+    message = refusal(tiny_plan("qwen2").with_modules(pattern, **change))
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("change", [{"device": "cpu"}, {"format": "int8"}])
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_a_tied_pair_stays_together(name, change):
+    message = refusal(tiny_plan("llama").with_modules(name, **change), "llama")
+    assert "lm_head shares its weight with model.embed_tokens" in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("context", value) for value in (0, 1, -1, 1025, True, 2.5, "512", None)),
+        *(("threads", value) for value in (0, -1, 1.5, "2")),
+        ("threads", True),
+        ("dtype", "fp8"),
+        ("kv_format", "fp32"),
+        ("kv_format", "nf4"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_its_value(setting, value):
+    assert str(value) in refusal(replace(tiny_plan("qwen2"), **{setting: value}))
+
+
+def test_another_models_plan():
+    message = refusal(tiny_plan("llama"), "qwen2")
+    assert "'tiny-llama'" in message
+    assert "'tiny-qwen2'" in message
+
+
+def test_missing_and_unknown_modules_are_named():
+    plan = tiny_plan("qwen2")
+    missing = {name: value for name, value in plan.modules.items() if name != DOWN}
+    assert f"says nothing about module {DOWN} (1 missing)" in refusal(replace(plan, modules=missing))
+    assert "'nonsense'" in refusal(replace(plan, modules={**plan.modules, "nonsense": Assignment("bf16", "gpu")}))
+
+
+def test_with_modules_that_match_nothing():
+    with pytest.raises(PlanError, match=r"no module of tiny-qwen2 matches '\*.gate'; names look like model.embed"):
+        tiny_plan("qwen2").with_modules("*.gate", format="int8")
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_with_gpu_layers_keeps_the_last_ones(count):
+    plan = tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), count)
+    assert plan.layer_devices(tiny_spec("qwen2")) == ["cpu"] * (3 - count) + ["gpu"] * count
+    assert plan.modules["lm_head"].device == "gpu"
+    plan.validate(tiny_spec("qwen2"))
+
+
+@pytest.mark.parametrize("count", [-1, 4, True, 1.0, "2", None])
+def test_with_gpu_layers_out_of_range(count):
+    with pytest.raises(PlanError, match=f"0 to 3 GPU layers for tiny-qwen2, found {re.escape(repr(count))}"):
+        tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), count)
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "int8", "int4", "int4-g32", "nf4"])
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_every_recipe_and_placement_is_valid(kind, recipe, placement):
+    plan = tiny_plan(kind, recipe, placement)
+    plan.validate(tiny_spec(kind))
+    assert plan.modules["model.layers.0.mlp.up_proj"].format == recipe
+    ends = {plan.modules[name].format for name in ("model.embed_tokens", "lm_head")}
+    assert ends == {"int8" if recipe.startswith("int") else "bf16" if recipe == "nf4" else recipe}
+
+
+def test_a_layer_whose_shape_the_recipe_cannot_hold_takes_int8():
+    plan = tiny_plan("qwen2", "int4-g128")  # down_proj has 192 inputs
+    assert plan.modules[DOWN].format == "int8"
+    assert plan.modules["model.layers.1.mlp.up_proj"].format == "int4-g128"
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_weight_bytes_of_a_float_plan_are_those_of_the_tensors(kind):
+    expected = sum(value.nbytes for value in tiny_state(kind).values())
+    assert tiny_plan(kind, "fp32").weight_bytes(tiny_spec(kind)) == expected
+    assert tiny_plan(kind, "bf16", "cpu").weight_bytes(tiny_spec(kind), "cpu") == expected // 2
+    assert tiny_plan(kind, "bf16", "cpu").weight_bytes(tiny_spec(kind), "gpu") == 0
+
+
+def changed(**changes) -> str:
+    return json.dumps({**tiny_plan("qwen2").to_dict(), **changes})
+
+
+def without(field: str) -> str:
+    return json.dumps({key: value for key, value in tiny_plan("qwen2").to_dict().items() if key != field})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "not JSON"),
+        ("{'a': 1}", "not JSON"),
+        ("[]", "JSON object, found list"),
+        ("null", "JSON object, found NoneType"),
+        ("{}", "version 1, found None"),
+        *((without(field), f"'{field}' is missing") for field in ("model", "modules", "context", "threads")),
+        (changed(colour="red"), "'colour' is not known"),
+        *((changed(version=value), "version 1, found") for value in (0, 2, "1", None, [1])),
+        (changed(version=True), "version 1"),
+        (changed(model=3), "'model': expected str, found 3"),
+        (changed(context="512"), "'context': expected a whole number, found '512'"),
+        (changed(modules=[]), "'modules': expected dict"),
+        (changed(modules={"lm_head": "bf16"}), "lm_head: expected an object with format and device"),
+        (changed(modules={"lm_head": {"format": "bf16"}}), "lm_head: expected an object with format and device"),
+        ("[" * 100_000, "JSON"),
+    ],
+)
+def test_json_that_is_no_plan(text, words):
+    with pytest.raises(PlanError) as error:
+        Plan.from_json(text)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_plan_file_is_written_whole_and_read_back(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    plan = tiny_plan("llama", "int4", "half")
+    assert plan.to_json(path) == path.read_text()
+    assert Plan.from_json(path) == plan
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_plan_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    with pytest.raises(LowvramError, match="cannot write .*no/plan.json: No such file") as error:
+        tiny_plan("llama").to_json(tmp_path / "no" / "plan.json")
+    assert "\n" not in str(error.value)
+    (tmp_path / "plan.json").mkdir()
+    with pytest.raises(LowvramError, match="cannot write"):
+        tiny_plan("llama").to_json(tmp_path / "plan.json")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]  # no temporary file is left behind
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b"{"])
+def test_a_plan_file_that_cannot_be_read(tmp_path, content):
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(PlanError, match="expected a plan"):
+        Plan.from_json(path)
+
+
+def test_faces_say_the_split():
+    plan = tiny_plan("qwen2", "int4", "half")
+    assert "1 of 3 layers on the GPU" in plan.summary(tiny_spec("qwen2"))
+    assert plan.table()["count"].sum() == len(plan.modules)
+    assert "tiny-qwen2" in plan._repr_html_()
+
+
+def test_a_device_map_of_accelerates_is_a_placement():
+    spec = tiny_spec("qwen2")
+    plan = Plan.uniform(spec, "int8", context=64)
+    found = plan.with_device_map(
+        spec,
+        {"": 0, "model.embed_tokens": "cpu", "model.layers.0": torch.device("cpu"), "model.layers.1": "cuda:0"},
+    )
+    assert found == plan.with_gpu_layers(spec, 2).with_modules("model.embed_tokens", device="cpu")
+    assert plan.with_device_map(spec, {"": "cpu"}) == plan.with_modules("*", device="cpu")
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_the_map_of_a_loaded_model_comes_back(kind):
+    spec = tiny_spec(kind)
+    for plan in (tiny_plan(kind).with_gpu_layers(spec, count) for count in range(4)):
+        found = load_tiny(kind, plan).hf_device_map
+        assert "model.rotary_emb" in found
+        assert Plan.uniform(spec, context=plan.context).with_device_map(spec, found).modules == plan.modules
+
+
+@pytest.mark.parametrize(
+    ("device_map", "words"),
+    [
+        ({"model": 0}, "says nothing about lm_head"),
+        ({"": 0, "model.layers.9": "cpu"}, "names 'model.layers.9', which tiny-qwen2 does not have"),
+        ({"": 0, "transformer.h.0": "cpu"}, "names 'transformer.h.0'"),
+        ({"": "tape"}, "all: expected gpu, cuda, a GPU's number, cpu or disk, found 'tape'"),
+        ({"": True}, "found True"),
+        ({"": 0, "model.layers.1.mlp": "cpu"}, "a decoder layer lives on one device"),
+    ],
+)
+def test_a_device_map_that_is_none(device_map, words):
+    spec = tiny_spec("qwen2")
+    with pytest.raises(PlanError, match=words):
+        Plan.uniform(spec, context=64).with_device_map(spec, device_map)

@@ -1,0 +1,430 @@
+"""bench: made-up peers whose figures are known, the real engines on tiny models, the command."""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import sys
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lowvram_lab.errors import LowvramError, PlanError, SourceError
+from lowvram_lab.faces.cli import bench as cli_bench
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import Source
+from lowvram_lab.peers import others as bench_peers
+from lowvram_lab.peers import process as bench_process
+from lowvram_lab.peers.bench import bench, context_needed
+from lowvram_lab.peers.engines import Engine, Task
+from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
+from lowvram_lab.peers.result import plot_data
+from tests.helpers.checkpoints import directory_spec, write_model
+from tests.helpers.machines import Made
+from tests.helpers.tiny import tiny_stock
+
+bench_module = importlib.import_module("lowvram_lab.peers.bench")  # the package gives the function of that name
+PROMPT, NEW = 12, 4
+LENGTH = NEW + 1
+
+
+class FakeEngine(Engine):
+    """A peer of known speed: a second to the first token, ``SECONDS`` for the rest, half of that in the last round."""
+
+    name, note = "fake", "made up"
+    weight_bytes, read_bytes, kv_bytes = 3000, 2000, 500
+    SECONDS = 2.0
+    TOKENS = (7,) * LENGTH
+    calls: Counter = Counter()
+
+    def __init__(self, task):
+        self.task = task
+        self.calls[self.name, "opened"] += 1
+
+    def turn(self, task):
+        self.calls[self.name, "turn"] += 1
+        seconds = self.SECONDS / 2 if self.calls[self.name, "turn"] == 5 else self.SECONDS
+        return {"ttft_s": 1.0, "decode_s": seconds, "follow_up_s": 0.25, "tokens": list(self.TOKENS)}
+
+    def likeliest(self, ids, answer):
+        assert tuple(ids) == self.task.prompt
+        return [*answer[:-1], -1]
+
+
+class FailingEngine(FakeEngine):
+    """Works until its third round, the first that counts."""
+
+    name = "failing"
+
+    def turn(self, task):
+        if self.calls[self.name, "turn"] == 2:
+            raise ValueError("out of\nluck")
+        return super().turn(task)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_model(tmp_path / "model", "llama")
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Two peers that ``bench`` knows, and their calls."""
+    monkeypatch.setattr(FakeEngine, "calls", Counter())
+    for kind in (FakeEngine, FailingEngine):
+        monkeypatch.setitem(bench_peers.ENGINES, kind.name, kind)
+    monkeypatch.setattr("shutil.which", lambda name: None)  # nothing is compiled
+    return FakeEngine.calls
+
+
+def measured(model, against=(), **options):
+    given = {"prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": 3, "threads": 1, "machine": Made()}
+    return bench(model, against=against, processes=False, progress=False, **{**given, **options})
+
+
+def task_for(folder, **changes) -> Task:
+    spec = directory_spec(folder)
+    plan = Plan.uniform(spec, "int8", context=64)
+    values = {
+        "model": str(folder), "directory": str(folder), "plan": plan.to_json(), "budget": None,
+        "prompt": tuple(range(3, 3 + PROMPT)), "follow_up": (5, 6), "new_tokens": NEW, "threads": 1,
+    }  # fmt: skip
+    return Task(**{**values, **changes})
+
+
+def test_figures_of_a_peer_are_the_medians_of_its_rounds(folder, fakes):
+    found = measured(folder, ("fake",))
+    row = found.row("fake")
+    # two rounds are not counted; then 2, 2 and 1 seconds for four tokens
+    assert row.rounds == (2.0, 2.0, 4.0)
+    assert fakes["fake", "turn"] == 5
+    assert (row.decode_tokens_per_s, row.prefill_tokens_per_s) == (2.0, PROMPT)
+    assert (row.ttft_s, row.follow_up_s) == (1.0, 0.25)
+    assert row.decode_p10 == pytest.approx(2.0)
+    assert row.decode_p90 == pytest.approx(3.6)
+    assert (row.weight_bytes, row.bytes_per_token) == (3000, 2500)
+    assert row.bandwidth_share == pytest.approx(2500 * 2.0 / found.read_bytes_per_s)
+    assert row.note == "made up"
+    assert row.peak_rss_bytes is None
+    mine = found.rows[0]
+    ratios = sorted(a / b for a, b in zip(row.rounds, mine.rounds, strict=True))
+    assert row.ratio == pytest.approx(ratios[1])
+    assert mine.ratio == 1.0
+
+
+def test_our_rows(folder, fakes):
+    found = measured(folder, plan=Plan.uniform(directory_spec(folder), "int8", context=64))
+    lean, modules = found.rows
+    assert [lean.engine, modules.engine] == ["lowvram (lean)", "lowvram (modules)"]
+    spec, plan = directory_spec(folder), Plan.uniform(directory_spec(folder), "int8", context=64)
+    for row in found.rows:
+        assert row.reason == ""
+        assert row.weight_bytes == plan.weight_bytes(spec)  # the embedding is the head: all of it is read
+        assert row.bytes_per_token == row.weight_bytes + plan.kv_bytes(spec, PROMPT + NEW // 2)
+        assert row.peak_bytes > row.weight_bytes
+        assert len(row.rounds) == 3
+        assert min(row.ttft_s, row.follow_up_s, *row.rounds) > 0
+    # greedy ties aside, both run the same weights; float32 between the lean layers may turn one of the last tokens
+    assert lean.agreement >= 0.8
+    assert modules.agreement == modules.equal_tokens == 1.0
+    assert found.text_reference == "lowvram (modules)"
+    assert f"of {LENGTH} tokens of its answer are the modules'" in lean.note
+    assert "simulated" in found.gpu or torch.cuda.is_available()
+
+
+def test_an_untied_embedding_is_not_read_for_a_token(tmp_path, fakes):
+    folder = write_model(tmp_path / "model", "qwen2")
+    spec, plan = directory_spec(folder), Plan.uniform(directory_spec(folder), "bf16", context=64)
+    row = measured(folder, plan=plan, rounds=1).row("lowvram (modules)")
+    table = spec.vocab_size * spec.hidden_size * 2
+    assert row.weight_bytes - table == row.bytes_per_token - plan.kv_bytes(spec, PROMPT + NEW // 2)
+
+
+def test_texts_are_held_against_transformers(folder, fakes):
+    plan = Plan.uniform(directory_spec(folder), "bf16", context=64)
+    found = measured(folder, ("fake", "transformers"), plan=plan, rounds=1)
+    assert found.text_reference == "transformers"
+    assert found.row("transformers").equal_tokens == found.row("transformers").agreement == 1.0
+    assert found.row("lowvram (modules)").equal_tokens == found.row("lowvram (modules)").agreement == 1.0
+    assert found.row("fake").agreement == pytest.approx(1 - 1 / LENGTH)  # it errs in the last position
+    assert found.row("fake").equal_tokens < 1
+    assert found.row("transformers").weight_bytes == found.row("lowvram (modules)").weight_bytes
+
+
+def test_the_end_of_a_text_is_ignored(tmp_path):
+    ids = list(range(3, 3 + PROMPT))
+    with torch.no_grad():
+        first = int(tiny_stock("llama", dtype=torch.bfloat16)(torch.tensor([ids])).logits[0, -1].argmax())
+    folder = write_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": first}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [first], "repetition_penalty": 1.5}))
+    turn = bench_peers.Transformers(task_for(folder)).turn(task_for(folder))
+    assert turn["tokens"][0] == first
+    assert len(turn["tokens"]) == LENGTH
+
+
+def test_bitsandbytes_on_this_machine(folder):
+    engine = LocalEngine(bench_peers.BitsAndBytes, task_for(folder))
+    spec = directory_spec(folder)
+    linear = sum(m.weight_shape[0] * m.weight_shape[1] for m in spec.modules if m.kind == "linear" and not m.tied_to)
+    # half a byte a weight, a float32 scale for 64 of them, and the 16 values of nf4 for every module
+    count = sum(m.kind == "linear" and not m.tied_to for m in spec.modules)
+    rest = sum(
+        2 * torch.Size(shape).numel()
+        for m in spec.modules if m.kind != "linear"
+        for shape in m.parameters.values()
+    )  # fmt: skip
+    assert engine.facts["weight_bytes"] == linear // 2 + linear // 64 * 4 + count * 64 + rest
+    assert len(engine.likeliest([3] * LENGTH)) == LENGTH
+
+
+def test_a_peer_that_fails_is_a_row_with_the_reason(folder, fakes):
+    found = measured(folder, ("failing", "fake"))
+    row = found.row("failing")
+    assert row.reason == "ValueError: out of luck"
+    assert row.decode_tokens_per_s is None
+    assert found.row("fake").rounds == (2.0, 2.0, 4.0)
+    assert "out of luck" in found.table()["remark"].tolist()[2]
+    assert "failing" not in plot_data(found)["engine"]
+
+
+def test_engines_that_cannot_run_say_why(folder, fakes, monkeypatch):
+    monkeypatch.setattr(bench_peers.LlamaCpp, "package", ("no_such_module", "llama-cpp-python"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = measured(folder, ("llama.cpp", "accelerate", "fake"), rounds=1)
+    assert found.row("llama.cpp").reason == "llama-cpp-python is not installed"
+    assert found.row("accelerate").reason.startswith("not applicable")
+    monkeypatch.setattr(bench_module, "_needed_bytes", lambda name, *rest: 2**60 if name == "fake" else 0)
+    assert "of RAM, found" in measured(folder, ("fake",), rounds=1).row("fake").reason
+
+
+def test_what_does_not_fit_the_card_says_so(folder, fakes):
+    plan = Plan.uniform(directory_spec(folder), "fp32", context=64)
+    found = measured(folder, ("fake",), gpu="1MiB", plan=plan, rounds=1)
+    assert all("memory" in row.reason for row in found.rows[:2])
+    assert found.row("fake").ratio == 1.0  # the first row that ran
+    with pytest.raises(LowvramError, match="no engine could run this: lowvram .lean.: "):
+        measured(folder, (), gpu="1MiB", plan=plan, rounds=1)
+
+
+def test_engines_take_turns_and_are_loaded_once(folder, fakes, monkeypatch):
+    order = []
+    real = bench_module.LocalEngine.turn
+    monkeypatch.setattr(LocalEngine, "turn", lambda self: (order.append(type(self.engine).name), real(self))[1])
+    found = measured(folder, ("fake",), rounds=6)
+    rounds = [tuple(order[start : start + 3]) for start in range(0, 18, 3)]
+    assert all(sorted(each) == ["fake", "lowvram (lean)", "lowvram (modules)"] for each in rounds)
+    assert len(set(rounds)) > 1  # shuffled
+    assert fakes["fake", "opened"] == 1
+    assert found.alternated == "loaded together"
+
+
+def test_engines_that_do_not_fit_together_are_loaded_for_every_round(folder, fakes, monkeypatch):
+    monkeypatch.setattr(bench_module, "PROCESS_BYTES", 2**60)
+    found = measured(folder, ("fake",), rounds=2)
+    assert fakes["fake", "opened"] == 3  # to meet it, and for each round
+    assert found.alternated == "loaded anew for every round"
+    assert len(found.row("fake").rounds) == 2
+
+
+def test_threads_are_everyones_and_set_back(folder, fakes, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+    monkeypatch.setattr(FakeEngine, "likeliest", lambda *_: (seen.append(torch.get_num_threads()), [0] * LENGTH)[1])
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    torch.set_num_threads(2)
+    try:
+        found = measured(folder, ("fake",), threads=1, rounds=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]
+    assert found.threads == 1
+    with pytest.raises(LowvramError, match="expected 1 to 2 threads on this machine, found 3"):
+        measured(folder, threads=3)
+
+
+def test_a_result_reads_as_table_and_data(folder, fakes):
+    found = measured(folder, ("fake",))
+    data = json.loads(json.dumps(found.to_dict()))
+    keys = {"engine", "prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s", "peak_bytes", "weight_bytes"}
+    assert all(keys <= row.keys() for row in data["rows"])
+    assert data["model"] == "model"  # not the path to it
+    assert {"torch", "transformers", "python"} <= data["versions"].keys()
+    assert len(data["load_average"]) == 2
+    assert data["read_bytes_per_s"] == found.read_bytes_per_s > 0
+    text, page = repr(found), found._repr_html_()
+    for said in ("fake", "made up", "load average", "1 thread", found.date):
+        assert said in text
+        assert said in page
+    assert ("simulated" in text) != torch.cuda.is_available()
+    assert str(folder.parent) not in text + page + json.dumps(data)
+    assert "kept the cores busy" in repr(replace(found, load_average=(99.0, 0.0)))
+    assert "kept the cores busy" not in repr(replace(found, load_average=(0.0, 99.0)))
+    bars = plot_data(found)
+    assert bars["decode_tokens_per_s"] == sorted(bars["decode_tokens_per_s"], reverse=True)
+    place = bars["engine"].index("fake")
+    assert (bars["below"][place], bars["above"][place]) == (pytest.approx(0.0), pytest.approx(1.6))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"against": ("fake", "vllm")}, "unknown engine 'vllm': expected some of transformers"),
+        ({"against": "fake"}, "expected names of engines"),
+        ({"rounds": 0}, "expected rounds of 1 or more, found 0"),
+        ({"prompt_tokens": -1}, "expected prompt_tokens of 1 or more"),
+        ({"new_tokens": True}, "expected new_tokens of 1 or more"),
+        ({"against": ("fake",), "gguf": "x.gguf"}, "for llama.cpp, found fake"),
+        ({"prompt_tokens": 2000}, "1024"),
+    ],
+)
+def test_mistakes(folder, fakes, options, said):
+    with pytest.raises(LowvramError, match=said) as raised:
+        measured(folder, **options)
+    assert "\n" not in str(raised.value)
+    assert fakes["fake", "opened"] == 0
+
+
+def test_a_plan_of_another_model_is_refused(folder, tmp_path, fakes):
+    other = write_model(tmp_path / "other", "qwen2")
+    with pytest.raises(PlanError):
+        measured(folder, plan=Plan.uniform(directory_spec(other), "int8", context=64))
+
+
+def test_where_the_gguf_file_comes_from(tmp_path, monkeypatch):
+    made = []
+
+    def export(model, output, *, type, progress):
+        made.append((model, type))
+        output.write_bytes(b"GGUF")
+
+    monkeypatch.setitem(sys.modules, "lowvram_lab.weights.gguf_export", SimpleNamespace(export_gguf=export))
+    file = tmp_path / "own.gguf"
+    file.write_bytes(b"")
+    folder = tmp_path / "exports"
+    folder.mkdir()
+    assert bench_peers.gguf_file(Source("anything", "directory"), str(file), folder) == file
+    assert bench_peers.gguf_file(Source(str(file), "gguf"), None, folder) == file
+    with pytest.raises(LowvramError, match="expected a .gguf file, found none at"):
+        bench_peers.gguf_file(Source("anything", "directory"), str(tmp_path / "missing.gguf"), folder)
+    monkeypatch.setattr(bench_peers, "_default_gguf", lambda progress: file)
+    assert bench_peers.gguf_file(Source("smollm2-135m", "builtin"), None, folder) == file
+
+    def unreachable(progress):
+        raise SourceError("no network")
+
+    monkeypatch.setattr(bench_peers, "_default_gguf", unreachable)
+    assert not made
+    assert bench_peers.gguf_file(Source("smollm2-135m", "builtin"), None, folder).parent == folder
+    assert made == [("smollm2-135m", "q4_1")]
+    assert bench_peers.gguf_file(Source(str(tmp_path), "directory"), None, folder).read_bytes() == b"GGUF"
+
+
+def test_llama_cpp_runs_the_very_file(tmp_path, monkeypatch):
+    pytest.importorskip("llama_cpp")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.model.test_source import LLAMA, write_gguf
+
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    file = tmp_path / "tiny.gguf"
+    torch.manual_seed(0)
+    # weights so large that the likeliest token is so by a margin
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True, initializer_range=0.3))
+    write_gguf(file, model, kind="Q8_0")
+    found = measured(file, ("transformers", "llama.cpp"), rounds=1)
+    row = found.row("llama.cpp")
+    assert row.reason == ""
+    assert "tiny.gguf" in row.note
+    assert row.agreement >= 0.8  # the same weights, multiplied in other ways
+    assert row.weight_bytes < found.row("transformers").weight_bytes
+
+
+def test_an_engine_in_a_process_of_its_own(folder):
+    task = task_for(folder)
+    here = LocalEngine(bench_peers.Modules, task)
+    child = ChildEngine(bench_peers.Modules, task, weigh=True)
+    try:
+        assert child.tokens == here.tokens
+        assert child.turn()["tokens"] == here.tokens
+        assert child.likeliest(here.tokens) == here.likeliest(here.tokens)
+        assert child.facts["peak_rss_bytes"] > 0
+        assert child.facts["peak_bytes"] == here.facts["peak_bytes"]
+        assert {k: v for k, v in child.facts.items() if "peak" not in k} == {
+            k: v for k, v in here.facts.items() if "peak" not in k
+        }
+        with pytest.raises(EngineError, match="^ValueError: too many dimensions 'str'$"):
+            child.likeliest(["no id", 1])
+        assert child.turn()["tokens"] == here.tokens  # it is none the worse for it
+        os.kill(child._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="ended by SIGKILL: the system had no memory left"):
+            child.turn()
+    finally:
+        child.close()
+    assert child._process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ('input(); print(\'{"error": "no config.json"}\')', "^no config.json$"),
+        ("raise SystemExit('no such library')", "^its process ended with status 1: no such library$"),
+        ("import os; os.kill(os.getpid(), 4)", "ended by SIGILL: it is built for another processor, probably$"),
+    ],
+)
+def test_a_process_that_cannot_open_its_engine(folder, monkeypatch, program, said):
+    monkeypatch.setattr(bench_process, "_START", program)
+    with pytest.raises(EngineError, match=said):
+        ChildEngine(bench_peers.Modules, task_for(folder))
+
+
+def command(*words):
+    """``lowvram bench WORDS``, in this process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", action="store_true")
+    cli_bench.add_bench(parser)
+    return cli_bench.run_bench(parser.parse_args([str(word) for word in words]))
+
+
+def test_the_command(folder, fakes, monkeypatch, capsys):
+    monkeypatch.setattr(bench_module, "ChildEngine", LocalEngine)
+    monkeypatch.setattr(bench_module, "Machine", lambda anew: Made())
+    words = [folder, "--format", "int8", "--against", "fake", "--threads", 1, "--rounds", 3]
+    words += ["--prompt-tokens", PROMPT, "--new-tokens", NEW]
+    monkeypatch.setattr(LocalEngine, "__init__", _unweighed(LocalEngine.__init__))
+    assert command(*words, "--json") == 0
+    out, _ = capsys.readouterr()
+    data = json.loads(out)
+    assert [row["engine"] for row in data["rows"]] == ["lowvram (lean)", "lowvram (modules)", "fake"]
+    assert data["rows"][2]["rounds"] == [2.0, 2.0, 4.0]
+    assert "int8" in data["plan"]
+    assert f"context {context_needed(PROMPT, NEW)}" in data["plan"]
+    assert command(*words[:4], "none", *words[5:], "--gpu", "64MiB") == 0
+    out, err = capsys.readouterr()
+    assert "fake" not in out
+    assert "decode/s" in out
+    assert "load average" in err
+    with pytest.raises(LowvramError, match="unknown engine 'vllm'"):
+        command(folder, "--against", "vllm")
+    with pytest.raises(LowvramError, match="--context longest"):
+        command(folder, "--gpu", "64MiB", "--context", "longest")
+
+
+def _unweighed(real):
+    """Resident memory of the process that runs the tests is nobody's figure."""
+    return lambda self, kind, task, weigh=False: real(self, kind, task)
+
+
+@pytest.mark.gpu
+def test_on_cuda(folder):
+    found = bench(folder, "2GiB", against=("transformers", "accelerate"), rounds=1, new_tokens=NEW, progress=False)
+    assert not found.simulated
+    for row in found.rows[1:]:
+        assert row.reason == ""
+        assert 0 < row.peak_bytes <= 2 * 2**30
