@@ -9,6 +9,7 @@ loaded model, whatever their formats (those with a common input laid side by sid
 Derived in: notebooks/06_the_engine.ipynb
 """
 
+import functools
 import logging
 import weakref
 from functools import partial
@@ -16,12 +17,13 @@ from functools import partial
 import torch
 
 from lowvram_lab.engine.caches import PreallocatedCache
-from lowvram_lab.engine.compiled import LEAST_ROOM, compiled_head, compiled_layer, compiler
+from lowvram_lab.engine.compiled import compiler, open_libraries, without_compiler
+from lowvram_lab.engine.compiling import LEAST_ROOM, Library
 from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear
-from lowvram_lab.engine.llama_layer import LayerShape, layer
+from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, layer
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.machine import cpu_threads
 
@@ -118,9 +120,8 @@ class LeanDecoder:
         if reason := why_not(model, max_tokens):
             raise LowvramError(f"{model.spec.name} cannot be decoded by LeanDecoder: {reason}; use the model itself")
         if compiled and not compiler():
-            raise LowvramError(
-                "expected a C++ compiler (CXX or g++), found none, or LOWVRAM_COMPILE=0; leave compiled=True out"
-            )
+            missing = without_compiler() or "LOWVRAM_COMPILE=0 says not to compile; unset it"
+            raise LowvramError(f"{missing}, or leave compiled=True out")
         self.model, self.gpu, self.released = model, model.gpu, False
         model.decoders = getattr(model, "decoders", None) or weakref.WeakSet()
         model.decoders.add(self)
@@ -135,8 +136,9 @@ class LeanDecoder:
             by_modules = partial(_modules_head, model)
             self._graphed = GraphedStep(bound, by_modules, *tables, batch_size, model.config.hidden_size)
             return
-        self.compiled = compiler() is not None and room >= LEAST_ROOM if compiled is None else compiled
-        if self.compiled:
+        if compiled is None and (missing := without_compiler()):
+            _warn_once(f"decoding without compiled layers, which is slower: {missing}")
+        if compiled or (compiled is None and compiler() and room >= LEAST_ROOM):
             self.compiled = self._compile(bound, batch_size, progress, must=bool(compiled))
         if not self.compiled:
             self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
@@ -157,30 +159,36 @@ class LeanDecoder:
         return tuple(table.to(self.cache.layers[0].keys.device) for table in tables)
 
     def _compile(self, bound: list, batch_size: int, progress: bool, must: bool) -> bool:
-        hidden, threads = torch.zeros(batch_size, self.model.config.hidden_size), self.model.plan.threads
+        """Opens the libraries of all layers and of the head; whether that could be done."""
+        hidden = torch.zeros(batch_size, self.model.config.hidden_size)
         first = [hidden, self._cos[0], self._sin[0], self._positions[:2]]
+        wanted = [Library.called_with(shape, first + tensors) for shape, tensors in bound]
+        head = self._bind_head()
+        if head:
+            wanted.append(Library.called_with(head[0], [hidden, *head[1]]))
         try:
-            with self.gpu.unmetered(), cpu_threads(threads):
-                self._layers = [(compiled_layer(shape, first + tensors, progress), tensors) for shape, tensors in bound]
-                self._head = self._compiled_head(hidden, progress)
-        except Exception as error:  # the exporter's, the compiler's, a folder that cannot be written
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+            with self.gpu.unmetered():
+                runs = open_libraries(wanted, progress)
+        except Exception as error:  # the compiler's, a folder that cannot be written, a library that cannot be opened
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if must:
-                raise LowvramError(f"the layer could not be compiled: {reason[0]}; leave compiled=True out") from error
-            logger.warning("decoding without compiled layers, which is slower: %s", reason[0])
+                raise LowvramError(f"the layer could not be compiled: {reason}; leave compiled=True out") from error
+            logger.warning("decoding without compiled layers, which is slower: %s", reason)
             return False
+        self._layers = [(run, tensors) for run, (_, tensors) in zip(runs, bound, strict=False)]
+        self._head = partial(_run_head, runs[-1], head[1]) if head else partial(_modules_head, self.model)
         return True
 
-    def _compiled_head(self, hidden: torch.Tensor, progress: bool):
+    def _bind_head(self) -> tuple[HeadShape, list[torch.Tensor]] | None:
+        """The head's shape, and its tensors as ``head`` wants them; nothing where it is left to its module."""
         last, norm = self.model.lm_head, self.model.model.norm
         kernel = _kernel(last)
         if kernel is None or kernel[0] == "module":
-            return partial(_modules_head, self.model)
+            return None
         tensors = [norm.weight.detach(), *_tensors(last, self.model.dtype)]
         if any(tensor.device.type != "cpu" for tensor in tensors):  # the layers are in RAM, the head is on a card
-            return partial(_modules_head, self.model)
-        run = compiled_head(kernel, norm.variance_epsilon, [hidden, *tensors], progress)
-        return lambda hidden: run([hidden, *tensors])[0]
+            return None
+        return HeadShape(kernel, norm.variance_epsilon), tensors
 
     def _bind(self, block, held) -> tuple[LayerShape, list[torch.Tensor]]:
         """A layer's shape, and its tensors as ``layer`` wants them."""
@@ -287,6 +295,17 @@ class LeanDecoder:
 
 def _modules_head(model, hidden: torch.Tensor) -> torch.Tensor:
     return model.lm_head(model.model.norm(hidden).to(model.dtype))
+
+
+def _run_head(run, tensors: list, hidden: torch.Tensor) -> torch.Tensor:
+    """The head, by its compiled library."""
+    return run([hidden, *tensors])[0]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A missing compiler is the machine's state, not one decoder's."""
+    logger.warning(message)
 
 
 def _run_layer(shape: LayerShape, arguments: list) -> list:

@@ -50,6 +50,19 @@ class LayerShape:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class HeadShape:
+    """What the function of a head is specialised for.
+
+    Attributes:
+        product: How its weight is multiplied, see ``LayerShape.products``.
+        eps: Of the norm.
+    """
+
+    product: tuple[str, int, bool]
+    eps: float
+
+
 def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None):
     """One decoder layer.
 
@@ -93,12 +106,11 @@ def layer(shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, ma
     return hidden + _multiply(F.silu(gate) * up, shape.products[3], weights[3], loops)
 
 
-def head(kernel: tuple[str, int, bool], eps: float, hidden, tensors, loops: list | None = None):
+def head(shape: HeadShape, hidden, tensors, loops: list | None = None):
     """The last norm and the product with the head.
 
     Args:
-        kernel: Of the head, see ``LayerShape.products``.
-        eps: Of the norm.
+        shape: What is constant.
         hidden: ``(batch, hidden)`` float32.
         tensors: Weight of the norm, and what the kernel wants.
         loops: See ``layer``.
@@ -106,7 +118,7 @@ def head(kernel: tuple[str, int, bool], eps: float, hidden, tensors, loops: list
     Returns:
         Logits ``(batch, vocab)`` float32.
     """
-    return _multiply(_rms_norm(hidden, tensors[0], eps), (kernel,), (tensors[1:],), loops)
+    return _multiply(_rms_norm(hidden, tensors[0], shape.eps), (shape.product,), (tensors[1:],), loops)
 
 
 def _sorted(shape: LayerShape, tensors):
