@@ -101,23 +101,25 @@ def where_it_runs(plan, spec, gpu: str) -> str:
 
 
 @torch.no_grad()
-def run_speed(model, workload: Workload) -> SpeedProfile:
+def run_speed(model, workload: Workload, decoder=None) -> SpeedProfile:
     """Times one prompt and greedy decoding, once, without metering. Timings on a shared machine vary: repeat them.
 
     Args:
         model: From ``load``, not a dry run.
         workload: How many tokens.
+        decoder: From ``decoder_for``, its cache empty; by default the model's modules decode.
     """
     gpu: Gpu = model.gpu
     ids = torch.ones(1, workload.prompt_tokens, dtype=torch.long)
     with gpu.unmetered():
-        cache = new_cache(model, workload.tokens + 1)
+        cache = decoder.cache if decoder else new_cache(model, workload.tokens + 1)
+        decode = decoder.decode if decoder else functools.partial(decode_one_token, model, cache=cache)
         started = time.perf_counter()
         token = choose(prefill(model, ids, cache), Sampling())
         int(token)  # waits for the device
         first = time.perf_counter()
         for _ in range(workload.new_tokens):
-            token = choose(decode_one_token(model, token, cache), Sampling())
+            token = choose(decode(token), Sampling())
             int(token)
         ended = time.perf_counter()
     where = where_it_runs(model.plan, model.spec, STAND_IN if gpu.simulated else gpu.name)
