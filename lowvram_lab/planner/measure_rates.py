@@ -23,7 +23,7 @@ from lowvram_lab.engine.decode import decode_one_token, prefill
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.files import cache_dir, write_atomically
+from lowvram_lab.files import cache_dir, remember, writable
 from lowvram_lab.machine import cpu_threads, processor_name
 from lowvram_lab.memory.cuda import CudaGpu
 from lowvram_lab.memory.gpu import StandInGpu
@@ -123,8 +123,7 @@ class Machine:
                     f"no room on the GPU to measure its rates ({name}); forecast speed before a model is loaded"
                 ) from error
             if self._file:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._file, json.dumps({**self._read(), **self._known}, indent=1))
+                remember(self._file, json.dumps({**self._read(), **self._known}, indent=1))
         return kind(**self._known[name])
 
     def _read(self) -> dict[str, dict]:
@@ -295,8 +294,7 @@ def _link() -> LinkRates:
 
 def _disk() -> DiskRates:
     """Reads a file that the system was told to forget. Where it cannot be told (macOS), the rate is its cache's."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=cache_dir(), buffering=0) as file:
+    with tempfile.TemporaryFile(dir=writable(cache_dir()), buffering=0) as file:
         file.write(os.urandom(DISK_BYTES))
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
