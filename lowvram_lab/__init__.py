@@ -100,7 +100,8 @@ _PUBLIC = {
     "llama_layer": "engine.llama_layer",
     "fuse": "engine.fuse",
     "compiler": "engine.compiled",
-    "compiled_layer": "engine.compiled",
+    "open_libraries": "engine.compiled",
+    "Library": "engine.compiling",
     # 07 measure everything
     "bench": "peers.bench",
     "ENGINES": "peers.others",

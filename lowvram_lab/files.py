@@ -38,6 +38,30 @@ def cache_dir() -> Path:
     return base / "lowvram_lab"
 
 
+def writable(folder: Path) -> Path:
+    """Makes a folder of the cache where there is none, and returns it.
+
+    Raises:
+        LowvramError: Nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise LowvramError(
+            f"cannot write to the cache folder {folder}: {error.strerror}; set LOWVRAM_CACHE to a folder that can be "
+            "written to"
+        ) from error
+
+
+def remember(path: Path, text: str) -> None:
+    """Keeps a small result in the cache folder; where that cannot be written to, it is found anew the next time."""
+    with contextlib.suppress(LowvramError):
+        writable(path.parent)
+        write_atomically(path, text)
+
+
 def read_marker(directory: Path) -> dict | None:
     """What a finished directory was made from, or None where it is unfinished, damaged, or not made by this library.
 
@@ -73,20 +97,21 @@ def build_directory(target: Path, identity: dict, fill: Callable[[Path], None], 
 
     Returns:
         ``target``, finished.
+
+    Raises:
+        LowvramError: The folder of ``target`` cannot be written to.
     """
     if is_finished(target, identity):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    writable(target.parent)
     with locked(target):
         if is_finished(target, identity):
             return target
         if target.exists():
             logger.warning("%s does not match its marker (interrupted or changed): building it again", target)
             shutil.rmtree(target)
-        prefix = f".{target.name}.partial-"
-        for stale in target.parent.glob(prefix + "*"):  # left by a killed process: the lock is ours, so it is gone
-            shutil.rmtree(stale, ignore_errors=True)
-        partial = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+        _remove_partial(target)
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
             fill(partial)
             _write_marker(partial, {**notes, **identity})
@@ -94,6 +119,25 @@ def build_directory(target: Path, identity: dict, fill: Callable[[Path], None], 
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def discard_partial(target: Path) -> None:
+    """Removes what a killed process has left of ``build_directory``, unless another is at work on ``target``."""
+    from filelock import FileLock, Timeout
+
+    if target.parent.is_dir():
+        with contextlib.suppress(Timeout), FileLock(_lock_path(target), timeout=0):
+            _remove_partial(target)
+
+
+def _remove_partial(target: Path) -> None:
+    """Whoever holds the lock may: those who wrote it are gone."""
+    for stale in target.parent.glob(f".{target.name}.partial-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _lock_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
 
 
 def sha256_file(path: Path, progress: bool = False) -> str:
@@ -104,7 +148,9 @@ def sha256_file(path: Path, progress: bool = False) -> str:
     total = path.stat().st_size
     with (
         path.open("rb") as file,
-        tqdm(total=total, unit="B", unit_scale=True, desc=f"hashing {path.name}", disable=not progress) as bar,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc=f"hashing {path.name}", disable=not progress, leave=False
+        ) as bar,
     ):
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
@@ -114,17 +160,29 @@ def sha256_file(path: Path, progress: bool = False) -> str:
 
 def known_sha256(path: Path, progress: bool = False) -> str:
     """Like :func:`sha256_file`, but remembers the answer for as long as path, size and modification time stay."""
-    stat = path.stat()
-    facts = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    record = cache_dir() / "hashes" / (hashlib.sha256(facts["path"].encode()).hexdigest()[:24] + ".json")
+    digest = recorded_sha256(path)
+    if digest is None:
+        facts, record = _hashed(path)
+        digest = sha256_file(path, progress)
+        remember(record, json.dumps(facts | {"sha256": digest}))
+    return digest
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """What :func:`known_sha256` remembers of a file, if anything."""
+    facts, record = _hashed(path)
     with contextlib.suppress(OSError, ValueError, AttributeError):
         known = json.loads(record.read_text(encoding="utf-8"))
         if facts.items() <= known.items() and isinstance(known.get("sha256"), str):
             return known["sha256"]
-    digest = sha256_file(path, progress)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, json.dumps(facts | {"sha256": digest}))
-    return digest
+    return None
+
+
+def _hashed(path: Path) -> tuple[dict, Path]:
+    """What must be unchanged for a hash to count, and where that is recorded."""
+    stat = path.stat()
+    facts = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    return facts, cache_dir() / "hashes" / (hashlib.sha256(facts["path"].encode()).hexdigest()[:24] + ".json")
 
 
 def _write_marker(directory: Path, facts: dict) -> None:
@@ -142,7 +200,7 @@ def locked(target: Path):
     """Holds a lock file beside ``target``, and yields its path; waits for another process that has it."""
     from filelock import FileLock, Timeout
 
-    path = target.with_name(f".{target.name}.lock")
+    path = _lock_path(target)
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

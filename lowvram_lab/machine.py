@@ -1,8 +1,11 @@
-"""What this machine is (processor, memory, card, versions), and CPU threads for a while. Knows no model."""
+"""This machine (processor, memory, card, versions), CPU threads for a while, new interpreters. Knows no model."""
 
 import contextlib
+import json
 import os
 import platform
+import signal
+import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from importlib import metadata
@@ -89,3 +92,28 @@ def facts() -> dict[str, str | int]:
         "system": platform.platform(terse=True),
         "gpu": card(),
     }
+
+
+def fresh_python(entry: str) -> list[str]:
+    """The command that calls ``module:function`` in a new interpreter, which imports from where this one does.
+
+    Not multiprocessing: its new interpreters run the caller's script again where that has no ``__main__`` guard.
+    """
+    module, function = entry.split(":")
+    start = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import {function}; {function}()"
+    return [sys.executable, "-P", "-c", start, json.dumps([str(place) for place in sys.path])]
+
+
+def why_ended(status: int, said: str) -> str:
+    """Why a process ended as it did, in words that go on from its name.
+
+    Args:
+        status: As ``subprocess`` gives it: a signal is negative.
+        said: What it wrote to stderr.
+    """
+    if status < 0:
+        name = signal.Signals(-status).name
+        causes = {"SIGKILL": "the system had no memory left", "SIGILL": "it is built for another processor"}
+        return f"was ended by {name}" + (f": {causes[name]}, probably" if name in causes else "")
+    lines = said.strip().splitlines()
+    return f"ended with status {status}" + (f": {lines[-1][:200]}" if lines else "")

@@ -2,163 +2,190 @@
 
 torch.compile would do it anew in every process, and its checks before each call take as long as a small layer's own
 work (37 us of 211, SmolLM2): AOTInductor's library is called directly. What it is called with is the caller's duty.
+Compiling is another process's work (``compiling.py``); this module finds, asks for and opens libraries.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
 import os
+import pickle
 import shutil
+import signal
+import subprocess
 import sys
-import warnings
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.llama_layer import LayerShape, Product, head, llama_layer
-from lowvram_lab.files import build_directory, cache_dir, sha256_file
-from lowvram_lab.machine import instruction_set
+from lowvram_lab.engine import cache_layers, compiling, llama_layer
+from lowvram_lab.engine.compiling import DIGEST, LIBRARY, OPTIONS, Library
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.files import cache_dir, discard_partial, is_finished, sha256_file, writable, write_atomically
+from lowvram_lab.machine import fresh_python, instruction_set, why_ended
 
-OPTIONS = {
-    "size_asserts": False,
-    "alignment_asserts": False,
-    "scalar_asserts": False,  # the slice of a full cache is the whole of it, which the exporter takes for another case
-    "cpp.dynamic_threads": True,
-}
-LEAST_ROOM = 3
-"""Places a cache must have for a compiled layer; the exporter takes fewer for another case."""
+LONGEST_S = 900
+"""A compiler that takes longer for a library hangs: that is 50 times what one takes on two slow cores."""
 
-_LONGEST = 1 << 24
-_LIBRARY = "library.pt2"
-_DIGEST = "library.sha256"
+_POLL_S = 0.2
 
 logger = logging.getLogger(__name__)
 
 
-class _Layer(torch.nn.Module):
-    def __init__(self, shape: LayerShape):
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, hidden, cos, sin, positions, *tensors):
-        """``llama_layer`` for as many tokens as there are positions: a length the library reads off a shape."""
-        loops = []
-        return llama_layer(self.shape, hidden, cos, sin, tensors, positions.shape[0], loops=loops), *loops
-
-
-class _Head(torch.nn.Module):
-    def __init__(self, product: Product, eps: float):
-        super().__init__()
-        self.product, self.eps = product, eps
-
-    def forward(self, hidden, *tensors):
-        """See ``head``."""
-        loops = []
-        return head(self.product, self.eps, hidden, tensors, loops), *loops
-
-
 def compiler() -> str | None:
     """The C++ compiler that would be used, or ``None``: there is none, or ``LOWVRAM_COMPILE=0`` says not to compile."""
-    if os.environ.get("LOWVRAM_COMPILE") == "0":
+    return _command() if not _switched_off() and shutil.which(_command().split()[0]) else None
+
+
+def without_compiler() -> str:
+    """What to do where there is no C++ compiler, in words; nothing where there is one or nobody wants it."""
+    if _switched_off() or compiler():
+        return ""
+    install = "run xcode-select --install" if sys.platform == "darwin" else "install one (apt-get install g++)"
+    return f"found no C++ compiler {_command()!r}; {install}, or name yours in CXX"
+
+
+def _switched_off() -> bool:
+    return os.environ.get("LOWVRAM_COMPILE") == "0"
+
+
+def _command() -> str:
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
+
+
+def open_libraries(libraries: Sequence[Library], progress: bool = True) -> list[Callable]:
+    """Opens libraries; compiles first, in one other process, those that this machine does not have yet.
+
+    Args:
+        libraries: Which; several may be the same.
+        progress: Show that it takes a while (10 to 20 s each, once for a machine).
+
+    Returns:
+        For each library a function of a list of its arguments. It returns a list whose first is the result, a layer's
+        hidden states or the logits.
+
+    Raises:
+        LowvramError: The compiler fails, or the cache folder cannot be written to.
+    """
+    found = {library: _found(library) for library in dict.fromkeys(libraries)}
+    if missing := [library for library, run in found.items() if run is None]:
+        _compile(missing, progress)
+        found |= {library: _open(_directory(library)) for library in missing}
+    return [found[library] for library in libraries]
+
+
+def _found(library: Library) -> Callable | None:
+    """What was compiled before, if it can be opened."""
+    directory = _directory(library)
+    if not is_finished(directory, _identity(library)):
         return None
-    name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
-    return name if shutil.which(name.split()[0]) else None
-
-
-def compiled_layer(shape: LayerShape, example: list[torch.Tensor], progress: bool = True) -> Callable:
-    """``layer`` for a shape, any number of tokens and any room in the cache, as a library.
-
-    Args:
-        shape: What it is specialised for.
-        example: Arguments as the library will get them: hidden, cos, sin, positions ``(tokens,)`` int64, and the
-            tensors of a layer.
-        progress: Show that it takes a while (10 to 20 s, once for a machine).
-
-    Returns:
-        A function of such a list; it returns a list whose first is the new hidden states.
-
-    Raises:
-        RuntimeError: The compiler is missing or fails.
-    """
-    tokens = torch.export.Dim("tokens", min=2, max=_LONGEST - 1)
-    room = torch.export.Dim("room", min=LEAST_ROOM, max=_LONGEST)
-    cached = 4 if shape.int8_cache else 2
-    sizes = [{}, {}, {}, {0: tokens}, *[{}] * (len(example) - 4 - cached), *[{2: room}] * cached]
-    return _library(_Layer(shape), repr(shape), example, sizes, 4, progress)
-
-
-def compiled_head(product: Product, eps: float, example: list[torch.Tensor], progress: bool = True) -> Callable:
-    """``head`` as a library.
-
-    Args:
-        product: See ``head``.
-        eps: See ``head``.
-        example: Arguments as the library will get them: hidden, and the tensors.
-        progress: See ``compiled_layer``.
-
-    Returns:
-        A function of such a list; it returns a list whose first is the logits.
-
-    Raises:
-        RuntimeError: See ``compiled_layer``.
-    """
-    return _library(_Head(product, eps), f"head {product} {eps}", example, [{} for _ in example], 1, progress)
-
-
-def _library(module, what: str, example: list[torch.Tensor], sizes: list[dict], named: int, progress: bool) -> Callable:
-    """Opens what was compiled before, or compiles; ``sizes`` names the dimensions of each argument that may vary."""
-    fixed = [
-        (str(tensor.dtype), *(size for dim, size in enumerate(tensor.shape) if dim not in free))
-        for tensor, free in zip(example, sizes, strict=True)
-    ]
-    identity = {"function": what, "arguments": repr(fixed), "made_by": _made_by()}
-    name = hashlib.sha256(repr(sorted(identity.items())).encode()).hexdigest()[:16]
-
-    def fill(directory: Path) -> None:
-        shown = None if progress else True  # None: on a terminal and in a notebook, not in a pipe
-        with tqdm(desc="compile, once for this machine", total=1, disable=shown, leave=False) as bar:
-            _compile(module, example, (*sizes[:named], tuple(sizes[named:])), directory / _LIBRARY)
-            (directory / _DIGEST).write_text(sha256_file(directory / _LIBRARY))
-            bar.update()
-
-    target = build_directory(cache_dir() / "compiled" / name, identity, fill)
     try:
-        return _open(target)
+        return _open(directory)
     except (RuntimeError, OSError) as error:  # damaged since it was made, or no library any more
-        logger.warning("%s cannot be opened (%s): compiling again", target, (str(error).splitlines() or ["?"])[0])
-        shutil.rmtree(target, ignore_errors=True)
-    return _open(build_directory(target, identity, fill))
-
-
-def _compile(module, example: list[torch.Tensor], sizes: tuple, path: Path) -> None:
-    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own
-        program = torch.export.export(
-            module,
-            tuple(example),
-            dynamic_shapes=sizes,
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=OPTIONS)
+        logger.warning("%s cannot be opened (%s): compiling again", directory, (str(error).splitlines() or ["?"])[0])
+        shutil.rmtree(directory, ignore_errors=True)
+        return None
 
 
 @functools.cache
 def _open(directory: Path) -> Callable:
-    if sha256_file(directory / _LIBRARY) != (directory / _DIGEST).read_text():
+    if sha256_file(directory / LIBRARY) != (directory / DIGEST).read_text():
         raise RuntimeError("its checksum is another")
-    # .loader: calling the model itself would take the arguments apart and put them together, 40 us each time
-    return torch._inductor.aoti_load_package(str(directory / _LIBRARY)).loader.run
+    # not torch._inductor.aoti_load_package: that imports the whole compiler (a second; and setuptools, which fails
+    # where distutils came first), and its model takes the arguments apart and puts them together, 40 us each time
+    return torch._C._aoti.AOTIModelPackageLoader(str(directory / LIBRARY), "model", False, 1, -1).run
+
+
+def _compile(libraries: list[Library], progress: bool) -> None:
+    """Has libraries compiled by a process of its own, which ends with this block, however that is left."""
+    folder = writable(cache_dir() / "compiled")
+    jobs = [(library, _directory(library), _identity(library)) for library in libraries]
+    with (
+        tempfile.TemporaryDirectory(prefix="lowvram-compile-", ignore_cleanup_errors=True) as scratch,
+        tempfile.TemporaryFile("w+", errors="replace") as log,
+    ):
+        # its intermediate files are its own: what a killed compiler left half-written is never met again
+        places = {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        process = subprocess.Popen(
+            fresh_python("lowvram_lab.engine.compiling:main"),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=os.environ | places,
+            start_new_session=True,  # Ctrl-C is this process's to handle, and the compiler is ended with its parent
+        )
+        try:
+            with contextlib.suppress(BrokenPipeError):  # it ended already; the log says why
+                process.stdin.write(pickle.dumps(jobs))
+                process.stdin.flush()
+            _wait(process, jobs, progress)
+        finally:
+            _end(process)
+            for _, directory, _ in jobs:
+                discard_partial(directory)
+        if process.returncode:
+            log.seek(0)
+            raise LowvramError(_explained(process.returncode, log.read(), folder / "failure.log"))
+
+
+def _wait(process: subprocess.Popen, jobs: list[tuple], progress: bool) -> None:
+    """Waits for the process's end; the bar counts the libraries that are finished."""
+    deadline = time.monotonic() + LONGEST_S * len(jobs)
+    shown = None if progress else True  # None: on a terminal and in a notebook, not in a pipe
+    with tqdm(desc="compile, once for this machine", total=len(jobs), disable=shown, leave=False) as bar:
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                raise LowvramError(f"{_command()} did not end within {LONGEST_S * len(jobs)} s; see what hangs there")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_POLL_S)
+            bar.n = sum(is_finished(directory, identity) for _, directory, identity in jobs)
+            bar.refresh()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends the process, with the compiler it has started, unless it has ended."""
+    if process.poll() is None:
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+    process.wait()
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+
+
+def _explained(status: int, said: str, log: Path) -> str:
+    """Why compiling failed, in one line: the C++ compiler's first error, else the last line; the rest is in the log."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    last = lines[-1] if status > 0 and lines else f"the process that compiles {why_ended(status, said)}"
+    reason = next((line for line in lines if "error: " in line), last)[:300]
+    with contextlib.suppress(LowvramError):
+        write_atomically(log, said)
+        reason += f"; the whole log is {log}"
+    return reason
+
+
+def _directory(library: Library) -> Path:
+    name = hashlib.sha256(repr(sorted(_identity(library).items())).encode()).hexdigest()[:16]
+    return cache_dir().absolute() / "compiled" / name
+
+
+def _identity(library: Library) -> dict:
+    """What makes it another library: the function, what of its arguments is fixed, and what makes and runs it."""
+    fixed = []
+    for argument, free in zip(library.arguments, library.free_sizes(), strict=True):
+        sizes = tuple(size for dim, size in enumerate(argument.shape) if dim not in free)
+        fixed.append((str(argument.dtype), sizes, argument.unusual_stride))
+    return {"function": repr(library.function), "arguments": repr(fixed), "made_by": _made_by()}
 
 
 @functools.cache
 def _made_by() -> str:
     """Version of torch, the processor's vector unit, and the text of what is compiled."""
-    from lowvram_lab.engine import cache_layers as kv_cache
-    from lowvram_lab.engine import llama_layer as layer_module
-
-    sources = "".join(Path(module.__file__).read_text() for module in (layer_module, kv_cache))
-    made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), instruction_set(), OPTIONS, compiler())
+    sources = "".join(Path(module.__file__).read_text() for module in (llama_layer, cache_layers, compiling))
+    made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), instruction_set(), OPTIONS, _command())
     return hashlib.sha256(repr((made, sources)).encode()).hexdigest()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.files import cache_dir
+from lowvram_lab.files import cache_dir, writable
 
 ALIGNMENT = 64
 """Bytes; where a tensor may begin: as torch's own allocations."""
@@ -67,9 +67,7 @@ class WeightsOnDisk:
 
 def scratch_folder() -> Path:
     """Where files of weights on disk lie, in the cache folder."""
-    folder = cache_dir() / "mapped"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return writable(cache_dir() / "mapped")
 
 
 def _append(file, tensor: torch.Tensor) -> int:

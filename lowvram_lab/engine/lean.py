@@ -11,6 +11,7 @@ Derived in: notebooks/06_the_engine.ipynb
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -19,13 +20,14 @@ from functools import partial
 import torch
 from torch import nn
 
-from lowvram_lab.engine.compiled import LEAST_ROOM, compiled_head, compiled_layer, compiler
+from lowvram_lab.engine.compiled import compiler, open_libraries, without_compiler
+from lowvram_lab.engine.compiling import LEAST_ROOM, Library
 from lowvram_lab.engine.decode import Decoder, ModuleDecoder, module_decoder_name, prefill
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear, quantized_linear
-from lowvram_lab.engine.llama_layer import LayerShape, Product, llama_layer
+from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product, llama_layer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.workspace import token_bytes
 from lowvram_lab.errors import BudgetError, LowvramError
@@ -190,9 +192,8 @@ class LeanDecoder:
         if reason := why_not(state.plan, state.spec, state.gpu.kernels, max_tokens):
             raise LowvramError(f"{state.spec.name} cannot be decoded by LeanDecoder: {reason}; use the model itself")
         if compiled and not compiler():
-            raise LowvramError(
-                "expected a C++ compiler (CXX or g++), found none, or LOWVRAM_COMPILE=0; leave compiled=True out"
-            )
+            missing = without_compiler() or "LOWVRAM_COMPILE=0 says not to compile; unset it"
+            raise LowvramError(f"{missing}, or leave compiled=True out")
         self.model, self.released = model, False
         self._gpu, self._plan, self._spec = state.gpu, state.plan, state.spec
         self._places = self._plan.layer_places(self._spec)
@@ -374,9 +375,11 @@ class LeanDecoder:
             return GraphedStep(bound, by_modules, *self._tables["gpu"], batch_size, hidden_size, capture)
 
     def _may_compile(self, wanted: bool | None) -> bool:
-        if self.cache.max_tokens < LEAST_ROOM and not wanted:
-            return False
-        return compiler() is not None if wanted is None else wanted
+        if wanted is not None:
+            return wanted
+        if (missing := without_compiler()) and not self._gpu.meta:
+            _warn_once(f"decoding without compiled layers, which is slower: {missing}")
+        return compiler() is not None and self.cache.max_tokens >= LEAST_ROOM
 
     def _workspace(self, bound: list, batch_size: int) -> int:
         """Bytes of one token's temporaries on the GPU, all of the cache in use; CUDA's graphs take their own."""
@@ -426,31 +429,37 @@ class LeanDecoder:
                 self._reserved = gpu.buffer(self.workspace_bytes)
 
     def _compile(self, bound: list, batch_size: int, progress: bool, must: bool) -> bool:
-        hidden, threads = torch.zeros(batch_size, self.model.config.hidden_size), self._plan.threads
+        """Opens the libraries of all layers and of the head; whether that could be done."""
+        hidden = torch.zeros(batch_size, self.model.config.hidden_size)
         cos, sin = self._tables[self._places[0]]
         first = [hidden, cos[0], sin[0], self._positions[:2]]
+        wanted = [Library.called_with(shape, first + tensors) for shape, tensors in bound]
+        head = self._bind_head()
+        if head is not None:
+            wanted.append(Library.called_with(head[0], [hidden, *head[1]]))
         try:
-            with self._gpu.unmetered(), cpu_threads(threads):
-                self._layers = [(compiled_layer(shape, first + tensors, progress), tensors) for shape, tensors in bound]
-                self._head = self._compiled_head(hidden, progress)
-        except Exception as error:  # the exporter's, the compiler's, a folder that cannot be written
-            reason = str(error).strip().splitlines() or [type(error).__name__]
+            with self._gpu.unmetered():
+                runs = open_libraries(wanted, progress)
+        except Exception as error:  # the compiler's, a folder that cannot be written, a library that cannot be opened
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if must:
-                raise LowvramError(f"the layer could not be compiled: {reason[0]}; leave compiled=True out") from error
-            logger.warning("decoding without compiled layers, which is slower: %s", reason[0])
+                raise LowvramError(f"the layer could not be compiled: {reason}; leave compiled=True out") from error
+            logger.warning("decoding without compiled layers, which is slower: %s", reason)
             return False
+        self._layers = [(run, tensors) for run, (_, tensors) in zip(runs, bound, strict=False)]
+        self._head = partial(_modules_head, self.model) if head is None else partial(_run_head, runs[-1], head[1])
         return True
 
-    def _compiled_head(self, hidden: torch.Tensor, progress: bool) -> Callable:
+    def _bind_head(self) -> tuple[HeadShape, list[torch.Tensor]] | None:
+        """The head's shape, and its tensors as ``head`` wants them; nothing where it is left to its module."""
         last, norm = self.model.lm_head, self.model.model.norm
         product = product_of(last)
         if product is None or product.kernel == "module":
-            return partial(_modules_head, self.model)
+            return None
         tensors = [norm.weight.detach(), *tensors_of(last, self.model.dtype)]
         if any(tensor.device.type != "cpu" for tensor in tensors):  # the layers are in RAM, the head is on a card
-            return partial(_modules_head, self.model)
-        run = compiled_head(product, norm.variance_epsilon, [hidden, *tensors], progress)
-        return lambda hidden: run([hidden, *tensors])[0]
+            return None
+        return HeadShape(product, norm.variance_epsilon), tensors
 
 
 def _on_card(model: nn.Module) -> bool:
@@ -460,6 +469,17 @@ def _on_card(model: nn.Module) -> bool:
 
 def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return model.lm_head(model.model.norm(hidden).to(model.dtype))
+
+
+def _run_head(run: Callable, tensors: list, hidden: torch.Tensor) -> torch.Tensor:
+    """The head, by its compiled library."""
+    return run([hidden, *tensors])[0]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """A missing compiler is the machine's state, not one decoder's."""
+    logger.warning(message)
 
 
 def _run_layer(shape: LayerShape, arguments: list) -> list:

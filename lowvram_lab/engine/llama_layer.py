@@ -67,6 +67,19 @@ class LayerShape:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class HeadShape:
+    """What the function of a head is specialised for.
+
+    Attributes:
+        product: How its weight is multiplied.
+        eps: Of the norm.
+    """
+
+    product: Product
+    eps: float
+
+
 def llama_layer(
     shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None
 ):
@@ -112,12 +125,11 @@ def llama_layer(
     return hidden + _multiply(F.silu(gate) * up, shape.products[3], weights[3], loops)
 
 
-def head(product: Product, eps: float, hidden, tensors, loops: list | None = None):
+def head(shape: HeadShape, hidden, tensors, loops: list | None = None):
     """The last norm and the product with the head.
 
     Args:
-        product: Of the head's weight.
-        eps: Of the norm.
+        shape: What is constant.
         hidden: ``(batch, hidden)`` float32.
         tensors: Weight of the norm, and what the product wants.
         loops: See ``llama_layer``.
@@ -125,7 +137,7 @@ def head(product: Product, eps: float, hidden, tensors, loops: list | None = Non
     Returns:
         Logits ``(batch, vocab)`` float32.
     """
-    return _multiply(_rms_norm(hidden, tensors[0], eps), (product,), (tensors[1:],), loops)
+    return _multiply(_rms_norm(hidden, tensors[0], shape.eps), (shape.product,), (tensors[1:],), loops)
 
 
 def _sorted(shape: LayerShape, tensors):

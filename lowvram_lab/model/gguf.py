@@ -7,6 +7,7 @@ Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``.
 """
 
 import contextlib
+import functools
 import logging
 import mmap
 import struct
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.files import build_directory, cache_dir, known_sha256
+from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
 
 logger = logging.getLogger(__name__)
 
@@ -92,8 +93,11 @@ def fetch_gguf(path: Path, progress: bool = True) -> Path:
 
     Raises:
         CheckpointError: Damaged file, or one that does not hold the whole model.
+        LowvramError: The cache folder cannot be written to.
     """
     read_gguf_header(path)  # a damaged file is refused before it is hashed
+    if recorded_sha256(path) is None:
+        writable(cache_dir())  # so is a folder that could not keep the conversion
     digest = known_sha256(path, progress)
     return build_directory(
         converted_path(path.stem, digest),
@@ -130,7 +134,11 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
     empty = directory / "_empty"  # transformers also looks beside the file, for adapters and tokenizer settings
     empty.mkdir()
     location = {"gguf_file": str(path.absolute()), "trust_remote_code": False}
-    with tqdm(total=3, desc="converting GGUF", disable=not progress) as steps, _one_line_errors(path, "convert it"):
+    with (
+        tqdm(total=3, desc="converting GGUF", disable=not progress, leave=False) as steps,
+        _no_other_bars(),
+        _one_line_errors(path, "convert it"),
+    ):
         steps.set_postfix_str("de-quantising tensors")
         loaded, report = AutoModelForCausalLM.from_pretrained(
             str(empty),
@@ -218,6 +226,24 @@ def _stop_ids(header: GgufHeader) -> int | list[int] | None:
     ids += [known[w] for w in _STOP_WORDS if w in known and types[known[w] : known[w] + 1] == [_CONTROL_TOKEN]]
     unique = [index for index in dict.fromkeys(ids) if index is not None]
     return unique[0] if len(unique) == 1 else unique or None
+
+
+@contextlib.contextmanager
+def _no_other_bars():
+    """transformers draws one for each of its own steps, asked or not."""
+    from tqdm.auto import tqdm
+    from transformers import modeling_gguf_pytorch_utils as reader
+    from transformers.utils import logging as bars
+
+    shown, its_own = bars.is_progress_bar_enabled(), vars(reader).get("tqdm")
+    bars.disable_progress_bar()
+    reader.tqdm = functools.partial(tqdm, disable=True)  # this one does not heed the switch
+    try:
+        yield
+    finally:
+        reader.tqdm = its_own
+        if shown:
+            bars.enable_progress_bar()
 
 
 @contextlib.contextmanager

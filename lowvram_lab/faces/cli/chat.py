@@ -3,7 +3,7 @@
 import sys
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import print_json, prose, spec_of
+from lowvram_lab.faces.cli.common import print_json, prose, require_cache, spec_of
 from lowvram_lab.faces.cli.plan import chosen_plan
 
 
@@ -22,6 +22,7 @@ def run_chat(args) -> int:
         raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
     StopStrings(args.stop)  # refused before anything is loaded
+    require_cache()
     gpu = open_gpu(args.gpu, args.cuda_context)
     source, spec = spec_of(args.model)
     plan, profile, _ = chosen_plan(args, spec, gpu)

@@ -33,6 +33,20 @@ def prose(args):
     return lambda text="", end="\n": print(text, end=end, flush=True, file=sys.stderr if args.json else sys.stdout)
 
 
+def require_cache() -> None:
+    """Refuses to begin where nothing can be kept: the converted model, the compiled layers.
+
+    A folder that cannot be written to is good enough if it was prepared, that is if libraries lie in it.
+
+    Raises:
+        LowvramError: Says which folder, and what to set.
+    """
+    from lowvram_lab.files import cache_dir, writable
+
+    if not (cache_dir() / "compiled").is_dir():
+        writable(cache_dir())
+
+
 def spec_of(name: str):
     """Source and spec of the model that a user named."""
     from lowvram_lab.model.source import find_source

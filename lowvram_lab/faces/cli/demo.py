@@ -9,8 +9,9 @@ import torch
 from lowvram_lab.chat.fidelity import load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.validation import validate
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.faces.cli.common import EXIT_FAILED_VALIDATION, print_json, prose
+from lowvram_lab.faces.cli.common import EXIT_FAILED_VALIDATION, print_json, prose, require_cache
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import describe_holders
@@ -20,7 +21,7 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed, run_workload
-from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.profile import SpeedProfile, Workload
 from lowvram_lab.units import format_bytes
 
 QUESTIONS = ("What is the capital of France?", "Write one sentence about its most famous museum.")
@@ -38,8 +39,8 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
         progress: Show progress bars.
 
     Returns:
-        Plain data with the keys ``oom``, ``plan``, ``forecast``, ``measured``, ``validation``, ``answer`` and, beside
-        them, ``turns``, ``speed``, ``weights_from`` and ``running_case``.
+        Plain data with the keys ``oom``, ``plan``, ``forecast``, ``measured``, ``validation``, ``answer``, ``engine``
+        and, beside them, ``turns``, ``speed``, ``weights_from`` and ``running_case``.
     """
     gpu = open_gpu(gpu_size)
     source = find_source(model_name)
@@ -67,12 +68,13 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     workload = Workload(prompt_tokens=context // 2, new_tokens=8)
     predicted = forecast(choice.plan, spec, gpu, workload=workload)
     measured = run_workload(model, workload)
-    session = ChatSession(model, source.tokenizer(), max_new_tokens=80)
+    speed = _speed(model, progress)
+    session = ChatSession(model, source.tokenizer(), max_new_tokens=80, progress=progress)
+    say(f"   decoded by {session.engine}")
     answers = [_converse(session, question, say) for question in QUESTIONS]
 
     say("\n5. Validate against the 16-bit model")
     reference = load_reference(choice.plan, spec, checkpoint=checkpoint, progress=progress)
-    speed = run_speed(model, Workload(prompt_tokens=64, new_tokens=32))
     report = validate(
         session, reference=reference, forecast=predicted, measured=measured, speed=speed, progress=progress
     )
@@ -88,6 +90,7 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
         "validation": report.to_dict(),
         "answer": answers[0],
         "answers": answers,
+        "engine": session.engine,
         "turns": [turn.to_dict() for turn in session.turns],
         "speed": speed.to_dict(),
         "weights_from": (marker or {}).get("source", source.name),
@@ -118,6 +121,14 @@ def _provoke_oom(plan: Plan, spec: ModelSpec, gpu_size: str, checkpoint, progres
     return None
 
 
+def _speed(model, progress: bool) -> SpeedProfile:
+    """That of the decoder which will chat, warm."""
+    decoder = decoder_for(model, progress=progress)
+    run_speed(model, Workload(prompt_tokens=8, new_tokens=2), decoder)
+    decoder.cache.reset()
+    return run_speed(model, Workload(prompt_tokens=64, new_tokens=64), decoder)
+
+
 def _converse(session: ChatSession, question: str, say) -> str:
     say(f"   > {question}\n   ", end="")
     answer = ""
@@ -144,6 +155,7 @@ def _running_case(say) -> dict:
 
 def run_demo_command(args) -> int:
     """Tells the story; exit status 1 where the validation failed."""
+    require_cache()
     result = run_demo(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
     if args.json:
         print_json(result)

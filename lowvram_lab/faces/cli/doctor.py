@@ -3,6 +3,7 @@
 import torch
 
 from lowvram_lab import __version__
+from lowvram_lab.engine.compiled import compiler, without_compiler
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.faces.cli.common import print_json
 from lowvram_lab.files import cache_dir
@@ -16,12 +17,13 @@ def examine() -> dict:
     """Examines the machine.
 
     Returns:
-        Plain data: Python and package versions, cores, RAM, GPU, the cache folder, and per format whether its kernel
-        agrees with a float one.
+        Plain data: Python and package versions, cores, RAM, GPU, C++ compiler, the cache folder, and per format whether
+        its kernel agrees with a float one.
     """
     places = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     kernels = {f"{name} kernel, {place}": _try_kernel(name, place) for place in places for name in KERNELS}
-    return {"lowvram_lab": __version__, **facts(), "cache": str(cache_dir()), **kernels}
+    cpp = {"cpp_compiler": compiler() or without_compiler() or "not used: LOWVRAM_COMPILE=0"}
+    return {"lowvram_lab": __version__, **facts(), **cpp, "cache": str(cache_dir()), **kernels}
 
 
 def _try_kernel(name: str, kernels: str) -> str:

@@ -3,7 +3,7 @@
 import sys
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, spec_of
+from lowvram_lab.faces.cli.common import positive, print_json, require_cache, spec_of
 
 LONGEST = "longest"
 
@@ -162,6 +162,7 @@ def run_tune(args) -> int:
     from lowvram_lab.memory.cuda import open_gpu
     from lowvram_lab.planner.tune import tune
 
+    require_cache()
     gpu = open_gpu(args.gpu, args.cuda_context)
     _, spec = spec_of(args.model)
     plan, *_ = chosen_plan(args, spec, gpu)

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose
+from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache
 from lowvram_lab.files import write_atomically
 
 ENDINGS = (".md", ".html", ".json")
@@ -25,6 +25,7 @@ def add_report(parser) -> None:
 def run_report(args) -> int:
     """Forecasts, measures, prints the table, and writes it where that is asked for."""
     output = _output(args.output)
+    require_cache()
     from lowvram_lab.chat.effects import effects
 
     report = effects(

@@ -175,6 +175,53 @@ def test_a_plan_for_another_model_is_refused(capsys, tmp_path):
     assert (status, out) == (2, "") and "smollm2-135m" in err
 
 
+NEEDS_CACHE = {
+    "demo": ["demo"],
+    "chat": ["chat", "smollm2-135m", "--gpu", "192MiB", "--prompt", "x"],
+    "tune": ["tune", "smollm2-135m", "--gpu", "192MiB"],
+    "bench": ["bench", "smollm2-135m", "--against", "none"],
+    "report": ["report", "smollm2-135m", "--gpu", "192MiB"],
+    "convert": ["convert", "--input", "smollm2-135m", "--reduce", "50%", "--output"],
+    "evaluate": ["evaluate", "smollm2-135m", "--format", "int8"],
+}
+
+
+@pytest.fixture
+def unwritable(tmp_path, monkeypatch):
+    """A cache folder that not even root can make: a file is in the way. The hub's has nothing either."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("lowvram_lab.model.builtin.pip_download", lambda *_: pytest.fail("fetched in vain"))
+
+
+@pytest.mark.parametrize("words", NEEDS_CACHE.values(), ids=NEEDS_CACHE)
+def test_a_cache_folder_that_cannot_be_written_to_is_one_line(capsys, tmp_path, unwritable, words):
+    output = [tmp_path / "out"] if words[-1] == "--output" else []
+    status, out, err = run(capsys, *words, *output)
+    assert (status, out, len(err.splitlines())) == (2, "", 1), err
+    assert f"{tmp_path}/file/cache" in err and "set LOWVRAM_CACHE" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_commands_that_keep_nothing_do_without_a_cache_folder(capsys, tmp_path, unwritable):
+    for words in (["models"], ["doctor"], ["forecast", "smollm2-135m", "--gpu", "192MiB", "--context", 64]):
+        status, _, err = run(capsys, *words)
+        assert (status, err) == (0, ""), words
+    directory = directory_with(tmp_path)
+    status, _, err = run(capsys, "forecast", directory, "--gpu", "192MiB", "--context", 64)
+    assert (status, err) == (0, "")
+
+
+def test_a_prepared_cache_folder_may_be_read_only(monkeypatch, tmp_path):
+    from lowvram_lab.faces.cli.common import require_cache
+
+    (tmp_path / "compiled").mkdir()
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: pytest.fail("nothing has to be written"))
+    require_cache()
+
+
 def test_models_and_doctor_print_json(capsys):
     status, out, _ = run(capsys, "models", "--json")
     assert status == 0 and "qwen1.5-4b" in json.loads(out)["models"]
@@ -195,7 +242,7 @@ def test_the_installed_command_prints_no_traceback():
 def test_demo_tells_the_whole_story(capsys):
     status, out, err = run(capsys, "demo", "--json")
     found = json.loads(out)
-    assert status == 0 and {"oom", "plan", "forecast", "measured", "validation", "answer"} <= set(found)
+    assert status == 0 and {"oom", "plan", "forecast", "measured", "validation", "answer", "engine"} <= set(found)
     assert "Paris" in found["answer"] and found["validation"]["passed"] is True
     assert found["oom"]["module"] and "out of memory" in err
     for phase in ("load", "prefill", "decode"):

@@ -1,0 +1,155 @@
+"""The process that compiles: what a library is made from, and the export and compiler run that make it.
+
+It runs in an interpreter of its own (``compiled.py`` starts it): what the caller's process has imported cannot stand in
+the compiler's way (the standard library's distutils did), nor the compiler's settings and memory in the caller's.
+"""
+
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
+from lowvram_lab.files import build_directory, sha256_file
+
+OPTIONS = {
+    "size_asserts": False,
+    "alignment_asserts": False,
+    "scalar_asserts": False,  # the slice of a full cache is the whole of it, which the exporter takes for another case
+    "cpp.dynamic_threads": True,
+}
+LEAST_ROOM = 3
+"""Places a cache must have for a compiled layer; the exporter takes fewer for another case."""
+LIBRARY = "library.pt2"
+DIGEST = "library.sha256"
+
+_LONGEST = 1 << 24
+_SIZES = {"tokens": (2, _LONGEST - 1), "room": (LEAST_ROOM, _LONGEST)}
+_NAMED = 4
+"""Arguments of a layer before its tensors."""
+
+
+class Argument(NamedTuple):
+    """A tensor as a library will get it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def like(cls, tensor: torch.Tensor) -> "Argument":
+        """That of a tensor."""
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+    @property
+    def unusual_stride(self) -> tuple[int, ...]:
+        """The stride where elements do not lie one after the other; a library computes its addresses by it."""
+        usual, step = [], 1
+        for size in reversed(self.shape):
+            usual.insert(0, step)
+            step *= size
+        same = all(size == 1 or a == b for size, a, b in zip(self.shape, self.stride, usual, strict=True))
+        return () if same else self.stride
+
+
+@dataclass(frozen=True)
+class Library:
+    """All that a library is compiled from; another process needs no more.
+
+    Attributes:
+        function: The layer or head it is specialised for.
+        arguments: What it will be called with. Sizes that ``free_sizes`` names may be others then.
+    """
+
+    function: LayerShape | HeadShape
+    arguments: tuple[Argument, ...]
+
+    @classmethod
+    def called_with(cls, function: LayerShape | HeadShape, example: list[torch.Tensor]) -> "Library":
+        """That of a function for arguments like these."""
+        return cls(function, tuple(map(Argument.like, example)))
+
+    def free_sizes(self) -> list[dict[int, str]]:
+        """For each argument: dimension → name, for those that may vary from call to call."""
+        free = [{} for _ in self.arguments]
+        if isinstance(self.function, LayerShape):
+            free[_NAMED - 1] = {0: "tokens"}
+            cached = 4 if self.function.int8_cache else 2
+            free[-cached:] = [{2: "room"} for _ in range(cached)]
+        return free
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, shape: LayerShape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, hidden, cos, sin, positions, *tensors):
+        """``llama_layer`` for as many tokens as there are positions: a length the library reads off a shape."""
+        loops = []
+        return llama_layer(self.shape, hidden, cos, sin, tensors, positions.shape[0], loops=loops), *loops
+
+
+class _Head(torch.nn.Module):
+    def __init__(self, shape: HeadShape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, hidden, *tensors):
+        """See ``head``."""
+        loops = []
+        return head(self.shape, hidden, tensors, loops), *loops
+
+
+def main() -> None:
+    """Reads ``[(library, directory, identity), ...]`` from stdin, pickled, and builds each; ends where stdin does."""
+    jobs = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    for library, directory, identity in jobs:
+        build_directory(directory, identity, lambda partial, library=library: _fill(partial, library))
+
+
+def _end_with_the_caller() -> None:
+    """Whoever started this holds the other end of stdin: it closes when that process is gone, killed even."""
+    os.read(sys.stdin.fileno(), 1)  # not stdin.read(), whose lock would be held when this process ends by itself
+    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)  # the C++ compiler too
+    os._exit(1)
+
+
+def _fill(directory: Path, library: Library) -> None:
+    _compile(library, directory / LIBRARY)
+    (directory / DIGEST).write_text(sha256_file(directory / LIBRARY))
+
+
+def _compile(library: Library, path: Path) -> None:
+    example = [torch.empty_strided(shape, stride, dtype=dtype) for dtype, shape, stride in library.arguments]
+    dims = {name: torch.export.Dim(name, min=least, max=most) for name, (least, most) in _SIZES.items()}
+    sizes = [{dim: dims[name] for dim, name in free.items()} for free in library.free_sizes()]
+    is_layer = isinstance(library.function, LayerShape)
+    named = _NAMED if is_layer else 1
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own
+        program = torch.export.export(
+            _Layer(library.function) if is_layer else _Head(library.function),
+            tuple(example),
+            dynamic_shapes=(*sizes[:named], tuple(sizes[named:])),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_options())
+
+
+def _options() -> dict:
+    """``OPTIONS``, and without precompiled headers: for two libraries they cost more seconds than they save."""
+    aside = "aot_inductor.precompile_headers"  # not in every torch
+    return OPTIONS | ({aside: False} if aside in torch._inductor.config.get_config_copy() else {})
