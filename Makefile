@@ -18,10 +18,10 @@ STRIP     := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser lab lint format gpu-check notebooks coverage clean
+.PHONY: help demo test test-all browser lab lint format gpu-check notebooks coverage dist publish-links clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## the whole story once, on this machine (ARGS=--json for JSON)
 	@$(BIN)/lowvram demo $(ARGS)
@@ -66,6 +66,17 @@ notebooks: $(STAMP) ## run the notebooks in place, keeping outputs
 
 coverage: $(STAMP) ## tests with an HTML coverage report in htmlcov/
 	$(BIN)/pytest --cov --cov-report=term --cov-report=html $(ARGS)
+
+# The wheel is made from the sdist, in a folder of its own: what an older build/ here holds cannot come in.
+dist: $(STAMP) ## build wheel and sdist into dist/
+	rm -rf dist
+	@$(BIN)/python -c 'from setuptools import build_meta; build_meta.build_sdist("dist")' >/dev/null
+	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+	@ls dist/*
+
+# REPO reaches the script by the environment, as it was typed.
+publish-links: $(STAMP) ## write where the notebooks are published: REPO=owner/name, or REPO= for nowhere
+	@$(BIN)/python notebooks/publish_links.py $(if $(filter undefined,$(origin REPO)),,"$$REPO")
 
 clean: ## remove caches and reports (.venv stays)
 	rm -rf .pytest_cache .ruff_cache .hypothesis .coverage htmlcov build dist

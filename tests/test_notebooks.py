@@ -4,7 +4,11 @@ That they run is pytest --nbmake's to say (``make test``).
 """
 
 import ast
+import importlib.util
+import json
 import re
+import shutil
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -14,7 +18,6 @@ import lowvram_lab as lab
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-REPOSITORY = "lowvram-lab/lowvram_lab"
 LIMITS = {"code cells": 40, "lines of code": 250, "bytes": 500_000}
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -47,6 +50,17 @@ def output_texts(path):
                 yield cell_id, data
 
 
+def import_script(path):
+    """A script as a module; its folder is no package."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+links = import_script(FOLDER / "publish_links.py")
+
+
 def test_there_are_notebooks():
     assert NOTEBOOKS
     for path in NOTEBOOKS:
@@ -57,8 +71,116 @@ def test_the_setup_cell_is_the_same_everywhere():
     setups = {cell.source for path in NOTEBOOKS for cell in read(path).cells if cell.id == "setup"}
     assert len(setups) == 1
     setup = setups.pop()
-    assert "import lowvram_lab as lab" in setup and f"git+https://github.com/{REPOSITORY}" in setup
+    assert "import lowvram_lab as lab" in setup
     assert "==" not in setup  # Colab's own torch, numpy and ipywidgets stay
+
+
+# ---- where the package comes from ----
+
+
+@each
+def test_a_notebook_says_what_pyproject_says_of_where_the_package_comes_from(path):
+    notebook = json.loads(path.read_text("utf-8"))
+    assert links.linked(notebook, path.name, links.published()) == notebook, "run make publish-links"
+
+
+ADDRESSES = re.compile(r"github\.com/[\w.-]+/[\w.-]+|colab\.research\.google\.com/github/[\w.-]+/[\w.-]+")
+
+
+@each
+def test_a_notebook_sends_nobody_to_another_address(path):
+    text = "".join(cell.source for cell in read(path).cells)
+    assert {found.split("github")[-1] for found in ADDRESSES.findall(text)} <= {
+        f"{way}/{links.published()}" for way in (".com", "")
+    }
+
+
+@pytest.fixture
+def project(tmp_path):
+    """pyproject.toml and notebooks, to be written to."""
+    shutil.copy(FOLDER.parent / "pyproject.toml", tmp_path)
+    (tmp_path / "notebooks").mkdir()
+    for path in NOTEBOOKS:
+        shutil.copy(path, tmp_path / "notebooks")
+    links.publish("", tmp_path)
+    return tmp_path
+
+
+def pages(project):
+    return {path.relative_to(project): path.read_bytes() for path in project.rglob("*.*") if path.is_file()}
+
+
+def test_publishing_writes_badges_and_setup_cells_and_takes_them_away_again(project):
+    unpublished = pages(project)
+    assert "wheel" in unpublished[Path("notebooks", NOTEBOOKS[0].name)].decode()
+    assert set(links.publish("ann/low-vram.lab", project)) == {project / page for page in unpublished}
+    assert tomllib.loads((project / "pyproject.toml").read_text("utf-8"))["tool"]["lowvram"]["published"] == (
+        links.published(project)
+    )
+    for path in sorted((project / "notebooks").iterdir()):
+        cells = {cell.id: cell.source for cell in read(path).cells}
+        page = f"https://colab.research.google.com/github/ann/low-vram.lab/blob/main/notebooks/{path.name}"
+        assert f"]({page})" in cells["title"]
+        assert "%pip install -q git+https://github.com/ann/low-vram.lab\n" in cells["setup"]
+    assert links.publish("ann/low-vram.lab", project) == []  # nothing left to write
+    links.publish("bob/another", project)
+    links.publish("", project)
+    assert pages(project) == unpublished  # outputs and ids are what they were
+
+
+def test_publishing_leaves_outputs_and_ids_alone(project):
+    before = {path.name: read(path) for path in NOTEBOOKS}
+    links.publish("ann/lab", project)
+    for name, notebook in before.items():
+        for old, new in zip(notebook.cells, read(project / "notebooks" / name).cells, strict=True):
+            changed = old.id in ("title", "setup")
+            assert (old.id, old.get("outputs")) == (new.id, new.get("outputs"))
+            assert (old.source != new.source) == changed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["ann"],
+        ["ann/"],
+        ["/lab"],
+        ["ann/lab/tree"],
+        ["https://github.com/ann/lab"],
+        ["ann/lab.git"],
+        ["ann/.."],
+        ["ann/a b"],
+        ["ann/lab\n"],
+        ['ann/"lab'],
+        ["-ann/lab"],
+        ["änn/lab"],
+        ["a", "b"],
+    ],
+)
+def test_a_repository_that_cannot_be_is_refused_in_one_line(words, capsys):
+    before = pages(FOLDER)
+    assert links.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1 and "REPO=owner/name" in err
+    assert pages(FOLDER) == before
+
+
+@pytest.mark.parametrize("spoilt", ["no title", "no lines", "twice", "not JSON"])
+def test_a_notebook_without_a_place_for_the_links_stops_it_before_anything_is_written(spoilt, project):
+    last = max((project / "notebooks").iterdir())
+    notebook = json.loads(last.read_text("utf-8"))
+    setup = next(cell for cell in notebook["cells"] if cell["id"] == "setup")
+    if spoilt == "no title":
+        notebook["cells"] = notebook["cells"][1:]
+    elif spoilt == "no lines":
+        setup["source"] = ["import lowvram_lab as lab"]
+    else:
+        setup["source"] *= 2
+    last.write_text("{" if spoilt == "not JSON" else json.dumps(notebook))
+    before = pages(project)
+    with pytest.raises(links.LowvramError, match=last.name):
+        links.publish("ann/lab", project)
+    assert pages(project) == before
 
 
 @each
@@ -90,8 +212,6 @@ def test_the_title_says_what_a_reader_wants_to_know(path):
     assert title.startswith(f"# {int(path.name[:2])}. ")
     for word in ("**Question.**", "**Time.**", "**Needs.**"):
         assert word in title
-    address = f"https://colab.research.google.com/github/{REPOSITORY}/blob/main/notebooks/{path.name}"
-    assert f"]({address})" in title
 
 
 @each

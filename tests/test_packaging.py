@@ -1,10 +1,13 @@
 """What holds the package together: versions, constraints, sizes of files, data, names, and what an import may cost."""
 
 import json
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,78 @@ def test_a_long_module_is_pointed_out(path):
 @modules
 def test_every_folder_with_code_is_a_package(path):
     assert (path.parent / "__init__.py").is_file(), f"{path.parent.name}/ has no __init__.py and would not be installed"
+
+
+def folders_with_code() -> set[str]:
+    return {".".join(path.parent.relative_to(ROOT).parts) for path in PACKAGE.rglob("__init__.py")}
+
+
+def data_folders() -> set[str]:
+    folders = {path.parent for path in (ROOT / "data").rglob("*") if path.is_file()}
+    return {".".join(("lowvram_lab", *folder.relative_to(ROOT).parts)) for folder in folders}
+
+
+def test_every_folder_is_named_in_pyproject():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    assert settings["packages"] == sorted(folders_with_code() | data_folders())
+    assert set(settings["package-data"]) == data_folders()
+
+
+def build(call: str, folder: Path, output: Path) -> Path:
+    """What setuptools makes of the project in a folder."""
+    code = f"from setuptools import build_meta; build_meta.{call}({str(output)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True, timeout=300)
+    return max(output.iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """What a build needs of this checkout, copied: a build writes beside its sources."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("lowvram_lab", "data"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def installed_files() -> set[str]:
+    """Every file that the package must come with, by its place in a wheel."""
+    code = {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
+    data = {Path("lowvram_lab") / path.relative_to(ROOT) for path in (ROOT / "data").rglob("*") if path.is_file()}
+    return {path.as_posix() for path in code | data}
+
+
+def test_a_wheel_holds_the_code_and_the_data_and_nothing_else(checkout, tmp_path):
+    with zipfile.ZipFile(build("build_wheel", checkout, tmp_path)) as wheel:
+        names = set(wheel.namelist())
+    assert {name for name in names if ".dist-info/" not in name} == installed_files()
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+def test_a_wheel_made_from_the_sdist_holds_the_same(checkout, tmp_path):
+    for name in ("sdist", "unpacked", "wheel"):
+        (tmp_path / name).mkdir()
+    with tarfile.open(build("build_sdist", checkout, tmp_path / "sdist")) as sdist:
+        sdist.extractall(tmp_path / "unpacked", filter="data")
+    (project,) = (tmp_path / "unpacked").iterdir()
+    with zipfile.ZipFile(build("build_wheel", project, tmp_path / "wheel")) as wheel:
+        assert {name for name in wheel.namelist() if ".dist-info/" not in name} == installed_files()
+
+
+def test_an_editable_install_finds_the_data(checkout, tmp_path):
+    """The finder that an editable install writes, run by a Python that knows no other copy of the package."""
+    with zipfile.ZipFile(build("build_editable", checkout, tmp_path)) as wheel:
+        wheel.extractall(tmp_path / "site")
+    code = (
+        f"import site; site.addsitedir({str(tmp_path / 'site')!r})\n"
+        "import lowvram_lab\n"
+        "from lowvram_lab.packaged import packaged_facts, sample_text\n"
+        "print(lowvram_lab.__file__, len(packaged_facts()), len(sample_text()) > 100)"
+    )
+    run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    configs = len(list((ROOT / "data" / "configs").iterdir()))
+    assert run.stdout.split() == [str(checkout / "lowvram_lab" / "__init__.py"), str(configs), "True"], run.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data").rglob("*.json")), ids=lambda p: p.name)
