@@ -215,7 +215,7 @@ class Machine:
 
     def _read(self) -> dict[str, dict]:
         if self._file:
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):  # another form
                 known = json.loads(self._file.read_text(encoding="utf-8"))
                 for entry in known.values():
                     Circumstances(**entry["measured"])

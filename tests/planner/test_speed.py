@@ -1,41 +1,48 @@
 """Forecast of speed: the sum against one made by hand, what the rates are asked for, that they are measured once."""
 
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.errors import PlanError
 from lowvram_lab.model.formats import FORMATS
-from lowvram_lab.planner import rates as module
+from lowvram_lab.planner import measure_rates, timing
+from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.planner.rates import LinkRates
+from lowvram_lab.planner.rates import Circumstances, LinkRates
 from lowvram_lab.planner.speed import forecast_speed
+from lowvram_lab.planner.timing import Timing
 from tests.helpers.machines import Made
 from tests.helpers.tiny import TINY, load_tiny, tiny_plan, tiny_spec
 
 
-def by_hand(plan, spec, prompt, new_tokens, link=None) -> tuple[float, float]:
-    """First-token and per-token seconds at ``Made``'s rates."""
-    totals = []
+def by_hand(plan, spec, prompt, new_tokens, link=None, lean=True) -> tuple[float, float]:
+    """First-token and per-token seconds at ``Made``'s rates: a prompt by modules, a token by the decoder."""
     queries, keys = spec.config["num_attention_heads"] * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    for tokens, cached in ((prompt, 0), (1, prompt + new_tokens // 2)):
-        seconds = 1e-4
-        for m in spec.modules:
-            if m.kind == "linear":
-                weights, fed = math.prod(m.weight_shape), 1 if m.name == "lm_head" else tokens
-                first = 2e-9 if plan.modules[m.name].device == "cpu" else 1e-9
-                seconds += 1e-6 + weights * (first + 1e-11 * (fed - 1))
-        for _ in range(spec.num_hidden_layers):
-            seconds += 2e-4 + 1e-8 * (tokens - 1) * spec.hidden_size
-            seconds += 1e-10 * queries * tokens * (tokens - 1) / 2 + cached * (3e-10 * queries + 4e-10 * keys)
-        if link:
-            seconds += 2 * (link.crossing_s + 2 * tokens * spec.hidden_size / link.to_cpu)
-        totals.append(seconds)
-    return totals[0], totals[1]
+    first, each, cached = 1e-4, 5e-5, prompt + new_tokens // 2
+    for m in spec.modules:
+        if m.kind == "linear":
+            weights, fed = math.prod(m.weight_shape), 1 if m.name == "lm_head" else prompt
+            on_cpu = plan.modules[m.name].device == "cpu"
+            first += 1e-6 + weights * ((2e-9 if on_cpu else 1e-9) + 1e-11 * (fed - 1))
+            by_module = 1e-6 + weights * (2e-9 if on_cpu else 1e-9)
+            each += weights * (5e-10 if on_cpu else 4e-10) if lean else by_module
+    for _ in range(spec.num_hidden_layers):
+        first += 2e-4 + 1e-8 * (prompt - 1) * spec.hidden_size + 1e-10 * queries * prompt * (prompt - 1) / 2
+        each += 3e-5 + cached * (3e-10 * queries + 4e-10 * keys)
+    if link:
+        first += 2 * (link.crossing_s + 2 * prompt * spec.hidden_size / link.to_cpu)
+        each += 2 * (link.crossing_s + 2 * spec.hidden_size / link.to_cpu)
+    return first, each
 
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
@@ -58,25 +65,49 @@ def test_hidden_states_that_cross_cost_the_link():
     spec, link = tiny_spec("llama"), LinkRates(9e9, 2e10, 8e9, 2e10, 2e-5)
     plan = tiny_plan("llama").with_gpu_layers(spec, 2)  # embedding gpu, one layer cpu, two gpu: there and back
     found = forecast_speed(plan, spec, Workload(100, 20), Made(link))
-    assert (found.ttft_s, 1 / found.decode_tokens_per_s) == pytest.approx(by_hand(plan, spec, 100, 20, link))
+    by_modules = by_hand(plan, spec, 100, 20, link, lean=False)  # its layers are on both sides of a card
+    assert (found.ttft_s, 1 / found.decode_tokens_per_s) == pytest.approx(by_modules)
     assert found.where == "an imagined machine"
     whole = forecast_speed(tiny_plan("llama"), spec, Workload(100, 20), Made(link))
     assert "crossing" in found.parts
     assert "crossing" not in whole.parts
 
 
-def test_rates_are_asked_for_the_plans_formats_places_and_threads():
+def test_rates_are_asked_for_the_plans_formats_places_and_threads(monkeypatch):
+    monkeypatch.setenv("LOWVRAM_COMPILE", "0")
     spec, machine = tiny_spec("qwen2"), Made()
     plan = replace(tiny_plan("qwen2", "int8").with_gpu_layers(spec, 1), threads=3, kv_format="int8")
-    forecast_speed(plan, spec, machine=machine)
+    found = forecast_speed(plan, spec, machine=machine)
+    assert found.engine == "the lean decoder"
+    places = ("cpu", "gpu")
     assert set(machine.asked) == {
-        ("int8", "cpu", 3),
-        ("int8", "gpu", 3),
-        ("int8", "bf16", "cpu", 3),
-        ("int8", "bf16", "gpu", 3),
+        *(("kernel", "int8", place, 3) for place in places),
+        *(("prompt", "int8", "bf16", place, 3) for place in places),
+        *(("product", "lean", "int8", place, 3) for place in places),
+        *(("token", "lean", "int8", "int8", "bf16", place, 3) for place in places),
     }
     with pytest.raises(PlanError):
         forecast_speed(tiny_plan("llama"), spec, machine=machine)
+
+
+@pytest.mark.parametrize(("fmt", "kv_format", "engine"), [("nf4", None, "modules"), ("int8", "int4", "modules")])
+def test_what_modules_decode_is_forecast_by_modules(fmt, kv_format, engine):
+    spec, machine = tiny_spec("llama"), Made()
+    plan = tiny_plan("llama", fmt)
+    plan = replace(plan, kv_format=kv_format or plan.kv_format)
+    found = forecast_speed(plan, spec, machine=machine)
+    assert {entry[1] for entry in machine.asked if entry[0] == "token"} == {engine}
+    assert found.engine == decoder_for(load_tiny("llama", plan)).name
+
+
+@pytest.mark.parametrize("compile_it", ["0", ""])
+@pytest.mark.parametrize("kind", TINY)
+def test_the_engine_that_is_forecast_is_the_one_that_a_dry_run_finds(kind, compile_it, monkeypatch):
+    monkeypatch.setenv("LOWVRAM_COMPILE", compile_it)
+    spec = tiny_spec(kind)
+    for recipe in ("bf16", "int8", "int4", "nf4"):
+        plan = tiny_plan(kind, recipe)
+        assert forecast_speed(plan, spec, machine=Made()).engine == forecast(plan, spec, kernels="cpu").engine
 
 
 @pytest.mark.parametrize("context", [2, 3, 200])
@@ -86,36 +117,91 @@ def test_without_a_workload_half_the_context_is_the_prompt(context):
     assert 1 <= found.new_tokens <= context - found.prompt_tokens
 
 
-def test_rates_are_measured_once_and_kept(monkeypatch, tmp_path):
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Small weights and short rounds; the cache folder is empty."""
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
-    monkeypatch.setattr(module, "ROUND_S", 0.002)
-    monkeypatch.setattr(module, "COPIES_BYTES", 2**20)
-    monkeypatch.setattr(module, "LARGE", 512)
+    for name, value in {"COPIES_BYTES": 2**18, "SMALL": 64, "LARGE": 512, "WORDS": 64}.items():
+        monkeypatch.setattr(measure_rates, name, value)
+    monkeypatch.setattr(timing, "ROUND_S", 0.0005)
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(timing, "ATTEMPTS", 1)
+    monkeypatch.setattr(Circumstances, "STEADY_SPREAD", math.inf)
+    monkeypatch.setattr(Circumstances, "STEADY_OTHERS", math.inf)
+
+
+def test_rates_are_measured_once_and_kept(quick, monkeypatch, tmp_path):
     threads = torch.get_num_threads()
     machine = Machine()
     found = {fmt: machine.kernel(fmt) for fmt in ("bf16", "int4", "int5")}
-    layer = machine.layer("int8", threads=1)
+    prompt, token = machine.prompt("int8", threads=1), machine.token("lean", "int4", "int8", threads=1)
     assert torch.get_num_threads() == threads
-    for rates in (*found.values(), layer):
+    for rates in (*found.values(), prompt, token, machine.product("lean", "int4", 512)):
         assert all(math.isfinite(value) and value >= 0 for value in vars(rates).values())
-    monkeypatch.setattr(module, "_least_of_each", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(measure_rates, "time_calls", lambda *_: pytest.fail("measured again"))
     assert machine.kernel("int4") == found["int4"] == Machine().kernel("int4")
-    assert Machine().layer("int8", threads=1) == layer
+    assert Machine().prompt("int8", threads=1) == prompt
+    assert Machine().token("lean", "int4", "int8", threads=1) == token
     if not torch.cuda.is_available():
         assert machine.kernel("int4", "gpu") == found["int4"]  # the stand-in is this CPU
         assert machine.link() is None
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        Machine(anew=True).kernel("int4")
     (file,) = (tmp_path / "rates").iterdir()
-    for text in ("not JSON", "[]"):
+    for text in ("not JSON", "[]", '{"kernel int4 cpu 1": {"rates": {}}}'):
         file.write_text(text)
         with pytest.raises(pytest.fail.Exception, match="measured again"):
             Machine().kernel("int4")
 
 
+def test_rates_that_were_disturbed_are_used_said_and_measured_anew(quick, monkeypatch):
+    monkeypatch.setattr(Circumstances, "STEADY_OTHERS", 0.25)
+    busy = Circumstances(time.time() - 7200, spread=1.1, others=1.6)
+    monkeypatch.setattr(measure_rates, "time_calls", lambda calls, *_: Timing(dict.fromkeys(calls, 1e-3), busy))
+    machine = Machine()
+    machine.kernel("int4")
+    assert machine.circumstances() == busy
+    assert busy.words(time.time()) == "measured 2 h ago, rounds within 10%, disturbed: other work held 1.6 cores"
+    again = []
+    quiet = Circumstances(time.time(), spread=1.02, others=0.0)
+    monkeypatch.setattr(
+        measure_rates, "time_calls", lambda calls, *_: again.append(1) or Timing(dict.fromkeys(calls, 1e-4), quiet)
+    )
+    Machine().kernel("int4")
+    Machine().kernel("int4")
+    assert again == [1]  # once more, since the first was disturbed; not a third time
+    assert "disturbed" not in quiet.words(time.time())
+
+
+def test_a_disturbed_timing_is_repeated_and_the_least_disturbed_counts(monkeypatch):
+    others = iter([2.0, 0.1, 9.0])
+    calls = []
+
+    def attempt(given, wait):
+        calls.append(1)
+        return Timing({"": 1.0}, Circumstances(0.0, 1.0, next(others)))
+
+    monkeypatch.setattr(timing, "_attempt", attempt)
+    assert timing.time_calls({"": lambda: None}).circumstances.others == 0.1
+    assert len(calls) == 2
+
+
+def test_other_work_on_the_cores_is_seen():
+    burn = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(burn) for _ in range(os.cpu_count() or 1)]
+    try:
+        found = timing.time_calls({"": lambda: sum(range(20000))}).circumstances
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
+    assert found.others > Circumstances.STEADY_OTHERS
+    assert not found.steady
+
+
 @pytest.mark.parametrize("fmt", [name for name, fmt in FORMATS.items() if fmt.kind != "nf4"])
-def test_every_format_has_rates(monkeypatch, fmt):
+def test_every_format_has_rates(quick, fmt):
     """Groups of 96 and 192 divide no power of two; a tied int4 table has a layout of its own."""
-    for name, value in {"ROUND_S": 0.0005, "COPIES_BYTES": 2**18, "SMALL": 64, "LARGE": 512}.items():
-        monkeypatch.setattr(module, name, value)
     for shared in (False, True):
         rates = Machine(remember=False).kernel(fmt, shared=shared)
         assert rates.seconds(10**6, 8) >= 0
