@@ -183,7 +183,11 @@ def _products_of(decoder: LeanDecoder, model):
 
     shapes = [decoder._bind(*both)[0] for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     inputs, config = {}, model.config
-    for size in (config.hidden_size, config.num_attention_heads * model.lowvram.spec.head_dim, config.intermediate_size):
+    for size in (
+        config.hidden_size,
+        config.num_attention_heads * model.lowvram.spec.head_dim,
+        config.intermediate_size,
+    ):
         inputs[size] = torch.randn(1, size)
     kinds = [config.hidden_size, config.num_attention_heads * model.lowvram.spec.head_dim, config.hidden_size,
              config.intermediate_size]  # fmt: skip

@@ -222,7 +222,7 @@ def test_weights_travel_where_it_is_faster_and_the_buffers_fit():
     assert f"prompts of {plan.stream_from} tokens or more" in choice.why[-1]
     assert choice.forecast == forecast(plan, spec, budget)
     tight = auto_plan(spec, needed("qwen2", "int4", 2), CONTEXT, recipes=("int4",), gpu_layers=2, machine=Card())
-    assert tight.lowvram.plan.stream_from is None
+    assert tight.plan.stream_from is None
     assert auto_plan(spec, budget, CONTEXT, gpu_layers=2, machine=Made()).plan.stream_from is None
     fast = auto_plan(spec, budget, CONTEXT, recipes=("int4",), prefer="speed", machine=Card())
     assert len(fast.why) <= 5

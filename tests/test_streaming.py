@@ -142,7 +142,10 @@ def test_one_token_of_each_of_a_batch_computes_where_the_layers_are():
         prefill(model, random_ids(5, batch=8), cache)
         before = sum(model.lowvram.gpu.transfers.values())
         model(random_ids(1, batch=8), past_key_values=cache, use_cache=True)
-    assert sum(model.lowvram.gpu.transfers.values()) - before < layer_bytes(model.lowvram.plan, model.lowvram.spec, {0}) / 4
+    assert (
+        sum(model.lowvram.gpu.transfers.values()) - before
+        < layer_bytes(model.lowvram.plan, model.lowvram.spec, {0}) / 4
+    )
 
 
 OTHERS = {

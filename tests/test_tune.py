@@ -8,10 +8,11 @@ import torch
 from models import DictCheckpoint, tiny_plan, tiny_spec, tiny_state, write_model
 from test_cost import Made
 
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import PlanError
 from lowvram_lab.faces.cli import main as cli
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.planner import rates
+from lowvram_lab.planner import measure_rates
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.tune import tune
 
@@ -24,8 +25,7 @@ def measured(**options):
 
 def test_every_split_with_every_thread_count(monkeypatch):
     loads = []
-    real = rates.load
-    monkeypatch.setattr("lowvram_lab.planner.tune.load", lambda *a, **k: (loads.append(1), real(*a, **k))[1])
+    monkeypatch.setattr("lowvram_lab.planner.tune.load", lambda *a, **k: (loads.append(1), load(*a, **k))[1])
     threads = torch.get_num_threads()
     table = measured(threads=[1, 2])
     assert len(loads) == 1
@@ -53,7 +53,7 @@ def test_splits_that_do_not_fit_are_left_out():
 def test_the_command_prints_a_row_for_each(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
     for name, value in {"ROUND_S": 0.002, "COPIES_BYTES": 2**20, "LARGE": 512}.items():
-        monkeypatch.setattr(rates, name, value)
+        monkeypatch.setattr(measure_rates, name, value)
     directory = write_model(tmp_path / "model", "llama")
     words = ["tune", str(directory), "--gpu", "64MiB", "--format", "int8", "--context", "128", "--threads", "1"]
     assert cli.main([*words, "--json"]) == 0

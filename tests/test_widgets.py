@@ -246,7 +246,11 @@ def test_a_try_puts_measured_beside_predicted():
     if not torch.cuda.is_available():
         assert trial.measured_bytes == trial.predicted_bytes
     assert trial.to_dict()["plan"] == panel.plan.to_dict()
-    for figure in (f"{trial.measured.decode_tokens_per_s:.2f}", f"{trial.predicted.ttft_s:.2f}", panel.model.lowvram.gpu.name):
+    for figure in (
+        f"{trial.measured.decode_tokens_per_s:.2f}",
+        f"{trial.predicted.ttft_s:.2f}",
+        panel.model.lowvram.gpu.name,
+    ):
         assert figure in panel.message.value
     assert f"{trial.answer!r} on {trial.gpu}" in repr(trial)
     assert not panel.button.disabled
