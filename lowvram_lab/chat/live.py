@@ -39,7 +39,6 @@ class LiveDecoder:
         self.model, self.given_up = model, []
         self._compiled, self._progress = compiled, progress
         self._decoder: Decoder | None = None
-        self._plan: Plan | None = None
         self._held: list[int] = []
         self._smaller: Iterator[tuple[str, Plan]] | None = None
 
@@ -49,15 +48,12 @@ class LiveDecoder:
         Raises:
             torch.OutOfMemoryError: No smaller plan fits either.
         """
-        plan = loaded(self.model).plan
-        while self._decoder is None or self._decoder.released or self._plan != plan:
+        while self._decoder is None or self._decoder.released:
             self.forget()
             try:
                 self._decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress)
-                self._plan = plan
             except torch.OutOfMemoryError as error:
                 self.step_down(error)
-                plan = loaded(self.model).plan
         return self._decoder
 
     def stream(

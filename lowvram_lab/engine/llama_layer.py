@@ -212,6 +212,8 @@ def _product(x, product: Product, tensors, loops: list | None):
         found = found * tensors[1].float() if kernel == "int8" else found
     elif kernel == "int4":
         found = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), tensors[0], group_size, tensors[1])
+    elif kernel == "int4 on CUDA" and x.is_meta:  # see Int4Linear.multiply
+        found = x.new_empty(x.shape[0], tensors[1].shape[1], dtype=torch.bfloat16)
     elif kernel == "int4 on CUDA":
         found = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tensors[0], group_size, tensors[1])
     elif kernel == "module":

@@ -96,7 +96,7 @@ def load(
 def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None:
     """Makes a loaded model realise another plan: only modules whose format or device changes are loaded again.
 
-    KV caches made before are of the old plan; begin new ones.
+    Decoders and KV caches made before are of the old plan; make new ones.
 
     Args:
         model: From ``load``.
@@ -114,8 +114,12 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
     plan.validate(spec)
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
+    if plan == old:
+        return
     changed = [m for m in spec.modules if plan.modules[m.name] != old.modules[m.name]]
     _check_machine(plan, changed, spec, state.weights, state.gpu, old)
+    for decoder in list(state.decoders):  # they hold weights, and a KV cache, of the old plan
+        decoder.release()
     try:
         _realise(model, changed, plan, progress)
     except BaseException:  # Ctrl-C too
@@ -163,8 +167,6 @@ def _put_back(model: PreTrainedModel, names: list[str]) -> None:
     """Puts the class's own modules, empty, where others with weights are: their memory is free for what comes."""
     if not names:
         return
-    for decoder in list(loaded(model).decoders):  # they hold the weights too
-        decoder.release()
     separate(model, set(names))
     fresh = build_on_meta(model.config)
     for name in names:

@@ -222,7 +222,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
         modules=tuple(modules),
         num_hidden_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        num_key_value_heads=_kv_heads(text),
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
         vocab_size=text.vocab_size,
         max_position_embeddings=getattr(text, "max_position_embeddings", 0) or 0,
@@ -256,6 +256,14 @@ def _refuse_unsupported(config, text) -> None:
         refuse(f"attention of type {', '.join(sorted(odd))}")
     if not getattr(text, "num_attention_heads", None):
         refuse("a model without attention heads (state space, recurrent)")
+
+
+def _kv_heads(text) -> int:
+    """Heads of keys and values. Multi-query models say that all queries share one head in a word of their own."""
+    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
+        return 1
+    stated = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
+    return stated or text.num_attention_heads
 
 
 def _sliding_window(text) -> int | None:

@@ -118,5 +118,7 @@ def test_the_session_says_what_decodes_and_why():
     plan = tiny_plan("qwen2").with_modules("*.gate_proj", format="int3")
     assert session(plan=plan).engine == "the model's modules (gate_proj is in int3, which has no kernel)"
     small = session(gpu=open_gpu("3MiB"), plan=tiny_plan("qwen2", "fp32", context=1024))
-    assert small.engine == "the model's modules (no room for a KV cache of 1024 tokens at once)"
+    assert small.engine == "the lean decoder"
     assert small.ask("hi")
+    assert small.turns[0].given_up[0] == "prompts read 256 tokens at a time"  # there was no room for the KV cache
+    assert small.model.lowvram.plan != tiny_plan("qwen2", "fp32", context=1024)

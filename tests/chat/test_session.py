@@ -5,29 +5,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.chat.prompt import stop_ids
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import BudgetError, SourceError
-from lowvram_lab.memory.cuda import open_gpu
 from tests.helpers.tiny import letters_state, load_tiny, tiny_plan, tiny_tokenizer
 
 TEXT = "naïve 日本語 🙂🙃 end"
 
 
-class Scripted:
-    """Says the tokens it is told to, whatever it is asked; keeps the ids it was fed."""
+def scripted_model(tokens, context=1024):
+    """A loaded model that says the tokens it is told to, whatever it is asked; ``fed`` keeps the ids it was given."""
+    model, tokens, fed = load_tiny("qwen2", tiny_plan("qwen2", context=context)), list(tokens), []
 
-    def __init__(self, tokens, context=1024):
-        self.tokens, self.fed = list(tokens), []
-        self.gpu, self.plan = open_gpu(), tiny_plan("qwen2", context=context)
-        self.config = self.generation_config = SimpleNamespace(eos_token_id=1, model_type="scripted")
-
-    def __call__(self, ids, past_key_values=None, **kwargs):
-        self.fed.append(ids.tolist()[0])
+    def forward(ids, **kwargs):
+        fed.append(ids.tolist()[0])
         logits = torch.zeros(1, ids.shape[1], 400)
-        logits[:, -1, self.tokens.pop(0)] = 1
+        logits[:, -1, tokens.pop(0)] = 1
         return SimpleNamespace(logits=logits)
+
+    model.forward, model.fed = forward, fed
+    model.config.model_type = "scripted"  # no decoder knows it: its own forward is called
+    return model
 
 
 def letters_model(context=512, gpu=None):
@@ -46,7 +46,7 @@ def chat(model, history=(), **options):
 
 
 def scripted(text, ending=(1,), **options):
-    return chat(Scripted([*tiny_tokenizer()(text)["input_ids"], *ending]), **{"max_new_tokens": 100, **options})
+    return chat(scripted_model([*tiny_tokenizer()(text)["input_ids"], *ending]), **{"max_new_tokens": 100, **options})
 
 
 def roles(session):
@@ -245,14 +245,12 @@ def test_an_answer_that_fills_the_context_goes_on_without_the_oldest_turn():
 
 
 def test_the_cache_is_compared_with_what_it_holds_now_not_with_the_turn_before():
-    session = chat(letters_model())
-    session.ask("hello")
-    first = [*session._cached_ids[:2], 200, 201, 202]
-    session._reuse_cache(first)
-    with torch.no_grad():
-        session._decoder.cache.keep(2)
-    again = session._cached_ids[:2] + [9, 9, 9]
-    assert session._reuse_cache(again) <= session._decoder.cache.get_seq_length() == 2
+    live, ids = LiveDecoder(letters_model()), tiny_tokenizer()("hello")["input_ids"]
+    answer = list(live.stream(ids, 4, frozenset(), Sampling()))
+    live.holds(ids + answer)
+    assert live.reuse([*ids, *answer, 9]) == live.begun().cache.get_seq_length() == len(ids) + 3
+    assert live.reuse([*ids[:2], 200, 201, 202]) == 2  # and then the pass that was to follow failed
+    assert live.reuse([*ids, *answer, 9]) == live.begun().cache.get_seq_length() == 2
 
 
 def test_an_answer_that_fills_the_context_alone_ends_there_and_says_so():

@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from models import relative_error
 
 from lowvram_lab.engine import compiled
 from lowvram_lab.engine.compiled import open_libraries
 from lowvram_lab.engine.compiling import Argument, Library
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head
 from lowvram_lab.errors import LowvramError
+from tests.helpers.tiny import relative_error
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 SHAPE = HeadShape(("float", 0, False), 1e-5)

@@ -15,15 +15,17 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lowvram_lab.engine.decode import decode_one_token, prefill, stream
+from lowvram_lab.engine.decode import ModuleDecoder, generate, prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.engine.load import replan
 from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
-from tests.helpers.tiny import TOLERANCES, load_tiny, random_ids, relative_error, tiny_plan, tiny_spec
+from tests.helpers.tiny import TOLERANCES, load_tiny, random_ids, relative_error, tiny_plan, tiny_spec, tiny_stock
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +33,14 @@ def model():
     return load_tiny("qwen2", tiny_plan("qwen2", "fp32"))
 
 
-def run(model, tokens=10, prompt=6, **options):
-    cache = PreallocatedCache(model)
-    return list(stream(model, random_ids(prompt), cache, max_new_tokens=tokens, **options)), cache
+@pytest.fixture(params=[decoder_for, ModuleDecoder])
+def run(request, model):
+    def answered(tokens=10, prompt=6, **options):
+        """The answer to an arbitrary prompt, and the decoder that gave it."""
+        decoder = request.param(model)
+        return list(generate(decoder, random_ids(prompt), max_new_tokens=tokens, **options)), decoder
+
+    return answered
 
 
 def generator(seed=0):
@@ -97,9 +104,9 @@ def test_what_may_be_drawn_and_how_often_is_as_in_transformers(seed, temperature
     torch.testing.assert_close(drawn[0] / drawn[0].sum(-1, keepdim=True), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_repetition_penalty_counts_prompt_and_answer_also_when_greedy(model):
-    plain, _ = run(model, tokens=12)
-    varied, _ = run(model, tokens=12, sampling=Sampling(repetition_penalty=50.0))
+def test_a_repetition_penalty_counts_prompt_and_answer_also_when_greedy(model, run):
+    plain, _ = run(tokens=12)
+    varied, _ = run(tokens=12, sampling=Sampling(repetition_penalty=50.0))
     assert len(set(varied) | set(random_ids(6)[0].tolist())) == 12 + len(set(random_ids(6)[0].tolist()))
     assert varied != plain
     with torch.no_grad():
@@ -137,7 +144,8 @@ def test_pieces_bound_the_activations_and_the_forecast_says_so():
         )
         if model.lowvram.gpu.simulated:
             assert [p.peak_allocated_bytes for p in dry.phases] == [p.peak_allocated_bytes for p in measured.phases]
-        peaks.append(dry.phase("prefill").peak_allocated_bytes - dry.weights_bytes - dry.kv_bytes)
+        # both have the decoder's tables and workspace
+        peaks.append(dry.phase("prefill").peak_allocated_bytes - dry.phase("decode").peak_allocated_bytes)
     assert peaks[0] > 2 * peaks[1] > 3 * peaks[2]
 
 
@@ -170,57 +178,84 @@ def test_sampling_out_of_range_is_refused(setting):
         Sampling(**setting)
 
 
-def test_sampling_is_repeatable_by_seed(model):
-    runs = [run(model, sampling=Sampling(2.0, 0.95, seed))[0] for seed in (3, 3, 4, 5)]
+def test_sampling_is_repeatable_by_seed(run):
+    runs = [run(sampling=Sampling(2.0, 0.95, seed))[0] for seed in (3, 3, 4, 5)]
     assert runs[0] == runs[1]
     assert len({tuple(tokens) for tokens in runs}) == 3
     torch.manual_seed(99)  # nothing outside plays a part
-    assert run(model, sampling=Sampling(2.0, 0.95, 3))[0] == runs[0]
+    assert run(sampling=Sampling(2.0, 0.95, 3))[0] == runs[0]
 
 
-def test_greedy_is_the_default_and_repeatable(model):
-    assert run(model)[0] == run(model)[0] == run(model, sampling=Sampling(seed=8))[0]
+def test_greedy_is_the_default_and_repeatable(run):
+    assert run()[0] == run()[0] == run(sampling=Sampling(seed=8))[0]
 
 
 @pytest.mark.parametrize("position", [0, 3, 9])
-def test_a_stop_token_ends_the_answer_and_is_not_yielded(model, position):
-    tokens, _ = run(model)
+def test_a_stop_token_ends_the_answer_and_is_not_yielded(run, position):
+    tokens, _ = run()
     stop = tokens[position]
-    found, cache = run(model, stop_ids=frozenset({stop, 100_000}))
+    found, decoder = run(stop_ids=frozenset({stop, 100_000}))
     assert found == tokens[: tokens.index(stop)]
-    assert cache.get_seq_length() == 6 + len(found)
+    assert decoder.cache.get_seq_length() == 6 + len(found)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
-def test_no_more_tokens_than_asked_and_the_last_is_not_fed_back(model, count):
-    tokens, cache = run(model, tokens=count)
+def test_no_more_tokens_than_asked_and_the_last_is_not_fed_back(run, count):
+    tokens, decoder = run(tokens=count)
     assert len(tokens) == count
-    assert cache.get_seq_length() == 6 + max(count - 1, 0)
+    assert decoder.cache.get_seq_length() == 6 + max(count - 1, 0)
 
 
-def test_a_second_stream_goes_on_where_the_first_stopped(model):
-    whole, _ = run(model, tokens=8)
-    first, cache = run(model, tokens=4)
-    rest = list(stream(model, torch.tensor([first[-1:]]), cache, max_new_tokens=4))
+def test_a_second_answer_goes_on_where_the_first_stopped(run):
+    whole, _ = run(tokens=8)
+    first, decoder = run(tokens=4)
+    rest = list(generate(decoder, torch.tensor([first[-1:]]), max_new_tokens=4))
     assert first + rest == whole
 
 
-def test_prefill_returns_the_last_logits_only(model):
-    cache = PreallocatedCache(model)
-    with torch.no_grad():
-        logits = prefill(model, random_ids(5, batch=2), cache)
-        step = decode_one_token(model, choose(logits, Sampling()), cache)
+@pytest.mark.parametrize("made", [decoder_for, ModuleDecoder])
+def test_prefill_returns_the_last_logits_only(model, made):
+    decoder = made(model, batch_size=2)
+    logits = decoder.prefill(random_ids(5, batch=2))
+    step = decoder.decode(choose(logits, Sampling()))
     assert logits.shape == step.shape == (2, 320)
-    assert cache.get_seq_length() == 6
+    assert decoder.cache.get_seq_length() == 6
     assert not logits.requires_grad
 
 
-def test_the_cache_is_charged_to_kv(model):
+@pytest.mark.parametrize("made", [decoder_for, ModuleDecoder])
+def test_the_cache_is_charged_to_kv_from_the_start(model, made):
     before = model.lowvram.gpu.meter.category_bytes("kv")
-    tokens, cache = run(model, prompt=32, tokens=1)
+    decoder = made(model, max_tokens=32)
     if model.lowvram.gpu.simulated:
         assert model.lowvram.gpu.meter.category_bytes("kv") - before == 3 * 2 * 32 * 2 * 32 * 4
-    cache.keep(0)
-    assert cache.get_seq_length() == 0
-    del cache
-    assert tokens
+    assert list(generate(decoder, random_ids(31), max_new_tokens=2))
+    decoder.cache.keep(0)
+    assert decoder.cache.get_seq_length() == 0
+    del decoder
+    if model.lowvram.gpu.simulated:
+        assert model.lowvram.gpu.meter.category_bytes("kv") == before
+
+
+@pytest.mark.parametrize("made", [decoder_for, ModuleDecoder])
+def test_a_decoder_of_a_model_that_was_planned_anew_is_refused(made):
+    """Its cache and its tables are of the old plan; also where no weight has changed."""
+    plan = tiny_plan("qwen2", "fp32")
+    for changed in (replace(plan, kv_format="int8"), plan.with_gpu_layers(tiny_spec("qwen2"), 1)):
+        model = load_tiny("qwen2", plan)
+        decoder = made(model)
+        decoder.prefill(random_ids(4))
+        replan(model, changed, progress=False)
+        assert decoder.released
+        for step in (decoder.decode, decoder.prefill):
+            with pytest.raises(LowvramError, match="the model was planned anew meanwhile; make a new decoder"):
+                step(torch.ones(1, 1, dtype=torch.long))
+        again = made(model)
+        replan(model, changed, progress=False)  # the same plan: nothing happens
+        assert list(generate(again, random_ids(4), max_new_tokens=2))
+
+
+def test_a_model_that_was_not_loaded_here_has_no_decoder():
+    for made in (decoder_for, ModuleDecoder):
+        with pytest.raises(LowvramError, match="expected a model from lowvram_lab's load, found a Qwen2ForCausalLM"):
+            made(tiny_stock("qwen2"))

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowvram_lab.engine import disk
+from lowvram_lab.engine import disk, room
 from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.layers import INT8_ALIGNMENT, quantized_linear
@@ -124,7 +124,7 @@ def test_layers_stay_on_disk_when_others_move():
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(monkeypatch):
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match=r"take 0.2 MiB, found 1000 B free; set LOWVRAM_CACHE"):
         load_tiny("qwen2", on_disk())
     assert list((cache_dir() / "mapped").iterdir()) == []

@@ -82,7 +82,7 @@ def test_the_two_buffers_are_in_the_forecast(recipe, layers):
     measured = run_workload(load_tiny("qwen2", plan, gpu), workload)
     assert [p.peak_allocated_bytes for p in measured.phases] == [p.peak_allocated_bytes for p in foretold.phases]
     assert measured.transferred_bytes == foretold.transferred_bytes
-    resident = forecast(replace(plan, stream_from=None), spec, gpu, workload=workload)
+    resident = forecast(replace(plan, stream_from=plan.context), spec, gpu, workload=workload)  # by modules as well
     buffers = min(2, 3 - layers) * layer_bytes(plan, spec, {0})
     more = foretold.phase("prefill").breakdown["weights"] - resident.phase("prefill").breakdown["weights"]
     assert buffers <= more < 1.3 * buffers
@@ -114,26 +114,30 @@ def test_a_conversation_of_long_and_short_turns(kind, kv_format):
         assert relative_error(streaming_logits, resident_logits) < 0.02
 
 
-def test_a_batch_counts_all_its_tokens_and_stock_caches_travel_too():
+@pytest.mark.parametrize("stock_cache", [False, True])
+def test_a_batch_counts_all_its_tokens_and_a_stock_cache_stays_where_it_is(stock_cache):
+    """transformers' own caches know no places: with one the weights stay too, and the answer is the same."""
     plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(tiny_spec("qwen2"), 1), stream_from=FROM)
     model, ids = load_tiny("qwen2", plan), random_ids(6, batch=3)
     before = model.lowvram.gpu.transfers["cpu", "gpu"]
     with torch.no_grad():
-        cache = DynamicCache()
+        cache = DynamicCache() if stock_cache else PreallocatedCache(model, batch_size=3)
         found = model(ids, past_key_values=cache, use_cache=True).logits
+        crossed_bytes = model.lowvram.gpu.transfers["cpu", "gpu"] - before
         again = model(ids[:, :1], past_key_values=cache, use_cache=True).logits
         stock = tiny_stock("qwen2")
         other = DynamicCache()
         expected = stock(ids, past_key_values=other, use_cache=True).logits
         assert relative_error(found, expected) < 1e-5
         assert relative_error(again, stock(ids[:, :1], past_key_values=other, use_cache=True).logits) < 1e-5
-    assert model.lowvram.gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, tiny_spec("qwen2"), {0, 1})
+    assert (crossed_bytes > layer_bytes(plan, tiny_spec("qwen2"), {0, 1})) == (not stock_cache)
+    assert (crossed_bytes > layer_bytes(plan, tiny_spec("qwen2"), {0})) == (not stock_cache)
 
 
 @stand_in_only
 def test_one_token_of_each_of_a_batch_computes_where_the_layers_are():
     model = load_tiny("qwen2", streamed(tokens=4))
-    cache = PreallocatedCache(model)
+    cache = PreallocatedCache(model, batch_size=8)
     with torch.no_grad():
         prefill(model, random_ids(5, batch=8), cache)
         before = sum(model.lowvram.gpu.transfers.values())
@@ -163,7 +167,7 @@ def test_layers_that_call_their_cache_by_another_name_travel_too(kind):
     for each in (plan, replace(plan, stream_from=FROM)):
         gpu, checkpoint = open_gpu("64MiB"), DictCheckpoint(random_state(spec))
         model = load(each, gpu, checkpoint=checkpoint, spec=spec, progress=False)
-        cache, before = MeteredCache(gpu), gpu.transfers["cpu", "gpu"]
+        cache, before = PreallocatedCache(model), gpu.transfers["cpu", "gpu"]
         with torch.no_grad():
             found.append([prefill(model, part, cache).cpu() for part in ids.split([30, 1, 9], dim=1)])
     assert gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, spec, {0, 1})
@@ -175,7 +179,7 @@ def test_layers_that_call_their_cache_by_another_name_travel_too(kind):
 
 @stand_in_only
 def test_a_cache_that_cannot_travel_stays_and_so_do_the_weights():
-    plan, workload = streamed(), Workload(40, 2, cache="static")
+    plan, workload = replace(streamed(), kv_format="int4"), Workload(40, 2)
     model = load_tiny("qwen2", plan)
     profile = run_workload(model, workload)
     assert profile.transferred_bytes < layer_bytes(plan, tiny_spec("qwen2"), {0})

@@ -119,7 +119,7 @@ def test_figures_of_a_peer_are_the_medians_of_its_rounds(folder, fakes):
 def test_our_rows(folder, fakes):
     found = measured(folder, plan=Plan.uniform(directory_spec(folder), "int8", context=64))
     lean, modules = found.rows
-    assert [lean.engine, modules.engine] == ["lowvram (lean)", "lowvram (modules)"]
+    assert [lean.engine, modules.engine] == ["lowvram", "lowvram (modules)"]
     spec, plan = directory_spec(folder), Plan.uniform(directory_spec(folder), "int8", context=64)
     for row in found.rows:
         assert row.reason == ""
@@ -208,7 +208,7 @@ def test_what_does_not_fit_the_card_says_so(folder, fakes):
     found = measured(folder, ("fake",), gpu="1MiB", plan=plan, rounds=1)
     assert all("memory" in row.reason for row in found.rows[:2])
     assert found.row("fake").ratio == 1.0  # the first row that ran
-    with pytest.raises(LowvramError, match="no engine could run this: lowvram .lean.: "):
+    with pytest.raises(LowvramError, match="no engine could run this: lowvram: "):
         measured(folder, (), gpu="1MiB", plan=plan, rounds=1)
 
 
@@ -218,7 +218,7 @@ def test_engines_take_turns_and_are_loaded_once(folder, fakes, monkeypatch):
     monkeypatch.setattr(LocalEngine, "turn", lambda self: (order.append(type(self.engine).name), real(self))[1])
     found = measured(folder, ("fake",), rounds=6)
     rounds = [tuple(order[start : start + 3]) for start in range(0, 18, 3)]
-    assert all(sorted(each) == ["fake", "lowvram (lean)", "lowvram (modules)"] for each in rounds)
+    assert all(sorted(each) == ["fake", "lowvram", "lowvram (modules)"] for each in rounds)
     assert len(set(rounds)) > 1  # shuffled
     assert fakes["fake", "opened"] == 1
     assert found.alternated == "loaded together"
@@ -401,7 +401,7 @@ def test_the_command(folder, fakes, monkeypatch, capsys):
     assert command(*words, "--json") == 0
     out, _ = capsys.readouterr()
     data = json.loads(out)
-    assert [row["engine"] for row in data["rows"]] == ["lowvram (lean)", "lowvram (modules)", "fake"]
+    assert [row["engine"] for row in data["rows"]] == ["lowvram", "lowvram (modules)", "fake"]
     assert data["rows"][2]["rounds"] == [2.0, 2.0, 4.0]
     assert "int8" in data["plan"]
     assert f"context {context_needed(PROMPT, NEW)}" in data["plan"]

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine import disk
 from lowvram_lab.engine import load as loader
-from lowvram_lab.engine import placement as offload
+from lowvram_lab.engine import room
 from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.engine.load import replan
+from lowvram_lab.engine.placement import Placement
 from lowvram_lab.errors import BudgetError, CheckpointError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.measure import run_workload
@@ -148,8 +149,8 @@ def test_each_smaller_plan_takes_less():
 def test_a_replan_interrupted_while_it_finishes_is_undone(at, monkeypatch):
     model = load_tiny("qwen2", tiny_plan("qwen2", "int8"))
     before, plan = logits(model), tiny_plan("qwen2", "int8").with_gpu_layers(tiny_spec("qwen2"), 1)
-    module = offload if at == "_wrap" else loader
-    real, calls = getattr(module, at), []
+    owner = Placement if at == "_wrap" else loader
+    real, calls = getattr(owner, at), []
 
     def interrupted(*args):
         calls.append(1)
@@ -157,7 +158,7 @@ def test_a_replan_interrupted_while_it_finishes_is_undone(at, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(module, at, interrupted)
+    monkeypatch.setattr(owner, at, interrupted)
     with pytest.raises(KeyboardInterrupt):
         replan(model, plan, progress=False)
     assert model.lowvram.plan == tiny_plan("qwen2", "int8")
@@ -171,7 +172,7 @@ def test_a_replan_that_the_disk_has_no_room_for_changes_nothing(monkeypatch):
     plans.append(tiny_plan("qwen2", "int8").with_device_map(spec, names))
     model = load_tiny("qwen2", plans[0])
     before = logits(model)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: type("", (), {"free": 10}))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("", (), {"free": 10}))
     with pytest.raises(CheckpointError, match="found 10 B free"):
         replan(model, plans[1], progress=False)
     assert torch.equal(logits(model), before)
@@ -188,8 +189,10 @@ def test_a_chat_goes_on_where_ram_is_short_for_a_step(monkeypatch):
         real(plan, *args)
 
     monkeypatch.setattr(loader, "check_room_in_ram", short_once)
-    plans = smaller_plans(session.model.lowvram.plan, session.model.lowvram.spec)
-    assert "1 more layer on the CPU" in session._step_down(plans, torch.OutOfMemoryError())
+    live = LiveDecoder(session.model)
+    live.step_down(torch.OutOfMemoryError())
+    assert len(live.given_up) == 1
+    assert "1 more layer on the CPU" in live.given_up[0]
 
 
 def test_buffers_for_travelling_weights_are_the_first_to_go():
@@ -242,16 +245,17 @@ def test_a_lean_answer_needs_no_memory_that_was_not_there_before():
     for piece in session.send("tell me"):
         pieces.append(piece)
         if len(pieces) == 4:
-            kept = filled(session.model.lowvram.gpu)
+            allocator = session.model.lowvram.gpu.meter.allocator
+            allocator.capacity = allocator.reserved
     assert len("".join(pieces)) == 12
     assert session.turns[-1].given_up == ()
-    assert kept
+    assert allocator.reserved == allocator.capacity
 
 
 @SIMULATED
 def test_an_answer_cut_by_a_full_gpu_is_finished_where_it_was(monkeypatch):
     """Out of memory in the middle of an answer: another process takes what was left."""
-    monkeypatch.setattr("lowvram_lab.chat.session.decoder_for", lambda model, *args: ModuleDecoder(model))
+    monkeypatch.setattr("lowvram_lab.chat.live.decoder_for", lambda model, **options: ModuleDecoder(model))
     session, pieces = letters_chat(open_gpu("16MiB")), []
     for piece in session.send("tell me"):
         pieces.append(piece)

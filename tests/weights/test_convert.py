@@ -168,7 +168,7 @@ def test_it_opens_here_with_the_very_weights_that_the_files_hold(made, name):
     found = ours(directory, "fp32")
     # torch's int4 kernel (int4-g32 to -g256) casts activations to bf16 around the call; nothing else does
     assert relative_error(logits(found, ids), expected) < TOLERANCES["bf16"]
-    assert {n: a.format for n, a in found.plan.modules.items() if a.format != "fp32"} == {
+    assert {n: a.format for n, a in found.lowvram.plan.modules.items() if a.format != "fp32"} == {
         n: a.format for n, a in done.plan.modules.items() if a.format != "bf16"
     }
     assert 0.01 < relative_error(expected, logits(original(done_source(directory), kind), ids)) < TOLERANCES["int3"]
