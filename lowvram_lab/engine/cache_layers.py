@@ -57,6 +57,14 @@ class FixedLayer(CacheLayerMixin):
             raise BudgetError(f"the KV cache holds {self.max_tokens} tokens, asked for {end}; plan a longer context")
         return end
 
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Refused: transformers would select rows of keys and values, and leave their scales.
+
+        Raises:
+            LowvramError: Always.
+        """
+        raise LowvramError("beam search reorders its KV cache, and a plan's cannot be; call generate without one")
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Tokens a query attends to, and the first of them."""
         return self.tokens + query_length, 0

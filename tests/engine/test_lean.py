@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lowvram_lab.engine import compiled
-from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.lean import LeanDecoder, why_not
@@ -23,6 +23,7 @@ from tests.helpers.tiny import (
     TINY,
     TOLERANCES,
     DictCheckpoint,
+    decoded,
     load_tiny,
     random_ids,
     random_state,
@@ -64,19 +65,8 @@ def loaded(name: str, recipe: str = "fp32", **changes):
     return model, stock.eval()
 
 
-def steps(decoder: LeanDecoder, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Logits after the prompt and after each token fed behind it, ``(tokens, batch, vocab)``."""
-    found = [decoder.prefill(ids[:, :prompt])]
-    return torch.stack(found + [decoder.decode(ids[:, at : at + 1]) for at in range(prompt, ids.shape[1])])
-
-
-@torch.no_grad()
 def by_modules(model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
-    cache = PreallocatedCache(model)
-    found = [prefill(model, ids[:, :prompt], cache)]
-    return torch.stack(
-        [*found, *(decode_one_token(model, ids[:, at : at + 1], cache) for at in range(prompt, ids.shape[1]))]
-    )
+    return decoded(ModuleDecoder(model), ids, prompt)
 
 
 @simulated
@@ -85,7 +75,7 @@ def by_modules(model, ids: torch.Tensor, prompt: int) -> torch.Tensor:
 def test_logits_are_those_of_stock_transformers(name, batch):
     model, stock = loaded(name)
     ids = random_ids(40, batch)
-    found = steps(LeanDecoder(model, batch_size=batch, compiled=False), ids, 12)
+    found = decoded(LeanDecoder(model, batch_size=batch, compiled=False), ids, 12)
     with torch.no_grad():
         expected = stock(ids).logits[:, 11:].transpose(0, 1)
     assert relative_error(found, expected) < TOLERANCES["fp32"]
@@ -102,9 +92,9 @@ def test_a_fixed_number_of_places_and_a_mask_give_the_same(name, batch, kv_forma
     model, _ = loaded(name, kv_format=kv_format)
     ids = random_ids(40, batch)
     decoder = LeanDecoder(model, max_tokens=40, batch_size=batch, compiled=False)
-    expected = steps(decoder, ids, 3)
+    expected = decoded(decoder, ids, 3)
     bound = [decoder._bind(*both) for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
-    tables = decoder._cos, decoder._sin
+    tables = decoder._tables["gpu"]
     decoder._graphed = GraphedStep(bound, decoder._head, *tables, batch, model.config.hidden_size, False)
     decoder.cache.keep(3)
     for held in decoder.cache.layers:
@@ -137,7 +127,7 @@ def test_formats_and_caches_decode_as_the_modules_do(kind, recipe, kv_format):
     plan = tiny_plan(kind, recipe, "half")
     plan = replace(plan, kv_format=kv_format or plan.kv_format)
     model, ids = load_tiny(kind, plan), random_ids(40)
-    found = steps(LeanDecoder(model, compiled=False), ids, 12)
+    found = decoded(LeanDecoder(model, compiled=False), ids, 12)
     assert found.dtype == model.dtype
     tolerance = {"fp32": 1e-3, "fp16": 0.01}.get(recipe, TOLERANCES["bf16"])  # a rounded code may flip in an int8 cache
     assert relative_error(found.float(), by_modules(model, ids, 12).float()) < tolerance
@@ -157,7 +147,7 @@ def test_compiled_once_for_a_machine(recipe, kv_format, tmp_path, monkeypatch):
     expected = by_modules(model, ids, 3).float()
     for room in (60, 90):
         decoder = LeanDecoder(model, max_tokens=room, compiled=True, progress=False)
-        found = steps(decoder, ids, 3)
+        found = decoded(decoder, ids, 3)
         assert relative_error(found.float(), expected) < TOLERANCES["bf16"]
         assert len({run for run, _ in decoder._layers}) == 1
     assert made == [2]  # a layer and the head, by one process
@@ -180,7 +170,7 @@ def test_without_a_compiler_it_says_so_and_decodes(monkeypatch, caplog):
     for _ in range(2):
         decoder = LeanDecoder(model)
         assert not decoder.compiled
-        assert torch.isfinite(steps(decoder, ids, 8)).all()
+        assert torch.isfinite(decoded(decoder, ids, 8)).all()
     found = [record.message for record in caplog.records]
     assert len(found) == 1, "once is enough: the machine will not have one the next time"
     assert found[0].startswith("decoding without compiled layers, which is slower: found no C++ compiler")
@@ -203,7 +193,7 @@ def test_where_nothing_can_be_kept_it_says_so_and_decodes(monkeypatch, tmp_path,
     assert not decoder.compiled
     (record,) = caplog.records
     assert "decoding without compiled layers" in record.message and "set LOWVRAM_CACHE" in record.message
-    assert torch.isfinite(steps(decoder, ids, 8)).all()
+    assert torch.isfinite(decoded(decoder, ids, 8)).all()
 
 
 @simulated
@@ -213,7 +203,7 @@ def test_closer_to_full_precision_than_the_modules():
     with torch.no_grad():
         exact = tiny_stock("qwen2")(ids).logits[:, 11:].transpose(0, 1)
     model = load_tiny("qwen2", tiny_plan("qwen2", "bf16"))
-    lean, modules = steps(LeanDecoder(model, compiled=False), ids, 12), by_modules(model, ids, 12)
+    lean, modules = decoded(LeanDecoder(model, compiled=False), ids, 12), by_modules(model, ids, 12)
     assert relative_error(lean.float(), exact) < relative_error(modules.float(), exact)
 
 
@@ -263,17 +253,6 @@ def test_the_cache_is_one_that_stock_generate_uses(placement, kv_format):
     assert cache.get_seq_length() == 5
     cache.reset()
     assert cache.get_seq_length() == 0
-
-
-@simulated
-def test_rows_of_the_cache_are_selected_in_place():
-    model = load_tiny("qwen2", tiny_plan("qwen2", "fp32"))
-    cache = PreallocatedCache(model, 8, batch_size=2)
-    with torch.no_grad():
-        prefill(model, random_ids(4, batch=2), cache)
-    first = cache.layers[1].keys[0, :, :4].clone()
-    cache.reorder_cache(torch.tensor([1, 0]))
-    assert torch.equal(cache.layers[1].keys[1, :, :4], first)
 
 
 @simulated

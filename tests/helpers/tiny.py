@@ -209,3 +209,11 @@ def letters_state() -> dict[str, torch.Tensor]:
 
 def random_ids(tokens: int, batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, SIZES["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def decoded(decoder, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Logits after a prompt and after each token fed behind it, ``(tokens, batch, vocab)`` on the CPU."""
+    steps = [decoder.prefill(ids[:, :prompt]).cpu()]
+    for at in range(prompt, ids.shape[1]):
+        steps.append(decoder.decode(ids[:, at : at + 1]).cpu().clone())  # the next call writes over them
+    return torch.stack(steps)

@@ -1,6 +1,7 @@
 """The dry run against the metered run: to the byte on the stand-in, and agreeing on where memory ends."""
 
 import gc
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lowvram_lab.units import GiB, MiB, parse_bytes
 from tests.helpers.tiny import PLACEMENTS, TINY, load_tiny, packaged_spec, tiny_plan, tiny_spec
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 RECIPES = ("bf16", "int8", "int4", "nf4")
 WORKLOAD = Workload(290, 5)  # 290 tokens take the dequantised paths, one token the kernels
 KV_BYTES_A_LAYER = 2 * round_size(295 * 2 * 32 * 2)  # keys and values: tokens, heads, head_dim, bytes
@@ -32,22 +34,79 @@ def forecast_and_measure(kind, plan, workload=WORKLOAD, gpu=None):
     return dry, run_workload(load_tiny(kind, plan, gpu), workload)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("recipe", ["fp32", *RECIPES])
-@pytest.mark.parametrize("kind", TINY)
-def test_forecast_minus_measured_is_nought(kind, recipe, placement):
-    dry, real = forecast_and_measure(kind, tiny_plan(kind, recipe, placement))
+def assert_the_same(dry, real):
+    """To the byte, in every phase and every figure; and by the same decoder."""
     table = dry.compare(real)
-    assert list(table["phase"]) == ["load", "prefill", "decode"]
+    turns = ["second turn"] if dry.workload.follow_up_tokens else []
+    assert list(table["phase"]) == ["load", "prefill", "decode", *turns]
     assert (table["difference"] == 0).all(), table
     for figure in ("weights_bytes", "cpu_weights_bytes", "kv_bytes", "transferred_bytes", "peak_reserved_bytes"):
         assert getattr(dry, figure) == getattr(real, figure), figure
     for mine, theirs in zip(dry.phases, real.phases, strict=True):
         assert (mine.end_allocated_bytes, mine.breakdown) == (theirs.end_allocated_bytes, theirs.breakdown)
+    assert dry.engine == real.engine
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("recipe", ["fp32", *RECIPES])
+@pytest.mark.parametrize("kind", TINY)
+def test_forecast_minus_measured_is_nought(kind, recipe, placement):
+    dry, real = forecast_and_measure(kind, tiny_plan(kind, recipe, placement))
+    assert_the_same(dry, real)
     assert (dry.origin, real.origin) == ("forecast", "measured")
     assert "simulated" in real.gpu
     assert dry.fits
     assert real.fits
+
+
+@pytest.mark.parametrize("kv_format", ["16 or 32 bits", "int8", "int4"])
+@pytest.mark.parametrize("placement", ["gpu", "half"])
+@pytest.mark.parametrize("recipe", ["fp32", *RECIPES])
+@pytest.mark.parametrize("kind", TINY)
+def test_what_chats_takes_what_was_foretold(kind, recipe, placement, kv_format):
+    """The decoder of a chat, for one sequence and for two, over a second turn."""
+    plan = tiny_plan(kind, recipe, placement)
+    if kv_format in ("int8", "int4"):
+        plan = replace(plan, kv_format=kv_format)
+    gpu, spec = open_gpu("1000MiB"), tiny_spec(kind)
+    model = load_tiny(kind, plan, gpu)
+    for batch_size in (1, 2):
+        workload = Workload(33, 3, follow_up_tokens=9, batch_size=batch_size)
+        dry, real = forecast(plan, spec, gpu, workload=workload), run_workload(model, workload)
+        assert_the_same(dry, real)
+        lean = kv_format != "int4" and recipe != "nf4"
+        assert real.engine.startswith("the lean decoder" if lean else "the model's modules (")
+        gc.collect()
+        assert gpu.meter.category_bytes("kv") == 0
+
+
+@pytest.mark.parametrize(("recipe", "placement"), [("int8", "half"), ("bf16", "gpu")])
+def test_odd_workloads_to_the_byte(recipe, placement):
+    plan, gpu = tiny_plan("qwen2", recipe, placement), open_gpu("1000MiB")
+    model = load_tiny("qwen2", plan, gpu)
+    for workload in (
+        Workload(70, 3, batch_size=2, follow_up_tokens=20),
+        Workload(20, 3, follow_up_tokens=20),  # forgets all of the first turn
+        Workload(1, 0),
+        Workload(2, 0, follow_up_tokens=1),
+    ):
+        assert_the_same(forecast(plan, tiny_spec("qwen2"), gpu, workload=workload), run_workload(model, workload))
+
+
+@compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "placement", "kv_format"),
+    [("bf16", "gpu", "bf16"), ("int8", "half", "int8"), ("int4", "half", "bf16"), ("fp32", "gpu", "fp32")],
+)
+def test_a_compiled_decoder_takes_what_was_foretold(recipe, placement, kv_format, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    plan = replace(tiny_plan("qwen2", recipe, placement), kv_format=kv_format)
+    for batch_size in (1, 2):
+        dry, real = forecast_and_measure("qwen2", plan, Workload(33, 3, follow_up_tokens=9, batch_size=batch_size))
+        assert_the_same(dry, real)
+        assert real.engine == "the lean decoder, compiled"
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 63, 64, 65])
