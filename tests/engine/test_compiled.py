@@ -16,13 +16,13 @@ import torch
 from lowvram_lab.engine import compiled
 from lowvram_lab.engine.compiled import open_libraries
 from lowvram_lab.engine.compiling import Argument, Library
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head
+from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product, head
 from lowvram_lab.errors import LowvramError
 from tests.helpers.tiny import relative_error
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-SHAPE = HeadShape(("float", 0, False), 1e-5)
-ROOT = Path(__file__).parents[1]
+SHAPE = HeadShape(Product("float"), 1e-5)
+ROOT = Path(__file__).parents[2]
 HURDLES = """
 import importlib.util, os
 importlib.util.find_spec("pip")  # from here on setuptools leaves the standard library's distutils in place,
@@ -33,7 +33,7 @@ except ImportError:
 """
 COMPILE = """
 import sys, torch
-from test_compiled import SHAPE, arguments
+from tests.engine.test_compiled import SHAPE, arguments
 from lowvram_lab.engine.compiled import open_libraries
 from lowvram_lab.engine.compiling import Library
 run, = open_libraries([Library.called_with(SHAPE, arguments())], progress=False)
@@ -64,9 +64,8 @@ def leftovers(tmp_path) -> list[str]:
 
 
 def compile_it(tmp_path, before: str = "") -> subprocess.Popen:
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests")))
     command = [sys.executable, "-c", before + COMPILE, str(tmp_path / "result.pt")]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
 
 
 def until(condition, what: str) -> None:
@@ -140,7 +139,7 @@ def test_a_compiler_that_hangs_is_given_up(tmp_path, monkeypatch):
 
 def test_what_makes_it_another_library():
     """Sizes of cache and prompt are free; a stride that is not the usual one is not: the library computes with it."""
-    product = (("float", 0, False),)
+    product = (Product("float"),)
     shape = LayerShape(2, 2, 8, 1.0, 1e-5, (product,) * 4, False, False, torch.float32)
 
     def layer(room: int, tokens: int = 2, **changes) -> Library:

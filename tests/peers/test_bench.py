@@ -379,7 +379,7 @@ def test_an_engine_in_a_process_of_its_own(folder):
     ],
 )
 def test_a_process_that_cannot_open_its_engine(folder, monkeypatch, program, said):
-    monkeypatch.setattr(bench_process, "_START", program)
+    monkeypatch.setattr(bench_process, "fresh_python", lambda entry: [sys.executable, "-c", program])
     with pytest.raises(EngineError, match=said):
         ChildEngine(bench_peers.Modules, task_for(folder))
 
