@@ -54,7 +54,7 @@ from lowvram_lab.planner.rates import (
 from lowvram_lab.planner.timing import Timing, time_calls
 from lowvram_lab.units import GiB, MiB
 
-VERSION = 4
+VERSION = 5
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB
@@ -74,7 +74,11 @@ LINK_BYTES, DISK_BYTES = 32 * MiB, 64 * MiB
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 256}
 SHORT, LONG = 64, 512
 FEW, MANY = 2, 6
-"""Layers of the tiny models whose difference is a layer."""
+"""Layers of the tiny models whose difference is a layer of a prompt."""
+
+DEEP = 96
+"""Layers of the tiny model that decodes: so many that their weights come from memory, as a real model's do, and not
+from a cache; else subtracting what their products take would leave nothing."""
 
 
 class Machine:
@@ -333,13 +337,13 @@ class _Case:
 
 def _token(case: _Case, weight: KernelRates | ProductRates) -> tuple[TokenRates, Circumstances]:
     """Differences between tiny models that differ in one thing each."""
-    decoders = {"few": case.decoder(FEW, 4), "many": case.decoder(MANY, 4), "narrow": case.decoder(MANY, 1)}
+    decoders = {"few": case.decoder(FEW, 4), "many": case.decoder(DEEP, 4), "narrow": case.decoder(DEEP, 1)}
     lengths = [("few", 1), ("many", 1), ("many", 2 * LONG), ("narrow", 1), ("narrow", 2 * LONG)]
     timing = _timed(
         {(name, cached): _decoding(decoders[name], cached) for name, cached in lengths}, decoders, case.place
     )
     seconds = timing.seconds
-    whole = (seconds["many", 1] - seconds["few", 1]) / (MANY - FEW)  # a layer, its products included
+    whole = (seconds["many", 1] - seconds["few", 1]) / (DEEP - FEW)  # a layer, its products included
     spec = decoders["many"].model.lowvram.spec
     products = [module for module in spec.modules if module.layer == 0 and module.kind == "linear"]
     weights = [module.weight_shape[0] * module.weight_shape[1] for module in products]
@@ -350,7 +354,7 @@ def _token(case: _Case, weight: KernelRates | ProductRates) -> tuple[TokenRates,
     queries = TINY["num_attention_heads"] * TINY["head_dim"]
     # a cached token: queries * cached_query + keys * cached_kv, from two numbers of key heads
     wide, narrow = (
-        max(0.0, seconds[name, 2 * LONG] - seconds[name, 1]) / MANY / (2 * LONG) for name in ("many", "narrow")
+        max(0.0, seconds[name, 2 * LONG] - seconds[name, 1]) / DEEP / (2 * LONG) for name in ("many", "narrow")
     )
     kv = max(0.0, wide - narrow) / (3 * TINY["head_dim"])
     query = max(0.0, narrow - kv * TINY["head_dim"]) / queries

@@ -121,7 +121,7 @@ def test_without_a_workload_half_the_context_is_the_prompt(context):
 def quick(monkeypatch, tmp_path):
     """Small weights and short rounds; the cache folder is empty."""
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
-    for name, value in {"COPIES_BYTES": 2**18, "SMALL": 64, "LARGE": 512, "WORDS": 64}.items():
+    for name, value in {"COPIES_BYTES": 2**18, "SMALL": 64, "LARGE": 512, "WORDS": 64, "DEEP": 6}.items():
         monkeypatch.setattr(measure_rates, name, value)
     monkeypatch.setattr(timing, "ROUND_S", 0.0005)
     monkeypatch.setattr(timing, "ROUNDS", 2)
