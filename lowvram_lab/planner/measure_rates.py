@@ -412,7 +412,8 @@ def _decoding(decoder: Decoder, cached: int) -> Callable[[], None]:
     decoder.prefill(torch.ones(1, 2 * LONG, dtype=torch.long))
 
     def call() -> None:
-        decoder.cache.keep(cached)
+        for layer in decoder.cache.layers:  # all of them were filled; another length's turn may have been before
+            layer.tokens = cached
         int(decoder.decode(token).float().argmax(dim=-1))
 
     return call
