@@ -109,11 +109,14 @@ class EffectReport:
 
     Attributes:
         model: Model name.
-        gpu: The card to be, in words; ``context``: tokens planned for it.
+        gpu: The card to be, in words.
+        context: Tokens planned for it.
         effects: The rows.
         weights_from: Where the weights come from, or ``""`` where they could not be had.
         machine: Versions, cores, RAM, GPU.
-        stages: Name → seconds; ``date``, when it was begun, ISO 8601, and ``seconds`` are those of all.
+        stages: Seconds by name.
+        date: When it was begun, ISO 8601.
+        seconds: Of all stages.
     """
 
     model: str

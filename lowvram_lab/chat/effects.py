@@ -110,7 +110,7 @@ def effects(
 
 @dataclass
 class Case:
-    """What the stages share: what is measured, and from ``choice`` on what earlier stages made of it.
+    """What the stages share: what is measured, and what earlier stages made (``None`` where they have not).
 
     Attributes:
         source: The 16-bit model's.
@@ -121,7 +121,20 @@ class Case:
         converted: Claim → source and spec of a directory to measure for it.
         other: Why the article's figure is another's, or nothing.
         slow: Why no speed measured here is that of the card, or nothing.
+        formats: For recipes to choose among.
+        calibration_tokens: Read so many to estimate what formats cost.
+        progress: Whether to show progress bars.
         lost: Stage → why it failed.
+        bytes_in_16_bits: Peak of the model as it is, by forecast.
+        choice: The plan for the card.
+        checkpoint: The model's weights.
+        tokenizer: The model's.
+        weights_from: Where the weights come from, in words.
+        model: Loaded by a plan for what stands for the card.
+        how: How figures of that model came about.
+        session: A chat with it that has had its first turn.
+        reference: The 16-bit model.
+        sensitivity: What formats cost.
     """
 
     source: Source

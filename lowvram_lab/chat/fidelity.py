@@ -33,7 +33,7 @@ class Fidelity:
 
     Attributes:
         tokens: Positions scored.
-        perplexity: exp of the mean negative log-likelihood of the model.
+        perplexity: Exponential of the mean negative log-likelihood of the model.
         reference_perplexity: The same of the reference.
         kl_mean: Mean KL(reference || model) over positions, in nats.
         kl_median: Median of the same.

@@ -105,10 +105,10 @@ class Trial:
         plan: What was loaded.
         gpu: On what, in words; says *simulated* where it is.
         answer: What the model said.
-        predicted_bytes: Highest allocated GPU memory while answering, without the CUDA context: forecast ...
-        measured_bytes: ... and measured.
-        predicted: Speed, forecast ...
-        measured: ... and measured with no meter beside it, over as many tokens.
+        predicted_bytes: Forecast of the highest allocated GPU memory while answering, without the CUDA context.
+        measured_bytes: The same, measured.
+        predicted: Forecast of the speed.
+        measured: Speed measured with no meter beside it, over as many tokens.
     """
 
     plan: Plan

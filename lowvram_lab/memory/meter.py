@@ -28,7 +28,7 @@ class PhaseMemory:
     """GPU memory of one phase of a run, in bytes.
 
     Attributes:
-        name: ``load``, ``prefill``, ``decode``, …
+        name: As recorded: ``load``, ``prefill``, ``decode`` and so on.
         peak_allocated_bytes: Most bytes live at once, in 512-byte blocks, without the CUDA context.
         end_allocated_bytes: Bytes live when the phase ended.
         peak_reserved_bytes: Most bytes the caching allocator held (simulated unless CUDA counted them).

@@ -47,7 +47,15 @@ class ModelSpec:
         name: What the model was called when it was asked for.
         config: The transformers config as a dictionary; enough to build the model again.
         modules: Every module with parameters, in forward order.
-        layers_path: Path of the list of decoder layers; ``embedding`` and ``head`` those of the two ends.
+        num_hidden_layers: Decoder layers.
+        hidden_size: Features of a hidden state.
+        num_key_value_heads: Heads of keys and values in a layer.
+        head_dim: Features of a head.
+        vocab_size: Tokens in the vocabulary.
+        max_position_embeddings: Longest text it was trained for, or 0 where its config does not say.
+        layers_path: Path of the list of decoder layers.
+        embedding: Path of the embedding table.
+        head: Path of the head.
         tied: Whether the head shares the embedding's weight.
         sliding_window: Tokens the shortest-sighted layer attends to, or ``None``.
         stored: Module name → format of the modules a converted checkpoint holds quantised; empty for 16-bit ones.

@@ -28,6 +28,7 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import whole_number
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import sample_text
@@ -101,8 +102,7 @@ def bench(
     """
     chosen = _peers(against, gguf)
     for what, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise LowvramError(f"expected {what} of 1 or more, found {count!r}")
+        whole_number(what, count, 1, error=LowvramError)
     source = find_source(model)
     spec, budget = ModelSpec.from_config(source.config(), source.name), _budget(gpu)
     needed = context_needed(prompt_tokens, new_tokens)

@@ -50,11 +50,13 @@ class ExportResult:
     Attributes:
         output: The file.
         type: As asked for.
-        architecture: llama.cpp's name of it; ``pre_tokenizer`` too, ``""`` for a SentencePiece vocabulary.
+        architecture: Its name in llama.cpp.
+        pre_tokenizer: Its name in llama.cpp, ``""`` for a SentencePiece vocabulary.
         tensors: How many.
         types: GGML type → number of tensors.
         kept_codes: Tensors whose integers were carried over, code for code.
-        tensor_bytes: Data of all tensors; ``file_bytes`` with metadata and vocabulary.
+        tensor_bytes: Data of all tensors.
+        file_bytes: The same with metadata and vocabulary.
         seconds: Of the export.
         peak_rss_bytes: Highest resident memory of this process so far, mapped pages of the source included.
     """
