@@ -131,7 +131,9 @@ class EffectReport:
 
     def summary(self) -> str:
         """One paragraph made from the rows: claims that held here, that did not, that could not be checked, and why."""
-        held, broken, unknown = [], [], {}
+        held = []
+        broken = []
+        unknown = {}
         for key, claim in CLAIMS.items():
             rows = [effect for effect in self.effects if effect.claim == key]
             judged = [effect for effect in rows if effect.held is not None]

@@ -183,11 +183,17 @@ class _Run:
     def __init__(
         self, task: Task, plan: Plan, spec: ModelSpec, names: list[str], reasons: dict[str, str], processes, progress
     ):
-        self.task, self.kinds, self.reasons, self.progress = task, ENGINES, reasons, progress
+        self.task = task
+        self.kinds = ENGINES
+        self.reasons = reasons
+        self.progress = progress
         self.names = [name for name in names if name not in reasons]
         self.open = ChildEngine if processes else LocalEngine
         self.processes, self._held = processes, {}
-        self.facts, self.texts, self.agreement, self.reference = {}, {}, {}, ""
+        self.facts = {}
+        self.texts = {}
+        self.agreement = {}
+        self.reference = ""
         self.turns: dict[str, list[dict]] = {name: [] for name in names}
         needed = {name: _needed_bytes(name, task, plan, spec) for name in self.names}
         free = psutil.virtual_memory().available
@@ -255,7 +261,9 @@ def _rows(run: _Run, names: list[str], bandwidth: float | None) -> tuple[BenchRo
         if name in run.reasons:
             rows.append(BenchRow(name, reason=run.reasons[name]))
             continue
-        facts, turns, each = run.facts[name], run.turns[name], speeds[name]
+        facts = run.facts[name]
+        turns = run.turns[name]
+        each = speeds[name]
         ttft = statistics.median(turn["ttft_s"] for turn in turns)
         low, middle, high = (float(value) for value in np.percentile(each, (10, 50, 90)))
         a_token = facts["read_bytes"] + facts["kv_bytes"]
