@@ -104,6 +104,7 @@ _PUBLIC = {
     "Library": "engine.compiling",
     # 07 measure everything
     "bench": "peers.bench",
+    "BenchSettings": "peers.bench",
     "ENGINES": "peers.others",
     "Task": "peers.engines",
     "gguf_file": "peers.others",

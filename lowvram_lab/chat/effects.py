@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from lowvram_lab import machine
 from lowvram_lab.chat.effect_report import CARD, CLAIMS, MODEL, Effect, EffectReport, judged
-from lowvram_lab.chat.fidelity import WINDOW, Fidelity, fidelity, load_reference
+from lowvram_lab.chat.fidelity import Fidelity, fidelity, load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
@@ -353,7 +353,7 @@ def compress(case: Case, claim: str) -> list[Effect]:
     reference = case.need("reference", "sensitivity")
     plan = plan.with_modules("*", device="cpu")
     model = load(plan, StandInGpu(None), checkpoint=source.checkpoint(), spec=spec, progress=case.progress)
-    found = fidelity(model, reference, case.tokenizer, slice_tokens=WINDOW, progress=case.progress)
+    found = fidelity(model, reference, case.tokenizer, progress=case.progress)
     return [_loss(case, claim, found, how, note)]
 
 

@@ -22,7 +22,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source
 from lowvram_lab.peers import others as bench_peers
 from lowvram_lab.peers import process as bench_process
-from lowvram_lab.peers.bench import bench, context_needed
+from lowvram_lab.peers.bench import BenchSettings, bench
 from lowvram_lab.peers.engines import Engine, Task
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
 from lowvram_lab.peers.result import plot_data
@@ -85,8 +85,12 @@ def fakes(monkeypatch):
 
 
 def measured(model, against=(), **options):
-    given = {"prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": 3, "threads": 1, "machine": Made()}
-    return bench(model, against=against, processes=False, progress=False, **{**given, **options})
+    """A bench of three short rounds in this process; options of ``bench`` and of ``BenchSettings``."""
+    given = {"prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": 3, "threads": 1, "processes": False}
+    given |= {name: options.pop(name) for name in list(options) if name in given}
+    return bench(
+        model, against=against, settings=BenchSettings(**given), progress=False, **{"machine": Made(), **options}
+    )
 
 
 def task_for(folder, **changes) -> Task:
@@ -447,7 +451,7 @@ def test_the_command(folder, fakes, monkeypatch, capsys):
     assert [row["engine"] for row in data["rows"]] == ["lowvram", "lowvram (modules)", "fake"]
     assert data["rows"][2]["rounds"] == [2.0, 2.0, 4.0]
     assert "int8" in data["plan"]
-    assert f"context {context_needed(PROMPT, NEW)}" in data["plan"]
+    assert f"context {BenchSettings(PROMPT, NEW).context}" in data["plan"]
     assert command(*words[:4], "none", *words[5:], "--gpu", "64MiB") == 0
     out, err = capsys.readouterr()
     assert "fake" not in out
@@ -466,7 +470,8 @@ def _unweighed(real):
 
 @pytest.mark.gpu
 def test_on_cuda(folder):
-    found = bench(folder, "2GiB", against=("transformers", "accelerate"), rounds=1, new_tokens=NEW, progress=False)
+    settings = BenchSettings(rounds=1, new_tokens=NEW)
+    found = bench(folder, "2GiB", against=("transformers", "accelerate"), settings=settings, progress=False)
     assert not found.simulated
     for row in found.rows[1:]:
         assert row.reason == ""
