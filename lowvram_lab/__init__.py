@@ -104,13 +104,14 @@ _PUBLIC = {
     "Library": "engine.compiling",
     # 07 measure everything
     "bench": "peers.bench",
+    "BenchSettings": "peers.bench",
     "ENGINES": "peers.others",
     "Task": "peers.engines",
     "gguf_file": "peers.others",
     "effects": "chat.effects",
-    "Effect": "chat.effects",
-    "CLAIMS": "chat.effects",
-    "VERDICTS": "chat.effects",
+    "Effect": "chat.effect_report",
+    "CLAIMS": "chat.effect_report",
+    "VERDICTS": "chat.effect_report",
     # 09 validated chat
     "ChatSession": "chat.session",
     "Sampling": "engine.sampling",

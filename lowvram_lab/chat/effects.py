@@ -1,184 +1,56 @@
-"""An article's effect table, measured again: each of its figures beside ours, or beside why this machine cannot say."""
+"""effects: an article's effect table, measured again; each of its figures beside ours, or beside why we cannot say.
+
+Derived in: notebooks/07_measure_everything.ipynb
+"""
 
 import datetime
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from html import escape
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 
 from lowvram_lab import machine
-from lowvram_lab.chat.fidelity import WINDOW, fidelity, load_reference
+from lowvram_lab.chat.effect_report import CARD, CLAIMS, MODEL, Effect, EffectReport, judged
+from lowvram_lab.chat.fidelity import Fidelity, fidelity, load_reference
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.lean import LeanDecoder
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.memory.gpu import Gpu, StandInGpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.source import find_source
+from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text
-from lowvram_lab.planner.auto import DEFAULT_CONTEXT, auto_plan
+from lowvram_lab.planner.auto import DEFAULT_CONTEXT, PlanChoice, auto_plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed, run_workload, where_it_runs
-from lowvram_lab.planner.profile import STAND_IN, Workload
+from lowvram_lab.planner.profile import STAND_IN, MemoryProfile, Workload
 from lowvram_lab.planner.speed import forecast_speed
-from lowvram_lab.units import GiB, format_bytes
+from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.calibration import calibration_windows
 from lowvram_lab.weights.recipe import recipe
-from lowvram_lab.weights.sensitivity import estimate_sensitivity
+from lowvram_lab.weights.sensitivity import Sensitivity, estimate_sensitivity
 
-
-@dataclass(frozen=True)
-class Claim:
-    """A figure of the article, and the ``limit`` (bytes, tokens/s, seconds, a share) to keep or, ``at_least``, reach.
-
-    ``saved``: the share of the weights' 16-bit bytes that a claim about loss speaks of.
-    """
-
-    name: str
-    text: str
-    limit: float
-    at_least: bool = False
-    saved: float = 0.0
-
-
-MODEL, CARD = "qwen1.5-4b", 4 * GiB
-"""What the article's table, the source of ``CLAIMS``, is about. Its GB are read as GiB, as cards are sold."""
-
-CLAIMS = {
-    "before": Claim("memory in 16 bits", "8 GB or more", 8 * GiB, at_least=True),
-    "after": Claim("memory compressed", "3.5 to 3.8 GB", 3.8 * GiB),
-    "decoding": Claim("decoding speed", "5 to 10 tokens/s", 5, at_least=True),
-    "first": Claim("first response", "3 to 6 s", 6),
-    "later": Claim("later responses", "1 to 3 s", 3),
-    "medium": Claim("medium compression", "-60% memory, 15% loss", 0.15, saved=0.6),
-    "deep": Claim("deep compression", "-70% memory, 25% loss", 0.25, saved=0.7),
-}
-LOSS = (
-    "The article does not define its loss; here it is the increase of perplexity, with the mean KL divergence and the "
-    "share of most likely tokens that change, against the 16-bit model."
-)
-VERDICTS = {True: "held", False: "did not hold", None: "not checked"}
 EXPECTED = (LowvramError, MemoryError, OSError, torch.OutOfMemoryError)
+"""What may go wrong on a machine; anything else is a mistake of ours."""
+
 NOT_HERE = "not reproducible on this hardware"
 QUESTIONS = ("What is the capital of France?", "Write one sentence about its most famous museum.")
-ANSWER_TOKENS, CALIBRATION_TOKENS = 64, 1024
+ANSWER_TOKENS = 64
+CALIBRATION_TOKENS = 1024
 FORMATS = ("int8", "int5-g32", "int4", "int4-g32", "int3-g32")
 """For recipes: a third of those that ``convert`` weighs up, and so a third of its time."""
 
-
-@dataclass(frozen=True)
-class Effect:
-    """One row: ``claim`` (key of ``CLAIMS``), what is compared, the article's figure and ours, and how ours came about.
-
-    ``held`` says whether the claim holds, ``None`` that this is ``unchecked`` for that reason. ``figures``: ours in
-    plain numbers, in bytes, seconds, tokens a second and shares.
-    """
-
-    claim: str
-    quantity: str
-    article: str
-    ours: str
-    how: str = ""
-    note: str = ""
-    held: bool | None = None
-    unchecked: str = ""
-    figures: dict = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class EffectReport:
-    """The table and what it was made on.
-
-    Attributes:
-        model: Model name.
-        gpu: The card to be, in words; ``context``: tokens planned for it.
-        effects: The rows.
-        weights_from: Where the weights come from, or ``""`` where they could not be had.
-        machine: Versions, cores, RAM, GPU.
-        stages: Name → seconds; ``date``, when it was begun, ISO 8601, and ``seconds`` are those of all.
-    """
-
-    model: str
-    gpu: str
-    context: int
-    effects: tuple[Effect, ...]
-    weights_from: str
-    machine: dict
-    stages: dict[str, float]
-    date: str
-    seconds: float
-
-    def summary(self) -> str:
-        """One paragraph made from the rows: claims that held here, that did not, that could not be checked, and why."""
-        held, broken, unknown = [], [], {}
-        for key, claim in CLAIMS.items():
-            rows = [effect for effect in self.effects if effect.claim == key]
-            judged = [effect for effect in rows if effect.held is not None]
-            if judged:  # what was measured comes after what was forecast
-                text = f"{claim.name} (article: {claim.text}; here: {judged[-1].ours}, {judged[-1].how})"
-                (held if judged[-1].held else broken).append(text)
-            elif rows:
-                unknown.setdefault(rows[0].unchecked, []).append(claim.name)
-        reasons = [f"{', '.join(names)} ({reason})" for reason, names in unknown.items()]
-        before = f"The weights were quantised once before ({self.weights_from}): losses are beside those."
-        parts = [
-            f"{self.model}, {self.gpu}, context {self.context}.",
-            f"Held: {'; '.join(held)}." if held else "No claim was found to hold.",
-            f"Did not hold: {'; '.join(broken)}." if broken else "None was found not to hold.",
-            f"Could not be checked: {'; '.join(reasons)}." if reasons else "",
-            LOSS if any("kl_mean" in effect.figures for effect in self.effects) else "",
-            before if ".gguf" in self.weights_from.lower() else "",
-        ]
-        return " ".join(filter(None, parts))
-
-    def table(self):
-        """One row a figure. A DataFrame."""
-        import pandas as pd
-
-        rows = [(e.quantity, e.article, e.ours, e.how, VERDICTS[e.held], e.note) for e in self.effects]
-        return pd.DataFrame(rows, columns=["quantity", "article", "here", "how", "verdict", "note"])
-
-    def to_dict(self) -> dict:
-        """Plain data."""
-        return {
-            **asdict(self),
-            "claims": {key: asdict(claim) for key, claim in CLAIMS.items()},
-            "summary": self.summary(),
-        }
-
-    def to_markdown(self) -> str:
-        """A page: paragraph, table, machine."""
-        table = self.table()
-        rows = [table.columns, ["---"] * len(table.columns), *table.itertuples(index=False)]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        return "\n".join(["# Effect table", "", self.summary(), "", *lines, "", self.made_on(), ""])
-
-    def made_on(self) -> str:
-        """When, how long, which weights, which machine; one line."""
-        stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.stages.items())
-        weights = f" Weights: {self.weights_from}." if self.weights_from else ""
-        facts = ", ".join(f"{key} {value}" for key, value in self.machine.items())
-        return f"{self.date}, {self.seconds:.0f} s ({stages}).{weights} Machine: {facts}."
-
-    def __repr__(self) -> str:
-        table = self.table()
-        notes = [f"- {row.quantity}: {row.note}" for row in table.itertuples() if row.note]
-        rows = table.drop(columns="note").to_string(index=False, max_colwidth=None, line_width=10**6)
-        return "\n".join([rows, *notes, self.made_on(), self.summary()])
-
-    def _repr_html_(self) -> str:
-        table = self.table().to_html(index=False)
-        return f"<p><b>Effect table.</b> {escape(self.summary())}</p>\n{table}\n<p>{escape(self.made_on())}</p>"
+LARGER = 1.25
+"""A card with so many times the budget is another card: its speed says nothing of the one to be."""
 
 
 def effects(
@@ -192,7 +64,7 @@ def effects(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> EffectReport:
-    """Forecasts, loads, runs, chats and compresses. A stage that fails leaves the reason in its rows.
+    """Forecasts, loads, runs, chats and compresses. A stage that fails leaves the reason in its row.
 
     Args:
         model: Name, hub id, directory or .gguf file of a 16-bit model.
@@ -208,20 +80,154 @@ def effects(
     Raises:
         LowvramError: An unknown or converted model, a context or card that cannot be, a directory of another model.
     """
-    began, date = time.monotonic(), datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    run = _Run(model, gpu, context, converted or {}, progress)
-    run.formats, run.calibration_tokens = formats, calibration_tokens
-    with tqdm(run.stages(), desc="report", unit="stage", disable=not progress, leave=False) as bar:
-        for number, (name, rows, work) in enumerate(bar, start=1):
+    began = time.monotonic()
+    date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    case = open_case(model, gpu, context, converted)
+    case.formats = formats
+    case.calibration_tokens = calibration_tokens
+    case.progress = progress
+    rows: list[Effect] = []
+    seconds: dict[str, float] = {}
+    with tqdm(STAGES, desc="report", unit="stage", disable=not progress, leave=False) as bar:
+        for number, stage in enumerate(bar, start=1):
             if say:
-                say(f"{number}/{bar.total} {name}")
-            bar.set_postfix_str(name)
-            run.stage(name, rows, work)
-    made_on = run.weights_from, machine.facts(), run.seconds, date, time.monotonic() - began
-    return EffectReport(run.spec.name, f"{run.card} of {run.gpu.name}", run.context, tuple(run.rows), *made_on)
+                say(f"{number}/{bar.total} {stage.name}")
+            bar.set_postfix_str(stage.name)
+            stage_began = time.monotonic()
+            rows += run_stage(stage, case)
+            gc.collect()  # an error's frames held what it had made
+            seconds[stage.name] = time.monotonic() - stage_began
+    return EffectReport(
+        model=case.spec.name,
+        gpu=f"{case.card} of {case.gpu.name}",
+        context=case.context,
+        effects=tuple(rows),
+        weights_from=case.weights_from,
+        machine=machine.facts(),
+        stages=seconds,
+        date=date,
+        seconds=time.monotonic() - began,
+    )
 
 
-def _opened(model: str | Path, converted: bool = False) -> tuple:
+@dataclass
+class Case:
+    """What the stages share: what is measured, and what earlier stages made (``None`` where they have not).
+
+    Attributes:
+        source: The 16-bit model's.
+        spec: The model.
+        budget: The card to be.
+        gpu: What stands for it.
+        context: Tokens to plan for.
+        converted: Claim → source and spec of a directory to measure for it.
+        other: Why the article's figure is another's, or nothing.
+        slow: Why no speed measured here is that of the card, or nothing.
+        formats: For recipes to choose among.
+        calibration_tokens: Read so many to estimate what formats cost.
+        progress: Whether to show progress bars.
+        lost: Stage → why it failed.
+        bytes_in_16_bits: Peak of the model as it is, by forecast.
+        choice: The plan for the card.
+        checkpoint: The model's weights.
+        tokenizer: The model's.
+        weights_from: Where the weights come from, in words.
+        model: Loaded by a plan for what stands for the card.
+        how: How figures of that model came about.
+        session: A chat with it that has had its first turn.
+        reference: The 16-bit model.
+        sensitivity: What formats cost.
+    """
+
+    source: Source
+    spec: ModelSpec
+    budget: GpuBudget
+    gpu: Gpu
+    context: int
+    converted: dict[str, tuple[Source, ModelSpec]]
+    other: str
+    slow: str
+    formats: tuple[str, ...] = FORMATS
+    calibration_tokens: int = CALIBRATION_TOKENS
+    progress: bool = False
+    lost: dict[str, str] = field(default_factory=dict)
+
+    bytes_in_16_bits: int | None = None
+    choice: PlanChoice | None = None
+    checkpoint: object = None
+    tokenizer: object = None
+    weights_from: str = ""
+    model: torch.nn.Module | None = None
+    how: str = ""
+    session: ChatSession | None = None
+    reference: torch.nn.Module | None = None
+    sensitivity: Sensitivity | None = None
+
+    @property
+    def card(self) -> str:
+        """The card's size in words."""
+        return format_bytes(self.budget.total_bytes)
+
+    @property
+    def naive(self) -> Plan:
+        """The whole model in 16 bits on the GPU."""
+        return Plan.uniform(self.spec, "bf16", context=self.context)
+
+    def need(self, made: str, stage: str):
+        """What an earlier stage made.
+
+        Raises:
+            LowvramError: It failed; the message is its reason.
+        """
+        found = getattr(self, made)
+        if found is None:
+            raise LowvramError(self.lost[stage])
+        return found
+
+    def memory(self, claim: str, quantity: str, profile: MemoryProfile, how: str, note: str) -> Effect:
+        """A row about a peak."""
+        peak = profile.device_peak_bytes
+        ours = format_bytes(peak)
+        if self.bytes_in_16_bits not in (None, peak):
+            ours += f" ({peak / self.bytes_in_16_bits - 1:+.0%})"
+        figures = {"peak_bytes": peak, "fits": profile.fits}
+        return judged(claim, quantity, ours, [peak], how=how, note=note, unchecked=self.other, figures=figures)
+
+    def timed(self, claim: str, quantity: str, ours: str, values: list[float], **told) -> Effect:
+        """A row about time: not that of the card unless it is the card. ``told`` as ``judged``."""
+        ours = f"{NOT_HERE}; {ours}" if self.slow else ours
+        return judged(claim, quantity, ours, values, unchecked=self.slow or self.other, **told)
+
+
+def open_case(
+    model: str, gpu: str | int | GpuBudget, context: int | None, converted: Mapping[str, str | Path | None] | None
+) -> Case:
+    """Checks all that can be known before the first stage. Arguments and errors as ``effects``."""
+    source, spec = _opened(model)
+    budget = GpuBudget.parse(gpu)
+    context = context or min(DEFAULT_CONTEXT, spec.longest_context)
+    Plan.uniform(spec, "bf16", context=context).validate(spec)
+    made = {key: _opened(path, converted=True) for key, path in (converted or {}).items() if path}
+    for its_source, its_spec in made.values():
+        if its_spec.vocab_size != spec.vocab_size:
+            raise LowvramError(
+                f"{its_source.name}: expected {model} converted, {spec.vocab_size} words, found "
+                f"{its_spec.vocab_size} of them"
+            )
+    opened, card = open_gpu(budget), format_bytes(budget.total_bytes)
+    same = spec.fingerprint == _opened(MODEL)[1].fingerprint and budget.total_bytes == CARD
+    other = "" if same else f"the article's is that of {MODEL} on a {format_bytes(CARD)} card"
+    return Case(source, spec, budget, opened, context, made, other, _why_slow(opened, budget, card))
+
+
+def _why_slow(gpu: Gpu, budget: GpuBudget, card: str) -> str:
+    if gpu.simulated:
+        return f"no CUDA card here, so no {card} one to time"
+    _, total_bytes = torch.cuda.mem_get_info(gpu.device)
+    return f"{gpu.name} is a larger card than one of {card}" if total_bytes > LARGER * budget.total_bytes else ""
+
+
+def _opened(model: str | Path, converted: bool = False) -> tuple[Source, ModelSpec]:
     """Source and spec of a model in 16 bits, or of one from ``convert``."""
     source = find_source(model)
     name = source.public_name if source.kind in ("directory", "gguf") else source.name  # no paths in a report
@@ -232,173 +238,212 @@ def _opened(model: str | Path, converted: bool = False) -> tuple:
     return source, spec
 
 
-class _Run:
-    """What the stages share. A stage takes what earlier ones made from ``made`` and yields its rows."""
+# --- the stages: each takes the case, keeps in it what later ones need, and returns its rows
 
-    def __init__(self, model: str, gpu, context: int | None, converted: dict, progress: bool):
-        self.source, self.spec = _opened(model)
-        self.budget, self.progress, self.weights_from = GpuBudget.parse(gpu), progress, ""
-        self.rows, self.seconds, self.made, self.lost = [], {}, {}, {}
-        self.formats, self.calibration_tokens = FORMATS, CALIBRATION_TOKENS
-        self.context = context or min(DEFAULT_CONTEXT, self.spec.longest_context)
-        self.naive = Plan.uniform(self.spec, "bf16", context=self.context)
-        self.naive.validate(self.spec)
-        self.converted = {key: _opened(path, converted=True) for key, path in converted.items() if path}
-        for source, spec in self.converted.values():
-            if (found := spec.vocab_size) != (wanted := self.spec.vocab_size):
-                raise LowvramError(f"{source.name}: expected {model} converted, {wanted} words, found {found} of them")
-        self.gpu, self.card = open_gpu(self.budget), format_bytes(self.budget.total_bytes)
-        same = self.spec.fingerprint == _opened(MODEL)[1].fingerprint and self.budget.total_bytes == CARD
-        self.other = "" if same else f"the article's is that of {MODEL} on a {format_bytes(CARD)} card"
-        self.slow = f"no CUDA card here, so no {self.card} one to time" if self.gpu.simulated else ""
-        if not self.gpu.simulated and torch.cuda.mem_get_info(self.gpu.device)[1] > 1.25 * self.budget.total_bytes:
-            self.slow = f"{self.gpu.name} is a larger card than one of {self.card}"
 
-    def stages(self) -> list[tuple]:
-        """Name, rows as (claim, quantity), and work of each stage."""
-        return [
-            ("forecast", [("before", "GPU memory, 16 bits")], self.forecast),
-            ("plan", [("after", "GPU memory, planned")], self.plan),
-            ("fetch", [], self.fetch),
-            ("run", [("after", "GPU memory, run")], self.run),
-            ("chat", [("first", "first response"), ("later", "later response")], self.chat),
-            ("decode", [("decoding", "decoding"), ("decoding", "decoding, LeanDecoder")], self.decode),
-            ("sensitivity", [], self.sensitivity),
-            *((key, [(key, CLAIMS[key].name)], lambda key=key: self.compress(key)) for key in ("medium", "deep")),
-        ]
+def forecast_16_bits(case: Case) -> list[Effect]:
+    """What the model takes as it is."""
+    profile = forecast(case.naive, case.spec, case.budget)
+    case.bytes_in_16_bits = profile.device_peak_bytes
+    oom = profile.first_oom
+    note = f"out of memory in {oom.phase}, at {oom.module}" if oom else "it fits"
+    return [case.memory("before", "GPU memory, 16 bits", profile, "forecast", note)]
 
-    def stage(self, name: str, rows: list, work: Callable[[], Iterator[tuple] | None]) -> None:
-        """Runs a stage, a tuple from it being a row. Rows it fails to yield say why."""
-        began = time.monotonic()
-        try:
-            for values in work() or ():
-                self._add(*rows.pop(0), *values)
-        except Exception as error:
-            compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-            if not (isinstance(error, EXPECTED) or compiler or "allocate memory" in str(error)):
-                raise
-            self.lost[name] = reason = (str(error).strip() or type(error).__name__).splitlines()[0].split("; ")[0]
-            ours = "does not fit" if isinstance(error, BudgetError) else "not measured"
-            lacking = "fetch" in self.lost or not isinstance(error, LowvramError)
-            for row in rows:
-                self._add(*row, NOT_HERE if lacking else ours, (), "", reason, reason)
-        gc.collect()  # an error's frames held what it had made
-        self.seconds[name] = time.monotonic() - began
 
-    def _add(self, claim: str, quantity: str, ours: str, values, how, note, unchecked: str, figures=None) -> None:
-        """Adds a row. Its claim holds if all ``values``, its possible readings, keep to the limit; not if none does."""
-        stated = CLAIMS[claim]
-        verdicts = {value >= stated.limit if stated.at_least else value <= stated.limit for value in values}
-        held = None if unchecked or len(verdicts) != 1 else verdicts.pop()
-        if held is None:
-            unchecked = unchecked or f"it depends on what the article means; here: {ours}"
-        self.rows.append(Effect(claim, quantity, stated.text, ours, how, note, held, unchecked, figures or {}))
+def plan(case: Case) -> list[Effect]:
+    """What it takes by the plan for that card."""
+    case.choice = auto_plan(case.spec, case.budget, case.context)
+    summary = case.choice.plan.summary(case.spec)
+    return [case.memory("after", "GPU memory, planned", case.choice.forecast, "forecast", summary)]
 
-    def need(self, name: str, stage: str):
-        """What an earlier stage made."""
-        if name not in self.made:
-            raise LowvramError(self.lost[stage])
-        return self.made[name]
 
-    def forecast(self):
-        profile = forecast(self.naive, self.spec, self.budget)
-        self.made["16 bits"], oom = profile.device_peak_bytes, profile.first_oom
-        yield self._memory(profile, "forecast", f"out of memory in {oom.phase}, at {oom.module}" if oom else "it fits")
+def fetch(case: Case) -> None:
+    """Weights and tokenizer."""
+    marker = read_marker(case.source.fetch(case.progress)) or {}
+    case.checkpoint, case.tokenizer = case.source.checkpoint(), case.source.tokenizer()
+    case.weights_from = marker.get("source", case.source.public_name)
 
-    def plan(self):
-        self.made["plan"] = choice = auto_plan(self.spec, self.budget, self.context)
-        yield self._memory(choice.forecast, "forecast", choice.plan.summary(self.spec))
 
-    def _memory(self, profile, how: str, note: str) -> tuple:
-        peak, before = profile.device_peak_bytes, self.made.get("16 bits")
-        ours = format_bytes(peak) + (f" ({peak / before - 1:+.0%})" if before not in (None, peak) else "")
-        return ours, [peak], how, note, self.other, {"peak_bytes": peak, "fits": profile.fits}
+def run(case: Case) -> list[Effect]:
+    """Loads the plan for what stands for the card, and fills the context."""
+    checkpoint = case.need("checkpoint", "fetch")
+    choice = auto_plan(case.spec, case.gpu, case.context)
+    case.model = load(choice.plan, case.gpu, checkpoint=checkpoint, spec=case.spec, progress=case.progress)
+    where = where_it_runs(choice.plan, case.spec, STAND_IN if case.gpu.simulated else case.gpu.name)
+    case.how = f"measured, {where}"
+    profile = run_workload(case.model, choice.forecast.workload)
+    foretold = format_bytes(choice.forecast.device_peak_bytes)
+    note = f"{foretold} by forecast for it; {choice.plan.summary(case.spec)}"
+    return [case.memory("after", "GPU memory, run", profile, f"measured, {case.gpu.name}", note)]
 
-    def fetch(self) -> None:
-        marker = read_marker(self.source.fetch(self.progress)) or {}
-        self.made["weights"], self.made["tokenizer"] = self.source.checkpoint(), self.source.tokenizer()
-        self.weights_from = marker.get("source", self.source.public_name)
 
-    def run(self):
-        checkpoint, choice = self.need("weights", "fetch"), auto_plan(self.spec, self.gpu, self.context)
-        model = load(choice.plan, self.gpu, checkpoint=checkpoint, spec=self.spec, progress=self.progress)
-        where = where_it_runs(choice.plan, self.spec, STAND_IN if self.gpu.simulated else self.gpu.name)
-        self.made["model"], self.made["where"] = model, f"measured, {where}"
-        profile = run_workload(model, choice.forecast.workload)
-        note = f"{format_bytes(choice.forecast.device_peak_bytes)} by forecast for it; {choice.plan.summary(self.spec)}"
-        yield self._memory(profile, f"measured, {self.gpu.name}", note)
+def ask_first(case: Case) -> list[Effect]:
+    """The first question of a chat."""
+    model = case.need("model", "run")
+    session = ChatSession(model, case.tokenizer, max_new_tokens=ANSWER_TOKENS)
+    row = _answered(case, session, "first", QUESTIONS[0])
+    case.session = session
+    return [row]
 
-    def _speed(self, text: str, values: list[float], how: str, note: str, figures: dict) -> tuple:
-        return f"{NOT_HERE}; {text}" if self.slow else text, values, how, note, self.slow or self.other, figures
 
-    def chat(self):
-        session = ChatSession(self.need("model", "run"), self.made["tokenizer"], max_new_tokens=ANSWER_TOKENS)
-        for question in QUESTIONS:
-            session.ask(question)
-            turn = session.turns[-1]
-            last = turn.ttft_s + ((turn.new_tokens - 1) / turn.tokens_per_s if turn.tokens_per_s else 0)
-            text = f"{turn.ttft_s:.2f} s to the first token, {last:.2f} s to the last"
-            note = f"{turn.prompt_tokens} tokens, {turn.cached_tokens} of them cached; {turn.new_tokens} answered"
-            note += "".join(f"; given up: {text}" for text in turn.given_up)
-            yield self._speed(text, [turn.ttft_s, last], self.made["where"], note, turn.to_dict())
+def ask_later(case: Case) -> list[Effect]:
+    """Its second question."""
+    return [_answered(case, case.need("session", "chat"), "later", QUESTIONS[1])]
 
-    def decode(self):
-        prompt = max(1, min(64, self.context // 2))
-        workload = Workload(prompt, max(1, min(32, self.context - prompt - 1)))
-        if "model" in self.made:
-            speed = run_speed(self.made["model"], workload)
-        else:
-            speed = forecast_speed(self.need("plan", "plan").plan, self.spec, workload)
-        rate, note = speed.decode_tokens_per_s, f"{workload.new_tokens} tokens after {prompt}"
-        yield self._speed(f"{rate:.1f} tokens/s", [rate], f"{speed.origin}, {speed.where}", note, speed.to_dict())
-        decoder = LeanDecoder(self.need("model", "run"), max_tokens=prompt + workload.new_tokens + 1)
-        token = choose(decoder.prefill(torch.ones(1, prompt, dtype=torch.long)), Sampling())
-        token, began = choose(decoder.decode(token), Sampling()), time.perf_counter()  # the first one compiles
-        for _ in range(workload.new_tokens):
-            token = choose(decoder.decode(token), Sampling())
-            int(token)  # waits for the device
-        rate = workload.new_tokens / (time.perf_counter() - began)
-        note, figures = f"{note}, {'' if decoder.compiled else 'not '}compiled", {"decode_tokens_per_s": rate}
-        yield self._speed(f"{rate:.1f} tokens/s", [rate], self.made["where"], note, figures)
 
-    def sensitivity(self) -> None:
-        self.made.pop("model", None)
-        checkpoint, tokenizer = self.need("weights", "fetch"), self.made["tokenizer"]
-        self.made["reference"] = load_reference(self.naive, self.spec, checkpoint=checkpoint, progress=self.progress)
-        if len(self.converted) < 2:
-            ids = calibration_windows(tokenizer, calibration_text(), self.calibration_tokens, self.spec.longest_context)
-            found = estimate_sensitivity(self.spec, checkpoint, ids, formats=self.formats, progress=self.progress)
-            self.made["sensitivity"] = found
+def _answered(case: Case, session: ChatSession, claim: str, question: str) -> Effect:
+    session.ask(question)
+    turn = session.turns[-1]
+    last_s = turn.ttft_s
+    if turn.tokens_per_s:
+        last_s += (turn.new_tokens - 1) / turn.tokens_per_s
+    ours = f"{turn.ttft_s:.2f} s to the first token, {last_s:.2f} s to the last"
+    note = f"{turn.prompt_tokens} tokens, {turn.cached_tokens} of them cached; {turn.new_tokens} answered"
+    note += "".join(f"; given up: {what}" for what in turn.given_up)
+    told = {"how": case.how, "note": note, "figures": turn.to_dict()}
+    return case.timed(claim, f"{claim} response", ours, [turn.ttft_s, last_s], **told)
 
-    def compress(self, key: str):
-        saved, whole = CLAIMS[key].saved, 2 * self.spec.num_parameters
-        if "weights" not in self.made:
-            yield self._foretold(saved, whole)
-            return
-        source, spec = self.converted.get(key, (self.source, self.spec))
-        if key in self.converted:
-            plan, how = Plan.uniform(spec, "stored", context=self.context), "measured, as converted"
-            note = f"directory {source.public_name}"
-        else:
-            sensitivity, size = self.need("sensitivity", "sensitivity"), int(whole * (1 - saved))
-            plan = recipe(spec, sensitivity, weight_bytes=size, context=self.context, stock=False).plan
-            how, note = "measured, rounded to nearest", f"--{key} DIR measures what lowvram convert made instead"
-        reference, plan = self.need("reference", "sensitivity"), plan.with_modules("*", device="cpu")
-        model = load(plan, StandInGpu(None), checkpoint=source.checkpoint(), spec=spec, progress=self.progress)
-        found = fidelity(model, reference, self.made["tokenizer"], slice_tokens=WINDOW, progress=self.progress)
-        less, more, changed = 1 - found.weight_bytes / whole, found.perplexity_increase, 1 - found.top1_agreement
-        text = f"{-less:.1%} weights: perplexity {more:+.1%}, KL {found.kl_mean:.3f}, top-1 changed {changed:.1%}"
-        why = "" if less > saved - 0.005 else f"{less:.1%} saved, not {saved:.0%}"
-        figures = {**found.to_dict(), "saved": less, "perplexity_increase": more}
-        yield text, [more, changed], how, f"{note}; {found.tokens} tokens on this CPU", why, figures
 
-    def _foretold(self, saved: float, whole: int) -> tuple:
-        """What can be said of a compression without weights: what a uniform format of that size takes of the card."""
-        plans = {name: Plan.uniform(self.spec, name, context=self.context) for name in FORMATS}
-        saves = {name: 1 - plan.weight_bytes(self.spec) / whole for name, plan in plans.items()}
-        name = next((name for name in FORMATS if saves[name] >= saved), FORMATS[-1])
-        profile = forecast(plans[name], self.spec, self.budget)
-        text = f"{NOT_HERE}; {-saves[name]:.1%} weights: peak {format_bytes(profile.device_peak_bytes)}"
-        note = f"all {name}, on the GPU whole: {'fits' if profile.fits else 'does not fit'}; loss unknown"
-        figures = {"peak_bytes": profile.device_peak_bytes, "saved": saves[name]}
-        return text, [], "forecast", note, self.lost["fetch"], figures
+def decode(case: Case) -> list[Effect]:
+    """Tokens a second; by forecast where there is no model."""
+    prompt = max(1, min(64, case.context // 2))
+    workload = Workload(prompt, max(1, min(32, case.context - prompt - 1)))
+    if case.model is None:
+        speed = forecast_speed(case.need("choice", "plan").plan, case.spec, workload)
+    else:
+        decoder = decoder_for(case.model, workload.tokens, progress=False)
+        run_speed(case.model, Workload(1, 1), decoder)  # the first token makes what is made once
+        speed = run_speed(case.model, workload, decoder)
+    rate = speed.decode_tokens_per_s
+    how = f"{speed.origin}, {speed.where}"
+    note = f"{workload.new_tokens} tokens after {prompt}, by {speed.engine}"
+    ours = f"{rate:.1f} tokens/s"
+    return [case.timed("decoding", "decoding", ours, [rate], how=how, note=note, figures=speed.to_dict())]
+
+
+def estimate(case: Case) -> None:
+    """What formats would cost, for the recipes of the two compressions; and the original to compare them with."""
+    case.model = case.session = None
+    checkpoint = case.need("checkpoint", "fetch")
+    case.reference = load_reference(case.naive, case.spec, checkpoint=checkpoint, progress=case.progress)
+    if len(case.converted) < 2:
+        text = calibration_text()
+        ids = calibration_windows(case.tokenizer, text, case.calibration_tokens, case.spec.longest_context)
+        case.sensitivity = estimate_sensitivity(
+            case.spec, checkpoint, ids, formats=case.formats, progress=case.progress
+        )
+
+
+def compress(case: Case, claim: str) -> list[Effect]:
+    """What a model so much smaller loses; without weights, what it would take."""
+    if case.checkpoint is None:
+        return [_foretold(case, claim)]
+    if claim in case.converted:
+        source, spec = case.converted[claim]
+        plan = Plan.uniform(spec, "stored", context=case.context)
+        how = "measured, as converted"
+        note = f"directory {source.public_name}"
+    else:
+        source, spec = case.source, case.spec
+        size = int(2 * spec.num_parameters * (1 - CLAIMS[claim].saved))
+        sensitivity = case.need("sensitivity", "sensitivity")
+        plan = recipe(spec, sensitivity, weight_bytes=size, context=case.context, stock=False).plan
+        how = "measured, rounded to nearest"
+        note = f"--{claim} DIR measures what lowvram convert made instead"
+    reference = case.need("reference", "sensitivity")
+    plan = plan.with_modules("*", device="cpu")
+    model = load(plan, StandInGpu(None), checkpoint=source.checkpoint(), spec=spec, progress=case.progress)
+    found = fidelity(model, reference, case.tokenizer, progress=case.progress)
+    return [_loss(case, claim, found, how, note)]
+
+
+def _loss(case: Case, claim: str, found: Fidelity, how: str, note: str) -> Effect:
+    wanted = CLAIMS[claim].saved
+    saved = 1 - found.weight_bytes / (2 * case.spec.num_parameters)
+    changed = 1 - found.top1_agreement
+    increase = found.perplexity_increase
+    return judged(
+        claim,
+        CLAIMS[claim].name,
+        f"{-saved:.1%} weights: perplexity {increase:+.1%}, KL {found.kl_mean:.3f}, top-1 changed {changed:.1%}",
+        [increase, changed],
+        how=how,
+        note=f"{note}; {found.tokens} tokens on this CPU",
+        unchecked="" if saved > wanted - 0.005 else f"{saved:.1%} saved, not {wanted:.0%}",
+        figures={**found.to_dict(), "saved": saved, "perplexity_increase": increase},
+    )
+
+
+def _foretold(case: Case, claim: str) -> Effect:
+    """What can be said of a compression without weights: what a uniform format of that size takes of the card."""
+    for name in case.formats:
+        plan = Plan.uniform(case.spec, name, context=case.context)
+        saved = 1 - plan.weight_bytes(case.spec) / (2 * case.spec.num_parameters)
+        if saved >= CLAIMS[claim].saved:
+            break
+    profile = forecast(plan, case.spec, case.budget)
+    return judged(
+        claim,
+        CLAIMS[claim].name,
+        f"{NOT_HERE}; {-saved:.1%} weights: peak {format_bytes(profile.device_peak_bytes)}",
+        [],
+        how="forecast",
+        note=f"all {name}, on the GPU whole: {'fits' if profile.fits else 'does not fit'}; loss unknown",
+        unchecked=case.lost["fetch"],
+        figures={"peak_bytes": profile.device_peak_bytes, "saved": saved},
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the report.
+
+    Attributes:
+        name: As it is announced and timed.
+        work: Takes the case; returns rows, or nothing.
+        owes: Claim and quantity of the row that says why where the stage fails.
+    """
+
+    name: str
+    work: Callable[[Case], list[Effect] | None]
+    owes: tuple[str, str] | None = None
+
+
+STAGES = (
+    Stage("forecast", forecast_16_bits, owes=("before", "GPU memory, 16 bits")),
+    Stage("plan", plan, owes=("after", "GPU memory, planned")),
+    Stage("fetch", fetch),
+    Stage("run", run, owes=("after", "GPU memory, run")),
+    Stage("chat", ask_first, owes=("first", "first response")),
+    Stage("chat on", ask_later, owes=("later", "later response")),
+    Stage("decode", decode, owes=("decoding", "decoding")),
+    Stage("sensitivity", estimate),
+    Stage("medium", partial(compress, claim="medium"), owes=("medium", CLAIMS["medium"].name)),
+    Stage("deep", partial(compress, claim="deep"), owes=("deep", CLAIMS["deep"].name)),
+)
+
+
+def run_stage(stage: Stage, case: Case) -> list[Effect]:
+    """The rows of a stage; one that fails notes why, and its row says so.
+
+    Raises:
+        Exception: What is no failure of a machine, a model or its weights.
+    """
+    try:
+        return stage.work(case) or []
+    except Exception as error:
+        if not _is_expected(error):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split("; ")[0]
+        case.lost[stage.name] = reason
+        if stage.owes is None:
+            return []
+        ours = "does not fit" if isinstance(error, BudgetError) else "not measured"
+        if "fetch" in case.lost or not isinstance(error, LowvramError):
+            ours = NOT_HERE
+        return [judged(*stage.owes, ours, [], note=reason, unchecked=reason)]
+
+
+def _is_expected(error: Exception) -> bool:
+    from_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return isinstance(error, EXPECTED) or from_compiler or "allocate memory" in str(error)

@@ -21,7 +21,7 @@ WINDOW = 128
 """Tokens that see each other, by default."""
 
 SLICE = 16
-"""Tokens fed at once within a window: their logits (slice x vocab) must find room beside a plan that fills its card."""
+"""Tokens fed at once to a model under a budget: their logits (slice x vocab) must find room beside a full card."""
 
 Z_95 = 1.959964
 """Standard deviations of a normal distribution's middle 95 %."""
@@ -33,7 +33,7 @@ class Fidelity:
 
     Attributes:
         tokens: Positions scored.
-        perplexity: exp of the mean negative log-likelihood of the model.
+        perplexity: Exponential of the mean negative log-likelihood of the model.
         reference_perplexity: The same of the reference.
         kl_mean: Mean KL(reference || model) over positions, in nats.
         kl_median: Median of the same.
@@ -113,7 +113,6 @@ def fidelity(
     window: int = WINDOW,
     stride: int | None = None,
     tokens: int | None = None,
-    slice_tokens: int = SLICE,
     progress: bool = True,
 ) -> Fidelity:
     """Compares a model with its reference, position by position.
@@ -128,7 +127,6 @@ def fidelity(
             no earlier window scored count, each with ``window - stride`` tokens or more before it; by default windows
             follow one another.
         tokens: Score so many tokens of the text at most.
-        slice_tokens: Tokens fed at once; more is faster and takes more memory for logits.
         progress: Show a progress bar.
 
     Raises:
@@ -143,7 +141,7 @@ def fidelity(
         raise LowvramError(f"expected a text of two tokens or more to evaluate on, found {len(ids)}")
     total, divergences = Counter(), []
     for part, scored in tqdm(windows, desc="evaluate", unit="window", disable=not progress, leave=False):
-        ours, theirs = (_log_probabilities(m, part, slice_tokens)[-scored:] for m in (model, reference))
+        ours, theirs = (_log_probabilities(m, part)[-scored:] for m in (model, reference))
         targets = part[-scored:].unsqueeze(1)
         total["tokens"] += scored
         total["nll"] -= ours.gather(1, targets).sum().item()
@@ -193,8 +191,9 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _log_probabilities(model, window: torch.Tensor, slice_tokens: int) -> torch.Tensor:
+def _log_probabilities(model, window: torch.Tensor) -> torch.Tensor:
     """``(tokens - 1, vocab)`` in float32 on the CPU."""
+    slice_tokens = SLICE if model.lowvram.gpu.budget else len(window)
     cache, pieces = PreallocatedCache(model, len(window)), []
     for ids in window[None, :-1].split(slice_tokens, dim=1):
         logits = model(ids, past_key_values=cache, use_cache=True).logits[0]

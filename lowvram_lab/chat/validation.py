@@ -118,8 +118,8 @@ def validate(
     Args:
         session: The chat; its answers are checked for repetition, its turns for memory.
         reference: From ``load_reference``: fidelity is measured against it.
-        forecast: What the plan was forecast to take ...
-        measured: ... and what ``run_workload`` found for the same workload.
+        forecast: What the plan was forecast to take for a workload.
+        measured: What ``run_workload`` found for the same workload.
         speed: From ``run_speed``.
         text: Text for the fidelity; by default the library's own.
         limits: What to demand.

@@ -17,6 +17,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import whole_number
 
 
 class PreallocatedCache(Cache):
@@ -37,8 +38,7 @@ class PreallocatedCache(Cache):
         plan, spec, self.gpu = state.plan, state.spec, state.gpu
         self.max_tokens = plan.context if max_tokens is None else max_tokens
         for name, value in (("max_tokens", self.max_tokens), ("batch_size", batch_size)):
-            if type(value) is not int or value < 1:
-                raise LowvramError(f"expected {name} of 1 or more, found {value!r}")
+            whole_number(name, value, 1, error=LowvramError)
         shape = (batch_size, spec.num_key_value_heads, self.max_tokens, spec.head_dim)
         layers = []
         try:

@@ -45,9 +45,9 @@ def check_room_in_ram(plan, spec, gpu, modules, loaded=None) -> None:
     """Refuses a load that the host's free memory cannot take: a process that the system ends cannot say why.
 
     Args:
-        plan: What is to be loaded ...
-        spec: ... of this model ...
-        gpu: ... onto this GPU; the stand-in lies in RAM too.
+        plan: What is to be loaded.
+        spec: The model's.
+        gpu: The GPU it goes to; the stand-in lies in RAM too.
         modules: Those that really are loaded, of the spec's.
         loaded: The plan that is there already, and whose weights make room.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.model.rules import whole_number
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,10 @@ class Sampling:
     def __post_init__(self):
         if self.temperature != 0 and not 1e-5 <= self.temperature < float("inf"):
             raise LowvramError(f"expected a temperature of 0 (greedy) or 0.00001 and above, found {self.temperature}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise LowvramError(f"expected a seed from 0 to 2**63 - 1, found {self.seed!r}")
+        whole_number("seed", self.seed, 0, 2**63 - 1, LowvramError)
         if not 0 < self.top_p <= 1:
             raise LowvramError(f"expected top_p above 0 and at most 1, found {self.top_p}")
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise LowvramError(f"expected top_k of 1 or more, or 0 for all tokens, found {self.top_k!r}")
+        whole_number("top_k", self.top_k, 0, error=LowvramError)
         if not 0 <= self.min_p <= 1:
             raise LowvramError(f"expected min_p from 0 to 1, found {self.min_p}")
         if not 0.01 <= self.repetition_penalty <= 100:

@@ -94,8 +94,12 @@ class LayerSplitPanel:
         self._lock = threading.RLock()  # JupyterLab runs callbacks beside cells
         self._known: dict[tuple[SplitState, str], SplitResult] = {}
         self._moving = False
-        self._tokenizer, self._checkpoint, self._machine = tokenizer, checkpoint, machine or Machine()
-        self.model, self._base, self.trials = None, None, []
+        self._tokenizer = tokenizer
+        self._checkpoint = checkpoint
+        self._machine = machine or Machine()
+        self.model = None
+        self._base = None
+        self.trials = []
         if isinstance(model, str | os.PathLike):
             self.spec = ModelSpec.from_config(find_source(model).config(), os.fspath(model))
         elif isinstance(model, ModelSpec):
@@ -103,7 +107,10 @@ class LayerSplitPanel:
         elif gpu is not None:
             raise LowvramError("a loaded model stays on its own GPU; leave gpu out, or name the model instead")
         else:
-            self.model, self.spec, self._base, gpu = model, model.lowvram.spec, model.lowvram.plan, model.lowvram.gpu
+            self.model = model
+            self.spec = model.lowvram.spec
+            self._base = model.lowvram.plan
+            gpu = model.lowvram.gpu
         if gpu is None:
             raise LowvramError("expected a GPU budget beside a name or a spec, found none; give one, e.g. gpu='4GiB'")
         self._gpu = gpu if isinstance(gpu, Gpu) else None
@@ -307,7 +314,9 @@ class LayerSplitPanel:
             state, total = self.state, self.spec.num_hidden_layers
             counts = sorted({total * quarter // 4 for quarter in range(5)} | {state.gpu_layers})
             found = [self._evaluate(replace(state, gpu_layers=count)) for count in counts]
-        names, shown, bars = list(map(str, counts)), counts.index(state.gpu_layers), len(counts)
+        names = list(map(str, counts))
+        shown = counts.index(state.gpu_layers)
+        bars = len(counts)
         names[shown] += "\n(shown)"
         figure = Figure(figsize=(3.4 + 1.9 * bars, 4.4), dpi=90, layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(bars + 2.4, bars))

@@ -154,8 +154,8 @@ def plot_comparison(forecast: MemoryProfile, measured: MemoryProfile, ax: Axes |
     The figures above are the allocated peak measured and how far the forecast is from it.
 
     Args:
-        forecast: Of the same workload ...
-        measured: ... as this one.
+        forecast: A profile.
+        measured: Another of the same workload.
         ax: Where to draw; a new figure by default.
     """
     compared = forecast.compare(measured)

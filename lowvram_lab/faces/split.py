@@ -75,7 +75,9 @@ class SplitResult:
 
     def verdict(self) -> str:
         """Fits or not, in a sentence: phase and module of the first failure, what it takes, what the card has."""
-        taken, budget, oom = self.forecast.device_peak_bytes, self.forecast.budget, self.forecast.first_oom
+        taken = self.forecast.device_peak_bytes
+        budget = self.forecast.budget
+        oom = self.forecast.first_oom
         if budget is None:
             return f"takes {format_bytes(taken)} of a GPU without a limit"
         if oom is None:
@@ -105,10 +107,10 @@ class Trial:
         plan: What was loaded.
         gpu: On what, in words; says *simulated* where it is.
         answer: What the model said.
-        predicted_bytes: Highest allocated GPU memory while answering, without the CUDA context: forecast ...
-        measured_bytes: ... and measured.
-        predicted: Speed, forecast ...
-        measured: ... and measured with no meter beside it, over as many tokens.
+        predicted_bytes: Forecast of the highest allocated GPU memory while answering, without the CUDA context.
+        measured_bytes: The same, measured.
+        predicted: Forecast of the speed.
+        measured: Speed measured with no meter beside it, over as many tokens.
     """
 
     plan: Plan
@@ -234,7 +236,9 @@ def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> 
         PlanError: The prompt has no tokens.
         torch.OutOfMemoryError: The GPU is too small for it.
     """
-    plan, spec, gpu = model.lowvram.plan, model.lowvram.spec, model.lowvram.gpu
+    plan = model.lowvram.plan
+    spec = model.lowvram.spec
+    gpu = model.lowvram.gpu
     ids = _prompt_ids(tokenizer, prompt)
     if not ids:
         raise PlanError("expected a prompt of one token or more, found none; write something")

@@ -124,7 +124,9 @@ class ExpandableAllocator(CachingAllocator):
                 block.after.before = tail
             block.after = tail
             self._put(tail)
-        block.offset, block.size, block.mapped = start, stop - start, False
+        block.offset = start
+        block.size = stop - start
+        block.mapped = False
         self._count(block.small, start - stop)
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.mapped:

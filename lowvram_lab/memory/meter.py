@@ -28,7 +28,7 @@ class PhaseMemory:
     """GPU memory of one phase of a run, in bytes.
 
     Attributes:
-        name: ``load``, ``prefill``, ``decode``, …
+        name: As recorded: ``load``, ``prefill``, ``decode`` and so on.
         peak_allocated_bytes: Most bytes live at once, in 512-byte blocks, without the CUDA context.
         end_allocated_bytes: Bytes live when the phase ended.
         peak_reserved_bytes: Most bytes the caching allocator held (simulated unless CUDA counted them).
@@ -115,7 +115,9 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, *, by_device=False, allocator: CachingAllocator | None = None, on_oom=None):
         super().__init__()
-        self.by_device, self.allocator, self.on_oom = by_device, allocator, on_oom
+        self.by_device = by_device
+        self.allocator = allocator
+        self.on_oom = on_oom
         self.run, self.by_block = None, False
         self.allocated = Counter()
         self.peak_allocated = 0
@@ -126,7 +128,10 @@ class Meter(TorchDispatchMode):
         self._live: dict[int, _Live] = {}
         self._taking, self._died = False, []
         self._categories = Counter()
-        self._owner, self._place, self._category, self._forced = "", "cpu", "activations", False
+        self._owner = ""
+        self._place = "cpu"
+        self._category = "activations"
+        self._forced = False
 
     @contextmanager
     def scope(self, owner: str | None = None, place: str | None = None, category: str | None = None, force=False):

@@ -17,7 +17,7 @@ class Event:
         size: Bytes in allocator blocks.
         place: ``"gpu"`` or ``"cpu"``.
         owner: Path of the module that allocated it.
-        category: weights, kv, activations or workspace.
+        category: ``"weights"``, ``"kv"``, ``"activations"`` or ``"workspace"``.
         phase: Phase it happened in.
         reserved_bytes: What the GPU's allocator held just after (simulated unless on CUDA).
     """

@@ -20,21 +20,9 @@ from pathlib import Path
 from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.rules import Assignment, check_modules, check_settings, is_whole_number, whole_number
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.units import format_bytes
-
-DEVICES = ("gpu", "cpu", "disk")
-"""Where weights lie. Those on disk are mapped, and compute on the CPU as those in RAM do."""
-
-MOST_THREADS = 1024  # more than any machine has; OpenMP ends the process on absurd numbers
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What one module is stored as, and where."""
-
-    format: str
-    device: str
 
 
 @dataclass(frozen=True)
@@ -128,9 +116,9 @@ class Plan:
             PlanError: More layers than the model has.
         """
         total = spec.num_hidden_layers
-        _check_layers(count, total, f"GPU layers for {spec.name}")
+        whole_number(f"GPU layers for {spec.name}", count, 0, total)
         if disk is not None:
-            _check_layers(disk, total - count, f"disk layers for {spec.name} beside {count} on the GPU")
+            whole_number(f"disk layers for {spec.name} beside {count} on the GPU", disk, 0, total - count)
         before, places = self.layer_devices(spec), []
         for index in range(total):
             on_disk = before[index] == "disk" if disk is None else index < disk
@@ -179,81 +167,16 @@ class Plan:
                 f"this plan was made for {self.model!r} (fingerprint {self.fingerprint}), found model "
                 f"{spec.name!r} (fingerprint {spec.fingerprint}); make a new plan"
             )
-        missing = [m.name for m in spec.modules if m.name not in self.modules]
-        if missing:
-            raise PlanError(f"the plan says nothing about module {missing[0]} ({len(missing)} missing)")
-        known = {m.name: m for m in spec.modules}
-        for name, assignment in self.modules.items():
-            if name not in known:
-                raise PlanError(f"the plan names module {name!r}, which {spec.name or 'the model'} does not have")
-            self._validate_module(known[name], assignment)
-            if spec.stored and assignment.format != (stored := spec.stored.get(name, self.dtype)):
-                raise PlanError(
-                    f"{name}: {spec.name} is a converted model that holds it in {stored}, found {assignment.format}; "
-                    "take the formats it has (recipe 'stored'), or plan with the original"
-                )
-        self._validate_layers(spec)
-        self._validate_settings(spec)
-
-    def _validate_module(self, module: ModuleSpec, assignment: Assignment) -> None:
-        if assignment.device not in DEVICES:
-            raise PlanError(f"{module.name}: expected device {' or '.join(DEVICES)}, found {assignment.device!r}")
-        chosen = get_format(assignment.format)
-        if reason := chosen.refuse(module.kind, module.weight_shape):
-            raise PlanError(f"{module.name}: {reason}")
-        if chosen.kind == "float" and assignment.format != self.dtype:
-            raise PlanError(
-                f"{module.name}: an unquantised module has the plan's dtype {self.dtype}, found {assignment.format}"
-            )
-        if module.tied_to and assignment != self.modules.get(module.tied_to):
-            raise PlanError(
-                f"{module.name} shares its weight with {module.tied_to}: "
-                f"both need one format and one device, found {assignment} and {self.modules.get(module.tied_to)}"
-            )
-
-    def _validate_layers(self, spec: ModelSpec) -> None:
-        for module in spec.modules:
-            if module.layer is not None:
-                first = next(m for m in spec.modules if m.layer == module.layer)
-                if self.modules[first.name].device != self.modules[module.name].device:
-                    raise PlanError(
-                        f"{module.name}: a decoder layer lives on one device, found "
-                        f"{self.modules[module.name].device} beside {first.name} on {self.modules[first.name].device}"
-                    )
-
-    def _validate_settings(self, spec: ModelSpec) -> None:
-        if self.dtype not in DTYPES:
-            raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {self.dtype!r}")
-        if self.kv_format not in (self.dtype, "int8", "int4"):
-            raise PlanError(
-                f"expected kv_format {self.dtype} (the plan's dtype), int8 or int4, found {self.kv_format!r}"
-            )
-        if self.kv_format == "int4" and spec.head_dim % 32:
-            raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8")
-        if isinstance(self.context, bool) or not isinstance(self.context, int) or self.context < 2:
-            raise PlanError(f"expected a context of 2 tokens or more, found {self.context!r}")
-        if spec.max_position_embeddings and self.context > spec.max_position_embeddings:
-            raise PlanError(
-                f"context {self.context} is beyond the {spec.max_position_embeddings} positions {spec.name} was "
-                f"trained for; ask for {spec.max_position_embeddings} or less"
-            )
-        if spec.sliding_window and self.context > spec.sliding_window:
-            raise PlanError(
-                f"{spec.name} has sliding-window attention of {spec.sliding_window} tokens, which is not forecast yet: "
-                f"ask for a context of {spec.sliding_window} or less, found {self.context}"
-            )
-        if self.stream_from is not None and (type(self.stream_from) is not int or self.stream_from < 2):
-            raise PlanError(f"expected stream_from of 2 tokens or more, or None, found {self.stream_from!r}")
-        if self.prefill_chunk is not None and (type(self.prefill_chunk) is not int or self.prefill_chunk < 1):
-            raise PlanError(f"expected prefill_chunk of 1 token or more, or None, found {self.prefill_chunk!r}")
-        if self.stream_from is not None and (self.prefill_chunk or self.stream_from) < self.stream_from:
-            raise PlanError(
-                f"weights travel for {self.stream_from} tokens or more (stream_from), found a prefill_chunk of "
-                f"{self.prefill_chunk}; give chunks of {self.stream_from} or more"
-            )
-        wrong_type = isinstance(self.threads, bool) or not isinstance(self.threads, int | None)
-        if wrong_type or (self.threads is not None and not 1 <= self.threads <= MOST_THREADS):
-            raise PlanError(f"expected 1 to {MOST_THREADS} threads, found {self.threads!r}")
+        check_modules(spec, self.modules, self.dtype)
+        check_settings(
+            spec,
+            dtype=self.dtype,
+            kv_format=self.kv_format,
+            context=self.context,
+            threads=self.threads,
+            stream_from=self.stream_from,
+            prefill_chunk=self.prefill_chunk,
+        )
 
     def layer_devices(self, spec: ModelSpec) -> list[str]:
         """The device that holds each decoder layer, by index."""
@@ -363,11 +286,6 @@ def compute_place(device: str) -> str:
     return "cpu" if device == "disk" else device
 
 
-def _check_layers(count, most: int, what: str) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= most:
-        raise PlanError(f"expected 0 to {most} {what}, found {count!r}")
-
-
 def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str) -> str:
     if module.kind == "other" or get_format(recipe).kind == "float":
         return dtype
@@ -384,7 +302,7 @@ def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str
 def _place_of(name: str, where) -> str:
     """accelerate's words for a place."""
     text = str(where).split(":")[0]
-    if text in ("gpu", "cuda") or (isinstance(where, int) and not isinstance(where, bool) and where >= 0):
+    if text in ("gpu", "cuda") or is_whole_number(where, 0):
         return "gpu"
     if text in ("cpu", "disk"):
         return text

@@ -18,6 +18,7 @@ from lowvram_lab.model import builtin, hub
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
+from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.packaged import packaged_config, packaged_facts
 
 __all__ = ["Checkpoint", "Source", "builtin_names", "cache_dir", "find_source", "read_config"]
@@ -220,7 +221,7 @@ def _check_sizes(values: dict, config_class, where: str) -> None:
             # GPT-2, for one, has no intermediate_size: it is four times the hidden size
             if name != "intermediate_size" or any(hasattr(config_class, spelling) for spelling in spellings):
                 missing.append(spellings[-1])
-        elif not isinstance(stated, int) or isinstance(stated, bool) or stated < 1:
+        elif not is_whole_number(stated, 1):
             raise CheckpointError(f"{where}: {name}: expected a positive whole number, found {stated!r}")
     if missing:
         raise CheckpointError(f"{where}: lacks {', '.join(missing)}; expected a complete transformers config.json")

@@ -47,7 +47,15 @@ class ModelSpec:
         name: What the model was called when it was asked for.
         config: The transformers config as a dictionary; enough to build the model again.
         modules: Every module with parameters, in forward order.
-        layers_path: Path of the list of decoder layers; ``embedding`` and ``head`` those of the two ends.
+        num_hidden_layers: Decoder layers.
+        hidden_size: Features of a hidden state.
+        num_key_value_heads: Heads of keys and values in a layer.
+        head_dim: Features of a head.
+        vocab_size: Tokens in the vocabulary.
+        max_position_embeddings: Longest text it was trained for, or 0 where its config does not say.
+        layers_path: Path of the list of decoder layers.
+        embedding: Path of the embedding table.
+        head: Path of the head.
         tied: Whether the head shares the embedding's weight.
         sliding_window: Tokens the shortest-sighted layer attends to, or ``None``.
         stored: Module name → format of the modules a converted checkpoint holds quantised; empty for 16-bit ones.
@@ -183,8 +191,6 @@ def build_on_meta(config):
 
 @functools.lru_cache(maxsize=16)
 def _spec_from_json(config_json: str, name: str) -> ModelSpec:
-    import torch
-
     config_dict = json.loads(config_json)
     block = config_dict.pop("quantization_config", None)
     config = _config_from_dict(config_dict)
@@ -196,30 +202,12 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     names = {id(module): path for path, module in model.named_modules()}
     if head is None or embedding is None:
         raise CheckpointError(f"{config.model_type}: expected input and output embeddings, found a model without them")
-    owners: dict[int, str] = {}
-    modules = []
-    for path, module in model.named_modules():
-        parameters = dict(module.named_parameters(recurse=False))
-        if not parameters:
-            continue
-        kind = (
-            "linear"
-            if type(module) is torch.nn.Linear
-            else "embedding"
-            if type(module) is torch.nn.Embedding
-            else "other"
-        )
-        found = re.match(re.escape(layers_path) + r"\.(\d+)\.", path)
-        weight = parameters.get("weight")
-        tied_to = owners.get(id(weight)) if weight is not None else None
-        owners.setdefault(id(weight), path)
-        shapes = {key: tuple(value.shape) for key, value in parameters.items()}
-        modules.append(ModuleSpec(path, kind, shapes, int(found.group(1)) if found else None, tied_to))
+    modules = _modules_of(model, layers_path)
     heads = text.num_attention_heads
     return ModelSpec(
         name=name,
         config=config_dict,
-        modules=tuple(modules),
+        modules=modules,
         num_hidden_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         num_key_value_heads=_kv_heads(text),
@@ -233,6 +221,27 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
         tied=any(m.tied_to for m in modules),
         stored=stored_formats(block, modules, name or config.model_type) if block else {},
     )
+
+
+def _modules_of(model, layers_path: str) -> tuple[ModuleSpec, ...]:
+    """Every module with parameters of its own, in forward order."""
+    import torch
+
+    kinds = {torch.nn.Linear: "linear", torch.nn.Embedding: "embedding"}
+    owners: dict[int, str] = {}
+    modules = []
+    for path, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if not parameters:
+            continue
+        found = re.match(re.escape(layers_path) + r"\.(\d+)\.", path)
+        weight = parameters.get("weight")
+        tied_to = owners.get(id(weight)) if weight is not None else None
+        owners.setdefault(id(weight), path)
+        shapes = {key: tuple(value.shape) for key, value in parameters.items()}
+        layer = int(found.group(1)) if found else None
+        modules.append(ModuleSpec(path, kinds.get(type(module), "other"), shapes, layer, tied_to))
+    return tuple(modules)
 
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

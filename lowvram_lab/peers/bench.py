@@ -12,7 +12,7 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,18 +28,17 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import whole_number
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import sample_text
 from lowvram_lab.peers.engines import Task
 from lowvram_lab.peers.others import ENGINES, OURS, gguf_file
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
-from lowvram_lab.peers.result import FOLLOW_UP_TOKENS, BenchResult, BenchRow, plot_data
+from lowvram_lab.peers.result import FOLLOW_UP_TOKENS, BenchResult, BenchRow
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.units import GiB, format_bytes
-
-__all__ = ["BenchResult", "BenchRow", "bench", "plot_data"]
 
 PROCESS_BYTES = GiB // 2
 """What a process with torch and transformers takes beside its model, for the question whether all fit at once."""
@@ -52,9 +51,50 @@ READ_BYTES = GiB // 4
 """Of the block whose reading tells the bandwidth: more than any cache."""
 
 
-def context_needed(prompt_tokens: int, new_tokens: int) -> int:
-    """Tokens of prompt, answer, second message and the token that answers it."""
-    return prompt_tokens + new_tokens + 1 + FOLLOW_UP_TOKENS + 1
+@dataclass(frozen=True)
+class BenchSettings:
+    """How engines are measured.
+
+    Attributes:
+        prompt_tokens: Length of the prompt.
+        new_tokens: Decoded after the first token of the answer.
+        rounds: How often each engine has its turn.
+        threads: CPU threads of every engine; by default the plan's, else torch's number.
+        processes: Each engine in a process of its own. Without, all are in this one: ``peak_rss_bytes`` is ``None``,
+            and on CUDA a peak has the other engines in it.
+
+    Raises:
+        LowvramError: A number out of range.
+    """
+
+    prompt_tokens: int = 64
+    new_tokens: int = 64
+    rounds: int = 5
+    threads: int | None = None
+    processes: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "new_tokens", "rounds"):
+            whole_number(name, getattr(self, name), 1, error=LowvramError)
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt, answer, second message and the token that answers it."""
+        return self.prompt_tokens + self.new_tokens + 1 + FOLLOW_UP_TOKENS + 1
+
+    def planned(self, plan: Plan, spec: ModelSpec) -> Plan:
+        """A plan with room for this, and with the threads.
+
+        Raises:
+            LowvramError: More threads than there are.
+            PlanError: The plan does not fit the model or the prompt.
+        """
+        threads = self.threads or plan.threads or torch.get_num_threads()
+        if threads > (cores := os.cpu_count() or 1):
+            raise LowvramError(f"expected 1 to {cores} threads on this machine, found {threads}")
+        plan = replace(plan, threads=threads, context=max(plan.context, self.context))
+        plan.validate(spec)
+        return plan
 
 
 def bench(
@@ -63,12 +103,8 @@ def bench(
     *,
     plan: Plan | None = None,
     against: tuple[str, ...] | None = None,
-    prompt_tokens: int = 64,
-    new_tokens: int = 64,
-    rounds: int = 5,
     gguf: str | os.PathLike | None = None,
-    threads: int | None = None,
-    processes: bool = True,
+    settings: BenchSettings | None = None,
     machine: Machine | None = None,
     progress: bool = True,
 ) -> BenchResult:
@@ -81,13 +117,8 @@ def bench(
         plan: Ours; by default ``auto_plan``'s for that card, and 16 bits (or the formats stored) without one.
         against: Of ``transformers``, ``accelerate``, ``bitsandbytes`` and ``llama.cpp``; by default those
             installed. What cannot run here is a row with the reason.
-        prompt_tokens: Length of the prompt.
-        new_tokens: Decoded after the first token of the answer.
-        rounds: How often each engine has its turn.
         gguf: The file for llama.cpp; by default see ``gguf_file``.
-        threads: CPU threads of every engine; by default the plan's, else torch's number.
-        processes: Each engine in a process of its own. Without, all are in this one: ``peak_rss_bytes`` is ``None``,
-            and on CUDA a peak has the other engines in it.
+        settings: Lengths, rounds, threads; by default those of ``BenchSettings``.
         machine: Its read bandwidth; by default this machine's, measured now.
         progress: Show a progress bar.
 
@@ -95,76 +126,94 @@ def bench(
         A row for each engine.
 
     Raises:
-        LowvramError: An unknown peer, a number out of range, or no engine at all could run.
+        LowvramError: An unknown peer, too many threads, or no engine at all could run.
         PlanError: The plan does not fit the model or the prompt.
         SourceError: No such model.
     """
-    chosen = _peers(against, gguf)
-    for what, count in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("rounds", rounds)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise LowvramError(f"expected {what} of 1 or more, found {count!r}")
+    settings = settings or BenchSettings()
+    names = [*OURS, *_peers(against, gguf)]
     source = find_source(model)
-    spec, budget = ModelSpec.from_config(source.config(), source.name), _budget(gpu)
-    needed = context_needed(prompt_tokens, new_tokens)
-    plan = _plan(plan, spec, budget, needed)
-    threads = threads or plan.threads or torch.get_num_threads()
-    if threads > (cores := os.cpu_count() or 1):
-        raise LowvramError(f"expected 1 to {cores} threads on this machine, found {threads}")
-    plan = replace(plan, threads=threads, context=max(plan.context, needed))
-    plan.validate(spec)
-    directory, load_before = source.fetch(progress), os.getloadavg() if hasattr(os, "getloadavg") else (0.0,)
-    prompt, origin = _prompt(source, spec, prompt_tokens + FOLLOW_UP_TOKENS)
-    task = Task(
-        source.name,
-        str(directory),
-        plan.to_json(),
-        (budget.total_bytes, budget.context_bytes) if budget else None,
-        prompt[:prompt_tokens],
-        prompt[prompt_tokens:],
-        new_tokens,
-        threads,
-    )
-    with cpu_threads(threads), tempfile.TemporaryDirectory() as folder:
-        reasons = {name: ENGINES[name].absent(torch.cuda.is_available()) for name in chosen}
-        if not reasons.get("llama.cpp", "not asked for"):
-            try:
-                task = replace(task, gguf=str(gguf_file(source, gguf, Path(folder), progress)))
-            except LowvramError as error:
-                if gguf:
-                    raise
-                reasons["llama.cpp"] = str(error)
+    spec = ModelSpec.from_config(source.config(), source.name)
+    budget = _budget(gpu)
+    plan = settings.planned(_plan(plan, spec, budget, settings.context), spec)
+    directory = source.fetch(progress)
+    load_before = _load_average()
+    prompt, origin = _prompt(source, spec, settings.prompt_tokens + FOLLOW_UP_TOKENS)
+    task = _task(source, directory, plan, budget, prompt, settings)
+    with cpu_threads(plan.threads), tempfile.TemporaryDirectory() as folder:
+        task, reasons = _with_gguf(task, source, gguf, names, Path(folder), progress)
         machine = machine or Machine(anew=True)
-        bandwidth = _read_bandwidth(plan, spec, threads)
+        bandwidth = _read_bandwidth(plan, spec, plan.threads)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the measurement took is the engines' now
-        names = [*OURS, *chosen]
-        run = _Run(task, plan, spec, names, {k: v for k, v in reasons.items() if v}, processes, progress)
-        run.measure(rounds)
+        run = _Run(task, plan, spec, names, reasons, settings.processes, progress)
+        run.measure(settings.rounds)
     rows = _rows(run, names, bandwidth)
     if not any(row.ran for row in rows):
         raise LowvramError("no engine could run this: " + "; ".join(f"{row.engine}: {row.reason}" for row in rows))
-    load_after = os.getloadavg() if hasattr(os, "getloadavg") else (0.0,)
-    simulated = not torch.cuda.is_available()
-    card = format_bytes(budget.total_bytes) if budget else "no limit"
     return BenchResult(
         model=source.public_name,
         plan=plan.summary(spec),
-        gpu=f"{'stand-in GPU (simulated)' if simulated else torch.cuda.get_device_name()}, {card}",
-        simulated=simulated,
+        gpu=_card_in_words(budget),
+        simulated=not torch.cuda.is_available(),
         rows=rows,
         prompt=origin,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        rounds=rounds,
-        threads=threads,
+        prompt_tokens=settings.prompt_tokens,
+        new_tokens=settings.new_tokens,
+        rounds=settings.rounds,
+        threads=plan.threads,
         text_reference=run.reference,
         read_bytes_per_s=bandwidth,
         alternated="loaded together" if run.together else "loaded anew for every round",
-        load_average=(round(load_before[0], 2), round(load_after[0], 2)),
+        load_average=(load_before, _load_average()),
         machine=facts(),
         versions=versions(PACKAGES),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _task(
+    source: Source,
+    directory: Path,
+    plan: Plan,
+    budget: GpuBudget | None,
+    prompt: tuple[int, ...],
+    settings: BenchSettings,
+) -> Task:
+    return Task(
+        model=source.name,
+        directory=str(directory),
+        plan=plan.to_json(),
+        budget=(budget.total_bytes, budget.context_bytes) if budget else None,
+        prompt=prompt[: settings.prompt_tokens],
+        follow_up=prompt[settings.prompt_tokens :],
+        new_tokens=settings.new_tokens,
+        threads=plan.threads,
+    )
+
+
+def _with_gguf(
+    task: Task, source: Source, stated: str | os.PathLike | None, names: list[str], folder: Path, progress: bool
+) -> tuple[Task, dict[str, str]]:
+    """The task with llama.cpp's file, if it is among the engines; and engines that cannot run, with the reason."""
+    reasons = {name: ENGINES[name].absent(torch.cuda.is_available()) for name in names if name not in OURS}
+    if not reasons.get("llama.cpp", "not asked for"):
+        try:
+            task = replace(task, gguf=str(gguf_file(source, stated, folder, progress)))
+        except LowvramError as error:
+            if stated:
+                raise
+            reasons["llama.cpp"] = str(error)
+    return task, {name: reason for name, reason in reasons.items() if reason}
+
+
+def _load_average() -> float:
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
+
+
+def _card_in_words(budget: GpuBudget | None) -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "stand-in GPU (simulated)"
+    return f"{name}, {format_bytes(budget.total_bytes) if budget else 'no limit'}"
 
 
 class _Run:
@@ -183,11 +232,17 @@ class _Run:
     def __init__(
         self, task: Task, plan: Plan, spec: ModelSpec, names: list[str], reasons: dict[str, str], processes, progress
     ):
-        self.task, self.kinds, self.reasons, self.progress = task, ENGINES, reasons, progress
+        self.task = task
+        self.kinds = ENGINES
+        self.reasons = reasons
+        self.progress = progress
         self.names = [name for name in names if name not in reasons]
         self.open = ChildEngine if processes else LocalEngine
         self.processes, self._held = processes, {}
-        self.facts, self.texts, self.agreement, self.reference = {}, {}, {}, ""
+        self.facts = {}
+        self.texts = {}
+        self.agreement = {}
+        self.reference = ""
         self.turns: dict[str, list[dict]] = {name: [] for name in names}
         needed = {name: _needed_bytes(name, task, plan, spec) for name in self.names}
         free = psutil.virtual_memory().available
@@ -255,7 +310,9 @@ def _rows(run: _Run, names: list[str], bandwidth: float | None) -> tuple[BenchRo
         if name in run.reasons:
             rows.append(BenchRow(name, reason=run.reasons[name]))
             continue
-        facts, turns, each = run.facts[name], run.turns[name], speeds[name]
+        facts = run.facts[name]
+        turns = run.turns[name]
+        each = speeds[name]
         ttft = statistics.median(turn["ttft_s"] for turn in turns)
         low, middle, high = (float(value) for value in np.percentile(each, (10, 50, 90)))
         a_token = facts["read_bytes"] + facts["kv_bytes"]

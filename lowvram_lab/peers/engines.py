@@ -90,7 +90,9 @@ class Engine:
         Exception: Whatever a peer raises where it cannot open the model.
     """
 
-    name, package, note = "", None, ""
+    name = ""
+    package = None
+    note = ""
     weight_bytes = read_bytes = kv_bytes = 0
     one_memory = True
 
@@ -163,7 +165,9 @@ class Ours(Engine):
     name = "lowvram"
 
     def __init__(self, task: Task):
-        self.task, plan, self._counting = task, Plan.from_json(task.plan), False
+        self.task = task
+        plan = Plan.from_json(task.plan)
+        self._counting = False
         spec = task.spec()
         self.model = load(plan, task.gpu(), spec=spec, checkpoint=Checkpoint(Path(task.directory)), progress=False)
         self.weight_bytes = self.read_bytes = plan.weight_bytes(spec)

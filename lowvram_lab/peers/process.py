@@ -1,18 +1,17 @@
 """An engine in a process of its own, or in this one; ``bench`` speaks to both alike.
 
 A process of its own gives an engine its own resident memory to measure and its own card to be, lets it crash without
-taking the others along (a peer compiled for another processor does), and keeps the engines' thread pools apart. It is
-told what to do in lines of JSON and waits without computing while another engine has its turn.
+taking the others along (a peer compiled for another processor does), and keeps the engines' thread pools apart. It
+waits without computing while another engine has its turn.
 """
 
 import importlib.util
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.machine import fresh_python, why_ended
@@ -94,23 +93,21 @@ class ChildEngine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            text=True,
             env={**os.environ, **quiet, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
         try:
-            opened = self._ask({"engine": kind.name, "task": asdict(task), "weigh": weigh})
+            self.facts, self.tokens = self._ask(kind.name, task, weigh)
         except BaseException:
             self.close()
             raise
-        self.facts, self.tokens = opened["facts"], opened["tokens"]
 
     def turn(self) -> dict:
         """One round; see ``Engine.turn``."""
-        return self._ask({"turn": True})
+        return self._ask("turn")
 
     def likeliest(self, answer: list[int]) -> list[int]:
         """See ``Engine.likeliest``."""
-        return self._ask({"likeliest": answer})["tokens"]
+        return self._ask("likeliest", answer)
 
     def close(self) -> None:
         """Ends the process."""
@@ -124,17 +121,15 @@ class ChildEngine:
         self._process.stdout.close()
         self._errors.close()
 
-    def _ask(self, request: dict) -> dict:
-        line = ""
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
+    def _ask(self, *request):
+        try:
+            pickle.dump(request, self._process.stdin)
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        if not line.endswith("\n"):
-            raise EngineError(self._why_ended())
-        reply = json.loads(line)
-        if "error" in reply:
-            raise EngineError(reply["error"])
+            reply = pickle.load(self._process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError):
+            raise EngineError(self._why_ended()) from None
+        if isinstance(reply, EngineError):
+            raise reply
         return reply
 
     def _why_ended(self) -> str:
@@ -144,32 +139,27 @@ class ChildEngine:
 
 
 def serve() -> None:
-    """The other end of ``ChildEngine``: a request a line on stdin, a reply a line on stdout, until stdin ends."""
-    replies = os.fdopen(os.dup(1), "w")
+    """The other end of ``ChildEngine``: opens the engine it is told, then calls its methods until stdin ends."""
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is not a reply
     from lowvram_lab.peers.others import ENGINES
 
     engine = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            if engine is None:
-                kind = ENGINES[request["engine"]]
-                engine = LocalEngine(kind, _task(request["task"]), request["weigh"])
-                reply = {"facts": engine.facts, "tokens": engine.tokens}
-            elif "turn" in request:
-                reply = engine.turn()
-            else:
-                reply = {"tokens": engine.likeliest(request["likeliest"])}
-        except EngineError as error:
-            reply = {"error": str(error)}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-
-def _task(values: dict) -> Task:
-    """A task that was JSON: lists are tuples again."""
-    return Task(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    with suppress(EOFError, BrokenPipeError):
+        while True:
+            request = pickle.load(requests)
+            try:
+                if engine is None:
+                    name, task, weigh = request
+                    engine = LocalEngine(ENGINES[name], task, weigh)
+                    reply = engine.facts, engine.tokens
+                else:
+                    method, *arguments = request
+                    reply = getattr(engine, method)(*arguments)
+            except EngineError as error:
+                reply = error
+            pickle.dump(reply, replies)
+            replies.flush()
 
 
 def _import_first(kind: type[Engine]) -> None:

@@ -19,7 +19,8 @@ class BenchRow:
         reason: Why it did not run, or nothing.
         prefill_tokens_per_s: Prompt tokens over ``ttft_s``.
         decode_tokens_per_s: After the first token: median over rounds.
-        decode_p10: What nine rounds of ten exceed; ``decode_p90`` what one of ten does.
+        decode_p10: What nine rounds of ten exceed.
+        decode_p90: What one round of ten exceeds.
         ratio: Of decoding speeds to the first row that ran, median over rounds of the ratio within each.
         ttft_s: Seconds from prompt to first token, median.
         follow_up_s: The same for a second message of ``FOLLOW_UP_TOKENS``, the conversation before it kept in the KV
@@ -33,8 +34,8 @@ class BenchRow:
         bandwidth_share: ``bytes_per_token`` times tokens a second, of the read bandwidth measured with the same number
             of threads; above 1 where caches hold part of the model. ``None`` for weights in several memories.
         equal_tokens: Share of its greedy answer that is, position by position, ``BenchResult.text_reference``'s. After
-            the first difference two texts go their own ways, so
-        agreement: is the share of positions where it finds the reference's token most likely, given those before.
+            the first difference two texts go their own ways.
+        agreement: Share of positions where it finds the reference's token most likely, given those before.
         note: What a reader has to know of it.
         rounds: Tokens a second, round by round.
     """

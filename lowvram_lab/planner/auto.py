@@ -122,7 +122,9 @@ def auto_plan(
 
 
 def _at_context(context: int, recipes, room: Room, prefer: str, gpu_layers, threads, machine: Machine) -> PlanChoice:
-    spec, why, plans = room.spec, [], {}
+    spec = room.spec
+    why = []
+    plans = {}
     for recipe in recipes:
         plan = replace(Plan.uniform(spec, recipe, context=context), threads=threads)
         if gpu_layers is not None:

@@ -36,7 +36,9 @@ class Room:
             return plan
         if self.disk_bytes is None:
             return None
-        spec, layers, bases = self.spec, plan.layer_devices(self.spec), [plan]
+        spec = self.spec
+        layers = plan.layer_devices(self.spec)
+        bases = [plan]
         if not spec.tied and plan.modules[spec.embedding].device == "cpu":
             # a lookup reads next to nothing; but the table may be more than the disk has room for
             bases.insert(0, plan.with_modules(spec.embedding, device="disk"))

@@ -108,8 +108,12 @@ def explain_oom(*, suggestions: bool = True) -> Iterator[OomExplanation]:
     except torch.OutOfMemoryError as error:
         found.message = str(error)
         if (noted := getattr(error, "lowvram", None)) is not None:
-            found.event, found.gpu, found.loaded = noted.event, noted.gpu, noted.loaded
+            found.event = noted.event
+            found.gpu = noted.gpu
+            found.loaded = noted.loaded
     if found.happened and suggestions and found.loaded is not None and found.gpu.budget:
-        gpu, plan, spec = found.gpu, found.loaded.plan, found.loaded.spec
+        gpu = found.gpu
+        plan = found.loaded.plan
+        spec = found.loaded.spec
         found.within_forecast = forecast(plan, spec, gpu).fits
         found.suggestions = [] if found.within_forecast else suggest(plan, spec, gpu)

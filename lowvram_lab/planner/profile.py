@@ -9,6 +9,7 @@ from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.meter import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
+from lowvram_lab.model.rules import whole_number
 from lowvram_lab.units import format_bytes
 
 STAND_IN = "this CPU, standing in for a GPU (simulated)"
@@ -37,9 +38,7 @@ class Workload:
     def __post_init__(self):
         lowest = {"prompt_tokens": 1, "new_tokens": 0, "follow_up_tokens": 0, "batch_size": 1}
         for name, least in lowest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PlanError(f"expected {name} of {least} or more, found {value!r}")
+            whole_number(name, getattr(self, name), least)
         if self.batch_size > MOST_ROWS:
             raise PlanError(f"expected at most {MOST_ROWS:,} sequences (batch_size), found {self.batch_size:,}")
         if self.follow_up_tokens >= self.tokens:
@@ -75,12 +74,13 @@ class MemoryProfile:
         engine: The decoder that ran, in words.
         budget: The card, or ``None`` for no limit.
         weights_bytes: Exact bytes of the weights on the GPU, without the allocator's rounding.
-        cpu_weights_bytes: The same on the CPU; ``disk_weights_bytes`` mapped from disk.
+        cpu_weights_bytes: The same on the CPU.
         kv_bytes: KV cache on the GPU at the end of the run, in the allocator's blocks.
-        phases: load, prefill, decode.
+        phases: In order: load, prefill, decode, perhaps a second turn.
         workload: What was run.
         first_oom: The first allocation that did not fit, or ``None``.
         transferred_bytes: Bytes that crossed between GPU and CPU after loading.
+        disk_weights_bytes: Exact bytes of the weights that are mapped from disk.
         suggestions: What would make it fit, in words.
         timeline: Every allocation in order, if it was asked for.
     """

@@ -75,8 +75,10 @@ class LinkRates:
     """Copies between CPU and GPU, bytes a second, and what a small one takes.
 
     Attributes:
-        to_gpu: From ordinary memory; ``to_gpu_pinned`` from page-locked memory.
-        to_cpu: Into ordinary memory; ``to_cpu_pinned`` into page-locked memory.
+        to_gpu: From ordinary memory.
+        to_gpu_pinned: From page-locked memory.
+        to_cpu: Into ordinary memory.
+        to_cpu_pinned: Into page-locked memory.
         crossing_s: A few KiB, waited for.
     """
 

@@ -146,7 +146,9 @@ def largest_fitting(
     Returns:
         The number with its plan and forecast, or ``None`` where not even ``low`` fits.
     """
-    best, factor, probes = None, 1.0, 0
+    best = None
+    factor = 1.0
+    probes = 0
 
     def may_fit(number: int) -> bool:
         return least_bytes(at(number)[0], spec, at(number)[1]) * factor <= budget.usable_bytes

@@ -48,7 +48,9 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         ``(rows, 32 * words / bits)`` int8.
     """
-    rows, mask, offset = words.shape[0], (1 << bits) - 1, 1 << (bits - 1)
+    rows = words.shape[0]
+    mask = (1 << bits) - 1
+    offset = 1 << (bits - 1)
     blocks = words.view(rows, words.shape[1] // bits, bits)
     codes = words.new_empty(rows, blocks.shape[1], PACK_CODES, dtype=torch.int8)
     for lane in range(PACK_CODES):

@@ -47,7 +47,8 @@ class Conversion:
     Attributes:
         output: The directory.
         plan: Formats by module, everything on the GPU.
-        weight_bytes: What the weights take in memory, by the format table; ``file_bytes`` what the files take.
+        weight_bytes: What the weights take in memory, by the format table.
+        file_bytes: What the files take.
         source_weight_bytes: The 16-bit model's weights.
         estimated_kl: What the recipe foretold, or ``None`` for a given plan.
         measured: ``tokens``, ``perplexity``, ``reference_perplexity``, ``kl_mean``, ``top1_agreement`` on a held-out

@@ -193,7 +193,10 @@ def _describe(tensor: torch.Tensor, formats: dict[str, Format]) -> dict:
 
 def _moments(tensor: torch.Tensor) -> tuple[int, float, float, float]:
     """Count, mean, standard deviation and excess kurtosis; first the mean, for powers about a guess cancel."""
-    count, total, second, fourth = 0, 0.0, 0.0, 0.0
+    count = 0
+    total = 0.0
+    second = 0.0
+    fourth = 0.0
     for values in _finite_chunks(tensor):
         count, total = count + values.numel(), total + values.sum().item()
     if not count:

@@ -24,11 +24,11 @@ from lowvram_lab.files import locked, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.codes import IntegerWeight
-from lowvram_lab.weights.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.weights.solvers import is_finite
 from lowvram_lab.weights.stored import check_stored, read_stored
 
@@ -50,11 +50,13 @@ class ExportResult:
     Attributes:
         output: The file.
         type: As asked for.
-        architecture: llama.cpp's name of it; ``pre_tokenizer`` too, ``""`` for a SentencePiece vocabulary.
+        architecture: Its name in llama.cpp.
+        pre_tokenizer: Its name in llama.cpp, ``""`` for a SentencePiece vocabulary.
         tensors: How many.
         types: GGML type → number of tensors.
         kept_codes: Tensors whose integers were carried over, code for code.
-        tensor_bytes: Data of all tensors; ``file_bytes`` with metadata and vocabulary.
+        tensor_bytes: Data of all tensors.
+        file_bytes: The same with metadata and vocabulary.
         seconds: Of the export.
         peak_rss_bytes: Highest resident memory of this process so far, mapped pages of the source included.
     """
@@ -145,7 +147,8 @@ def export_gguf(
     """
     from tqdm.auto import tqdm
 
-    began, output = time.monotonic(), Path(output).expanduser()
+    began = time.monotonic()
+    output = Path(output).expanduser()
     if type not in TYPES:
         raise LowvramError(f"expected type {', '.join(TYPES)}, found {type!r}")
     _refuse_output(output)
@@ -161,33 +164,12 @@ def export_gguf(
     vocabulary = vocabulary_of(source, spec, directory)
     factors = _rope_factors(config)
     tensor_bytes = sum(tensor.nbytes for tensor in tensors) + (0 if factors is None else factors.nbytes)
-    temporary = output.with_name(f".{output.name}.partial")  # one name: what a killed run left is written over
-    with locked(output) as lock:
-        try:
-            _refuse_output(output)
-            require_space(output.parent, tensor_bytes + 128 * spec.vocab_size, "the export")
-            with contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer:
-                for key, value in {**_facts(spec, config, architecture, type), **vocabulary}.items():
-                    _add(writer, key, value)
-                if factors is not None:
-                    writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-                for t in tensors:
-                    kind = GgmlType[t.type.upper()]
-                    writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=kind)
-                writer.write_header_to_file()
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-                if factors is not None:
-                    writer.write_tensor_data(factors)
-                for tensor in tqdm(tensors, desc="writing GGUF", disable=not progress):
-                    writer.write_tensor_data(_data(tensor, checkpoint))
-            os.replace(temporary, output)
-        except OSError as error:
-            raise LowvramError(f"cannot write {output}: {error.strerror or error}; choose another folder") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # Windows does not remove a file that is held
-                lock.unlink()
+    with _published(output) as temporary:
+        require_space(output.parent, tensor_bytes + 128 * spec.vocab_size, "the export")
+        with contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer:
+            _write_head(writer, {**_facts(spec, config, architecture, type), **vocabulary}, tensors, factors)
+            for tensor in tqdm(tensors, desc="writing GGUF", disable=not progress):
+                writer.write_tensor_data(_data(tensor, checkpoint))
     return ExportResult(
         output=str(output),
         type=type,
@@ -201,6 +183,39 @@ def export_gguf(
         seconds=time.monotonic() - began,
         peak_rss_bytes=peak_rss_bytes(),
     )
+
+
+@contextlib.contextmanager
+def _published(output: Path):
+    """A path to write to, which becomes the output when all is well; locked against a second process."""
+    temporary = output.with_name(f".{output.name}.partial")  # one name: what a killed run left is written over
+    with locked(output) as lock:
+        try:
+            _refuse_output(output)
+            yield temporary
+            os.replace(temporary, output)
+        except OSError as error:
+            raise LowvramError(f"cannot write {output}: {error.strerror or error}; choose another folder") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # Windows does not remove a file that is held
+                lock.unlink()
+
+
+def _write_head(writer: gguf.GGUFWriter, facts: dict, tensors: list, factors: np.ndarray | None) -> None:
+    """Everything before the tensors' data; rotary factors, where there are any, are the first of that."""
+    for key, value in facts.items():
+        _add(writer, key, value)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+    for tensor in tensors:
+        kind = GgmlType[tensor.type.upper()]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors)
 
 
 def _refuse_output(output: Path) -> None:

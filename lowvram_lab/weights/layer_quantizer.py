@@ -65,8 +65,14 @@ class LayerQuantizer:
         self, stream: LayerByLayer, plan: Plan, partial: PartialDirectory, ids, held_out, solver, progress, lookup=0.0
     ):
         self.lookup = lookup
-        self.stream, self.spec, self.plan, self.partial = stream, stream.spec, plan, partial
-        self.ids, self.held_out, self.solver, self.progress = ids, held_out, solver, progress
+        self.stream = stream
+        self.spec = stream.spec
+        self.plan = plan
+        self.partial = partial
+        self.ids = ids
+        self.held_out = held_out
+        self.solver = solver
+        self.progress = progress
         count = len(stream) + 2
         self.shards = [f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
         self.modules: dict[str, dict] = {}

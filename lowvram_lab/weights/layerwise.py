@@ -34,7 +34,9 @@ class LayerByLayer:
     def __init__(self, spec: ModelSpec, checkpoint, dtype: torch.dtype = torch.float32):
         if spec.stored:
             raise LowvramError(f"{spec.name} holds quantised weights alone; expected the 16-bit original")
-        self.spec, self.checkpoint, self.dtype = spec, checkpoint, dtype
+        self.spec = spec
+        self.checkpoint = checkpoint
+        self.dtype = dtype
         config = spec.pretrained_config()
         norms = [m.name for m in spec.modules if m.layer is None and m.kind == "other"]
         if odd := _oddity(spec, config, norms):

@@ -95,7 +95,9 @@ def measure_sensitivity(
             raise PlanError(
                 f"expected pairs of the estimate, found {name} in {fmt}; estimate it with formats=({fmt!r},)"
             )
-    stream, fit, held_out = LayerByLayer(spec, checkpoint), ids[::2], ids[1::2]
+    stream = LayerByLayer(spec, checkpoint)
+    fit = ids[::2]
+    held_out = ids[1::2]
     heads: dict[tuple[str, str], object] = {}
     fitted, states = stream.embed(fit), {None: stream.embed(held_out)}
     with tqdm(total=len(stream) + 1, desc="measuring", unit="layer", disable=not progress, leave=False) as bar:

@@ -22,12 +22,6 @@ def model_card(facts: dict, spec: ModelSpec, file_bytes: int) -> str:
     increase = measured["perplexity"] / measured["reference_perplexity"] - 1
     rows = [f"| {fmt} | {count} |" for fmt, count in sorted(counts.items())]
     foretold = f", foretold {facts['estimated_kl']:.4f}" if facts["estimated_kl"] is not None else ""
-    packed_table = plan[spec.embedding]["format"] not in ("bf16", "fp16", "fp32", "int8")
-    opens = (
-        "lowvram_lab alone: its embedding has fewer than 8 bits, which stock transformers cannot open yet"
-        if packed_table
-        else "stock transformers with compressed-tensors (`AutoModelForCausalLM.from_pretrained`), and lowvram_lab"
-    )
     weights = (
         f"{format_bytes(facts['weight_bytes'])} instead of {format_bytes(facts['source_weight_bytes'])}, -{saved:.1%}"
     )
@@ -52,7 +46,7 @@ Made by lowvram_lab {__version__} from `{facts["source"]}`; the licence of that 
 | perplexity | {perplexity} |
 | KL to the original | {measured["kl_mean"]:.4f} nats a token{foretold} |
 | same most likely token | {measured["top1_agreement"]:.1%} |
-| opens in | {opens} |
+| opens in | {_opens_in(plan[spec.embedding]["format"])} |
 
 Loss was measured while converting, in float32, over {measured["tokens"]} tokens of a small English and Chinese text
 that is not in the calibration text: enough to see that nothing broke, too little to quote. Measure it on your own text:
@@ -64,3 +58,9 @@ that is not in the calibration text: enough to see that nothing broke, too littl
 
 `recipe.json` has every module's format, solver and output error, and the plan to make it again.
 """
+
+
+def _opens_in(table_format: str) -> str:
+    if table_format in ("bf16", "fp16", "fp32", "int8"):
+        return "stock transformers with compressed-tensors (`AutoModelForCausalLM.from_pretrained`), and lowvram_lab"
+    return "lowvram_lab alone: its embedding has fewer than 8 bits, which stock transformers cannot open yet"

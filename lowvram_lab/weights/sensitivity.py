@@ -160,7 +160,9 @@ def _head(stream: LayerByLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
     """
     name, generator = stream.spec.head, _generator(0)
     weight = stream.weight(name)
-    moments, importance, tokens = 0, torch.zeros(weight.shape[0]), hidden.shape[:-1].numel()
+    moments = 0
+    importance = torch.zeros(weight.shape[0])
+    tokens = hidden.shape[:-1].numel()
     gradient = torch.empty_like(hidden)
     offset = stream.read(f"{name}.bias") if "bias" in stream.spec.module(name).parameters else None
     pieces = [states.flatten(0, 1).split(HEAD_TOKENS) for states in (hidden, gradient)]

@@ -125,7 +125,9 @@ def search_clip(
     """
     groups = _grouped(weight, fmt)
     by_channel = _grouped(importance.unsqueeze(0), fmt) if importance is not None else None
-    widest, best, least = _fitting_scale(groups, fmt).float(), None, None
+    widest = _fitting_scale(groups, fmt).float()
+    best = None
+    least = None
     top = (1 << (fmt.bits - 1)) - 1
     for sign in (1.0, -(top + 1) / top):  # turned round, the largest value has one code less
         for step in range(0, CLIP_STEPS[fmt.bits], stride):
@@ -151,7 +153,9 @@ def half_quadratic(weight: torch.Tensor, fmt: Format, *, iterations: int = 20) -
 
     Source: Badri and Shaji 2023, https://mobiusml.github.io/hqq_blog/, equations 4 to 8.
     """
-    groups, power, penalty = _grouped(weight, fmt), 0.7, 10.0
+    groups = _grouped(weight, fmt)
+    power = 0.7
+    penalty = 10.0
     low, high = groups.aminmax(dim=-1, keepdim=True)
     scale = ((high - low) / ((1 << fmt.bits) - 1)).clamp_(min=TINY).to(SCALE_DTYPE).float()
     zero = low + (1 << (fmt.bits - 1)) * scale

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from lowvram_lab import machine
-from lowvram_lab.chat.effects import CLAIMS, NOT_HERE, Effect, EffectReport, _Run, effects
-from lowvram_lab.engine.lean import LeanDecoder
+from lowvram_lab.chat.effect_report import CLAIMS, Effect, EffectReport, judged
+from lowvram_lab.chat.effects import NOT_HERE, STAGES, Stage, effects, open_case, run_stage
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.faces.cli import report as cli_report
 from lowvram_lab.faces.cli.report import add_report, run_report, write_report
@@ -40,7 +40,6 @@ QUANTITIES = [
     "first response",
     "later response",
     "decoding",
-    "decoding, LeanDecoder",
     "medium compression",
     "deep compression",
 ]
@@ -48,13 +47,12 @@ QUANTITIES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def small():
-    """Short answers, a short text, and nothing compiled."""
+    """Short answers and a short text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ANSWER_TOKENS", 6)
-        patch.setattr(module, "LeanDecoder", functools.partial(LeanDecoder, compiled=False))
         patch.setattr("lowvram_lab.chat.fidelity.sample_text", lambda: TEXT)
         patch.setattr(module, "auto_plan", planned_once())
-        patch.setattr(module, "gc", SimpleNamespace(collect=lambda: None))  # a quarter of a second, nine times a report
+        patch.setattr(module, "gc", SimpleNamespace(collect=lambda: None))  # a quarter of a second, ten times a report
         patch.setattr("lowvram_lab.machine.facts", functools.cache(machine.facts))
         yield
 
@@ -88,6 +86,11 @@ def report(folder, said):
     return effects(str(folder), "64MiB", context=256, progress=False, say=said.append)
 
 
+def rows_of(case, *names):
+    """What some of the stages return, in their order."""
+    return [row for stage in STAGES if stage.name in names for row in run_stage(stage, case)]
+
+
 def rows(report):
     return {effect.quantity: effect for effect in report.effects}
 
@@ -116,7 +119,7 @@ def test_memory_is_the_forecast_and_the_run_equals_its_own(report, folder):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speed is a GPU's there")
-@pytest.mark.parametrize("quantity", QUANTITIES[3:7])
+@pytest.mark.parametrize("quantity", QUANTITIES[3:6])
 def test_no_speed_of_a_stand_in_is_passed_off_as_a_card(report, quantity):
     effect = rows(report)[quantity]
     assert effect.ours.startswith(NOT_HERE)
@@ -127,8 +130,9 @@ def test_no_speed_of_a_stand_in_is_passed_off_as_a_card(report, quantity):
 
 def test_speed_rows_show_what_was_measured(report):
     found = rows(report)
-    for quantity in ("decoding", "decoding, LeanDecoder"):
-        assert f"{found[quantity].figures['decode_tokens_per_s']:.1f} tokens/s" in found[quantity].ours
+    decoding = found["decoding"]
+    assert f"{decoding.figures['decode_tokens_per_s']:.1f} tokens/s" in decoding.ours
+    assert decoding.note.endswith(f"by {decoding.figures['engine']}")
     first, later = found["first response"], found["later response"]
     assert f"{first.figures['ttft_s']:.2f} s to the first token" in first.ours
     assert first.figures["cached_tokens"] == 0 < later.figures["cached_tokens"]
@@ -154,13 +158,6 @@ def test_deeper_compression_loses_more(report):
 # --- verdicts
 
 
-def judged(claim, values, unchecked=""):
-    run = object.__new__(_Run)
-    run.rows = []
-    run._add(claim, "a quantity", "so much", values, "measured", "", unchecked)
-    return run.rows[0]
-
-
 @pytest.mark.parametrize(
     ("claim", "values", "held"),
     [
@@ -180,13 +177,13 @@ def judged(claim, values, unchecked=""):
     ],
 )
 def test_a_claim_holds_if_every_reading_keeps_its_limit(claim, values, held):
-    effect = judged(claim, values)
+    effect = judged(claim, "a quantity", "so much", values)
     assert effect.held is held
     assert bool(effect.unchecked) == (held is None)
 
 
 def test_what_cannot_be_compared_is_not_judged():
-    effect = judged("decoding", [100.0], "no card")
+    effect = judged("decoding", "a quantity", "so much", [100.0], unchecked="no card")
     assert (effect.held, effect.unchecked) == (None, "no card")
 
 
@@ -316,11 +313,11 @@ def no_sensitivity(*args, **kwargs):
 
 FAILURES = {
     "forecast": (PermissionError("no such right"), QUANTITIES[:1], NOT_HERE),
-    "load": (torch.OutOfMemoryError("CUDA out of memory. Tried"), QUANTITIES[2:5] + QUANTITIES[6:7], None),
+    "load": (torch.OutOfMemoryError("CUDA out of memory. Tried"), QUANTITIES[2:5], None),
     "run_workload": (MemoryError(), QUANTITIES[2:3], NOT_HERE),
     "ChatSession": (LowvramError("no chat template; name another"), QUANTITIES[3:5], "not measured"),
-    "run_speed": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), QUANTITIES[5:7], NOT_HERE),
-    "LeanDecoder": (BudgetError("the cache is full"), QUANTITIES[6:7], "does not fit"),
+    "run_speed": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), QUANTITIES[5:6], NOT_HERE),
+    "decoder_for": (BudgetError("the cache is full"), QUANTITIES[5:6], "does not fit"),
 }
 
 
@@ -330,24 +327,24 @@ def test_a_stage_that_fails_says_why_and_the_others_appear(monkeypatch, folder, 
     found = failing(monkeypatch, folder, name, error)
     reason = (str(error) or "MemoryError").split(";")[0]
     assert list(found) == QUANTITIES
-    for quantity in QUANTITIES[:7]:
+    for quantity in QUANTITIES[:6]:
         effect = found[quantity]
         assert (effect.unchecked == effect.note == reason) == (quantity in missing), quantity
         assert bool(effect.figures) == (quantity not in missing)
         if quantity in missing and ours:
             assert effect.ours == ours
-    for quantity in QUANTITIES[7:]:
+    for quantity in QUANTITIES[6:]:
         assert found[quantity].note == "left out: slow"
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), RuntimeError("a mistake of ours")])
 def test_what_is_no_failure_of_a_machine_passes(folder, error):
-    def fail():
+    def fail(case):
         raise error
 
-    run = _Run(str(folder), "64MiB", 256, {}, False)
+    case = open_case(str(folder), "64MiB", 256, None)
     with pytest.raises(type(error), match=str(error)):
-        run.stage("run", [("after", "GPU memory, run")], fail)
+        run_stage(Stage("run", fail, owes=("after", "GPU memory, run")), case)
 
 
 def test_a_config_alone_gives_forecasts(folder, tmp_path):
@@ -358,11 +355,11 @@ def test_a_config_alone_gives_forecasts(folder, tmp_path):
     assert report.weights_from == ""
     for quantity in QUANTITIES[:2]:
         assert found[quantity].figures["peak_bytes"] > 0
-    for quantity in (*QUANTITIES[2:5], QUANTITIES[6]):
+    for quantity in QUANTITIES[2:5]:
         assert found[quantity].ours == NOT_HERE
         assert "safetensors" in found[quantity].note
     assert found["decoding"].how.startswith("forecast")
-    for quantity in QUANTITIES[7:]:
+    for quantity in QUANTITIES[6:]:
         assert found[quantity].ours.startswith(f"{NOT_HERE}; -")
         assert (found[quantity].how, found[quantity].held) == ("forecast", None)
         assert found[quantity].figures["peak_bytes"] > 0
@@ -371,16 +368,14 @@ def test_a_config_alone_gives_forecasts(folder, tmp_path):
 
 
 def test_the_articles_own_model_is_judged_by_forecast():
-    run = _Run("qwen1.5-4b", GpuBudget.parse("4GiB"), None, {}, False)
-    for name, labels, work in run.stages()[:2]:
-        run.stage(name, labels, work)
-    before, after = run.rows
+    case = open_case("qwen1.5-4b", GpuBudget.parse("4GiB"), None, None)
+    before, after = rows_of(case, "forecast", "plan")
     assert before.held is (before.figures["peak_bytes"] >= CLAIMS["before"].limit)
     assert after.held is (after.figures["peak_bytes"] <= CLAIMS["after"].limit)
     assert "out of memory in load, at model.layers." in before.note
     assert after.figures["fits"]
-    assert _Run("qwen1.5-4b", "6GiB", None, {}, False).other
-    assert not run.other
+    assert open_case("qwen1.5-4b", "6GiB", None, None).other
+    assert not case.other
 
 
 @pytest.mark.parametrize(("card", "size", "words"), [(80 * GiB, "4GiB", "larger card"), (4 * GiB, "4GiB", "")])
@@ -388,12 +383,12 @@ def test_only_a_card_of_that_size_has_its_speed(monkeypatch, card, size, words):
     gpu = SimpleNamespace(simulated=False, name="Some Card", device=0)
     monkeypatch.setattr(module, "open_gpu", lambda budget: gpu)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (card, card))
-    run = _Run("qwen1.5-4b", size, None, {}, False)
-    assert bool(run.slow) == bool(words)
-    assert words in run.slow
-    ours, *_, unchecked, _ = run._speed("9 tokens/s", [9.0], "measured", "", {})
-    assert ours == (f"{NOT_HERE}; 9 tokens/s" if words else "9 tokens/s")
-    assert unchecked == run.slow
+    case = open_case("qwen1.5-4b", size, None, None)
+    assert bool(case.slow) == bool(words)
+    assert words in case.slow
+    effect = case.timed("decoding", "decoding", "9 tokens/s", [9.0])
+    assert effect.ours == (f"{NOT_HERE}; 9 tokens/s" if words else "9 tokens/s")
+    assert effect.unchecked == case.slow
 
 
 # --- converted directories, arguments, the command
@@ -410,11 +405,8 @@ def converted(folder):
 
 def test_converted_directories_are_measured_instead(monkeypatch, folder, converted):
     monkeypatch.setattr(module, "estimate_sensitivity", None)  # nobody asks
-    run = _Run(str(folder), "64MiB", 256, {"medium": converted, "deep": converted}, False)
-    for name, labels, work in run.stages():
-        if name in ("fetch", "sensitivity", "medium", "deep"):
-            run.stage(name, labels, work)
-    medium, deep = run.rows
+    case = open_case(str(folder), "64MiB", 256, {"medium": converted, "deep": converted})
+    medium, deep = rows_of(case, "fetch", "sensitivity", "medium", "deep")
     assert medium.how == deep.how == "measured, as converted"
     assert medium.note.startswith("directory converted")
     assert medium.figures == deep.figures
@@ -428,11 +420,9 @@ def test_converted_directories_are_measured_instead(monkeypatch, folder, convert
 def test_a_large_tied_table_is_compressed_below_8_bits(tmp_path):
     """In 8 bits it alone would be 27 % of this model, and the rest cannot be in the 3 % that are left."""
     source = write_model(tmp_path / "tied", "llama", vocab_size=3200)
-    run = _Run(str(source), "64MiB", 256, {}, False)
-    for name, labels, work in run.stages():
-        if name in ("fetch", "sensitivity", "deep"):
-            run.stage(name, labels, work)
-    assert run.rows[0].figures["saved"] > 0.695
+    case = open_case(str(source), "64MiB", 256, None)
+    (deep,) = rows_of(case, "fetch", "sensitivity", "deep")
+    assert deep.figures["saved"] > 0.695
 
 
 def test_bad_arguments_are_said_at_once(folder, converted, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowvram_lab.chat import fidelity as module
 from lowvram_lab.chat.fidelity import SLICE, WINDOW, Fidelity, _windows, fidelity, load_reference, repetition
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.packaged import sample_text
@@ -181,14 +182,16 @@ def test_strided_figures_are_those_of_stock_transformers(stride):
 
 
 @torch.no_grad()
-def test_one_whole_window_is_one_log_softmax():
+def test_one_whole_window_is_one_log_softmax(monkeypatch):
     ids = torch.tensor(tiny_tokenizer()(TEXT[:100], add_special_tokens=False)["input_ids"])
     p = tiny_stock("llama")(ids[None]).logits[0, :-1].log_softmax(-1)
     expected = math.exp(-p.gather(1, ids[1:, None]).double().mean())
-    model = reference("llama")
-    for size in (1, 7, 1000):  # however few tokens are fed at once
-        options = {"window": len(ids), "slice_tokens": size, "progress": False}
-        found = fidelity(model, model, tiny_tokenizer(), TEXT[:100], **options)
+    under_a_budget = load_tiny("llama", tiny_plan("llama", "fp32"))
+    assert under_a_budget.lowvram.gpu.budget
+    for size in (1, 7, 1000, None):  # however few tokens are fed at once
+        monkeypatch.setattr(module, "SLICE", size)
+        model = under_a_budget if size else reference("llama")
+        found = fidelity(model, model, tiny_tokenizer(), TEXT[:100], window=len(ids), progress=False)
         assert found.tokens == len(ids) - 1
         assert found.perplexity == pytest.approx(expected, rel=1e-5)
         assert found.kl_mean == 0

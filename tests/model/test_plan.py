@@ -146,7 +146,7 @@ def test_with_gpu_layers_keeps_the_last_ones(count):
 
 @pytest.mark.parametrize("count", [-1, 4, True, 1.0, "2", None])
 def test_with_gpu_layers_out_of_range(count):
-    with pytest.raises(PlanError, match=f"0 to 3 GPU layers for tiny-qwen2, found {re.escape(repr(count))}"):
+    with pytest.raises(PlanError, match=f"GPU layers for tiny-qwen2 from 0 to 3, found {re.escape(repr(count))}"):
         tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), count)
 
 

@@ -1,15 +1,18 @@
 """bench: made-up peers whose figures are known, the real engines on tiny models, the command."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -19,7 +22,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source
 from lowvram_lab.peers import others as bench_peers
 from lowvram_lab.peers import process as bench_process
-from lowvram_lab.peers.bench import bench, context_needed
+from lowvram_lab.peers.bench import BenchSettings, bench
 from lowvram_lab.peers.engines import Engine, Task
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
 from lowvram_lab.peers.result import plot_data
@@ -82,8 +85,12 @@ def fakes(monkeypatch):
 
 
 def measured(model, against=(), **options):
-    given = {"prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": 3, "threads": 1, "machine": Made()}
-    return bench(model, against=against, processes=False, progress=False, **{**given, **options})
+    """A bench of three short rounds in this process; options of ``bench`` and of ``BenchSettings``."""
+    given = {"prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": 3, "threads": 1, "processes": False}
+    given |= {name: options.pop(name) for name in list(options) if name in given}
+    return bench(
+        model, against=against, settings=BenchSettings(**given), progress=False, **{"machine": Made(), **options}
+    )
 
 
 def task_for(folder, **changes) -> Task:
@@ -370,18 +377,58 @@ def test_an_engine_in_a_process_of_its_own(folder):
     assert child._process.returncode == -signal.SIGKILL
 
 
+REPLIES = """
+import pickle, sys
+from lowvram_lab.peers.process import EngineError
+pickle.load(sys.stdin.buffer)
+pickle.dump(EngineError("no config.json"), sys.stdout.buffer)
+"""
+
+
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        ('input(); print(\'{"error": "no config.json"}\')', "^no config.json$"),
+        (REPLIES, "^no config.json$"),
         ("raise SystemExit('no such library')", "^its process ended with status 1: no such library$"),
         ("import os; os.kill(os.getpid(), 4)", "ended by SIGILL: it is built for another processor, probably$"),
+        ("print('half a reply', end='')", "^its process ended with status 0$"),
     ],
 )
 def test_a_process_that_cannot_open_its_engine(folder, monkeypatch, program, said):
     monkeypatch.setattr(bench_process, "fresh_python", lambda entry: [sys.executable, "-c", program])
     with pytest.raises(EngineError, match=said):
         ChildEngine(bench_peers.Modules, task_for(folder))
+
+
+def test_an_engine_that_does_not_open_gives_its_reason(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(EngineError, match="safetensors"):
+        ChildEngine(bench_peers.Modules, task_for(folder))
+
+
+SCRIPT = """
+import os, sys
+from lowvram_lab.peers import others
+from lowvram_lab.peers.engines import Task
+from lowvram_lab.peers.process import ChildEngine
+print("begun")
+engine = ChildEngine(others.Modules, Task(**{task!r}))
+print(engine._process.pid, len(engine.tokens), flush=True)
+{last}
+"""
+
+
+@pytest.mark.parametrize("last", ["engine.close()", "sys.exit('gone')", "os.kill(os.getpid(), 9)"])
+def test_a_script_without_a_guard_is_not_run_again_and_leaves_no_orphan(folder, tmp_path, last):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(task=asdict(task_for(folder)), last=last))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    begun, said = done.stdout.splitlines()
+    process, tokens = map(int, said.split())
+    assert (begun, tokens) == ("begun", LENGTH)
+    assert done.stderr in ("", "gone\n")
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ends by itself when nobody can ask it any more
+        psutil.Process(process).wait(60)
 
 
 def command(*words):
@@ -404,7 +451,7 @@ def test_the_command(folder, fakes, monkeypatch, capsys):
     assert [row["engine"] for row in data["rows"]] == ["lowvram", "lowvram (modules)", "fake"]
     assert data["rows"][2]["rounds"] == [2.0, 2.0, 4.0]
     assert "int8" in data["plan"]
-    assert f"context {context_needed(PROMPT, NEW)}" in data["plan"]
+    assert f"context {BenchSettings(PROMPT, NEW).context}" in data["plan"]
     assert command(*words[:4], "none", *words[5:], "--gpu", "64MiB") == 0
     out, err = capsys.readouterr()
     assert "fake" not in out
@@ -423,7 +470,8 @@ def _unweighed(real):
 
 @pytest.mark.gpu
 def test_on_cuda(folder):
-    found = bench(folder, "2GiB", against=("transformers", "accelerate"), rounds=1, new_tokens=NEW, progress=False)
+    settings = BenchSettings(rounds=1, new_tokens=NEW)
+    found = bench(folder, "2GiB", against=("transformers", "accelerate"), settings=settings, progress=False)
     assert not found.simulated
     for row in found.rows[1:]:
         assert row.reason == ""

@@ -27,15 +27,16 @@ def run_bench(args) -> int:
 
     from lowvram_lab.memory.budget import GpuBudget
     from lowvram_lab.memory.dry_run import DryRunGpu
-    from lowvram_lab.peers.bench import bench, context_needed
+    from lowvram_lab.peers.bench import BenchSettings, bench
 
     if args.context == LONGEST:
         raise LowvramError("--context longest is for plan and chat: bench needs room for its own prompt and answer")
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
     require_cache()
     source, spec = spec_of(args.model)
+    settings = BenchSettings(args.prompt_tokens, args.new_tokens, args.rounds, args.threads)
     if not args.plan:
-        args.context = args.context or context_needed(args.prompt_tokens, args.new_tokens)
+        args.context = args.context or settings.context
     # the card itself is for the engines: what fits is asked of a dry run
     plan, *_ = chosen_plan(args, spec, DryRunGpu(budget, "cuda" if torch.cuda.is_available() else "cpu"))
     found = bench(
@@ -43,11 +44,8 @@ def run_bench(args) -> int:
         budget,
         plan=plan,
         against=_names(args.against),
-        prompt_tokens=args.prompt_tokens,
-        new_tokens=args.new_tokens,
-        rounds=args.rounds,
         gguf=args.gguf,
-        threads=args.threads,
+        settings=settings,
         progress=sys.stderr.isatty(),
     )
     if args.json:

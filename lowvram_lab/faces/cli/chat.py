@@ -3,8 +3,25 @@
 import sys
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import print_json, prose, require_cache, spec_of
-from lowvram_lab.faces.cli.plan import chosen_plan
+from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of
+from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
+
+
+def add_chat(parser) -> None:
+    """Arguments of ``chat``."""
+    add_plan_options(parser, budget_required=False)
+    parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K most likely tokens only (0: all)")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's probability (0)"
+    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="not to repeat (1: none)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer here (repeatable)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
 
 
 def run_chat(args) -> int:
@@ -15,7 +32,6 @@ def run_chat(args) -> int:
     from lowvram_lab.engine.sampling import Sampling
     from lowvram_lab.memory.cuda import open_gpu
 
-    say = prose(args)
     if args.prompt is not None and not args.prompt.strip():
         raise LowvramError("expected a prompt, found an empty one; write something, or leave --prompt out to converse")
     if args.json and args.prompt is None:
@@ -38,8 +54,12 @@ def run_chat(args) -> int:
         progress=sys.stderr.isatty(),
     )
     print(f"decoded by {session.engine}", file=sys.stderr)
-    if args.prompt is None:
-        return _converse(session)
+    return _converse(session) if args.prompt is None else _answer(session, args)
+
+
+def _answer(session, args) -> int:
+    """One answer, streamed or as JSON."""
+    say = prose(args)
     answer = ""
     try:
         for piece in session.send(args.prompt):
@@ -51,6 +71,7 @@ def run_chat(args) -> int:
         raise
     turn = session.turns[-1]
     if args.json:
+        gpu = session.model.lowvram.gpu
         budget_bytes = gpu.budget.total_bytes if gpu.budget else None
         figures = {**turn.to_dict(), "budget_bytes": budget_bytes, "gpu": gpu.name, "engine": session.engine}
         print_json({"text": answer, **figures})

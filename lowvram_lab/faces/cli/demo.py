@@ -8,15 +8,15 @@ import torch
 
 from lowvram_lab.chat.fidelity import load_reference
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.chat.validation import validate
+from lowvram_lab.chat.validation import ValidationReport, validate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.faces.cli.common import EXIT_FAILED_VALIDATION, print_json, prose, require_cache
+from lowvram_lab.faces.cli.common import EXIT_FAILED_VALIDATION, positive, print_json, prose, require_cache
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import describe_holders
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.source import find_source
+from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
@@ -51,17 +51,14 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     say(f"   {forecast(naive, spec, gpu).summary()}\n")
 
     say("2. Try it anyway")
-    marker = read_marker(source.fetch(progress))
+    weights_from = _fetched_from(source, say, progress)
     checkpoint = source.checkpoint()
-    say(f"   weights from {(marker or {}).get('source', source.name)}")
     oom = _provoke_oom(naive, spec, gpu_size, checkpoint, progress)
     say(f"   {oom['type']}: {oom['message']}\n" if oom else "   it fits: no need to compress\n")
 
     say("3. Plan")
     choice = auto_plan(spec, gpu, context)
-    for line in choice.why:
-        say(f"   {line}")
-    say(f"   {choice.plan.summary(spec)}\n")
+    say("".join(f"   {line}\n" for line in (*choice.why, choice.plan.summary(spec))))
 
     say(f"4. Load inside the cap, on the {gpu.name}, and chat")
     model = load(choice.plan, gpu, checkpoint=checkpoint, spec=spec, progress=progress)
@@ -72,16 +69,10 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     session = ChatSession(model, source.tokenizer(), max_new_tokens=80, progress=progress)
     say(f"   decoded by {session.engine}")
     answers = [_converse(session, question, say) for question in QUESTIONS]
-
     say("\n5. Validate against the 16-bit model")
-    reference = load_reference(choice.plan, spec, checkpoint=checkpoint, progress=progress)
-    report = validate(
-        session, reference=reference, forecast=predicted, measured=measured, speed=speed, progress=progress
-    )
-    say(report.table().to_string(index=False))
-    say(f"   {report.summary()}\n")
+    foretold = {"forecast": predicted, "measured": measured, "speed": speed}
+    report = _validated(session, foretold, checkpoint, say, progress)
 
-    running_case = _running_case(say)
     return {
         "oom": oom,
         "plan": choice.plan.to_dict(),
@@ -93,9 +84,27 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
         "engine": session.engine,
         "turns": [turn.to_dict() for turn in session.turns],
         "speed": speed.to_dict(),
-        "weights_from": (marker or {}).get("source", source.name),
-        "running_case": running_case,
+        "weights_from": weights_from,
+        "running_case": _running_case(say),
     }
+
+
+def _validated(session: ChatSession, foretold: dict, checkpoint, say, progress: bool) -> ValidationReport:
+    """Holds the chat against the 16-bit model and its forecasts."""
+    state = session.model.lowvram
+    reference = load_reference(state.plan, state.spec, checkpoint=checkpoint, progress=progress)
+    report = validate(session, reference=reference, **foretold, progress=progress)
+    say(report.table().to_string(index=False))
+    say(f"   {report.summary()}\n")
+    return report
+
+
+def _fetched_from(source: Source, say, progress: bool) -> str:
+    """Fetches a model; where its weights come from, in words."""
+    marker = read_marker(source.fetch(progress)) or {}
+    weights_from = marker.get("source", source.name)
+    say(f"   weights from {weights_from}")
+    return weights_from
 
 
 def _provoke_oom(plan: Plan, spec: ModelSpec, gpu_size: str, checkpoint, progress: bool) -> dict | None:
@@ -151,6 +160,13 @@ def _running_case(say) -> dict:
     say(f"   plan: {choice.plan.summary(spec)}")
     say(f"   {choice.forecast.summary()}")
     return {"fp16": naive.to_dict(), "planned": choice.forecast.to_dict(), "why": list(choice.why)}
+
+
+def add_demo(parser) -> None:
+    """Arguments of ``demo``."""
+    parser.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default smollm2-135m")
+    parser.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")
+    parser.add_argument("--context", type=positive, default=1024, metavar="N", help="tokens to plan for (1024)")
 
 
 def run_demo_command(args) -> int:

@@ -3,8 +3,17 @@
 import sys
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import print_json, prose, spec_of
-from lowvram_lab.faces.cli.plan import stated_plan
+from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
+from lowvram_lab.faces.cli.plan import add_plan_options, stated_plan
+
+
+def add_forecast(parser) -> None:
+    """Arguments of ``forecast``."""
+    add_plan_options(parser, budget_required=False, chooses=False)
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
+    parser.add_argument("--max-context", action="store_true", help="also find the longest context that fits --gpu")
+    parser.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")
+    parser.add_argument("--compare", action="store_true", help="then load the weights, run it, and show the difference")
 
 
 def run_forecast(args) -> int:

@@ -9,14 +9,15 @@ import sys
 from lowvram_lab import __version__
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.bench import add_bench, run_bench
-from lowvram_lab.faces.cli.chat import run_chat
-from lowvram_lab.faces.cli.common import EXIT_INTERRUPTED, EXIT_USAGE, positive
-from lowvram_lab.faces.cli.convert import add_convert, add_evaluate, run_convert, run_evaluate
-from lowvram_lab.faces.cli.demo import run_demo_command
+from lowvram_lab.faces.cli.chat import add_chat, run_chat
+from lowvram_lab.faces.cli.common import EXIT_INTERRUPTED, EXIT_USAGE
+from lowvram_lab.faces.cli.convert import add_convert, run_convert
+from lowvram_lab.faces.cli.demo import add_demo, run_demo_command
 from lowvram_lab.faces.cli.doctor import run_doctor, run_models
+from lowvram_lab.faces.cli.evaluate import add_evaluate, run_evaluate
 from lowvram_lab.faces.cli.export import add_export, run_export
-from lowvram_lab.faces.cli.forecast import run_forecast
-from lowvram_lab.faces.cli.plan import add_plan_options, run_plan, run_tune
+from lowvram_lab.faces.cli.forecast import add_forecast, run_forecast
+from lowvram_lab.faces.cli.plan import add_plan, add_plan_options, run_plan, run_tune
 from lowvram_lab.faces.cli.report import add_report, run_report
 
 
@@ -83,30 +84,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", run_doctor, "say what this machine can do")
     command("models", run_models, "list the models known by name")
-    forecast = command("forecast", run_forecast, "say what a model will take of a GPU, without one and without weights")
-    add_plan_options(forecast, budget_required=False, chooses=False)
-    forecast.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
-    forecast.add_argument("--max-context", action="store_true", help="also find the longest context that fits --gpu")
-    forecast.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")
-    forecast.add_argument(
-        "--compare", action="store_true", help="then load the weights, run it, and show the difference"
+    add_forecast(
+        command("forecast", run_forecast, "say what a model will take of a GPU, without one and without weights")
     )
-    plan = command("plan", run_plan, "choose the most precise plan that fits a GPU")
-    add_plan_options(plan, budget_required=True)
-    plan.add_argument("--explain", action="store_true", help="also say where bytes and seconds go")
-    plan.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
-    chat = command("chat", run_chat, "chat with a model inside a GPU budget")
-    add_plan_options(chat, budget_required=False)
-    chat.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
-    chat.add_argument("--system", metavar="TEXT", help="system message")
-    chat.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
-    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    chat.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
-    chat.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K most likely tokens only (0: all)")
-    chat.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's probability (0)")
-    chat.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="against repeating (1: none)")
-    chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer here; may be repeated")
-    chat.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
+    add_plan(command("plan", run_plan, "choose the most precise plan that fits a GPU"))
+    add_chat(command("chat", run_chat, "chat with a model inside a GPU budget"))
     tune = command("tune", run_tune, "measure a few splits and thread counts")
     add_plan_options(tune, budget_required=False)
     add_convert(command("convert", run_convert, "quantise a model once, into a directory"))
@@ -114,12 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     add_export(command("export", run_export, "write a model as a file that another engine opens"))
     add_bench(command("bench", run_bench, "measure a model beside other engines"))
     add_report(command("report", run_report, "an article's effect table, measured again"))
-    demo = command(
-        "demo", run_demo_command, "the whole story on a small model: out of memory, plan, load, chat, validation"
-    )
-    demo.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default smollm2-135m")
-    demo.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")
-    demo.add_argument("--context", type=positive, default=1024, metavar="N", help="tokens to plan for (1024)")
+    story = "the whole story on a small model: out of memory, plan, load, chat, validation"
+    add_demo(command("demo", run_demo_command, story))
     return parser
 
 

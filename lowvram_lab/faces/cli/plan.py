@@ -124,6 +124,13 @@ def _check_ram(ram: str | None, plan, spec) -> None:
         )
 
 
+def add_plan(parser) -> None:
+    """Arguments of ``plan``."""
+    add_plan_options(parser, budget_required=True)
+    parser.add_argument("--explain", action="store_true", help="also say where bytes and seconds go")
+    parser.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
+
+
 def run_plan(args) -> int:
     """``lowvram plan``."""
     from pathlib import Path

@@ -114,7 +114,10 @@ def _sentencepiece(facts: dict, tokens: list[str], types: list[int], merges: lis
         if token not in place:
             raise refuse(f"expected a token for every byte, found no {token}")
         types[place[token]] = _BYTE
-    rank, spread, last, listed = {}, set(), "", set(merges)
+    rank = {}
+    spread = set()
+    last = ""
+    listed = set(merges)
     for number, pair in enumerate(merges):
         token = "".join(pair)
         if token in rank and token != last:

@@ -1,0 +1,87 @@
+"""``lowvram evaluate``: what a compressed model lost, beside its original."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
+
+
+def add_evaluate(parser) -> None:
+    """Arguments of ``evaluate``."""
+    parser.add_argument("model", metavar="MODEL", help="a converted directory, or any model with --format or --plan")
+    parser.add_argument("--reference", metavar="MODEL", help="the original (the model itself in 16 bits)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--format", metavar="NAME", help="quantise while loading: int8, int4, nf4 …")
+    how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
+    parser.add_argument("--text", metavar="FILE", help="what to read (the library's own small text)")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="score the first N tokens only")
+    parser.add_argument("--window", type=positive, default=512, metavar="N", help="tokens that see each other (512)")
+    parser.add_argument("--stride", type=positive, metavar="N", help="tokens from window to window (the window)")
+    parser.add_argument("--dtype", default="bf16", metavar="NAME", help="activations: bf16 or fp32 (bf16)")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+
+
+def run_evaluate(args) -> int:
+    """Loads the model and its reference, and compares their predictions."""
+    from lowvram_lab.chat.fidelity import fidelity, load_reference
+    from lowvram_lab.engine.load import load
+    from lowvram_lab.memory.gpu import StandInGpu
+    from lowvram_lab.packaged import read_text, sample_text
+
+    shown = sys.stderr.isatty()
+    text = read_text(args.text) if args.text else sample_text()
+    source, spec = spec_of(args.model)
+    if spec.stored and not args.reference:
+        raise LowvramError(f"{args.model} holds quantised weights alone: name its original with --reference")
+    _, original = spec_of(args.reference) if args.reference else (source, spec)
+    if original.vocab_size != spec.vocab_size:
+        raise LowvramError(
+            f"expected a reference with the same vocabulary of {spec.vocab_size}, found {original.name} with "
+            f"{original.vocab_size}"
+        )
+    window = min(args.window, spec.max_position_embeddings or args.window)
+    plan = _evaluated_plan(args, spec, window)
+    model = load(plan, StandInGpu(None), spec=spec, progress=shown)
+    reference = load_reference(plan, original, progress=shown)
+    found = fidelity(
+        model,
+        reference,
+        source.tokenizer(),
+        text,
+        window=window,
+        stride=args.stride,
+        tokens=args.tokens,
+        progress=shown,
+    )
+    prose(args)(found.summary())
+    if args.json:
+        print_json(found.to_dict())
+    return 0
+
+
+def _evaluated_plan(args, spec, window: int):
+    """The stated plan, or the model as it is, on the CPU in the dtype asked for."""
+    from lowvram_lab.model.formats import get_format
+    from lowvram_lab.model.plan import Plan
+
+    plan = stated_format(args, spec) or Plan.uniform(spec, "stored" if spec.stored else "bf16", context=window)
+    modules = {
+        name: replace(a, format=args.dtype if get_format(a.format).kind == "float" else a.format, device="cpu")
+        for name, a in plan.modules.items()
+    }
+    plan = replace(plan, modules=modules, dtype=args.dtype, kv_format=args.dtype, threads=args.threads)
+    plan.validate(spec)
+    return plan
+
+
+def stated_format(args, spec):
+    """The plan that --plan or --format states, or ``None``."""
+    from lowvram_lab.model.plan import Plan
+
+    if args.plan:
+        return Plan.from_json(Path(args.plan))
+    if args.format:
+        return Plan.uniform(spec, args.format, context=min(2048, spec.max_position_embeddings or 2048))
+    return None

@@ -1,0 +1,159 @@
+"""What a plan may say of a model: which device, format and setting goes with which, and what a whole number is.
+
+Every rule names what was expected, what was found and what would do. It knows no file and no budget.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lowvram_lab.errors import LowvramError, PlanError
+from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.spec import ModelSpec, ModuleSpec
+
+DEVICES = ("gpu", "cpu", "disk")
+"""Where weights lie. Those on disk are mapped, and compute on the CPU as those in RAM do."""
+
+MOST_THREADS = 1024
+"""More than any machine has; OpenMP ends the process on absurd numbers."""
+
+INT4_KEYS = 32
+"""Features of a head in one group of an int4 KV cache."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one module is stored as, and where."""
+
+    format: str
+    device: str
+
+
+def is_whole_number(value: object, least: int, most: int | None = None) -> bool:
+    """Whether a value is an ``int`` within bounds; a ``bool`` is none."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return value >= least and (most is None or value <= most)
+
+
+def whole_number(
+    name: str, value: object, least: int, most: int | None = None, error: type[LowvramError] = PlanError
+) -> None:
+    """Refuses what is no whole number within bounds, by name.
+
+    Args:
+        name: What the number is of, such as ``"context"``.
+        value: What was given.
+        least: The smallest that is right.
+        most: The largest that is, or ``None``.
+        error: The kind of refusal.
+
+    Raises:
+        LowvramError: Of that kind.
+    """
+    if not is_whole_number(value, least, most):
+        wanted = f"of {least} or more" if most is None else f"from {least} to {most}"
+        raise error(f"expected {name} {wanted}, found {value!r}")
+
+
+def check_modules(spec: ModelSpec, modules: Mapping[str, Assignment], dtype: str) -> None:
+    """Checks that every module of a model has a format that holds it and a device.
+
+    Args:
+        spec: The model.
+        modules: Module name → assignment.
+        dtype: The plan's, which unquantised modules have.
+
+    Raises:
+        PlanError: Names the first module that does not fit, and what would.
+    """
+    missing = [m.name for m in spec.modules if m.name not in modules]
+    if missing:
+        raise PlanError(f"the plan says nothing about module {missing[0]} ({len(missing)} missing)")
+    known = {m.name: m for m in spec.modules}
+    for name, assignment in modules.items():
+        if name not in known:
+            raise PlanError(f"the plan names module {name!r}, which {spec.name or 'the model'} does not have")
+        _check_module(known[name], assignment, modules, dtype)
+        if spec.stored and assignment.format != (stored := spec.stored.get(name, dtype)):
+            raise PlanError(
+                f"{name}: {spec.name} is a converted model that holds it in {stored}, found {assignment.format}; "
+                "take the formats it has (recipe 'stored'), or plan with the original"
+            )
+    _check_layers(spec, modules)
+
+
+def _check_module(module: ModuleSpec, assignment: Assignment, modules: Mapping[str, Assignment], dtype: str) -> None:
+    if assignment.device not in DEVICES:
+        raise PlanError(f"{module.name}: expected device {' or '.join(DEVICES)}, found {assignment.device!r}")
+    chosen = get_format(assignment.format)
+    if reason := chosen.refuse(module.kind, module.weight_shape):
+        raise PlanError(f"{module.name}: {reason}")
+    if chosen.kind == "float" and assignment.format != dtype:
+        raise PlanError(f"{module.name}: an unquantised module has the plan's dtype {dtype}, found {assignment.format}")
+    if module.tied_to and assignment != modules.get(module.tied_to):
+        raise PlanError(
+            f"{module.name} shares its weight with {module.tied_to}: "
+            f"both need one format and one device, found {assignment} and {modules.get(module.tied_to)}"
+        )
+
+
+def _check_layers(spec: ModelSpec, modules: Mapping[str, Assignment]) -> None:
+    first_of: dict[int, str] = {}
+    for module in spec.modules:
+        if module.layer is None:
+            continue
+        first = first_of.setdefault(module.layer, module.name)
+        if modules[first].device != modules[module.name].device:
+            raise PlanError(
+                f"{module.name}: a decoder layer lives on one device, found {modules[module.name].device} beside "
+                f"{first} on {modules[first].device}"
+            )
+
+
+def check_settings(
+    spec: ModelSpec,
+    *,
+    dtype: str,
+    kv_format: str,
+    context: int,
+    threads: int | None,
+    stream_from: int | None,
+    prefill_chunk: int | None,
+) -> None:
+    """Checks what a plan says beside its modules. Arguments as ``Plan``.
+
+    Raises:
+        PlanError: Names the first setting that does not fit, and what would.
+    """
+    if dtype not in DTYPES:
+        raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {dtype!r}")
+    if kv_format not in (dtype, "int8", "int4"):
+        raise PlanError(f"expected kv_format {dtype} (the plan's dtype), int8 or int4, found {kv_format!r}")
+    if kv_format == "int4" and spec.head_dim % INT4_KEYS:
+        raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8")
+    _check_context(spec, context)
+    if threads is not None:
+        whole_number("threads", threads, 1, MOST_THREADS)
+    if prefill_chunk is not None:
+        whole_number("prefill_chunk", prefill_chunk, 1)
+    if stream_from is not None:
+        whole_number("stream_from", stream_from, 2)
+        if prefill_chunk is not None and prefill_chunk < stream_from:
+            raise PlanError(
+                f"weights travel for {stream_from} tokens or more (stream_from), found a prefill_chunk of "
+                f"{prefill_chunk}; give chunks of {stream_from} or more"
+            )
+
+
+def _check_context(spec: ModelSpec, context: int) -> None:
+    whole_number("context", context, 2)
+    if spec.max_position_embeddings and context > spec.max_position_embeddings:
+        raise PlanError(
+            f"context {context} is beyond the {spec.max_position_embeddings} positions {spec.name} was "
+            f"trained for; ask for {spec.max_position_embeddings} or less"
+        )
+    if spec.sliding_window and context > spec.sliding_window:
+        raise PlanError(
+            f"{spec.name} has sliding-window attention of {spec.sliding_window} tokens, which is not forecast yet: "
+            f"ask for a context of {spec.sliding_window} or less, found {context}"
+        )
