@@ -93,7 +93,7 @@ def test_the_need_that_is_named_is_enough():
     plan = plan_of("qwen2", "bf16")
     with pytest.raises(BudgetError) as error:
         max_context(plan, spec_of("qwen2"), MiB)
-    needs = forecast(replace(plan, context=CONTEXT_STEP), spec_of("qwen2"), 2**40).device_peak_bytes
+    needs = forecast(replace(plan, context=CONTEXT_STEP), spec_of("qwen2"), GpuBudget(2**40)).device_peak_bytes
     assert f"needs {format_bytes(needs)}," in str(error.value)
     assert max_context(plan, spec_of("qwen2"), needs).value >= CONTEXT_STEP
     with pytest.raises(BudgetError):
