@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.decode import decode_one_token, prefill
-from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load, replan
@@ -35,6 +34,7 @@ from tests.helpers.tiny import (
     PLACEMENTS,
     TINY,
     TOLERANCES,
+    decoded,
     letters_state,
     load_tiny,
     random_ids,
@@ -133,7 +133,7 @@ def test_weights_that_travel_are_in_the_forecast_and_change_no_answer(recipe):
         assert relative_error(found, model(ids).logits.cpu()) < TOLERANCES["bf16"]
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 4}, {"num_beams": 3}, {"cache": "static"}])
+@pytest.mark.parametrize("changes", [{"batch_size": 4}, {"batch_size": 2, "follow_up_tokens": 50}])
 def test_forecast_and_counters_of_other_workloads(changes):
     gpu, spec, workload = open_gpu(), mid_spec("llama"), Workload(400, 3, **changes)
     plan = Plan.uniform(spec, "fp16", context=1024)
@@ -201,7 +201,7 @@ def test_an_oom_is_cudas_own_and_names_the_module(phase):
     assert event.module.split(".")[:2] == expected.module.split(".")[:2]
     assert event.requested_bytes is None and "CUDA out of memory" in str(error.value)  # CUDA says it only in words
     assert event.allocated_bytes <= event.reserved_bytes <= budget.total_bytes
-    assert error.value.gpu is gpu
+    assert error.value.lowvram.gpu is gpu
     held = sum(size for _, size in event.holders)
     assert held == pytest.approx(event.allocated_bytes, rel=0.1, abs=40 * MiB)  # cuBLAS' workspace is nobody's
 
@@ -284,15 +284,10 @@ def test_graphs_decode_what_the_modules_do(kind, recipe, kv_format, monkeypatch)
     plan = replace(tiny_plan(kind, recipe, context=128), kv_format=kv_format)
     model, ids = load_tiny(kind, plan), random_ids(60)
     decoder = LeanDecoder(model)
-    found = [decoder.prefill(ids[:, :9])]
-    found += [decoder.decode(ids[:, at : at + 1]).clone() for at in range(9, 60)]
-    cache = PreallocatedCache(model)
-    with torch.no_grad():
-        expected = [prefill(model, ids[:, :9], cache)]
-        expected += [decode_one_token(model, ids[:, at : at + 1], cache) for at in range(9, 60)]
+    found, expected = decoded(decoder, ids, 9), decoded(ModuleDecoder(model), ids, 9)
     assert decoder.name == "the lean decoder, as CUDA graphs"
     assert set(decoder._graphed._graphs) == {16, 32, 64}
-    assert relative_error(torch.stack(found).cpu(), torch.stack(expected).cpu()) < 2 * TOLERANCES["bf16"]
+    assert relative_error(found, expected) < 2 * TOLERANCES["bf16"]
 
 
 def test_decoding_by_graphs_allocates_nothing():

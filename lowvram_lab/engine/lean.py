@@ -20,105 +20,21 @@ from functools import partial
 import torch
 from torch import nn
 
+from lowvram_lab.engine.bind import bind_head, bind_layer
 from lowvram_lab.engine.compiled import compiler, open_libraries, without_compiler
 from lowvram_lab.engine.compiling import LEAST_ROOM, Library
-from lowvram_lab.engine.decode import Decoder, ModuleDecoder, module_decoder_name, prefill
-from lowvram_lab.engine.fuse import fuse
+from lowvram_lab.engine.decode import Decoder, ModuleDecoder, prefill
 from lowvram_lab.engine.graph import GraphedStep
+from lowvram_lab.engine.kinds import COMPILED, GRAPHS, LEAN, NAMES, why_not
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear, quantized_linear
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product, llama_layer
+from lowvram_lab.engine.llama_layer import LayerShape, llama_layer
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.engine.workspace import token_bytes
+from lowvram_lab.engine.workspace import head_bytes, layer_bytes
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.machine import cpu_threads
-from lowvram_lab.model.formats import get_format
-from lowvram_lab.model.plan import Plan, compute_place
-from lowvram_lab.model.spec import ModelSpec
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""``model_type`` of configs whose layers are: norm, attention with rotary positions (q and k perhaps normed), norm,
-gated SiLU. Smaller differences (biases, grouped heads, tied head) are read off the modules."""
-
-MODULES, LEAN, COMPILED, GRAPHS = "modules", "lean", "compiled", "graphs"
-"""Kinds of decoders, as forecasts and rates name them."""
-
-NAMES = {
-    LEAN: "the lean decoder",
-    COMPILED: "the lean decoder, compiled",
-    GRAPHS: "the lean decoder, as CUDA graphs",
-}
+from lowvram_lab.model.plan import compute_place
 
 logger = logging.getLogger(__name__)
-
-_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Of a layer; those in one bracket have a common input."""
-
-
-def why_not(plan: Plan, spec: ModelSpec, kernels: str, max_tokens: int | None = None) -> str:
-    """Why a plan cannot be decoded here, in words, or nothing if it can. Asks no loaded model, so forecasts ask it too.
-
-    Args:
-        plan: The plan.
-        spec: The model's.
-        kernels: Whose kernels GPU modules run, ``"cuda"`` or ``"cpu"`` for the stand-in.
-        max_tokens: Tokens of prompt and answer; by default the plan's context.
-    """
-    config = spec.config
-    kind, window = config.get("model_type"), config.get("sliding_window")
-    if kind not in FAMILIES:
-        return f"{kind} is none of {', '.join(FAMILIES)}"
-    if config.get("hidden_act") != "silu":
-        return f"its activation is {config.get('hidden_act')}, not silu"
-    rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
-    if "dynamic" in rope or rope == "longrope":
-        return f"its rotary positions ({rope}) depend on the length"
-    places = {*plan.layer_places(spec), compute_place(plan.modules[spec.head].device)}
-    if kernels == "cuda" and "gpu" in plan.layer_places(spec) and places != {"gpu"}:
-        return "its layers are on both sides of a CUDA card"
-    slides = kind == "mistral" or "sliding_attention" in (config.get("layer_types") or ())
-    if window and slides and (max_tokens or plan.context) > window:
-        return f"its attention slides over {window} tokens"
-    if plan.kv_format == "int4":
-        return "its KV cache is in int4, which the modules read"
-    if plan.stream_from is not None:
-        return "its plan lets weights travel for long prompts"
-    return _format_without_kernel(plan, spec, kernels)
-
-
-def _format_without_kernel(plan: Plan, spec: ModelSpec, kernels: str) -> str:
-    known = set()
-    for module in spec.modules:
-        if module.layer is None or module.kind != "linear":
-            continue
-        assignment = plan.modules[module.name]
-        its_kernels = kernels if compute_place(assignment.device) == "gpu" else "cpu"
-        case = (assignment.format, module.weight_shape, its_kernels)
-        if case in known:
-            continue
-        known.add(case)
-        fmt, (rows, columns) = get_format(assignment.format), module.weight_shape
-        if fmt.kind != "float" and product_of(quantized_linear(columns, rows, fmt, its_kernels)) is None:
-            return f"{module.name.rpartition('.')[2]} is in {fmt.name}, which has no kernel"
-    return ""
-
-
-def engine_of(plan: Plan, spec: ModelSpec, kernels: str) -> tuple[str, str]:
-    """Which decoder a plan would have on this machine: its kind, and its name as ``Decoder.name`` gives it.
-
-    Args:
-        plan: The plan.
-        spec: The model's.
-        kernels: See ``why_not``.
-    """
-    reason = why_not(plan, spec, kernels)
-    if reason:
-        return MODULES, module_decoder_name(reason)
-    if kernels == "cuda" and "gpu" in plan.layer_places(spec):
-        kind = GRAPHS
-    else:
-        kind = COMPILED if compiler() is not None and plan.context >= LEAST_ROOM else LEAN
-    return kind, NAMES[kind]
 
 
 def decoder_for(
@@ -204,7 +120,7 @@ class LeanDecoder:
         try:
             with self._gpu.active(), torch.no_grad():
                 self._tables = self._rotary()
-                bound = [self._bind(*both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
+                bound = [bind_layer(model, *both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
                 self._graphed = self._graph(bound, batch_size) if _on_card(model) else None
                 self.compiled = self._graphed is None and self._may_compile(compiled)
                 self.workspace_bytes = self._workspace(bound, batch_size)
@@ -323,50 +239,6 @@ class LeanDecoder:
             cos, sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
             return {place: (gpu.move(cos, place), gpu.move(sin, place)) for place in set(self._places)}
 
-    def _bind(self, block: nn.Module, held) -> tuple[LayerShape, list]:
-        """A layer's shape, and its tensors as ``layer`` wants them."""
-        attention, config = block.self_attn, self.model.config
-        products, weights = [], []
-        for group in _PROJECTIONS:
-            projections = [_projection(block, name) for name in group]
-            common = self._fused(projections, f"model.layers.{attention.layer_idx}.self_attn.q_proj")
-            of_each = projections[:1] if common else projections
-            products.append(tuple(product_of(projection) for projection in of_each))
-            for projection in of_each:
-                weights += tensors_of(projection, self.model.dtype, common)
-        normed = hasattr(attention, "q_norm")
-        shape = LayerShape(
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=self._spec.head_dim,
-            scaling=attention.scaling,
-            eps=config.rms_norm_eps,
-            products=tuple(products),
-            normed_heads=normed,
-            int8_cache=held.key_scale is not None,
-            dtype=self.model.dtype,
-        )
-        norms = [block.input_layernorm.weight, block.post_attention_layernorm.weight]
-        if normed:
-            norms += [attention.q_norm.weight, attention.k_norm.weight]
-        cached = [held.keys, held.values]
-        if shape.int8_cache:
-            cached += [held.key_scale, held.value_scale]
-        return shape, [*(norm.detach() for norm in norms), *weights, *cached]
-
-    def _fused(self, projections: list[nn.Module], name: str) -> dict | None:
-        """Lays weights side by side where they are in RAM.
-
-        Within a card's budget they stay as they were loaded: moving them would leave holes that no forecast has seen.
-        So do those mapped from disk.
-        """
-        device, gpu = self._plan.modules[name].device, self._gpu
-        in_ram = device == "cpu" or (device == "gpu" and gpu.kernels == "cpu" and gpu.budget is None)
-        if not in_ram:
-            return None
-        with gpu.meter.scope(owner="fused weights", category="weights"):
-            return fuse(projections)
-
     def _graph(self, bound: list, batch_size: int) -> GraphedStep:
         by_modules = partial(_modules_head, self.model)
         hidden_size = self.model.config.hidden_size
@@ -390,34 +262,14 @@ class LeanDecoder:
         for (shape, tensors), place in zip(bound, self._places, strict=True):
             if place == "gpu":
                 kinds[shape] = tensors
+        found = []
         with self._gpu.unmetered():  # it only looks
-            found = [self._layer_bytes(shape, tensors, hidden) for shape, tensors in kinds.items()]
-        if self._head_place == "gpu":
-            found.append(self._head_bytes(hidden))
+            for shape, tensors in kinds.items():
+                masked = self._graphed is not None
+                found.append(layer_bytes(shape, hidden, tensors, self.cache.max_tokens, masked, self.compiled))
+            if self._head_place == "gpu":
+                found.append(head_bytes(self.model, hidden, bind_head(self.model) if self.compiled else None))
         return max(found, default=0)
-
-    def _layer_bytes(self, shape: LayerShape, tensors: list, hidden: torch.Tensor) -> int:
-        places = self._positions.to("meta")
-        row = torch.empty(shape.head_dim, device="meta")
-        if self._graphed is not None:
-            mask = torch.empty(len(places), device="meta")
-
-            def run(arguments: list, loops: list | None) -> torch.Tensor:
-                hidden, cos, sin, mask, at, *tensors = arguments
-                return llama_layer(shape, hidden, cos, sin, tensors, len(places), at, mask)
-
-            return token_bytes(run, [hidden, row, row, mask, places[:1], *tensors], compiled=False)
-
-        def run(arguments: list, loops: list | None) -> torch.Tensor:
-            hidden, cos, sin, *tensors = arguments
-            return llama_layer(shape, hidden, cos, sin, tensors, len(places), loops=loops)
-
-        return token_bytes(run, [hidden, row, row, *tensors], compiled=self.compiled)
-
-    def _head_bytes(self, hidden: torch.Tensor) -> int:
-        """Of the last norm and the logits in float32, however the head multiplies."""
-        rows = hidden.shape[0]
-        return 4 * rows * (2 * self._spec.hidden_size + self._spec.vocab_size)
 
     def _reserve(self, batch_size: int) -> None:
         gpu, meter = self._gpu, self._gpu.meter
@@ -434,7 +286,7 @@ class LeanDecoder:
         cos, sin = self._tables[self._places[0]]
         first = [hidden, cos[0], sin[0], self._positions[:2]]
         wanted = [Library.called_with(shape, first + tensors) for shape, tensors in bound]
-        head = self._bind_head()
+        head = bind_head(self.model)
         if head is not None:
             wanted.append(Library.called_with(head[0], [hidden, *head[1]]))
         try:
@@ -449,17 +301,6 @@ class LeanDecoder:
         self._layers = [(run, tensors) for run, (_, tensors) in zip(runs, bound, strict=False)]
         self._head = partial(_modules_head, self.model) if head is None else partial(_run_head, runs[-1], head[1])
         return True
-
-    def _bind_head(self) -> tuple[HeadShape, list[torch.Tensor]] | None:
-        """The head's shape, and its tensors as ``head`` wants them; nothing where it is left to its module."""
-        last, norm = self.model.lm_head, self.model.model.norm
-        product = product_of(last)
-        if product is None or product.kernel == "module":
-            return None
-        tensors = [norm.weight.detach(), *tensors_of(last, self.model.dtype)]
-        if any(tensor.device.type != "cpu" for tensor in tensors):  # the layers are in RAM, the head is on a card
-            return None
-        return HeadShape(product, norm.variance_epsilon), tensors
 
 
 def _on_card(model: nn.Module) -> bool:
@@ -486,39 +327,3 @@ def _run_layer(shape: LayerShape, arguments: list) -> list:
     """``llama_layer`` as a compiled library is called."""
     hidden, cos, sin, positions, *tensors = arguments
     return [llama_layer(shape, hidden, cos, sin, tensors, positions.shape[0])]
-
-
-def _projection(block: nn.Module, name: str) -> nn.Module:
-    return getattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name)
-
-
-def product_of(projection: nn.Module) -> Product | None:
-    """How a linear layer is multiplied in ``layer``, or ``None`` where that is not known."""
-    bias = projection.bias is not None
-    if not isinstance(projection, QuantizedLinear):
-        return Product("float", bias=bias)
-    if isinstance(projection, Int4Linear) and projection.layout == projection.kernels:
-        kernel = "int4" if projection.layout == "cpu" else "int4 on CUDA"
-        return Product(kernel, projection.format.group_size, bias)
-    if projection.kernels == "cuda":
-        return Product("module", bias=bias)
-    whole = isinstance(projection, Int8Linear) and projection.in_features % INT8_COLUMNS == 0
-    return Product("int8", bias=bias) if whole else None
-
-
-def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = None) -> list:
-    """The weight as ``layer`` wants it: its own, or the common one it is part of; then the bias."""
-    if product_of(projection).kernel == "module":
-        bias = [] if projection.bias is None else [projection.bias.detach()]
-        return [partial(_multiplied, projection, dtype), *bias]
-    names = {Int4Linear: ("packed", "scale_and_zero", "bias"), Int8Linear: ("weight", "scale", "bias")}
-    found = []
-    for name in names.get(type(projection), ("weight", "bias")):
-        tensor = common[name] if common else getattr(projection, name)
-        if tensor is not None:
-            found.append(tensor.detach())
-    return found
-
-
-def _multiplied(projection: QuantizedLinear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
-    return projection.multiply(x.to(dtype))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from transformers import Cache
 
-from lowvram_lab.engine.travel import TravellingWeights
+from lowvram_lab.engine.travel import TravellingWeights, cache_can_visit
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan, compute_place
@@ -105,10 +105,12 @@ class Placement:
 
 
 def _model_forward(route, original, *args, **kwargs):
-    gpu, cache = route.gpu, kwargs.get("past_key_values")
+    gpu, stated = route.gpu, kwargs.get("use_cache")
+    makes_a_cache = getattr(route.model().config, "use_cache", True) if stated is None else stated
+    can_visit = cache_can_visit(_cache_among(args, kwargs), makes_a_cache)
     ids = args[0] if args else kwargs.get("input_ids")
     ids = kwargs.get("inputs_embeds") if ids is None else ids
-    with gpu.lock, cpu_threads(route.threads), gpu.active(), route.weights.opened_for(ids, cache) as travelling:
+    with gpu.lock, cpu_threads(route.threads), gpu.active(), route.weights.opened_for(ids, can_visit) as travelling:
         route.first = "gpu" if travelling else route.home
         # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
         kwargs = {key: _moved(key, value, route) for key, value in kwargs.items()}

@@ -140,19 +140,19 @@ class TravellingWeights:
         return "gpu" if self._buffers and path in self._tables else usual
 
     @contextmanager
-    def opened_for(self, ids: torch.Tensor | None, cache: Cache | None) -> Iterator[bool]:
+    def opened_for(self, ids: torch.Tensor | None, can_visit: bool) -> Iterator[bool]:
         """Makes the buffers, if a forward pass is worth it, and frees them in the end.
 
         Args:
             ids: Of the pass, ``(batch, tokens)`` or embedded; a single token never is.
-            cache: The KV cache it writes into.
+            can_visit: Whether the KV cache it writes into can go to the GPU and come back; see ``cache_can_visit``.
 
         Yields:
             Whether weights travel in this pass.
         """
         decoding = ids is None or ids.shape[1] < 2  # of a batch too: one token of each computes where the layer is
         tokens = 0 if decoding else ids.shape[0] * ids.shape[1]
-        if not self._order or tokens < self.threshold or not self.gpu.moves or not _can_visit(cache):
+        if not self._order or tokens < self.threshold or not self.gpu.moves or not can_visit:
             yield False
             return
         largest = max(layer.size_bytes for layer in self._order)
@@ -206,10 +206,15 @@ class TravellingWeights:
             yield
 
 
-def _can_visit(cache: Cache | None) -> bool:
-    """Whether every layer of a KV cache may go to the GPU and come back."""
+def cache_can_visit(cache: Cache | None, made_inside: bool) -> bool:
+    """Whether every layer of a KV cache may go to the GPU and come back; transformers' own cannot.
+
+    Args:
+        cache: That a model's forward is given.
+        made_inside: Whether it makes one of transformers' own where it is given none.
+    """
     if cache is None:
-        return True
+        return not made_inside
     return bool(cache.layers) and all(getattr(layer, "can_visit", False) for layer in cache.layers)
 
 

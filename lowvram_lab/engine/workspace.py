@@ -11,8 +11,10 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
 from lowvram_lab.memory.allocator import round_size
 
 aten = torch.ops.aten
@@ -81,22 +83,81 @@ class _Temporaries(TorchDispatchMode):
         self._references.pop(key, None)
 
 
-def token_bytes(run: Callable[[list, list | None], torch.Tensor], tensors: list, *, compiled: bool) -> int:
-    """Most bytes that are live at once in a function of tensors, its result included, beside the tensors themselves.
+def layer_bytes(
+    shape: LayerShape, hidden: torch.Tensor, tensors: list, tokens: int, masked: bool, compiled: bool
+) -> int:
+    """Most bytes of temporaries at once in a layer that looks at so many tokens.
 
     Args:
-        run: The function, of a list of tensors and of a list for loops' inputs (``None`` where it is not compiled).
-        tensors: What it is called with, real or on meta; only their shapes matter.
+        shape: See ``llama_layer``.
+        hidden: See ``llama_layer``; only its shape matters.
+        tensors: See ``llama_layer``.
+        tokens: How many places of the cache are looked at.
+        masked: Whether some of them may hold nothing, as in a CUDA graph.
+        compiled: Whether it will be a compiled library.
+    """
+    row = torch.empty(shape.head_dim, device="meta")
+    at = torch.empty(1, dtype=torch.long, device="meta") if masked else None
+    mask = torch.empty(tokens, device="meta") if masked else None
+
+    def run(hidden: torch.Tensor, arguments: list, loops: list | None) -> torch.Tensor:
+        cos, sin, at, mask, *tensors = arguments
+        return llama_layer(shape, hidden, cos, sin, tensors, tokens, at, mask, loops)
+
+    return token_bytes(run, hidden, [row, row, at, mask, *tensors], compiled=compiled)
+
+
+def head_bytes(model: torch.nn.Module, hidden: torch.Tensor, bound: tuple[HeadShape, list] | None) -> int:
+    """Most bytes of temporaries at once in the last norm and the product with the head, logits included.
+
+    Args:
+        model: Of a family that the lean decoder knows.
+        hidden: See ``head``; only its shape matters.
+        bound: From ``bind_head`` where the head is a compiled library; else it is the model's module.
+    """
+    if bound is not None:
+
+        def run(hidden: torch.Tensor, tensors: list, loops: list | None) -> torch.Tensor:
+            return head(bound[0], hidden, tensors, loops)
+
+        return token_bytes(run, hidden, bound[1], compiled=True)
+    norm, last = model.model.norm, model.lm_head
+    names = dict([*last.named_parameters(recurse=False), *last.named_buffers(recurse=False)])
+
+    def by_module(hidden: torch.Tensor, tensors: list, loops: list | None) -> torch.Tensor:
+        normed = functional_call(norm, {"weight": tensors[0]}, hidden).to(model.dtype)
+        return functional_call(last, dict(zip(names, tensors[1:], strict=True)), normed)
+
+    return token_bytes(by_module, hidden, [norm.weight, *names.values()], compiled=False)
+
+
+def token_bytes(
+    run: Callable[[torch.Tensor, list, list | None], torch.Tensor],
+    hidden: torch.Tensor,
+    tensors: list,
+    *,
+    compiled: bool,
+) -> int:
+    """Most bytes that are live at once in a function, its input and its result included, beside weights and cache.
+
+    Args:
+        run: The function of hidden states, of a list of tensors, and of a list for loops' inputs (``None`` where it is
+            not compiled).
+        hidden: What it is called with: a temporary, the result of the function before; only its shape matters.
+        tensors: And these, which stay, real or on meta; only their shapes matter.
         compiled: Whether it will be a compiled library.
     """
     seen = _Temporaries(compiled)
-    arguments = [torch.empty_like(each, device="meta") if isinstance(each, torch.Tensor) else each for each in tensors]
+    given, *arguments = (
+        torch.empty_like(each, device="meta") if isinstance(each, torch.Tensor) else each for each in (hidden, *tensors)
+    )
     for each in arguments:
         if isinstance(each, torch.Tensor):
             seen.exempt(each)
+    seen.count(given)
     loops = [] if compiled else None
     with torch.inference_mode(False), torch.no_grad(), seen:
-        result = run(arguments, loops)
+        result = run(given, arguments, loops)
         for tensor in (result, *(loops or ())):  # a library returns these inputs
             seen.count(tensor)
     return seen.peak_bytes

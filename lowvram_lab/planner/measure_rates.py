@@ -25,11 +25,13 @@ import psutil
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from lowvram_lab.engine.bind import product_of, tensors_of
 from lowvram_lab.engine.compiled import open_libraries
 from lowvram_lab.engine.compiling import Library
 from lowvram_lab.engine.decode import Decoder, ModuleDecoder
+from lowvram_lab.engine.kinds import COMPILED, LEAN, MODULES
 from lowvram_lab.engine.layers import QuantizedLinear, quantized_linear
-from lowvram_lab.engine.lean import COMPILED, LEAN, MODULES, LeanDecoder, product_of, tensors_of
+from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.llama_layer import LONGEST_LOOP, HeadShape, head
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError

@@ -26,7 +26,7 @@ class Largest:
     """The largest number that fits, and the forecast that says so.
 
     Attributes:
-        value: Tokens, layers or prompts.
+        value: Tokens or layers.
         forecast: Of that number.
         limited_by: ``"memory"``, or ``"model"`` where the model's own limit came first.
     """

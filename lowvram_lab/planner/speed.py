@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import psutil
 
-from lowvram_lab.engine.lean import MODULES, engine_of
+from lowvram_lab.engine.kinds import MODULES, engine_of
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec

@@ -9,10 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lowvram_lab.engine import compiled
+from lowvram_lab.engine.bind import bind_layer
 from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.graph import GraphedStep
+from lowvram_lab.engine.kinds import why_not
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.lean import LeanDecoder, why_not
+from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.cuda import open_gpu
@@ -93,7 +95,7 @@ def test_a_fixed_number_of_places_and_a_mask_give_the_same(name, batch, kv_forma
     ids = random_ids(40, batch)
     decoder = LeanDecoder(model, max_tokens=40, batch_size=batch, compiled=False)
     expected = decoded(decoder, ids, 3)
-    bound = [decoder._bind(*both) for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
+    bound = [bind_layer(model, *both) for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     tables = decoder._tables["gpu"]
     decoder._graphed = GraphedStep(bound, decoder._head, *tables, batch, model.config.hidden_size, False)
     decoder.cache.keep(3)

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowvram_lab.engine.decode import prefill, stream
+from lowvram_lab.engine.decode import ModuleDecoder, generate, prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
@@ -78,14 +79,14 @@ def test_the_placement_changes_no_bit(kind, recipe):
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", TINY)
-def test_generate_and_stream_agree_with_stock(kind, placement):
+def test_both_ways_to_generate_agree_with_stock(kind, placement):
     model, ids = load_tiny(kind, tiny_plan(kind, "fp32", placement)), random_ids(12)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = tiny_stock(kind).generate(ids, **options)[0, 12:].tolist()
     assert model.generate(ids, **options)[0, 12:].tolist() == expected
-    cache = PreallocatedCache(model)
-    assert list(stream(model, ids, cache, max_new_tokens=12)) == expected
-    assert cache.get_seq_length() == 12 + 11
+    for decoder in (decoder_for(model), ModuleDecoder(model)):
+        assert list(generate(decoder, ids, max_new_tokens=12)) == expected
+        assert decoder.cache.get_seq_length() == 12 + 11
     assert len(set(expected)) > 2  # not one token over and over
 
 
@@ -111,7 +112,7 @@ def test_the_last_token_of_a_prompt_does_not_make_torch_copy_the_head(placement,
     """A strided ``(batch, 1, hidden)`` becomes a batched product, for which torch copies the whole weight first."""
     model = load_tiny("qwen2", tiny_plan("qwen2", "bf16", placement))
     with torch.profiler.profile() as profile, torch.no_grad(), model.lowvram.gpu.unmetered():
-        prefill(model, random_ids(5, batch), PreallocatedCache(model))
+        prefill(model, random_ids(5, batch), PreallocatedCache(model, batch_size=batch))
     assert "aten::bmm" not in {event.name for event in profile.events()}
 
 

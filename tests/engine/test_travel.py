@@ -114,6 +114,20 @@ def test_a_conversation_of_long_and_short_turns(kind, kv_format):
         assert relative_error(streaming_logits, resident_logits) < 0.02
 
 
+def test_without_a_cache_weights_travel_and_with_one_made_inside_they_stay():
+    """The forward of an evaluation, and the one that begins stock ``generate``."""
+    plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(tiny_spec("qwen2"), 1), stream_from=FROM)
+    model, ids, crossed_bytes = load_tiny("qwen2", plan), random_ids(40), []
+    with torch.no_grad():
+        expected = tiny_stock("qwen2")(ids).logits
+        for options in ({"use_cache": False}, {"use_cache": True}, {}):
+            before = model.lowvram.gpu.transfers["cpu", "gpu"]
+            assert relative_error(model(ids, **options).logits, expected) < 1e-5
+            crossed_bytes.append(model.lowvram.gpu.transfers["cpu", "gpu"] - before)
+    weights = layer_bytes(plan, tiny_spec("qwen2"), {0, 1})
+    assert crossed_bytes[0] > weights > 4 * crossed_bytes[1] == 4 * crossed_bytes[2]
+
+
 @pytest.mark.parametrize("stock_cache", [False, True])
 def test_a_batch_counts_all_its_tokens_and_a_stock_cache_stays_where_it_is(stock_cache):
     """transformers' own caches know no places: with one the weights stay too, and the answer is the same."""

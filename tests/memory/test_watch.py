@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from lowvram_lab.engine.decode import decode_one_token, prefill
-from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.allocator import round_size
 from lowvram_lab.memory.timeline import Timeline
@@ -21,13 +20,12 @@ def model(request):
     return load_tiny(request.param, tiny_plan(request.param, "bf16", "half"))
 
 
-@torch.no_grad()
 def run(model, tokens=40, steps=0):
-    cache = PreallocatedCache(model)
-    logits = prefill(model, random_ids(tokens), cache)
+    decoder = ModuleDecoder(model, tokens + steps)
+    logits = decoder.prefill(random_ids(tokens))
     for _ in range(steps):
-        logits = decode_one_token(model, torch.ones(1, 1, dtype=torch.long), cache)
-    return logits, cache
+        logits = decoder.decode(torch.ones(1, 1, dtype=torch.long))
+    return logits, decoder
 
 
 def traces(model):
@@ -135,15 +133,14 @@ def test_what_each_module_took_and_kept():
         result = run(model, tokens)
     hidden, wide, logits = (round_size(tokens * size * 2) for size in (128, 192, 320))
     row = round_size(1 * 320 * 2)  # only the last token's logits are made
-    kv = 2 * round_size(tokens * 2 * 32 * 2)
     head, layer = seen.modules["lm_head"], "model.layers.1"
     assert (head.calls, head.peak_bytes, head.kept_bytes) == (1, row, row)
     up = seen.modules[f"{layer}.mlp.up_proj"]
     assert (up.peak_bytes, up.kept_bytes) == (wide, wide)
     assert seen.modules[f"{layer}.mlp"].kept_bytes == hidden
     assert seen.modules[f"{layer}.mlp"].peak_bytes >= 2 * wide + hidden
-    assert seen.modules[f"{layer}.self_attn"].kept_bytes >= kv  # the cache, and its result
-    assert seen.modules["model"].kept_bytes >= 3 * kv
+    assert seen.modules[f"{layer}.self_attn"].kept_bytes == hidden  # its result; keys and values have their place
+    assert hidden <= seen.modules["model"].kept_bytes < 2 * hidden  # the rotary tables of the pass, too
     assert all(memory.peak_bytes >= memory.kept_bytes for memory in seen.modules.values())
     with torch.no_grad(), watch(model, "lm_head") as seen:
         whole = model(random_ids(tokens)).logits
@@ -152,15 +149,14 @@ def test_what_each_module_took_and_kept():
 
 
 @simulated
-def test_calls_and_growth_add_up():
+def test_calls_add_up_and_the_cache_does_not_grow():
     model = load_tiny("llama", tiny_plan("llama", "bf16"))
     with watch(model, "model.layers.0.self_attn") as seen:
-        _, cache = run(model, 40, steps=3)
+        _, decoder = run(model, 40, steps=3)
     memory = seen.modules["model.layers.0.self_attn"]
     assert memory.calls == 4
-    # each call left a longer cache where the one before it was; of the results nothing is left but blocks in flight
-    assert cache.get_seq_length() == 43
-    assert memory.kept_bytes >= 2 * round_size(43 * 2 * 32 * 2)
+    assert decoder.cache.get_seq_length() == 43
+    assert memory.kept_bytes == round_size(40 * 128 * 2) + 3 * round_size(128 * 2)  # four results
 
 
 @simulated

@@ -15,7 +15,7 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.planner.search import max_batch, max_context
+from lowvram_lab.planner.search import max_context
 from lowvram_lab.planner.suggest import suggest
 from tests.helpers.tiny import SIZES, DictCheckpoint, tiny_config, tiny_plan, tiny_spec
 
@@ -168,7 +168,7 @@ def test_a_window_that_is_not_in_use_is_none():
     assert Plan.uniform(spec, "bf16", context=1000).context == 1000
 
 
-@pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "follow_up_tokens", "batch_size", "num_beams"])
+@pytest.mark.parametrize("name", ["prompt_tokens", "new_tokens", "follow_up_tokens", "batch_size"])
 @pytest.mark.parametrize("value", [-1, -BIG, 1.5, "7", None, True, float("nan")])
 def test_sizes_that_are_none(name, value):
     with pytest.raises(PlanError, match=f"expected {name} of [01] or more, found") as error:
@@ -176,7 +176,7 @@ def test_sizes_that_are_none(name, value):
     one_line(error)
 
 
-@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"num_beams": 0}, {"prompt_tokens": 0}, {"cache": "elastic"}])
+@pytest.mark.parametrize("sizes", [{"batch_size": 0}, {"prompt_tokens": 0}])
 def test_sizes_of_nothing(sizes):
     with pytest.raises(PlanError) as error:
         Workload(**{"prompt_tokens": 5, **sizes})
@@ -198,10 +198,9 @@ def test_a_workload_beyond_the_context(workload):
 
 
 @pytest.mark.parametrize("size", [10**5, 10**9, BIG, 10**18, 10**30])
-@pytest.mark.parametrize("name", ["batch_size", "num_beams"])
-def test_an_absurd_batch_does_not_fit_or_is_refused(name, size):
+def test_an_absurd_batch_does_not_fit_or_is_refused(size):
     try:
-        workload = Workload(400, 1, **{name: size})
+        workload = Workload(400, 1, batch_size=size)
         found = forecast(tiny_plan("llama"), tiny_spec("llama"), "4GiB", workload=workload)
     except LowvramError as error:
         assert "\n" not in str(error)
@@ -216,19 +215,18 @@ def test_an_absurd_budget_fits_everything(budget):
     assert forecast(plan, spec, budget).fits
     assert suggest(plan, spec, budget) == []
     assert max_context(plan, spec, budget).limited_by == "model"
-    assert max_batch(plan, spec, budget).limited_by == "model"
 
 
 @pytest.mark.parametrize("budget", [0, -1, -BIG, "0GiB", "-4GiB", "", "GiB", 1.5, True, "nanGiB", "1e9GiB", 1024])
 def test_budgets_that_are_none(budget):
     spec, plan = tiny_spec("llama"), tiny_plan("llama")
-    for ask in (forecast, max_context, max_batch, suggest):
+    for ask in (forecast, max_context, suggest):
         with pytest.raises((UnitError, BudgetError)) as error:
             ask(plan, spec, budget)
         one_line(error)
 
 
-@pytest.mark.parametrize("ask", [forecast, max_context, max_batch, suggest])
+@pytest.mark.parametrize("ask", [forecast, max_context, suggest])
 def test_another_models_plan(ask):
     with pytest.raises(PlanError, match="this plan was made for 'tiny-llama'") as error:
         ask(tiny_plan("llama"), tiny_spec("qwen2"), "1GiB")

@@ -1,0 +1,94 @@
+"""Which decoder a plan has on this machine, and why not a faster one. Knows no loaded model: forecasts ask it too.
+
+Derived in: notebooks/06_the_engine.ipynb
+"""
+
+from __future__ import annotations
+
+from lowvram_lab.engine.bind import product_of
+from lowvram_lab.engine.compiled import compiler
+from lowvram_lab.engine.compiling import LEAST_ROOM
+from lowvram_lab.engine.decode import module_decoder_name
+from lowvram_lab.engine.layers import quantized_linear
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.plan import Plan, compute_place
+from lowvram_lab.model.spec import ModelSpec
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""``model_type`` of configs whose layers are: norm, attention with rotary positions (q and k perhaps normed), norm,
+gated SiLU. Smaller differences (biases, grouped heads, tied head) are read off the modules."""
+
+MODULES, LEAN, COMPILED, GRAPHS = "modules", "lean", "compiled", "graphs"
+"""Kinds of decoders, as forecasts and rates name them."""
+
+NAMES = {
+    LEAN: "the lean decoder",
+    COMPILED: "the lean decoder, compiled",
+    GRAPHS: "the lean decoder, as CUDA graphs",
+}
+
+
+def why_not(plan: Plan, spec: ModelSpec, kernels: str, max_tokens: int | None = None) -> str:
+    """Why a plan cannot be decoded here, in words, or nothing if it can. Asks no loaded model, so forecasts ask it too.
+
+    Args:
+        plan: The plan.
+        spec: The model's.
+        kernels: Whose kernels GPU modules run, ``"cuda"`` or ``"cpu"`` for the stand-in.
+        max_tokens: Tokens of prompt and answer; by default the plan's context.
+    """
+    config = spec.config
+    kind, window = config.get("model_type"), config.get("sliding_window")
+    if kind not in FAMILIES:
+        return f"{kind} is none of {', '.join(FAMILIES)}"
+    if config.get("hidden_act") != "silu":
+        return f"its activation is {config.get('hidden_act')}, not silu"
+    rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
+    if "dynamic" in rope or rope == "longrope":
+        return f"its rotary positions ({rope}) depend on the length"
+    places = {*plan.layer_places(spec), compute_place(plan.modules[spec.head].device)}
+    if kernels == "cuda" and "gpu" in plan.layer_places(spec) and places != {"gpu"}:
+        return "its layers are on both sides of a CUDA card"
+    slides = kind == "mistral" or "sliding_attention" in (config.get("layer_types") or ())
+    if window and slides and (max_tokens or plan.context) > window:
+        return f"its attention slides over {window} tokens"
+    if plan.kv_format == "int4":
+        return "its KV cache is in int4, which the modules read"
+    if plan.stream_from is not None:
+        return "its plan lets weights travel for long prompts"
+    return _format_without_kernel(plan, spec, kernels)
+
+
+def _format_without_kernel(plan: Plan, spec: ModelSpec, kernels: str) -> str:
+    known = set()
+    for module in spec.modules:
+        if module.layer is None or module.kind != "linear":
+            continue
+        assignment = plan.modules[module.name]
+        its_kernels = kernels if compute_place(assignment.device) == "gpu" else "cpu"
+        case = (assignment.format, module.weight_shape, its_kernels)
+        if case in known:
+            continue
+        known.add(case)
+        fmt, (rows, columns) = get_format(assignment.format), module.weight_shape
+        if fmt.kind != "float" and product_of(quantized_linear(columns, rows, fmt, its_kernels)) is None:
+            return f"{module.name.rpartition('.')[2]} is in {fmt.name}, which has no kernel"
+    return ""
+
+
+def engine_of(plan: Plan, spec: ModelSpec, kernels: str) -> tuple[str, str]:
+    """Which decoder a plan would have on this machine: its kind, and its name as ``Decoder.name`` gives it.
+
+    Args:
+        plan: The plan.
+        spec: The model's.
+        kernels: See ``why_not``.
+    """
+    reason = why_not(plan, spec, kernels)
+    if reason:
+        return MODULES, module_decoder_name(reason)
+    if kernels == "cuda" and "gpu" in plan.layer_places(spec):
+        kind = GRAPHS
+    else:
+        kind = COMPILED if compiler() is not None and plan.context >= LEAST_ROOM else LEAN
+    return kind, NAMES[kind]
