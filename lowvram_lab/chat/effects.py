@@ -9,7 +9,6 @@ from html import escape
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from lowvram_lab import machine
 from lowvram_lab.chat.fidelity import WINDOW, fidelity, load_reference
@@ -202,7 +201,7 @@ def effects(
             recipe of that size is rounded to nearest while loading, which loses more than ``convert`` does.
         formats: For recipes to choose among.
         calibration_tokens: Read so many to estimate what the formats cost.
-        progress: Show progress bars.
+        progress: Show the progress bars of the stages.
         say: Told of each stage as it begins.
 
     Raises:
@@ -211,12 +210,11 @@ def effects(
     began, date = time.monotonic(), datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     run = _Run(model, gpu, context, converted or {}, progress)
     run.formats, run.calibration_tokens = formats, calibration_tokens
-    with tqdm(run.stages(), desc="report", unit="stage", disable=not progress, leave=False) as bar:
-        for number, (name, rows, work) in enumerate(bar, start=1):
-            if say:
-                say(f"{number}/{bar.total} {name}")
-            bar.set_postfix_str(name)
-            run.stage(name, rows, work)
+    stages = run.stages()
+    for number, (name, rows, work) in enumerate(stages, start=1):
+        if say:
+            say(f"{number}/{len(stages)} {name}")
+        run.stage(name, rows, work)
     made_on = run.weights_from, machine.facts(), run.seconds, date, time.monotonic() - began
     return EffectReport(run.spec.name, f"{run.card} of {run.gpu.name}", run.context, tuple(run.rows), *made_on)
 
