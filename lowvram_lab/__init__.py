@@ -113,6 +113,7 @@ _PUBLIC = {
     "VERDICTS": "chat.effects",
     # 09 validated chat
     "ChatSession": "chat.session",
+    "CompletionSession": "chat.completion",
     "Sampling": "engine.sampling",
     "fidelity": "chat.fidelity",
     "load_reference": "chat.fidelity",

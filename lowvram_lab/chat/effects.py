@@ -205,7 +205,8 @@ def effects(
         say: Told of each stage as it begins.
 
     Raises:
-        LowvramError: An unknown or converted model, a context or card that cannot be, a directory of another model.
+        LowvramError: An unknown or converted model, one without a chat template, a context or card that cannot be, a
+            directory of another model.
     """
     began, date = time.monotonic(), datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     run = _Run(model, gpu, context, converted or {}, progress)
@@ -235,6 +236,7 @@ class _Run:
 
     def __init__(self, model: str, gpu, context: int | None, converted: dict, progress: bool):
         self.source, self.spec = _opened(model)
+        self.source.require_chat_template()  # two of the claims are about chats
         self.budget, self.progress, self.weights_from = GpuBudget.parse(gpu), progress, ""
         self.rows, self.seconds, self.made, self.lost = [], {}, {}, {}
         self.formats, self.calibration_tokens = FORMATS, CALIBRATION_TOKENS

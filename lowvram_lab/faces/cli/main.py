@@ -9,7 +9,7 @@ import sys
 from lowvram_lab import __version__
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.bench import add_bench, run_bench
-from lowvram_lab.faces.cli.chat import run_chat
+from lowvram_lab.faces.cli.chat import add_chat, add_complete, run_chat, run_complete
 from lowvram_lab.faces.cli.common import EXIT_INTERRUPTED, EXIT_USAGE, positive
 from lowvram_lab.faces.cli.convert import add_convert, add_evaluate, run_convert, run_evaluate
 from lowvram_lab.faces.cli.demo import run_demo_command
@@ -95,18 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_options(plan, budget_required=True)
     plan.add_argument("--explain", action="store_true", help="also say where bytes and seconds go")
     plan.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
-    chat = command("chat", run_chat, "chat with a model inside a GPU budget")
-    add_plan_options(chat, budget_required=False)
-    chat.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
-    chat.add_argument("--system", metavar="TEXT", help="system message")
-    chat.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
-    chat.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
-    chat.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
-    chat.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K most likely tokens only (0: all)")
-    chat.add_argument("--min-p", type=float, default=0.0, metavar="P", help="share of the likeliest's probability (0)")
-    chat.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="against repeating (1: none)")
-    chat.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer here; may be repeated")
-    chat.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
+    add_chat(command("chat", run_chat, "chat with a model inside a GPU budget"))
+    add_complete(command("complete", run_complete, "go on with a text, as a base model does, inside a GPU budget"))
     tune = command("tune", run_tune, "measure a few splits and thread counts")
     add_plan_options(tune, budget_required=False)
     add_convert(command("convert", run_convert, "quantise a model once, into a directory"))
