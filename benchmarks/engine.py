@@ -22,6 +22,7 @@ from forecast_accuracy import RandomCheckpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load
 from lowvram_lab.machine import facts
@@ -58,7 +59,7 @@ def kv(model: str, text: str | None, windows: int, window: int) -> dict:
         loaded = load(plan, StandInGpu(None), spec=spec, checkpoint=source.checkpoint(), progress=False)
         found = []
         for part in tqdm(parts, kv_format, leave=False):
-            cache = new_cache(loaded, window)
+            cache = PreallocatedCache(loaded, window)
             if kv_format == "bf16":
                 _round_states(cache)
             with loaded.lowvram.gpu.unmetered():

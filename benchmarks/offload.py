@@ -23,7 +23,7 @@ import torch
 from accelerate.hooks import attach_align_device_hook
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lowvram_lab.engine.decode import decode_one_token, prefill
+from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu
@@ -57,12 +57,11 @@ class Ours:
     def bytes_per_token(self) -> float:
         """Bytes that crossed for one decoded token."""
         gpu, tokens = self.model.lowvram.gpu, 4
-        cache, token = MeteredCache(gpu), torch.ones(1, 1, dtype=torch.long)
-        with torch.no_grad(), gpu.active():
-            prefill(self.model, token.expand(1, 16), cache)
-            before = sum(gpu.transfers.values())
-            for _ in range(tokens):
-                decode_one_token(self.model, token, cache)
+        decoder, token = decoder_for(self.model, 32), torch.ones(1, 1, dtype=torch.long)
+        decoder.prefill(token.expand(1, 16))
+        before = sum(gpu.transfers.values())
+        for _ in range(tokens):
+            decoder.decode(token)
         return (sum(gpu.transfers.values()) - before) / tokens
 
 

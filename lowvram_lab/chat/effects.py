@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from lowvram_lab import machine
 from lowvram_lab.chat.effect_report import CARD, CLAIMS, MODEL, Effect, EffectReport, judged
@@ -74,11 +73,12 @@ def effects(
             recipe of that size is rounded to nearest while loading, which loses more than ``convert`` does.
         formats: For recipes to choose among.
         calibration_tokens: Read so many to estimate what the formats cost.
-        progress: Show progress bars.
+        progress: Show the progress bars of the stages.
         say: Told of each stage as it begins.
 
     Raises:
-        LowvramError: An unknown or converted model, a context or card that cannot be, a directory of another model.
+        LowvramError: An unknown or converted model, one without a chat template, a context or card that cannot be, a
+            directory of another model.
     """
     began = time.monotonic()
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -88,15 +88,13 @@ def effects(
     case.progress = progress
     rows: list[Effect] = []
     seconds: dict[str, float] = {}
-    with tqdm(STAGES, desc="report", unit="stage", disable=not progress, leave=False) as bar:
-        for number, stage in enumerate(bar, start=1):
-            if say:
-                say(f"{number}/{bar.total} {stage.name}")
-            bar.set_postfix_str(stage.name)
-            stage_began = time.monotonic()
-            rows += run_stage(stage, case)
-            gc.collect()  # an error's frames held what it had made
-            seconds[stage.name] = time.monotonic() - stage_began
+    for number, stage in enumerate(STAGES, start=1):  # each shows its own progress
+        if say:
+            say(f"{number}/{len(STAGES)} {stage.name}")
+        stage_began = time.monotonic()
+        rows += run_stage(stage, case)
+        gc.collect()  # an error's frames held what it had made
+        seconds[stage.name] = time.monotonic() - stage_began
     return EffectReport(
         model=case.spec.name,
         gpu=f"{case.card} of {case.gpu.name}",
@@ -204,6 +202,7 @@ def open_case(
 ) -> Case:
     """Checks all that can be known before the first stage. Arguments and errors as ``effects``."""
     source, spec = _opened(model)
+    source.require_chat_template()  # two of the claims are about chats
     budget = GpuBudget.parse(gpu)
     context = context or min(DEFAULT_CONTEXT, spec.longest_context)
     Plan.uniform(spec, "bf16", context=context).validate(spec)
