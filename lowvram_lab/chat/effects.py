@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from lowvram_lab import machine
 from lowvram_lab.chat.effect_report import CARD, CLAIMS, MODEL, Effect, EffectReport, judged
@@ -74,7 +73,7 @@ def effects(
             recipe of that size is rounded to nearest while loading, which loses more than ``convert`` does.
         formats: For recipes to choose among.
         calibration_tokens: Read so many to estimate what the formats cost.
-        progress: Show progress bars.
+        progress: Show the progress bars of the stages.
         say: Told of each stage as it begins.
 
     Raises:
@@ -88,15 +87,13 @@ def effects(
     case.progress = progress
     rows: list[Effect] = []
     seconds: dict[str, float] = {}
-    with tqdm(STAGES, desc="report", unit="stage", disable=not progress, leave=False) as bar:
-        for number, stage in enumerate(bar, start=1):
-            if say:
-                say(f"{number}/{bar.total} {stage.name}")
-            bar.set_postfix_str(stage.name)
-            stage_began = time.monotonic()
-            rows += run_stage(stage, case)
-            gc.collect()  # an error's frames held what it had made
-            seconds[stage.name] = time.monotonic() - stage_began
+    for number, stage in enumerate(STAGES, start=1):
+        if say:
+            say(f"{number}/{len(STAGES)} {stage.name}")
+        stage_began = time.monotonic()
+        rows += run_stage(stage, case)
+        gc.collect()  # an error's frames held what it had made
+        seconds[stage.name] = time.monotonic() - stage_began
     return EffectReport(
         model=case.spec.name,
         gpu=f"{case.card} of {case.gpu.name}",

@@ -27,6 +27,7 @@ from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec, build_on_meta
 from lowvram_lab.weights.stored import check_stored
@@ -216,7 +217,8 @@ def _read_generation_config(model, directory) -> None:
 
     if directory is not None and (directory / "generation_config.json").is_file():
         try:
-            model.generation_config = GenerationConfig.from_pretrained(directory)
+            with quiet_transformers():
+                model.generation_config = GenerationConfig.from_pretrained(directory)
         except Exception as error:  # an odd file must not stop a model whose config names its stop ids as well
             logger.warning("ignoring %s: %s", directory / "generation_config.json", error)
 

@@ -7,7 +7,6 @@ Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``.
 """
 
 import contextlib
-import functools
 import logging
 import mmap
 import struct
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
+from lowvram_lab.model.quiet import quiet_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -80,9 +80,9 @@ def gguf_config(path: Path):
     header = read_gguf_header(path)
     if header.architecture in _FAST_ARCHITECTURES:
         config_class, facts = CONFIG_MAPPING[header.architecture], _config_facts(path, header)
-        with _one_line_errors(path, "build a config from its metadata"):
+        with _one_line_errors(path, "build a config from its metadata"), quiet_transformers():
             return config_class.from_dict(facts)
-    with _one_line_errors(path, f"read a config for architecture {header.architecture!r}"):
+    with _one_line_errors(path, f"read a config for architecture {header.architecture!r}"), quiet_transformers():
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=str(path.absolute()), local_files_only=True)
         config.dtype = "bfloat16"
         return config
@@ -125,10 +125,8 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
     Raises:
         CheckpointError: The file is damaged, lacks tensors, or holds some that the model has no place for.
     """
-    import torch
     from tqdm.auto import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-    from transformers.utils.quantization_config import GgufConfig
+    from transformers import AutoTokenizer
 
     header, config = read_gguf_header(path), gguf_config(path)
     empty = directory / "_empty"  # transformers also looks beside the file, for adapters and tokenizer settings
@@ -136,30 +134,16 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
     location = {"gguf_file": str(path.absolute()), "trust_remote_code": False}
     with (
         tqdm(total=3, desc="converting GGUF", disable=not progress, leave=False) as steps,
-        _no_other_bars(),
         _one_line_errors(path, "convert it"),
+        quiet_transformers(),
     ):
         steps.set_postfix_str("de-quantising tensors")
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            str(empty),
-            config=config,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-            **location,
-        )
+        loaded, report = _dequantised(empty, config, location)
         _check_complete(path, header, loaded, report)
         steps.update()
 
         steps.set_postfix_str("saving safetensors")
-        # the loaded model calls itself quantised and refuses save_pretrained: give its tensors to one that is not
-        with torch.device("meta"):
-            fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        fresh.load_state_dict(loaded.state_dict(), assign=True)
-        fresh.tie_weights()
-        token_ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
-        fresh.generation_config = GenerationConfig(eos_token_id=_stop_ids(header), **token_ids)
-        fresh.save_pretrained(directory, max_shard_size="2GB")
+        _save(loaded, config, header, directory)
         steps.update()
 
         steps.set_postfix_str("converting the tokenizer")
@@ -168,6 +152,39 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
         tokenizer.save_pretrained(directory)
         steps.update()
     empty.rmdir()
+
+
+def _dequantised(empty: Path, config, location: dict) -> tuple:
+    """The model in bfloat16, and transformers' report of what it loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import GgufConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        str(empty),
+        config=config,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+        **location,
+    )
+
+
+def _save(loaded, config, header: GgufHeader, directory: Path) -> None:
+    """Config, weights and generation config.
+
+    The loaded model calls itself quantised and refuses ``save_pretrained``: its tensors go to one that is not.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    with torch.device("meta"):
+        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict(), assign=True)
+    fresh.tie_weights()
+    token_ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
+    fresh.generation_config = GenerationConfig(eos_token_id=_stop_ids(header), **token_ids)
+    fresh.save_pretrained(directory, max_shard_size="2GB")
 
 
 def _config_facts(path: Path, header: GgufHeader) -> dict:
@@ -226,24 +243,6 @@ def _stop_ids(header: GgufHeader) -> int | list[int] | None:
     ids += [known[w] for w in _STOP_WORDS if w in known and types[known[w] : known[w] + 1] == [_CONTROL_TOKEN]]
     unique = [index for index in dict.fromkeys(ids) if index is not None]
     return unique[0] if len(unique) == 1 else unique or None
-
-
-@contextlib.contextmanager
-def _no_other_bars():
-    """transformers draws one for each of its own steps, asked or not."""
-    from tqdm.auto import tqdm
-    from transformers import modeling_gguf_pytorch_utils as reader
-    from transformers.utils import logging as bars
-
-    shown, its_own = bars.is_progress_bar_enabled(), vars(reader).get("tqdm")
-    bars.disable_progress_bar()
-    reader.tqdm = functools.partial(tqdm, disable=True)  # this one does not heed the switch
-    try:
-        yield
-    finally:
-        reader.tqdm = its_own
-        if shown:
-            bars.enable_progress_bar()
 
 
 @contextlib.contextmanager

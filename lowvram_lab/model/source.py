@@ -18,6 +18,7 @@ from lowvram_lab.model import builtin, hub
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
+from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.packaged import packaged_config, packaged_facts
 
@@ -99,7 +100,8 @@ class Source:
 
         directory = self.fetch()
         try:
-            return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+            with quiet_transformers():
+                return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a damaged tokenizer.json surfaces as whatever the parser meets
             raise SourceError(
                 f"{directory}: cannot open its tokenizer ({_first_line(error)}); "

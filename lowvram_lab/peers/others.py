@@ -15,6 +15,7 @@ from lowvram_lab.files import build_directory, cache_dir
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import process_bytes
 from lowvram_lab.model import builtin
+from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.peers.engines import Engine, Modules, Ours, Task
 from lowvram_lab.units import format_bytes
 
@@ -53,7 +54,8 @@ class Transformers(Engine):
             task.gpu()
             torch.cuda.reset_peak_memory_stats()
         options = {"dtype": torch.bfloat16, "local_files_only": True, "trust_remote_code": False}
-        model = AutoModelForCausalLM.from_pretrained(task.directory, **options, **self._options(cuda))
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(task.directory, **options, **self._options(cuda))
         self.model = self._placed(model.eval(), cuda)
         # the model's own settings (sampling, penalties, the tokens that end a text) are not for a comparison of speed
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)

@@ -1,8 +1,10 @@
 """The effect table: what each row must equal, verdicts, pages read back, and stages that fail alone."""
 
 import argparse
+import contextlib
 import functools
 import importlib
+import io
 import json
 import re
 from dataclasses import replace
@@ -82,8 +84,15 @@ def said():
 
 
 @pytest.fixture(scope="module")
-def report(folder, said):
-    return effects(str(folder), "64MiB", context=256, progress=False, say=said.append)
+def shown():
+    """What appears on stderr meanwhile."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def report(folder, said, shown):
+    with contextlib.redirect_stderr(shown):
+        return effects(str(folder), "64MiB", context=256, say=said.append)
 
 
 def rows_of(case, *names):
@@ -106,6 +115,12 @@ def test_every_row_is_there_and_says_how(report, said, folder):
     assert 0 < sum(report.stages.values()) <= report.seconds
     assert report.model == report.weights_from == folder.name
     assert str(folder.parent) not in json.dumps(report.to_dict())
+
+
+def test_no_progress_bar_has_another_inside(report, shown):
+    names = set(re.findall(r"\r([\w ]+):", shown.getvalue()))
+    assert names == {"load", "sensitivity", "evaluate"}
+    assert "\x1b[A" not in shown.getvalue()  # how tqdm leaves the line of an inner bar
 
 
 def test_memory_is_the_forecast_and_the_run_equals_its_own(report, folder):
