@@ -114,6 +114,7 @@ _PUBLIC = {
     "VERDICTS": "chat.effect_report",
     # 09 validated chat
     "ChatSession": "chat.session",
+    "CompletionSession": "chat.completion",
     "Sampling": "engine.sampling",
     "fidelity": "chat.fidelity",
     "load_reference": "chat.fidelity",

@@ -77,7 +77,8 @@ def effects(
         say: Told of each stage as it begins.
 
     Raises:
-        LowvramError: An unknown or converted model, a context or card that cannot be, a directory of another model.
+        LowvramError: An unknown or converted model, one without a chat template, a context or card that cannot be, a
+            directory of another model.
     """
     began = time.monotonic()
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -201,6 +202,7 @@ def open_case(
 ) -> Case:
     """Checks all that can be known before the first stage. Arguments and errors as ``effects``."""
     source, spec = _opened(model)
+    source.require_chat_template()  # two of the claims are about chats
     budget = GpuBudget.parse(gpu)
     context = context or min(DEFAULT_CONTEXT, spec.longest_context)
     Plan.uniform(spec, "bf16", context=context).validate(spec)

@@ -1,4 +1,4 @@
-"""From a chat to token ids by the model's own template, and from generated text to where it stops.
+"""From a chat to token ids by the model's own template, or from a text as it is; from generated text to where it stops.
 
 Nothing a user types becomes a control token: ``<|im_end|>`` in a message is spelt out in ordinary tokens.
 """
@@ -49,11 +49,57 @@ def chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     hidden = [{**message, "content": control.sub(hide, message["content"])} for message in messages]
     ids: list[int] = []
     for piece in re.split(f"(\ue000{mark}:\\d+\ue001)", _render(tokenizer, hidden, tokenize=False)):
-        literal = piece.startswith(f"\ue000{mark}:")
-        text = spelt[int(piece[len(mark) + 2 : -1])] if literal else piece
-        # a token that is not special is split only by hand
-        for part in (text[:1], text[1:]) if literal else (text,):
-            ids += tokenizer(part, add_special_tokens=False, split_special_tokens=literal)["input_ids"] if part else []
+        if piece.startswith(f"\ue000{mark}:"):
+            ids += _spelt_out(tokenizer, spelt[int(piece[len(mark) + 2 : -1])])
+        else:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+    return ids
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text to go on with: begun as the tokenizer begins one (``<s>``, where it does), and not ended.
+
+    Args:
+        tokenizer: With or without a chat template.
+        text: Control tokens in it are spelt out.
+    """
+    begun = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    first = [tokenizer.bos_token_id] if begun else []
+    control = _control_tokens(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if control is None or not any(map(control.fullmatch, tokenizer.convert_ids_to_tokens(ids))):
+        return first + ids
+    ids = []  # of control tokens that are not special
+    for place, piece in enumerate(re.split(f"({control.pattern})", text)):
+        if place % 2:
+            ids += _spelt_out(tokenizer, piece)
+        elif piece:
+            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+    return first + ids
+
+
+def checked_text(text: str, what: str) -> str:
+    """What a user typed, if it is text.
+
+    Raises:
+        LowvramError: It is empty, or not text in any encoding (lone surrogates).
+    """
+    if not text:
+        raise LowvramError(f"expected {what}, found an empty one; write something")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LowvramError(
+            f"expected {what} in UTF-8, found bytes that are not; check the terminal's encoding"
+        ) from error
+    return text
+
+
+def _spelt_out(tokenizer, control: str) -> list[int]:
+    """A control token as the ordinary tokens of its letters; one that is not special is split only by hand."""
+    ids: list[int] = []
+    for part in filter(None, (control[:1], control[1:])):
+        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return ids
 
 

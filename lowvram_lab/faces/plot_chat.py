@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
+from lowvram_lab.chat.answer import TurnStats
 from lowvram_lab.chat.fidelity import Fidelity
-from lowvram_lab.chat.session import TurnStats
 from lowvram_lab.chat.validation import Limits
 from lowvram_lab.faces.plot_memory import BUDGET_COLOUR, COLOURS, legend, new_axes
 from lowvram_lab.units import format_bytes

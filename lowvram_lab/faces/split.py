@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 import pandas as pd
 import torch
 
-from lowvram_lab.chat.prompt import chat_ids, stop_ids
+from lowvram_lab.chat.prompt import chat_ids, stop_ids, text_ids
 from lowvram_lab.engine.decode import generate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
@@ -299,7 +299,7 @@ def _prompt_ids(tokenizer, prompt: str) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
         return chat_ids(tokenizer, message)
-    return tokenizer(prompt)["input_ids"]
+    return text_ids(tokenizer, prompt)
 
 
 def _uniform(spec: ModelSpec, recipe: str, base: Plan | None) -> Plan:

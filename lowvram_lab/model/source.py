@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lowvram_lab.errors import CheckpointError, SourceError
 from lowvram_lab.files import cache_dir, writable
-from lowvram_lab.model import builtin, hub
+from lowvram_lab.model import builtin, chat_template, hub
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
@@ -107,6 +107,24 @@ class Source:
                 f"{directory}: cannot open its tokenizer ({_first_line(error)}); "
                 "expected tokenizer.json or the model's vocabulary files beside config.json"
             ) from error
+
+    def require_chat_template(self) -> None:
+        """Refuses a model that cannot chat, before anything large is fetched, converted or loaded.
+
+        A model whose small files cannot be had either passes: fetching it says what is wrong.
+
+        Raises:
+            SourceError: It has no chat template.
+            CheckpointError: A damaged ``.gguf`` file.
+        """
+        if self.kind == "directory":
+            found = chat_template.in_directory(self._path())
+        elif self.kind == "gguf":
+            found = chat_template.in_gguf(self._path())
+        else:
+            found = self.kind == "builtin" or chat_template.in_repository(self._hub_id())
+        if found is False:
+            raise chat_template.base_model(self.name)
 
     def checkpoint(self) -> Checkpoint:
         """The model's tensors, to be read one at a time. Raises what :meth:`fetch` raises."""

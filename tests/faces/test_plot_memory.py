@@ -8,8 +8,8 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from lowvram_lab.chat.answer import TurnStats
 from lowvram_lab.chat.fidelity import Fidelity
-from lowvram_lab.chat.session import TurnStats
 from lowvram_lab.chat.validation import Limits
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.plot_chat import plot_fidelity, plot_turns

@@ -316,7 +316,7 @@ def test_hub_repository_without_safetensors(monkeypatch, tmp_path):
 # ---- GGUF ----
 
 
-def write_gguf(path, model, arch="llama", kind="F32", skip=(), **metadata):
+def write_gguf(path, model, arch="llama", kind="F32", skip=(), template=CHAT_TEMPLATE, **metadata):
     """Writes a model as llama.cpp's converter would: its tensor names, and for Llama its order of rotary dimensions."""
     import gguf
 
@@ -344,7 +344,8 @@ def write_gguf(path, model, arch="llama", kind="F32", skip=(), **metadata):
     writer.add_bos_token_id(258)
     writer.add_eos_token_id(259)
     writer.add_pad_token_id(257)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    if template is not None:
+        writer.add_chat_template(template)
     expected = {}
     for name, tensor in model.state_dict().items():
         gguf_name = to_gguf_name(name)

@@ -30,7 +30,9 @@ def run_bench(args) -> int:
     from lowvram_lab.peers.bench import BenchSettings, bench
 
     if args.context == LONGEST:
-        raise LowvramError("--context longest is for plan and chat: bench needs room for its own prompt and answer")
+        raise LowvramError(
+            "--context longest is for plan, chat and complete: bench needs room for its own prompt and answer"
+        )
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
     require_cache()
     source, spec = spec_of(args.model)

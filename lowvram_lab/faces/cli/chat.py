@@ -1,4 +1,4 @@
-"""``lowvram chat``: one answer, or a conversation, inside a GPU budget."""
+"""``lowvram chat`` and ``lowvram complete``: an answer, a conversation or the rest of a text, inside a GPU budget."""
 
 import sys
 
@@ -12,6 +12,17 @@ def add_chat(parser) -> None:
     add_plan_options(parser, budget_required=False)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    _add_answer_options(parser)
+
+
+def add_complete(parser) -> None:
+    """Arguments of ``complete``."""
+    add_plan_options(parser, budget_required=False)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on with")
+    _add_answer_options(parser)
+
+
+def _add_answer_options(parser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
@@ -26,35 +37,57 @@ def add_chat(parser) -> None:
 
 def run_chat(args) -> int:
     """Answers one prompt, or converses."""
+    from lowvram_lab.chat.prompt import checked_text
+    from lowvram_lab.chat.session import ChatSession
+
+    if args.prompt is not None and not args.prompt.strip():
+        raise LowvramError("expected a prompt, found an empty one; write something, or leave --prompt out to converse")
+    if args.json and args.prompt is None:
+        raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
+    if args.prompt is not None:
+        checked_text(args.prompt, "a prompt")
+    session = _open(args, ChatSession, system=args.system)
+    return _converse(session) if args.prompt is None else _answer(session, args)
+
+
+def run_complete(args) -> int:
+    """Goes on with a text."""
+    from lowvram_lab.chat.completion import CompletionSession
+    from lowvram_lab.chat.prompt import checked_text
+
+    checked_text(args.prompt, "a text to go on with")
+    return _answer(_open(args, CompletionSession), args)
+
+
+def _open(args, kind, **options):
+    """A session of that kind with the model that was asked for; what can be refused is refused before it is loaded."""
     from lowvram_lab.chat.prompt import StopStrings
     from lowvram_lab.chat.session import ChatSession
     from lowvram_lab.engine.load import load
     from lowvram_lab.engine.sampling import Sampling
     from lowvram_lab.memory.cuda import open_gpu
 
-    if args.prompt is not None and not args.prompt.strip():
-        raise LowvramError("expected a prompt, found an empty one; write something, or leave --prompt out to converse")
-    if args.json and args.prompt is None:
-        raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
-    StopStrings(args.stop)  # refused before anything is loaded
+    StopStrings(args.stop)
     require_cache()
     gpu = open_gpu(args.gpu, args.cuda_context)
     source, spec = spec_of(args.model)
+    if kind is ChatSession:
+        source.require_chat_template()
     plan, profile, _ = chosen_plan(args, spec, gpu)
     print(f"{plan.summary(spec)}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
     model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
-    session = ChatSession(
+    session = kind(
         model,
         source.tokenizer(),
-        system=args.system,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         stop=args.stop,
         progress=sys.stderr.isatty(),
+        **options,
     )
     print(f"decoded by {session.engine}", file=sys.stderr)
-    return _converse(session) if args.prompt is None else _answer(session, args)
+    return session
 
 
 def _answer(session, args) -> int:

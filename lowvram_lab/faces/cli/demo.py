@@ -44,6 +44,7 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     """
     gpu = open_gpu(gpu_size)
     source = find_source(model_name)
+    source.require_chat_template()
     spec = ModelSpec.from_config(source.config(), source.name)
     naive = Plan.uniform(spec, "fp16", context=context)
 

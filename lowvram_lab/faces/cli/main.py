@@ -9,7 +9,7 @@ import sys
 from lowvram_lab import __version__
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.bench import add_bench, run_bench
-from lowvram_lab.faces.cli.chat import add_chat, run_chat
+from lowvram_lab.faces.cli.chat import add_chat, add_complete, run_chat, run_complete
 from lowvram_lab.faces.cli.common import EXIT_INTERRUPTED, EXIT_USAGE
 from lowvram_lab.faces.cli.convert import add_convert, run_convert
 from lowvram_lab.faces.cli.demo import add_demo, run_demo_command
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_plan(command("plan", run_plan, "choose the most precise plan that fits a GPU"))
     add_chat(command("chat", run_chat, "chat with a model inside a GPU budget"))
+    add_complete(command("complete", run_complete, "go on with a text, as a base model does, inside a GPU budget"))
     tune = command("tune", run_tune, "measure a few splits and thread counts")
     add_plan_options(tune, budget_required=False)
     add_convert(command("convert", run_convert, "quantise a model once, into a directory"))

@@ -1,0 +1,204 @@
+"""One answer on its way, and what every kind of session shares: where it stops, how it is shown, what it took.
+
+Knows no template and no history: a session says what the prompt of its question is.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from lowvram_lab.chat.live import LiveDecoder
+from lowvram_lab.chat.prompt import StopStrings, stop_ids
+from lowvram_lab.engine.loaded import loaded
+from lowvram_lab.engine.sampling import Sampling
+
+Question = TypeVar("Question")
+"""What a session is asked: a chat's messages, or a text's ids."""
+
+
+@dataclass(frozen=True)
+class TurnStats:
+    """What one answer took.
+
+    Attributes:
+        prompt_tokens: Length of the whole prompt; of a chat, as it is rendered.
+        cached_tokens: How many of them were still in the KV cache.
+        new_tokens: Tokens generated, without the stop token.
+        ttft_s: Seconds to the first token.
+        tokens_per_s: Decoding speed after the first token, or ``None`` for a shorter answer.
+        peak_bytes: Highest allocated GPU memory during the turn, without the CUDA context.
+        stopped: Whether the model ended its turn itself, rather than running out of room.
+        given_up: What was given up on the way because the GPU was full, in words.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    new_tokens: int
+    ttft_s: float
+    tokens_per_s: float | None
+    peak_bytes: int
+    stopped: bool
+    given_up: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return asdict(self)
+
+
+class Session(Generic[Question]):
+    """Answers, one after the other, of a loaded model whose KV cache is kept in between.
+
+    Args:
+        model: From ``load``.
+        tokenizer: Its tokenizer.
+        max_new_tokens: Longest answer.
+        sampling: Greedy by default.
+        stop: Texts that end an answer, and are not shown.
+        compiled: Whether the decoder may compile a layer (``LeanDecoder``); by default where there is a compiler.
+        progress: Show that it compiles.
+
+    Attributes:
+        turns: What each answer took.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
+        stop: Iterable[str] = (),
+        compiled: bool | None = None,
+        progress: bool = True,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling()
+        self.turns: list[TurnStats] = []
+        self._stop_ids, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
+        self._live = LiveDecoder(model, compiled, progress)
+        self._live.begun()  # now: compiling and allocating are no part of the first answer
+
+    @property
+    def engine(self) -> str:
+        """What decodes, in words; where it is not the fast way, why."""
+        return self._live.begun().name
+
+    def ask(self, text: str) -> str:
+        """Sends a text and returns the whole answer."""
+        return "".join(self.send(text))
+
+    def send(self, text: str) -> Iterator[str]:
+        """Sends a text, yields the answer as it is made, in pieces that are never half a character."""
+        raise NotImplementedError
+
+    def _prompt(self, question: Question, answered: int = 0) -> list[int]:
+        """Ids of a question, so that there is room for more of an answer than ``answered`` tokens.
+
+        Raises:
+            BudgetError: There is not, whatever is left out.
+        """
+        raise NotImplementedError
+
+    def _can_shorten(self, question: Question, answered: int) -> bool:
+        """Whether ``_prompt`` would now leave out more of the question than it did."""
+        return False
+
+    def _text(self, prompt: list[int], tokens: list[int]) -> str:
+        """An answer's text, whole characters only: the bytes of one may be spread over several tokens."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+
+
+class Answer(Generic[Question]):
+    """One answer on its way.
+
+    Args:
+        session: Whose.
+        question: What it answers.
+        prompt: Its ids.
+
+    Attributes:
+        prompt: Ids of the question, as much of it as is seen.
+        tokens: Ids of the answer so far.
+        shown: Its text so far, as it was yielded.
+    """
+
+    def __init__(self, session: Session[Question], question: Question, prompt: list[int]):
+        self.session, self.question, self.prompt = session, question, prompt
+        self.tokens: list[int] = []
+        self.shown = ""
+        self._live = session._live
+        self._gpu = loaded(session.model).gpu
+        self._ended, self._first_at = False, None
+        self._started = time.perf_counter()
+        self._cached = self._live.reuse(prompt)
+        self._gpu.reset_peak()
+
+    def pieces(self) -> Iterator[str]:
+        """Yields the text. However that ends, the KV cache is whole then and ``session.turns`` has a turn more."""
+        try:
+            yield from self._until_it_ends()
+        except BaseException:
+            self._live.forget_broken()
+            raise
+        finally:
+            self._live.holds(self.prompt + self.tokens)
+            self.session.turns.append(self._stats())
+
+    def _until_it_ends(self) -> Iterator[str]:
+        """Where there is no room left it goes on with less of the question, or with a smaller plan."""
+        while True:
+            fed, made = self.prompt + self.tokens, len(self.tokens)
+            try:
+                yield from self._until_full(fed, made)
+            except torch.OutOfMemoryError as error:
+                self._live.step_down(error)
+                self.prompt = self.session._prompt(self.question, len(self.tokens))
+                continue
+            unfinished = not self._ended and made < len(self.tokens) < self.session.max_new_tokens
+            if not unfinished or not self.session._can_shorten(self.question, len(self.tokens)):
+                break
+            self._live.holds(fed + self.tokens[made:])
+            self.prompt = self.session._prompt(self.question, len(self.tokens))
+        yield from self._held_back()
+
+    def _until_full(self, fed: list[int], made: int) -> Iterator[str]:
+        """Goes on after ``fed`` until the answer ends, or the context or the longest answer is reached."""
+        session = self.session
+        room = min(session.max_new_tokens - made, loaded(session.model).plan.context - len(fed))
+        for token in self._live.stream(fed, room, session._stop_ids, session.sampling, made):
+            self._first_at = self._first_at or time.perf_counter()
+            self.tokens.append(token)
+            text, self._ended = session._stop_strings.cut(session._text(self.prompt, self.tokens))
+            if len(text) > len(self.shown):
+                piece, self.shown = text[len(self.shown) :], text
+                yield piece
+            if self._ended:
+                return
+        self._ended = len(self.tokens) - made < room
+
+    def _held_back(self) -> Iterator[str]:
+        """What might have become a stop string, and did not."""
+        text = self.session._text(self.prompt, self.tokens)
+        if len(text) > len(self.shown) and not self.session._stop_strings.cut(text)[1]:
+            piece, self.shown = text[len(self.shown) :], text
+            yield piece
+
+    def _stats(self) -> TurnStats:
+        now = time.perf_counter()
+        decoded = len(self.tokens) - 1
+        given_up = tuple(self._live.given_up)
+        self._live.given_up.clear()
+        return TurnStats(
+            prompt_tokens=len(self.prompt),
+            cached_tokens=self._cached,
+            new_tokens=len(self.tokens),
+            ttft_s=(self._first_at or now) - self._started,
+            tokens_per_s=decoded / (now - self._first_at) if decoded > 0 else None,
+            peak_bytes=self._gpu.peak_allocated_bytes,
+            stopped=self._ended,
+            given_up=given_up,
+        )
