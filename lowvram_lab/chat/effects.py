@@ -88,7 +88,7 @@ def effects(
     case.progress = progress
     rows: list[Effect] = []
     seconds: dict[str, float] = {}
-    for number, stage in enumerate(STAGES, start=1):  # each shows its own progress
+    for number, stage in enumerate(STAGES, start=1):
         if say:
             say(f"{number}/{len(STAGES)} {stage.name}")
         stage_began = time.monotonic()

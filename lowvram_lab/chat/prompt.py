@@ -64,14 +64,18 @@ def text_ids(tokenizer, text: str) -> list[int]:
         text: Control tokens in it are spelt out.
     """
     begun = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    ids: list[int] = [tokenizer.bos_token_id] if begun else []
+    first = [tokenizer.bos_token_id] if begun else []
     control = _control_tokens(tokenizer)
-    for place, piece in enumerate(re.split(f"({control.pattern})", text) if control else [text]):
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if control is None or not any(map(control.fullmatch, tokenizer.convert_ids_to_tokens(ids))):
+        return first + ids
+    ids = []  # of control tokens that are not special
+    for place, piece in enumerate(re.split(f"({control.pattern})", text)):
         if place % 2:
             ids += _spelt_out(tokenizer, piece)
         elif piece:
             ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-    return ids
+    return first + ids
 
 
 def checked_text(text: str, what: str) -> str:

@@ -190,7 +190,7 @@ def test_settings_by_attribute_are_checked():
     for each in wrong:
         with pytest.raises(PlanError):
             panel.state = replace(panel.state, **each)
-    with pytest.raises(PlanError, match="0 to 3 GPU layers"):
+    with pytest.raises(PlanError, match="expected GPU layers for tiny-qwen2 from 0 to 3"):
         panel.gpu_layers = 99
     assert panel.state == replace(START, gpu_layers=2)
     panel.controls["gpu_layers"].value = 99  # a slider stops at its end

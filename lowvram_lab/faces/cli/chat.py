@@ -47,7 +47,7 @@ def run_chat(args) -> int:
     if args.prompt is not None:
         checked_text(args.prompt, "a prompt")
     session = _open(args, ChatSession, system=args.system)
-    return _converse(session) if args.prompt is None else _answer(args, session)
+    return _converse(session) if args.prompt is None else _answer(session, args)
 
 
 def run_complete(args) -> int:
@@ -56,7 +56,7 @@ def run_complete(args) -> int:
     from lowvram_lab.chat.prompt import checked_text
 
     checked_text(args.prompt, "a text to go on with")
-    return _answer(args, _open(args, CompletionSession))
+    return _answer(_open(args, CompletionSession), args)
 
 
 def _open(args, kind, **options):
@@ -90,11 +90,10 @@ def _open(args, kind, **options):
     return session
 
 
-def _answer(args, session) -> int:
-    """Prints one answer as it is made, or all of it as JSON."""
-    from lowvram_lab.engine.loaded import loaded
-
-    say, answer = prose(args), ""
+def _answer(session, args) -> int:
+    """One answer, streamed or as JSON."""
+    say = prose(args)
+    answer = ""
     try:
         for piece in session.send(args.prompt):
             answer += piece
@@ -103,8 +102,9 @@ def _answer(args, session) -> int:
     except KeyboardInterrupt:
         say()
         raise
-    turn, gpu = session.turns[-1], loaded(session.model).gpu
+    turn = session.turns[-1]
     if args.json:
+        gpu = session.model.lowvram.gpu
         budget_bytes = gpu.budget.total_bytes if gpu.budget else None
         figures = {**turn.to_dict(), "budget_bytes": budget_bytes, "gpu": gpu.name, "engine": session.engine}
         print_json({"text": answer, **figures})
