@@ -84,7 +84,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies and adds the bias."""
-        rows = x.reshape(-1, self.in_features).contiguous()  # the last tokens of a batch lie apart; kernels want no gaps
+        rows = x.reshape(
+            -1, self.in_features
+        ).contiguous()  # the last tokens of a batch lie apart; kernels want no gaps
         result = self.multiply(rows)
         if self.bias is not None:
             result = result + self.bias
