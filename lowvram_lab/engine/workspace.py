@@ -2,13 +2,14 @@
 
 The lean decoder keeps so many bytes for itself from the start, as a CUDA graph keeps its pool, so that decoding can
 run out of memory nowhere else than where it begins. Run operator by operator the temporaries are exactly these; a
-compiled library writes down less, since what stands between two products becomes one loop (``_WRITTEN``).
+compiled library writes down less, since what stands between two products becomes one loop, and keeps it for longer.
+Scratch inside a kernel (oneDNN lays 64 rows of a bf16 weight side by side) is seen no more than by the meter.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.func import functional_call
@@ -19,14 +20,14 @@ from lowvram_lab.memory.allocator import round_size
 
 aten = torch.ops.aten
 
-_PRODUCTS = {
+_KERNELS = {
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
     aten._weight_int4pack_mm_for_cpu.default,
     aten._weight_int8pack_mm.default,
 }
-_WRITTEN = _PRODUCTS | {
+_WRITTEN = _KERNELS | {
     aten.sum.dim_IntList,
     aten.amax.default,
     aten.mean.dim,
@@ -38,39 +39,33 @@ _WRITTEN = _PRODUCTS | {
 class _Temporaries(TorchDispatchMode):
     """Follows the storages that operators make, in the allocator's blocks of 512 bytes.
 
-    Args:
-        compiled: Count only what a compiled library writes: results of products and reductions, what products read.
-
     Attributes:
         peak_bytes: Most that were live at once.
     """
 
-    def __init__(self, compiled: bool):
+    def __init__(self):
         super().__init__()
-        self.compiled, self.peak_bytes = compiled, 0
+        self.peak_bytes = 0
         self._live: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operator, then counts what it made."""
         result = func(*args, **(kwargs or {}))
-        made = result if isinstance(result, list | tuple) else [result]
-        if self.compiled:
-            made = [*(made if func in _WRITTEN else ()), *(args if func in _PRODUCTS else ())]
-        for tensor in made:
-            if isinstance(tensor, torch.Tensor):
-                self.count(tensor)
+        self.count(result if isinstance(result, list | tuple) else [result])
         return result
 
-    def count(self, tensor: torch.Tensor) -> None:
-        """Counts a tensor's storage, unless it is counted already."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._live or not storage.nbytes():
-            return
-        self._live[key] = round_size(storage.nbytes())
-        self._references[key] = weakref.ref(storage, lambda _: self._forget(key))
-        self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
+    def count(self, tensors: Iterable) -> None:
+        """Counts the storages of those that are tensors, unless they are counted already."""
+        for tensor in tensors:
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._live and storage.nbytes():
+                self._live[key] = round_size(storage.nbytes())
+                self._references[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
+        self.peak_bytes = max(self.peak_bytes, self._bytes())
 
     def exempt(self, tensor: torch.Tensor) -> None:
         """Never counts a tensor that was there before."""
@@ -78,9 +73,54 @@ class _Temporaries(TorchDispatchMode):
         self._live[storage._cdata] = 0
         self._references[storage._cdata] = weakref.ref(storage)
 
-    def _forget(self, key: int) -> None:
-        self._live.pop(key, None)
+    def _bytes(self) -> int:
+        return sum(self._live.values())
+
+    def _forget(self, key: int) -> int:
         self._references.pop(key, None)
+        return self._live.pop(key, 0)
+
+
+class _WrittenByALibrary(_Temporaries):
+    """Counts what a compiled library writes to memory, and when it lets go of it.
+
+    It writes results of products and reductions, and what products and loops read. All that lies between two kernels of
+    torch is one function of the library, so what it has done with is freed when the next kernel is called, not before.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._done_with_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs the operator, and counts what a library would write for it."""
+        if func in _KERNELS:
+            self.count(args)
+            self._done_with_bytes = 0
+        result = func(*args, **(kwargs or {}))
+        if func in _WRITTEN:
+            self.count([result])
+        return result
+
+    def _bytes(self) -> int:
+        return super()._bytes() + self._done_with_bytes
+
+    def _forget(self, key: int) -> int:
+        self._done_with_bytes += super()._forget(key)
+        return 0
+
+
+class _Loops(list):
+    """Inputs of loops, which a library writes when it comes to them, and returns."""
+
+    def __init__(self, seen: _Temporaries):
+        super().__init__()
+        self._seen = seen
+
+    def append(self, tensor: torch.Tensor) -> None:
+        """Counts the tensor from here on."""
+        super().append(tensor)
+        self._seen.count([tensor])
 
 
 def layer_bytes(
@@ -147,17 +187,15 @@ def token_bytes(
         tensors: And these, which stay, real or on meta; only their shapes matter.
         compiled: Whether it will be a compiled library.
     """
-    seen = _Temporaries(compiled)
+    seen = _WrittenByALibrary() if compiled else _Temporaries()
     given, *arguments = (
         torch.empty_like(each, device="meta") if isinstance(each, torch.Tensor) else each for each in (hidden, *tensors)
     )
     for each in arguments:
         if isinstance(each, torch.Tensor):
             seen.exempt(each)
-    seen.count(given)
-    loops = [] if compiled else None
+    seen.count([given])
+    loops = _Loops(seen) if compiled else None
     with torch.inference_mode(False), torch.no_grad(), seen:
-        result = run(given, arguments, loops)
-        for tensor in (result, *(loops or ())):  # a library returns these inputs
-            seen.count(tensor)
+        seen.count([run(given, arguments, loops)])
     return seen.peak_bytes
