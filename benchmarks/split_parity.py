@@ -52,9 +52,9 @@ def places(plan: Plan, spec: ModelSpec) -> dict[str, Plan]:
 def run(model, batch: int) -> dict[str, torch.Tensor]:
     """Logits after a prompt, and of the tokens fed one at a time after it; float32, on the CPU."""
     ids = torch.randint(0, SMALL_VOCABULARY, (batch, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
-    cache = PreallocatedCache(model)
-    first = prefill(model, ids[:, :PROMPT], cache).float().cpu()
-    steps = [decode_one_token(model, ids[:, at : at + 1], cache).float().cpu() for at in range(PROMPT, PROMPT + STEPS)]
+    decoder = ModuleDecoder(model, batch_size=batch)
+    first = decoder.prefill(ids[:, :PROMPT]).float().cpu()
+    steps = [decoder.decode(ids[:, at : at + 1]).float().cpu() for at in range(PROMPT, PROMPT + STEPS)]
     return {"prefill": first, "decode": torch.stack(steps)}
 
 
