@@ -87,6 +87,7 @@ _PUBLIC = {
     "ProductRates": "planner.rates",
     "PromptRates": "planner.rates",
     "TokenRates": "planner.rates",
+    "AttentionRates": "planner.rates",
     "LinkRates": "planner.rates",
     "LayerSplitPanel": "faces.panel",
     "trials_table": "faces.split",

@@ -17,8 +17,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import psutil
@@ -37,7 +37,6 @@ from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, remember, writable
 from lowvram_lab.machine import cpu_threads, processor_name
-from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import CudaGpu
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.checkpoint import RandomWeights
@@ -45,6 +44,7 @@ from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.rates import (
+    AttentionRates,
     Circumstances,
     DiskRates,
     KernelRates,
@@ -54,9 +54,9 @@ from lowvram_lab.planner.rates import (
     TokenRates,
 )
 from lowvram_lab.planner.timing import Timing, time_calls
-from lowvram_lab.units import GiB, MiB
+from lowvram_lab.units import MiB
 
-VERSION = 5
+VERSION = 6
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB
@@ -158,26 +158,34 @@ class Machine:
         place: str = "cpu",
         threads: int | None = None,
     ) -> TokenRates:
-        """Rates of everything in decoding a token but the products.
+        """Rates of everything in decoding a token but products and attention.
 
         Args:
             engine: Any of ``lean.engine_of``.
             fmt: Format of a layer's weights: each kernel has its own cost of a call.
             kv_format: See ``Plan``.
             dtype: See ``Plan``.
-            place: See ``kernel``; weights on the CPU lie side by side, within a GPU's budget they do not.
+            place: See ``kernel``.
             threads: See ``kernel``.
         """
-        apart = place == "gpu"
         place, threads = self._place(place), threads or torch.get_num_threads()
         if engine == MODULES:
-            fmt, apart = dtype, False
+            fmt = dtype
             weight_s = self.kernel(dtype, place, threads)
         else:
             weight_s = self.product(engine, fmt, TINY["hidden_size"], place, threads)
-        name = f"token {engine} {fmt} {kv_format} {dtype} {self._where(place, threads)}{' apart' if apart else ''}"
-        case = _Case(engine, fmt, kv_format, dtype, place, apart)
+        name = f"token {engine} {fmt} {kv_format} {dtype} {self._where(place, threads)}"
+        case = _Case(engine, fmt, kv_format, dtype, place)
         return self._rates(TokenRates, name, threads, lambda: _token(case, weight_s))
+
+    def attention(
+        self, engine: str, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None
+    ) -> AttentionRates:
+        """Rates of a token's attention to those that are cached. Arguments as ``token``."""
+        place, threads = self._place(place), threads or torch.get_num_threads()
+        name = f"attention {engine} {kv_format} {dtype} {self._where(place, threads)}"
+        case = _Case(engine, dtype, kv_format, dtype, place)
+        return self._rates(AttentionRates, name, threads, lambda: _attention(case))
 
     def link(self) -> LinkRates | None:
         """Rates between CPU and GPU, or ``None`` without a CUDA card: the stand-in lies in the same RAM."""
@@ -303,12 +311,15 @@ def _product(engine: str, fmt: str, place: str) -> tuple[ProductRates, Circumsta
     return ProductRates(timing.seconds[""] / (WORDS * columns)), timing.circumstances
 
 
+@dataclass(frozen=True)
 class _Case:
     """What tiny models are made for, see ``Machine.token``."""
 
-    def __init__(self, engine: str, fmt: str, kv_format: str, dtype: str, place: str, apart: bool):
-        self.engine, self.fmt, self.kv_format = engine, fmt, kv_format
-        self.dtype, self.place, self.apart = dtype, place, apart
+    engine: str
+    fmt: str
+    kv_format: str
+    dtype: str
+    place: str
 
     def decoder(self, layers: int, kv_heads: int) -> Decoder:
         """A decoder of a Llama of random weights, loaded like any model."""
@@ -325,12 +336,7 @@ class _Case:
         plan = Plan.uniform(spec, self.dtype, context=4 * LONG)
         plan = plan.with_modules("*_proj", format=self.fmt).with_modules("*", device=self.place)
         plan = replace(plan, kv_format=self.kv_format)
-        if torch.cuda.is_available():
-            gpu = CudaGpu(None, set_cap=False)
-        else:
-            gpu = StandInGpu(GpuBudget(GiB, 0) if self.apart else None)
-            if self.apart:
-                plan = plan.with_modules("*", device="gpu")
+        gpu = CudaGpu(None, set_cap=False) if torch.cuda.is_available() else StandInGpu(None)
         model = load(plan, gpu, spec=spec, checkpoint=RandomWeights(spec), progress=False)
         if self.engine == MODULES:
             return ModuleDecoder(model)
@@ -338,37 +344,43 @@ class _Case:
 
 
 def _token(case: _Case, weight: KernelRates | ProductRates) -> tuple[TokenRates, Circumstances]:
-    """Differences between tiny models that differ in one thing each."""
-    decoders = {"few": case.decoder(FEW, 4), "many": case.decoder(DEEP, 4), "narrow": case.decoder(DEEP, 1)}
-    lengths = [("few", 1), ("many", 1), ("many", 2 * LONG), ("narrow", 1), ("narrow", 2 * LONG)]
+    """The difference between two depths is a layer; what it takes for products is taken off."""
+    decoders = {FEW: case.decoder(FEW, 4), DEEP: case.decoder(DEEP, 4)}
     timing = _timed(
-        {(name, cached): _decoding(decoders[name], cached) for name, cached in lengths}, decoders, case.place
+        {depth: _decoding(decoder, 1) for depth, decoder in decoders.items()}, decoders.values(), case.place
     )
-    seconds = timing.seconds
-    whole = (seconds["many", 1] - seconds["few", 1]) / (DEEP - FEW)  # a layer, its products included
-    spec = decoders["many"].model.lowvram.spec
+    whole = (timing.seconds[DEEP] - timing.seconds[FEW]) / (DEEP - FEW)
+    spec = decoders[DEEP].model.lowvram.spec
     products = [module for module in spec.modules if module.layer == 0 and module.kind == "linear"]
     weights = [module.weight_shape[0] * module.weight_shape[1] for module in products]
     if isinstance(weight, KernelRates):
         linear = sum(weight.seconds(count) for count in weights)
     else:
         linear = weight.weight_s * sum(weights)
-    queries = TINY["num_attention_heads"] * TINY["head_dim"]
-    # a cached token: queries * cached_query + keys * cached_kv, from two numbers of key heads
+    around = max(0.0, timing.seconds[FEW] - FEW * whole)
+    return TokenRates(around, max(0.0, whole - linear)), timing.circumstances
+
+
+def _attention(case: _Case) -> tuple[AttentionRates, Circumstances]:
+    """A cached token takes queries * query + keys * key, told apart by two numbers of key heads."""
+    decoders = {heads: case.decoder(DEEP, heads) for heads in (4, 1)}
+    lengths = itertools.product(decoders, (1, 2 * LONG))
+    calls = {(heads, cached): _decoding(decoders[heads], cached) for heads, cached in lengths}
+    timing = _timed(calls, decoders.values(), case.place)
     wide, narrow = (
-        max(0.0, seconds[name, 2 * LONG] - seconds[name, 1]) / DEEP / (2 * LONG) for name in ("many", "narrow")
+        max(0.0, timing.seconds[heads, 2 * LONG] - timing.seconds[heads, 1]) / DEEP / (2 * LONG) for heads in (4, 1)
     )
-    kv = max(0.0, wide - narrow) / (3 * TINY["head_dim"])
-    query = max(0.0, narrow - kv * TINY["head_dim"]) / queries
-    around = max(0.0, seconds["few", 1] - FEW * whole)
-    return TokenRates(around, max(0.0, whole - linear), query, kv), timing.circumstances
+    key_s = max(0.0, wide - narrow) / (3 * TINY["head_dim"])
+    queries = TINY["num_attention_heads"] * TINY["head_dim"]
+    return AttentionRates(max(0.0, narrow - key_s * TINY["head_dim"]) / queries, key_s), timing.circumstances
 
 
 def _prompt(kv_format: str, dtype: str, place: str, plain: KernelRates) -> tuple[PromptRates, Circumstances]:
-    case = _Case(MODULES, dtype, kv_format, dtype, place, apart=False)
+    case = _Case(MODULES, dtype, kv_format, dtype, place)
     decoders = {"few": case.decoder(FEW, 4), "many": case.decoder(MANY, 4)}
     lengths = list(itertools.product(decoders, (1, SHORT, LONG)))
-    timing = _timed({(name, n): _prefilling(decoders[name], n) for name, n in lengths}, decoders, place)
+    calls = {(name, tokens): _prefilling(decoders[name], tokens) for name, tokens in lengths}
+    timing = _timed(calls, decoders.values(), place)
     a_layer = {
         tokens: (timing.seconds["many", tokens] - timing.seconds["few", tokens]) / (MANY - FEW)
         for tokens in (1, SHORT, LONG)
@@ -385,9 +397,9 @@ def _prompt(kv_format: str, dtype: str, place: str, plain: KernelRates) -> tuple
     return PromptRates(around, layer_s, width, pair), timing.circumstances
 
 
-def _timed(calls: dict, decoders: dict[str, Decoder], place: str) -> Timing:
+def _timed(calls: dict, decoders: Iterable[Decoder], place: str) -> Timing:
     with contextlib.ExitStack() as unmetered:
-        for decoder in decoders.values():
+        for decoder in decoders:
             unmetered.enter_context(decoder.model.lowvram.gpu.unmetered())
         return time_calls(calls, place)
 

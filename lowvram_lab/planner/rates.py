@@ -60,14 +60,23 @@ class TokenRates:
     Attributes:
         model_s: What there is around the layers: embedding, final norm, copying logits, choosing.
         layer_s: A layer with next to nothing cached.
-        cached_query_s: Per cached token and query feature.
-        cached_kv_s: Per cached token and key feature.
     """
 
     model_s: float
     layer_s: float
-    cached_query_s: float
-    cached_kv_s: float
+
+
+@dataclass(frozen=True)
+class AttentionRates:
+    """One token's attention to those that are cached.
+
+    Attributes:
+        query_s: Per cached token and query feature.
+        key_s: Per cached token and key feature.
+    """
+
+    query_s: float
+    key_s: float
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,8 @@ def _token(plan: Plan, spec: ModelSpec, machine: Machine, engine: str, cached: i
         for fmt, count in Counter(formats[index]).items():
             rates = machine.token(engine, fmt, plan.kv_format, plan.dtype, place, plan.threads)
             parts["small operations"] += rates.layer_s * count / len(formats[index])
-        parts["attention"] += cached * (rates.cached_query_s * queries + rates.cached_kv_s * keys)
+        attention = machine.attention(engine, plan.kv_format, plan.dtype, place, plan.threads)
+        parts["attention"] += cached * (attention.query_s * queries + attention.key_s * keys)
         around = around or rates.model_s
     parts["small operations"] += around
     parts["crossing"] += _crossing_seconds(plan, spec, machine, places, 1)

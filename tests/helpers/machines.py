@@ -1,6 +1,7 @@
 """Machines of made-up rates, in the place of a measured ``Machine``."""
 
 from lowvram_lab.planner.rates import (
+    AttentionRates,
     Circumstances,
     DiskRates,
     KernelRates,
@@ -33,7 +34,11 @@ class Made:
 
     def token(self, engine, fmt, kv_format, dtype="bf16", place="cpu", threads=None):
         self.asked.append(("token", engine, fmt, kv_format, dtype, place, threads))
-        return TokenRates(5e-5, 3e-5, 3e-10, 4e-10)
+        return TokenRates(5e-5, 3e-5)
+
+    def attention(self, engine, kv_format, dtype="bf16", place="cpu", threads=None):
+        self.asked.append(("attention", engine, kv_format, dtype, place, threads))
+        return AttentionRates(3e-10, 4e-10)
 
     def link(self):
         return self._link
@@ -65,7 +70,10 @@ class Flat(Made):
         return PromptRates(0.0, 1e-9, 0.0, 0.0)
 
     def token(self, engine, fmt, kv_format, dtype="bf16", place="cpu", threads=None):
-        return TokenRates(0.0, 1e-9, 0.0, 0.0)
+        return TokenRates(0.0, 1e-9)
+
+    def attention(self, engine, kv_format, dtype="bf16", place="cpu", threads=None):
+        return AttentionRates(0.0, 0.0)
 
 
 LINK = LinkRates(to_gpu=5e7, to_gpu_pinned=1e8, to_cpu=4e9, to_cpu_pinned=2e10, crossing_s=2e-5)  # for tiny layers
@@ -89,4 +97,4 @@ class Card(Made):
         return PromptRates(1e-4, 2e-4, 1e-9, 1e-11)
 
     def token(self, engine, fmt, kv_format, dtype="bf16", place="cpu", threads=None):
-        return TokenRates(1e-4, 2e-4, 3e-10, 4e-10)
+        return TokenRates(1e-4, 2e-4)

@@ -85,6 +85,7 @@ def test_rates_are_asked_for_the_plans_formats_places_and_threads(monkeypatch):
         *(("prompt", "int8", "bf16", place, 3) for place in places),
         *(("product", "lean", "int8", place, 3) for place in places),
         *(("token", "lean", "int8", "int8", "bf16", place, 3) for place in places),
+        *(("attention", "lean", "int8", "bf16", place, 3) for place in places),
     }
     with pytest.raises(PlanError):
         forecast_speed(tiny_plan("llama"), spec, machine=machine)
@@ -136,7 +137,13 @@ def test_rates_are_measured_once_and_kept(quick, monkeypatch, tmp_path):
     found = {fmt: machine.kernel(fmt) for fmt in ("bf16", "int4", "int5")}
     prompt, token = machine.prompt("int8", threads=1), machine.token("lean", "int4", "int8", threads=1)
     assert torch.get_num_threads() == threads
-    for rates in (*found.values(), prompt, token, machine.product("lean", "int4", 512)):
+    for rates in (
+        *found.values(),
+        prompt,
+        token,
+        machine.product("lean", "int4", 512),
+        machine.attention("lean", "int8"),
+    ):
         assert all(math.isfinite(value) and value >= 0 for value in vars(rates).values())
     monkeypatch.setattr(measure_rates, "time_calls", lambda *_: pytest.fail("measured again"))
     assert machine.kernel("int4") == found["int4"] == Machine().kernel("int4")
