@@ -237,7 +237,14 @@ class LeanDecoder:
             half = sin.shape[-1] // 2
             # a half turn swaps the halves of a head; the sign of the first goes into the table
             cos, sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
-            return {place: (gpu.move(cos, place), gpu.move(sin, place)) for place in set(self._places)}
+            tables = {home: (cos, sin)}
+            for place in sorted(set(self._places) - {home}):
+                tables[place] = (self._copied(cos, place), self._copied(sin, place))
+            return tables
+
+    def _copied(self, table: torch.Tensor, place: str) -> torch.Tensor:
+        """A table at another place: made there once, so it is not counted among what crosses."""
+        return self._gpu.zeros(tuple(table.shape), table.dtype, place).copy_(table)
 
     def _graph(self, bound: list, batch_size: int) -> GraphedStep:
         by_modules = partial(_modules_head, self.model)
