@@ -9,7 +9,6 @@ from tokenizers import decoders, processors
 from lowvram_lab.chat.completion import CompletionSession
 from lowvram_lab.chat.prompt import text_ids
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import BudgetError, LowvramError, SourceError
 from lowvram_lab.memory.cuda import open_gpu
@@ -43,16 +42,9 @@ def complete(model, **options):
     return CompletionSession(model, base_tokenizer(), **{"max_new_tokens": 12, **options})
 
 
-@pytest.fixture
-def scripted(monkeypatch):
-    """A session whose model says what it is told to."""
-    monkeypatch.setattr("lowvram_lab.chat.live.decoder_for", lambda model, **options: ModuleDecoder(model))
-
-    def session(text, **options):
-        said = [*tiny_tokenizer()(text)["input_ids"], 1]
-        return complete(scripted_model(said), **{"max_new_tokens": 100, **options})
-
-    return session
+def scripted(text, **options):
+    said = [*tiny_tokenizer()(text)["input_ids"], 1]
+    return complete(scripted_model(said), **{"max_new_tokens": 100, **options})
 
 
 # ---- ids ----
@@ -83,7 +75,7 @@ def test_control_tokens_in_a_text_stay_text(text):
 # ---- what comes out ----
 
 
-def test_it_goes_on_with_what_it_is_fed_and_nothing_else(model, scripted):
+def test_it_goes_on_with_what_it_is_fed_and_nothing_else(model):
     session = complete(model)
     assert len(session.ask("once upon")) == 12
     talk = scripted(" a time")
@@ -108,7 +100,7 @@ def test_a_chat_template_is_neither_needed_nor_used(model):
     assert CompletionSession(model, tiny_tokenizer(), max_new_tokens=12).ask("well") == complete(model).ask("well")
 
 
-def test_a_first_space_that_decoding_would_strip_is_there(scripted):
+def test_a_first_space_that_decoding_would_strip_is_there():
     """As of SentencePiece models, whose decoder takes the space before the first word away."""
     session = scripted(" a time")
     session.tokenizer._tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
@@ -116,12 +108,12 @@ def test_a_first_space_that_decoding_would_strip_is_there(scripted):
     assert session.ask("Once upon") == " a time"
 
 
-def test_characters_of_several_tokens_come_whole(scripted):
+def test_characters_of_several_tokens_come_whole():
     pieces = list(scripted(TEXT).send("日"))
     assert [piece for piece in pieces if piece] == list(TEXT)
 
 
-def test_it_ends_at_a_stop_string_and_does_not_show_it(scripted):
+def test_it_ends_at_a_stop_string_and_does_not_show_it():
     assert scripted("one two three", stop=["two"]).ask("count:") == "one "
     assert scripted("one two three", stop="never").ask("count:") == "one two three"
 

@@ -1,5 +1,6 @@
 """A chat with a tiny model and a tokenizer of bytes: history, stop tokens, KV cache, room, streaming."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,8 @@ def scripted_model(tokens, context=1024):
         return SimpleNamespace(logits=logits)
 
     model.forward, model.fed = forward, fed
-    model.config.model_type = "scripted"  # no decoder knows it: its own forward is called
+    state = model.lowvram  # no decoder knows its type: its own forward is called
+    state.spec = replace(state.spec, config={**state.spec.config, "model_type": "scripted"})
     return model
 
 

@@ -70,7 +70,6 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     session = ChatSession(model, source.tokenizer(), max_new_tokens=80, progress=progress)
     say(f"   decoded by {session.engine}")
     answers = [_converse(session, question, say) for question in QUESTIONS]
-    say("\n5. Validate against the 16-bit model")
     foretold = {"forecast": predicted, "measured": measured, "speed": speed}
     report = _validated(session, foretold, checkpoint, say, progress)
 
@@ -92,6 +91,7 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
 
 def _validated(session: ChatSession, foretold: dict, checkpoint, say, progress: bool) -> ValidationReport:
     """Holds the chat against the 16-bit model and its forecasts."""
+    say("\n5. Validate against the 16-bit model")
     state = session.model.lowvram
     reference = load_reference(state.plan, state.spec, checkpoint=checkpoint, progress=progress)
     report = validate(session, reference=reference, **foretold, progress=progress)
