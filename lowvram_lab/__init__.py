@@ -99,6 +99,7 @@ _PUBLIC = {
     "prefill": "engine.decode",
     "generate": "engine.decode",
     "llama_layer": "engine.llama_layer",
+    "bind_layer": "engine.bind",
     "fuse": "engine.fuse",
     "compiler": "engine.compiled",
     "open_libraries": "engine.compiled",
