@@ -141,7 +141,7 @@ def test_forecast_json_has_the_promised_keys(capsys):
 
 def test_forecast_draws_and_finds_the_longest_context(capsys, tmp_path):
     picture = tmp_path / "timeline.png"
-    words = ["forecast", "smollm2-135m", "--gpu", "192MiB", "--context", 128, "--format", "int8", "--kv", "int8"]
+    words = ["forecast", "smollm2-135m", "--gpu", "256MiB", "--context", 128, "--format", "int8", "--kv", "int8"]
     status, out, _ = run(capsys, *words, "--max-context", "--batch", 2, "--plot", picture, "--json")
     found = json.loads(out)
     assert status == 0 and found["workload"]["batch_size"] == 2 and found["max_context"] > 128
@@ -150,7 +150,7 @@ def test_forecast_draws_and_finds_the_longest_context(capsys, tmp_path):
 
 @pytest.mark.integration
 def test_forecast_compares_with_a_run(capsys):
-    words = ["forecast", "smollm2-135m", "--gpu", "192MiB", "--context", 128, "--compare", "--json"]
+    words = ["forecast", "smollm2-135m", "--gpu", "256MiB", "--context", 128, "--compare", "--json"]
     status, out, _ = run(capsys, *words, "--format", "int8")
     assert status == 0 and [row["difference"] for row in json.loads(out)["comparison"]] == [0, 0, 0]
     status, out, _ = run(capsys, *words)
