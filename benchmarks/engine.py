@@ -22,6 +22,7 @@ from forecast_accuracy import RandomCheckpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from lowvram_lab.engine.bind import bind_layer
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load
@@ -113,7 +114,8 @@ def parity() -> dict:
         ids = torch.randint(0, 4096, (1, 48), generator=torch.Generator().manual_seed(1))
         for compiled in (False, True):
             decoder = LeanDecoder(model, compiled=compiled, progress=False)
-            found = [decoder.prefill(ids[:, :16])] + [decoder.decode(ids[:, at : at + 1]) for at in range(16, 48)]
+            found = [decoder.prefill(ids[:, :16])]
+            found += [decoder.decode(ids[:, at : at + 1]).clone() for at in range(16, 48)]
             expected = stock(ids).logits[0, 15:]
             difference = float((torch.cat(found) - expected).abs().max() / expected.abs().max())
             text = stock.generate(ids[:, :16], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -182,7 +184,7 @@ def _products_of(decoder: LeanDecoder, model):
     """The very products of ``layer``, in order, with made-up inputs, and the head as the decoder runs it."""
     from lowvram_lab.engine import llama_layer as module
 
-    shapes = [decoder._bind(*both)[0] for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
+    shapes = [bind_layer(model, *both)[0] for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     inputs, config = {}, model.config
     for size in (
         config.hidden_size,

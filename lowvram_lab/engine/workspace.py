@@ -188,14 +188,17 @@ def token_bytes(
         compiled: Whether it will be a compiled library.
     """
     seen = _WrittenByALibrary() if compiled else _Temporaries()
-    given, *arguments = (
-        torch.empty_like(each, device="meta") if isinstance(each, torch.Tensor) else each for each in (hidden, *tensors)
-    )
-    for each in arguments:
-        if isinstance(each, torch.Tensor):
-            seen.exempt(each)
-    seen.count([given])
     loops = _Loops(seen) if compiled else None
-    with torch.inference_mode(False), torch.no_grad(), seen:
-        seen.count([run(given, arguments, loops)])
+    with torch.inference_mode(False), torch.no_grad():
+        given, *arguments = (_on_meta(each) for each in (hidden, *tensors))
+        for each in arguments:
+            if isinstance(each, torch.Tensor):
+                seen.exempt(each)
+        seen.count([given])
+        with seen:
+            seen.count([run(given, arguments, loops)])
     return seen.peak_bytes
+
+
+def _on_meta(value: object) -> object:
+    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value

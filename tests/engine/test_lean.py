@@ -233,7 +233,7 @@ def test_a_meter_around_it_is_left_out():
     decoder, token = LeanDecoder(model, compiled=False), torch.ones(1, 1, dtype=torch.long)
     with model.lowvram.gpu.active():
         decoder.prefill(random_ids(4))
-        inside = decoder.decode(token)
+        inside = decoder.decode(token).clone()
     decoder.cache.keep(4)
     assert torch.equal(inside, decoder.decode(token))
 
@@ -304,6 +304,16 @@ def test_int8_inputs_that_its_kernel_cannot_read_are_left_to_the_modules():
     plan = Plan.uniform(spec, "int8", context=64)
     model = load(plan, open_gpu(None), checkpoint=DictCheckpoint(random_state(spec)), spec=spec, progress=False)
     assert why_not(model) == "down_proj is in int8, which has no kernel"
+
+
+@simulated
+def test_it_may_be_made_in_inference_mode():
+    model, ids = load_tiny("qwen2", tiny_plan("qwen2", "int8")), random_ids(20)
+    with torch.inference_mode():
+        inside = LeanDecoder(model, compiled=False)
+    outside = LeanDecoder(model, compiled=False)
+    assert inside.workspace_bytes == outside.workspace_bytes
+    assert torch.equal(decoded(inside, ids, 8), decoded(outside, ids, 8))
 
 
 @simulated
