@@ -112,7 +112,8 @@ def _fused(projections: list[nn.Module], state: Loaded, name: str) -> dict | Non
     So do those mapped from disk.
     """
     device, gpu = state.plan.modules[name].device, state.gpu
-    in_ram = device == "cpu" or (device == "gpu" and gpu.kernels == "cpu" and gpu.budget is None)
+    # unmetered, the stand-in would not know the common weight for one of its own
+    in_ram = device == "cpu" or (device == "gpu" and gpu.kernels == "cpu" and gpu.budget is None and gpu.moves)
     if not in_ram:
         return None
     with gpu.meter.scope(owner="fused weights", category="weights"):

@@ -81,8 +81,8 @@ def run_speed(model: torch.nn.Module, workload: Workload, decoder: Decoder | Non
         decoder: One of this model's with room for them, whose cache is emptied; by default a new one.
     """
     state = loaded(model)
+    decoder = decoder or decoder_for(model, workload.tokens, progress=False)  # with the meter: it knows places
     with state.gpu.unmetered():
-        decoder = decoder or decoder_for(model, workload.tokens, progress=False)
         decoder.cache.keep(0)
         started = time.perf_counter()
         token = _read(decoder, workload.prompt_tokens, 1)

@@ -9,6 +9,8 @@ from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import replan
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.planner.measure import run_speed
+from lowvram_lab.planner.profile import Workload
 from tests.helpers.tiny import load_tiny, random_ids, tiny_plan, tiny_spec
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="weights on a card stay as they were loaded")
@@ -66,6 +68,20 @@ def test_a_replan_of_one_of_them_leaves_nothing_behind():
     assert torch.equal(found.decode(token), expected.decode(token))
     replan(model, replace(plan, context=64), progress=False)
     assert torch.equal(logits(model), logits(load_tiny("qwen2", plan, open_gpu(None))))
+
+
+@simulated
+@pytest.mark.parametrize("placement", ["gpu", "half"])
+def test_a_timing_without_the_meter_leaves_every_weight_at_its_place(placement):
+    plan = tiny_plan("qwen2", "int8", placement)
+    model = load_tiny("qwen2", plan, open_gpu(None))
+    before, held = logits(model), model.lowvram.gpu.meter.category_bytes("weights")
+    with model.lowvram.gpu.unmetered():
+        LeanDecoder(model, compiled=False)
+    assert model.lowvram.gpu.meter.category_bytes("weights") == held
+    run_speed(model, Workload(20, 2))
+    assert 0 < model.lowvram.gpu.meter.category_bytes("weights") <= held
+    assert torch.equal(logits(model), before)
 
 
 def test_what_differs_is_not_fused():

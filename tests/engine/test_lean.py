@@ -14,7 +14,7 @@ from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.kinds import why_not
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.lean import LeanDecoder
+from lowvram_lab.engine.lean import LeanDecoder, decoder_for
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.cuda import open_gpu
@@ -297,19 +297,14 @@ def test_sizes_and_shapes_that_are_wrong():
         prefill(chunked, random_ids(60)[:, :0], cache)
 
 
-def refusal(model) -> str:
-    """Why a loaded model is not decoded by the lean decoder."""
-    state = model.lowvram
-    return why_not(state.plan, state.spec, state.gpu.kernels)
-
-
 @simulated
 def test_int8_inputs_that_its_kernel_cannot_read_are_left_to_the_modules():
     config = LlamaConfig(**{**SIZES, "intermediate_size": 200})
     spec = ModelSpec.from_config(config, "narrow")
     plan = Plan.uniform(spec, "int8", context=64)
     model = load(plan, open_gpu(None), checkpoint=DictCheckpoint(random_state(spec)), spec=spec, progress=False)
-    assert refusal(model) == "down_proj is in int8, which has no kernel"
+    assert why_not(plan, spec, "cpu") == "down_proj is in int8, which has no kernel"
+    assert decoder_for(model).why == "down_proj is in int8, which has no kernel"
 
 
 @simulated
@@ -355,9 +350,20 @@ def test_a_replan_frees_the_weights_that_a_decoder_held():
 def test_what_it_does_not_know_is_refused_by_name():
     with pytest.raises(LowvramError, match="gate_proj is in int3, which has no kernel; use the model itself"):
         LeanDecoder(load_tiny("qwen2", tiny_plan("qwen2").with_modules("*.gate_proj", format="int3")))
-    model = load_tiny("qwen2")
-    assert refusal(model) == ""
-    plan, spec = model.lowvram.plan, model.lowvram.spec
-    other = replace(spec, config={**spec.config, "model_type": "gpt2"})
-    assert why_not(plan, other, "cpu") == "gpt2 is none of llama, mistral, qwen2, qwen3"
-    assert "gelu" in why_not(plan, replace(spec, config={**spec.config, "hidden_act": "gelu"}), "cpu")
+    plan, spec = tiny_plan("qwen2"), tiny_spec("qwen2")
+    assert why_not(plan, spec, "cpu") == why_not(plan, spec, "cuda") == ""
+    for change, reason in (
+        ({"model_type": "gpt2"}, "gpt2 is none of llama, mistral, qwen2, qwen3"),
+        ({"hidden_act": "gelu"}, "its activation is gelu, not silu"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "its rotary positions (dynamic) depend on the length"),
+        (
+            {"sliding_window": 100, "layer_types": ["sliding_attention"] * 3},
+            "its attention slides over 100 tokens",
+        ),
+    ):
+        assert why_not(plan, replace(spec, config={**spec.config, **change}), "cpu") == reason
+    split = plan.with_gpu_layers(spec, 1)
+    assert why_not(split, spec, "cpu") == ""
+    assert why_not(split, spec, "cuda") == "its layers are on both sides of a CUDA card"
+    assert "int4, which the modules read" in why_not(replace(plan, kv_format="int4"), spec, "cpu")
+    assert "lets weights travel" in why_not(replace(split, stream_from=16), spec, "cpu")
