@@ -207,6 +207,15 @@ def test_the_order_of_cells(path):
 
 
 @each
+def test_every_section_opens_with_a_prediction(path):
+    """The reader commits to an answer before any of the section's figures."""
+    cells = {cell.id: cell.source for cell in read(path).cells}
+    assert "**Predict**" in cells["parameters-text"]  # says what to do with it
+    opened = [name for name in cells if re.fullmatch(r"s\d-text", name)]
+    assert [name for name in opened if "?" not in cells[name].partition("**Predict.**")[2]] == []
+
+
+@each
 def test_the_title_says_what_a_reader_wants_to_know(path):
     title = read(path).cells[0].source
     assert title.startswith(f"# {int(path.name[:2])}. ")
