@@ -259,7 +259,7 @@ def _draw_phases(ax: Axes, table, keep: Sequence[int] = ()):
     """
     begins = table["phase"].ne(table["phase"].shift())
     phase = begins.cumsum() - 1
-    at = phase + table.groupby(phase).cumcount() / phase.map(phase.value_counts())
+    at = phase + table.groupby(phase).cumcount() / (phase.map(phase.value_counts()) - 1).clip(lower=1)
     stretches = table.groupby((at * POINTS).astype(int))
     rows = {0, len(table) - 1, *keep, *stretches["reserved"].idxmax()}
     rows |= {*stretches["allocated"].idxmax(), *stretches["allocated"].idxmin()}

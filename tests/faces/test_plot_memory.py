@@ -225,6 +225,14 @@ def test_the_failing_allocation_is_marked_with_its_module(expandable):
     assert mark.get_ydata()[0] * MiB > profile.first_oom.reserved_bytes
 
 
+def test_every_phase_of_a_timeline_is_drawn_to_its_end():
+    profile = a_forecast(timeline=True)
+    assert profile.timeline.table()["phase"].eq("decode").sum() < 100  # few events: an end left out would be seen
+    ax = plot_timeline(profile)
+    for area in ax.collections:
+        assert area.get_datalim(ax.transData).x1 == pytest.approx(len(profile.phases))
+
+
 def test_a_timeline_that_fits_has_no_mark_and_shows_the_room_for_tensors():
     ax = plot_timeline(a_forecast(card=GpuBudget(100 * MiB, MiB), timeline=True))
     assert not [line for line in ax.lines if line.get_marker() == "X"]
