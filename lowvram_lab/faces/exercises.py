@@ -1,4 +1,6 @@
-"""Check an exercise in a notebook: says "right" or "not yet" with the expected value beside yours; never raises.
+"""Check an exercise in a notebook: says "right", or "not yet" with the expected value beside yours; never raises.
+
+Before there is an answer it does not show the expected one.
 
 Knows nothing about any particular exercise: the expected value is computed in the notebook.
 """
@@ -38,7 +40,7 @@ def check(name: str, yours, expected, tolerance: float = 0.0) -> Verdict:
         A ``Verdict``; as the last expression of a cell it shows itself.
     """
     if yours is None or yours is ...:
-        return Verdict(False, f"{name}: not yet: no answer so far, expected {_show(expected)}")
+        return Verdict(False, f"{name}: not yet: no answer so far")
     try:
         right = _same(yours, expected, tolerance)
     except Exception as error:  # whatever the reader's object does when compared, the notebook goes on
