@@ -25,7 +25,6 @@ import pandas
 
 from lowvram_lab.machine import facts
 from lowvram_lab.model.source import find_source
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.units import MiB
 
 RESULTS = Path(__file__).parent / "results" / "convert_cpu.json"
@@ -35,7 +34,7 @@ LOADERS = {
 from lowvram_lab import ModelSpec, Plan, find_source, load, open_gpu, watch_host
 import lowvram_lab.engine.load, lowvram_lab.chat.session, transformers.models.llama.modeling_llama
 source = find_source(name)
-spec = ModelSpec.from_config(source.config(), name)
+spec = source.spec(name)
 plan = Plan.uniform(spec, "stored" if spec.stored else "bf16").with_modules("*", device="cpu")
 start = time.perf_counter()
 with watch_host() as host:
@@ -130,7 +129,7 @@ def main() -> None:
     work = args.work or Path(tempfile.mkdtemp())
     work.mkdir(parents=True, exist_ok=True)
     source = find_source(args.model)
-    spec = ModelSpec.from_config(source.config(), source.name)
+    spec = source.spec()
     checkpoint = source.checkpoint()
     largest = max(checkpoint.read(name).nbytes for name in checkpoint)
     whole = work / "whole"

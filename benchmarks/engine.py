@@ -49,7 +49,7 @@ FAMILIES = {
 def kv(model: str, text: str | None, windows: int, window: int) -> dict:
     """KL (nats), top-1 agreement and bytes a token of each KV format, beside keys and values as they are."""
     source = find_source(model)
-    spec = ModelSpec.from_config(source.config(), source.name)
+    spec = source.spec()
     words = Path(text).read_text(encoding="utf-8") if text else sample_text()
     ids = torch.tensor(source.tokenizer()(words[: windows * window * 8])["input_ids"])
     parts = ids[: ids.numel() // window * window].view(-1, window)[:windows]
@@ -57,7 +57,7 @@ def kv(model: str, text: str | None, windows: int, window: int) -> dict:
     exact, rows = None, []
     for kv_format in ("fp32", "bf16", "int8", "int4"):
         plan = base if kv_format in ("fp32", "bf16") else replace(base, kv_format=kv_format)
-        loaded = load(plan, StandInGpu(None), spec=spec, checkpoint=source.checkpoint(), progress=False)
+        loaded = load(plan, StandInGpu(None), checkpoint=source.checkpoint(), progress=False)
         found = []
         for part in tqdm(parts, kv_format, leave=False):
             cache = PreallocatedCache(loaded, window)
@@ -79,7 +79,7 @@ def kv(model: str, text: str | None, windows: int, window: int) -> dict:
                 "kl_median": float(kl.median()),
                 "kl_p99": float(kl.quantile(0.99)),
                 "top1_agreement": float(same.mean()),
-                "bytes_per_token": in_16_bits.kv_bytes(spec, 32768) / 32768,
+                "bytes_per_token": in_16_bits.kv_bytes(32768) / 32768,
             }
         )
     return {
@@ -109,8 +109,8 @@ def parity() -> dict:
         for tensor in weights.values():
             if tensor.dim() == 2:
                 tensor.normal_(std=tensor.shape[1] ** -0.5)
-        model = load(Plan.uniform(spec, "fp32", context=256), StandInGpu(None), spec=spec,
-                     checkpoint=_State(weights), progress=False)  # fmt: skip
+        plan = Plan.uniform(spec, "fp32", context=256)
+        model = load(plan, StandInGpu(None), checkpoint=_State(weights), progress=False)
         ids = torch.randint(0, 4096, (1, 48), generator=torch.Generator().manual_seed(1))
         for compiled in (False, True):
             decoder = LeanDecoder(model, compiled=compiled, progress=False)
@@ -152,7 +152,7 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int) -> 
         config.layer_types = config.layer_types[:layers]
     spec = ModelSpec.from_config(config, model)
     plan = Plan.uniform(spec, "int4", context=max(lengths) + 8)
-    loaded = load(plan, StandInGpu(None), spec=spec, checkpoint=RandomCheckpoint(spec), progress=True)
+    loaded = load(plan, StandInGpu(None), checkpoint=RandomCheckpoint(spec), progress=True)
     decoder = LeanDecoder(loaded)
     token, calls, rows = torch.ones(1, 1, dtype=torch.long), _products_of(decoder, loaded), []
     for cached in lengths:
@@ -177,7 +177,7 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int) -> 
             }
         )
     described = {"layers": layers, "threads": torch.get_num_threads(), "compiled": decoder.compiled}
-    return {"model": model, "format": "int4", "weight_bytes": plan.weight_bytes(spec), **described, "rows": rows}
+    return {"model": model, "format": "int4", "weight_bytes": plan.weight_bytes(), **described, "rows": rows}
 
 
 def _products_of(decoder: LeanDecoder, model):

@@ -65,7 +65,7 @@ def timed(step, tokens: int) -> float:
 @torch.no_grad()
 def ours(args, way: str) -> dict:
     """The planner's plan, or nf4 with the embedding on the CPU and an int8 KV cache."""
-    spec = ModelSpec.from_config(find_source(args.model).config(), args.model)
+    spec = find_source(args.model).spec()
     reads = bandwidth()
     torch.cuda.empty_cache()
     gpu = open_gpu(args.gpu)
@@ -76,8 +76,8 @@ def ours(args, way: str) -> dict:
     else:
         plan = auto_plan(spec, gpu, args.context).plan
     workload = Workload(args.context - args.tokens, args.tokens)
-    dry = forecast(plan, spec, gpu, workload=workload)
-    model = load(plan, gpu, spec=spec, checkpoint=RandomCheckpoint(spec), progress=False)
+    dry = forecast(plan, gpu, workload=workload)
+    model = load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False)
     gpu.reset_peak()
     decoder = ModuleDecoder(model) if way.endswith("modules") else decoder_for(model)
     ids = torch.ones(1, args.context - args.tokens, dtype=torch.long)
@@ -90,9 +90,9 @@ def ours(args, way: str) -> dict:
         state[0] = decoder.decode(state[0]).argmax(-1, keepdim=True)
 
     speed = timed(step, args.tokens)
-    moved = plan.weight_bytes(spec, "gpu") + plan.kv_bytes(spec, args.context - args.tokens // 2, "gpu")
+    moved = plan.weight_bytes("gpu") + plan.kv_bytes(args.context - args.tokens // 2, "gpu")
     return {
-        "plan": plan.summary(spec),
+        "plan": plan.summary(),
         "decoder": decoder.name,
         "forecast_peak_bytes": dry.peak_allocated_bytes,
         "peak_bytes": torch.cuda.max_memory_allocated(),

@@ -20,7 +20,6 @@ from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.weights.calibration import evenly
 from lowvram_lab.weights.convert import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, convert, hash_of
 from lowvram_lab.weights.recipe import Recipe, recipe
@@ -92,9 +91,8 @@ class Ours:
         """Every matrix in one format, embedding and head too; converted with all the care a recipe gets."""
         spec = self.subject.spec
         plan = Plan.uniform(spec, fmt, context=min(2048, spec.max_position_embeddings))
-        for name in {spec.embedding, spec.head}:
-            plan = plan.with_modules(name, format=fmt)
-        size, whole = plan.weight_bytes(spec), 2 * spec.num_parameters
+        plan = plan.with_modules(spec.embedding, spec.head, format=fmt)
+        size, whole = plan.weight_bytes(), 2 * spec.num_parameters
         return Recipe(plan, None, size, whole, lookup=self.sensitivity.lookup)
 
     def convert(self, found: Recipe) -> tuple[dict[str, torch.Tensor], int, dict]:
@@ -110,7 +108,7 @@ class Ours:
             given = {"plan": found, "calibration": self.calibration, "calibration_tokens": self.tokens}
             convert(self.subject.source, directory, **given, progress=False)
         facts = json.loads((directory / "recipe.json").read_text(encoding="utf-8"))
-        weights, file_bytes = restored(directory, plan, self.subject.spec)
+        weights, file_bytes = restored(directory, plan)
         notes = {
             "formats": dict(Counter(a.format for a in plan.modules.values()).most_common()),
             "embedding": plan.modules[self.subject.spec.embedding].format,
@@ -120,10 +118,10 @@ class Ours:
         return weights, file_bytes, notes
 
 
-def restored(directory: Path, plan: Plan, spec: ModelSpec) -> tuple[dict[str, torch.Tensor], int]:
+def restored(directory: Path, plan: Plan) -> tuple[dict[str, torch.Tensor], int]:
     """A converted directory's weights in float32, and the bytes of all its tensors."""
     checkpoint, weights = Checkpoint(directory), {}
-    for module in spec.modules:
+    for module in plan.spec.modules:
         fmt = get_format(plan.modules[module.name].format)
         if module.tied_to:
             continue

@@ -73,7 +73,7 @@ def open_subject(name: str, options, work: Path) -> Subject:
     """Opens a model, makes or reads its texts, and notes the original's predictions."""
     source = find_source(str(options.stories) if name == STORIES else name)
     spec, checkpoint, tokenizer = (
-        ModelSpec.from_config(source.config(), source.name),
+        source.spec(),
         source.checkpoint(),
         source.tokenizer(),
     )

@@ -130,7 +130,7 @@ def small_spec(spec: ModelSpec) -> ModelSpec:
 
 def prepare(case: Case, small: bool) -> tuple[ModelSpec, Plan, Workload, GpuBudget | None]:
     """What a case runs. Small, its cap is as tight for its peak as the real one is for the real model's."""
-    spec = ModelSpec.from_config(find_source(case.model).config(), case.model)
+    spec = find_source(case.model).spec()
     budget = GpuBudget.parse(case.budget_gib * GiB) if case.budget_gib else None
     plan, workload = _plan(case, spec, case.context)
     if not small:
@@ -138,8 +138,8 @@ def prepare(case: Case, small: bool) -> tuple[ModelSpec, Plan, Workload, GpuBudg
     little = small_spec(spec)
     small_plan, small_workload = _plan(case, little, max(case.context // SMALL_CONTEXT, 16))
     if budget:
-        peak = forecast(plan, spec, workload=workload, kernels="cpu").peak_reserved_bytes
-        small_peak = forecast(small_plan, little, workload=small_workload, kernels="cpu").peak_reserved_bytes
+        peak = forecast(plan, workload=workload, kernels="cpu").peak_reserved_bytes
+        small_peak = forecast(small_plan, workload=small_workload, kernels="cpu").peak_reserved_bytes
         budget = GpuBudget(budget.usable_bytes * small_peak // peak)
     return little, small_plan, small_workload, budget
 
@@ -148,7 +148,7 @@ def _plan(case: Case, spec: ModelSpec, context: int) -> tuple[Plan, Workload]:
     on_cpu = max(1, round(spec.num_hidden_layers * case.cpu_share)) if case.cpu_share else 0
     # The CPU has no fast fp16 product: where layers compute there, 16 bits are bf16 (the same bytes).
     recipe = "bf16" if case.recipe == "fp16" and (on_cpu or not torch.cuda.is_available()) else case.recipe
-    plan = Plan.uniform(spec, recipe, context=context).with_gpu_layers(spec, spec.num_hidden_layers - on_cpu)
+    plan = Plan.uniform(spec, recipe, context=context).with_gpu_layers(spec.num_hidden_layers - on_cpu)
     return plan, Workload.full_context(context, batch_size=case.batch_size)
 
 
@@ -157,12 +157,10 @@ def run_case(case: Case, small: bool) -> dict:
     spec, plan, workload, budget = prepare(case, small)
     _clean()
     gpu = open_gpu(budget)
-    dry = forecast(plan, spec, gpu, workload=workload)
+    dry = forecast(plan, gpu, workload=workload)
     started, oom = time.perf_counter(), None
     try:
-        measured = run_workload(
-            load(plan, gpu, checkpoint=RandomCheckpoint(spec), spec=spec, progress=False), workload
-        ).phases
+        measured = run_workload(load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False), workload).phases
     except torch.OutOfMemoryError as error:
         event = getattr(error, "event", None)
         oom = {"phase": event.phase, "module": event.module} if event else {"phase": None, "module": None}
@@ -172,7 +170,7 @@ def run_case(case: Case, small: bool) -> dict:
     return {
         "name": case.name,
         "case": asdict(case),
-        "run": plan.summary(spec),
+        "run": plan.summary(),
         "workload": asdict(workload),
         "budget_bytes": budget.total_bytes if budget else None,
         "phases": phases,

@@ -49,12 +49,12 @@ WORKLOAD = lab.Workload(300, 8, follow_up_tokens=60)
 def row(kind: str, fmt: str, kv_format: str, layers: int) -> dict:
     """One plan: forecast without weights, then loaded and run."""
     spec = lab.ModelSpec.from_config(CONFIGS[kind], kind)
-    plan = lab.Plan.uniform(spec, fmt, context=512).with_gpu_layers(spec, layers)
+    plan = lab.Plan.uniform(spec, fmt, context=512).with_gpu_layers(layers)
     if kv_format != "as the model":
         plan = replace(plan, kv_format=kv_format)
     gpu = lab.open_gpu("1GiB")
-    forecast = lab.forecast(plan, spec, gpu, workload=WORKLOAD)
-    model = lab.load(plan, gpu, spec=spec, checkpoint=RandomWeights(spec), progress=False)
+    forecast = lab.forecast(plan, gpu, workload=WORKLOAD)
+    model = lab.load(plan, gpu, checkpoint=RandomWeights(spec), progress=False)
     measured = lab.run_workload(model, WORKLOAD)
     table = forecast.compare(measured).set_index("phase")
     assert forecast.engine == measured.engine

@@ -43,11 +43,11 @@ class Ours:
     def __init__(self, spec: ModelSpec, checkpoint, fmt: str, context: int, threads: int):
         plan = Plan.uniform(spec, fmt, context=context)
         self.name, self.spec, self.plan = f"ours, {fmt}", spec, replace(plan, threads=threads)
-        self.model = load(self.plan, open_gpu(None), spec=spec, checkpoint=checkpoint, progress=False)
+        self.model = load(self.plan, open_gpu(None), checkpoint=checkpoint, progress=False)
 
     def place(self, off: int) -> None:
         """Puts so many layers on the CPU."""
-        replan(self.model, self.plan.with_gpu_layers(self.spec, self.spec.num_hidden_layers - off), progress=False)
+        replan(self.model, self.plan.with_gpu_layers(self.spec.num_hidden_layers - off), progress=False)
 
     def speed(self, workload: Workload) -> tuple[float, float]:
         """Seconds to the first token, tokens a second after it."""
@@ -133,7 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     source = find_source(args.model)
-    spec = ModelSpec.from_config(source.config(), source.name)
+    spec = source.spec()
     workload, checkpoint = Workload(args.prompt, args.tokens), source.checkpoint()
     context = args.prompt + args.tokens
     formats = list(dict.fromkeys(("bf16", args.format)))

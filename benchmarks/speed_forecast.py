@@ -45,20 +45,20 @@ def one_run(model: str, threads: int) -> dict:
     """Forecasts and measures the plans, once."""
     source = lab.find_source(model)
     source.fetch(progress=False)
-    spec = lab.ModelSpec.from_config(source.config(), model)
+    spec = source.spec(model)
     machine, rows = Machine(anew=True), []
     plans = [_plan(spec, threads, *each) for each in PLANS]
     workloads = [lab.Workload(plan.context // 2, min(NEW_TOKENS, plan.context // 2 - 1)) for plan in plans]
     # all forecasts first: rates are measured in a quiet moment, not between loads
-    forecasts = [lab.forecast_speed(plan, spec, each, machine) for plan, each in zip(plans, workloads, strict=True)]
+    forecasts = [lab.forecast_speed(plan, each, machine) for plan, each in zip(plans, workloads, strict=True)]
     for plan, workload, forecast in zip(plans, workloads, forecasts, strict=True):
         gpu = lab.open_gpu("4GiB")
-        loaded = lab.load(plan, gpu, spec=spec, checkpoint=source.checkpoint(), progress=False)
+        loaded = lab.load(plan, gpu, checkpoint=source.checkpoint(), progress=False)
         decoder = decoder_for(loaded, workload.tokens, progress=False)
         speeds = [run_speed(loaded, workload, decoder) for _ in range(ROUNDS + 1)][1:]
         rows.append(
             {
-                "formats": plan.summary(spec),
+                "formats": plan.summary(),
                 "context": plan.context,
                 "engine": decoder.name,
                 "forecast_tokens_per_s": forecast.decode_tokens_per_s,
@@ -75,7 +75,7 @@ def one_run(model: str, threads: int) -> dict:
 def _plan(spec, threads: int, fmt: str, layers: int | None, kv_format: str | None, context: int) -> lab.Plan:
     plan = lab.Plan.uniform(spec, fmt, context=context)
     plan = replace(plan, threads=threads, kv_format=kv_format or plan.kv_format)
-    return plan if layers is None else plan.with_gpu_layers(spec, layers)
+    return plan if layers is None else plan.with_gpu_layers(layers)
 
 
 def table(run: dict) -> pd.DataFrame:

@@ -27,21 +27,20 @@ from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import FORMATS
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
-from lowvram_lab.model.spec import ModelSpec
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("smollm2-135m", "qwen1.5-0.5b")
 PROMPT, STEPS, BATCHES = 48, 8, (1, 3)
 
 
-def places(plan: Plan, spec: ModelSpec) -> dict[str, Plan]:
+def places(plan: Plan) -> dict[str, Plan]:
     """Every way to split a plan, by name."""
     found = {}
-    for count in range(spec.num_hidden_layers):
-        split = plan.with_gpu_layers(spec, count)
+    for count in range(plan.spec.num_hidden_layers):
+        split = plan.with_gpu_layers(count)
         found[f"{count} on the GPU"] = split
         found[f"{count} on the GPU, rest on disk"] = plan.with_gpu_layers(
-            spec, count, disk=spec.num_hidden_layers - count
+            count, disk=plan.spec.num_hidden_layers - count
         )
         found[f"{count} on the GPU, weights travel"] = replace(split, stream_from=2 * STEPS)
     found["everything on the CPU"] = plan.with_modules("*", device="cpu")
@@ -60,12 +59,12 @@ def run(model, batch: int) -> dict[str, torch.Tensor]:
 
 def measure(name: str, fmt: str) -> list[dict]:
     """One row for each batch and phase: the largest difference over all splits, and where it was."""
-    spec = small_spec(ModelSpec.from_config(find_source(name).config(), name))
+    spec = small_spec(find_source(name).spec())
     plan = Plan.uniform(spec, fmt, context=64)
-    model = load(plan, open_gpu(None), checkpoint=RandomCheckpoint(spec), spec=spec, progress=False)
+    model = load(plan, open_gpu(None), checkpoint=RandomCheckpoint(spec), progress=False)
     whole = {batch: run(model, batch) for batch in BATCHES}
     worst = {(batch, phase): (0.0, "") for batch in BATCHES for phase in whole[batch]}
-    for words, split in places(plan, spec).items():
+    for words, split in places(plan).items():
         replan(model, split, progress=False)
         for batch in BATCHES:
             for phase, logits in run(model, batch).items():

@@ -42,7 +42,6 @@ from tests.helpers.tiny import (
     stock_logits,
     tiny_config,
     tiny_plan,
-    tiny_spec,
     tiny_tokenizer,
 )
 from tests.memory.trace_replay import read_snapshot, replay_trace
@@ -62,7 +61,7 @@ def mid_spec(kind: str) -> ModelSpec:
 
 def load_mid(plan, gpu):
     spec = mid_spec(plan.model.removeprefix("mid-"))
-    return load(plan, gpu, checkpoint=RandomCheckpoint(spec), spec=spec, progress=False)
+    return load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +97,7 @@ def assert_near(dry, real, slack=0):
 @pytest.mark.parametrize("kind", TINY)
 def test_forecast_and_counters_of_a_tiny_model(kind, recipe, placement):
     gpu, plan, workload = open_gpu(), tiny_plan(kind, recipe, placement), Workload(290, 3)
-    dry = forecast(plan, tiny_spec(kind), gpu, workload=workload)
+    dry = forecast(plan, gpu, workload=workload)
     real = run_workload(load_tiny(kind, plan, gpu), workload)
     assert_near(dry, real, SLACK)
     assert dry.weights_bytes == real.weights_bytes
@@ -111,18 +110,18 @@ def test_forecast_and_counters_of_a_tiny_model(kind, recipe, placement):
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])
 def test_forecast_and_counters_of_a_mid_size_model(recipe, gpu_layers):
     gpu, spec = open_gpu(), mid_spec("qwen2")
-    plan = Plan.uniform(spec, recipe, context=2048).with_gpu_layers(spec, gpu_layers)
+    plan = Plan.uniform(spec, recipe, context=2048).with_gpu_layers(gpu_layers)
     workload = Workload(1500, 3, follow_up_tokens=100)
-    dry = forecast(plan, spec, gpu, workload=workload)
+    dry = forecast(plan, gpu, workload=workload)
     assert_near(dry, run_workload(load_mid(plan, gpu), workload))
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])
 def test_weights_that_travel_are_in_the_forecast_and_change_no_answer(recipe):
     gpu, spec = open_gpu(), mid_spec("qwen2")
-    plan = Plan.uniform(spec, recipe, context=2048).with_gpu_layers(spec, 3, disk=1)
+    plan = Plan.uniform(spec, recipe, context=2048).with_gpu_layers(3, disk=1)
     travelling, workload = replace(plan, stream_from=256), Workload(1500, 3, follow_up_tokens=100)
-    dry = forecast(travelling, spec, gpu, workload=workload)
+    dry = forecast(travelling, gpu, workload=workload)
     model = load_mid(travelling, gpu)
     assert_near(dry, run_workload(model, workload))
     assert all(layer.pinned.locked for layer in model.lowvram.placement._weights._order if layer.pinned)
@@ -137,7 +136,7 @@ def test_weights_that_travel_are_in_the_forecast_and_change_no_answer(recipe):
 def test_forecast_and_counters_of_other_workloads(changes):
     gpu, spec, workload = open_gpu(), mid_spec("llama"), Workload(400, 3, **changes)
     plan = Plan.uniform(spec, "fp16", context=1024)
-    dry = forecast(plan, spec, gpu, workload=workload)
+    dry = forecast(plan, gpu, workload=workload)
     assert_near(dry, run_workload(load_mid(plan, gpu), workload))
 
 
@@ -188,10 +187,10 @@ def test_the_cap_is_real():
 def test_an_oom_is_cudas_own_and_names_the_module(phase):
     spec = mid_spec("llama")
     plan = Plan.uniform(spec, "fp16", context=8192)
-    dry = forecast(plan, spec)
+    dry = forecast(plan)
     loaded = dry.phase("load").peak_reserved_bytes
     budget = GpuBudget(loaded // 2 if phase == "load" else (loaded + dry.peak_reserved_bytes) // 2)
-    expected = forecast(plan, spec, budget).first_oom
+    expected = forecast(plan, budget).first_oom
     gpu = open_gpu(budget)
     with pytest.raises(torch.OutOfMemoryError) as error:
         run_workload(load_mid(plan, gpu), Workload.full_context(8192))
@@ -209,7 +208,7 @@ def test_an_oom_is_cudas_own_and_names_the_module(phase):
 def test_an_oom_is_explained_and_a_suggestion_really_fits():
     spec = mid_spec("qwen2")
     plan = Plan.uniform(spec, "fp16", context=8192)
-    budget = GpuBudget(int(forecast(plan, spec).peak_reserved_bytes * 0.8))
+    budget = GpuBudget(int(forecast(plan).peak_reserved_bytes * 0.8))
     with explain_oom() as found:
         run_workload(load_mid(plan, open_gpu(budget)), Workload.full_context(8192))
     assert found.happened

@@ -205,7 +205,7 @@ def open_case(
     source.require_chat_template()  # two of the claims are about chats
     budget = GpuBudget.parse(gpu)
     context = context or min(DEFAULT_CONTEXT, spec.longest_context)
-    Plan.uniform(spec, "bf16", context=context).validate(spec)
+    Plan.uniform(spec, "bf16", context=context)  # refuses a context that the model does not have
     made = {key: _opened(path, converted=True) for key, path in (converted or {}).items() if path}
     for its_source, its_spec in made.values():
         if its_spec.vocab_size != spec.vocab_size:
@@ -230,7 +230,7 @@ def _opened(model: str | Path, converted: bool = False) -> tuple[Source, ModelSp
     """Source and spec of a model in 16 bits, or of one from ``convert``."""
     source = find_source(model)
     name = source.public_name if source.kind in ("directory", "gguf") else source.name  # no paths in a report
-    spec = ModelSpec.from_config(source.config(), name)
+    spec = source.spec(name)
     if bool(spec.stored) != converted:
         kinds = "a 16-bit model", "a directory from lowvram convert"
         raise LowvramError(f"{model}: expected {kinds[converted]}, found {kinds[not converted]}")
@@ -242,7 +242,7 @@ def _opened(model: str | Path, converted: bool = False) -> tuple[Source, ModelSp
 
 def forecast_16_bits(case: Case) -> list[Effect]:
     """What the model takes as it is."""
-    profile = forecast(case.naive, case.spec, case.budget)
+    profile = forecast(case.naive, case.budget)
     case.bytes_in_16_bits = profile.device_peak_bytes
     oom = profile.first_oom
     note = f"out of memory in {oom.phase}, at {oom.module}" if oom else "it fits"
@@ -252,7 +252,7 @@ def forecast_16_bits(case: Case) -> list[Effect]:
 def plan(case: Case) -> list[Effect]:
     """What it takes by the plan for that card."""
     case.choice = auto_plan(case.spec, case.budget, case.context)
-    summary = case.choice.plan.summary(case.spec)
+    summary = case.choice.plan.summary()
     return [case.memory("after", "GPU memory, planned", case.choice.forecast, "forecast", summary)]
 
 
@@ -267,12 +267,12 @@ def run(case: Case) -> list[Effect]:
     """Loads the plan for what stands for the card, and fills the context."""
     checkpoint = case.need("checkpoint", "fetch")
     choice = auto_plan(case.spec, case.gpu, case.context)
-    case.model = load(choice.plan, case.gpu, checkpoint=checkpoint, spec=case.spec, progress=case.progress)
-    where = where_it_runs(choice.plan, case.spec, STAND_IN if case.gpu.simulated else case.gpu.name)
+    case.model = load(choice.plan, case.gpu, checkpoint=checkpoint, progress=case.progress)
+    where = where_it_runs(choice.plan, STAND_IN if case.gpu.simulated else case.gpu.name)
     case.how = f"measured, {where}"
     profile = run_workload(case.model, choice.forecast.workload)
     foretold = format_bytes(choice.forecast.device_peak_bytes)
-    note = f"{foretold} by forecast for it; {choice.plan.summary(case.spec)}"
+    note = f"{foretold} by forecast for it; {choice.plan.summary()}"
     return [case.memory("after", "GPU memory, run", profile, f"measured, {case.gpu.name}", note)]
 
 
@@ -308,7 +308,7 @@ def decode(case: Case) -> list[Effect]:
     prompt = max(1, min(64, case.context // 2))
     workload = Workload(prompt, max(1, min(32, case.context - prompt - 1)))
     if case.model is None:
-        speed = forecast_speed(case.need("choice", "plan").plan, case.spec, workload)
+        speed = forecast_speed(case.need("choice", "plan").plan, workload)
     else:
         decoder = decoder_for(case.model, workload.tokens, progress=False)
         run_speed(case.model, Workload(1, 1), decoder)  # the first token makes what is made once
@@ -324,7 +324,7 @@ def estimate(case: Case) -> None:
     """What formats would cost, for the recipes of the two compressions; and the original to compare them with."""
     case.model = case.session = None
     checkpoint = case.need("checkpoint", "fetch")
-    case.reference = load_reference(case.naive, case.spec, checkpoint=checkpoint, progress=case.progress)
+    case.reference = load_reference(case.naive, checkpoint=checkpoint, progress=case.progress)
     if len(case.converted) < 2:
         text = calibration_text()
         ids = calibration_windows(case.tokenizer, text, case.calibration_tokens, case.spec.longest_context)
@@ -351,7 +351,7 @@ def compress(case: Case, claim: str) -> list[Effect]:
         note = f"--{claim} DIR measures what lowvram convert made instead"
     reference = case.need("reference", "sensitivity")
     plan = plan.with_modules("*", device="cpu")
-    model = load(plan, StandInGpu(None), checkpoint=source.checkpoint(), spec=spec, progress=case.progress)
+    model = load(plan, StandInGpu(None), checkpoint=source.checkpoint(), progress=case.progress)
     found = fidelity(model, reference, case.tokenizer, progress=case.progress)
     return [_loss(case, claim, found, how, note)]
 
@@ -377,10 +377,10 @@ def _foretold(case: Case, claim: str) -> Effect:
     """What can be said of a compression without weights: what a uniform format of that size takes of the card."""
     for name in case.formats:
         plan = Plan.uniform(case.spec, name, context=case.context)
-        saved = 1 - plan.weight_bytes(case.spec) / (2 * case.spec.num_parameters)
+        saved = 1 - plan.weight_bytes() / (2 * case.spec.num_parameters)
         if saved >= CLAIMS[claim].saved:
             break
-    profile = forecast(plan, case.spec, case.budget)
+    profile = forecast(plan, case.budget)
     return judged(
         claim,
         CLAIMS[claim].name,

@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import load
+from lowvram_lab.engine.loaded import Weights
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import sample_text
 
 WINDOW = 128
@@ -86,21 +89,24 @@ class Fidelity:
         return "<b>Fidelity</b><br>" + self.summary().replace("\n", "<br>")
 
 
-def load_reference(plan: Plan, spec, *, checkpoint=None, progress: bool = True):
+def load_reference(
+    plan: Plan, spec: ModelSpec | None = None, *, checkpoint: Weights | None = None, progress: bool = True
+) -> PreTrainedModel:
     """The 16-bit model that a plan is compared with, wholly in RAM and without a cap.
 
     Args:
         plan: The plan; its dtype is the reference's.
-        spec: The model.
+        spec: The 16-bit model; by default the plan's own.
         checkpoint: See ``load``.
         progress: Show a progress bar.
     """
+    spec = spec or plan.spec
     if spec.stored:
         raise LowvramError(
             f"{spec.name} holds quantised weights alone: compare it with the 16-bit model it was made from"
         )
     reference = Plan.uniform(spec, plan.dtype, context=plan.context).with_modules("*", device="cpu")
-    return load(reference, StandInGpu(None), checkpoint=checkpoint, spec=spec, progress=progress)
+    return load(reference, StandInGpu(None), checkpoint=checkpoint, progress=progress)
 
 
 @torch.no_grad()
@@ -157,8 +163,8 @@ def fidelity(
         kl_median=divergence.median().item(),
         kl_p99=divergence.kthvalue(math.ceil(0.99 * count)).values.item(),
         top1_agreement=total["agree"] / count,
-        weight_bytes=model.lowvram.plan.weight_bytes(model.lowvram.spec),
-        reference_weight_bytes=reference.lowvram.plan.weight_bytes(reference.lowvram.spec),
+        weight_bytes=model.lowvram.plan.weight_bytes(),
+        reference_weight_bytes=reference.lowvram.plan.weight_bytes(),
     )
 
 

@@ -114,7 +114,7 @@ class LiveDecoder:
         full.__context__ = full.__cause__ = None
         if self._smaller is None:
             state = loaded(self.model)
-            self._smaller = smaller_plans(state.plan, state.spec)
+            self._smaller = smaller_plans(state.plan)
         for text, plan in self._smaller:
             self.forget()
             try:

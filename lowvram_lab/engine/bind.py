@@ -42,7 +42,7 @@ def bind_layer(model: nn.Module, block: nn.Module, held: FixedLayer) -> tuple[La
     shape = LayerShape(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=state.spec.head_dim,
+        head_dim=state.plan.spec.head_dim,
         scaling=attention.scaling,
         eps=config.rms_norm_eps,
         products=tuple(products),
@@ -63,7 +63,7 @@ def bind_head(model: nn.Module) -> tuple[HeadShape, list[torch.Tensor]] | None:
     """The head's shape, and its tensors as ``head`` wants them; nothing where it is left to its module."""
     last, norm = model.lm_head, model.model.norm
     product, state = product_of(last), loaded(model)
-    place = compute_place(state.plan.modules[state.spec.head].device)
+    place = compute_place(state.plan.modules[state.plan.spec.head].device)
     if product is None or state.gpu.kernels_of(place) == "cuda":  # the layers are in RAM, the head is on a card
         return None
     return HeadShape(product, norm.variance_epsilon), [norm.weight.detach(), *tensors_of(last, model.dtype)]

@@ -11,7 +11,7 @@ from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan, compute_place
-from lowvram_lab.model.spec import ModelSpec, ModuleSpec
+from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.solvers import is_finite
 from lowvram_lab.weights.stored import stored_tensors
 
@@ -23,14 +23,12 @@ class Filler:
     Attributes:
         model: Its modules are empty, or filled by an earlier plan.
         plan: Formats and places.
-        spec: The model's.
         weights: Where weights come from.
         gpu: Where those of the GPU go.
     """
 
     model: torch.nn.Module
     plan: Plan
-    spec: ModelSpec
     weights: Weights
     gpu: Gpu
 
@@ -52,7 +50,7 @@ class Filler:
         if module.tied_to:
             for key, buffer in self._owner(module).named_buffers(recurse=False):
                 layer.register_buffer(key, buffer)
-        elif module.name in self.spec.stored and not self.gpu.meta:
+        elif module.name in self.plan.spec.stored and not self.gpu.meta:
             layer.fill(stored_tensors(module.name, fmt, self.weights), self._mover(module))
         else:
             layer.store(self._read(module, "weight"), self._mover(module))

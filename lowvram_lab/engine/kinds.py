@@ -12,7 +12,6 @@ from lowvram_lab.engine.decode import module_decoder_name
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan, compute_place
-from lowvram_lab.model.spec import ModelSpec
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """``model_type`` of configs whose layers are: norm, attention with rotary positions (q and k perhaps normed), norm,
@@ -28,16 +27,15 @@ NAMES = {
 }
 
 
-def why_not(plan: Plan, spec: ModelSpec, kernels: str, max_tokens: int | None = None) -> str:
+def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
     """Why a plan cannot be decoded here, in words, or nothing if it can. Asks no loaded model, so forecasts ask it too.
 
     Args:
         plan: The plan.
-        spec: The model's.
         kernels: Whose kernels GPU modules run, ``"cuda"`` or ``"cpu"`` for the stand-in.
         max_tokens: Tokens of prompt and answer; by default the plan's context.
     """
-    config = spec.config
+    config = plan.spec.config
     kind, window = config.get("model_type"), config.get("sliding_window")
     if kind not in FAMILIES:
         return f"{kind} is none of {', '.join(FAMILIES)}"
@@ -46,8 +44,8 @@ def why_not(plan: Plan, spec: ModelSpec, kernels: str, max_tokens: int | None = 
     rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if "dynamic" in rope or rope == "longrope":
         return f"its rotary positions ({rope}) depend on the length"
-    places = {*plan.layer_places(spec), compute_place(plan.modules[spec.head].device)}
-    if kernels == "cuda" and "gpu" in plan.layer_places(spec) and places != {"gpu"}:
+    places = {*plan.layer_places(), compute_place(plan.modules[plan.spec.head].device)}
+    if kernels == "cuda" and "gpu" in plan.layer_places() and places != {"gpu"}:
         return "its layers are on both sides of a CUDA card"
     slides = kind == "mistral" or "sliding_attention" in (config.get("layer_types") or ())
     if window and slides and (max_tokens or plan.context) > window:
@@ -56,12 +54,12 @@ def why_not(plan: Plan, spec: ModelSpec, kernels: str, max_tokens: int | None = 
         return "its KV cache is in int4, which the modules read"
     if plan.stream_from is not None:
         return "its plan lets weights travel for long prompts"
-    return _format_without_kernel(plan, spec, kernels)
+    return _format_without_kernel(plan, kernels)
 
 
-def _format_without_kernel(plan: Plan, spec: ModelSpec, kernels: str) -> str:
+def _format_without_kernel(plan: Plan, kernels: str) -> str:
     known = set()
-    for module in spec.modules:
+    for module in plan.spec.modules:
         if module.layer is None or module.kind != "linear":
             continue
         assignment = plan.modules[module.name]
@@ -76,18 +74,17 @@ def _format_without_kernel(plan: Plan, spec: ModelSpec, kernels: str) -> str:
     return ""
 
 
-def engine_of(plan: Plan, spec: ModelSpec, kernels: str) -> tuple[str, str]:
+def engine_of(plan: Plan, kernels: str) -> tuple[str, str]:
     """Which decoder a plan would have on this machine: its kind, and its name as ``Decoder.name`` gives it.
 
     Args:
         plan: The plan.
-        spec: The model's.
         kernels: See ``why_not``.
     """
-    reason = why_not(plan, spec, kernels)
+    reason = why_not(plan, kernels)
     if reason:
         return MODULES, module_decoder_name(reason)
-    if kernels == "cuda" and "gpu" in plan.layer_places(spec):
+    if kernels == "cuda" and "gpu" in plan.layer_places():
         kind = GRAPHS
     else:
         kind = COMPILED if compiler() is not None and plan.context >= LEAST_ROOM else LEAN

@@ -35,7 +35,7 @@ class PreallocatedCache(Cache):
 
     def __init__(self, model: torch.nn.Module, max_tokens: int | None = None, batch_size: int = 1):
         state = loaded(model)
-        plan, spec, self.gpu = state.plan, state.spec, state.gpu
+        plan, spec, self.gpu = state.plan, state.plan.spec, state.gpu
         self.max_tokens = plan.context if max_tokens is None else max_tokens
         for name, value in (("max_tokens", self.max_tokens), ("batch_size", batch_size)):
             whole_number(name, value, 1, error=LowvramError)
@@ -43,7 +43,7 @@ class PreallocatedCache(Cache):
         layers = []
         try:
             with self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
-                for place in plan.layer_places(spec):
+                for place in plan.layer_places():
                     layers.append(self._layer(plan, place, shape))
         except torch.OutOfMemoryError as error:
             self.gpu.note_oom(error, state)

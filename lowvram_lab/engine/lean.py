@@ -59,7 +59,7 @@ def decoder_for(
         torch.OutOfMemoryError: No room for the KV cache and a token's workspace.
     """
     state = loaded(model)
-    reason = why_not(state.plan, state.spec, state.gpu.kernels, max_tokens)
+    reason = why_not(state.plan, state.gpu.kernels, max_tokens)
     if reason:
         return ModuleDecoder(model, max_tokens, batch_size, reason)
     return LeanDecoder(model, max_tokens, batch_size, compiled=compiled, progress=progress)
@@ -105,14 +105,14 @@ class LeanDecoder:
         progress: bool = True,
     ):
         state = loaded(model)
-        if reason := why_not(state.plan, state.spec, state.gpu.kernels, max_tokens):
-            raise LowvramError(f"{state.spec.name} cannot be decoded by LeanDecoder: {reason}; use the model itself")
+        if reason := why_not(state.plan, state.gpu.kernels, max_tokens):
+            raise LowvramError(f"{state.plan.model} cannot be decoded by LeanDecoder: {reason}; use the model itself")
         if compiled and not compiler():
             missing = without_compiler() or "LOWVRAM_COMPILE=0 says not to compile; unset it"
             raise LowvramError(f"{missing}, or leave compiled=True out")
         self.model, self.released = model, False
-        self._gpu, self._plan, self._spec = state.gpu, state.plan, state.spec
-        self._places = self._plan.layer_places(self._spec)
+        self._gpu, self._plan, self._spec = state.gpu, state.plan, state.plan.spec
+        self._places = self._plan.layer_places()
         self._head_place = compute_place(self._plan.modules[self._spec.head].device)
         self._crossed_bytes = self._crossings(batch_size)
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
@@ -312,7 +312,7 @@ class LeanDecoder:
 
 def _on_card(model: nn.Module) -> bool:
     state = loaded(model)
-    return state.gpu.kernels == "cuda" and "gpu" in state.plan.layer_places(state.spec)
+    return state.gpu.kernels == "cuda" and "gpu" in state.plan.layer_places()
 
 
 def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

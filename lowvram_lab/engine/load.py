@@ -40,7 +40,6 @@ def load(
     gpu: Gpu | None = None,
     *,
     checkpoint: Weights | None = None,
-    spec: ModelSpec | None = None,
     progress: bool = True,
     timeline: bool = False,
 ) -> PreTrainedModel:
@@ -50,7 +49,6 @@ def load(
         plan: What goes where, in which format.
         gpu: From ``open_gpu``; by default this machine's GPU without a limit.
         checkpoint: Anything with ``read(name)``, ``shape(name)`` and ``in``; by default the plan's source is fetched.
-        spec: The model's spec; by default from the source's config.
         progress: Show a progress bar.
         timeline: Record every allocation from here to the end of the next ``run_workload``, whose profile then has it.
 
@@ -64,16 +62,13 @@ def load(
         CheckpointError: A weight is missing, has the wrong shape, or is not finite.
         torch.OutOfMemoryError: The budget is too small; nothing of the model stays on the GPU.
     """
+    spec = plan.spec
     gpu = gpu or open_gpu()
-    if spec is None:
-        source = find_source(plan.model)
-        spec = ModelSpec.from_config(source.config(), source.name)
-    plan.validate(spec)
     if checkpoint is None:
         checkpoint = find_source(plan.model).checkpoint()
     _check_names_and_shapes(spec, checkpoint)
     if not gpu.meta:
-        _check_machine(plan, spec.modules, spec, checkpoint, gpu)
+        _check_machine(plan, spec.modules, checkpoint, gpu)
     config = spec.pretrained_config()
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
@@ -88,7 +83,7 @@ def load(
         gpu.meter.scope(category="weights"),
         torch.no_grad(),
     ):
-        model.lowvram = Loaded(plan, spec, gpu, checkpoint, load_phase, recording)
+        model.lowvram = Loaded(plan, gpu, checkpoint, load_phase, recording)
         _fill(model, spec.modules, plan, progress)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
     return model.eval()
@@ -111,14 +106,14 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
             the model is as it was before.
     """
     state = loaded(model)
-    spec, old = state.spec, state.plan
-    plan.validate(spec)
+    old = state.plan
+    plan.check_made_for(old.spec)
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
     if plan == old:
         return
-    changed = [m for m in spec.modules if plan.modules[m.name] != old.modules[m.name]]
-    _check_machine(plan, changed, spec, state.weights, state.gpu, old)
+    changed = [m for m in plan.spec.modules if plan.modules[m.name] != old.modules[m.name]]
+    _check_machine(plan, changed, state.weights, state.gpu, old)
     for decoder in list(state.decoders):  # they hold weights, and a KV cache, of the old plan
         decoder.release()
     try:
@@ -149,7 +144,6 @@ def _realise(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan, prog
 def _check_machine(
     plan: Plan,
     modules: Sequence[ModuleSpec],
-    spec: ModelSpec,
     weights: Weights,
     gpu: Gpu,
     before: Plan | None = None,
@@ -158,10 +152,10 @@ def _check_machine(
     cores = os.cpu_count() or 1
     if plan.threads and plan.threads > cores:
         raise PlanError(f"expected 1 to {cores} threads on this machine, found a plan with {plan.threads}")
-    check_room_in_ram(plan, spec, gpu, modules, before)
+    check_room_in_ram(plan, gpu, modules, before)
     check_room_on_disk(sum(plan.module_bytes(m) for m in modules if must_be_mapped(m, plan, weights)))
-    freed = before.weight_bytes(spec, "gpu") if before else 0
-    gpu.check_room(plan.weight_bytes(spec, "gpu") - freed)
+    freed = before.weight_bytes("gpu") if before else 0
+    gpu.check_room(plan.weight_bytes("gpu") - freed)
 
 
 def _put_back(model: PreTrainedModel, names: list[str]) -> None:
@@ -179,7 +173,7 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
     """Fills some modules, puts buffers where their blocks compute, and lets each block compute at its place."""
     state = loaded(model)
     gpu = state.gpu
-    filler = Filler(model, plan, state.spec, state.weights, gpu)
+    filler = Filler(model, plan, state.weights, gpu)
     to_disk = [] if gpu.meta else [m for m in modules if must_be_mapped(m, plan, state.weights)]
     disk = WeightsOnDisk() if to_disk else None
     try:
@@ -190,9 +184,9 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
                     disk.map(model.get_submodule(module.name))
         if disk is not None:
             state.mapped.append(disk)
-        devices = block_devices(model, plan, state.spec)
+        devices = block_devices(model, plan)
         place_buffers(model, devices, gpu)
-        state.placement = Placement(model, devices, plan, state.spec, gpu)
+        state.placement = Placement(model, devices, plan, gpu)
     except torch.OutOfMemoryError as error:
         gpu.note_oom(error, state)
         raise

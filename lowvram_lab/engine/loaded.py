@@ -13,7 +13,6 @@ from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.memory.meter import PhaseMemory
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from lowvram_lab.engine.disk import WeightsOnDisk
@@ -45,7 +44,6 @@ class Loaded:
 
     Attributes:
         plan: What it realises.
-        spec: The model's.
         gpu: What it lives on.
         weights: Where its weights came from, and come from again when it is planned anew.
         load_phase: Memory while it was loaded.
@@ -56,7 +54,6 @@ class Loaded:
     """
 
     plan: Plan
-    spec: ModelSpec
     gpu: Gpu
     weights: Weights
     load_phase: PhaseMemory

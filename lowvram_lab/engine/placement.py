@@ -17,7 +17,6 @@ from lowvram_lab.engine.travel import TravellingWeights, cache_can_visit
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan, compute_place
-from lowvram_lab.model.spec import ModelSpec
 
 
 class _Route:
@@ -36,7 +35,7 @@ class _Route:
         self.gpu.note_oom(error, getattr(self.model(), "lowvram", None))
 
 
-def block_devices(model: torch.nn.Module, plan: Plan, spec: ModelSpec) -> dict[str, str]:
+def block_devices(model: torch.nn.Module, plan: Plan) -> dict[str, str]:
     """The device of every block that computes: embedding, decoder layers, final norm, rotary embedding, head.
 
     Blocks without weights (rotary embedding) live where the first decoder layer computes.
@@ -44,9 +43,9 @@ def block_devices(model: torch.nn.Module, plan: Plan, spec: ModelSpec) -> dict[s
     Returns:
         Module path → ``"gpu"``, ``"cpu"`` or ``"disk"``.
     """
-    layers = plan.layer_devices(spec)
-    devices = {f"{spec.layers_path}.{index}": device for index, device in enumerate(layers)}
-    for module in spec.modules:
+    layers = plan.layer_devices()
+    devices = {f"{plan.spec.layers_path}.{index}": device for index, device in enumerate(layers)}
+    for module in plan.spec.modules:
         if module.layer is None:
             devices[module.name] = plan.modules[module.name].device
     for path, module in model.named_modules():
@@ -67,9 +66,10 @@ class Placement:
         gpu: The ``Gpu`` the model lives on.
     """
 
-    def __init__(self, model: torch.nn.Module, devices: dict[str, str], plan: Plan, spec: ModelSpec, gpu: Gpu):
+    def __init__(self, model: torch.nn.Module, devices: dict[str, str], plan: Plan, gpu: Gpu):
+        spec = plan.spec
         self._wrapped: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        self._weights = TravellingWeights(model, devices, plan, spec, gpu)
+        self._weights = TravellingWeights(model, devices, plan, gpu)
         home = compute_place(devices[f"{spec.layers_path}.0"])
         route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model))
         embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}

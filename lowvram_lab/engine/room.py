@@ -27,7 +27,7 @@ def check_room_on_disk(size_bytes: int) -> None:
         )
 
 
-def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:
+def forecast_load_bytes(plan, *, gpu_in_ram: bool) -> int:
     """Forecasts how far resident memory rises while a plan loads, above what Python and torch already take.
 
     The weights that stay in RAM (what lies on disk does not), and beside them the largest tensor in flight: mapped from
@@ -35,18 +35,16 @@ def forecast_load_bytes(plan, spec, *, gpu_in_ram: bool) -> int:
 
     Args:
         plan: The plan.
-        spec: The model.
         gpu_in_ram: Whether "gpu" is the stand-in, whose tensors lie in RAM too.
     """
-    return weights_in_ram(plan, spec, gpu_in_ram) + in_flight_bytes(spec.modules)
+    return weights_in_ram(plan, gpu_in_ram) + in_flight_bytes(plan.spec.modules)
 
 
-def check_room_in_ram(plan, spec, gpu, modules, loaded=None) -> None:
+def check_room_in_ram(plan, gpu, modules, loaded=None) -> None:
     """Refuses a load that the host's free memory cannot take: a process that the system ends cannot say why.
 
     Args:
         plan: What is to be loaded.
-        spec: The model's.
         gpu: The GPU it goes to; the stand-in lies in RAM too.
         modules: Those that really are loaded, of the spec's.
         loaded: The plan that is there already, and whose weights make room.
@@ -54,8 +52,8 @@ def check_room_in_ram(plan, spec, gpu, modules, loaded=None) -> None:
     Raises:
         BudgetError: Says what it takes and what is free.
     """
-    needed = weights_in_ram(plan, spec, gpu.simulated) + in_flight_bytes(modules)
-    needed -= weights_in_ram(loaded, spec, gpu.simulated) if loaded else 0
+    needed = weights_in_ram(plan, gpu.simulated) + in_flight_bytes(modules)
+    needed -= weights_in_ram(loaded, gpu.simulated) if loaded else 0
     if needed > (free := psutil.virtual_memory().available):
         helps = "a smaller format, layers on disk" + ("" if gpu.simulated else ", more layers on the GPU")
         raise BudgetError(
@@ -68,6 +66,6 @@ def in_flight_bytes(modules) -> int:
     return 2 * max((2 * math.prod(shape) for module in modules for shape in module.parameters.values()), default=0)
 
 
-def weights_in_ram(plan, spec, gpu_in_ram: bool) -> int:
+def weights_in_ram(plan, gpu_in_ram: bool) -> int:
     """Bytes of weights that stay in RAM; what lies on disk does not."""
-    return plan.weight_bytes(spec, "cpu") + (plan.weight_bytes(spec, "gpu") if gpu_in_ram else 0)
+    return plan.weight_bytes("cpu") + (plan.weight_bytes("gpu") if gpu_in_ram else 0)

@@ -22,7 +22,6 @@ from lowvram_lab.engine.layers import QuantizedLinear
 from lowvram_lab.memory.cuda import PinnedBlock
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.spec import ModelSpec
 
 BUFFERS = 2
 ALIGNMENT = 512
@@ -106,7 +105,7 @@ class TravellingWeights:
         gpu: The ``Gpu`` they come to.
     """
 
-    def __init__(self, model: torch.nn.Module, devices: dict[str, str], plan: Plan, spec: ModelSpec, gpu: Gpu):
+    def __init__(self, model: torch.nn.Module, devices: dict[str, str], plan: Plan, gpu: Gpu):
         self.gpu, self.threshold = gpu, plan.stream_from
         self._layers: dict[str, _Travelling] = {}
         pinned: list[PinnedBlock] = []
@@ -115,9 +114,9 @@ class TravellingWeights:
         self._buffers: list[torch.Tensor] = []
         self._copied: dict[int, object] = {}
         self._new_tokens = 0
-        for index, device in enumerate(plan.layer_devices(spec)):
+        for index, device in enumerate(plan.layer_devices()):
             if device != "gpu" and self.threshold is not None:
-                path = f"{spec.layers_path}.{index}"
+                path = f"{plan.spec.layers_path}.{index}"
                 self._layers[path] = layer = _Travelling(model.get_submodule(path), index)
                 if device == "cpu" and not gpu.simulated:  # from disk it comes as it is; the stand-in has it in RAM
                     layer.gather(pinned)

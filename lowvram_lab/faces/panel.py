@@ -101,14 +101,14 @@ class LayerSplitPanel:
         self._base = None
         self.trials = []
         if isinstance(model, str | os.PathLike):
-            self.spec = ModelSpec.from_config(find_source(model).config(), os.fspath(model))
+            self.spec = find_source(os.fspath(model)).spec()
         elif isinstance(model, ModelSpec):
             self.spec = model
         elif gpu is not None:
             raise LowvramError("a loaded model stays on its own GPU; leave gpu out, or name the model instead")
         else:
             self.model = model
-            self.spec = model.lowvram.spec
+            self.spec = model.lowvram.plan.spec
             self._base = model.lowvram.plan
             gpu = model.lowvram.gpu
         if gpu is None:
@@ -123,7 +123,7 @@ class LayerSplitPanel:
 
     def _start(self, context: int | None) -> SplitState:
         if self._base is not None:
-            state = state_of(self._base, self.spec)
+            state = state_of(self._base)
             return replace(state, context=state.context if context is None else context)
         context = min(CONTEXT, longest_context(self.spec)) if context is None else context
         return SplitState(self.spec.num_hidden_layers, context, recipe=recipes_of(self.spec)[0])
@@ -249,7 +249,7 @@ class LayerSplitPanel:
             except LowvramError as error:  # a model that the dry run cannot replay, say
                 self.verdict.value = _coloured(str(error), fits=False)
                 return
-            lines = found.plan.summary(self.spec), f"predicted: {found.speed.summary()}"
+            lines = found.plan.summary(), f"predicted: {found.speed.summary()}"
             picture = _png(self._bar(found))  # made before either is shown, so that they change together
             self.verdict.value = "<br>".join([_coloured(found.verdict(), found.fits), *map(html.escape, lines)])
             self.picture.value = picture
@@ -290,7 +290,7 @@ class LayerSplitPanel:
             self._kernels = self._gpu.kernels  # from here on, the forecast is of what runs
             self._refresh()
         if self.model is None:
-            self.model = load(plan, self._gpu, checkpoint=self._checkpoint, spec=self.spec, progress=False)
+            self.model = load(plan, self._gpu, checkpoint=self._checkpoint, progress=False)
         elif plan != self.model.lowvram.plan:
             with self._gpu.lock:  # no forward pass of another thread over half a split
                 replan(self.model, plan, progress=False)
@@ -343,7 +343,7 @@ class LayerSplitPanel:
     def _bar(self, found: SplitResult) -> Figure:
         """The live picture: what GPU and CPU hold at the GPU's peak, and where the card ends."""
         plan, gpu_parts = found.plan, found.forecast.breakdown
-        cpu_kv = plan.kv_bytes(self.spec, plan.context, "cpu")
+        cpu_kv = plan.kv_bytes(plan.context, "cpu")
         stacks = [gpu_parts, {"weights": found.forecast.cpu_weights_bytes, "kv": cpu_kv}]
         sizes, card = [sum(stack.values()) for stack in stacks], self._budget.total_bytes if self._budget else 0
         widest = max(card, sum(sizes))  # the sum hardly moves with the layers, so the scale stands still
@@ -379,7 +379,7 @@ class LayerSplitPanel:
 
     def __repr__(self) -> str:
         try:
-            return f"{self.plan.summary(self.spec)}\n{self.result.verdict()}\n{self.speed.summary()}"
+            return f"{self.plan.summary()}\n{self.result.verdict()}\n{self.speed.summary()}"
         except LowvramError as error:
             return f"LayerSplitPanel of {self.spec.name}: {error}"
 

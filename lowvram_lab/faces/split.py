@@ -157,11 +157,12 @@ def longest_context(spec: ModelSpec) -> int:
     return spec.longest_context if spec.max_position_embeddings else min(spec.longest_context, UNSTATED_CONTEXT)
 
 
-def state_of(plan: Plan, spec: ModelSpec) -> SplitState:
+def state_of(plan: Plan) -> SplitState:
     """The settings that ``split_plan`` makes this plan of."""
+    spec = plan.spec
     named = (recipe for recipe in recipes_of(spec, plan) if recipe != AS_LOADED)
     recipe = next((r for r in named if _formats(_uniform(spec, r, plan)) == _formats(plan)), AS_LOADED)
-    layers, on_cpu = plan.layer_devices(spec).count("gpu"), plan.modules[spec.embedding].device == "cpu"
+    layers, on_cpu = plan.layer_devices().count("gpu"), plan.modules[spec.embedding].device == "cpu"
     return SplitState(layers, plan.context, plan.kv_format, recipe, plan.threads, on_cpu)
 
 
@@ -185,15 +186,14 @@ def split_plan(state: SplitState, spec: ModelSpec, base: Plan | None = None) -> 
     if base is not None:
         modules = {name: replace(kept, device=base.modules[name].device) for name, kept in plan.modules.items()}
         plan = replace(plan, modules=modules)
-    if plan.layer_devices(spec).count("gpu") != state.gpu_layers:
-        plan = plan.with_gpu_layers(spec, state.gpu_layers)
+    if plan.layer_devices().count("gpu") != state.gpu_layers:
+        plan = plan.with_gpu_layers(state.gpu_layers)
     if (plan.modules[spec.embedding].device == "cpu") != state.embedding_on_cpu:
-        for name in (spec.embedding, spec.head) if spec.tied else (spec.embedding,):
-            plan = plan.with_modules(name, device="cpu" if state.embedding_on_cpu else "gpu")
+        names = (spec.embedding, spec.head) if spec.tied else (spec.embedding,)
+        plan = plan.with_modules(*names, device="cpu" if state.embedding_on_cpu else "gpu")
     plan = replace(plan, context=state.context, kv_format=state.kv_format, threads=state.threads)
     if base is not None:
         plan = replace(plan, stream_from=base.stream_from)
-    plan.validate(spec)
     return plan
 
 
@@ -219,7 +219,7 @@ def evaluate_split(
         PlanError: A setting the model or the library does not have.
     """
     plan = split_plan(state, spec, base)
-    return SplitResult(plan, forecast(plan, spec, budget, kernels=kernels), forecast_speed(plan, spec, machine=machine))
+    return SplitResult(plan, forecast(plan, budget, kernels=kernels), forecast_speed(plan, machine=machine))
 
 
 def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> Trial:
@@ -237,7 +237,6 @@ def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> 
         torch.OutOfMemoryError: The GPU is too small for it.
     """
     plan = model.lowvram.plan
-    spec = model.lowvram.spec
     gpu = model.lowvram.gpu
     ids = _prompt_ids(tokenizer, prompt)
     if not ids:
@@ -253,14 +252,14 @@ def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> 
         workload = Workload(len(ids), max(1, fed))
         measured = run_speed(model, workload, decoder)  # once more: the meter above slows a small model down
         del decoder
-    dry = forecast(plan, spec, gpu, workload=Workload(len(ids), room))
+    dry = forecast(plan, gpu, workload=Workload(len(ids), room))
     return Trial(
         plan=plan,
         gpu=gpu.name,
         answer=tokenizer.decode(tokens, skip_special_tokens=True),
         predicted_bytes=max(phase.peak_allocated_bytes for phase in dry.phases if phase.name != "load"),
         measured_bytes=peak_bytes,
-        predicted=forecast_speed(plan, spec, workload, machine),
+        predicted=forecast_speed(plan, workload, machine),
         measured=measured,
     )
 
@@ -269,7 +268,7 @@ def trials_table(trials: Sequence[Trial], spec: ModelSpec) -> pd.DataFrame:
     """One row a try: what was predicted and, after it, what was measured. Bytes, tokens a second, seconds."""
     rows = [
         {
-            "gpu_layers": trial.plan.layer_devices(spec).count("gpu"),
+            "gpu_layers": trial.plan.layer_devices().count("gpu"),
             "weights": "/".join(dict.fromkeys(a.format for a in trial.plan.modules.values())),
             "kv_format": trial.plan.kv_format,
             "predicted_bytes": trial.predicted_bytes,

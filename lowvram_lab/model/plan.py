@@ -21,17 +21,20 @@ from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.rules import Assignment, check_modules, check_settings, is_whole_number, whole_number
+from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.units import format_bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """A format and a device for every module.
 
+    A plan that exists has been checked against its model. Two plans are equal if they say the same, whichever object
+    describes the model.
+
     Attributes:
-        model: Source name the plan was made for.
-        fingerprint: ``ModelSpec.fingerprint`` of that model.
+        spec: The model; its name and fingerprint are what a plan's JSON says of it.
         modules: Module name → assignment, in forward order.
         dtype: Activations, norms and biases: ``"bf16"``, ``"fp16"`` or ``"fp32"``.
         kv_format: Keys and values: the plan's dtype, ``"int8"`` (one scale a token and head) or ``"int4"`` (keys per
@@ -41,10 +44,12 @@ class Plan:
         stream_from: Prompts of so many tokens or more bring the weights of CPU and disk layers to the GPU, layer by
             layer, and compute there; ``None`` for never. Decoding a token always computes where the layer is.
         prefill_chunk: Prompts are read so many tokens at a time, which bounds their activations; ``None`` for at once.
+
+    Raises:
+        PlanError: Names the first module (or setting) that does not fit the model, and what would.
     """
 
-    model: str
-    fingerprint: str
+    spec: ModelSpec = field(repr=False)
     modules: Mapping[str, Assignment] = field(repr=False)
     dtype: str = "bf16"
     kv_format: str = "bf16"
@@ -52,6 +57,15 @@ class Plan:
     threads: int | None = None
     stream_from: int | None = None
     prefill_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        check_modules(self.spec, self.modules, self.dtype)
+        check_settings(self)
+
+    @property
+    def model(self) -> str:
+        """Source name of the model."""
+        return self.spec.name
 
     @classmethod
     def uniform(cls, spec: ModelSpec, recipe: str = "bf16", *, context: int = 2048, dtype: str | None = None) -> "Plan":
@@ -76,50 +90,50 @@ class Plan:
             dtype = dtype or (recipe if get_format(recipe).kind == "float" else "bf16")
             formats = {m.name: _uniform_format(m, spec, recipe, dtype) for m in spec.modules}
         modules = {name: Assignment(fmt, "gpu") for name, fmt in formats.items()}
-        plan = cls(spec.name, spec.fingerprint, modules, dtype=dtype, kv_format=dtype, context=context)
-        plan.validate(spec)
-        return plan
+        return cls(spec, modules, dtype=dtype, kv_format=dtype, context=context)
 
-    def with_modules(self, pattern: str, *, format: str | None = None, device: str | None = None) -> "Plan":
-        """The same plan with every module that matches a glob pattern changed.
+    def with_modules(self, *patterns: str, format: str | None = None, device: str | None = None) -> "Plan":
+        """The same plan with every module that matches one of the glob patterns changed.
 
         Args:
-            pattern: Shell pattern over module names, e.g. ``"model.layers.3.*"`` or ``"*.down_proj"``.
+            patterns: Shell patterns over module names, e.g. ``"model.layers.3.*"`` or ``"*.down_proj"``. Modules that
+                share a weight change together: name both.
             format: New format, or ``None`` to keep each module's own.
             device: New device, or ``None`` to keep each module's own.
 
         Raises:
-            PlanError: No module matches.
+            PlanError: No module matches a pattern, or the changed plan does not fit the model.
         """
-        names = set(fnmatch.filter(self.modules, pattern))
-        if not names:
-            raise PlanError(
-                f"no module of {self.model} matches {pattern!r}; names look like {next(iter(self.modules))}"
-            )
+        names = set()
+        for pattern in patterns:
+            if not (found := fnmatch.filter(self.modules, pattern)):
+                raise PlanError(
+                    f"no module of {self.model} matches {pattern!r}; names look like {next(iter(self.modules))}"
+                )
+            names.update(found)
         changed = {
             name: Assignment(format or old.format, device or old.device) if name in names else old
             for name, old in self.modules.items()
         }
         return replace(self, modules=changed)
 
-    def with_gpu_layers(self, spec: ModelSpec, count: int, disk: int | None = None) -> "Plan":
+    def with_gpu_layers(self, count: int, disk: int | None = None) -> "Plan":
         """The same plan with the last ``count`` decoder layers on the GPU and the earlier ones on the CPU.
 
         The *first* layers go to the CPU: the embedding lookup is there too, so hidden states cross once.
 
         Args:
-            spec: The model.
             count: Layers on the GPU.
             disk: Of the other layers, so many stay on disk, the first ones; by default those that are there already.
 
         Raises:
             PlanError: More layers than the model has.
         """
-        total = spec.num_hidden_layers
+        spec, total = self.spec, self.spec.num_hidden_layers
         whole_number(f"GPU layers for {spec.name}", count, 0, total)
         if disk is not None:
             whole_number(f"disk layers for {spec.name} beside {count} on the GPU", disk, 0, total - count)
-        before, places = self.layer_devices(spec), []
+        before, places = self.layer_devices(), []
         for index in range(total):
             on_disk = before[index] == "disk" if disk is None else index < disk
             places.append("gpu" if index >= total - count else "disk" if on_disk else "cpu")
@@ -127,11 +141,10 @@ class Plan:
         changed = {name: replace(old, device=by_name.get(name, old.device)) for name, old in self.modules.items()}
         return replace(self, modules=changed)
 
-    def with_device_map(self, spec: ModelSpec, device_map: Mapping) -> "Plan":
+    def with_device_map(self, device_map: Mapping) -> "Plan":
         """The same plan with accelerate's placement: ``{"model.embed_tokens": "cpu", "model.layers.0": 0, ...}``.
 
         Args:
-            spec: The model.
             device_map: Module or any part of its path (``""`` for all) → ``"gpu"``, ``"cuda"``, a GPU's number, or
                 ``"cpu"`` or ``"disk"``. The longest name that fits a module counts.
 
@@ -151,45 +164,29 @@ class Plan:
         for name in places:
             parent = name.rpartition(".")[0]
             if name not in known and name and (parent not in known or re.search(r"\.\d+$", name)):
-                raise PlanError(f"the device map names {name!r}, which {spec.name} does not have")
-        plan = replace(self, modules=modules)
-        plan.validate(spec)
-        return plan
+                raise PlanError(f"the device map names {name!r}, which {self.model} does not have")
+        return replace(self, modules=modules)
 
-    def validate(self, spec: ModelSpec) -> None:
-        """Checks the plan against the model it is to run.
+    def check_made_for(self, spec: ModelSpec) -> None:
+        """Refuses another model.
 
         Raises:
-            PlanError: Names the first module (or setting) that does not fit, and what would.
+            PlanError: The model's fingerprint is not that of the plan's.
         """
-        if self.fingerprint != spec.fingerprint:
-            raise PlanError(
-                f"this plan was made for {self.model!r} (fingerprint {self.fingerprint}), found model "
-                f"{spec.name!r} (fingerprint {spec.fingerprint}); make a new plan"
-            )
-        check_modules(spec, self.modules, self.dtype)
-        check_settings(
-            spec,
-            dtype=self.dtype,
-            kv_format=self.kv_format,
-            context=self.context,
-            threads=self.threads,
-            stream_from=self.stream_from,
-            prefill_chunk=self.prefill_chunk,
-        )
+        _check_made_for(self.model, self.spec.fingerprint, spec)
 
-    def layer_devices(self, spec: ModelSpec) -> list[str]:
+    def layer_devices(self) -> list[str]:
         """The device that holds each decoder layer, by index."""
-        devices = {m.layer: self.modules[m.name].device for m in spec.modules if m.layer is not None}
-        return [devices[index] for index in range(spec.num_hidden_layers)]
+        devices = {m.layer: self.modules[m.name].device for m in self.spec.modules if m.layer is not None}
+        return [devices[index] for index in range(self.spec.num_hidden_layers)]
 
-    def layer_places(self, spec: ModelSpec) -> list[str]:
+    def layer_places(self) -> list[str]:
         """Where each decoder layer computes and keeps its KV cache, by index: ``"gpu"`` or ``"cpu"``."""
-        return [compute_place(device) for device in self.layer_devices(spec)]
+        return [compute_place(device) for device in self.layer_devices()]
 
-    def weight_bytes(self, spec: ModelSpec, device: str | None = None) -> int:
+    def weight_bytes(self, device: str | None = None) -> int:
         """Exact bytes of all weights, or of those on one device; a shared weight counts once."""
-        wanted = (m for m in spec.modules if device in (None, self.modules[m.name].device))
+        wanted = (m for m in self.spec.modules if device in (None, self.modules[m.name].device))
         return sum(self.module_bytes(module) for module in wanted)
 
     def module_bytes(self, module: ModuleSpec) -> int:
@@ -201,9 +198,9 @@ class Plan:
                 total += get_format(stored).weight_bytes(shape, dtype)
         return total
 
-    def kv_bytes(self, spec: ModelSpec, tokens: int, device: str | None = None) -> int:
+    def kv_bytes(self, tokens: int, device: str | None = None) -> int:
         """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on GPU or CPU or on both."""
-        places, width = self.layer_places(spec), spec.head_dim
+        spec, places, width = self.spec, self.layer_places(), self.spec.head_dim
         layers = len(places) if device is None else places.count(device)
         if self.kv_format == "int4":  # codes, scales and zeros in groups of 32; and the newest keys as they are
             values, blocks = width * tokens * 5 // 8, width * -(-tokens // 32) * 20
@@ -216,6 +213,9 @@ class Plan:
         """Sixteen hex digits of the plan's content."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
+    def __eq__(self, other: object) -> bool:
+        return self.to_dict() == other.to_dict() if isinstance(other, Plan) else NotImplemented
+
     def __hash__(self) -> int:
         return hash(self.digest)
 
@@ -224,7 +224,7 @@ class Plan:
         return {
             "version": VERSION,
             "model": self.model,
-            "fingerprint": self.fingerprint,
+            "fingerprint": self.spec.fingerprint,
             "dtype": self.dtype,
             "kv_format": self.kv_format,
             "context": self.context,
@@ -243,15 +243,24 @@ class Plan:
         return text
 
     @classmethod
-    def from_json(cls, text: str | Path) -> "Plan":
+    def from_json(cls, text: str | Path, spec: ModelSpec | None = None) -> "Plan":
         """Reads a plan from JSON text or from a file.
 
+        Args:
+            text: The JSON, or a ``Path`` to it.
+            spec: The model; by default that of the source the plan names.
+
         Raises:
-            PlanError: Not JSON, or a field is missing, unknown or of the wrong type; the field is named.
+            PlanError: Not JSON, a field is missing, unknown or of the wrong type (the field is named), or the plan was
+                made for another model.
+            SourceError: There is no source of the plan's name.
         """
         values = read_values(text)
+        model, fingerprint = values.pop("model"), values.pop("fingerprint")
+        spec = spec or find_source(model).spec()
+        _check_made_for(model, fingerprint, spec)
         modules = {name: Assignment(**entry) for name, entry in values.pop("modules").items()}
-        return cls(modules=modules, **values)
+        return cls(spec, modules, **values)
 
     def table(self):
         """Formats and devices counted by kind of module. A DataFrame."""
@@ -261,24 +270,32 @@ class Plan:
         rows = [(role, fmt, device, count) for (role, fmt, device), count in counts.items()]
         return pd.DataFrame(rows, columns=["modules", "format", "device", "count"])
 
-    def summary(self, spec: ModelSpec) -> str:
+    def summary(self) -> str:
         """One line: recipe, split, bytes on either side."""
-        layers = self.layer_devices(spec)
+        layers = self.layer_devices()
         weights = (
             "/".join(dict.fromkeys(a.format for a in self.modules.values() if a.format != self.dtype)) or self.dtype
         )
-        on_disk, lookup = self.weight_bytes(spec, "disk"), self.modules[spec.embedding].device
+        on_disk, lookup = self.weight_bytes("disk"), self.modules[self.spec.embedding].device
         disk = f" + {format_bytes(on_disk)} disk" if on_disk else ""
         return (
             f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
             f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}, {self.kv_format} KV, context {self.context}: "
-            f"{format_bytes(self.weight_bytes(spec, 'gpu'))} GPU + {format_bytes(self.weight_bytes(spec, 'cpu'))} CPU"
+            f"{format_bytes(self.weight_bytes('gpu'))} GPU + {format_bytes(self.weight_bytes('cpu'))} CPU"
             f"{disk}"
         )
 
     def _repr_html_(self) -> str:
         heading = f"<b>Plan</b> {self.model}, {self.dtype}, KV {self.kv_format}, context {self.context}"
         return heading + self.table().to_html(index=False)
+
+
+def _check_made_for(model: str, fingerprint: str, spec: ModelSpec) -> None:
+    if fingerprint != spec.fingerprint:
+        raise PlanError(
+            f"this plan was made for {model!r} (fingerprint {fingerprint}), found model {spec.name!r} "
+            f"(fingerprint {spec.fingerprint}); make a new plan"
+        )
 
 
 def compute_place(device: str) -> str:

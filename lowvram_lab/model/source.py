@@ -20,6 +20,7 @@ from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pic
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.rules import is_whole_number
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import packaged_config, packaged_facts
 
 __all__ = ["Checkpoint", "Source", "builtin_names", "cache_dir", "find_source", "read_config"]
@@ -65,6 +66,14 @@ class Source:
         if self.kind == "directory":
             return read_config(self._path())
         return read_config(hub.snapshot(self.name, ["config.json"], progress=False))
+
+    def spec(self, name: str = "") -> ModelSpec:
+        """The model on paper. Raises what :meth:`config` raises.
+
+        Args:
+            name: What to call it; by default the source's own name.
+        """
+        return ModelSpec.from_config(self.config(), name or self.name)
 
     def fetch(self, progress: bool = True) -> Path:
         """A finished local directory: ``config.json``, ``*.safetensors`` and the tokenizer's files.

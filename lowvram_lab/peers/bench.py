@@ -82,7 +82,7 @@ class BenchSettings:
         """Tokens of prompt, answer, second message and the token that answers it."""
         return self.prompt_tokens + self.new_tokens + 1 + FOLLOW_UP_TOKENS + 1
 
-    def planned(self, plan: Plan, spec: ModelSpec) -> Plan:
+    def planned(self, plan: Plan) -> Plan:
         """A plan with room for this, and with the threads.
 
         Raises:
@@ -92,9 +92,7 @@ class BenchSettings:
         threads = self.threads or plan.threads or torch.get_num_threads()
         if threads > (cores := os.cpu_count() or 1):
             raise LowvramError(f"expected 1 to {cores} threads on this machine, found {threads}")
-        plan = replace(plan, threads=threads, context=max(plan.context, self.context))
-        plan.validate(spec)
-        return plan
+        return replace(plan, threads=threads, context=max(plan.context, self.context))
 
 
 def bench(
@@ -133,9 +131,9 @@ def bench(
     settings = settings or BenchSettings()
     names = [*OURS, *_peers(against, gguf)]
     source = find_source(model)
-    spec = ModelSpec.from_config(source.config(), source.name)
+    spec = source.spec()
     budget = _budget(gpu)
-    plan = settings.planned(_plan(plan, spec, budget, settings.context), spec)
+    plan = settings.planned(_plan(plan, spec, budget, settings.context))
     directory = source.fetch(progress)
     load_before = _load_average()
     prompt, origin = _prompt(source, spec, settings.prompt_tokens + FOLLOW_UP_TOKENS)
@@ -143,7 +141,7 @@ def bench(
     with cpu_threads(plan.threads), tempfile.TemporaryDirectory() as folder:
         task, reasons = _with_gguf(task, source, gguf, names, Path(folder), progress)
         machine = machine or Machine(anew=True)
-        bandwidth = _read_bandwidth(plan, spec, plan.threads)
+        bandwidth = _read_bandwidth(plan, plan.threads)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the measurement took is the engines' now
         run = _Run(task, plan, spec, names, reasons, settings.processes, progress)
@@ -153,7 +151,7 @@ def bench(
         raise LowvramError("no engine could run this: " + "; ".join(f"{row.engine}: {row.reason}" for row in rows))
     return BenchResult(
         model=source.public_name,
-        plan=plan.summary(spec),
+        plan=plan.summary(),
         gpu=_card_in_words(budget),
         simulated=not torch.cuda.is_available(),
         rows=rows,
@@ -244,7 +242,7 @@ class _Run:
         self.agreement = {}
         self.reference = ""
         self.turns: dict[str, list[dict]] = {name: [] for name in names}
-        needed = {name: _needed_bytes(name, task, plan, spec) for name in self.names}
+        needed = {name: _needed_bytes(name, task, plan) for name in self.names}
         free = psutil.virtual_memory().available
         for name in self.names:
             if name not in OURS and needed[name] > free:
@@ -380,6 +378,7 @@ def _budget(gpu) -> GpuBudget | None:
 
 def _plan(plan: Plan | None, spec: ModelSpec, budget: GpuBudget | None, tokens: int) -> Plan:
     if plan is not None:
+        plan.check_made_for(spec)
         return plan
     if budget is None:
         return Plan.uniform(spec, "stored" if spec.stored else "bf16", context=tokens)
@@ -396,11 +395,11 @@ def _prompt(source: Source, spec: ModelSpec, tokens: int) -> tuple[tuple[int, ..
     return tuple((ids * -(-tokens // len(ids)))[:tokens]), "the library's own text"
 
 
-def _needed_bytes(name: str, task: Task, plan: Plan, spec: ModelSpec) -> int:
+def _needed_bytes(name: str, task: Task, plan: Plan) -> int:
     """About what an engine holds of the model: the 16-bit weights where it makes its own of them."""
     if name in OURS:
-        return weights_in_ram(plan, spec, not torch.cuda.is_available()) + plan.kv_bytes(spec, plan.context)
-    return os.path.getsize(task.gguf) if name == "llama.cpp" else 2 * spec.num_parameters
+        return weights_in_ram(plan, not torch.cuda.is_available()) + plan.kv_bytes(plan.context)
+    return os.path.getsize(task.gguf) if name == "llama.cpp" else 2 * plan.spec.num_parameters
 
 
 def _card_holds(sizes: list[int], task: Task) -> bool:
@@ -412,9 +411,9 @@ def _card_holds(sizes: list[int], task: Task) -> bool:
     return wanted < torch.cuda.mem_get_info()[0]
 
 
-def _read_bandwidth(plan: Plan, spec: ModelSpec, threads: int) -> float:
+def _read_bandwidth(plan: Plan, threads: int) -> float:
     """Bytes a second at which the layers' processor sums a block that no cache holds: the best of nine times."""
-    on_card = torch.cuda.is_available() and set(plan.layer_places(spec)) == {"gpu"}
+    on_card = torch.cuda.is_available() and set(plan.layer_places()) == {"gpu"}
     block, best = torch.ones(READ_BYTES // 8, dtype=torch.int64, device="cuda" if on_card else "cpu"), 0.0
     with cpu_threads(threads):
         for _ in range(9):

@@ -68,7 +68,7 @@ class Task:
 
     def spec(self) -> ModelSpec:
         """The model's spec."""
-        return ModelSpec.from_config(find_source(self.model).config(), self.model)
+        return find_source(self.model).spec()
 
 
 class Engine:
@@ -166,14 +166,14 @@ class Ours(Engine):
 
     def __init__(self, task: Task):
         self.task = task
-        plan = Plan.from_json(task.plan)
-        self._counting = False
         spec = task.spec()
-        self.model = load(plan, task.gpu(), spec=spec, checkpoint=Checkpoint(Path(task.directory)), progress=False)
-        self.weight_bytes = self.read_bytes = plan.weight_bytes(spec)
+        plan = Plan.from_json(task.plan, spec)
+        self._counting = False
+        self.model = load(plan, task.gpu(), checkpoint=Checkpoint(Path(task.directory)), progress=False)
+        self.weight_bytes = self.read_bytes = plan.weight_bytes()
         if not spec.tied:
             self.read_bytes -= plan.module_bytes(spec.module(spec.embedding))
-        self.kv_bytes = plan.kv_bytes(spec, task.mean_length)
+        self.kv_bytes = plan.kv_bytes(task.mean_length)
         devices = {assignment.device for assignment in plan.modules.values()}
         places = {compute_place(device) for device in devices} if torch.cuda.is_available() else {"cpu"}
         self.one_memory = len(places) == 1 and "disk" not in devices

@@ -128,9 +128,8 @@ def _at_context(context: int, recipes, room: Room, prefer: str, gpu_layers, thre
     for recipe in recipes:
         plan = replace(Plan.uniform(spec, recipe, context=context), threads=threads)
         if gpu_layers is not None:
-            plan = plan.with_gpu_layers(spec, gpu_layers)
+            plan = plan.with_gpu_layers(gpu_layers)
         plans[recipe] = replace(plan, kv_format=room.kv_format or plan.kv_format)
-        plans[recipe].validate(spec)
     if gpu_layers is not None:
         choice = next(_whole(plans, room, why), None)
     elif prefer == "speed":
@@ -141,7 +140,7 @@ def _at_context(context: int, recipes, room: Room, prefer: str, gpu_layers, thre
         choice = next(_whole(plans, room, why), None) or _smallest_split(plans, room, why)
     if choice is None:
         least = plans[recipes[-1]]
-        *_, (_, least) = _variants(least if gpu_layers is not None else least.with_gpu_layers(spec, 0), room)
+        *_, (_, least) = _variants(least if gpu_layers is not None else least.with_gpu_layers(0), room)
         if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
             most = replace(room, ram_bytes=None).most_layers(least)
             least = most[1] if most else least
@@ -157,15 +156,15 @@ def _at_longest_context(context: int, recipes, room: Room, **settings) -> PlanCh
         if context // 2 < SHORTEST_CONTEXT:
             raise
         return _at_longest_context(context // 2, recipes, room, **settings)
-    plan, spec = choice.plan, room.spec
-    tokens = (longest := max_context(plan, spec, room.budget, kernels=room.kernels)).value
-    if (on_cpu := plan.kv_bytes(spec, 1, "cpu")) and room.ram_bytes is not None:
-        spare = room.ram_bytes - ram_bytes(plan, spec)
+    plan = choice.plan
+    tokens = (longest := max_context(plan, room.budget, kernels=room.kernels)).value
+    if (on_cpu := plan.kv_bytes(1, "cpu")) and room.ram_bytes is not None:
+        spare = room.ram_bytes - ram_bytes(plan)
         tokens = min(tokens, plan.context + spare // on_cpu)
     if tokens <= plan.context:
         return choice
     plan = replace(plan, context=tokens)
-    profile = longest.forecast if tokens == longest.value else forecast(plan, spec, room.budget, kernels=room.kernels)
+    profile = longest.forecast if tokens == longest.value else forecast(plan, room.budget, kernels=room.kernels)
     text = f"context {tokens} is the longest that fits it: {margin(profile)}"
     return _changed(choice, plan, profile, text, room, settings["machine"])
 
@@ -174,7 +173,7 @@ def _changed(choice: PlanChoice, plan: Plan, profile: MemoryProfile, text: str, 
     """The choice with another plan, why, and its speed instead of the earlier one's."""
     why, speed = [*choice.why, text], None
     if choice.speed:
-        speed = forecast_speed(plan, room.spec, machine=machine, ram=room.ram_bytes)
+        speed = forecast_speed(plan, machine=machine, ram=room.ram_bytes)
         why = [line for line in why if line != choice.speed.summary()] + [speed.summary()]
     return replace(choice, plan=plan, forecast=profile, why=tuple(why[-MOST_REASONS:]), speed=speed)
 
@@ -185,14 +184,14 @@ def _with_streaming(choice: PlanChoice, room: Room, machine: Machine) -> PlanCho
     With as many layers on the GPU as fit, they seldom do: ``gpu_layers=`` leaves them room.
     """
     try:
-        tokens = stream_threshold(choice.plan, room.spec, machine)
+        tokens = stream_threshold(choice.plan, machine)
         plan = replace(choice.plan, stream_from=tokens)
-        profile = tokens and forecast_if_possible(plan, room.spec, room.budget, room.kernels)
+        profile = tokens and forecast_if_possible(plan, room.budget, room.kernels)
     except LowvramError:  # no room to measure rates, or an architecture whose weights cannot travel
         return choice
     if not profile:
         return choice
-    if engine_of(plan, room.spec, "cuda")[0] != engine_of(choice.plan, room.spec, "cuda")[0]:
+    if engine_of(plan, "cuda")[0] != engine_of(choice.plan, "cuda")[0]:
         return choice  # every decoded token would pay for what a long prompt gains
     text = f"prompts of {tokens} tokens or more are faster with weights that travel to the GPU: {margin(profile)}"
     return _changed(choice, plan, profile, text, room, machine)
@@ -263,7 +262,7 @@ def _splits(plans: dict[str, Plan], room: Room, why: list[str]) -> Iterator[Plan
         if choice:
             yield replace(choice, why=(*why, *choice.why))
         else:
-            *_, (_, least) = _variants(base.with_gpu_layers(room.spec, 0), room)
+            *_, (_, least) = _variants(base.with_gpu_layers(0), room)
             why.append(f"{recipe} does not fit, however it is split: {shortage(least, room)}")
 
 
@@ -281,14 +280,14 @@ def _fastest(plans: dict[str, Plan], room: Room, why: list[str], machine: Machin
 def _with_threads(choice: PlanChoice, room: Room, machine: Machine) -> PlanChoice:
     """A plan with its forecast speed; with the fastest number of threads, where none is stated and it matters."""
     counts, cores = [choice.plan.threads], os.cpu_count() or 1
-    if counts == [None] and "cpu" in choice.plan.layer_places(room.spec):
+    if counts == [None] and "cpu" in choice.plan.layer_places():
         counts = sorted({1, max(1, cores // 2), cores})
     plans = [replace(choice.plan, threads=count) for count in counts]
-    speeds = [forecast_speed(plan, room.spec, machine=machine, ram=room.ram_bytes) for plan in plans]
+    speeds = [forecast_speed(plan, machine=machine, ram=room.ram_bytes) for plan in plans]
     best = max(range(len(plans)), key=lambda index: speeds[index].decode_tokens_per_s)
     return replace(choice, plan=plans[best], speed=speeds[best])
 
 
 def _on_disk(plan: Plan, room: Room) -> str:
-    on_disk = plan.weight_bytes(room.spec, "disk")
+    on_disk = plan.weight_bytes("disk")
     return f", {format_bytes(on_disk)} on disk" if on_disk else ""

@@ -103,7 +103,7 @@ def _beside_the_cache(choices: Choices, budget: GpuBudget, kernels: str) -> tupl
     """Finds how many bytes of weights the forecast leaves room for."""
     spec, base = choices.spec, choices.base
     least = choices.least_bytes("gpu")
-    cache = base.kv_bytes(spec, base.context - 1, "gpu")
+    cache = base.kv_bytes(base.context - 1, "gpu")
     best = None
     weights = budget.usable_bytes - cache
     low = least - 1
@@ -111,8 +111,8 @@ def _beside_the_cache(choices: Choices, budget: GpuBudget, kernels: str) -> tupl
     for attempt in range(ATTEMPTS):
         weights = min(max(weights, low + 1), high - 1)
         found = choices.within(weights, "gpu")
-        profile = forecast(found.plan, spec, budget, kernels=kernels)
-        taken = found.plan.weight_bytes(spec, "gpu")
+        profile = forecast(found.plan, budget, kernels=kernels)
+        taken = found.plan.weight_bytes("gpu")
         if profile.fits:
             best = found, profile
             low = max(weights, taken)
@@ -137,5 +137,5 @@ def _beside_the_cache(choices: Choices, budget: GpuBudget, kernels: str) -> tupl
 def _smallest(choices: Choices, budget: GpuBudget, kernels: str) -> tuple[Recipe, MemoryProfile] | None:
     """The smallest recipe and its forecast, if it fits."""
     found = choices.within(choices.least_bytes("gpu"), "gpu")
-    profile = forecast(found.plan, choices.spec, budget, kernels=kernels)
+    profile = forecast(found.plan, budget, kernels=kernels)
     return (found, profile) if profile.fits else None

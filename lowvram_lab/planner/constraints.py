@@ -27,7 +27,7 @@ class Room:
     def fit(self, plan: Plan) -> tuple[Plan, MemoryProfile] | None:
         """A plan that fits the GPU, with as much of it on disk as RAM has no room for, and its forecast."""
         plan = self.within_ram(plan)
-        profile = plan and forecast_if_possible(plan, self.spec, self.budget, self.kernels)
+        profile = plan and forecast_if_possible(plan, self.budget, self.kernels)
         return (plan, profile) if profile else None
 
     def within_ram(self, plan: Plan) -> Plan | None:
@@ -37,37 +37,35 @@ class Room:
         if self.disk_bytes is None:
             return None
         spec = self.spec
-        layers = plan.layer_devices(self.spec)
+        layers = plan.layer_devices()
         bases = [plan]
         if not spec.tied and plan.modules[spec.embedding].device == "cpu":
             # a lookup reads next to nothing; but the table may be more than the disk has room for
             bases.insert(0, plan.with_modules(spec.embedding, device="disk"))
         on_gpu = layers.count("gpu")
         for base in bases:
-            splits = (base.with_gpu_layers(spec, on_gpu, disk=count) for count in range(len(layers) - on_gpu + 1))
+            splits = (base.with_gpu_layers(on_gpu, disk=count) for count in range(len(layers) - on_gpu + 1))
             found = next((each for each in splits if not self.lacks_ram(each)), None)
-            if found and found.weight_bytes(spec, "disk") <= self.disk_bytes:
+            if found and found.weight_bytes("disk") <= self.disk_bytes:
                 return found
         return None
 
     def lacks_ram(self, plan: Plan) -> bool:
         """Whether the CPU's part is more than the RAM."""
-        return self.ram_bytes is not None and ram_bytes(plan, self.spec) > self.ram_bytes
+        return self.ram_bytes is not None and ram_bytes(plan) > self.ram_bytes
 
     def most_layers(self, plan: Plan) -> tuple[int, Plan, MemoryProfile] | None:
         """The plan with as many layers on the GPU as fit, but not all."""
         workload = Workload.full_context(plan.context)
         high = self.spec.num_hidden_layers - 1
-        found = largest_fitting(
-            lambda n: (plan.with_gpu_layers(self.spec, n), workload), 0, high, self.spec, self.budget, self.kernels
-        )
+        found = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, high, self.budget, self.kernels)
         fitting = found and self.fit(found.plan)
         return (found.number, *fitting) if fitting else None
 
 
-def ram_bytes(plan: Plan, spec: ModelSpec) -> int:
+def ram_bytes(plan: Plan) -> int:
     """What a plan takes of the host's memory beside Python and torch: weights, the load's transient, KV cache."""
-    return forecast_load_bytes(plan, spec, gpu_in_ram=False) + plan.kv_bytes(spec, plan.context, "cpu")
+    return forecast_load_bytes(plan, gpu_in_ram=False) + plan.kv_bytes(plan.context, "cpu")
 
 
 def margin(profile: MemoryProfile) -> str:
@@ -80,14 +78,14 @@ def shortage(plan: Plan, room: Room) -> str:
     """What a plan is short of, in words."""
     if room.lacks_ram(plan):
         return _short_of_ram(plan, room)
-    weights, least = plan.weight_bytes(room.spec, "gpu"), least_bytes(plan, room.spec)
+    weights, least = plan.weight_bytes("gpu"), least_bytes(plan)
     beyond = least - room.budget.usable_bytes
     tail = f", {format_bytes(beyond)} too much" if beyond > 0 else " before activations and fragmentation"
     return f"{format_bytes(weights)} of weights + {format_bytes(least - weights)} of KV{tail}"
 
 
 def _short_of_ram(plan: Plan, room: Room) -> str:
-    on_cpu = format_bytes(ram_bytes(plan, room.spec))
+    on_cpu = format_bytes(ram_bytes(plan))
     disk = "" if room.disk_bytes is None else f" and {format_bytes(room.disk_bytes)} of disk"
     return f"the CPU's part takes {on_cpu} of RAM, found {format_bytes(room.ram_bytes)}{disk}"
 
@@ -95,17 +93,17 @@ def _short_of_ram(plan: Plan, room: Room) -> str:
 def refusal(plan: Plan, room: Room) -> BudgetError:
     """The error that says why no plan fits and what would help."""
     spec, budget = room.spec, room.budget
-    needed = least_bytes(plan, spec) + budget.context_bytes
+    needed = least_bytes(plan) + budget.context_bytes
     message = (
         f"no plan for {spec.name} at context {plan.context} fits a {format_bytes(budget.total_bytes)} GPU: even "
-        f"{plan.summary(spec)}, needs more than {format_bytes(needed)}"
+        f"{plan.summary()}, needs more than {format_bytes(needed)}"
     )
     if room.lacks_ram(plan):
         return BudgetError(
             f"no plan for {spec.name} at context {plan.context} fits a {format_bytes(budget.total_bytes)} GPU and "
             f"{format_bytes(room.ram_bytes)} of RAM: {_ram_refusal(plan, room)}, a larger GPU or a smaller model"
         )
-    helps = suggest(plan, spec, budget, room.kernels)
+    helps = suggest(plan, budget, room.kernels)
     if helps:
         return BudgetError(f"{message}; what would help: {helps[0].text}")
     return BudgetError(
@@ -114,15 +112,13 @@ def refusal(plan: Plan, room: Room) -> BudgetError:
 
 
 def _ram_refusal(plan: Plan, room: Room) -> str:
-    spec = room.spec
-    taken = format_bytes(ram_bytes(plan, spec))
+    taken = format_bytes(ram_bytes(plan))
     if room.disk_bytes is None:
         return f"the CPU's part alone takes {taken}, loading included; give it disk for layers or more RAM"
-    for name, assignment in plan.modules.items():
-        if assignment.device == "cpu":
-            plan = plan.with_modules(name, device="disk")
+    in_ram = [name for name, assignment in plan.modules.items() if assignment.device == "cpu"]
+    plan = plan.with_modules(*in_ram, device="disk")
     if room.lacks_ram(plan):
-        rest = format_bytes(ram_bytes(plan, spec))
+        rest = format_bytes(ram_bytes(plan))
         return f"even with the CPU's weights on disk it takes {rest}; give it a shorter context, more RAM"
-    on_disk = format_bytes(plan.weight_bytes(spec, "disk"))
+    on_disk = format_bytes(plan.weight_bytes("disk"))
     return f"the CPU's part takes {taken}, {on_disk} of it weights that may lie on disk; give it more disk or RAM"

@@ -114,6 +114,5 @@ def explain_oom(*, suggestions: bool = True) -> Iterator[OomExplanation]:
     if found.happened and suggestions and found.loaded is not None and found.gpu.budget:
         gpu = found.gpu
         plan = found.loaded.plan
-        spec = found.loaded.spec
-        found.within_forecast = forecast(plan, spec, gpu).fits
-        found.suggestions = [] if found.within_forecast else suggest(plan, spec, gpu)
+        found.within_forecast = forecast(plan, gpu).fits
+        found.suggestions = [] if found.within_forecast else suggest(plan, gpu)

@@ -13,14 +13,12 @@ from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 
 
 def forecast(
     plan: Plan,
-    spec: ModelSpec,
     gpu: str | int | GpuBudget | Gpu | None = None,
     *,
     workload: Workload | None = None,
@@ -32,7 +30,6 @@ def forecast(
 
     Args:
         plan: The plan.
-        spec: The model.
         gpu: A budget such as ``"4GiB"``, or an opened GPU, whose budget and kernels are then taken.
         workload: What to run; by default the plan's whole context.
         kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` for the stand-in. By default those of ``gpu``
@@ -49,18 +46,18 @@ def forecast(
             the model needs data to run; it and its module are named.
         UnitError, BudgetError: The budget cannot be read or used.
     """
+    spec = plan.spec
     if isinstance(gpu, Gpu):
         budget, kernels = gpu.budget, kernels or gpu.kernels
     else:
         budget = None if gpu is None else GpuBudget.parse(gpu)
-    plan.validate(spec)
     workload = workload or Workload.full_context(plan.context)
     if workload.tokens > plan.context:
         raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
     dry = DryRunGpu(budget, kernels or "cuda", expandable_segments)
     try:
         with ImitateAttention(dry):
-            model = load(plan, dry, checkpoint=ShapesOnly(spec), spec=spec, progress=False, timeline=timeline)
+            model = load(plan, dry, checkpoint=ShapesOnly(spec), progress=False, timeline=timeline)
             return run_workload(model, workload)
     except (
         RuntimeError

@@ -9,7 +9,6 @@ from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.profile import STAND_IN, MemoryProfile, SpeedProfile, Workload
 
 
@@ -25,7 +24,7 @@ def run_workload(model: torch.nn.Module, workload: Workload) -> MemoryProfile:
         chat's cache say, is in the peaks too.
     """
     state = loaded(model)
-    gpu, plan, spec = state.gpu, state.plan, state.spec
+    gpu, plan = state.gpu, state.plan
     transferred, earlier_phases = sum(gpu.transfers.values()), len(gpu.phases)
     earlier_kv = gpu.meter.category_bytes("kv")
     with gpu.phase("prefill"):
@@ -48,9 +47,9 @@ def run_workload(model: torch.nn.Module, workload: Workload) -> MemoryProfile:
         gpu=gpu.name,
         engine=decoder.name,
         budget=gpu.budget,
-        weights_bytes=plan.weight_bytes(spec, "gpu"),
-        cpu_weights_bytes=plan.weight_bytes(spec, "cpu"),
-        disk_weights_bytes=plan.weight_bytes(spec, "disk"),
+        weights_bytes=plan.weight_bytes("gpu"),
+        cpu_weights_bytes=plan.weight_bytes("cpu"),
+        disk_weights_bytes=plan.weight_bytes("disk"),
         kv_bytes=gpu.meter.category_bytes("kv") - earlier_kv,
         phases=(state.load_phase, *gpu.phases[earlier_phases:]),
         workload=workload,
@@ -67,9 +66,9 @@ def _read(decoder: Decoder, tokens: int, batch_size: int) -> torch.Tensor:
     return choose(decoder.prefill(ids), Sampling())
 
 
-def where_it_runs(plan: Plan, spec: ModelSpec, gpu: str) -> str:
+def where_it_runs(plan: Plan, gpu: str) -> str:
     """What runs a plan, in words: the GPU so called, or the CPU alone where no layer is on it."""
-    return gpu if "gpu" in plan.layer_places(spec) else "this CPU"
+    return gpu if "gpu" in plan.layer_places() else "this CPU"
 
 
 def run_speed(model: torch.nn.Module, workload: Workload, decoder: Decoder | None = None) -> SpeedProfile:
@@ -93,7 +92,7 @@ def run_speed(model: torch.nn.Module, workload: Workload, decoder: Decoder | Non
             int(token)
         ended = time.perf_counter()
     return SpeedProfile(
-        where=where_it_runs(state.plan, state.spec, STAND_IN if state.gpu.simulated else state.gpu.name),
+        where=where_it_runs(state.plan, STAND_IN if state.gpu.simulated else state.gpu.name),
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.new_tokens,
         ttft_s=first - started,

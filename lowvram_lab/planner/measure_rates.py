@@ -56,7 +56,7 @@ from lowvram_lab.planner.rates import (
 from lowvram_lab.planner.timing import Timing, time_calls
 from lowvram_lab.units import MiB
 
-VERSION = 6
+VERSION = 7
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB
@@ -69,8 +69,11 @@ whole groups."""
 ROWS = 64
 """Tokens of a short prompt, from which arithmetic is told apart from reading weights."""
 
-WORDS = 8192
-"""Rows of a weight whose product inside the lean decoder is timed: so many that the call itself does not count."""
+PRODUCT_WEIGHTS = 1 << 24
+"""Weights of a matrix whose product inside the lean decoder is timed: so many that the call itself does not count."""
+
+ROW_BLOCK = 16
+"""torch's int4 kernel for the CPU wants rows in multiples of it."""
 
 LINK_BYTES, DISK_BYTES = 32 * MiB, 64 * MiB
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 256}
@@ -125,20 +128,25 @@ class Machine:
     def product(
         self, engine: str, fmt: str, columns: int, place: str = "cpu", threads: int | None = None
     ) -> ProductRates:
-        """Rate of one row's product inside a lean decoder.
+        """Rate of one token's product with a matrix inside a lean decoder.
+
+        In a compiled loop the length of a row takes nothing that could be measured. torch's int4 kernel takes up to
+        twice as long for a weight of a short row (27 ps in rows of 2048, 40 in rows of 576, one thread).
 
         Args:
             engine: ``"compiled"``, ``"lean"`` or ``"graphs"``, see ``lean.engine_of``.
             fmt: Name of a format.
-            columns: Inputs of the weight; beyond ``LONGEST_LOOP`` a compiled layer calls torch's kernel as well.
+            columns: Inputs of the weight, a row's length.
             place: See ``kernel``.
             threads: See ``kernel``.
         """
         place, threads = self._place(place), threads or torch.get_num_threads()
-        if engine == COMPILED and columns > LONGEST_LOOP:
-            engine = LEAN
-        name = f"product {engine} {fmt} {self._where(place, threads)}"
-        return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place))
+        if engine == COMPILED and columns <= LONGEST_LOOP and get_format(fmt).kind != "int4":
+            name = f"product {engine} {fmt} {self._where(place, threads)}"
+            return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, LARGE))
+        engine = LEAN if engine == COMPILED else engine  # torch's kernel is called from a compiled layer as well
+        name = f"product {engine} {fmt} {columns} {self._where(place, threads)}"
+        return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, columns))
 
     def prompt(
         self, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None
@@ -169,14 +177,16 @@ class Machine:
             threads: See ``kernel``.
         """
         place, threads = self._place(place), threads or torch.get_num_threads()
-        if engine == MODULES:
-            fmt = dtype
-            weight_s = self.kernel(dtype, place, threads)
-        else:
-            weight_s = self.product(engine, fmt, TINY["hidden_size"], place, threads)
+        fmt = dtype if engine == MODULES else fmt
         name = f"token {engine} {fmt} {kv_format} {dtype} {self._where(place, threads)}"
         case = _Case(engine, fmt, kv_format, dtype, place)
-        return self._rates(TokenRates, name, threads, lambda: _token(case, weight_s))
+
+        def linear(rows: int, columns: int) -> float:
+            if engine == MODULES:
+                return self.kernel(fmt, place, threads).seconds(rows * columns)
+            return self.product(engine, fmt, columns, place, threads).weight_s * rows * columns
+
+        return self._rates(TokenRates, name, threads, lambda: _token(case, linear))
 
     def attention(
         self, engine: str, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None
@@ -238,8 +248,7 @@ class Machine:
 
 
 def _kernel(fmt: str, place: str, shared: bool) -> tuple[KernelRates, Circumstances]:
-    group = get_format(fmt).group_size or 1
-    small, large = (-(-size // group) * group for size in (SMALL, LARGE))
+    small, large = _whole_groups(SMALL, fmt), _whole_groups(LARGE, fmt)
     layers = {side: _copies(_weight(fmt, side, side, place, shared), side >= LARGE) for side in (small, large)}
     timing = time_calls(
         {
@@ -254,6 +263,11 @@ def _kernel(fmt: str, place: str, shared: bool) -> tuple[KernelRates, Circumstan
     call = max(0.0, seconds["small"] - weight * small**2)
     row = max(0.0, seconds["rows"] - seconds["large"]) / large**2 / (ROWS - 1)
     return KernelRates(call, weight, row), timing.circumstances
+
+
+def _whole_groups(size: int, fmt: str) -> int:
+    group = get_format(fmt).group_size or 1
+    return -(-size // group) * group
 
 
 def _weight(fmt: str, rows: int, columns: int, place: str, shared: bool = False) -> torch.nn.Module:
@@ -289,26 +303,20 @@ def _multiplying(layers: list[torch.nn.Module], rows: int, fmt: str, place: str)
     return call
 
 
-def _product(engine: str, fmt: str, place: str) -> tuple[ProductRates, Circumstances]:
-    columns = (
-        LARGE
-        if not get_format(fmt).group_size
-        else -(-LARGE // get_format(fmt).group_size) * get_format(fmt).group_size
-    )
-    layers = _copies(_weight(fmt, WORDS, columns, place), True)
+def _product(engine: str, fmt: str, place: str, columns: int) -> tuple[ProductRates, Circumstances]:
+    columns = _whole_groups(columns, fmt)
+    rows = PRODUCT_WEIGHTS // columns // ROW_BLOCK * ROW_BLOCK
+    layers = _copies(_weight(fmt, rows, columns, place), True)
     device = "cuda" if place == "gpu" else "cpu"
     hidden, norm = torch.randn(1, columns, device=device), torch.ones(columns, device=device)
-    dtype = DTYPES.get(fmt, torch.bfloat16)
     shape = HeadShape(product_of(layers[0]), eps=1e-6)
-    arguments = [[norm, *tensors_of(layer, dtype)] for layer in layers]
+    turns = itertools.cycle([[norm, *tensors_of(layer, DTYPES.get(fmt, torch.bfloat16))] for layer in layers])
     if engine == COMPILED:
-        (run,) = open_libraries([Library.called_with(shape, [hidden, *arguments[0]])])
-        turns = itertools.cycle([[hidden, *each] for each in arguments])
-        timing = time_calls({"": lambda: run(next(turns))}, place)
+        (run,) = open_libraries([Library.called_with(shape, [hidden, *next(turns)])])
+        timing = time_calls({"": lambda: run([hidden, *next(turns)])}, place)
     else:
-        turns = itertools.cycle(arguments)
         timing = time_calls({"": lambda: head(shape, hidden, next(turns))}, place)
-    return ProductRates(timing.seconds[""] / (WORDS * columns)), timing.circumstances
+    return ProductRates(timing.usual_seconds[""] / (rows * columns)), timing.circumstances
 
 
 @dataclass(frozen=True)
@@ -325,8 +333,9 @@ class _Case:
         """A decoder of a Llama of random weights, loaded like any model."""
         from transformers import LlamaConfig
 
+        sizes = {name: _whole_groups(TINY[name], self.fmt) for name in ("hidden_size", "intermediate_size")}
         config = LlamaConfig(
-            **TINY,
+            **{**TINY, **sizes},
             num_hidden_layers=layers,
             num_key_value_heads=kv_heads,
             max_position_embeddings=4 * LONG,
@@ -337,28 +346,22 @@ class _Case:
         plan = plan.with_modules("*_proj", format=self.fmt).with_modules("*", device=self.place)
         plan = replace(plan, kv_format=self.kv_format)
         gpu = CudaGpu(None, set_cap=False) if torch.cuda.is_available() else StandInGpu(None)
-        model = load(plan, gpu, spec=spec, checkpoint=RandomWeights(spec), progress=False)
+        model = load(plan, gpu, checkpoint=RandomWeights(spec), progress=False)
         if self.engine == MODULES:
             return ModuleDecoder(model)
         return LeanDecoder(model, compiled=self.engine == COMPILED, progress=False)
 
 
-def _token(case: _Case, weight: KernelRates | ProductRates) -> tuple[TokenRates, Circumstances]:
-    """The difference between two depths is a layer; what it takes for products is taken off."""
+def _token(case: _Case, linear: Callable[[int, int], float]) -> tuple[TokenRates, Circumstances]:
+    """The difference between two depths is a layer; what its products take is taken off."""
     decoders = {FEW: case.decoder(FEW, 4), DEEP: case.decoder(DEEP, 4)}
     timing = _timed(
         {depth: _decoding(decoder, 1) for depth, decoder in decoders.items()}, decoders.values(), case.place
     )
     whole = (timing.seconds[DEEP] - timing.seconds[FEW]) / (DEEP - FEW)
-    spec = decoders[DEEP].model.lowvram.spec
-    products = [module for module in spec.modules if module.layer == 0 and module.kind == "linear"]
-    weights = [module.weight_shape[0] * module.weight_shape[1] for module in products]
-    if isinstance(weight, KernelRates):
-        linear = sum(weight.seconds(count) for count in weights)
-    else:
-        linear = weight.weight_s * sum(weights)
+    products = sum(linear(*shape) for shape in _matrices_of_a_layer(decoders[DEEP].model.lowvram.plan.spec))
     around = max(0.0, timing.seconds[FEW] - FEW * whole)
-    return TokenRates(around, max(0.0, whole - linear)), timing.circumstances
+    return TokenRates(around, max(0.0, whole - products)), timing.circumstances
 
 
 def _attention(case: _Case) -> tuple[AttentionRates, Circumstances]:
@@ -385,8 +388,11 @@ def _prompt(kv_format: str, dtype: str, place: str, plain: KernelRates) -> tuple
         tokens: (timing.seconds["many", tokens] - timing.seconds["few", tokens]) / (MANY - FEW)
         for tokens in (1, SHORT, LONG)
     }
-    spec = decoders["many"].model.lowvram.spec
-    linear = {tokens: _linear_seconds(spec, plain, tokens) for tokens in a_layer}
+    spec = decoders["many"].model.lowvram.plan.spec
+    linear = {
+        tokens: sum(plain.seconds(rows * columns, tokens) for rows, columns in _matrices_of_a_layer(spec))
+        for tokens in a_layer
+    }
     layer_s = max(0.0, a_layer[1] - linear[1])
     queries, hidden = TINY["num_attention_heads"] * TINY["head_dim"], TINY["hidden_size"]
     # a prompt of n tokens: n * hidden * width + n * n / 2 * queries * pair, from two lengths
@@ -404,9 +410,8 @@ def _timed(calls: dict, decoders: Iterable[Decoder], place: str) -> Timing:
         return time_calls(calls, place)
 
 
-def _linear_seconds(spec: ModelSpec, rates: KernelRates, tokens: int) -> float:
-    modules = [m for m in spec.modules if m.layer == 0 and m.kind == "linear"]
-    return sum(rates.seconds(m.weight_shape[0] * m.weight_shape[1], tokens) for m in modules)
+def _matrices_of_a_layer(spec: ModelSpec) -> list[tuple[int, int]]:
+    return [module.weight_shape for module in spec.modules if module.layer == 0 and module.kind == "linear"]
 
 
 def _prefilling(decoder: Decoder, tokens: int) -> Callable[[], None]:

@@ -27,10 +27,10 @@ class KernelRates:
 
 @dataclass(frozen=True)
 class ProductRates:
-    """One row times a weight inside the lean decoder.
+    """One token times a weight matrix inside the lean decoder; what a call takes is in ``TokenRates.layer_s``.
 
     Attributes:
-        weight_s: Per weight; what a call takes besides is in ``TokenRates.layer_s``.
+        weight_s: Per weight.
     """
 
     weight_s: float

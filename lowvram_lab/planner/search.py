@@ -12,7 +12,6 @@ from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.units import format_bytes
@@ -39,49 +38,44 @@ class Largest:
         return self.value
 
 
-def max_context(
-    plan: Plan, spec: ModelSpec, gpu: str | int | GpuBudget | Gpu, *, kernels: str | None = None
-) -> Largest:
+def max_context(plan: Plan, gpu: str | int | GpuBudget | Gpu, *, kernels: str | None = None) -> Largest:
     """The longest context a plan's weights leave room for, to 16 tokens.
 
     Args:
         plan: The plan; its own context does not matter.
-        spec: The model.
         gpu: A budget such as ``"4GiB"``, or an opened GPU.
         kernels: See ``forecast``.
 
     Raises:
         BudgetError: Not even 16 tokens fit.
     """
-    steps = spec.longest_context // CONTEXT_STEP
+    steps = plan.spec.longest_context // CONTEXT_STEP
 
     def at(step: int) -> tuple[Plan, Workload]:
         context = step * CONTEXT_STEP
         return replace(plan, context=context), Workload.full_context(context)
 
-    found = _largest(at, 1, steps, spec, gpu, kernels, "16 tokens of context")
+    found = _largest(at, 1, steps, gpu, kernels, "16 tokens of context")
     return replace(found, value=found.value * CONTEXT_STEP)
 
 
-def max_layers_on_gpu(
-    plan: Plan, spec: ModelSpec, gpu: str | int | GpuBudget | Gpu, *, kernels: str | None = None
-) -> Largest:
+def max_layers_on_gpu(plan: Plan, gpu: str | int | GpuBudget | Gpu, *, kernels: str | None = None) -> Largest:
     """The most decoder layers that fit on the GPU, the others computing on the CPU. Arguments as ``max_context``."""
 
     def at(layers: int) -> tuple[Plan, Workload]:
-        return plan.with_gpu_layers(spec, layers), Workload.full_context(plan.context)
+        return plan.with_gpu_layers(layers), Workload.full_context(plan.context)
 
-    return _largest(at, 0, spec.num_hidden_layers, spec, gpu, kernels, "the embeddings alone")
+    return _largest(at, 0, plan.spec.num_hidden_layers, gpu, kernels, "the embeddings alone")
 
 
-def _largest(at, low: int, high: int, spec, gpu, kernels, least: str) -> Largest:
+def _largest(at, low: int, high: int, gpu, kernels, least: str) -> Largest:
     budget, kernels = resolve(gpu, kernels)
-    found = largest_fitting(at, low, high, spec, budget, kernels)
+    found = largest_fitting(at, low, high, budget, kernels)
     if found is None:
         plan, workload = at(low)
-        needed = forecast(plan, spec, budget, workload=workload, kernels=kernels).device_peak_bytes
+        needed = forecast(plan, budget, workload=workload, kernels=kernels).device_peak_bytes
         raise BudgetError(
-            f"{least} of {spec.name} in this plan needs {format_bytes(needed)}, the GPU has "
+            f"{least} of {plan.model} in this plan needs {format_bytes(needed)}, the GPU has "
             f"{format_bytes(budget.total_bytes)}; use a smaller format or more CPU layers"
         )
     return Largest(found.number, found.forecast, "model" if found.number == high else "memory")
@@ -113,22 +107,22 @@ def resolve(gpu: str | int | GpuBudget | Gpu, kernels: str | None) -> tuple[GpuB
     return gpu.budget, kernels or gpu.kernels
 
 
-def least_bytes(plan: Plan, spec: ModelSpec, workload: Workload | None = None) -> int:
+def least_bytes(plan: Plan, workload: Workload | None = None) -> int:
     """A lower bound of what a plan takes on the GPU: exact weights and full KV cache, no activations, no rounding."""
     rows = workload.batch_size if workload else 1
-    return plan.weight_bytes(spec, "gpu") + rows * plan.kv_bytes(spec, plan.context - 1, "gpu")
+    return plan.weight_bytes("gpu") + rows * plan.kv_bytes(plan.context - 1, "gpu")
 
 
-def forecast_if_possible(plan: Plan, spec: ModelSpec, budget: GpuBudget, kernels: str) -> MemoryProfile | None:
+def forecast_if_possible(plan: Plan, budget: GpuBudget, kernels: str) -> MemoryProfile | None:
     """The forecast of a plan that fits, else ``None``; skips the replay where the bound already says so."""
-    if least_bytes(plan, spec) > budget.usable_bytes:
+    if least_bytes(plan) > budget.usable_bytes:
         return None
-    profile = forecast(plan, spec, budget, kernels=kernels)
+    profile = forecast(plan, budget, kernels=kernels)
     return profile if profile.fits else None
 
 
 def largest_fitting(
-    at: Callable[[int], tuple[Plan, Workload]], low: int, high: int, spec: ModelSpec, budget: GpuBudget, kernels: str
+    at: Callable[[int], tuple[Plan, Workload]], low: int, high: int, budget: GpuBudget, kernels: str
 ) -> Fitting | None:
     """The largest number in ``low … high`` whose plan fits, by bisection.
 
@@ -139,7 +133,6 @@ def largest_fitting(
         at: Number → plan and workload; a larger number must not take less memory.
         low: Smallest number to consider.
         high: Largest.
-        spec: The model.
         budget: The card.
         kernels: See ``forecast``.
 
@@ -151,15 +144,15 @@ def largest_fitting(
     probes = 0
 
     def may_fit(number: int) -> bool:
-        return least_bytes(at(number)[0], spec, at(number)[1]) * factor <= budget.usable_bytes
+        return least_bytes(at(number)[0], at(number)[1]) * factor <= budget.usable_bytes
 
     high = _last(may_fit, low, high)
     while low <= high:
         guess = _last(may_fit, low, high) if probes < GUIDED_PROBES else (low + high + 1) // 2
         guess = max(guess, low)
         plan, workload = at(guess)
-        profile = forecast(plan, spec, budget, workload=workload, kernels=kernels)
-        factor, probes = profile.peak_reserved_bytes / max(least_bytes(plan, spec, workload), 1), probes + 1
+        profile = forecast(plan, budget, workload=workload, kernels=kernels)
+        factor, probes = profile.peak_reserved_bytes / max(least_bytes(plan, workload), 1), probes + 1
         if profile.fits:
             best, low = Fitting(guess, plan, profile), guess + 1
         else:

@@ -29,7 +29,6 @@ FEW_TOKENS = 64
 
 def forecast_speed(
     plan: Plan,
-    spec: ModelSpec,
     workload: Workload | None = None,
     machine: Machine | None = None,
     ram: int | None = None,
@@ -38,7 +37,6 @@ def forecast_speed(
 
     Args:
         plan: The plan.
-        spec: The model.
         workload: Prompt and answer; by default a prompt of half the context and ``FEW_TOKENS`` more.
         machine: Its rates; by default this machine's, measured now where they are not known.
         ram: Bytes of RAM there are for the model. Weights on disk for which there is room beside those of the CPU stay
@@ -48,17 +46,16 @@ def forecast_speed(
         A profile with origin ``"forecast"``, of the decoder that ``decoder_for`` would give; ``parts`` has the seconds
         of one decoded token by what takes them, ``rates`` how old and how steady the rates are.
     """
-    plan.validate(spec)
     machine = machine or Machine()
     if workload is None:
         prompt = max(1, plan.context // 2)
         workload = Workload(prompt, max(1, min(FEW_TOKENS, plan.context - prompt)))
-    kind, name = engine_of(plan, spec, "cuda" if machine.cuda else "cpu")
-    first = _prompt(plan, spec, machine, workload.prompt_tokens, ram)
-    parts = _token(plan, spec, machine, kind, workload.prompt_tokens + workload.new_tokens // 2)
-    parts["weights from disk"] += _disk_seconds(plan, spec, machine, ram)
+    kind, name = engine_of(plan, "cuda" if machine.cuda else "cpu")
+    first = _prompt(plan, machine, workload.prompt_tokens, ram)
+    parts = _token(plan, machine, kind, workload.prompt_tokens + workload.new_tokens // 2)
+    parts["weights from disk"] += _disk_seconds(plan, machine, ram)
     return SpeedProfile(
-        where=where_it_runs(plan, spec, machine.name if machine.cuda else STAND_IN),
+        where=where_it_runs(plan, machine.name if machine.cuda else STAND_IN),
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.new_tokens,
         ttft_s=sum(first.values()),
@@ -70,14 +67,13 @@ def forecast_speed(
     )
 
 
-def stream_threshold(plan: Plan, spec: ModelSpec, machine: Machine | None = None) -> int | None:
+def stream_threshold(plan: Plan, machine: Machine | None = None) -> int | None:
     """The shortest prompt for which it is faster to send the CPU layers' weights to the GPU than to compute there.
 
     A layer's weights take as long to send for one token as for a thousand, its arithmetic on the CPU does not.
 
     Args:
         plan: The plan; its own ``stream_from`` does not matter.
-        spec: The model.
         machine: See ``forecast_speed``.
 
     Returns:
@@ -85,12 +81,12 @@ def stream_threshold(plan: Plan, spec: ModelSpec, machine: Machine | None = None
         off the GPU, or where there is no CUDA card: the stand-in computes no faster than the CPU it is.
     """
     machine = machine or Machine()
-    if all(device == "gpu" for device in plan.layer_devices(spec)) or machine.link() is None:
+    if all(device == "gpu" for device in plan.layer_devices()) or machine.link() is None:
         return None
 
     def gains(tokens: int) -> bool:
         resident, travelling = replace(plan, stream_from=None), replace(plan, stream_from=2)
-        seconds = [sum(_prompt(each, spec, machine, tokens, None).values()) for each in (travelling, resident)]
+        seconds = [sum(_prompt(each, machine, tokens, None).values()) for each in (travelling, resident)]
         return seconds[0] < seconds[1]
 
     low, high = 1, plan.context  # gains is false at low
@@ -102,11 +98,12 @@ def stream_threshold(plan: Plan, spec: ModelSpec, machine: Machine | None = None
     return high
 
 
-def _prompt(plan: Plan, spec: ModelSpec, machine: Machine, tokens: int, ram: int | None) -> Counter:
+def _prompt(plan: Plan, machine: Machine, tokens: int, ram: int | None) -> Counter:
     """Seconds of reading a prompt by the model's modules, by part; only the last token goes through the head."""
+    spec = plan.spec
     parts: Counter = Counter()
-    away = _Travel(plan, spec, machine) if plan.stream_from is not None and tokens >= plan.stream_from else None
-    places = plan.layer_places(spec) if away is None or not away.layers else ["gpu"] * spec.num_hidden_layers
+    away = _Travel(plan, machine) if plan.stream_from is not None and tokens >= plan.stream_from else None
+    places = plan.layer_places() if away is None or not away.layers else ["gpu"] * spec.num_hidden_layers
     for module in spec.modules:
         if module.kind != "linear":
             continue
@@ -124,18 +121,19 @@ def _prompt(plan: Plan, spec: ModelSpec, machine: Machine, tokens: int, ram: int
         parts["small operations"] += rates.layer_s + rates.width_s * (tokens - 1) * spec.hidden_size
         parts["attention"] += rates.pair_s * queries * (tokens - 1) * tokens / 2
     parts["small operations"] += machine.prompt(plan.kv_format, plan.dtype, places[0], plan.threads).model_s
-    parts["crossing"] += _crossing_seconds(plan, spec, machine, places, tokens)
+    parts["crossing"] += _crossing_seconds(plan, machine, places, tokens)
     if away and away.layers:
         parts["weights on their way"] += away.waiting_s()
         parts["keys and values on their way"] += away.cache_s(tokens)
-    parts["weights from disk"] += _disk_seconds(plan, spec, machine, ram)
+    parts["weights from disk"] += _disk_seconds(plan, machine, ram)
     return +parts
 
 
-def _token(plan: Plan, spec: ModelSpec, machine: Machine, engine: str, cached: int) -> Counter:
+def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
     """Seconds of one decoded token by the engine that decodes, by part."""
+    spec = plan.spec
     parts: Counter = Counter()
-    places = plan.layer_places(spec)
+    places = plan.layer_places()
     queries, keys = _query_features(spec), spec.num_key_value_heads * spec.head_dim
     formats: dict[int, list[str]] = defaultdict(list)
     for module in spec.modules:
@@ -161,7 +159,7 @@ def _token(plan: Plan, spec: ModelSpec, machine: Machine, engine: str, cached: i
         parts["attention"] += cached * (attention.query_s * queries + attention.key_s * keys)
         around = around or rates.model_s
     parts["small operations"] += around
-    parts["crossing"] += _crossing_seconds(plan, spec, machine, places, 1)
+    parts["crossing"] += _crossing_seconds(plan, machine, places, 1)
     return +parts
 
 
@@ -187,9 +185,10 @@ class _Travel:
         compute_s: What computing them takes on the GPU; counted by who adds it up.
     """
 
-    def __init__(self, plan: Plan, spec: ModelSpec, machine: Machine):
+    def __init__(self, plan: Plan, machine: Machine):
+        spec = plan.spec
         self.plan, self.spec, self.link, self.compute_s = plan, spec, machine.link(), 0.0
-        devices = plan.layer_devices(spec)
+        devices = plan.layer_devices()
         away = {index for index, device in enumerate(devices) if device != "gpu"}
         self.layers = away if self.link else set()  # the stand-in lies in the same RAM, and a timing does not copy
         self.size_bytes = Counter()
@@ -205,11 +204,12 @@ class _Travel:
 
     def cache_s(self, tokens: int) -> float:
         """The new tokens' keys and values come home to the CPU."""
-        return self.plan.kv_bytes(self.spec, tokens, "cpu") / self.link.to_cpu
+        return self.plan.kv_bytes(tokens, "cpu") / self.link.to_cpu
 
 
-def _crossing_seconds(plan: Plan, spec: ModelSpec, machine: Machine, places: list[str], tokens: int) -> float:
+def _crossing_seconds(plan: Plan, machine: Machine, places: list[str], tokens: int) -> float:
     """Hidden states on their way between places; the stand-in lies in the same RAM, and a timing does not copy."""
+    spec = plan.spec
     order = [compute_place(plan.modules[spec.embedding].device), *places, compute_place(plan.modules[spec.head].device)]
     crossings = sum(here != there for here, there in zip(order, order[1:], strict=False))
     link = machine.link() if crossings else None
@@ -218,11 +218,12 @@ def _crossing_seconds(plan: Plan, spec: ModelSpec, machine: Machine, places: lis
     return crossings * (link.crossing_s + 2 * tokens * spec.hidden_size / min(link.to_gpu, link.to_cpu))
 
 
-def _disk_seconds(plan: Plan, spec: ModelSpec, machine: Machine, ram: int | None) -> float:
+def _disk_seconds(plan: Plan, machine: Machine, ram: int | None) -> float:
     """Weights on disk, read anew in every forward pass where RAM cannot hold them; of a lookup, next to nothing."""
-    on_disk = plan.weight_bytes(spec, "disk")
+    spec = plan.spec
+    on_disk = plan.weight_bytes("disk")
     if not spec.tied and plan.modules[spec.embedding].device == "disk":
         on_disk -= plan.module_bytes(spec.module(spec.embedding))
     ram = psutil.virtual_memory().available if ram is None else ram
-    held = plan.weight_bytes(spec, "cpu") + plan.kv_bytes(spec, plan.context, "cpu")
+    held = plan.weight_bytes("cpu") + plan.kv_bytes(plan.context, "cpu")
     return on_disk / machine.disk().read if on_disk > max(0, ram - held) else 0.0

@@ -9,19 +9,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 
 SHORT_CHUNK = 256
 """Tokens: still enough for matrix products to run at full speed."""
 
 
-def smaller_plans(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
+def smaller_plans(plan: Plan) -> Iterator[tuple[str, Plan]]:
     """Plans that take less of the GPU, gentlest first.
 
     Args:
         plan: The plan that overflowed.
-        spec: The model.
 
     Yields:
         What was given up, in words, and the plan.
@@ -35,11 +33,11 @@ def smaller_plans(plan: Plan, spec: ModelSpec) -> Iterator[tuple[str, Plan]]:
     if plan.kv_format not in ("int8", "int4"):
         plan = replace(plan, kv_format="int8")
         yield "KV cache in int8", plan
-    left, moved = plan.layer_devices(spec).count("gpu"), 1
+    left, moved = plan.layer_devices().count("gpu"), 1
     while left:
         moved = min(moved, left)
         left -= moved
-        plan = plan.with_gpu_layers(spec, left)
+        plan = plan.with_gpu_layers(left)
         yield f"{moved} more layer{'s' if moved > 1 else ''} on the CPU, {left} left on the GPU", plan
         moved *= 2
     while plan.context > SHORTEST_CONTEXT:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes, resolve
@@ -52,14 +51,11 @@ class Suggestion:
         }
 
 
-def suggest(
-    plan: Plan, spec: ModelSpec, gpu: str | int | GpuBudget | Gpu, kernels: str | None = None
-) -> list[Suggestion]:
+def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu, kernels: str | None = None) -> list[Suggestion]:
     """Finds changes after which the plan fits.
 
     Args:
         plan: A plan that does not fit.
-        spec: The model.
         gpu: A budget such as ``"4GiB"``, or an opened GPU.
         kernels: See ``forecast``.
 
@@ -68,70 +64,65 @@ def suggest(
         nothing, fewer tokens, a lower format, layers to the CPU. Empty if nothing helps, or if the plan fits as it is.
     """
     budget, kernels = resolve(gpu, kernels)
-    if forecast_if_possible(plan, spec, budget, kernels):
+    if forecast_if_possible(plan, budget, kernels):
         return []
-    found = [*_expandable(plan, spec, budget, kernels)]
+    found = [*_expandable(plan, budget, kernels)]
     spared, moves = plan, []
-    for text, change in _cheap_moves(plan, spec):
+    for text, change in _cheap_moves(plan):
         spared, moves = change(spared), [*moves, text]
-        if profile := forecast_if_possible(spared, spec, budget, kernels):
+        if profile := forecast_if_possible(spared, budget, kernels):
             found.append(Suggestion(" + ".join(moves), spared, profile))
             break
     solved = bool(found) and found[-1].plan is spared
-    found += _fewer_tokens(*((plan, []) if solved else (spared, moves)), spec, budget, kernels)
+    found += _fewer_tokens(*((plan, []) if solved else (spared, moves)), budget, kernels)
     smaller, small_moves = None, []
-    for recipe in _lower_recipes(plan) if not spec.stored else ():
-        smaller, small_moves = _with_recipe(plan, spec, recipe), [f"{recipe} weights"]
-        if profile := forecast_if_possible(smaller, spec, budget, kernels):
+    for recipe in _lower_recipes(plan) if not plan.spec.stored else ():
+        smaller, small_moves = _with_recipe(plan, recipe), [f"{recipe} weights"]
+        if profile := forecast_if_possible(smaller, budget, kernels):
             found.append(Suggestion(small_moves[0], smaller, profile))
             smaller = None
             break
     if smaller is not None:  # no format is small enough by itself: join it with the cheap moves
-        for text, change in _cheap_moves(smaller, spec):
+        for text, change in _cheap_moves(smaller):
             smaller, small_moves = change(smaller), [*small_moves, text]
-            if profile := forecast_if_possible(smaller, spec, budget, kernels):
+            if profile := forecast_if_possible(smaller, budget, kernels):
                 found.append(Suggestion(" + ".join(small_moves), smaller, profile))
                 smaller = None
                 break
     if not solved:
         bases = [(smaller, small_moves)] if smaller is not None else []
         for base, made in [*bases, (spared, moves)]:
-            found += _fewer_layers(base, made, spec, budget, kernels)
+            found += _fewer_layers(base, made, budget, kernels)
     return found
 
 
-def _expandable(plan, spec, budget, kernels) -> list[Suggestion]:
+def _expandable(plan, budget, kernels) -> list[Suggestion]:
     """The caching allocator's other mode wastes less; it exists on CUDA only, and changes nothing in the plan."""
-    if kernels != "cuda" or least_bytes(plan, spec) > budget.usable_bytes:
+    if kernels != "cuda" or least_bytes(plan) > budget.usable_bytes:
         return []
-    profile = forecast(plan, spec, budget, kernels=kernels, expandable_segments=True)
+    profile = forecast(plan, budget, kernels=kernels, expandable_segments=True)
     return [Suggestion(f"set {EXPANDABLE}", plan, profile, EXPANDABLE)] if profile.fits else []
 
 
-def _cheap_moves(plan: Plan, spec: ModelSpec) -> list[tuple[str, Callable[[Plan], Plan]]]:
+def _cheap_moves(plan: Plan) -> list[tuple[str, Callable[[Plan], Plan]]]:
     """Moves that cost next to nothing: a lookup on the CPU, a head in int8, a KV cache in int8."""
+    spec = plan.spec
     moves = []
     if not spec.tied and plan.modules[spec.embedding].device == "gpu":
         moves.append(("embedding to the CPU", lambda p: p.with_modules(spec.embedding, device="cpu")))
     body = {plan.modules[m.name].format for m in spec.modules if m.layer is not None and m.kind == "linear"}
     if plan.modules[spec.head].format == plan.dtype and plan.dtype not in body and not spec.stored:
         names = [spec.head] + ([spec.embedding] if spec.tied else [])
-        moves.append((f"{' and '.join(names)} in int8", lambda p: _with_formats(p, names, "int8")))
+        moves.append((f"{' and '.join(names)} in int8", lambda p: p.with_modules(*names, format="int8")))
     if plan.kv_format != "int8":
         moves.append(("KV cache in int8", lambda p: replace(p, kv_format="int8")))
     return moves
 
 
-def _with_formats(plan: Plan, names: list[str], fmt: str) -> Plan:
-    for name in names:
-        plan = plan.with_modules(name, format=fmt)
-    return plan
-
-
-def _with_recipe(plan: Plan, spec: ModelSpec, recipe: str) -> Plan:
+def _with_recipe(plan: Plan, recipe: str) -> Plan:
     """The recipe's formats on the plan's own devices; 16-bit activations stay what they are."""
     dtype = plan.dtype if plan.dtype != "fp32" else "bf16"
-    fresh = Plan.uniform(spec, recipe, context=plan.context, dtype=dtype)
+    fresh = Plan.uniform(plan.spec, recipe, context=plan.context, dtype=dtype)
     modules = {name: replace(new, device=plan.modules[name].device) for name, new in fresh.modules.items()}
     kv_format = plan.kv_format if plan.kv_format == "int8" else dtype
     return replace(plan, modules=modules, dtype=dtype, kv_format=kv_format)
@@ -144,22 +135,22 @@ def _lower_recipes(plan: Plan) -> tuple[str, ...]:
     return ("int4",) if formats <= {plan.dtype, "int8"} else ()
 
 
-def _fewer_tokens(plan, moves, spec, budget, kernels) -> list[Suggestion]:
+def _fewer_tokens(plan, moves, budget, kernels) -> list[Suggestion]:
     def at(sixteenths: int) -> tuple[Plan, Workload]:
         context = plan.context * sixteenths // 16
         return replace(plan, context=context), Workload.full_context(context)
 
     least = -(-16 * SHORTEST_CONTEXT // plan.context)
-    best = largest_fitting(at, least, 15, spec, budget, kernels)
+    best = largest_fitting(at, least, 15, budget, kernels)
     if best is None:
         return []
     return [Suggestion(" + ".join([*moves, f"context {best.plan.context}"]), best.plan, best.forecast)]
 
 
-def _fewer_layers(plan, moves, spec, budget, kernels) -> list[Suggestion]:
-    total, workload = spec.num_hidden_layers, Workload.full_context(plan.context)
-    on_gpu = plan.layer_devices(spec).count("gpu")
-    best = largest_fitting(lambda n: (plan.with_gpu_layers(spec, n), workload), 0, on_gpu - 1, spec, budget, kernels)
+def _fewer_layers(plan, moves, budget, kernels) -> list[Suggestion]:
+    total, workload = plan.spec.num_hidden_layers, Workload.full_context(plan.context)
+    on_gpu = plan.layer_devices().count("gpu")
+    best = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, on_gpu - 1, budget, kernels)
     if best is None:
         return []
     text = " + ".join([*moves, f"{total - best.number} of {total} layers to the CPU"])

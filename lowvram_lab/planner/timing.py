@@ -27,11 +27,14 @@ class Timing:
     """Seconds of calls that were measured side by side.
 
     Attributes:
-        seconds: A call, by name: the least disturbed round.
+        seconds: A call, by name: the least disturbed round. What is subtracted from each other is taken from here.
+        usual_seconds: The median round. Memory's bandwidth is shared with whoever else computes on the machine, and a
+            whole answer never gets the best of it.
         circumstances: When, and how steady.
     """
 
     seconds: dict[object, float]
+    usual_seconds: dict[object, float]
     circumstances: Circumstances
 
 
@@ -72,8 +75,9 @@ def _attempt(calls: Mapping[object, Callable[[], object]], wait: Callable[[], ob
             rounds[name].append((time.perf_counter() - started) / done)
     others = (_busy_seconds() - busy) / (time.perf_counter() - began)
     least = {name: min(values) for name, values in rounds.items()}
-    spread = max(statistics.median(values) / least[name] for name, values in rounds.items())
-    return Timing(least, Circumstances(time.time(), spread, max(0.0, others)))
+    usual = {name: statistics.median(values) for name, values in rounds.items()}
+    spread = max(usual[name] / least[name] for name in rounds)
+    return Timing(least, usual, Circumstances(time.time(), spread, max(0.0, others)))
 
 
 def _busy_seconds() -> float:

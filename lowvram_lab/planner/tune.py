@@ -13,7 +13,6 @@ from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed
 from lowvram_lab.planner.measure_rates import Machine
@@ -25,7 +24,6 @@ WORKLOAD = Workload(prompt_tokens=64, new_tokens=24)
 
 def tune(
     plan: Plan,
-    spec: ModelSpec,
     gpu: Gpu,
     *,
     gpu_layers: list[int] | None = None,
@@ -41,7 +39,6 @@ def tune(
 
     Args:
         plan: Its formats, KV format and context are kept.
-        spec: The model.
         gpu: Where to load it; splits whose forecast does not fit are left out.
         gpu_layers: Numbers of layers on the GPU; by default none, half, and as many as the plan has.
         threads: Thread counts; by default one and as many as there are cores.
@@ -57,32 +54,32 @@ def tune(
     Raises:
         PlanError: None of the splits fits.
     """
-    most = plan.layer_devices(spec).count("gpu")
+    most = plan.layer_devices().count("gpu")
     splits = sorted(set(gpu_layers if gpu_layers is not None else (0, most // 2, most)))
     counts = sorted(set(threads or (1, os.cpu_count() or 1)))
     fitting = {}
     for count in splits:
-        profile = forecast(plan.with_gpu_layers(spec, count), spec, gpu)
+        profile = forecast(plan.with_gpu_layers(count), gpu)
         if profile.fits:
             fitting[count] = profile.peak_reserved_bytes
     if not fitting:
         raise PlanError(f"none of {splits} layers on the GPU fits; give a smaller format or fewer layers")
     machine, rows, model = machine or Machine(anew=True), [], None
     plans = [
-        replace(plan.with_gpu_layers(spec, layers), threads=count, context=max(plan.context, workload.tokens))
+        replace(plan.with_gpu_layers(layers), threads=count, context=max(plan.context, workload.tokens))
         for layers in fitting
         for count in counts
     ]
     # before loading: rates are measured in memory that the plan may need
-    foretold = [forecast_speed(tried, spec, workload, machine).decode_tokens_per_s for tried in plans]
+    foretold = [forecast_speed(tried, workload, machine).decode_tokens_per_s for tried in plans]
     for tried, expected in tqdm([*zip(plans, foretold, strict=True)], "tune", disable=not progress, leave=False):
         if model is None:
-            model = load(tried, gpu, spec=spec, checkpoint=checkpoint, progress=False)
+            model = load(tried, gpu, checkpoint=checkpoint, progress=False)
         else:
             replan(model, tried, progress=False)
         run_speed(model, Workload(8, 1))  # the first forward warms up what is made once
         speed = run_speed(model, workload)
-        layers = tried.layer_devices(spec).count("gpu")
+        layers = tried.layer_devices().count("gpu")
         rows.append(
             {
                 "gpu_layers": layers,

@@ -111,7 +111,7 @@ def convert(
     _check_arguments(plan, solver, calibration_tokens)
     refuse_occupied(output)
     source = find_source(model)
-    spec = ModelSpec.from_config(source.config(), source.public_name)
+    spec = source.spec(source.public_name)
     if spec.stored:
         raise LowvramError(f"{model} is a converted model already; convert the 16-bit original it was made from")
     recipe = _known_recipe(plan, spec)
@@ -178,7 +178,7 @@ def _known_recipe(plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> Recipe 
     """The recipe, unless it is still to be made."""
     if isinstance(plan, Plan):
         _check_plan(plan, spec)
-        return Recipe(plan, None, plan.weight_bytes(spec), 2 * spec.num_parameters)
+        return Recipe(plan, None, plan.weight_bytes(), 2 * spec.num_parameters)
     if isinstance(plan, Recipe):
         _check_plan(plan.plan, spec)
         return plan
@@ -186,7 +186,7 @@ def _known_recipe(plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> Recipe 
 
 
 def _check_plan(plan: Plan, spec: ModelSpec) -> None:
-    plan.validate(spec)
+    plan.check_made_for(spec)
     for name, assignment in plan.modules.items():
         if get_format(assignment.format).kind == "nf4":
             raise LowvramError(f"{name}: nf4 has no place in a converted directory; plan with int4")

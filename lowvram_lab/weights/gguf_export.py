@@ -154,7 +154,7 @@ def export_gguf(
     _refuse_output(output)
     source = find_source(model)
     config = source.config()
-    spec = ModelSpec.from_config(config, source.public_name)
+    spec = source.spec(source.public_name)
     architecture = _architecture(spec, config)
     tensors = _tensors(spec, architecture, type)
     directory = source.fetch(progress)

@@ -176,13 +176,12 @@ class Choices:
         chosen = {**elsewhere, **chosen}
         plan = self.base
         for name, option in chosen.items():
-            plan = _with_format(plan, self.spec, name, option.format)
-        plan.validate(self.spec)
+            plan = _with_format(plan, name, option.format)
         return Recipe(
             plan,
             estimated_kl=sum(option.cost for option in chosen.values()),
-            weight_bytes=plan.weight_bytes(self.spec),
-            source_weight_bytes=self.base.weight_bytes(self.spec),
+            weight_bytes=plan.weight_bytes(),
+            source_weight_bytes=self.base.weight_bytes(),
             lookup=self.lookup,
         )
 
@@ -193,7 +192,7 @@ class Choices:
     def _fixed_bytes(self, counted: dict[str, list[Option]], device: str | None) -> int:
         """What nothing can be chosen for: norms, biases."""
         chosen_for = sum(_bytes(self.spec.module(name), self.base.dtype, self.base) for name in counted)
-        return self.base.weight_bytes(self.spec, device) - chosen_for
+        return self.base.weight_bytes(device) - chosen_for
 
 
 def choices_for(
@@ -208,7 +207,6 @@ def choices_for(
     """Checks what a recipe is to be made from. Arguments and errors as ``recipe``."""
     base = Plan.uniform(spec, "bf16", context=context or min(2048, spec.max_position_embeddings or 2048))
     base = replace(base, kv_format=kv_format or base.kv_format)
-    base.validate(spec)
     missing = [m.name for m in spec.modules if m.kind != "other" and not m.tied_to and m.name not in sensitivity.costs]
     if missing:
         raise PlanError(f"expected the sensitivity of {spec.name}, found one that lacks {missing[0]}; estimate it anew")
@@ -253,9 +251,9 @@ def _off_the_card(options: list[Option]) -> Option:
     return min(options, key=lambda option: option.cost)
 
 
-def _with_format(plan: Plan, spec: ModelSpec, name: str, fmt: str) -> Plan:
+def _with_format(plan: Plan, name: str, fmt: str) -> Plan:
     modules = dict(plan.modules)
-    for module in spec.modules:
+    for module in plan.spec.modules:
         if name in (module.name, module.tied_to):
             modules[module.name] = replace(modules[module.name], format=fmt)
     return replace(plan, modules=modules)

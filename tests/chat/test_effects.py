@@ -23,7 +23,6 @@ from lowvram_lab.faces.cli.report import add_report, run_report, write_report
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import sample_text
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
@@ -124,8 +123,8 @@ def test_no_progress_bar_has_another_inside(report, shown):
 
 
 def test_memory_is_the_forecast_and_the_run_equals_its_own(report, folder):
-    found, spec = rows(report), ModelSpec.from_config(find_source(folder).config(), "tiny")
-    profile = forecast(Plan.uniform(spec, "bf16", context=256), spec, "64MiB")
+    found, spec = rows(report), find_source(folder).spec("tiny")
+    profile = forecast(Plan.uniform(spec, "bf16", context=256), "64MiB")
     assert found["GPU memory, 16 bits"].figures["peak_bytes"] == profile.device_peak_bytes
     run = found["GPU memory, run"]
     assert run.note.startswith(f"{run.ours.split(' (')[0]} by forecast for it")
@@ -315,10 +314,10 @@ def failing(monkeypatch, folder, name, error):
 
 @functools.cache
 def known_forecast_of(context):
-    return forecast(Plan.uniform(tiny_spec("qwen2"), "bf16", context=context), tiny_spec("qwen2"), "64MiB")
+    return forecast(Plan.uniform(tiny_spec("qwen2"), "bf16", context=context), "64MiB")
 
 
-def known_forecast(plan, spec, budget):
+def known_forecast(plan, budget):
     return known_forecast_of(plan.context)
 
 
@@ -412,7 +411,7 @@ def test_only_a_card_of_that_size_has_its_speed(monkeypatch, card, size, words):
 @pytest.fixture(scope="module")
 def converted(folder):
     output = folder.parent / "converted"
-    spec = ModelSpec.from_config(find_source(folder).config(), "tiny")
+    spec = find_source(folder).spec("tiny")
     plan = Plan.uniform(spec, "int4", context=256)
     convert(str(folder), output, plan=plan, calibration_tokens=2048, solver="rtn", progress=False)
     return output
@@ -425,8 +424,8 @@ def test_converted_directories_are_measured_instead(monkeypatch, folder, convert
     assert medium.how == deep.how == "measured, as converted"
     assert medium.note.startswith("directory converted")
     assert medium.figures == deep.figures
-    spec = ModelSpec.from_config(find_source(converted).config(), "c")
-    size = Plan.uniform(spec, "stored", context=256).weight_bytes(spec)
+    spec = find_source(converted).spec("c")
+    size = Plan.uniform(spec, "stored", context=256).weight_bytes()
     assert medium.figures["weight_bytes"] == size
     assert 0.6 < medium.figures["saved"] < 0.695  # int4, its table in int8: not as small as deep compression
     assert deep.held is None and "saved, not 70%" in deep.unchecked

@@ -17,7 +17,6 @@ from tests.helpers.tiny import (
     dequantised_state,
     load_tiny,
     tiny_plan,
-    tiny_spec,
     tiny_state,
     tiny_stock,
     tiny_tokenizer,
@@ -28,7 +27,7 @@ TEXT = (sample_text() * 3)[:700]
 
 def reference(kind, dtype="fp32"):
     checkpoint = DictCheckpoint(tiny_state(kind))
-    return load_reference(tiny_plan(kind, dtype), tiny_spec(kind), checkpoint=checkpoint, progress=False)
+    return load_reference(tiny_plan(kind, dtype), checkpoint=checkpoint, progress=False)
 
 
 def compare(kind, recipe, text=TEXT, **options):
@@ -79,7 +78,7 @@ def test_identical_models_do_not_differ(kind):
     assert found.top1_agreement == 1
     assert found.perplexity == pytest.approx(found.reference_perplexity, rel=1e-5)
     assert found.perplexity_increase == pytest.approx(0, abs=1e-5)
-    assert found.weight_bytes == found.reference_weight_bytes == model.lowvram.plan.weight_bytes(model.lowvram.spec)
+    assert found.weight_bytes == found.reference_weight_bytes == model.lowvram.plan.weight_bytes()
 
 
 def test_fewer_bits_differ_more():

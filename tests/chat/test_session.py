@@ -204,7 +204,7 @@ def test_what_a_turn_took(model):
     turn = session.turns[0]
     assert turn.ttft_s > 0
     assert turn.tokens_per_s > 0
-    assert turn.peak_bytes > model.lowvram.plan.weight_bytes(model.lowvram.spec, "gpu")
+    assert turn.peak_bytes > model.lowvram.plan.weight_bytes("gpu")
     assert scripted("x").ask("hi") == "x"
     short = scripted("x")
     short.ask("hi")

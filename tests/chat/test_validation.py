@@ -13,7 +13,7 @@ from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import SpeedProfile, Workload
-from tests.helpers.tiny import DictCheckpoint, letters_state, load_tiny, tiny_plan, tiny_spec, tiny_tokenizer
+from tests.helpers.tiny import DictCheckpoint, letters_state, load_tiny, tiny_plan, tiny_tokenizer
 
 TEXT = "a small text that is long enough to be scored, whatever it says about anything at all"
 SPEED = SpeedProfile("this CPU, standing in for a GPU (simulated)", 5, 5, 0.5, 12.34)
@@ -33,14 +33,14 @@ def chat(recipe="int8", turns=2):
 @pytest.fixture(scope="module")
 def evidence():
     session = chat()
-    plan, spec = session.model.lowvram.plan, tiny_spec("qwen2")
+    plan = session.model.lowvram.plan
     workload = Workload(60, 2)
     fresh = load_tiny("qwen2", plan, StandInGpu(None), letters_state())  # the chat's own KV cache is not in its peaks
     return {
         "session": session,
-        "reference": load_reference(plan, spec, checkpoint=DictCheckpoint(letters_state()), progress=False),
+        "reference": load_reference(plan, checkpoint=DictCheckpoint(letters_state()), progress=False),
         "measured": run_workload(fresh, workload),
-        "forecast": forecast(plan, spec, session.model.lowvram.gpu, workload=workload),
+        "forecast": forecast(plan, session.model.lowvram.gpu, workload=workload),
         "speed": SPEED,
         "text": TEXT,
         "limits": LENIENT,
@@ -72,7 +72,7 @@ def test_a_report_that_passes(evidence):
     }
     assert report.summary() == f"PASS: 8 of 8 checks, tiny-qwen2 on {evidence['session'].model.lowvram.gpu.name}"
     assert "simulated" in report.summary()
-    assert report.fidelity.weight_bytes == evidence["session"].model.lowvram.plan.weight_bytes(tiny_spec("qwen2"))
+    assert report.fidelity.weight_bytes == evidence["session"].model.lowvram.plan.weight_bytes()
     shown = repr(report)
     assert all(words in shown for words in ("PASS", "12.3 tokens/s", "standing in for a GPU", "demanded"))
 

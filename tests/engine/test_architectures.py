@@ -66,8 +66,8 @@ def both(kind, split):
     stock.load_state_dict(state, strict=False)
     stock.tie_weights()
     plan = Plan.uniform(spec, "fp32", context=128)
-    plan = plan.with_gpu_layers(spec, 1) if split else plan
-    model = load(plan, open_gpu("1000MiB"), checkpoint=DictCheckpoint(state), spec=spec, progress=False)
+    plan = plan.with_gpu_layers(1) if split else plan
+    model = load(plan, open_gpu("1000MiB"), checkpoint=DictCheckpoint(state), progress=False)
     return model, stock.eval()
 
 

@@ -25,7 +25,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
-from tests.helpers.tiny import TOLERANCES, load_tiny, random_ids, relative_error, tiny_plan, tiny_spec, tiny_stock
+from tests.helpers.tiny import TOLERANCES, load_tiny, random_ids, relative_error, tiny_plan, tiny_stock
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_pieces_bound_the_activations_and_the_forecast_says_so():
         model = load_tiny("qwen2", chunked)
         measured, dry = (
             run_workload(model, workload),
-            forecast(chunked, tiny_spec("qwen2"), model.lowvram.gpu, workload=workload),
+            forecast(chunked, model.lowvram.gpu, workload=workload),
         )
         if model.lowvram.gpu.simulated:
             assert [p.peak_allocated_bytes for p in dry.phases] == [p.peak_allocated_bytes for p in measured.phases]
@@ -150,12 +150,12 @@ def test_pieces_bound_the_activations_and_the_forecast_says_so():
 
 
 def test_a_chunk_shorter_than_what_lets_weights_travel_is_refused():
-    plan = replace(tiny_plan("qwen2"), stream_from=64, prefill_chunk=32)
+    plan = replace(tiny_plan("qwen2"), stream_from=64)
     with pytest.raises(PlanError, match="stream_from.*found a prefill_chunk of 32; give chunks of 64 or more"):
-        plan.validate(tiny_spec("qwen2"))
+        replace(plan, prefill_chunk=32)
     with pytest.raises(PlanError, match="expected prefill_chunk of 1 or more, found 0"):
-        replace(tiny_plan("qwen2"), prefill_chunk=0).validate(tiny_spec("qwen2"))
-    assert Plan.from_json(replace(plan, prefill_chunk=64).to_json()).prefill_chunk == 64
+        replace(tiny_plan("qwen2"), prefill_chunk=0)
+    assert Plan.from_json(replace(plan, prefill_chunk=64).to_json(), plan.spec).prefill_chunk == 64
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_the_cache_is_charged_to_kv_from_the_start(model, made):
 def test_a_decoder_of_a_model_that_was_planned_anew_is_refused(made):
     """Its cache and its tables are of the old plan; also where no weight has changed."""
     plan = tiny_plan("qwen2", "fp32")
-    for changed in (replace(plan, kv_format="int8"), plan.with_gpu_layers(tiny_spec("qwen2"), 1)):
+    for changed in (replace(plan, kv_format="int8"), plan.with_gpu_layers(1)):
         model = load_tiny("qwen2", plan)
         decoder = made(model)
         decoder.prefill(random_ids(4))

@@ -36,7 +36,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def on_disk(kind="qwen2", recipe="int8", gpu=1, count=2) -> Plan:
-    return tiny_plan(kind, recipe).with_gpu_layers(tiny_spec(kind), gpu, disk=count)
+    return tiny_plan(kind, recipe).with_gpu_layers(gpu, disk=count)
 
 
 @torch.no_grad()
@@ -72,19 +72,19 @@ def test_weights_on_disk_are_mapped_and_those_in_ram_are_not(recipe):
 def test_a_checkpoints_own_bytes_are_mapped_where_they_are(tmp_path):
     folder = write_model(tmp_path / "model", "qwen2")
     source = find_source(folder)
-    spec = ModelSpec.from_config(source.config(), str(folder))
-    plan = Plan.uniform(spec, "bf16", context=64).with_gpu_layers(spec, 0, disk=3)
+    spec = source.spec(str(folder))
+    plan = Plan.uniform(spec, "bf16", context=64).with_gpu_layers(0, disk=3)
     model = load(plan, open_gpu("64MiB"), progress=False)
     assert "model.safetensors" in mapped_files(model.model.layers[0].mlp.up_proj.weight)[0]
     assert not (cache_dir() / "mapped").exists()
-    other = load(replace(plan, dtype="bf16").with_gpu_layers(spec, 0, disk=0), open_gpu("64MiB"), progress=False)
+    other = load(replace(plan, dtype="bf16").with_gpu_layers(0, disk=0), open_gpu("64MiB"), progress=False)
     assert relative_error(answer(model), answer(other)) == 0
 
 
 @pytest.mark.parametrize("recipe", FORMATS)
 def test_the_gpus_forecast_knows_nothing_of_the_disk(recipe):
     spec, plan, gpu = tiny_spec("qwen2"), on_disk(recipe=recipe), open_gpu("64MiB")
-    foretold = forecast(plan, spec, gpu, workload=Workload(30, 2))
+    foretold = forecast(plan, gpu, workload=Workload(30, 2))
     measured = run_workload(load_tiny("qwen2", plan, gpu), Workload(30, 2))
     if gpu.simulated:
         assert foretold.peak_allocated_bytes == measured.peak_allocated_bytes
@@ -92,7 +92,7 @@ def test_the_gpus_forecast_knows_nothing_of_the_disk(recipe):
     size = sum(plan.module_bytes(module) for module in spec.modules if module.layer in (0, 1))
     assert foretold.disk_weights_bytes == measured.disk_weights_bytes == size
     assert foretold.to_dict()["disk_weights_bytes"] == size
-    assert sum(plan.weight_bytes(spec, device) for device in ("gpu", "cpu", "disk")) == plan.weight_bytes(spec)
+    assert sum(plan.weight_bytes(device) for device in ("gpu", "cpu", "disk")) == plan.weight_bytes()
 
 
 def test_replan_moves_layers_to_disk_and_back():
@@ -101,26 +101,26 @@ def test_replan_moves_layers_to_disk_and_back():
     for plan in (on_disk(count=1), on_disk(count=2), on_disk(gpu=3, count=0), on_disk(gpu=0, count=3)):
         replan(model, plan, progress=False)
         assert relative_error(answer(model), ram) < 1e-6
-        assert list(model.hf_device_map.values()).count("disk") == plan.layer_devices(model.lowvram.spec).count("disk")
+        assert list(model.hf_device_map.values()).count("disk") == plan.layer_devices().count("disk")
 
 
 def test_layers_stay_on_disk_when_others_move():
     spec, plan = tiny_spec("qwen2"), on_disk(gpu=1, count=1)
-    assert plan.layer_devices(spec) == ["disk", "cpu", "gpu"]
-    assert plan.with_gpu_layers(spec, 2).layer_devices(spec) == ["disk", "gpu", "gpu"]
-    assert plan.with_gpu_layers(spec, 0).layer_devices(spec) == ["disk", "cpu", "cpu"]
-    assert plan.with_gpu_layers(spec, 3).layer_devices(spec) == ["gpu"] * 3
-    assert plan.layer_places(spec) == ["cpu", "cpu", "gpu"]
-    assert plan.kv_bytes(spec, 10, "cpu") == 2 * plan.kv_bytes(spec, 10, "gpu")
+    assert plan.layer_devices() == ["disk", "cpu", "gpu"]
+    assert plan.with_gpu_layers(2).layer_devices() == ["disk", "gpu", "gpu"]
+    assert plan.with_gpu_layers(0).layer_devices() == ["disk", "cpu", "cpu"]
+    assert plan.with_gpu_layers(3).layer_devices() == ["gpu"] * 3
+    assert plan.layer_places() == ["cpu", "cpu", "gpu"]
+    assert plan.kv_bytes(10, "cpu") == 2 * plan.kv_bytes(10, "gpu")
     for count in (3, -1, True, 1.0):
         with pytest.raises(PlanError, match="expected disk layers for tiny-qwen2 beside 1 on the GPU from 0 to 2"):
-            plan.with_gpu_layers(spec, 1, disk=count)
-    assert "on disk" not in plan.summary(spec)
-    assert plan.summary(spec).endswith("+ 0.1 MiB disk")
-    assert "embedding on disk" in plan.with_modules(spec.embedding, device="disk").summary(spec)
-    assert Plan.from_json(plan.to_json()) == plan
-    mapped = tiny_plan("qwen2").with_device_map(spec, {"": 0, "model.layers.0": "disk"})
-    assert mapped.layer_devices(spec) == ["disk", "gpu", "gpu"]
+            plan.with_gpu_layers(1, disk=count)
+    assert "on disk" not in plan.summary()
+    assert plan.summary().endswith("+ 0.1 MiB disk")
+    assert "embedding on disk" in plan.with_modules(spec.embedding, device="disk").summary()
+    assert Plan.from_json(plan.to_json(), plan.spec) == plan
+    mapped = tiny_plan("qwen2").with_device_map({"": 0, "model.layers.0": "disk"})
+    assert mapped.layer_devices() == ["disk", "gpu", "gpu"]
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(monkeypatch):
@@ -180,9 +180,9 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 source = find_source(sys.argv[1])
-spec = ModelSpec.from_config(source.config(), source.name)
+spec = source.spec()
 plan = Plan.uniform(spec, "int8", context=64).with_modules("*", device="cpu")
-plan = plan.with_gpu_layers(spec, 0, disk=int(sys.argv[2]))
+plan = plan.with_gpu_layers(0, disk=int(sys.argv[2]))
 model = load(plan, open_gpu("64MiB"), progress=False)
 give_back_heap()
 with open("/proc/self/status") as status:

@@ -41,8 +41,8 @@ def test_modules_answer_as_before_on_one_common_storage(kind, recipe):
 
 @simulated
 def test_within_a_budget_or_on_disk_weights_stay_where_they_are():
-    spec, plan = tiny_spec("qwen2"), tiny_plan("qwen2", "int8")
-    for case, gpu in ((plan, open_gpu("1000MiB")), (plan.with_gpu_layers(spec, 0, disk=3), open_gpu(None))):
+    _spec, plan = tiny_spec("qwen2"), tiny_plan("qwen2", "int8")
+    for case, gpu in ((plan, open_gpu("1000MiB")), (plan.with_gpu_layers(0, disk=3), open_gpu(None))):
         model = load_tiny("qwen2", case, gpu)
         where = model.model.layers[0].mlp.up_proj.weight.data_ptr()
         LeanDecoder(model, compiled=False)

@@ -103,7 +103,7 @@ def test_logits_are_near_those_of_an_exact_cache(kind, placement):
 @simulated
 @pytest.mark.parametrize("kind", TINY)
 def test_bytes_are_the_plans_and_the_forecasts(kind):
-    plan, spec = plan_of(kind), tiny_spec(kind)
+    plan = plan_of(kind)
     model = load_tiny(kind, plan)
     cache = PreallocatedCache(model)
     held = sum(
@@ -111,13 +111,13 @@ def test_bytes_are_the_plans_and_the_forecasts(kind):
         for layer in cache.layers
         for name in ("keys", "key_grid", "recent", "values", "value_grid")
     )
-    assert held == plan.kv_bytes(spec, 128) == plan.kv_bytes(spec, 128, "gpu")
+    assert held == plan.kv_bytes(128) == plan.kv_bytes(128, "gpu")
     long = replace(plan, context=1024)
-    assert 5 / 16 < long.kv_bytes(spec, 1024) / replace(long, kv_format="fp32").kv_bytes(spec, 1024) * 2 < 0.38
+    assert 5 / 16 < long.kv_bytes(1024) / replace(long, kv_format="fp32").kv_bytes(1024) * 2 < 0.38
     del cache
     gc.collect()
     for workload in (Workload(100, 20), Workload(60, 3, follow_up_tokens=20), Workload(30, 4, batch_size=2)):
-        measured, dry = run_workload(model, workload), forecast(plan, spec, model.lowvram.gpu, workload=workload)
+        measured, dry = run_workload(model, workload), forecast(plan, model.lowvram.gpu, workload=workload)
         assert measured.kv_bytes == dry.kv_bytes > 0
         assert [p.peak_allocated_bytes for p in measured.phases] == [p.peak_allocated_bytes for p in dry.phases]
     assert run_speed(model, Workload(20, 3)).decode_tokens_per_s > 0
@@ -137,7 +137,7 @@ def test_full():
 def test_a_head_that_is_no_multiple_of_a_group_is_refused():
     spec = replace(tiny_spec("qwen2"), head_dim=48)
     with pytest.raises(PlanError, match="heads of 32, 64 … features, found 48; take int8"):
-        plan_of().validate(spec)
+        replace(plan_of(), spec=spec)
 
 
 def test_a_chat_with_it_says_what_decodes():

@@ -12,7 +12,7 @@ from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.cuda import open_gpu
-from tests.helpers.tiny import TINY, decoded, load_tiny, random_ids, relative_error, tiny_plan, tiny_spec, tiny_stock
+from tests.helpers.tiny import TINY, decoded, load_tiny, random_ids, relative_error, tiny_plan, tiny_stock
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
 KV_FORMATS = ("fp32", "int8", "int4")
@@ -40,7 +40,7 @@ def test_int8_is_close_to_16_bits(kind, prompt, made):
 @pytest.mark.parametrize("kind", TINY)
 def test_bytes_are_the_plans(kind, kv_format, recipe):
     plan = replace(tiny_plan(kind, recipe), kv_format=kv_format)
-    model, spec = load_tiny(kind, plan), tiny_spec(kind)
+    model = load_tiny(kind, plan)
     cache = PreallocatedCache(model, 64)  # 64 tokens: each tensor of keys is a whole number of blocks
     tensors = [
         getattr(layer, name)
@@ -48,14 +48,14 @@ def test_bytes_are_the_plans(kind, kv_format, recipe):
         for name in ("keys", "values", "key_scale", "value_scale")
         if getattr(layer, name) is not None
     ]
-    assert sum(tensor.nbytes for tensor in tensors) == plan.kv_bytes(spec, 64) == plan.kv_bytes(spec, 64, "gpu")
+    assert sum(tensor.nbytes for tensor in tensors) == plan.kv_bytes(64) == plan.kv_bytes(64, "gpu")
     scales = 2 * 3 * (512 - 64 * 2 * 2) if kv_format == "int8" else 0  # 256 bytes of scales fill half a block
-    assert model.lowvram.gpu.meter.category_bytes("kv") == plan.kv_bytes(spec, 64) + scales
+    assert model.lowvram.gpu.meter.category_bytes("kv") == plan.kv_bytes(64) + scales
     where = [tensor.data_ptr() for tensor in tensors]
     with torch.no_grad():
         prefill(model, random_ids(60), cache)
     assert [tensor.data_ptr() for tensor in tensors] == where
-    assert model.lowvram.gpu.meter.category_bytes("kv") == plan.kv_bytes(spec, 64) + scales
+    assert model.lowvram.gpu.meter.category_bytes("kv") == plan.kv_bytes(64) + scales
     del tensors, cache
     gc.collect()
     assert model.lowvram.gpu.meter.category_bytes("kv") == 0

@@ -267,9 +267,7 @@ def test_a_tied_head_shares_the_embeddings_tensors(name):
 
 @pytest.mark.parametrize("name", ["int8", "int4", "int3"])
 def test_a_loaded_model_has_its_tied_table_once(name):
-    plan = tiny_plan("llama", "fp32")
-    for module in ("model.embed_tokens", "lm_head"):
-        plan = plan.with_modules(module, format=name)
+    plan = tiny_plan("llama", "fp32").with_modules("model.embed_tokens", "lm_head", format=name)
     model, ids = load_tiny("llama", plan), random_ids(70)
     tables = [dict(m.named_buffers()) for m in (model.model.embed_tokens, model.lm_head)]
     assert len(tables[0]) == 2

@@ -31,7 +31,6 @@ from tests.helpers.tiny import (
     random_state,
     relative_error,
     tiny_plan,
-    tiny_spec,
     tiny_stock,
 )
 
@@ -63,7 +62,7 @@ def loaded(name: str, recipe: str = "fp32", **changes):
     stock = AutoModelForCausalLM.from_config(spec.pretrained_config(), attn_implementation="sdpa")
     stock.load_state_dict(state, strict=False)
     stock.tie_weights()
-    model = load(plan, open_gpu("1000MiB"), checkpoint=DictCheckpoint(state), spec=spec, progress=False)
+    model = load(plan, open_gpu("1000MiB"), checkpoint=DictCheckpoint(state), progress=False)
     return model, stock.eval()
 
 
@@ -224,7 +223,7 @@ def test_nothing_grows_over_500_tokens():
     assert sum(usage) == 0
     assert any(usage)
     assert decoder.tokens == 505
-    assert model.lowvram.gpu.meter.category_bytes("kv") == plan.kv_bytes(tiny_spec("qwen2"), 600, "gpu")
+    assert model.lowvram.gpu.meter.category_bytes("kv") == plan.kv_bytes(600, "gpu")
 
 
 @simulated
@@ -302,8 +301,8 @@ def test_int8_inputs_that_its_kernel_cannot_read_are_left_to_the_modules():
     config = LlamaConfig(**{**SIZES, "intermediate_size": 200})
     spec = ModelSpec.from_config(config, "narrow")
     plan = Plan.uniform(spec, "int8", context=64)
-    model = load(plan, open_gpu(None), checkpoint=DictCheckpoint(random_state(spec)), spec=spec, progress=False)
-    assert why_not(plan, spec, "cpu") == "down_proj is in int8, which has no kernel"
+    model = load(plan, open_gpu(None), checkpoint=DictCheckpoint(random_state(spec)), progress=False)
+    assert why_not(plan, "cpu") == "down_proj is in int8, which has no kernel"
     assert decoder_for(model).why == "down_proj is in int8, which has no kernel"
 
 
@@ -350,8 +349,8 @@ def test_a_replan_frees_the_weights_that_a_decoder_held():
 def test_what_it_does_not_know_is_refused_by_name():
     with pytest.raises(LowvramError, match="gate_proj is in int3, which has no kernel; use the model itself"):
         LeanDecoder(load_tiny("qwen2", tiny_plan("qwen2").with_modules("*.gate_proj", format="int3")))
-    plan, spec = tiny_plan("qwen2"), tiny_spec("qwen2")
-    assert why_not(plan, spec, "cpu") == why_not(plan, spec, "cuda") == ""
+    plan = tiny_plan("qwen2")
+    assert why_not(plan, "cpu") == why_not(plan, "cuda") == ""
     for change, reason in (
         ({"model_type": "gpt2"}, "gpt2 is none of llama, mistral, qwen2, qwen3"),
         ({"hidden_act": "gelu"}, "its activation is gelu, not silu"),
@@ -361,9 +360,10 @@ def test_what_it_does_not_know_is_refused_by_name():
             "its attention slides over 100 tokens",
         ),
     ):
-        assert why_not(plan, replace(spec, config={**spec.config, **change}), "cpu") == reason
-    split = plan.with_gpu_layers(spec, 1)
-    assert why_not(split, spec, "cpu") == ""
-    assert why_not(split, spec, "cuda") == "its layers are on both sides of a CUDA card"
-    assert "int4, which the modules read" in why_not(replace(plan, kv_format="int4"), spec, "cpu")
-    assert "lets weights travel" in why_not(replace(split, stream_from=16), spec, "cpu")
+        other = replace(plan.spec, config={**plan.spec.config, **change})
+        assert why_not(replace(plan, spec=other), "cpu") == reason
+    split = plan.with_gpu_layers(1)
+    assert why_not(split, "cpu") == ""
+    assert why_not(split, "cuda") == "its layers are on both sides of a CUDA card"
+    assert "int4, which the modules read" in why_not(replace(plan, kv_format="int4"), "cpu")
+    assert "lets weights travel" in why_not(replace(split, stream_from=16), "cpu")

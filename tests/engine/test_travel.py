@@ -39,12 +39,12 @@ FROM = 16
 
 
 def streamed(kind="qwen2", recipe="bf16", layers=1, disk=0, tokens=FROM) -> Plan:
-    spec = tiny_spec(kind)
-    return replace(tiny_plan(kind, recipe).with_gpu_layers(spec, layers, disk=disk), stream_from=tokens)
+    tiny_spec(kind)
+    return replace(tiny_plan(kind, recipe).with_gpu_layers(layers, disk=disk), stream_from=tokens)
 
 
-def layer_bytes(plan: Plan, spec, layers) -> int:
-    return sum(plan.module_bytes(module) for module in spec.modules if module.layer in layers)
+def layer_bytes(plan: Plan, layers) -> int:
+    return sum(plan.module_bytes(module) for module in plan.spec.modules if module.layer in layers)
 
 
 @torch.no_grad()
@@ -64,36 +64,36 @@ def test_from_the_threshold_on_weights_travel_once_and_below_it_not_at_all(kind,
     model = load_tiny(kind, plan)
     short, long = crossed(model, FROM - 1), crossed(model, FROM)
     resident = crossed(load_tiny(kind, replace(plan, stream_from=None)), FROM)
-    weights = layer_bytes(plan, spec, {0, 1})
+    weights = layer_bytes(plan, {0, 1})
     grown = long["cpu", "gpu"] - resident["cpu", "gpu"]
     assert short["cpu", "gpu"] < 8 * FROM * spec.hidden_size * 2  # hidden states, mask and rotary tables
     assert weights - 4 * FROM * spec.hidden_size * 2 < grown < weights + 4 * FROM * spec.hidden_size * 2
     # home come the keys and values of two layers, and no hidden state: all layers compute on the GPU
-    assert long["gpu", "cpu"] - plan.kv_bytes(spec, FROM, "cpu") < FROM * spec.hidden_size * 2
+    assert long["gpu", "cpu"] - plan.kv_bytes(FROM, "cpu") < FROM * spec.hidden_size * 2
 
 
 @stand_in_only
 @pytest.mark.parametrize("layers", [0, 1, 2])
 @pytest.mark.parametrize("recipe", FORMATS)
 def test_the_two_buffers_are_in_the_forecast(recipe, layers):
-    spec, plan = tiny_spec("qwen2"), streamed("qwen2", recipe, layers)
+    _spec, plan = tiny_spec("qwen2"), streamed("qwen2", recipe, layers)
     gpu, workload = open_gpu("64MiB"), Workload(40, 3, follow_up_tokens=20)
-    foretold = forecast(plan, spec, gpu, workload=workload)
+    foretold = forecast(plan, gpu, workload=workload)
     measured = run_workload(load_tiny("qwen2", plan, gpu), workload)
     assert [p.peak_allocated_bytes for p in measured.phases] == [p.peak_allocated_bytes for p in foretold.phases]
     assert measured.transferred_bytes == foretold.transferred_bytes
-    resident = forecast(replace(plan, stream_from=plan.context), spec, gpu, workload=workload)  # by modules as well
-    buffers = min(2, 3 - layers) * layer_bytes(plan, spec, {0})
+    resident = forecast(replace(plan, stream_from=plan.context), gpu, workload=workload)  # by modules as well
+    buffers = min(2, 3 - layers) * layer_bytes(plan, {0})
     more = foretold.phase("prefill").breakdown["weights"] - resident.phase("prefill").breakdown["weights"]
     assert buffers <= more < 1.3 * buffers
     assert foretold.phase("decode").peak_allocated_bytes == resident.phase("decode").peak_allocated_bytes
 
 
 def test_a_forecast_for_cuda_has_the_buffers_and_what_its_kernels_take():
-    spec, plan = tiny_spec("qwen2"), streamed("qwen2", "int4")
-    profiles = [forecast(each, spec, "64MiB", kernels="cuda") for each in (plan, replace(plan, stream_from=None))]
+    _spec, plan = tiny_spec("qwen2"), streamed("qwen2", "int4")
+    profiles = [forecast(each, "64MiB", kernels="cuda") for each in (plan, replace(plan, stream_from=None))]
     more = profiles[0].phase("prefill").peak_allocated_bytes - profiles[1].phase("prefill").peak_allocated_bytes
-    assert more >= 2 * layer_bytes(plan, spec, {0})
+    assert more >= 2 * layer_bytes(plan, {0})
 
 
 @pytest.mark.parametrize("kv_format", ["bf16", "int8"])
@@ -116,7 +116,7 @@ def test_a_conversation_of_long_and_short_turns(kind, kv_format):
 
 def test_without_a_cache_weights_travel_and_with_one_made_inside_they_stay():
     """The forward of an evaluation, and the one that begins stock ``generate``."""
-    plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(tiny_spec("qwen2"), 1), stream_from=FROM)
+    plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(1), stream_from=FROM)
     model, ids, crossed_bytes = load_tiny("qwen2", plan), random_ids(40), []
     with torch.no_grad():
         expected = tiny_stock("qwen2")(ids).logits
@@ -124,14 +124,14 @@ def test_without_a_cache_weights_travel_and_with_one_made_inside_they_stay():
             before = model.lowvram.gpu.transfers["cpu", "gpu"]
             assert relative_error(model(ids, **options).logits, expected) < 1e-5
             crossed_bytes.append(model.lowvram.gpu.transfers["cpu", "gpu"] - before)
-    weights = layer_bytes(plan, tiny_spec("qwen2"), {0, 1})
+    weights = layer_bytes(plan, {0, 1})
     assert crossed_bytes[0] > weights > 4 * crossed_bytes[1] == 4 * crossed_bytes[2]
 
 
 @pytest.mark.parametrize("stock_cache", [False, True])
 def test_a_batch_counts_all_its_tokens_and_a_stock_cache_stays_where_it_is(stock_cache):
     """transformers' own caches know no places: with one the weights stay too, and the answer is the same."""
-    plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(tiny_spec("qwen2"), 1), stream_from=FROM)
+    plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(1), stream_from=FROM)
     model, ids = load_tiny("qwen2", plan), random_ids(6, batch=3)
     before = model.lowvram.gpu.transfers["cpu", "gpu"]
     with torch.no_grad():
@@ -144,8 +144,8 @@ def test_a_batch_counts_all_its_tokens_and_a_stock_cache_stays_where_it_is(stock
         expected = stock(ids, past_key_values=other, use_cache=True).logits
         assert relative_error(found, expected) < 1e-5
         assert relative_error(again, stock(ids[:, :1], past_key_values=other, use_cache=True).logits) < 1e-5
-    assert (crossed_bytes > layer_bytes(plan, tiny_spec("qwen2"), {0, 1})) == (not stock_cache)
-    assert (crossed_bytes > layer_bytes(plan, tiny_spec("qwen2"), {0})) == (not stock_cache)
+    assert (crossed_bytes > layer_bytes(plan, {0, 1})) == (not stock_cache)
+    assert (crossed_bytes > layer_bytes(plan, {0})) == (not stock_cache)
 
 
 @stand_in_only
@@ -156,10 +156,7 @@ def test_one_token_of_each_of_a_batch_computes_where_the_layers_are():
         prefill(model, random_ids(5, batch=8), cache)
         before = sum(model.lowvram.gpu.transfers.values())
         model(random_ids(1, batch=8), past_key_values=cache, use_cache=True)
-    assert (
-        sum(model.lowvram.gpu.transfers.values()) - before
-        < layer_bytes(model.lowvram.plan, model.lowvram.spec, {0}) / 4
-    )
+    assert sum(model.lowvram.gpu.transfers.values()) - before < layer_bytes(model.lowvram.plan, {0}) / 4
 
 
 OTHERS = {
@@ -176,18 +173,18 @@ OTHERS = {
 def test_layers_that_call_their_cache_by_another_name_travel_too(kind):
     config = AutoConfig.for_model(kind, vocab_size=320, max_position_embeddings=256, **OTHERS[kind])
     spec = ModelSpec.from_config(config, kind)
-    plan = Plan.uniform(spec, "fp32", context=128).with_gpu_layers(spec, 1)
+    plan = Plan.uniform(spec, "fp32", context=128).with_gpu_layers(1)
     ids, found = random_ids(40), []
     for each in (plan, replace(plan, stream_from=FROM)):
         gpu, checkpoint = open_gpu("64MiB"), DictCheckpoint(random_state(spec))
-        model = load(each, gpu, checkpoint=checkpoint, spec=spec, progress=False)
+        model = load(each, gpu, checkpoint=checkpoint, progress=False)
         cache, before = PreallocatedCache(model), gpu.transfers["cpu", "gpu"]
         with torch.no_grad():
             found.append([prefill(model, part, cache).cpu() for part in ids.split([30, 1, 9], dim=1)])
-    assert gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, spec, {0, 1})
+    assert gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, {0, 1})
     for streaming_logits, resident_logits in zip(*found, strict=True):
         assert relative_error(streaming_logits, resident_logits) < 1e-5
-    foretold = forecast(replace(plan, stream_from=FROM), spec, gpu, workload=Workload(40, 2))
+    foretold = forecast(replace(plan, stream_from=FROM), gpu, workload=Workload(40, 2))
     assert foretold.first_oom is None
 
 
@@ -196,14 +193,14 @@ def test_a_cache_that_cannot_travel_stays_and_so_do_the_weights():
     plan, workload = replace(streamed(), kv_format="int4"), Workload(40, 2)
     model = load_tiny("qwen2", plan)
     profile = run_workload(model, workload)
-    assert profile.transferred_bytes < layer_bytes(plan, tiny_spec("qwen2"), {0})
+    assert profile.transferred_bytes < layer_bytes(plan, {0})
 
 
 @stand_in_only
 def test_out_of_memory_on_the_way_leaves_the_model_whole():
-    spec, plan = tiny_spec("qwen2"), streamed("qwen2", "int8")
+    _spec, plan = tiny_spec("qwen2"), streamed("qwen2", "int8")
     resident = replace(plan, stream_from=None)
-    room = forecast(plan, spec, open_gpu("64MiB"), workload=Workload(64, 1)).peak_reserved_bytes
+    room = forecast(plan, open_gpu("64MiB"), workload=Workload(64, 1)).peak_reserved_bytes
     gpu = open_gpu(room)
     model = load_tiny("qwen2", plan, gpu)
     weights = {name: tensor.data_ptr() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -226,7 +223,7 @@ def prefilled(model, tokens: int) -> torch.Tensor:
 
 
 def test_inference_mode_and_generate():
-    plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(tiny_spec("qwen2"), 1), stream_from=FROM)
+    plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(1), stream_from=FROM)
     model, ids = load_tiny("qwen2", plan), random_ids(30)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = tiny_stock("qwen2").generate(ids, **options)
@@ -263,7 +260,7 @@ def test_weights_gathered_into_one_block_are_the_same(recipe, monkeypatch):
     model = load_tiny("qwen2", plan)
     model.lowvram.placement.remove()
     monkeypatch.setattr(model.lowvram.gpu, "simulated", False)
-    stream = streaming.TravellingWeights(model, {}, plan, tiny_spec("qwen2"), model.lowvram.gpu)
+    stream = streaming.TravellingWeights(model, {}, plan, model.lowvram.gpu)
     monkeypatch.undo()
     for name, tensor in [*resident.named_parameters(), *resident.named_buffers()]:
         assert torch.equal(tensor, dict([*model.named_parameters(), *model.named_buffers()])[name])
@@ -326,13 +323,13 @@ def test_memory_that_cannot_be_locked_is_used_as_it_is_and_said(status, monkeypa
 @pytest.mark.parametrize("tokens", [0, 1, True, 2.0, "64"])
 def test_a_threshold_that_is_none(tokens):
     with pytest.raises(PlanError, match="stream_from"):
-        streamed(tokens=tokens).validate(tiny_spec("qwen2"))
+        streamed(tokens=tokens)
     with pytest.raises(PlanError, match="stream_from"):
-        Plan.from_json(streamed().to_json().replace('"stream_from": 16', '"stream_from": "16"'))
+        Plan.from_json(streamed().to_json().replace('"stream_from": 16', '"stream_from": "16"'), tiny_spec("qwen2"))
 
 
 def test_a_plan_keeps_its_threshold_through_json():
     plan = streamed()
-    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_json(plan.to_json(), plan.spec) == plan
     assert "stream_from" not in replace(plan, stream_from=None).to_json()
     assert plan.digest != replace(plan, stream_from=None).digest

@@ -56,11 +56,10 @@ def test_a_layer_takes_what_is_kept_for_it(kind, recipe, kv_format, batch_size, 
 def wide_headed(kind, fmt, dtype):
     """A model of which the head takes most, in a format of its own (a tied embedding in the same)."""
     spec = ModelSpec.from_config(tiny_config(kind, vocab_size=20_000), f"wide-{kind}")
-    plan = Plan.uniform(spec, dtype, context=16)
-    for name in {spec.head, spec.embedding} if spec.tied else {spec.head}:
-        plan = plan.with_modules(name, format=fmt)
+    names = {spec.head, spec.embedding} if spec.tied else {spec.head}
+    plan = Plan.uniform(spec, dtype, context=16).with_modules(*names, format=fmt)
     state = DictCheckpoint(random_state(spec))
-    return load(plan, open_gpu("1000MiB"), checkpoint=state, spec=spec, progress=False)
+    return load(plan, open_gpu("1000MiB"), checkpoint=state, progress=False)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -66,15 +66,15 @@ def a_loaded_panel(plan=None, gpu=None):
 def test_a_split_is_its_plan_and_the_forecasts_of_that(field):
     spec, budget = tiny_spec("qwen2"), GpuBudget.parse("3MiB")
     state = replace(START, **{field: MOVES[field]})
-    plan = Plan.uniform(spec, state.recipe, context=state.context).with_gpu_layers(spec, state.gpu_layers)
+    plan = Plan.uniform(spec, state.recipe, context=state.context).with_gpu_layers(state.gpu_layers)
     if state.embedding_on_cpu:
         plan = plan.with_modules(spec.embedding, device="cpu")
     plan = replace(plan, kv_format=state.kv_format, threads=state.threads)
     found = evaluate_split(state, spec, budget, "cpu", Made())
     assert found.plan == plan == split_plan(state, spec)
-    assert found.forecast == forecast(plan, spec, budget, kernels="cpu")
-    assert found.speed == forecast_speed(plan, spec, machine=Made())
-    assert state_of(plan, spec) == state
+    assert found.forecast == forecast(plan, budget, kernels="cpu")
+    assert found.speed == forecast_speed(plan, machine=Made())
+    assert state_of(plan) == state
     assert found.to_dict()["plan"] == plan.to_dict()
     assert found.verdict() in found._repr_html_()
     assert found.verdict() in repr(found)
@@ -86,11 +86,11 @@ def test_a_split_is_its_plan_and_the_forecasts_of_that(field):
 def test_a_plans_settings_give_the_plan_back(kind, recipe, placement):
     """Also where its formats are no recipe's and its places no split's."""
     spec, plan = tiny_spec(kind), tiny_plan(kind, recipe, placement)
-    state = state_of(plan, spec)
+    state = state_of(plan)
     assert split_plan(state, spec, plan) == plan
     assert (state.recipe == AS_LOADED) == (recipe in ("nf4", "int3"))
     moved = split_plan(replace(state, gpu_layers=2), spec, plan)
-    assert moved.layer_devices(spec) == ["cpu", "gpu", "gpu"]
+    assert moved.layer_devices() == ["cpu", "gpu", "gpu"]
     assert {n: a.format for n, a in moved.modules.items()} == {n: a.format for n, a in plan.modules.items()}
     assert split_plan(replace(state, recipe="int8"), spec, plan).dtype == plan.dtype
 
@@ -109,7 +109,7 @@ def test_each_control_changes_plan_text_and_picture(field):
     panel.controls[field].value = MOVES[field]
     assert panel.state == replace(START, **{field: MOVES[field]})
     assert panel.plan == split_plan(panel.state, panel.spec) != before
-    assert panel.plan.summary(panel.spec) in panel.verdict.value
+    assert panel.plan.summary() in panel.verdict.value
     assert panel.forecast == panel.result.forecast
     assert panel.speed.summary() in repr(panel).replace(": simulated", "")
     if field != "threads":  # the made-up rates are the same for any number
@@ -152,7 +152,7 @@ def test_callbacks_wait_for_one_another(monkeypatch):
     assert set(most) == {1}
     assert len(most) == len(states)
     assert panel.state in states
-    assert panel.plan.summary(panel.spec) in panel.verdict.value
+    assert panel.plan.summary() in panel.verdict.value
 
 
 def test_too_small_a_card_is_said_in_red_before_anything_is_loaded(monkeypatch):
@@ -221,12 +221,12 @@ def test_a_converted_model_is_split_in_its_own_formats():
 
 
 def test_a_loaded_models_plan_and_gpu_are_the_start():
-    spec = tiny_spec("qwen2")
-    plan = replace(tiny_plan("qwen2", "int3").with_gpu_layers(spec, 1), kv_format="int8", threads=1)
+    tiny_spec("qwen2")
+    plan = replace(tiny_plan("qwen2", "int3").with_gpu_layers(1), kv_format="int8", threads=1)
     panel = a_loaded_panel(plan)
     assert panel.plan == plan
     assert panel.controls["recipe"].options == (AS_LOADED, "bf16", "int8", "int4")
-    assert panel.forecast == forecast(plan, spec, panel.model.lowvram.gpu)
+    assert panel.forecast == forecast(plan, panel.model.lowvram.gpu)
     unlimited = a_loaded_panel(gpu=open_gpu(None))
     assert "without a limit" in unlimited.verdict.value
     assert isinstance(unlimited.figure(), Figure)
@@ -285,7 +285,7 @@ def test_once_loaded_the_forecast_is_of_what_runs():
     panel.state = replace(panel.state, recipe="int4")
     on_cuda = panel.forecast
     panel.load_and_try()
-    assert panel.forecast == forecast(panel.plan, panel.spec, open_gpu("1000MiB")) != on_cuda
+    assert panel.forecast == forecast(panel.plan, open_gpu("1000MiB")) != on_cuda
     panel.figure()
 
 
@@ -404,7 +404,7 @@ def test_the_live_picture_is_a_png_of_both_sides(tmp_path):
     (ax,) = panel._bar(panel.result).axes
     width = {n: max(bar[n].get_x() + bar[n].get_width() for bar in ax.containers) for n in (0, 1)}
     assert width[0] == pytest.approx(panel.forecast.device_peak_bytes / MiB)
-    on_cpu = panel.plan.weight_bytes(panel.spec, "cpu") + panel.plan.kv_bytes(panel.spec, 1024, "cpu")
+    on_cpu = panel.plan.weight_bytes("cpu") + panel.plan.kv_bytes(1024, "cpu")
     assert width[1] == pytest.approx(on_cpu / MiB)
     assert "the card, 32.0 MiB" in ax.get_legend_handles_labels()[1]
 

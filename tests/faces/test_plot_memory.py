@@ -42,7 +42,7 @@ RESULTS = {
 
 
 def a_forecast(recipe="int8", card=CARD, kind="qwen2", **options):
-    return forecast(tiny_plan(kind, recipe), tiny_spec(kind), card, **options)
+    return forecast(tiny_plan(kind, recipe), card, **options)
 
 
 def a_measurement(profile):
@@ -205,7 +205,7 @@ def test_the_areas_of_a_timeline_add_up_to_the_allocated_peak(recipe):
 
 def test_a_long_timeline_is_thinned_and_keeps_its_peak():
     plan = replace(tiny_plan("qwen2", "int8"), kv_format="int4")  # by the model's modules: many events a token
-    profile = forecast(plan, tiny_spec("qwen2"), timeline=True, workload=Workload(8, 24))
+    profile = forecast(plan, timeline=True, workload=Workload(8, 24))
     events, ax = len(profile.timeline.table()), plot_timeline(profile)
     reserved = next(line for line in ax.lines if line.get_label() == "reserved")
     assert len(reserved.get_ydata()) <= 3 * 3 * (POINTS + 1) < events

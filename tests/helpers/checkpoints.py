@@ -53,7 +53,7 @@ def write_model(folder: Path, kind: str = "llama", state=None, dtype=torch.bfloa
 
 
 def directory_spec(folder: Path) -> ModelSpec:
-    return ModelSpec.from_config(find_source(folder).config(), str(folder))
+    return find_source(folder).spec()
 
 
 def read_state(folder: Path) -> dict[str, torch.Tensor]:

@@ -85,7 +85,7 @@ def tiny_spec(kind: str) -> ModelSpec:
 
 @functools.cache
 def packaged_spec(name: str) -> ModelSpec:
-    return ModelSpec.from_config(find_source(name).config(), name)
+    return find_source(name).spec()
 
 
 def random_state(spec: ModelSpec, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -152,29 +152,26 @@ def dequantised_state(kind: str, plan: Plan) -> dict[str, torch.Tensor]:
 
 
 PLACEMENTS = {
-    "gpu": lambda plan, spec: plan,
-    "half": lambda plan, spec: plan.with_gpu_layers(spec, 1),
-    "cpu": lambda plan, spec: plan.with_modules("*", device="cpu"),
-    "disk": lambda plan, spec: plan.with_modules("*", device="disk").with_gpu_layers(spec, 1, disk=1),
-    "streamed": lambda plan, spec: replace(plan.with_gpu_layers(spec, 1, disk=1), stream_from=2),
-    "embedding on the CPU": lambda plan, spec: functools.reduce(  # a tied head goes with it
-        lambda p, name: p.with_modules(name, device="cpu"),
-        (spec.embedding, spec.head) if spec.tied else (spec.embedding,),
-        plan,
+    "gpu": lambda plan: plan,
+    "half": lambda plan: plan.with_gpu_layers(1),
+    "cpu": lambda plan: plan.with_modules("*", device="cpu"),
+    "disk": lambda plan: plan.with_modules("*", device="disk").with_gpu_layers(1, disk=1),
+    "streamed": lambda plan: replace(plan.with_gpu_layers(1, disk=1), stream_from=2),
+    "embedding on the CPU": lambda plan: plan.with_modules(  # a tied head goes with it
+        *((plan.spec.embedding, plan.spec.head) if plan.spec.tied else (plan.spec.embedding,)), device="cpu"
     ),
 }
 
 
 def tiny_plan(kind: str, recipe: str = "bf16", placement: str = "gpu", context: int = 512, dtype=None) -> Plan:
-    spec = tiny_spec(kind)
-    return PLACEMENTS[placement](Plan.uniform(spec, recipe, context=context, dtype=dtype), spec)
+    return PLACEMENTS[placement](Plan.uniform(tiny_spec(kind), recipe, context=context, dtype=dtype))
 
 
 def load_tiny(kind: str, plan: Plan | None = None, gpu=None, state=None):
     """A tiny model realised by ``load``, on a stand-in GPU with room to spare."""
     gpu = gpu or open_gpu("1000MiB")
     checkpoint = DictCheckpoint(state or tiny_state(kind))
-    return load(plan or tiny_plan(kind), gpu, checkpoint=checkpoint, spec=tiny_spec(kind), progress=False)
+    return load(plan or tiny_plan(kind), gpu, checkpoint=checkpoint, progress=False)
 
 
 CHAT_TEMPLATE = (

@@ -112,13 +112,13 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, build_on_meta
 torch.set_num_threads(1)
 source = find_source(sys.argv[1])
-spec = ModelSpec.from_config(source.config(), source.name)
+spec = source.spec()
 plan = Plan.uniform(spec, sys.argv[2], context=128)
 build_on_meta(spec.pretrained_config())  # what it imports is Python's and transformers', not the model's
 checkpoint = source.checkpoint()
 with watch_host() as seen:
-    model = load(plan, StandInGpu(None), checkpoint=checkpoint, spec=spec, progress=False)
-print(json.dumps({**seen.to_dict(), "forecast_bytes": forecast_load_bytes(plan, spec, gpu_in_ram=True)}))
+    model = load(plan, StandInGpu(None), checkpoint=checkpoint, progress=False)
+print(json.dumps({**seen.to_dict(), "forecast_bytes": forecast_load_bytes(plan, gpu_in_ram=True)}))
 """
 
 
@@ -156,7 +156,7 @@ def test_a_load_takes_what_was_forecast(tmp_path):
         # moment. Measured here: -16 % and -10 %.
         error = abs(found["growth_bytes"] - found["forecast_bytes"])
         assert error <= 0.25 * found["forecast_bytes"] + SLACK, (recipe, found)
-        assert found["growth_bytes"] > Plan.uniform(spec, recipe, context=128).weight_bytes(spec)
+        assert found["growth_bytes"] > Plan.uniform(spec, recipe, context=128).weight_bytes()
         grown.append(found["growth_bytes"])
     assert grown[0] > max(grown[1:])
 
@@ -164,9 +164,9 @@ def test_a_load_takes_what_was_forecast(tmp_path):
 def test_the_forecast_counts_what_stays_in_ram():
     spec = ModelSpec.from_config(mid_config(), "mid")
     whole = Plan.uniform(spec, "int8", context=128)
-    half = whole.with_gpu_layers(spec, 2)
+    half = whole.with_gpu_layers(2)
     flight = 2 * (16000 * 1024 * 2)  # the embedding, twice
     for plan in (whole, half):
-        assert forecast_load_bytes(plan, spec, gpu_in_ram=True) == whole.weight_bytes(spec) + flight
-    assert forecast_load_bytes(whole, spec, gpu_in_ram=False) == flight
-    assert forecast_load_bytes(half, spec, gpu_in_ram=False) == half.weight_bytes(spec, "cpu") + flight
+        assert forecast_load_bytes(plan, gpu_in_ram=True) == whole.weight_bytes() + flight
+    assert forecast_load_bytes(whole, gpu_in_ram=False) == flight
+    assert forecast_load_bytes(half, gpu_in_ram=False) == half.weight_bytes("cpu") + flight

@@ -24,12 +24,12 @@ CASES = [(kind, recipe, placement) for kind in TINY for recipe, placement in [("
 
 @functools.cache
 def dry(kind, plan, workload=WORKLOAD):
-    return forecast(plan, tiny_spec(kind), open_gpu("1000MiB"), workload=workload, timeline=True)
+    return forecast(plan, open_gpu("1000MiB"), workload=workload, timeline=True)
 
 
 def recorded(kind, plan):
     gpu, checkpoint = open_gpu("1000MiB"), DictCheckpoint(tiny_state(kind))
-    return load(plan, gpu, checkpoint=checkpoint, spec=tiny_spec(kind), progress=False, timeline=True)
+    return load(plan, gpu, checkpoint=checkpoint, progress=False, timeline=True)
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def test_each_release_gives_back_what_was_taken():
         logits = prefill(model, random_ids(50), cache)
     for place in ("gpu", "cpu"):
         assert sum(event.size for event in timeline.events if event.place == place) == gpu.meter.allocated[place]
-    assert gpu.meter.allocated["gpu"] > model.lowvram.plan.weight_bytes(model.lowvram.spec)
+    assert gpu.meter.allocated["gpu"] > model.lowvram.plan.weight_bytes()
     del model, cache, logits
     gc.collect()
     assert gpu.meter.allocated["gpu"] == 0
@@ -127,7 +127,7 @@ def test_a_timeline_begun_late_knows_only_what_came_after():
 
 
 def test_no_timeline_unless_asked_and_none_of_nothing():
-    profile = forecast(tiny_plan("llama"), tiny_spec("llama"), workload=WORKLOAD)
+    profile = forecast(tiny_plan("llama"), workload=WORKLOAD)
     assert profile.timeline is None
     empty = Timeline()
     assert empty.table().empty
@@ -146,7 +146,7 @@ def test_on_the_cpu_there_is_a_timeline_too():
 
 def test_forecast_with_other_settings_has_the_workspace_in_it():
     plan = replace(tiny_plan("llama"), context=128)
-    profile = forecast(plan, tiny_spec("llama"), "1000MiB", workload=WORKLOAD, timeline=True)  # CUDA's kernels
+    profile = forecast(plan, "1000MiB", workload=WORKLOAD, timeline=True)  # CUDA's kernels
     table = profile.timeline.table()
     assert table["workspace"].iloc[-1] > 8 * 2**20
     assert "cuBLAS" in set(profile.timeline.live_at(profile.timeline.peak_index())["module"])

@@ -319,7 +319,7 @@ def test_what_compressed_tensors_writes_opens_here(theirs):
     assert set(spec.stored.values()) == {"int4"}
     assert len(spec.stored) == 7 * 3
     plan = Plan.uniform(spec, "stored", context=64, dtype="fp32")
-    model = load(plan, open_gpu("100MiB"), spec=spec, checkpoint=find_source(theirs).checkpoint(), progress=False)
+    model = load(plan, open_gpu("100MiB"), checkpoint=find_source(theirs).checkpoint(), progress=False)
     restored = restored_state(theirs)
     for name in spec.stored:
         weight = restored[f"{name}.weight"]

@@ -86,19 +86,19 @@ def test_float_bytes_follow_the_format_not_the_activations(name):
 )
 def test_known_sizes_of_qwen_4b(recipe, gib):
     spec = packaged_spec("qwen1.5-4b")
-    assert Plan.uniform(spec, recipe).weight_bytes(spec) / GiB == pytest.approx(gib, abs=0.006)
+    assert Plan.uniform(spec, recipe).weight_bytes() / GiB == pytest.approx(gib, abs=0.006)
 
 
 def test_qwen_4b_in_16_bits_to_the_byte():
     spec = packaged_spec("qwen1.5-4b")
-    assert Plan.uniform(spec, "fp16").weight_bytes(spec) == 7_900_738_560 == 2 * 3_950_369_280
+    assert Plan.uniform(spec, "fp16").weight_bytes() == 7_900_738_560 == 2 * 3_950_369_280
 
 
 def test_nf4_of_qwen_4b_by_hand():
     spec = packaged_spec("qwen1.5-4b")
     quantised = 40 * (4 * 2560 * 2560 + 3 * 2560 * 6912)
     left = 3_950_369_280 - quantised  # embedding, head, norms and biases stay in 16 bits
-    assert Plan.uniform(spec, "nf4").weight_bytes(spec) == quantised // 2 + quantised // 64 * 4 + 2 * left
+    assert Plan.uniform(spec, "nf4").weight_bytes() == quantised // 2 + quantised // 64 * 4 + 2 * left
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_beyond_its_window_a_model_is_refused(name):
     assert "200 or less, found 201" in one_line(error)
     plan = Plan.uniform(spec, "bf16", context=200)
     with pytest.raises(PlanError):
-        forecast(replace(plan, context=300), spec)
+        forecast(replace(plan, context=300))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
@@ -115,11 +115,11 @@ def test_within_its_window_the_forecast_is_exact(name, recipe):
         for key, shape in module.parameters.items()
     }
     plan = Plan.uniform(spec, recipe, context=200)
-    for placed in (plan, plan.with_gpu_layers(spec, 1)):
+    for placed in (plan, plan.with_gpu_layers(1)):
         gpu = StandInGpu(GpuBudget(10**9))
-        model = load(placed, gpu, checkpoint=DictCheckpoint(state), spec=spec, progress=False)
+        model = load(placed, gpu, checkpoint=DictCheckpoint(state), progress=False)
         for workload in (Workload.full_context(200), Workload(50, 2, follow_up_tokens=20, batch_size=2)):
-            table = forecast(placed, spec, gpu, workload=workload).compare(run_workload(model, workload))
+            table = forecast(placed, gpu, workload=workload).compare(run_workload(model, workload))
             assert (table["difference"] == 0).all(), table
 
 
@@ -150,14 +150,14 @@ def test_other_architectures_are_forecast_rightly_or_refused(kind, recipe, split
         for key, shape in module.parameters.items()
     }
     plan = Plan.uniform(spec, recipe, context=128)
-    plan = plan.with_gpu_layers(spec, 1) if split else plan
+    plan = plan.with_gpu_layers(1) if split else plan
     gpu = StandInGpu(GpuBudget(10**9))
     try:
-        dry = forecast(plan, spec, gpu, workload=Workload(100, 2))
+        dry = forecast(plan, gpu, workload=Workload(100, 2))
     except LowvramError as error:
         assert kind in str(error)
         return
-    model = load(plan, gpu, checkpoint=DictCheckpoint(state), spec=spec, progress=False)
+    model = load(plan, gpu, checkpoint=DictCheckpoint(state), progress=False)
     table = dry.compare(run_workload(model, Workload(100, 2)))
     assert (table["difference"] == 0).all(), table
 
@@ -193,7 +193,7 @@ def test_contexts_that_are_none(context):
 @pytest.mark.parametrize("workload", [{"prompt_tokens": BIG}, {"prompt_tokens": 10**30}, {"new_tokens": 2**70}])
 def test_a_workload_beyond_the_context(workload):
     with pytest.raises(PlanError, match="the plan a context of 512") as error:
-        forecast(tiny_plan("llama"), tiny_spec("llama"), workload=Workload(**{"prompt_tokens": 5, **workload}))
+        forecast(tiny_plan("llama"), workload=Workload(**{"prompt_tokens": 5, **workload}))
     one_line(error)
 
 
@@ -201,7 +201,7 @@ def test_a_workload_beyond_the_context(workload):
 def test_an_absurd_batch_does_not_fit_or_is_refused(size):
     try:
         workload = Workload(400, 1, batch_size=size)
-        found = forecast(tiny_plan("llama"), tiny_spec("llama"), "4GiB", workload=workload)
+        found = forecast(tiny_plan("llama"), "4GiB", workload=workload)
     except LowvramError as error:
         assert "\n" not in str(error)
     else:
@@ -211,18 +211,18 @@ def test_an_absurd_batch_does_not_fit_or_is_refused(size):
 
 @pytest.mark.parametrize("budget", [10**30, 2**80, "1000000000TiB"])
 def test_an_absurd_budget_fits_everything(budget):
-    spec, plan = tiny_spec("llama"), tiny_plan("llama", context=64)
-    assert forecast(plan, spec, budget).fits
-    assert suggest(plan, spec, budget) == []
-    assert max_context(plan, spec, budget).limited_by == "model"
+    _spec, plan = tiny_spec("llama"), tiny_plan("llama", context=64)
+    assert forecast(plan, budget).fits
+    assert suggest(plan, budget) == []
+    assert max_context(plan, budget).limited_by == "model"
 
 
 @pytest.mark.parametrize("budget", [0, -1, -BIG, "0GiB", "-4GiB", "", "GiB", 1.5, True, "nanGiB", "1e9GiB", 1024])
 def test_budgets_that_are_none(budget):
-    spec, plan = tiny_spec("llama"), tiny_plan("llama")
+    plan = tiny_plan("llama")
     for ask in (forecast, max_context, suggest):
         with pytest.raises((UnitError, BudgetError)) as error:
-            ask(plan, spec, budget)
+            ask(plan, budget)
         one_line(error)
 
 
@@ -237,5 +237,5 @@ def test_another_models_plan(ask):
 def test_formats_that_are_none(field):
     for value in ("int3", "", None, 16, "fp64"):
         with pytest.raises(PlanError) as error:
-            forecast(replace(tiny_plan("llama"), **{field: value}), tiny_spec("llama"))
+            forecast(replace(tiny_plan("llama"), **{field: value}))
         one_line(error)

@@ -127,11 +127,11 @@ def test_our_rows(folder, fakes):
     found = measured(folder, plan=Plan.uniform(directory_spec(folder), "int8", context=64))
     lean, modules = found.rows
     assert [lean.engine, modules.engine] == ["lowvram", "lowvram (modules)"]
-    spec, plan = directory_spec(folder), Plan.uniform(directory_spec(folder), "int8", context=64)
+    _spec, plan = directory_spec(folder), Plan.uniform(directory_spec(folder), "int8", context=64)
     for row in found.rows:
         assert row.reason == ""
-        assert row.weight_bytes == plan.weight_bytes(spec)  # the embedding is the head: all of it is read
-        assert row.bytes_per_token == row.weight_bytes + plan.kv_bytes(spec, PROMPT + NEW // 2)
+        assert row.weight_bytes == plan.weight_bytes()  # the embedding is the head: all of it is read
+        assert row.bytes_per_token == row.weight_bytes + plan.kv_bytes(PROMPT + NEW // 2)
         assert row.peak_bytes > row.weight_bytes
         assert len(row.rounds) == 3
         assert min(row.ttft_s, row.follow_up_s, *row.rounds) > 0
@@ -148,7 +148,7 @@ def test_an_untied_embedding_is_not_read_for_a_token(tmp_path, fakes):
     spec, plan = directory_spec(folder), Plan.uniform(directory_spec(folder), "bf16", context=64)
     row = measured(folder, plan=plan, rounds=1).row("lowvram (modules)")
     table = spec.vocab_size * spec.hidden_size * 2
-    assert row.weight_bytes - table == row.bytes_per_token - plan.kv_bytes(spec, PROMPT + NEW // 2)
+    assert row.weight_bytes - table == row.bytes_per_token - plan.kv_bytes(PROMPT + NEW // 2)
 
 
 def test_texts_are_held_against_transformers(folder, fakes):

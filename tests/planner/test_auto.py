@@ -37,8 +37,8 @@ def small_spec(kind: str) -> ModelSpec:
 
 @functools.cache
 def needed(kind: str, recipe: str, gpu_layers: int = LAYERS, kernels: str = "cpu") -> int:
-    plan = Plan.uniform(small_spec(kind), recipe, context=CONTEXT).with_gpu_layers(small_spec(kind), gpu_layers)
-    return forecast(plan, small_spec(kind), "1TiB", kernels=kernels).peak_reserved_bytes  # a card does not fuse weights
+    plan = Plan.uniform(small_spec(kind), recipe, context=CONTEXT).with_gpu_layers(gpu_layers)
+    return forecast(plan, "1TiB", kernels=kernels).peak_reserved_bytes  # a card does not fuse weights
 
 
 def body_formats(plan: Plan) -> set[str]:
@@ -55,7 +55,7 @@ def test_the_recipes_need_less_and_less():
 def test_exactly_what_a_recipe_needs_gets_that_recipe(kind, recipe):
     """Or a more precise one, where the cheap moves let it in: what int4 needs is enough for int8 with an int8 cache."""
     choice = auto_plan(small_spec(kind), needed(kind, recipe), CONTEXT)
-    assert set(choice.plan.layer_devices(small_spec(kind))) == {"gpu"}
+    assert set(choice.plan.layer_devices()) == {"gpu"}
     assert choice.forecast.fits
     (found,) = body_formats(choice.plan)
     if found != recipe:
@@ -76,11 +76,11 @@ def test_exactly_what_a_recipe_needs_gets_that_recipe(kind, recipe):
 def test_less_than_int4_needs_is_split(kind):
     budget = needed(kind, "int4") - SEGMENT
     choice = auto_plan(small_spec(kind), budget, CONTEXT)
-    on_gpu = choice.plan.layer_devices(small_spec(kind)).count("gpu")
+    on_gpu = choice.plan.layer_devices().count("gpu")
     assert 0 < on_gpu < LAYERS
     assert body_formats(choice.plan) == {"int4"}
-    one_more = choice.plan.with_gpu_layers(small_spec(kind), on_gpu + 1)
-    assert not forecast(one_more, small_spec(kind), budget).fits  # as many layers as there is room for
+    one_more = choice.plan.with_gpu_layers(on_gpu + 1)
+    assert not forecast(one_more, budget).fits  # as many layers as there is room for
     assert f"{on_gpu} of {LAYERS} layers" in choice.why[-1]
 
 
@@ -88,8 +88,8 @@ def test_an_untied_embedding_goes_to_the_cpu_before_a_lower_recipe():
     spec = small_spec("qwen2")
     for context in range(256, 1024, 64):  # until the embedding's 1 MiB makes a segment of difference
         plan = Plan.uniform(spec, "bf16", context=context)
-        spared = forecast(plan.with_modules(spec.embedding, device="cpu"), spec).peak_reserved_bytes
-        if spared < forecast(plan, spec).peak_reserved_bytes:
+        spared = forecast(plan.with_modules(spec.embedding, device="cpu")).peak_reserved_bytes
+        if spared < forecast(plan).peak_reserved_bytes:
             break
     choice = auto_plan(spec, spared, context)
     assert body_formats(choice.plan) == {"bf16"}
@@ -102,12 +102,12 @@ def test_more_budget_never_lowers_the_recipe(kind, kernels):
     spec, ranks = small_spec(kind), []
     for budget in range(needed(kind, "int4", 1, kernels), needed(kind, "bf16", LAYERS, kernels) + 1, SEGMENT):
         choice = auto_plan(spec, budget, CONTEXT, kernels=kernels)
-        again = forecast(choice.plan, spec, budget, kernels=kernels)
+        again = forecast(choice.plan, budget, kernels=kernels)
         assert again.fits
         assert again.phases == choice.forecast.phases
         assert again.peak_reserved_bytes <= budget
         recipe = RECIPES.index(body_formats(choice.plan).pop())
-        ranks.append((-recipe, choice.plan.layer_devices(spec).count("gpu")))
+        ranks.append((-recipe, choice.plan.layer_devices().count("gpu")))
     assert ranks == sorted(ranks)
     assert ranks[0] < ranks[-1] == (0, LAYERS)
 
@@ -123,7 +123,7 @@ def test_an_opened_gpu_brings_budget_and_kernels():
     spec, gpu = small_spec("llama"), open_gpu(needed("llama", "int8", kernels="cpu"))
     choice = auto_plan(spec, gpu, CONTEXT)
     assert choice.forecast.budget == gpu.budget
-    assert choice.forecast.phases == forecast(choice.plan, spec, gpu).phases
+    assert choice.forecast.phases == forecast(choice.plan, gpu).phases
     with pytest.raises(BudgetError, match="without a limit"):
         auto_plan(spec, open_gpu(), CONTEXT)
 
@@ -139,17 +139,17 @@ def test_a_context_the_model_does_not_have(context):
 @pytest.mark.parametrize("kind", TINY)
 def test_a_refusal_says_what_is_short_and_what_helps(kind, recipes, short_by):
     spec = small_spec(kind)
-    least = Plan.uniform(spec, recipes[-1], context=CONTEXT).with_gpu_layers(spec, 0)
+    least = Plan.uniform(spec, recipes[-1], context=CONTEXT).with_gpu_layers(0)
     if not spec.tied:
         least = least.with_modules(spec.embedding, device="cpu")
     least = replace(least, kv_format="int8")
-    budget = forecast(least, spec).peak_reserved_bytes - short_by
+    budget = forecast(least).peak_reserved_bytes - short_by
     with pytest.raises(BudgetError) as error:
         auto_plan(spec, budget, CONTEXT, recipes=recipes)
     message = str(error.value)
     assert "\n" not in message
     assert all(words in message for words in (spec.name, str(CONTEXT), "needs more than"))
-    found = suggest(least, spec, GpuBudget(budget), "cpu")
+    found = suggest(least, GpuBudget(budget), "cpu")
     if found:  # and each of them is true: see the next test
         assert message.endswith(f"what would help: {found[0].text}")
     else:
@@ -164,8 +164,8 @@ def test_fidelity_keeps_the_recipe_and_moves_layers(kind):
     for budget in range(needed(kind, "bf16", 0), needed(kind, "bf16") + 1, SEGMENT):
         choice = auto_plan(spec, budget, CONTEXT, prefer="fidelity")
         assert body_formats(choice.plan) == {"bf16"}
-        assert forecast(choice.plan, spec, budget).fits
-        ranks.append(choice.plan.layer_devices(spec).count("gpu"))
+        assert forecast(choice.plan, budget).fits
+        ranks.append(choice.plan.layer_devices().count("gpu"))
     assert ranks == sorted(ranks)
     assert ranks[0] < ranks[-1] == LAYERS
 
@@ -175,7 +175,7 @@ def test_too_little_ram_is_a_bound_too(prefer):
     spec, machine = small_spec("qwen2"), Flat({"bf16": 3.0, "int8": 2.0, "int4": 1.0})
     budget = needed("qwen2", "int4", 0)
     free = auto_plan(spec, budget, CONTEXT, prefer=prefer, machine=machine)
-    taken = auto.ram_bytes(free.plan, spec)
+    taken = auto.ram_bytes(free.plan)
     assert auto_plan(spec, budget, CONTEXT, prefer=prefer, ram=taken, machine=machine).plan == free.plan
     try:
         less = auto_plan(spec, {0: budget, "cpu": taken - 1}, CONTEXT, prefer=prefer, machine=machine)
@@ -183,7 +183,7 @@ def test_too_little_ram_is_a_bound_too(prefer):
         assert "of RAM: the CPU's part alone takes" in str(error)  # noqa: PT017
         assert prefer != "fidelity"
     else:
-        assert auto.ram_bytes(less.plan, spec) < taken
+        assert auto.ram_bytes(less.plan) < taken
 
 
 def test_speed_weighs_what_each_recipe_leaves_on_the_gpu():
@@ -217,7 +217,7 @@ def test_what_is_given_is_kept(kind):
         assert auto_plan(spec, budget, CONTEXT, kv_format="bf16").plan.kv_format == "bf16"
         assert auto_plan(spec, budget, CONTEXT, kv_format="int8").plan.kv_format == "int8"
     plan = auto_plan(spec, needed(kind, "int8"), CONTEXT, gpu_layers=1, threads=3).plan
-    assert (plan.layer_devices(spec).count("gpu"), plan.threads) == (1, 3)
+    assert (plan.layer_devices().count("gpu"), plan.threads) == (1, 3)
 
 
 def test_what_auto_plan_does_not_understand():
@@ -241,15 +241,15 @@ def test_every_suggestion_is_true(kind, recipe, short_by):
     spec = small_spec(kind)
     plan = Plan.uniform(spec, recipe, context=CONTEXT)
     budget = GpuBudget(needed(kind, recipe) - 1 - short_by * SEGMENT)
-    assert not forecast(plan, spec, budget).fits
-    found = suggest(plan, spec, budget, "cpu")
+    assert not forecast(plan, budget).fits
+    found = suggest(plan, budget, "cpu")
     assert found
     for suggestion in found:
-        again = forecast(suggestion.plan, spec, budget)
+        again = forecast(suggestion.plan, budget)
         assert again.fits
         assert suggestion.to_dict()["peak_allocated_bytes"] == again.peak_allocated_bytes
         assert str(suggestion).endswith("fits")
-        on_cpu = suggestion.plan.layer_devices(spec).count("cpu")
+        on_cpu = suggestion.plan.layer_devices().count("cpu")
         assert (f"{on_cpu} of {LAYERS} layers to the CPU" in suggestion.text) == (on_cpu > 0)
         assert (f"context {suggestion.plan.context}" in suggestion.text) == (suggestion.plan.context < CONTEXT)
         moved = suggestion.plan.modules[spec.embedding].device == "cpu"
@@ -262,17 +262,17 @@ def test_every_suggestion_is_true(kind, recipe, short_by):
 @pytest.mark.parametrize("budget", [4, 6, 8, 10, 24])
 @pytest.mark.parametrize("what", ["layers", "context"])
 def test_largest_fitting_is_the_largest(what, budget):
-    spec, base = small_spec("qwen2"), Plan.uniform(small_spec("qwen2"), "int8", context=CONTEXT)
+    _spec, base = small_spec("qwen2"), Plan.uniform(small_spec("qwen2"), "int8", context=CONTEXT)
 
     def at(number):
-        plan = base.with_gpu_layers(spec, number) if what == "layers" else replace(base, context=number)
+        plan = base.with_gpu_layers(number) if what == "layers" else replace(base, context=number)
         return plan, Workload.full_context(plan.context)
 
     def fits(number):
-        return forecast(at(number)[0], spec, budget * MiB).fits
+        return forecast(at(number)[0], budget * MiB).fits
 
     low, high = (0, LAYERS) if what == "layers" else (2, 1024)
-    found = largest_fitting(at, low, high, spec, GpuBudget(budget * MiB), "cpu")
+    found = largest_fitting(at, low, high, GpuBudget(budget * MiB), "cpu")
     if found is None:
         assert not fits(low)
     else:
@@ -286,16 +286,16 @@ def test_largest_fitting_is_the_largest(what, budget):
 @pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "nf4"])
 def test_the_bound_is_a_bound(recipe, gpu_layers):
     spec = small_spec("llama")
-    plan = Plan.uniform(spec, recipe, context=CONTEXT).with_gpu_layers(spec, gpu_layers)
-    assert 0 < least_bytes(plan, spec) <= forecast(plan, spec).peak_allocated_bytes
+    plan = Plan.uniform(spec, recipe, context=CONTEXT).with_gpu_layers(gpu_layers)
+    assert 0 < least_bytes(plan) <= forecast(plan).peak_allocated_bytes
 
 
 def test_default_4_bit_of_qwen_4b_does_not_fit_4_gib():
     spec, budget = packaged_spec("qwen1.5-4b"), GpuBudget.parse("4GiB")
     plan = Plan.uniform(spec, "nf4", context=4096)
-    assert least_bytes(plan, spec) > budget.usable_bytes
-    assert least_bytes(plan, spec) / GiB == pytest.approx(4.67, abs=0.01)  # 3.11 of weights, 1.56 of KV cache
-    first, *_ = suggest(plan, spec, budget)
+    assert least_bytes(plan) > budget.usable_bytes
+    assert least_bytes(plan) / GiB == pytest.approx(4.67, abs=0.01)  # 3.11 of weights, 1.56 of KV cache
+    first, *_ = suggest(plan, budget)
     assert "embedding to the CPU" in first.text
     assert first.plan.modules["model.embed_tokens"].device == "cpu"
     assert first.forecast.peak_reserved_bytes <= budget.usable_bytes

@@ -65,11 +65,11 @@ def test_a_chosen_plan_runs_its_whole_context_inside_the_budget(seed):
     except BudgetError as error:
         assert "no plan for" in str(error)  # noqa: PT017
         return
-    loaded = load(choice.plan, gpu, spec=spec, checkpoint=checkpoint, progress=False)
+    loaded = load(choice.plan, gpu, checkpoint=checkpoint, progress=False)
     measured = run_workload(loaded, Workload.full_context(choice.plan.context))
     assert measured.fits
     assert measured.peak_reserved_bytes <= gpu.budget.total_bytes
-    again = forecast(choice.plan, spec, gpu)
+    again = forecast(choice.plan, gpu)
     assert [p.peak_allocated_bytes for p in again.phases] == [p.peak_allocated_bytes for p in measured.phases]
-    assert case["disk"] or not choice.plan.weight_bytes(spec, "disk")
-    assert case["ram"] is None or ram_bytes(choice.plan, spec) <= case["ram"]
+    assert case["disk"] or not choice.plan.weight_bytes("disk")
+    assert case["ram"] is None or ram_bytes(choice.plan) <= case["ram"]

@@ -53,9 +53,9 @@ def test_beside_the_cache_it_fits_and_really_runs(kind, size):
     found, foretold = beside_the_cache(kind, size)
     assert foretold.fits
     assert foretold.peak_reserved_bytes <= gpu.budget.usable_bytes
-    again = forecast(found.plan, spec, gpu)
+    again = forecast(found.plan, gpu)
     assert again.phases == foretold.phases
-    model = load(found.plan, gpu, checkpoint=DictCheckpoint(random_state(spec)), spec=spec, progress=False)
+    model = load(found.plan, gpu, checkpoint=DictCheckpoint(random_state(spec)), progress=False)
     measured = run_workload(model, Workload.full_context(256))
     assert (foretold.compare(measured)["difference"] == 0).all()
     assert measured.fits
@@ -63,7 +63,7 @@ def test_beside_the_cache_it_fits_and_really_runs(kind, size):
     assert {d for n, d in devices.items() if n != EMBED} == {"gpu"}
     assert devices[EMBED] == ("gpu" if kind == "llama" else "cpu")
     # a plan that costs less in 16 bits everywhere does not fit, so the search had something to do
-    assert not forecast(Plan.uniform(spec, "bf16", context=256), spec, gpu).fits
+    assert not forecast(Plan.uniform(spec, "bf16", context=256), gpu).fits
 
 
 @stand_in_only
@@ -104,7 +104,7 @@ def test_a_card_too_small_is_named_as_it_was_given():
 )
 def test_where_one_format_for_all_fits_a_recipe_does(kind, size, context):
     spec, costs = wider(kind)
-    assert forecast(Plan.uniform(spec, "int4", context=context), spec, size, kernels="cpu").fits
+    assert forecast(Plan.uniform(spec, "int4", context=context), size, kernels="cpu").fits
     _, foretold = recipe_for_card(spec, costs, size, context=context, kernels="cpu")
     assert foretold.fits
 

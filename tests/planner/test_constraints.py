@@ -32,25 +32,22 @@ from tests.planner.test_auto import CONTEXT, LAYERS, auto_plan, forecast, needed
 @pytest.mark.parametrize("layers", [0, 1, 2])
 @pytest.mark.parametrize("kind", TINY)
 def test_the_threshold_is_where_the_two_forecasts_cross(kind, layers):
-    spec, machine = tiny_spec(kind), Card()
-    plan = tiny_plan(kind, "int8").with_gpu_layers(spec, layers)
-    threshold = stream_threshold(plan, spec, machine)
+    _spec, machine = tiny_spec(kind), Card()
+    plan = tiny_plan(kind, "int8").with_gpu_layers(layers)
+    threshold = stream_threshold(plan, machine)
 
     def gain(tokens):
         workload = Workload(tokens, 1)
         resident, travelling = (replace(plan, stream_from=start) for start in (None, 2))
-        return (
-            forecast_speed(resident, spec, workload, machine).ttft_s
-            - forecast_speed(travelling, spec, workload, machine).ttft_s
-        )
+        return forecast_speed(resident, workload, machine).ttft_s - forecast_speed(travelling, workload, machine).ttft_s
 
     assert 2 < threshold < plan.context
     assert gain(threshold) > 0 >= gain(threshold - 1)
     streaming = replace(plan, stream_from=threshold)
-    assert forecast_speed(streaming, spec, Workload(threshold - 1, 1), machine).ttft_s == pytest.approx(
-        forecast_speed(plan, spec, Workload(threshold - 1, 1), machine).ttft_s
+    assert forecast_speed(streaming, Workload(threshold - 1, 1), machine).ttft_s == pytest.approx(
+        forecast_speed(plan, Workload(threshold - 1, 1), machine).ttft_s
     )
-    at = [forecast_speed(each, spec, Workload(400, 20), machine) for each in (streaming, plan)]
+    at = [forecast_speed(each, Workload(400, 20), machine) for each in (streaming, plan)]
     assert at[0].ttft_s < at[1].ttft_s
     if layers:  # a decoded token never makes weights travel
         assert at[0].decode_tokens_per_s == at[1].decode_tokens_per_s
@@ -60,18 +57,18 @@ def test_the_threshold_is_where_the_two_forecasts_cross(kind, layers):
 
 
 def test_no_threshold_without_a_card_without_layers_to_bring_or_within_the_context():
-    spec, plan = tiny_spec("qwen2"), tiny_plan("qwen2", "int8")
-    split = plan.with_gpu_layers(spec, 1)
-    assert stream_threshold(split, spec, Made()) is None
-    assert stream_threshold(plan, spec, Card()) is None
-    assert stream_threshold(split, spec, Card(replace(LINK, to_gpu_pinned=1e5))) is None
-    slow, fast = (stream_threshold(split, spec, Card(replace(LINK, to_gpu_pinned=rate))) for rate in (5e7, 1e9))
+    _spec, plan = tiny_spec("qwen2"), tiny_plan("qwen2", "int8")
+    split = plan.with_gpu_layers(1)
+    assert stream_threshold(split, Made()) is None
+    assert stream_threshold(plan, Card()) is None
+    assert stream_threshold(split, Card(replace(LINK, to_gpu_pinned=1e5))) is None
+    slow, fast = (stream_threshold(split, Card(replace(LINK, to_gpu_pinned=rate))) for rate in (5e7, 1e9))
     assert slow > fast
 
 
 def test_what_travelling_takes_by_hand():
     spec, machine = tiny_spec("qwen2"), Card()
-    plan = replace(tiny_plan("qwen2", "int8").with_gpu_layers(spec, 1, disk=1), stream_from=2)
+    plan = replace(tiny_plan("qwen2", "int8").with_gpu_layers(1, disk=1), stream_from=2)
     size = {m.layer: 0 for m in spec.modules}
     compute = 0.0
     for m in spec.modules:
@@ -80,8 +77,8 @@ def test_what_travelling_takes_by_hand():
             compute += machine.kernel("int8", "gpu").seconds(math.prod(m.weight_shape), 100)
     copying = size[1] / LINK.to_gpu_pinned
     waiting = copying / 2 + max(0.0, copying - compute) / 2 + size[0] / LINK.to_gpu  # 0 is on disk: waited for
-    home = 100 * plan.kv_bytes(spec, 1, "cpu") / LINK.to_cpu
-    parts = cost._prompt(plan, spec, machine, 100, None)
+    home = 100 * plan.kv_bytes(1, "cpu") / LINK.to_cpu
+    parts = cost._prompt(plan, machine, 100, None)
     assert parts["weights on their way"] == pytest.approx(waiting)
     assert parts["keys and values on their way"] == pytest.approx(home)
     assert "int8 weights on the cpu" not in parts
@@ -89,16 +86,14 @@ def test_what_travelling_takes_by_hand():
 
 def test_weights_on_disk_are_read_for_every_token_where_ram_cannot_keep_them():
     spec = tiny_spec("qwen2")
-    plan = tiny_plan("qwen2", "int8").with_gpu_layers(spec, 1, disk=1)
-    on_disk = plan.weight_bytes(spec, "disk")
-    room = plan.weight_bytes(spec, "cpu") + plan.kv_bytes(spec, plan.context, "cpu") + on_disk
-    parts = [forecast_speed(plan, spec, machine=Card(), ram=ram).parts for ram in (room, room - 1)]
+    plan = tiny_plan("qwen2", "int8").with_gpu_layers(1, disk=1)
+    on_disk = plan.weight_bytes("disk")
+    room = plan.weight_bytes("cpu") + plan.kv_bytes(plan.context, "cpu") + on_disk
+    parts = [forecast_speed(plan, machine=Card(), ram=ram).parts for ram in (room, room - 1)]
     assert "weights from disk" not in parts[0]
     assert parts[1]["weights from disk"] == pytest.approx(on_disk / 1e9)
     lookup = plan.with_modules(spec.embedding, device="disk")
-    assert forecast_speed(lookup, spec, machine=Card(), ram=1).parts["weights from disk"] == pytest.approx(
-        on_disk / 1e9
-    )
+    assert forecast_speed(lookup, machine=Card(), ram=1).parts["weights from disk"] == pytest.approx(on_disk / 1e9)
 
 
 def test_the_rate_of_the_disk_is_measured_once(monkeypatch, tmp_path):
@@ -114,22 +109,22 @@ def test_what_ram_has_no_room_for_goes_to_disk_and_no_more(kind):
     spec, budget = small_spec(kind), needed(kind, "int4", 1)
     given = {"recipes": ("int4",), "kv_format": "bf16"}
     free = auto_plan(spec, budget, CONTEXT, **given).plan
-    taken = auto.ram_bytes(free, spec)
+    taken = auto.ram_bytes(free)
     with pytest.raises(BudgetError, match="give it disk for layers or more RAM"):
         auto_plan(spec, budget, CONTEXT, ram=taken - 1, **given)
     counts = []
-    for ram in range(taken, taken - free.weight_bytes(spec, "cpu"), -200_000):
+    for ram in range(taken, taken - free.weight_bytes("cpu"), -200_000):
         choice = auto_plan(spec, budget, CONTEXT, ram=ram, disk="1GiB", **given)
-        plan, devices = choice.plan, choice.plan.layer_devices(spec)
-        assert auto.ram_bytes(plan, spec) <= ram
+        plan, devices = choice.plan, choice.plan.layer_devices()
+        assert auto.ram_bytes(plan) <= ram
         assert choice.forecast.fits
-        assert choice.forecast.disk_weights_bytes == plan.weight_bytes(spec, "disk")
-        assert plan.layer_places(spec) == free.layer_places(spec)
+        assert choice.forecast.disk_weights_bytes == plan.weight_bytes("disk")
+        assert plan.layer_places() == free.layer_places()
         assert ("on disk" in choice.why[-1]) == ("disk" in {a.device for a in plan.modules.values()})
         if on_disk := devices.count("disk"):
             assert devices[:on_disk] == ["disk"] * on_disk
-            one_less = plan.with_gpu_layers(spec, devices.count("gpu"), disk=on_disk - 1)
-            assert auto.ram_bytes(one_less, spec) > ram
+            one_less = plan.with_gpu_layers(devices.count("gpu"), disk=on_disk - 1)
+            assert auto.ram_bytes(one_less) > ram
         counts.append(on_disk)
     assert counts == sorted(counts)
     assert counts[0] == 0
@@ -150,7 +145,7 @@ def test_the_longest_context_fits_and_is_the_longest(kind):
     for budget in (needed(kind, "int4", 2), needed(kind, "int8"), needed(kind, "bf16")):
         choice = auto_plan(spec, budget, None)
         assert choice.forecast.fits
-        assert choice.plan.context == max_context(choice.plan, spec, budget, kernels="cpu").value
+        assert choice.plan.context == max_context(choice.plan, budget, kernels="cpu").value
     most = auto_plan(spec, "1GiB", None).plan.context
     assert most == spec.max_position_embeddings
 
@@ -158,17 +153,17 @@ def test_the_longest_context_fits_and_is_the_longest(kind):
 def test_the_longest_context_keeps_to_the_ram():
     spec, budget = small_spec("qwen2"), needed("qwen2", "int4", 1)
     free = auto_plan(spec, budget, 512, recipes=("int4",), gpu_layers=0)
-    ram = auto.ram_bytes(free.plan, spec) + 100 * free.plan.kv_bytes(spec, 1, "cpu")
+    ram = auto.ram_bytes(free.plan) + 100 * free.plan.kv_bytes(1, "cpu")
     found = auto_plan(spec, budget, None, recipes=("int4",), gpu_layers=0, ram=ram)
     assert 512 < found.plan.context <= 612
-    assert auto.ram_bytes(found.plan, spec) <= ram
+    assert auto.ram_bytes(found.plan) <= ram
 
 
 def test_a_context_is_halved_until_something_fits():
     config = tiny_config("qwen2", max_position_embeddings=2048, num_key_value_heads=4, hidden_size=256, vocab_size=2048)
     spec = ModelSpec.from_config(config, "wide cache")
     least = Plan.uniform(spec, "int4", context=256)
-    budget = forecast(least, spec).peak_reserved_bytes
+    budget = forecast(least).peak_reserved_bytes
     with pytest.raises(BudgetError):
         auto_plan(spec, budget, 2048, recipes=("int4",), gpu_layers=3, kv_format="bf16")
     found = auto_plan(spec, budget, None, recipes=("int4",), gpu_layers=3, kv_format="bf16")
@@ -203,10 +198,10 @@ def test_weights_travel_where_it_is_faster_and_the_buffers_fit():
     spec, budget = small_spec("qwen2"), needed("qwen2", "int4", 2) + 4 * 2**20
     choice = auto_plan(spec, budget, CONTEXT, recipes=("int4",), gpu_layers=2, machine=Card())
     plan = choice.plan
-    assert plan.stream_from == stream_threshold(plan, spec, Card()) < CONTEXT
+    assert plan.stream_from == stream_threshold(plan, Card()) < CONTEXT
     assert choice.forecast.fits
     assert f"prompts of {plan.stream_from} tokens or more" in choice.why[-1]
-    assert choice.forecast == forecast(plan, spec, budget)
+    assert choice.forecast == forecast(plan, budget)
     tight = auto_plan(spec, needed("qwen2", "int4", 2), CONTEXT, recipes=("int4",), gpu_layers=2, machine=Card())
     assert tight.plan.stream_from is None
     assert auto_plan(spec, budget, CONTEXT, gpu_layers=2, machine=Made()).plan.stream_from is None
@@ -220,9 +215,9 @@ def test_ram_that_is_too_small_is_said_before_loading(monkeypatch):
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     with pytest.raises(BudgetError, match="found 1000 B free; choose a smaller format, layers on disk"):
         load_tiny("qwen2", plan, gpu)
-    room = forecast_load_bytes(plan, spec, gpu_in_ram=True) - plan.weight_bytes(spec)
+    room = forecast_load_bytes(plan, gpu_in_ram=True) - plan.weight_bytes()
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=room))
-    check_room_in_ram(plan, spec, gpu, spec.modules, loaded=plan)  # what is there already makes room
+    check_room_in_ram(plan, gpu, spec.modules, loaded=plan)  # what is there already makes room
     model = load_tiny("qwen2", plan.with_modules("*", device="disk"), gpu)  # and what stays on disk takes none
     monkeypatch.setattr(host.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     replan(model, replace(model.lowvram.plan, context=64, threads=1), progress=False)  # nothing is loaded for that

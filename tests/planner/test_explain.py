@@ -47,12 +47,12 @@ def small_checkpoint(kind: str) -> DictCheckpoint:
 def run_plan(kind, plan, budget, workload=None):
     """Loads a plan on a stand-in of so many bytes and runs it, by default over its whole context."""
     gpu = StandInGpu(GpuBudget(budget))
-    model = load(plan, gpu, checkpoint=small_checkpoint(kind), spec=small_spec(kind), progress=False)
+    model = load(plan, gpu, checkpoint=small_checkpoint(kind), progress=False)
     return run_workload(model, workload or Workload.full_context(plan.context))
 
 
 def needed(kind, plan, phase=None):
-    profile = forecast(plan, small_spec(kind), kernels="cpu")
+    profile = forecast(plan, kernels="cpu")
     return profile.phase(phase).peak_reserved_bytes if phase else profile.peak_reserved_bytes
 
 
@@ -62,7 +62,7 @@ def random_cases(count):
     while len(cases) < count:
         kind, recipe = source.choice(TINY), source.choice(["fp32", "bf16", "int8", "int4", "int4-g32", "nf4"])
         plan = Plan.uniform(small_spec(kind), recipe, context=source.randrange(300, 1000))
-        plan = plan.with_gpu_layers(small_spec(kind), source.choice([LAYERS, LAYERS, 2]))
+        plan = plan.with_gpu_layers(source.choice([LAYERS, LAYERS, 2]))
         if source.random() < 0.3:
             plan = replace(plan, kv_format="int8")
         whole = needed(kind, plan)
@@ -81,7 +81,7 @@ def apply_all_suggestions(cases):
         assert not found.within_forecast, case
         counts.append(len(found.suggestions))
         for suggestion in found.suggestions:
-            again = forecast(suggestion.plan, small_spec(kind), GpuBudget(budget), kernels="cpu")
+            again = forecast(suggestion.plan, GpuBudget(budget), kernels="cpu")
             assert again.fits, (case, suggestion.text)
             assert again.peak_reserved_bytes <= budget
             assert (suggestion.plan, budget) not in tried, (case, suggestion.text)
@@ -118,7 +118,7 @@ def explained(kind="qwen2", phase="prefill", **options):
 @pytest.mark.parametrize("phase", ["load", "prefill"])
 def test_who_asked_and_who_held(phase):
     found, plan, budget = explained(phase=phase)
-    event = forecast(plan, small_spec("qwen2"), GpuBudget(budget), kernels="cpu").first_oom
+    event = forecast(plan, GpuBudget(budget), kernels="cpu").first_oom
     assert found.happened
     assert (found.event.phase, found.event.module) == (event.phase, event.module) == (phase, found.event.module)
     assert found.event.module.startswith(("model.layers.", "lm_head", "model.norm"))

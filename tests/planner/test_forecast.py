@@ -29,8 +29,8 @@ KV_BYTES_A_LAYER = 2 * round_size(295 * 2 * 32 * 2)  # keys and values: tokens, 
 
 def forecast_and_measure(kind, plan, workload=WORKLOAD, gpu=None):
     gpu = gpu or open_gpu("1000MiB")
-    spec = tiny_spec(kind)
-    dry = forecast(plan, spec, gpu, workload=workload)
+    tiny_spec(kind)
+    dry = forecast(plan, gpu, workload=workload)
     return dry, run_workload(load_tiny(kind, plan, gpu), workload)
 
 
@@ -68,11 +68,11 @@ def test_what_chats_takes_what_was_foretold(kind, recipe, placement, kv_format):
     plan = tiny_plan(kind, recipe, placement)
     if kv_format in ("int8", "int4"):
         plan = replace(plan, kv_format=kv_format)
-    gpu, spec = open_gpu("1000MiB"), tiny_spec(kind)
+    gpu = open_gpu("1000MiB")
     model = load_tiny(kind, plan, gpu)
     for batch_size in (1, 2):
         workload = Workload(33, 3, follow_up_tokens=9, batch_size=batch_size)
-        dry, real = forecast(plan, spec, gpu, workload=workload), run_workload(model, workload)
+        dry, real = forecast(plan, gpu, workload=workload), run_workload(model, workload)
         assert_the_same(dry, real)
         lean = kv_format != "int4" and recipe != "nf4"
         assert real.engine.startswith("the lean decoder" if lean else "the model's modules (")
@@ -90,7 +90,7 @@ def test_odd_workloads_to_the_byte(recipe, placement):
         Workload(1, 0),
         Workload(2, 0, follow_up_tokens=1),
     ):
-        assert_the_same(forecast(plan, tiny_spec("qwen2"), gpu, workload=workload), run_workload(model, workload))
+        assert_the_same(forecast(plan, gpu, workload=workload), run_workload(model, workload))
 
 
 @compiler
@@ -118,12 +118,12 @@ def test_to_the_byte_at_every_length(tokens):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", TINY)
 def test_figures_hang_together(kind, recipe):
-    spec, plan = tiny_spec(kind), tiny_plan(kind, recipe)
-    profile = forecast(plan, spec, "1000MiB", workload=WORKLOAD)
+    _spec, plan = tiny_spec(kind), tiny_plan(kind, recipe)
+    profile = forecast(plan, "1000MiB", workload=WORKLOAD)
     for phase in profile.phases:
         assert sum(phase.breakdown.values()) == phase.peak_allocated_bytes >= phase.end_allocated_bytes
         assert phase.peak_allocated_bytes <= phase.peak_reserved_bytes <= 1000 * MiB
-    assert profile.weights_bytes == plan.weight_bytes(spec)
+    assert profile.weights_bytes == plan.weight_bytes()
     loaded = profile.phase("load").end_allocated_bytes
     assert profile.weights_bytes < loaded < profile.weights_bytes + 512 * 80  # each tensor rounds up to a block
     assert profile.kv_bytes == KV_BYTES_A_LAYER * 3
@@ -137,20 +137,20 @@ def test_figures_hang_together(kind, recipe):
 
 
 def test_kv_and_transfers_follow_the_split():
-    spec = tiny_spec("qwen2")
-    by_layers = [forecast(tiny_plan("qwen2").with_gpu_layers(spec, n), spec, workload=WORKLOAD) for n in range(4)]
+    tiny_spec("qwen2")
+    by_layers = [forecast(tiny_plan("qwen2").with_gpu_layers(n), workload=WORKLOAD) for n in range(4)]
     assert [profile.kv_bytes for profile in by_layers] == [KV_BYTES_A_LAYER * n for n in range(4)]
     assert all(a.weights_bytes < b.weights_bytes for a, b in zip(by_layers, by_layers[1:], strict=False))
-    everything_on_the_cpu = forecast(tiny_plan("qwen2", "bf16", "cpu"), spec, workload=WORKLOAD)
+    everything_on_the_cpu = forecast(tiny_plan("qwen2", "bf16", "cpu"), workload=WORKLOAD)
     assert everything_on_the_cpu.peak_allocated_bytes == everything_on_the_cpu.transferred_bytes == 0
 
 
 @pytest.mark.parametrize("budget", ["1MiB", "2MiB", "3MiB", "4MiB", "6MiB", "24MiB", "26MiB"])
 @pytest.mark.parametrize("recipe", ["fp32", "int8"])
 def test_first_oom_is_where_the_real_run_raises(recipe, budget):
-    spec, workload = tiny_spec("qwen2"), Workload(900, 2)
+    _spec, workload = tiny_spec("qwen2"), Workload(900, 2)
     plan = replace(tiny_plan("qwen2", recipe), context=1024)
-    dry = forecast(plan, spec, open_gpu(budget), workload=workload)
+    dry = forecast(plan, open_gpu(budget), workload=workload)
     gpu = open_gpu(budget)
     try:
         run_workload(load_tiny("qwen2", plan, gpu), workload)
@@ -166,17 +166,17 @@ def test_first_oom_is_where_the_real_run_raises(recipe, budget):
 
 
 def test_the_budgets_above_meet_every_outcome():
-    spec, workload, found = tiny_spec("qwen2"), Workload(900, 2), set()
+    _spec, workload, found = tiny_spec("qwen2"), Workload(900, 2), set()
     plan = replace(tiny_plan("qwen2", "fp32"), context=1024)
     for budget in ("1MiB", "3MiB", "26MiB"):
-        event = forecast(plan, spec, open_gpu(budget), workload=workload).first_oom
+        event = forecast(plan, open_gpu(budget), workload=workload).first_oom
         found.add(event.phase if event else "fits")
     assert found == {"load", "prefill", "fits"}
 
 
 def test_beyond_the_first_failure_the_figures_are_those_without_a_limit():
-    spec, plan = tiny_spec("qwen2"), tiny_plan("qwen2", "fp32")
-    small, unlimited = (forecast(plan, spec, budget, workload=WORKLOAD) for budget in ("1MiB", None))
+    _spec, plan = tiny_spec("qwen2"), tiny_plan("qwen2", "fp32")
+    small, unlimited = (forecast(plan, budget, workload=WORKLOAD) for budget in ("1MiB", None))
     assert not small.fits
     assert unlimited.fits
     assert (small.compare(unlimited)["difference"] == 0).all()
@@ -191,11 +191,11 @@ def test_a_second_model_on_the_same_gpu_has_its_own_load_phase():
 
 
 def test_cuda_kernels_differ_where_they_should():
-    spec = tiny_spec("qwen2")
+    tiny_spec("qwen2")
 
     def both(recipe, tokens):
         plan = tiny_plan("qwen2", recipe)
-        return [forecast(plan, spec, workload=Workload(tokens, 1), kernels=k) for k in ("cuda", "cpu")]
+        return [forecast(plan, workload=Workload(tokens, 1), kernels=k) for k in ("cuda", "cpu")]
 
     for recipe in RECIPES:
         cuda, cpu = both(recipe, 290)
@@ -208,17 +208,17 @@ def test_cuda_kernels_differ_where_they_should():
     assert int8_cuda.activation_bytes > int8_cpu.activation_bytes
     gpu = open_gpu(None)  # whose kernels an opened GPU runs, it says itself
     expected = {"cuda": int8_cuda, "cpu": int8_cpu}[gpu.kernels]
-    assert forecast(tiny_plan("qwen2", "int8"), spec, gpu, workload=Workload(1, 1)).phases == expected.phases
+    assert forecast(tiny_plan("qwen2", "int8"), gpu, workload=Workload(1, 1)).phases == expected.phases
 
 
 @pytest.mark.parametrize("workload", [Workload(511, 2), Workload(512, 1), Workload(1, 512)])
 def test_a_workload_longer_than_the_context(workload):
     with pytest.raises(PlanError, match="513 tokens, the plan a context of 512"):
-        forecast(tiny_plan("qwen2"), tiny_spec("qwen2"), workload=workload)
+        forecast(tiny_plan("qwen2"), workload=workload)
 
 
 def test_the_default_workload_is_the_whole_context():
-    profile = forecast(tiny_plan("qwen2", context=300), tiny_spec("qwen2"))
+    profile = forecast(tiny_plan("qwen2", context=300))
     assert profile.kv_bytes == 6 * round_size(300 * 128)
     assert Workload.full_context(2) == Workload(1, 1)
 
@@ -232,17 +232,17 @@ def test_a_workload_of_nothing_is_refused(sizes):
 @pytest.mark.parametrize(("budget", "error"), [("lots", UnitError), (4, BudgetError)])
 def test_a_budget_that_cannot_be_used(budget, error):
     with pytest.raises(error):
-        forecast(tiny_plan("qwen2"), tiny_spec("qwen2"), budget)
+        forecast(tiny_plan("qwen2"), budget)
 
 
 def test_another_models_plan_is_refused():
     with pytest.raises(PlanError):
-        forecast(tiny_plan("llama"), tiny_spec("qwen2"))
+        forecast(tiny_plan("llama"))
 
 
 def test_qwen_4b_in_16_bits_at_4096_tokens():
     spec = packaged_spec("qwen1.5-4b")
-    profile = forecast(Plan.uniform(spec, "fp16", context=4096), spec, "4GiB")
+    profile = forecast(Plan.uniform(spec, "fp16", context=4096), "4GiB")
     assert profile.weights_bytes == 7_900_738_560
     assert profile.kv_bytes == 4096 * 400 * 1024
     # CUDA counts whole blocks: a 33.75 MiB projection takes a 34 MiB segment whose rest is too small to split off
@@ -252,7 +252,7 @@ def test_qwen_4b_in_16_bits_at_4096_tokens():
     assert profile.first_oom.phase == "load"
     assert profile.first_oom.module.startswith("model.layers.")
     assert profile.overhead_bytes == 384 * MiB
-    assert forecast(Plan.uniform(spec, "fp16", context=4096), spec, "12GiB").fits
+    assert forecast(Plan.uniform(spec, "fp16", context=4096), "12GiB").fits
     assert profile.peak_reserved_bytes < 11.5 * GiB
 
 
@@ -263,7 +263,7 @@ from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.measure import run_workload
 gpu, plan, spec = open_gpu("1000MiB"), tiny_plan("qwen2", "nf4"), tiny_spec("qwen2")
 work = Workload(20, 2)
-table = forecast(plan, spec, gpu, workload=work).compare(run_workload(load_tiny("qwen2", plan, gpu), work))
+table = forecast(plan, gpu, workload=work).compare(run_workload(load_tiny("qwen2", plan, gpu), work))
 print(table["difference"].tolist())
 """
 

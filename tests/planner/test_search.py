@@ -33,13 +33,13 @@ def plan_of(kind, recipe="int8", context=256):
 
 
 def fits(plan, kind, budget, **workload):
-    return forecast(plan, spec_of(kind), budget, workload=Workload.full_context(plan.context, **workload)).fits
+    return forecast(plan, budget, workload=Workload.full_context(plan.context, **workload)).fits
 
 
 @pytest.mark.parametrize(("kind", "budget"), [("llama", 6 * MiB), ("qwen2", 9 * MiB)])
 def test_the_longest_context(kind, budget):
     plan = plan_of(kind)
-    found = max_context(plan, spec_of(kind), budget)
+    found = max_context(plan, budget)
     assert int(found) == found.value
     assert found.value % CONTEXT_STEP == 0
     assert found.limited_by == "memory"
@@ -50,9 +50,9 @@ def test_the_longest_context(kind, budget):
 
 @pytest.mark.parametrize("kind", TINY)
 def test_where_the_model_ends_first(kind):
-    found = max_context(plan_of(kind), spec_of(kind), "512MiB")
+    found = max_context(plan_of(kind), "512MiB")
     assert (found.value, found.limited_by) == (2048, "model")
-    found = max_layers_on_gpu(plan_of(kind), spec_of(kind), "512MiB")
+    found = max_layers_on_gpu(plan_of(kind), "512MiB")
     assert (found.value, found.limited_by) == (3, "model")
 
 
@@ -61,17 +61,17 @@ def test_where_the_model_ends_first(kind):
 )
 def test_the_most_layers(kind, recipe, short_by):
     plan = plan_of(kind, recipe)
-    budget = forecast(plan, spec_of(kind), "1TiB").peak_reserved_bytes - short_by * 2 * MiB
-    found = max_layers_on_gpu(plan, spec_of(kind), budget)
+    budget = forecast(plan, "1TiB").peak_reserved_bytes - short_by * 2 * MiB
+    found = max_layers_on_gpu(plan, budget)
     assert 0 <= found.value < 3
     assert found.limited_by == "memory"
-    assert fits(plan.with_gpu_layers(spec_of(kind), found.value), kind, budget)
-    assert not fits(plan.with_gpu_layers(spec_of(kind), found.value + 1), kind, budget)
+    assert fits(plan.with_gpu_layers(found.value), kind, budget)
+    assert not fits(plan.with_gpu_layers(found.value + 1), kind, budget)
 
 
 def test_more_memory_never_means_less():
     plans = [plan_of("qwen2"), replace(plan_of("qwen2"), kv_format="int8")]
-    rows = [[max_context(plan, spec_of("qwen2"), n * MiB).value for n in (6, 9)] for plan in plans]
+    rows = [[max_context(plan, n * MiB).value for n in (6, 9)] for plan in plans]
     for row in rows:
         assert row == sorted(row)
         assert row[0] < row[-1]
@@ -92,30 +92,30 @@ def test_what_does_not_fit_at_all_says_what_it_needs():
 def test_the_need_that_is_named_is_enough():
     plan = plan_of("qwen2", "bf16")
     with pytest.raises(BudgetError) as error:
-        max_context(plan, spec_of("qwen2"), MiB)
-    needs = forecast(replace(plan, context=CONTEXT_STEP), spec_of("qwen2"), GpuBudget(2**40)).device_peak_bytes
+        max_context(plan, MiB)
+    needs = forecast(replace(plan, context=CONTEXT_STEP), GpuBudget(2**40)).device_peak_bytes
     assert f"needs {format_bytes(needs)}," in str(error.value)
-    assert max_context(plan, spec_of("qwen2"), needs).value >= CONTEXT_STEP
+    assert max_context(plan, needs).value >= CONTEXT_STEP
     with pytest.raises(BudgetError):
-        max_context(plan, spec_of("qwen2"), needs - 1)
+        max_context(plan, needs - 1)
 
 
 def test_an_opened_gpu_and_one_without_a_limit():
     gpu = open_gpu("8MiB")
     if gpu.simulated:
         plan = plan_of("llama")
-        by_gpu = limits.max_context(plan, spec_of("llama"), gpu)
-        assert by_gpu.value == max_context(plan, spec_of("llama"), GpuBudget(8 * MiB)).value
+        by_gpu = limits.max_context(plan, gpu)
+        assert by_gpu.value == max_context(plan, GpuBudget(8 * MiB)).value
     with pytest.raises(BudgetError, match="needs a GPU with a budget"):
-        limits.max_context(plan_of("llama"), spec_of("llama"), open_gpu())
+        limits.max_context(plan_of("llama"), open_gpu())
 
 
 def test_qwen_4b_in_int4_on_4_gib():
     spec = packaged_spec("qwen1.5-4b")
     plan = Plan.uniform(spec, "int4", context=4096)
-    found = limits.max_context(plan, spec, "4GiB")
+    found = limits.max_context(plan, "4GiB")
     print(f"Qwen1.5-4B int4 on 4 GiB: context {found.value}, {found.forecast.summary()}")
     assert found.limited_by == "memory"
     assert 1500 < found.value < 4096  # 400 KiB a token: what 2.4 GiB of weights and the context leave
     longer = replace(plan, context=found.value + CONTEXT_STEP)
-    assert not dry_run.forecast(longer, spec, "4GiB").fits
+    assert not dry_run.forecast(longer, "4GiB").fits

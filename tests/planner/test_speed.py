@@ -25,8 +25,9 @@ from tests.helpers.machines import Made
 from tests.helpers.tiny import TINY, load_tiny, tiny_plan, tiny_spec
 
 
-def by_hand(plan, spec, prompt, new_tokens, link=None, lean=True) -> tuple[float, float]:
+def by_hand(plan, prompt, new_tokens, link=None, lean=True) -> tuple[float, float]:
     """First-token and per-token seconds at ``Made``'s rates: a prompt by modules, a token by the decoder."""
+    spec = plan.spec
     queries, keys = spec.config["num_attention_heads"] * spec.head_dim, spec.num_key_value_heads * spec.head_dim
     first, each, cached = 1e-4, 5e-5, prompt + new_tokens // 2
     for m in spec.modules:
@@ -48,10 +49,10 @@ def by_hand(plan, spec, prompt, new_tokens, link=None, lean=True) -> tuple[float
 @pytest.mark.parametrize("layers", [0, 1, 3])
 @pytest.mark.parametrize("kind", TINY)
 def test_the_parts_add_up_to_the_sum_made_by_hand(kind, layers):
-    spec = tiny_spec(kind)
-    plan = tiny_plan(kind, "int4").with_gpu_layers(spec, layers)
-    found = forecast_speed(plan, spec, Workload(100, 20), Made())
-    first, each = by_hand(plan, spec, 100, 20)
+    tiny_spec(kind)
+    plan = tiny_plan(kind, "int4").with_gpu_layers(layers)
+    found = forecast_speed(plan, Workload(100, 20), Made())
+    first, each = by_hand(plan, 100, 20)
     assert found.ttft_s == pytest.approx(first)
     assert found.decode_tokens_per_s == pytest.approx(1 / each)
     assert sum(found.parts.values()) == pytest.approx(each)
@@ -62,22 +63,22 @@ def test_the_parts_add_up_to_the_sum_made_by_hand(kind, layers):
 
 
 def test_hidden_states_that_cross_cost_the_link():
-    spec, link = tiny_spec("llama"), LinkRates(9e9, 2e10, 8e9, 2e10, 2e-5)
-    plan = tiny_plan("llama").with_gpu_layers(spec, 2)  # embedding gpu, one layer cpu, two gpu: there and back
-    found = forecast_speed(plan, spec, Workload(100, 20), Made(link))
-    by_modules = by_hand(plan, spec, 100, 20, link, lean=False)  # its layers are on both sides of a card
+    _spec, link = tiny_spec("llama"), LinkRates(9e9, 2e10, 8e9, 2e10, 2e-5)
+    plan = tiny_plan("llama").with_gpu_layers(2)  # embedding gpu, one layer cpu, two gpu: there and back
+    found = forecast_speed(plan, Workload(100, 20), Made(link))
+    by_modules = by_hand(plan, 100, 20, link, lean=False)  # its layers are on both sides of a card
     assert (found.ttft_s, 1 / found.decode_tokens_per_s) == pytest.approx(by_modules)
     assert found.where == "an imagined machine"
-    whole = forecast_speed(tiny_plan("llama"), spec, Workload(100, 20), Made(link))
+    whole = forecast_speed(tiny_plan("llama"), Workload(100, 20), Made(link))
     assert "crossing" in found.parts
     assert "crossing" not in whole.parts
 
 
 def test_rates_are_asked_for_the_plans_formats_places_and_threads(monkeypatch):
     monkeypatch.setenv("LOWVRAM_COMPILE", "0")
-    spec, machine = tiny_spec("qwen2"), Made()
-    plan = replace(tiny_plan("qwen2", "int8").with_gpu_layers(spec, 1), threads=3, kv_format="int8")
-    found = forecast_speed(plan, spec, machine=machine)
+    _spec, machine = tiny_spec("qwen2"), Made()
+    plan = replace(tiny_plan("qwen2", "int8").with_gpu_layers(1), threads=3, kv_format="int8")
+    found = forecast_speed(plan, machine=machine)
     assert found.engine == "the lean decoder"
     places = ("cpu", "gpu")
     assert set(machine.asked) == {
@@ -88,15 +89,15 @@ def test_rates_are_asked_for_the_plans_formats_places_and_threads(monkeypatch):
         *(("attention", "lean", "int8", "bf16", place, 3) for place in places),
     }
     with pytest.raises(PlanError):
-        forecast_speed(tiny_plan("llama"), spec, machine=machine)
+        forecast_speed(tiny_plan("llama"), machine=machine)
 
 
 @pytest.mark.parametrize(("fmt", "kv_format", "engine"), [("nf4", None, "modules"), ("int8", "int4", "modules")])
 def test_what_modules_decode_is_forecast_by_modules(fmt, kv_format, engine):
-    spec, machine = tiny_spec("llama"), Made()
+    _spec, machine = tiny_spec("llama"), Made()
     plan = tiny_plan("llama", fmt)
     plan = replace(plan, kv_format=kv_format or plan.kv_format)
-    found = forecast_speed(plan, spec, machine=machine)
+    found = forecast_speed(plan, machine=machine)
     assert {entry[1] for entry in machine.asked if entry[0] == "token"} == {engine}
     assert found.engine == decoder_for(load_tiny("llama", plan)).name
 
@@ -105,15 +106,15 @@ def test_what_modules_decode_is_forecast_by_modules(fmt, kv_format, engine):
 @pytest.mark.parametrize("kind", TINY)
 def test_the_engine_that_is_forecast_is_the_one_that_a_dry_run_finds(kind, compile_it, monkeypatch):
     monkeypatch.setenv("LOWVRAM_COMPILE", compile_it)
-    spec = tiny_spec(kind)
+    tiny_spec(kind)
     for recipe in ("bf16", "int8", "int4", "nf4"):
         plan = tiny_plan(kind, recipe)
-        assert forecast_speed(plan, spec, machine=Made()).engine == forecast(plan, spec, kernels="cpu").engine
+        assert forecast_speed(plan, machine=Made()).engine == forecast(plan, kernels="cpu").engine
 
 
 @pytest.mark.parametrize("context", [2, 3, 200])
 def test_without_a_workload_half_the_context_is_the_prompt(context):
-    found = forecast_speed(tiny_plan("llama", context=context), tiny_spec("llama"), machine=Made())
+    found = forecast_speed(tiny_plan("llama", context=context), machine=Made())
     assert found.prompt_tokens == context // 2
     assert 1 <= found.new_tokens <= context - found.prompt_tokens
 
@@ -164,7 +165,7 @@ def test_rates_are_measured_once_and_kept(quick, monkeypatch, tmp_path):
 def test_rates_that_were_disturbed_are_used_said_and_measured_anew(quick, monkeypatch):
     monkeypatch.setattr(Circumstances, "STEADY_OTHERS", 0.25)
     busy = Circumstances(time.time() - 7200, spread=1.1, others=1.6)
-    monkeypatch.setattr(measure_rates, "time_calls", lambda calls, *_: Timing(dict.fromkeys(calls, 1e-3), busy))
+    monkeypatch.setattr(measure_rates, "time_calls", lambda calls, *_: Timing(dict.fromkeys(calls, 1e-3), {}, busy))
     machine = Machine()
     machine.kernel("int4")
     assert machine.circumstances() == busy
@@ -172,7 +173,7 @@ def test_rates_that_were_disturbed_are_used_said_and_measured_anew(quick, monkey
     again = []
     quiet = Circumstances(time.time(), spread=1.02, others=0.0)
     monkeypatch.setattr(
-        measure_rates, "time_calls", lambda calls, *_: again.append(1) or Timing(dict.fromkeys(calls, 1e-4), quiet)
+        measure_rates, "time_calls", lambda calls, *_: again.append(1) or Timing(dict.fromkeys(calls, 1e-4), {}, quiet)
     )
     Machine().kernel("int4")
     Machine().kernel("int4")
@@ -186,7 +187,7 @@ def test_a_disturbed_timing_is_repeated_and_the_least_disturbed_counts(monkeypat
 
     def attempt(given, wait):
         calls.append(1)
-        return Timing({"": 1.0}, Circumstances(0.0, 1.0, next(others)))
+        return Timing({"": 1.0}, {}, Circumstances(0.0, 1.0, next(others)))
 
     monkeypatch.setattr(timing, "_attempt", attempt)
     assert timing.time_calls({"": lambda: None}).circumstances.others == 0.1
@@ -215,8 +216,8 @@ def test_every_format_has_rates(quick, fmt):
 
 
 def test_a_measured_speed_compares_with_its_forecast():
-    plan, spec, workload = tiny_plan("qwen2"), tiny_spec("qwen2"), Workload(20, 4)
-    forecast, measured = forecast_speed(plan, spec, workload, Made()), run_speed(load_tiny("qwen2", plan), workload)
+    plan, _spec, workload = tiny_plan("qwen2"), tiny_spec("qwen2"), Workload(20, 4)
+    forecast, measured = forecast_speed(plan, workload, Made()), run_speed(load_tiny("qwen2", plan), workload)
     assert measured.origin == "measured"
     table = forecast.compare(measured)
     assert list(table.columns) == ["", "forecast", "measured", "difference_percent"]

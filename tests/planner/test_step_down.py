@@ -39,11 +39,11 @@ def logits(model):
 
 
 def variants(kind):
-    spec, plain = tiny_spec(kind), tiny_plan(kind)
+    _spec, plain = tiny_spec(kind), tiny_plan(kind)
     return {
-        "split": plain.with_gpu_layers(spec, 1),
+        "split": plain.with_gpu_layers(1),
         "int4": tiny_plan(kind, "int4"),
-        "int4, split": tiny_plan(kind, "int4").with_gpu_layers(spec, 2),
+        "int4, split": tiny_plan(kind, "int4").with_gpu_layers(2),
         "mixed": plain.with_modules("*.down_proj", format="int5").with_modules("*.q_proj", format="int8"),
         "int8 KV": replace(plain, kv_format="int8"),
         "on the CPU": plain.with_modules("*", device="cpu"),
@@ -68,7 +68,7 @@ def test_only_what_changes_is_loaded_again(monkeypatch):
     model, read = load_tiny("qwen2", tiny_plan("qwen2")), []
     original = model.lowvram.weights.read
     monkeypatch.setattr(model.lowvram.weights, "read", lambda name: (read.append(name), original(name))[1])
-    replan(model, tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), 2), progress=False)
+    replan(model, tiny_plan("qwen2").with_gpu_layers(2), progress=False)
     assert read
     assert all(name.startswith("model.layers.0.") for name in read)
 
@@ -94,13 +94,13 @@ def filled(gpu) -> list[torch.Tensor]:
 
 @SIMULATED
 def test_without_room_the_model_is_as_it_was():
-    spec = tiny_spec("qwen2")
-    plan = tiny_plan("qwen2").with_gpu_layers(spec, 1)
+    tiny_spec("qwen2")
+    plan = tiny_plan("qwen2").with_gpu_layers(1)
     model = load_tiny("qwen2", plan, open_gpu("16MiB"))
     before, held = logits(model), model.lowvram.gpu.meter.allocated["gpu"]
     kept = filled(model.lowvram.gpu)
     with pytest.raises(torch.OutOfMemoryError):
-        replan(model, plan.with_gpu_layers(spec, 3), progress=False)
+        replan(model, plan.with_gpu_layers(3), progress=False)
     assert model.lowvram.plan == plan
     del kept
     gc.collect()
@@ -120,19 +120,18 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
 
     monkeypatch.setattr(model.lowvram.weights, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        replan(model, tiny_plan("qwen2").with_gpu_layers(tiny_spec("qwen2"), 1), progress=False)
+        replan(model, tiny_plan("qwen2").with_gpu_layers(1), progress=False)
     assert torch.equal(logits(model), before)
     assert model.lowvram.plan == tiny_plan("qwen2")
 
 
 def test_each_smaller_plan_takes_less():
-    plan, spec = tiny_plan("qwen2", context=1024), tiny_spec("qwen2")
-    taken, texts, (first, *smaller_ones) = [], [], smaller_plans(plan, spec)
+    plan = tiny_plan("qwen2", context=1024)
+    taken, texts, (first, *smaller_ones) = [], [], smaller_plans(plan)
     assert first == ("prompts read 256 tokens at a time", replace(plan, prefill_chunk=256))
     for text, smaller in smaller_ones:
-        smaller.validate(spec)
         texts.append(text)
-        taken.append(smaller.weight_bytes(spec, "gpu") + smaller.kv_bytes(spec, smaller.context))
+        taken.append(smaller.weight_bytes("gpu") + smaller.kv_bytes(smaller.context))
     assert taken == sorted(taken, reverse=True)
     assert len(set(taken)) == len(taken)
     assert texts[:3] == [
@@ -141,14 +140,14 @@ def test_each_smaller_plan_takes_less():
         "2 more layers on the CPU, 0 left on the GPU",
     ]
     four = replace(plan, kv_format="int4")
-    assert all(smaller.kv_format == "int4" for _, smaller in smaller_plans(four, spec))  # int8 would be more
+    assert all(smaller.kv_format == "int4" for _, smaller in smaller_plans(four))  # int8 would be more
     assert texts[3:] == [f"a context of {n} tokens" for n in (768, 576, 432, 324, 256)]
 
 
 @pytest.mark.parametrize("at", ["_wrap", "_device_name"])
 def test_a_replan_interrupted_while_it_finishes_is_undone(at, monkeypatch):
     model = load_tiny("qwen2", tiny_plan("qwen2", "int8"))
-    before, plan = logits(model), tiny_plan("qwen2", "int8").with_gpu_layers(tiny_spec("qwen2"), 1)
+    before, plan = logits(model), tiny_plan("qwen2", "int8").with_gpu_layers(1)
     owner = Placement if at == "_wrap" else loader
     real, calls = getattr(owner, at), []
 
@@ -166,10 +165,10 @@ def test_a_replan_interrupted_while_it_finishes_is_undone(at, monkeypatch):
 
 
 def test_a_replan_that_the_disk_has_no_room_for_changes_nothing(monkeypatch):
-    spec = tiny_spec("qwen2")
-    plans = [tiny_plan("qwen2", "int8").with_gpu_layers(spec, 1, disk=1)]
+    tiny_spec("qwen2")
+    plans = [tiny_plan("qwen2", "int8").with_gpu_layers(1, disk=1)]
     names = {"": 0, "model.layers.1": "disk", "model.layers.0": "cpu"}
-    plans.append(tiny_plan("qwen2", "int8").with_device_map(spec, names))
+    plans.append(tiny_plan("qwen2", "int8").with_device_map(names))
     model = load_tiny("qwen2", plans[0])
     before = logits(model)
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("", (), {"free": 10}))
@@ -184,7 +183,7 @@ def test_a_chat_goes_on_where_ram_is_short_for_a_step(monkeypatch):
     real = loader.check_room_in_ram
 
     def short_once(plan, *args):
-        if plan.prefill_chunk and plan.layer_devices(session.model.lowvram.spec).count("gpu") == 3:
+        if plan.prefill_chunk and plan.layer_devices().count("gpu") == 3:
             raise BudgetError("no RAM")
         real(plan, *args)
 
@@ -196,13 +195,13 @@ def test_a_chat_goes_on_where_ram_is_short_for_a_step(monkeypatch):
 
 
 def test_buffers_for_travelling_weights_are_the_first_to_go():
-    spec = tiny_spec("qwen2")
-    plan = replace(tiny_plan("qwen2").with_gpu_layers(spec, 2, disk=1), stream_from=16)
-    texts, plans = zip(*smaller_plans(plan, spec), strict=True)
+    tiny_spec("qwen2")
+    plan = replace(tiny_plan("qwen2").with_gpu_layers(2, disk=1), stream_from=16)
+    texts, plans = zip(*smaller_plans(plan), strict=True)
     assert texts[0] == "long prompts computed where the layers are"
     assert texts[2] == "KV cache in int8"
     assert plans[0] == replace(plan, stream_from=None)
-    assert all(each.layer_devices(spec)[0] == "disk" for each in plans)
+    assert all(each.layer_devices()[0] == "disk" for each in plans)
 
 
 def letters_chat(gpu, context=512, **options):
@@ -223,7 +222,7 @@ def test_a_chat_goes_on_when_the_gpu_is_full(caplog):
     caplog.set_level(logging.WARNING)
     session = letters_chat(open_gpu("4MiB"))
     session.ask("hi")
-    before, steps = list(session.history), list(smaller_plans(session.model.lowvram.plan, session.model.lowvram.spec))
+    before, steps = list(session.history), list(smaller_plans(session.model.lowvram.plan))
     answer = session.ask("x" * 300)
     given_up = session.turns[-1].given_up
     assert given_up and given_up == tuple(text for text, _ in steps[: len(given_up)])
@@ -271,7 +270,7 @@ def test_a_chat_notices_that_its_model_was_replanned():
     session = letters_chat(open_gpu("64MiB"))
     session.ask("hi")
     before = list(session.history)
-    replan(session.model, session.model.lowvram.plan.with_gpu_layers(tiny_spec("qwen2"), 1), progress=False)
+    replan(session.model, session.model.lowvram.plan.with_gpu_layers(1), progress=False)
     assert session.ask("and now?") == fresh_answer(session, before, "and now?")
     assert session.turns[-1].cached_tokens == 0
 
@@ -296,7 +295,7 @@ def test_a_history_cut_by_its_owner_is_a_new_beginning():
 
 @SIMULATED
 def test_where_nothing_helps_the_error_passes_and_the_history_is_as_before():
-    plan = replace(tiny_plan("qwen2", "fp32", context=256), kv_format="int8").with_gpu_layers(tiny_spec("qwen2"), 0)
+    plan = replace(tiny_plan("qwen2", "fp32", context=256), kv_format="int8").with_gpu_layers(0)
     model = load_tiny("qwen2", plan, open_gpu("16MiB"), letters_state())
     session = ChatSession(model, tiny_tokenizer(), max_new_tokens=12)
     session.ask("hi")
@@ -326,5 +325,5 @@ def test_tolerance_of_splits():
         model = load_tiny(kind, tiny_plan(kind))
         whole = logits(model)
         for count in range(3):
-            replan(model, tiny_plan(kind).with_gpu_layers(tiny_spec(kind), count), progress=False)
+            replan(model, tiny_plan(kind).with_gpu_layers(count), progress=False)
             assert relative_error(logits(model), whole) < TOLERANCES["bf16"]

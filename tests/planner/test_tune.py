@@ -15,13 +15,13 @@ from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.tune import tune
 from tests.helpers.checkpoints import write_model
 from tests.helpers.machines import Made
-from tests.helpers.tiny import DictCheckpoint, tiny_plan, tiny_spec, tiny_state
+from tests.helpers.tiny import DictCheckpoint, tiny_plan, tiny_state
 
 
 def measured(**options):
-    plan, spec = tiny_plan("qwen2", "int8"), tiny_spec("qwen2")
+    plan = tiny_plan("qwen2", "int8")
     given = {"workload": Workload(8, 3), "checkpoint": DictCheckpoint(tiny_state("qwen2")), "machine": Made()}
-    return tune(plan, spec, open_gpu("64MiB"), progress=False, **{**given, **options})
+    return tune(plan, open_gpu("64MiB"), progress=False, **{**given, **options})
 
 
 def test_every_split_with_every_thread_count(monkeypatch):
@@ -46,10 +46,10 @@ def test_every_split_with_every_thread_count(monkeypatch):
 
 def test_splits_that_do_not_fit_are_left_out():
     whole = measured(gpu_layers=[3], threads=[1])["peak_gpu_bytes"].tolist()[0]
-    plan, spec = tiny_plan("qwen2", "int8"), tiny_spec("qwen2")
+    plan = tiny_plan("qwen2", "int8")
     checkpoint = DictCheckpoint(tiny_state("qwen2"))
     with pytest.raises(PlanError, match=r"none of \[3\] layers on the GPU fits"):
-        tune(plan, spec, open_gpu(whole - 1), gpu_layers=[3], checkpoint=checkpoint, machine=Made())
+        tune(plan, open_gpu(whole - 1), gpu_layers=[3], checkpoint=checkpoint, machine=Made())
 
 
 def test_the_command_prints_a_row_for_each(capsys, tmp_path, monkeypatch):

@@ -96,8 +96,10 @@ def mixed(kind: str) -> Plan:
 
 
 def small_embedding(kind: str) -> Plan:
-    plan = Plan.uniform(tiny_spec(kind), "int4", context=CONTEXT).with_modules(EMBED, format="int5")
-    return plan.with_modules(HEAD, format="int5" if kind == "llama" else "int3-g32")
+    plan = Plan.uniform(tiny_spec(kind), "int4", context=CONTEXT)
+    if kind == "llama":  # its table is its head
+        return plan.with_modules(EMBED, HEAD, format="int5")
+    return plan.with_modules(EMBED, format="int5").with_modules(HEAD, format="int3-g32")
 
 
 PLANS = {
@@ -144,7 +146,7 @@ def ours(directory, dtype="bf16"):
     spec = directory_spec(directory)
     plan = Plan.uniform(spec, "stored", context=CONTEXT, dtype=dtype)
     gpu = open_gpu("1000MiB")
-    return load(plan, gpu, spec=spec, checkpoint=find_source(directory).checkpoint(), progress=False)
+    return load(plan, gpu, checkpoint=find_source(directory).checkpoint(), progress=False)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -239,7 +241,7 @@ def test_the_files_and_what_they_say(made, sources, name):
     extra = sum(
         t.nbytes for n, t in tensors.items() if n.endswith("_shape") or n == "lm_head.weight_scale" and kind == "llama"
     )
-    assert done.weight_bytes == done.plan.weight_bytes(tiny_spec(kind))
+    assert done.weight_bytes == done.plan.weight_bytes()
     if any(get_format(a.format).kind == "int4" for a in done.plan.modules.values()):
         zeros = sum(
             2 * math.prod(m.weight_shape) // get_format(done.plan.modules[m.name].format).group_size
@@ -271,7 +273,7 @@ def test_the_config_is_the_originals_and_how_it_is_stored(made, sources, name):
 def test_the_recipe_makes_it_again(made, sources, folder, name):
     directory, done = made(name)
     facts = json.loads((directory / "recipe.json").read_text())
-    plan = Plan.from_json(json.dumps(facts["plan"]))
+    plan = Plan.from_json(json.dumps(facts["plan"]), done.plan.spec)
     assert plan.modules == done.plan.modules
     assert facts["source"] == plan.model == sources[PLANS[name][0]].name
     for file in ("recipe.json", "config.json", "README.md"):  # a path of this machine would be nobody's business
@@ -321,12 +323,12 @@ def test_the_forecast_of_a_converted_model_is_exact(made, name, split):
     directory, _ = made(name)
     spec, gpu = directory_spec(directory), open_gpu("1000MiB")
     plan = Plan.uniform(spec, "stored", context=CONTEXT)
-    placed = plan.with_gpu_layers(spec, 1) if split else plan
-    model = load(placed, gpu, checkpoint=find_source(directory).checkpoint(), spec=spec, progress=False)
+    placed = plan.with_gpu_layers(1) if split else plan
+    model = load(placed, gpu, checkpoint=find_source(directory).checkpoint(), progress=False)
     workload = Workload(100, 3)  # 100 tokens take the dequantised paths, one token the kernels
-    table = forecast(placed, spec, gpu, workload=workload).compare(run_workload(model, workload))
+    table = forecast(placed, gpu, workload=workload).compare(run_workload(model, workload))
     assert (table["difference"] == 0).all(), table
-    assert plan.weight_bytes(spec) == plan.weight_bytes(tiny_spec(PLANS[name][0]))
+    assert plan.weight_bytes() == plan.weight_bytes()
 
 
 # --- interrupted ---

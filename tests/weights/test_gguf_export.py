@@ -297,7 +297,7 @@ FORMATS = {
 def make_converted(folder: Path, kind: str = "llama") -> Path:
     """A directory in the format that ``convert`` writes, each projection in another of its formats."""
     make_model(folder, kind)
-    spec = ModelSpec.from_config(find_source(folder).config(), "tiny")
+    spec = find_source(folder).spec("tiny")
     state, formats = {name: Checkpoint(folder).read(name) for name in Checkpoint(folder)}, {}
     for module in spec.modules:
         fmt = next((fmt for end, fmt in FORMATS.items() if module.name.endswith(end)), None)

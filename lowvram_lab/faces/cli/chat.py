@@ -75,8 +75,8 @@ def _open(args, kind, **options):
     if kind is ChatSession:
         source.require_chat_template()
     plan, profile, _ = chosen_plan(args, spec, gpu)
-    print(f"{plan.summary(spec)}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
-    model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
+    print(f"{plan.summary()}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
+    model = load(plan, gpu, progress=sys.stderr.isatty())
     session = kind(
         model,
         source.tokenizer(),

@@ -50,10 +50,9 @@ def require_cache() -> None:
 def spec_of(name: str):
     """Source and spec of the model that a user named."""
     from lowvram_lab.model.source import find_source
-    from lowvram_lab.model.spec import ModelSpec
 
     source = find_source(name)
-    return source, ModelSpec.from_config(source.config(), source.name)
+    return source, source.spec()
 
 
 EXIT_USAGE = 2

@@ -17,7 +17,6 @@ from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import describe_holders
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
-from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed, run_workload
@@ -45,26 +44,26 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     gpu = open_gpu(gpu_size)
     source = find_source(model_name)
     source.require_chat_template()
-    spec = ModelSpec.from_config(source.config(), source.name)
+    spec = source.spec()
     naive = Plan.uniform(spec, "fp16", context=context)
 
     say(f"1. Forecast: {spec.name} in fp16 on a {format_bytes(gpu.budget.total_bytes)} GPU, from its config alone")
-    say(f"   {forecast(naive, spec, gpu).summary()}\n")
+    say(f"   {forecast(naive, gpu).summary()}\n")
 
     say("2. Try it anyway")
     weights_from = _fetched_from(source, say, progress)
     checkpoint = source.checkpoint()
-    oom = _provoke_oom(naive, spec, gpu_size, checkpoint, progress)
+    oom = _provoke_oom(naive, gpu_size, checkpoint, progress)
     say(f"   {oom['type']}: {oom['message']}\n" if oom else "   it fits: no need to compress\n")
 
     say("3. Plan")
     choice = auto_plan(spec, gpu, context)
-    say("".join(f"   {line}\n" for line in (*choice.why, choice.plan.summary(spec))))
+    say("".join(f"   {line}\n" for line in (*choice.why, choice.plan.summary())))
 
     say(f"4. Load inside the cap, on the {gpu.name}, and chat")
-    model = load(choice.plan, gpu, checkpoint=checkpoint, spec=spec, progress=progress)
+    model = load(choice.plan, gpu, checkpoint=checkpoint, progress=progress)
     workload = Workload(prompt_tokens=context // 2, new_tokens=8)
-    predicted = forecast(choice.plan, spec, gpu, workload=workload)
+    predicted = forecast(choice.plan, gpu, workload=workload)
     measured = run_workload(model, workload)
     speed = _speed(model, progress)
     session = ChatSession(model, source.tokenizer(), max_new_tokens=80, progress=progress)
@@ -93,7 +92,7 @@ def _validated(session: ChatSession, foretold: dict, checkpoint, say, progress: 
     """Holds the chat against the 16-bit model and its forecasts."""
     say("\n5. Validate against the 16-bit model")
     state = session.model.lowvram
-    reference = load_reference(state.plan, state.spec, checkpoint=checkpoint, progress=progress)
+    reference = load_reference(state.plan, checkpoint=checkpoint, progress=progress)
     report = validate(session, reference=reference, **foretold, progress=progress)
     say(report.table().to_string(index=False))
     say(f"   {report.summary()}\n")
@@ -108,11 +107,11 @@ def _fetched_from(source: Source, say, progress: bool) -> str:
     return weights_from
 
 
-def _provoke_oom(plan: Plan, spec: ModelSpec, gpu_size: str, checkpoint, progress: bool) -> dict | None:
+def _provoke_oom(plan: Plan, gpu_size: str, checkpoint, progress: bool) -> dict | None:
     """Really loads the plan under the cap; returns what the error said, or ``None`` if there was none."""
     gpu = open_gpu(gpu_size)
     try:
-        load(plan, gpu, checkpoint=checkpoint, spec=spec, progress=progress)
+        load(plan, gpu, checkpoint=checkpoint, progress=progress)
     except torch.OutOfMemoryError as error:
         event = error.lowvram.event
         return {
@@ -153,12 +152,12 @@ def _converse(session: ChatSession, question: str, say) -> str:
 def _running_case(say) -> dict:
     name, size, context = RUNNING_CASE
     source = find_source(name)
-    spec = ModelSpec.from_config(source.config(), name)
+    spec = source.spec(name)
     say(f"6. The same for {name} on a {size} card, from its config alone, context {context}")
-    naive = forecast(Plan.uniform(spec, "fp16", context=context), spec, size)
+    naive = forecast(Plan.uniform(spec, "fp16", context=context), size)
     say(f"   fp16: {naive.summary()}")
     choice = auto_plan(spec, size, context)
-    say(f"   plan: {choice.plan.summary(spec)}")
+    say(f"   plan: {choice.plan.summary()}")
     say(f"   {choice.forecast.summary()}")
     return {"fp16": naive.to_dict(), "planned": choice.forecast.to_dict(), "why": list(choice.why)}
 

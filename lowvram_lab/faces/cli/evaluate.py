@@ -43,7 +43,7 @@ def run_evaluate(args) -> int:
         )
     window = min(args.window, spec.max_position_embeddings or args.window)
     plan = _evaluated_plan(args, spec, window)
-    model = load(plan, StandInGpu(None), spec=spec, progress=shown)
+    model = load(plan, StandInGpu(None), progress=shown)
     reference = load_reference(plan, original, progress=shown)
     found = fidelity(
         model,
@@ -71,9 +71,7 @@ def _evaluated_plan(args, spec, window: int):
         name: replace(a, format=args.dtype if get_format(a.format).kind == "float" else a.format, device="cpu")
         for name, a in plan.modules.items()
     }
-    plan = replace(plan, modules=modules, dtype=args.dtype, kv_format=args.dtype, threads=args.threads)
-    plan.validate(spec)
-    return plan
+    return replace(plan, modules=modules, dtype=args.dtype, kv_format=args.dtype, threads=args.threads)
 
 
 def stated_format(args, spec):
@@ -81,7 +79,7 @@ def stated_format(args, spec):
     from lowvram_lab.model.plan import Plan
 
     if args.plan:
-        return Plan.from_json(Path(args.plan))
+        return Plan.from_json(Path(args.plan), spec)
     if args.format:
         return Plan.uniform(spec, args.format, context=min(2048, spec.max_position_embeddings or 2048))
     return None

@@ -35,23 +35,23 @@ def run_forecast(args) -> int:
     plan = stated_plan(args, spec, "fp16")
     workload = Workload.full_context(plan.context, batch_size=args.batch)
     gpu = open_gpu(budget) if args.compare else budget
-    profile = forecast(plan, spec, gpu, workload=workload, timeline=bool(args.plot))
-    found = suggest(plan, spec, gpu) if budget and not profile.fits else []
+    profile = forecast(plan, gpu, workload=workload, timeline=bool(args.plot))
+    found = suggest(plan, gpu) if budget and not profile.fits else []
     profile = replace(profile, suggestions=tuple(map(str, found)))
     result = {**profile.to_dict(), "plan": plan.digest, "suggestions": [s.to_dict() for s in found]}
     say = prose(args)
-    say(plan.summary(spec))
+    say(plan.summary())
     say(profile.table().to_string(index=False))
     say("(MiB; reserved is the simulated CUDA allocator's)")
     say(profile.summary())
     for line in profile.suggestions:
         say(f"would fit: {line}")
     if args.max_context:
-        longest = max_context(plan, spec, gpu)
+        longest = max_context(plan, gpu)
         result["max_context"] = longest.value
         say(f"longest context that fits: {longest.value} tokens")
     if args.compare:
-        result |= _compare(args, plan, spec, gpu, profile, say)
+        result |= _compare(args, plan, gpu, profile, say)
     if args.plot:
         _draw(profile, args.plot)
         say(f"drawn: {args.plot}")
@@ -60,7 +60,7 @@ def run_forecast(args) -> int:
     return 0
 
 
-def _compare(args, plan, spec, gpu, profile, say) -> dict:
+def _compare(args, plan, gpu, profile, say) -> dict:
     """Loads and runs what was forecast; says where the two differ, or that both run out of memory."""
     from lowvram_lab.engine.load import load
     from lowvram_lab.planner.explain import explain_oom
@@ -68,7 +68,7 @@ def _compare(args, plan, spec, gpu, profile, say) -> dict:
 
     say(f"\nmeasured on the {gpu.name}:")
     with explain_oom(suggestions=False) as oom:
-        model = load(plan, gpu, spec=spec, progress=sys.stderr.isatty())
+        model = load(plan, gpu, progress=sys.stderr.isatty())
         measured = run_workload(model, profile.workload)
     if oom.happened:
         say(oom.summary())

@@ -60,7 +60,7 @@ def stated_plan(args, spec, default_format: str | None = None):
     if args.context == LONGEST and (args.plan or args.format or default_format):
         raise LowvramError("--context longest is for the planner: give it --gpu, and neither --format nor --plan")
     if args.plan:
-        plan = Plan.from_json(Path(args.plan))
+        plan = Plan.from_json(Path(args.plan), spec)
         if args.context:
             plan = replace(plan, context=args.context)
     elif args.format or default_format:
@@ -73,13 +73,15 @@ def stated_plan(args, spec, default_format: str | None = None):
     else:
         return None
     if args.gpu_layers is not None or args.disk_layers is not None:
-        on_gpu = plan.layer_devices(spec).count("gpu") if args.gpu_layers is None else args.gpu_layers
-        plan = plan.with_gpu_layers(spec, on_gpu, args.disk_layers)
-    plan = replace(plan, threads=args.threads or plan.threads, kv_format=args.kv or plan.kv_format)
-    plan = replace(plan, stream_from=args.stream_from or plan.stream_from)
-    plan = replace(plan, prefill_chunk=args.prefill_chunk or plan.prefill_chunk)
-    plan.validate(spec)
-    return plan
+        on_gpu = plan.layer_devices().count("gpu") if args.gpu_layers is None else args.gpu_layers
+        plan = plan.with_gpu_layers(on_gpu, args.disk_layers)
+    return replace(
+        plan,
+        threads=args.threads or plan.threads,
+        kv_format=args.kv or plan.kv_format,
+        stream_from=args.stream_from or plan.stream_from,
+        prefill_chunk=args.prefill_chunk or plan.prefill_chunk,
+    )
 
 
 def chosen_plan(args, spec, gpu):
@@ -93,8 +95,8 @@ def chosen_plan(args, spec, gpu):
             raise LowvramError(
                 "--prefer and --disk are for the planner: give it --gpu, and neither --format nor --plan"
             )
-        profile = forecast(plan, spec, gpu)
-        _check_ram(args.ram, plan, spec)
+        profile = forecast(plan, gpu)
+        _check_ram(args.ram, plan)
         return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
     if args.disk and not args.ram:
         raise LowvramError("--disk says what may lie on disk where --ram is too small: give --ram as well")
@@ -112,14 +114,14 @@ def chosen_plan(args, spec, gpu):
     return choice.plan, choice.forecast, list(choice.why)
 
 
-def _check_ram(ram: str | None, plan, spec) -> None:
+def _check_ram(ram: str | None, plan) -> None:
     from lowvram_lab.errors import BudgetError
     from lowvram_lab.planner.constraints import ram_bytes
     from lowvram_lab.units import format_bytes, parse_bytes
 
-    if ram and ram_bytes(plan, spec) > parse_bytes(ram):
+    if ram and ram_bytes(plan) > parse_bytes(ram):
         raise BudgetError(
-            f"the CPU's part of this plan takes {format_bytes(ram_bytes(plan, spec))} of RAM, found --ram {ram}; "
+            f"the CPU's part of this plan takes {format_bytes(ram_bytes(plan))} of RAM, found --ram {ram}; "
             "put more layers on the GPU or take a smaller format"
         )
 
@@ -143,7 +145,7 @@ def run_plan(args) -> int:
     budget = GpuBudget.parse(args.gpu, args.cuda_context)
     _, spec = spec_of(args.model)
     plan, profile, why = chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
-    speed = forecast_speed(plan, spec, ram=parse_bytes(args.ram) if args.ram else None)
+    speed = forecast_speed(plan, ram=parse_bytes(args.ram) if args.ram else None)
     if args.output:
         plan.to_json(Path(args.output))
     if args.json:
@@ -151,7 +153,7 @@ def run_plan(args) -> int:
         return 0
     for line in why:
         print("-", line)
-    print(plan.summary(spec))
+    print(plan.summary())
     print(plan.table().to_string(index=False))
     if args.explain:
         print(profile.table().to_string(index=False))
@@ -174,11 +176,11 @@ def run_tune(args) -> int:
     _, spec = spec_of(args.model)
     plan, *_ = chosen_plan(args, spec, gpu)
     threads = [args.threads] if args.threads else None
-    table = tune(plan, spec, gpu, threads=threads, progress=sys.stderr.isatty())
+    table = tune(plan, gpu, threads=threads, progress=sys.stderr.isatty())
     if args.json:
         print_json({"gpu": gpu.name, "plan": plan.to_dict(), "rows": table.to_dict("records")})
         return 0
-    print(f"{plan.summary(spec)}; on {gpu.name}", file=sys.stderr)
+    print(f"{plan.summary()}; on {gpu.name}", file=sys.stderr)
     shown = table.assign(peak_gpu_mib=(table["peak_gpu_bytes"] / 2**20).round(1)).drop(columns="peak_gpu_bytes")
     print(shown.round({"ttft_s": 3, "tokens_per_s": 1, "forecast_tokens_per_s": 1}).to_string(index=False))
     best = table.loc[table["tokens_per_s"].idxmax()]

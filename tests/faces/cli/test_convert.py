@@ -59,7 +59,7 @@ def test_convert_prints_one_document_and_prose_beside_it(converted, source):
     spec = directory_spec(output)
     plan = Plan.uniform(spec, "stored", context=64)
     assert found["output"] == str(output)
-    assert found["weight_bytes"] == plan.weight_bytes(spec)
+    assert found["weight_bytes"] == plan.weight_bytes()
     assert found["source_weight_bytes"] == sum(t.nbytes for t in read_state(source).values())
     assert found["reduction"] == pytest.approx(1 - found["weight_bytes"] / found["source_weight_bytes"])
     assert 0 < found["seconds"] < 300
@@ -190,8 +190,7 @@ def test_a_converted_model_chats(capsys, converted, words):
     assert {"text", "ttft_s", "peak_bytes"} <= set(found)
     assert 0 < found["new_tokens"] <= 8 or found["stopped"]
     assert (
-        found["peak_bytes"]
-        > Plan.uniform(directory_spec(output), "stored", context=300).weight_bytes(directory_spec(output), "gpu") / 3
+        found["peak_bytes"] > Plan.uniform(directory_spec(output), "stored", context=300).weight_bytes("gpu") / 3
     )  # a third with one layer of three on the card
 
 
