@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.gpu import Gpu, StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -138,8 +138,8 @@ def prepare(case: Case, small: bool) -> tuple[ModelSpec, Plan, Workload, GpuBudg
     little = small_spec(spec)
     small_plan, small_workload = _plan(case, little, max(case.context // SMALL_CONTEXT, 16))
     if budget:
-        peak = forecast(plan, workload=workload, kernels="cpu").peak_reserved_bytes
-        small_peak = forecast(small_plan, workload=small_workload, kernels="cpu").peak_reserved_bytes
+        peak = forecast(plan, StandInGpu(None), workload=workload).peak_reserved_bytes
+        small_peak = forecast(small_plan, StandInGpu(None), workload=small_workload).peak_reserved_bytes
         budget = GpuBudget(budget.usable_bytes * small_peak // peak)
     return little, small_plan, small_workload, budget
 

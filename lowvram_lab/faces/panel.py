@@ -32,6 +32,7 @@ from lowvram_lab.faces.split import (
     try_split,
     why_no_weights,
 )
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
@@ -39,7 +40,6 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
-from lowvram_lab.planner.search import resolve
 from lowvram_lab.units import GiB, MiB, format_bytes
 
 CONTEXT = 2048
@@ -92,7 +92,7 @@ class LayerSplitPanel:
     def __init__(self, model, gpu=None, context: int | None = None, *, tokenizer=None, checkpoint=None, machine=None):
         widgets = _ipywidgets()
         self._lock = threading.RLock()  # JupyterLab runs callbacks beside cells
-        self._known: dict[tuple[SplitState, str], SplitResult] = {}
+        self._known: dict[SplitState, SplitResult] = {}
         self._moving = False
         self._tokenizer = tokenizer
         self._checkpoint = checkpoint
@@ -114,8 +114,7 @@ class LayerSplitPanel:
         if gpu is None:
             raise LowvramError("expected a GPU budget beside a name or a spec, found none; give one, e.g. gpu='4GiB'")
         self._gpu = gpu if isinstance(gpu, Gpu) else None
-        unlimited = self._gpu is not None and self._gpu.budget is None
-        self._budget, self._kernels = (None, self._gpu.kernels) if unlimited else resolve(gpu, None)
+        self._budget = self._gpu.budget if self._gpu else GpuBudget.parse(gpu)
         state = self._start(context)
         split_plan(state, self.spec, self._base)  # an impossible context is refused before anything is drawn
         self._build(widgets, state)
@@ -223,11 +222,10 @@ class LayerSplitPanel:
 
     def _evaluate(self, state: SplitState) -> SplitResult:
         with self._lock:
-            key = (state, self._kernels)
-            if key not in self._known:
-                about = self._budget, self._kernels, self._machine, self._base
-                self._known[key] = evaluate_split(state, self.spec, *about)
-            return self._known[key]
+            if state not in self._known:
+                card = self._gpu or self._budget
+                self._known[state] = evaluate_split(state, self.spec, card, self._machine, self._base)
+            return self._known[state]
 
     def _move(self, state: SplitState) -> None:
         """Moves the controls, without a forecast for each."""
@@ -242,7 +240,7 @@ class LayerSplitPanel:
         if self._moving:
             return
         with self._lock:
-            if (self.state, self._kernels) not in self._known:
+            if self.state not in self._known:
                 self.verdict.value = "forecasting …"
             try:
                 found = self.result
@@ -287,8 +285,9 @@ class LayerSplitPanel:
             self._tokenizer = find_source(self.spec.name).tokenizer()
         if self._gpu is None:
             self._gpu = open_gpu(self._budget)
-            self._kernels = self._gpu.kernels  # from here on, the forecast is of what runs
-            self._refresh()
+            if self._gpu.kernels != self._budget.kernels:  # from here on, the forecast is of what runs
+                self._known.clear()
+                self._refresh()
         if self.model is None:
             self.model = load(plan, self._gpu, checkpoint=self._checkpoint, progress=False)
         elif plan != self.model.lowvram.plan:
@@ -375,7 +374,8 @@ class LayerSplitPanel:
         return figure
 
     def _forecast_for(self) -> str:
-        return "for " + ("a CUDA card" if self._kernels == "cuda" else "the stand-in GPU (simulated)")
+        kernels = (self._gpu or self._budget).kernels
+        return "for " + ("a CUDA card" if kernels == "cuda" else "the stand-in GPU (simulated)")
 
     def __repr__(self) -> str:
         try:

@@ -16,6 +16,7 @@ from lowvram_lab.engine.decode import generate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model import hub
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
@@ -200,8 +201,7 @@ def split_plan(state: SplitState, spec: ModelSpec, base: Plan | None = None) -> 
 def evaluate_split(
     state: SplitState,
     spec: ModelSpec,
-    budget: GpuBudget | None,
-    kernels: str = "cuda",
+    gpu: GpuBudget | Gpu,
     machine: Machine | None = None,
     base: Plan | None = None,
 ) -> SplitResult:
@@ -210,8 +210,7 @@ def evaluate_split(
     Args:
         state: The settings.
         spec: The model.
-        budget: The card, or ``None`` for no limit.
-        kernels: Whose kernels GPU modules run, ``"cuda"`` or ``"cpu"`` (the stand-in's).
+        gpu: See ``forecast``.
         machine: Rates for the speed; by default this machine's, measured now where they are not known.
         base: See ``split_plan``.
 
@@ -219,7 +218,7 @@ def evaluate_split(
         PlanError: A setting the model or the library does not have.
     """
     plan = split_plan(state, spec, base)
-    return SplitResult(plan, forecast(plan, budget, kernels=kernels), forecast_speed(plan, machine=machine))
+    return SplitResult(plan, forecast(plan, gpu), forecast_speed(plan, machine=machine))
 
 
 def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> Trial:

@@ -20,10 +20,12 @@ class GpuBudget:
     Attributes:
         total_bytes: The card's memory.
         context_bytes: CUDA context, not available to tensors.
+        kernels: Whose kernels run there, with their temporaries: ``"cuda"``, or ``"cpu"`` on the stand-in.
     """
 
     total_bytes: int
     context_bytes: int = 0
+    kernels: str = "cuda"
 
     @classmethod
     def parse(cls, size: "str | int | GpuBudget", cuda_context: str | int | None = None) -> "GpuBudget":

@@ -90,8 +90,8 @@ class DryRunGpu(Gpu):
     """A GPU of meta tensors: nothing is computed, everything is counted. It records the first OOM and goes on.
 
     Args:
-        budget: The card.
-        kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's).
+        budget: The card, or ``None`` for no limit.
+        kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's); by default the budget's, or CUDA's.
         expandable_segments: Imitate the allocator's other mode.
     """
 
@@ -99,12 +99,12 @@ class DryRunGpu(Gpu):
     meta = True
     _tensor_device = "meta"
 
-    def __init__(self, budget: GpuBudget | None, kernels: str, expandable_segments: bool = False):
+    def __init__(self, budget: GpuBudget | None, kernels: str | None = None, expandable_segments: bool = False):
+        self.kernels = kernels or (budget.kernels if budget else "cuda")
         super().__init__(budget)
         if expandable_segments:
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
-        self.kernels = kernels
-        self.meter.run, self.meter.by_block = self._run, kernels == "cuda"
+        self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = MetaResults()
         self._workspace = None
 

@@ -7,6 +7,7 @@ Out of memory is said in words: who asked for how much, what was free, and who h
 import threading
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -33,7 +34,7 @@ class Gpu:
     """A GPU with a budget. Use ``open_gpu``.
 
     Attributes:
-        budget: Total and context bytes, or ``None`` for no limit.
+        budget: Total and context bytes, and these kernels; or ``None`` for no limit.
         kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` on the stand-in.
         simulated: Whether figures come from a stand-in or a dry run.
         meter: Counts what is live.
@@ -48,7 +49,7 @@ class Gpu:
     _tensor_device: str | torch.device = "cpu"
 
     def __init__(self, budget: GpuBudget | None):
-        self.budget = budget
+        self.budget = replace(budget, kernels=self.kernels) if budget else None
         self.transfers: Counter = Counter()
         self.phases: list[PhaseMemory] = []
         self.lock = threading.RLock()

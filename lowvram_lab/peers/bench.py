@@ -25,7 +25,6 @@ from lowvram_lab.engine.room import weights_in_ram
 from lowvram_lab.errors import LowvramError, SourceError
 from lowvram_lab.machine import cpu_threads, facts, versions
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import whole_number
@@ -382,7 +381,7 @@ def _plan(plan: Plan | None, spec: ModelSpec, budget: GpuBudget | None, tokens: 
         return plan
     if budget is None:
         return Plan.uniform(spec, "stored" if spec.stored else "bf16", context=tokens)
-    return auto_plan(spec, DryRunGpu(budget, "cuda" if torch.cuda.is_available() else "cpu"), tokens).plan
+    return auto_plan(spec, replace(budget, kernels="cuda" if torch.cuda.is_available() else "cpu"), tokens).plan
 
 
 def _prompt(source: Source, spec: ModelSpec, tokens: int) -> tuple[tuple[int, ...], str]:

@@ -19,7 +19,7 @@ from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, sh
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
-from lowvram_lab.planner.search import forecast_if_possible, max_context, resolve
+from lowvram_lab.planner.search import budget_of, forecast_if_possible, max_context
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 from lowvram_lab.units import format_bytes, parse_bytes
@@ -69,7 +69,6 @@ def auto_plan(
     recipes: tuple[str, ...] | None = None,
     gpu_layers: int | None = None,
     kv_format: str | None = None,
-    kernels: str | None = None,
     threads: int | None = None,
     machine: Machine | None = None,
 ) -> PlanChoice:
@@ -89,7 +88,6 @@ def auto_plan(
         recipes: Recipes to try, the most precise first; by default ``RECIPES``, or what a converted model holds.
         gpu_layers: Keep to so many layers on the GPU, and choose the rest.
         kv_format: Keep to this, ``"int8"`` or the plan's dtype.
-        kernels: See ``forecast``.
         threads: CPU threads for the plan; by default torch's number, for ``"speed"`` the fastest of one, half, all.
         machine: Rates for ``"speed"`` and for weights that travel; by default this machine's.
 
@@ -102,7 +100,7 @@ def auto_plan(
     """
     if isinstance(gpu, dict):
         gpu, ram, disk = _budgets(gpu, ram, disk)
-    budget, kernels = resolve(gpu, kernels)
+    budget = budget_of(gpu)
     if recipes is None:
         recipes = ("stored",) if spec.stored else RECIPES
     if not recipes:
@@ -112,7 +110,7 @@ def auto_plan(
     if prefer != "balance" and gpu_layers is not None:
         raise PlanError(f"prefer={prefer!r} chooses the split, found gpu_layers={gpu_layers} as well; give one of them")
     sizes = (None if size is None else parse_bytes(size) for size in (ram, disk))
-    room, machine = Room(spec, budget, kernels, *sizes, kv_format), machine or Machine()
+    room, machine = Room(spec, budget, *sizes, kv_format), machine or Machine()
     settings = {"prefer": prefer, "gpu_layers": gpu_layers, "threads": threads, "machine": machine}
     if context is not None:
         choice = _at_context(context, recipes, room, **settings)
@@ -157,14 +155,14 @@ def _at_longest_context(context: int, recipes, room: Room, **settings) -> PlanCh
             raise
         return _at_longest_context(context // 2, recipes, room, **settings)
     plan = choice.plan
-    tokens = (longest := max_context(plan, room.budget, kernels=room.kernels)).value
+    tokens = (longest := max_context(plan, room.budget)).value
     if (on_cpu := plan.kv_bytes(1, "cpu")) and room.ram_bytes is not None:
         spare = room.ram_bytes - ram_bytes(plan)
         tokens = min(tokens, plan.context + spare // on_cpu)
     if tokens <= plan.context:
         return choice
     plan = replace(plan, context=tokens)
-    profile = longest.forecast if tokens == longest.value else forecast(plan, room.budget, kernels=room.kernels)
+    profile = longest.forecast if tokens == longest.value else forecast(plan, room.budget)
     text = f"context {tokens} is the longest that fits it: {margin(profile)}"
     return _changed(choice, plan, profile, text, room, settings["machine"])
 
@@ -186,7 +184,7 @@ def _with_streaming(choice: PlanChoice, room: Room, machine: Machine) -> PlanCho
     try:
         tokens = stream_threshold(choice.plan, machine)
         plan = replace(choice.plan, stream_from=tokens)
-        profile = tokens and forecast_if_possible(plan, room.budget, room.kernels)
+        profile = tokens and forecast_if_possible(plan, room.budget)
     except LowvramError:  # no room to measure rates, or an architecture whose weights cannot travel
         return choice
     if not profile:

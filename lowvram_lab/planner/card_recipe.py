@@ -11,7 +11,7 @@ from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.profile import MemoryProfile
-from lowvram_lab.planner.search import resolve
+from lowvram_lab.planner.search import budget_of
 from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.recipe import Choices, Recipe, choices_for
 from lowvram_lab.weights.sensitivity import Sensitivity
@@ -33,7 +33,6 @@ class CardBudget:
         formats: See ``recipe``.
         stock: See ``recipe``.
         kv_format: See ``Plan``; by default 16 bits.
-        kernels: See ``forecast``.
     """
 
     gpu: str | int | GpuBudget | Gpu
@@ -41,12 +40,9 @@ class CardBudget:
     formats: tuple[str, ...] | None = None
     stock: bool = True
     kv_format: str | None = None
-    kernels: str | None = None
 
     def __post_init__(self) -> None:
-        budget, kernels = resolve(self.gpu, self.kernels)  # so that the repr says what the choice depends on
-        object.__setattr__(self, "gpu", budget)
-        object.__setattr__(self, "kernels", kernels)
+        object.__setattr__(self, "gpu", budget_of(self.gpu))  # so that the repr says what the choice depends on
 
     def recipe(self, spec: ModelSpec, sensitivity: Sensitivity) -> Recipe:
         """See ``RecipeMaker``."""
@@ -58,7 +54,6 @@ class CardBudget:
             formats=self.formats,
             stock=self.stock,
             kv_format=self.kv_format,
-            kernels=self.kernels,
         )
         return found
 
@@ -72,7 +67,6 @@ def recipe_for_card(
     formats: tuple[str, ...] | None = None,
     stock: bool = True,
     kv_format: str | None = None,
-    kernels: str | None = None,
 ) -> tuple[Recipe, MemoryProfile]:
     """Chooses a format for every module so that the whole model fits a card; an untied embedding goes to the CPU.
 
@@ -84,7 +78,6 @@ def recipe_for_card(
         formats: See ``recipe``.
         stock: See ``recipe``.
         kv_format: See ``Plan``; by default 16 bits.
-        kernels: See ``forecast``.
 
     Returns:
         The recipe, and the forecast that says it fits.
@@ -96,10 +89,10 @@ def recipe_for_card(
     choices = choices_for(spec, sensitivity, context=context, formats=formats, stock=stock, kv_format=kv_format)
     if not spec.tied:
         choices = replace(choices, base=choices.base.with_modules(spec.embedding, device="cpu"))
-    return _beside_the_cache(choices, *resolve(gpu, kernels))
+    return _beside_the_cache(choices, budget_of(gpu))
 
 
-def _beside_the_cache(choices: Choices, budget: GpuBudget, kernels: str) -> tuple[Recipe, MemoryProfile]:
+def _beside_the_cache(choices: Choices, budget: GpuBudget) -> tuple[Recipe, MemoryProfile]:
     """Finds how many bytes of weights the forecast leaves room for."""
     spec, base = choices.spec, choices.base
     least = choices.least_bytes("gpu")
@@ -111,7 +104,7 @@ def _beside_the_cache(choices: Choices, budget: GpuBudget, kernels: str) -> tupl
     for attempt in range(ATTEMPTS):
         weights = min(max(weights, low + 1), high - 1)
         found = choices.within(weights, "gpu")
-        profile = forecast(found.plan, budget, kernels=kernels)
+        profile = forecast(found.plan, budget)
         taken = found.plan.weight_bytes("gpu")
         if profile.fits:
             best = found, profile
@@ -124,7 +117,7 @@ def _beside_the_cache(choices: Choices, budget: GpuBudget, kernels: str) -> tupl
         weights = taken + budget.usable_bytes - profile.peak_reserved_bytes
         if not low < weights < high or attempt > 1:
             weights = (low + high) // 2
-    best = best or _smallest(choices, budget, kernels)
+    best = best or _smallest(choices, budget)
     if best is None:
         raise BudgetError(
             f"no recipe for {spec.name} at context {base.context} fits a {format_bytes(budget.total_bytes)} GPU whole: "
@@ -134,8 +127,8 @@ def _beside_the_cache(choices: Choices, budget: GpuBudget, kernels: str) -> tupl
     return best
 
 
-def _smallest(choices: Choices, budget: GpuBudget, kernels: str) -> tuple[Recipe, MemoryProfile] | None:
+def _smallest(choices: Choices, budget: GpuBudget) -> tuple[Recipe, MemoryProfile] | None:
     """The smallest recipe and its forecast, if it fits."""
     found = choices.within(choices.least_bytes("gpu"), "gpu")
-    profile = forecast(found.plan, budget, kernels=kernels)
+    profile = forecast(found.plan, budget)
     return (found, profile) if profile.fits else None

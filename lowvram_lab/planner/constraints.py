@@ -19,7 +19,6 @@ class Room:
 
     spec: ModelSpec
     budget: GpuBudget
-    kernels: str
     ram_bytes: int | None
     disk_bytes: int | None
     kv_format: str | None
@@ -27,7 +26,7 @@ class Room:
     def fit(self, plan: Plan) -> tuple[Plan, MemoryProfile] | None:
         """A plan that fits the GPU, with as much of it on disk as RAM has no room for, and its forecast."""
         plan = self.within_ram(plan)
-        profile = plan and forecast_if_possible(plan, self.budget, self.kernels)
+        profile = plan and forecast_if_possible(plan, self.budget)
         return (plan, profile) if profile else None
 
     def within_ram(self, plan: Plan) -> Plan | None:
@@ -58,7 +57,7 @@ class Room:
         """The plan with as many layers on the GPU as fit, but not all."""
         workload = Workload.full_context(plan.context)
         high = self.spec.num_hidden_layers - 1
-        found = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, high, self.budget, self.kernels)
+        found = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, high, self.budget)
         fitting = found and self.fit(found.plan)
         return (found.number, *fitting) if fitting else None
 
@@ -103,7 +102,7 @@ def refusal(plan: Plan, room: Room) -> BudgetError:
             f"no plan for {spec.name} at context {plan.context} fits a {format_bytes(budget.total_bytes)} GPU and "
             f"{format_bytes(room.ram_bytes)} of RAM: {_ram_refusal(plan, room)}, a larger GPU or a smaller model"
         )
-    helps = suggest(plan, budget, room.kernels)
+    helps = suggest(plan, budget)
     if helps:
         return BudgetError(f"{message}; what would help: {helps[0].text}")
     return BudgetError(

@@ -22,7 +22,6 @@ def forecast(
     gpu: str | int | GpuBudget | Gpu | None = None,
     *,
     workload: Workload | None = None,
-    kernels: str | None = None,
     timeline: bool = False,
     expandable_segments: bool = False,
 ) -> MemoryProfile:
@@ -30,10 +29,9 @@ def forecast(
 
     Args:
         plan: The plan.
-        gpu: A budget such as ``"4GiB"``, or an opened GPU, whose budget and kernels are then taken.
+        gpu: A budget such as ``"4GiB"`` (of a CUDA card), or an opened GPU, whose budget and kernels are then taken;
+            ``None`` for a CUDA card without a limit.
         workload: What to run; by default the plan's whole context.
-        kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` for the stand-in. By default those of ``gpu``
-            if it is an opened one, else CUDA's.
         timeline: Keep every allocation, with the path of its module, in ``MemoryProfile.timeline``.
         expandable_segments: Forecast ``PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True``.
 
@@ -47,14 +45,13 @@ def forecast(
         UnitError, BudgetError: The budget cannot be read or used.
     """
     spec = plan.spec
-    if isinstance(gpu, Gpu):
-        budget, kernels = gpu.budget, kernels or gpu.kernels
-    else:
-        budget = None if gpu is None else GpuBudget.parse(gpu)
     workload = workload or Workload.full_context(plan.context)
     if workload.tokens > plan.context:
         raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
-    dry = DryRunGpu(budget, kernels or "cuda", expandable_segments)
+    if isinstance(gpu, Gpu):
+        dry = DryRunGpu(gpu.budget, gpu.kernels, expandable_segments)
+    else:
+        dry = DryRunGpu(None if gpu is None else GpuBudget.parse(gpu), expandable_segments=expandable_segments)
     try:
         with ImitateAttention(dry):
             model = load(plan, dry, checkpoint=ShapesOnly(spec), progress=False, timeline=timeline)

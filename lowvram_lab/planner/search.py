@@ -38,13 +38,12 @@ class Largest:
         return self.value
 
 
-def max_context(plan: Plan, gpu: str | int | GpuBudget | Gpu, *, kernels: str | None = None) -> Largest:
+def max_context(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> Largest:
     """The longest context a plan's weights leave room for, to 16 tokens.
 
     Args:
         plan: The plan; its own context does not matter.
-        gpu: A budget such as ``"4GiB"``, or an opened GPU.
-        kernels: See ``forecast``.
+        gpu: See ``forecast``.
 
     Raises:
         BudgetError: Not even 16 tokens fit.
@@ -55,25 +54,27 @@ def max_context(plan: Plan, gpu: str | int | GpuBudget | Gpu, *, kernels: str | 
         context = step * CONTEXT_STEP
         return replace(plan, context=context), Workload.full_context(context)
 
-    found = _largest(at, 1, steps, gpu, kernels, "16 tokens of context")
+    found = _largest(at, 1, steps, gpu, "16 tokens of context")
     return replace(found, value=found.value * CONTEXT_STEP)
 
 
-def max_layers_on_gpu(plan: Plan, gpu: str | int | GpuBudget | Gpu, *, kernels: str | None = None) -> Largest:
+def max_layers_on_gpu(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> Largest:
     """The most decoder layers that fit on the GPU, the others computing on the CPU. Arguments as ``max_context``."""
 
     def at(layers: int) -> tuple[Plan, Workload]:
         return plan.with_gpu_layers(layers), Workload.full_context(plan.context)
 
-    return _largest(at, 0, plan.spec.num_hidden_layers, gpu, kernels, "the embeddings alone")
+    return _largest(at, 0, plan.spec.num_hidden_layers, gpu, "the embeddings alone")
 
 
-def _largest(at, low: int, high: int, gpu, kernels, least: str) -> Largest:
-    budget, kernels = resolve(gpu, kernels)
-    found = largest_fitting(at, low, high, budget, kernels)
+def _largest(
+    at: Callable[[int], tuple[Plan, Workload]], low: int, high: int, gpu: str | int | GpuBudget | Gpu, least: str
+) -> Largest:
+    budget = budget_of(gpu)
+    found = largest_fitting(at, low, high, budget)
     if found is None:
         plan, workload = at(low)
-        needed = forecast(plan, budget, workload=workload, kernels=kernels).device_peak_bytes
+        needed = forecast(plan, budget, workload=workload).device_peak_bytes
         raise BudgetError(
             f"{least} of {plan.model} in this plan needs {format_bytes(needed)}, the GPU has "
             f"{format_bytes(budget.total_bytes)}; use a smaller format or more CPU layers"
@@ -94,17 +95,17 @@ class Fitting:
     forecast: MemoryProfile
 
 
-def resolve(gpu: str | int | GpuBudget | Gpu, kernels: str | None) -> tuple[GpuBudget, str]:
-    """Budget and kernels of what a user calls a GPU.
+def budget_of(gpu: str | int | GpuBudget | Gpu) -> GpuBudget:
+    """The budget of what a user calls a GPU.
 
     Raises:
         BudgetError: An opened GPU without a limit.
     """
     if not isinstance(gpu, Gpu):
-        return GpuBudget.parse(gpu), kernels or "cuda"
+        return GpuBudget.parse(gpu)
     if gpu.budget is None:
         raise BudgetError("a search needs a GPU with a budget, found one without a limit; open it with a size")
-    return gpu.budget, kernels or gpu.kernels
+    return gpu.budget
 
 
 def least_bytes(plan: Plan, workload: Workload | None = None) -> int:
@@ -113,16 +114,16 @@ def least_bytes(plan: Plan, workload: Workload | None = None) -> int:
     return plan.weight_bytes("gpu") + rows * plan.kv_bytes(plan.context - 1, "gpu")
 
 
-def forecast_if_possible(plan: Plan, budget: GpuBudget, kernels: str) -> MemoryProfile | None:
+def forecast_if_possible(plan: Plan, budget: GpuBudget) -> MemoryProfile | None:
     """The forecast of a plan that fits, else ``None``; skips the replay where the bound already says so."""
     if least_bytes(plan) > budget.usable_bytes:
         return None
-    profile = forecast(plan, budget, kernels=kernels)
+    profile = forecast(plan, budget)
     return profile if profile.fits else None
 
 
 def largest_fitting(
-    at: Callable[[int], tuple[Plan, Workload]], low: int, high: int, budget: GpuBudget, kernels: str
+    at: Callable[[int], tuple[Plan, Workload]], low: int, high: int, budget: GpuBudget
 ) -> Fitting | None:
     """The largest number in ``low … high`` whose plan fits, by bisection.
 
@@ -134,7 +135,6 @@ def largest_fitting(
         low: Smallest number to consider.
         high: Largest.
         budget: The card.
-        kernels: See ``forecast``.
 
     Returns:
         The number with its plan and forecast, or ``None`` where not even ``low`` fits.
@@ -151,7 +151,7 @@ def largest_fitting(
         guess = _last(may_fit, low, high) if probes < GUIDED_PROBES else (low + high + 1) // 2
         guess = max(guess, low)
         plan, workload = at(guess)
-        profile = forecast(plan, budget, workload=workload, kernels=kernels)
+        profile = forecast(plan, budget, workload=workload)
         factor, probes = profile.peak_reserved_bytes / max(least_bytes(plan, workload), 1), probes + 1
         if profile.fits:
             best, low = Fitting(guess, plan, profile), guess + 1

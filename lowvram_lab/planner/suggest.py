@@ -11,7 +11,7 @@ from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.profile import MemoryProfile, Workload
-from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes, resolve
+from lowvram_lab.planner.search import budget_of, forecast_if_possible, largest_fitting, least_bytes
 from lowvram_lab.units import format_bytes
 
 SHORTEST_CONTEXT = 256
@@ -51,56 +51,55 @@ class Suggestion:
         }
 
 
-def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu, kernels: str | None = None) -> list[Suggestion]:
+def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
     """Finds changes after which the plan fits.
 
     Args:
         plan: A plan that does not fit.
-        gpu: A budget such as ``"4GiB"``, or an opened GPU.
-        kernels: See ``forecast``.
+        gpu: See ``forecast``.
 
     Returns:
         At most one suggestion of each sort, gentlest first: the allocator's other mode, moves that cost next to
         nothing, fewer tokens, a lower format, layers to the CPU. Empty if nothing helps, or if the plan fits as it is.
     """
-    budget, kernels = resolve(gpu, kernels)
-    if forecast_if_possible(plan, budget, kernels):
+    budget = budget_of(gpu)
+    if forecast_if_possible(plan, budget):
         return []
-    found = [*_expandable(plan, budget, kernels)]
+    found = [*_expandable(plan, budget)]
     spared, moves = plan, []
     for text, change in _cheap_moves(plan):
         spared, moves = change(spared), [*moves, text]
-        if profile := forecast_if_possible(spared, budget, kernels):
+        if profile := forecast_if_possible(spared, budget):
             found.append(Suggestion(" + ".join(moves), spared, profile))
             break
     solved = bool(found) and found[-1].plan is spared
-    found += _fewer_tokens(*((plan, []) if solved else (spared, moves)), budget, kernels)
+    found += _fewer_tokens(*((plan, []) if solved else (spared, moves)), budget)
     smaller, small_moves = None, []
     for recipe in _lower_recipes(plan) if not plan.spec.stored else ():
         smaller, small_moves = _with_recipe(plan, recipe), [f"{recipe} weights"]
-        if profile := forecast_if_possible(smaller, budget, kernels):
+        if profile := forecast_if_possible(smaller, budget):
             found.append(Suggestion(small_moves[0], smaller, profile))
             smaller = None
             break
     if smaller is not None:  # no format is small enough by itself: join it with the cheap moves
         for text, change in _cheap_moves(smaller):
             smaller, small_moves = change(smaller), [*small_moves, text]
-            if profile := forecast_if_possible(smaller, budget, kernels):
+            if profile := forecast_if_possible(smaller, budget):
                 found.append(Suggestion(" + ".join(small_moves), smaller, profile))
                 smaller = None
                 break
     if not solved:
         bases = [(smaller, small_moves)] if smaller is not None else []
         for base, made in [*bases, (spared, moves)]:
-            found += _fewer_layers(base, made, budget, kernels)
+            found += _fewer_layers(base, made, budget)
     return found
 
 
-def _expandable(plan, budget, kernels) -> list[Suggestion]:
+def _expandable(plan: Plan, budget: GpuBudget) -> list[Suggestion]:
     """The caching allocator's other mode wastes less; it exists on CUDA only, and changes nothing in the plan."""
-    if kernels != "cuda" or least_bytes(plan) > budget.usable_bytes:
+    if budget.kernels != "cuda" or least_bytes(plan) > budget.usable_bytes:
         return []
-    profile = forecast(plan, budget, kernels=kernels, expandable_segments=True)
+    profile = forecast(plan, budget, expandable_segments=True)
     return [Suggestion(f"set {EXPANDABLE}", plan, profile, EXPANDABLE)] if profile.fits else []
 
 
@@ -135,22 +134,22 @@ def _lower_recipes(plan: Plan) -> tuple[str, ...]:
     return ("int4",) if formats <= {plan.dtype, "int8"} else ()
 
 
-def _fewer_tokens(plan, moves, budget, kernels) -> list[Suggestion]:
+def _fewer_tokens(plan: Plan, moves: list[str], budget: GpuBudget) -> list[Suggestion]:
     def at(sixteenths: int) -> tuple[Plan, Workload]:
         context = plan.context * sixteenths // 16
         return replace(plan, context=context), Workload.full_context(context)
 
     least = -(-16 * SHORTEST_CONTEXT // plan.context)
-    best = largest_fitting(at, least, 15, budget, kernels)
+    best = largest_fitting(at, least, 15, budget)
     if best is None:
         return []
     return [Suggestion(" + ".join([*moves, f"context {best.plan.context}"]), best.plan, best.forecast)]
 
 
-def _fewer_layers(plan, moves, budget, kernels) -> list[Suggestion]:
+def _fewer_layers(plan: Plan, moves: list[str], budget: GpuBudget) -> list[Suggestion]:
     total, workload = plan.spec.num_hidden_layers, Workload.full_context(plan.context)
     on_gpu = plan.layer_devices().count("gpu")
-    best = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, on_gpu - 1, budget, kernels)
+    best = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, on_gpu - 1, budget)
     if best is None:
         return []
     text = " + ".join([*moves, f"{total - best.number} of {total} layers to the CPU"])

@@ -11,7 +11,7 @@ from lowvram_lab.engine.load import replan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.measure import run_speed
 from lowvram_lab.planner.profile import Workload
-from tests.helpers.tiny import load_tiny, random_ids, tiny_plan, tiny_spec
+from tests.helpers.tiny import load_tiny, random_ids, tiny_plan
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="weights on a card stay as they were loaded")
 
@@ -41,7 +41,7 @@ def test_modules_answer_as_before_on_one_common_storage(kind, recipe):
 
 @simulated
 def test_within_a_budget_or_on_disk_weights_stay_where_they_are():
-    _spec, plan = tiny_spec("qwen2"), tiny_plan("qwen2", "int8")
+    plan = tiny_plan("qwen2", "int8")
     for case, gpu in ((plan, open_gpu("1000MiB")), (plan.with_gpu_layers(0, disk=3), open_gpu(None))):
         model = load_tiny("qwen2", case, gpu)
         where = model.model.layers[0].mlp.up_proj.weight.data_ptr()

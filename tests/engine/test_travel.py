@@ -76,7 +76,7 @@ def test_from_the_threshold_on_weights_travel_once_and_below_it_not_at_all(kind,
 @pytest.mark.parametrize("layers", [0, 1, 2])
 @pytest.mark.parametrize("recipe", FORMATS)
 def test_the_two_buffers_are_in_the_forecast(recipe, layers):
-    _spec, plan = tiny_spec("qwen2"), streamed("qwen2", recipe, layers)
+    plan = streamed("qwen2", recipe, layers)
     gpu, workload = open_gpu("64MiB"), Workload(40, 3, follow_up_tokens=20)
     foretold = forecast(plan, gpu, workload=workload)
     measured = run_workload(load_tiny("qwen2", plan, gpu), workload)
@@ -90,8 +90,8 @@ def test_the_two_buffers_are_in_the_forecast(recipe, layers):
 
 
 def test_a_forecast_for_cuda_has_the_buffers_and_what_its_kernels_take():
-    _spec, plan = tiny_spec("qwen2"), streamed("qwen2", "int4")
-    profiles = [forecast(each, "64MiB", kernels="cuda") for each in (plan, replace(plan, stream_from=None))]
+    plan = streamed("qwen2", "int4")
+    profiles = [forecast(each, "64MiB") for each in (plan, replace(plan, stream_from=None))]
     more = profiles[0].phase("prefill").peak_allocated_bytes - profiles[1].phase("prefill").peak_allocated_bytes
     assert more >= 2 * layer_bytes(plan, {0})
 
@@ -198,7 +198,7 @@ def test_a_cache_that_cannot_travel_stays_and_so_do_the_weights():
 
 @stand_in_only
 def test_out_of_memory_on_the_way_leaves_the_model_whole():
-    _spec, plan = tiny_spec("qwen2"), streamed("qwen2", "int8")
+    plan = streamed("qwen2", "int8")
     resident = replace(plan, stream_from=None)
     room = forecast(plan, open_gpu("64MiB"), workload=Workload(64, 1)).peak_reserved_bytes
     gpu = open_gpu(room)

@@ -26,7 +26,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.units import MiB
 from tests.helpers.checkpoints import RandomCheckpoint, directory_spec, write_model
-from tests.helpers.machines import Made
+from tests.helpers.machines import Made, stand_in
 from tests.helpers.tiny import (
     DictCheckpoint,
     letters_state,
@@ -70,9 +70,9 @@ def test_a_split_is_its_plan_and_the_forecasts_of_that(field):
     if state.embedding_on_cpu:
         plan = plan.with_modules(spec.embedding, device="cpu")
     plan = replace(plan, kv_format=state.kv_format, threads=state.threads)
-    found = evaluate_split(state, spec, budget, "cpu", Made())
+    found = evaluate_split(state, spec, stand_in(budget), Made())
     assert found.plan == plan == split_plan(state, spec)
-    assert found.forecast == forecast(plan, budget, kernels="cpu")
+    assert found.forecast == forecast(plan, stand_in(budget))
     assert found.speed == forecast_speed(plan, machine=Made())
     assert state_of(plan) == state
     assert found.to_dict()["plan"] == plan.to_dict()

@@ -1,5 +1,9 @@
-"""Machines of made-up rates, in the place of a measured ``Machine``."""
+"""Machines of made-up rates, in the place of a measured ``Machine``; and what is forecast for the CPU's kernels."""
 
+from dataclasses import replace
+
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.gpu import Gpu, StandInGpu
 from lowvram_lab.planner.rates import (
     AttentionRates,
     Circumstances,
@@ -10,6 +14,15 @@ from lowvram_lab.planner.rates import (
     PromptRates,
     TokenRates,
 )
+
+
+def stand_in(gpu=None):
+    """A size as a budget on which the CPU's kernels run, wherever this is tested; an opened GPU as it is."""
+    if gpu is None:
+        return StandInGpu(None)
+    if isinstance(gpu, dict):
+        return {place: stand_in(size) if place == 0 else size for place, size in gpu.items()}
+    return gpu if isinstance(gpu, Gpu) else replace(GpuBudget.parse(gpu), kernels="cpu")
 
 
 class Made:

@@ -127,7 +127,7 @@ def test_our_rows(folder, fakes):
     found = measured(folder, plan=Plan.uniform(directory_spec(folder), "int8", context=64))
     lean, modules = found.rows
     assert [lean.engine, modules.engine] == ["lowvram", "lowvram (modules)"]
-    _spec, plan = directory_spec(folder), Plan.uniform(directory_spec(folder), "int8", context=64)
+    plan = Plan.uniform(directory_spec(folder), "int8", context=64)
     for row in found.rows:
         assert row.reason == ""
         assert row.weight_bytes == plan.weight_bytes()  # the embedding is the head: all of it is read

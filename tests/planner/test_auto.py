@@ -17,15 +17,21 @@ from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.search import largest_fitting, least_bytes
 from lowvram_lab.planner.suggest import suggest
 from lowvram_lab.units import GiB, MiB
-from tests.helpers.machines import Flat
+from tests.helpers.machines import Flat, stand_in
 from tests.helpers.tiny import TINY, packaged_spec, tiny_config
 
 CONTEXT, LAYERS = 512, 4
 SEGMENT = (
     2 * MiB
 )  # what a model this small grows by, on the stand-in: CUDA's workspace would hide it in a large segment
-forecast = functools.partial(dry_run.forecast, kernels="cpu")
-auto_plan = functools.partial(auto.auto_plan, kernels="cpu")
+
+
+def forecast(plan, gpu=None, **options):
+    return dry_run.forecast(plan, stand_in(gpu), **options)
+
+
+def auto_plan(spec, gpu, *arguments, **options):
+    return auto.auto_plan(spec, stand_in(gpu), *arguments, **options)
 
 
 @functools.cache
@@ -38,7 +44,8 @@ def small_spec(kind: str) -> ModelSpec:
 @functools.cache
 def needed(kind: str, recipe: str, gpu_layers: int = LAYERS, kernels: str = "cpu") -> int:
     plan = Plan.uniform(small_spec(kind), recipe, context=CONTEXT).with_gpu_layers(gpu_layers)
-    return forecast(plan, "1TiB", kernels=kernels).peak_reserved_bytes  # a card does not fuse weights
+    budget = replace(GpuBudget.parse("1TiB"), kernels=kernels)  # within a budget weights are not fused
+    return dry_run.forecast(plan, budget).peak_reserved_bytes
 
 
 def body_formats(plan: Plan) -> set[str]:
@@ -101,8 +108,9 @@ def test_an_untied_embedding_goes_to_the_cpu_before_a_lower_recipe():
 def test_more_budget_never_lowers_the_recipe(kind, kernels):
     spec, ranks = small_spec(kind), []
     for budget in range(needed(kind, "int4", 1, kernels), needed(kind, "bf16", LAYERS, kernels) + 1, SEGMENT):
-        choice = auto_plan(spec, budget, CONTEXT, kernels=kernels)
-        again = forecast(choice.plan, budget, kernels=kernels)
+        card = replace(GpuBudget.parse(budget), kernels=kernels)
+        choice = auto.auto_plan(spec, card, CONTEXT)
+        again = dry_run.forecast(choice.plan, card)
         assert again.fits
         assert again.phases == choice.forecast.phases
         assert again.peak_reserved_bytes <= budget
@@ -149,7 +157,7 @@ def test_a_refusal_says_what_is_short_and_what_helps(kind, recipes, short_by):
     message = str(error.value)
     assert "\n" not in message
     assert all(words in message for words in (spec.name, str(CONTEXT), "needs more than"))
-    found = suggest(least, GpuBudget(budget), "cpu")
+    found = suggest(least, stand_in(budget))
     if found:  # and each of them is true: see the next test
         assert message.endswith(f"what would help: {found[0].text}")
     else:
@@ -242,7 +250,7 @@ def test_every_suggestion_is_true(kind, recipe, short_by):
     plan = Plan.uniform(spec, recipe, context=CONTEXT)
     budget = GpuBudget(needed(kind, recipe) - 1 - short_by * SEGMENT)
     assert not forecast(plan, budget).fits
-    found = suggest(plan, budget, "cpu")
+    found = suggest(plan, stand_in(budget))
     assert found
     for suggestion in found:
         again = forecast(suggestion.plan, budget)
@@ -262,7 +270,7 @@ def test_every_suggestion_is_true(kind, recipe, short_by):
 @pytest.mark.parametrize("budget", [4, 6, 8, 10, 24])
 @pytest.mark.parametrize("what", ["layers", "context"])
 def test_largest_fitting_is_the_largest(what, budget):
-    _spec, base = small_spec("qwen2"), Plan.uniform(small_spec("qwen2"), "int8", context=CONTEXT)
+    base = Plan.uniform(small_spec("qwen2"), "int8", context=CONTEXT)
 
     def at(number):
         plan = base.with_gpu_layers(number) if what == "layers" else replace(base, context=number)
@@ -272,7 +280,7 @@ def test_largest_fitting_is_the_largest(what, budget):
         return forecast(at(number)[0], budget * MiB).fits
 
     low, high = (0, LAYERS) if what == "layers" else (2, 1024)
-    found = largest_fitting(at, low, high, GpuBudget(budget * MiB), "cpu")
+    found = largest_fitting(at, low, high, stand_in(budget * MiB))
     if found is None:
         assert not fits(low)
     else:

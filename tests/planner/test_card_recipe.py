@@ -2,13 +2,16 @@
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
@@ -18,6 +21,7 @@ from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import MiB
 from lowvram_lab.weights.sensitivity import Sensitivity, candidate_formats
+from tests.helpers.machines import stand_in
 from tests.helpers.tiny import TINY, DictCheckpoint, random_state, tiny_config
 
 stand_in_only = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
@@ -86,7 +90,7 @@ def test_what_is_left_of_the_card_is_less_than_a_segment():
 def test_a_card_for_which_nothing_is_small_enough(kernels):
     spec, costs = wider("llama")
     with pytest.raises(BudgetError) as error:
-        recipe_for_card(spec, costs, "3MiB", context=256, kernels=kernels)
+        recipe_for_card(spec, costs, replace(GpuBudget.parse("3MiB"), kernels=kernels), context=256)
     assert "wider-llama" in str(error.value)
     assert "\n" not in str(error.value)
     assert "-" not in re.sub("wider-llama", "", str(error.value)), "a negative number of bytes"
@@ -95,7 +99,7 @@ def test_a_card_for_which_nothing_is_small_enough(kernels):
 def test_a_card_too_small_is_named_as_it_was_given():
     spec, costs = wider("llama")
     with pytest.raises(BudgetError, match="5.0 MiB"):
-        recipe_for_card(spec, costs, "5MiB", context=256, kernels="cpu")
+        recipe_for_card(spec, costs, stand_in("5MiB"), context=256)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +108,8 @@ def test_a_card_too_small_is_named_as_it_was_given():
 )
 def test_where_one_format_for_all_fits_a_recipe_does(kind, size, context):
     spec, costs = wider(kind)
-    assert forecast(Plan.uniform(spec, "int4", context=context), size, kernels="cpu").fits
-    _, foretold = recipe_for_card(spec, costs, size, context=context, kernels="cpu")
+    assert forecast(Plan.uniform(spec, "int4", context=context), stand_in(size)).fits
+    _, foretold = recipe_for_card(spec, costs, stand_in(size), context=context)
     assert foretold.fits
 
 
@@ -113,7 +117,7 @@ def test_an_int8_cache_leaves_more_to_the_weights():
     spec, costs = wider("llama")
     found = []
     for kv_format in (None, "int8"):
-        made, _ = recipe_for_card(spec, costs, "18MiB", context=512, kv_format=kv_format, kernels="cpu")
+        made, _ = recipe_for_card(spec, costs, stand_in("18MiB"), context=512, kv_format=kv_format)
         found.append(made)
     assert [f.plan.kv_format for f in found] == ["bf16", "int8"]
     assert found[1].weight_bytes > found[0].weight_bytes
@@ -122,8 +126,8 @@ def test_an_int8_cache_leaves_more_to_the_weights():
 
 def test_a_budget_makes_what_the_function_does_and_its_repr_says_of_what():
     spec, costs = wider("qwen2")
-    budget = CardBudget("12MiB", context=256, kernels="cpu", formats=("int8", "int4"))
-    expected, _ = recipe_for_card(spec, costs, "12MiB", context=256, kernels="cpu", formats=("int8", "int4"))
+    budget = CardBudget(stand_in("12MiB"), context=256, formats=("int8", "int4"))
+    expected, _ = recipe_for_card(spec, costs, stand_in("12MiB"), context=256, formats=("int8", "int4"))
     assert budget.recipe(spec, costs) == expected
-    assert repr(CardBudget("1GiB")) == repr(CardBudget(2**30, kernels="cuda")) != repr(CardBudget("1GiB", context=64))
-    assert repr(CardBudget(open_gpu("12MiB"), kernels="cpu")) == repr(CardBudget("12MiB", kernels="cpu"))
+    assert repr(CardBudget("1GiB")) == repr(CardBudget(2**30)) != repr(CardBudget("1GiB", context=64))
+    assert repr(CardBudget(StandInGpu(GpuBudget.parse("12MiB")))) == repr(CardBudget(stand_in("12MiB")))

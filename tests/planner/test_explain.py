@@ -19,6 +19,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import MiB
+from tests.helpers.machines import stand_in
 from tests.helpers.tiny import TINY, DictCheckpoint, load_tiny, random_ids, tiny_config, tiny_plan
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="budgets this small are the stand-in's")
@@ -52,7 +53,7 @@ def run_plan(kind, plan, budget, workload=None):
 
 
 def needed(kind, plan, phase=None):
-    profile = forecast(plan, kernels="cpu")
+    profile = forecast(plan, stand_in())
     return profile.phase(phase).peak_reserved_bytes if phase else profile.peak_reserved_bytes
 
 
@@ -81,7 +82,7 @@ def apply_all_suggestions(cases):
         assert not found.within_forecast, case
         counts.append(len(found.suggestions))
         for suggestion in found.suggestions:
-            again = forecast(suggestion.plan, GpuBudget(budget), kernels="cpu")
+            again = forecast(suggestion.plan, stand_in(budget))
             assert again.fits, (case, suggestion.text)
             assert again.peak_reserved_bytes <= budget
             assert (suggestion.plan, budget) not in tried, (case, suggestion.text)
@@ -118,7 +119,7 @@ def explained(kind="qwen2", phase="prefill", **options):
 @pytest.mark.parametrize("phase", ["load", "prefill"])
 def test_who_asked_and_who_held(phase):
     found, plan, budget = explained(phase=phase)
-    event = forecast(plan, GpuBudget(budget), kernels="cpu").first_oom
+    event = forecast(plan, stand_in(budget)).first_oom
     assert found.happened
     assert (found.event.phase, found.event.module) == (event.phase, event.module) == (phase, found.event.module)
     assert found.event.module.startswith(("model.layers.", "lm_head", "model.norm"))

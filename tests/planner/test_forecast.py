@@ -18,6 +18,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, MiB, parse_bytes
+from tests.helpers.machines import stand_in
 from tests.helpers.tiny import PLACEMENTS, TINY, load_tiny, packaged_spec, tiny_plan, tiny_spec
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
@@ -118,7 +119,7 @@ def test_to_the_byte_at_every_length(tokens):
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", TINY)
 def test_figures_hang_together(kind, recipe):
-    _spec, plan = tiny_spec(kind), tiny_plan(kind, recipe)
+    plan = tiny_plan(kind, recipe)
     profile = forecast(plan, "1000MiB", workload=WORKLOAD)
     for phase in profile.phases:
         assert sum(phase.breakdown.values()) == phase.peak_allocated_bytes >= phase.end_allocated_bytes
@@ -148,7 +149,7 @@ def test_kv_and_transfers_follow_the_split():
 @pytest.mark.parametrize("budget", ["1MiB", "2MiB", "3MiB", "4MiB", "6MiB", "24MiB", "26MiB"])
 @pytest.mark.parametrize("recipe", ["fp32", "int8"])
 def test_first_oom_is_where_the_real_run_raises(recipe, budget):
-    _spec, workload = tiny_spec("qwen2"), Workload(900, 2)
+    workload = Workload(900, 2)
     plan = replace(tiny_plan("qwen2", recipe), context=1024)
     dry = forecast(plan, open_gpu(budget), workload=workload)
     gpu = open_gpu(budget)
@@ -166,7 +167,7 @@ def test_first_oom_is_where_the_real_run_raises(recipe, budget):
 
 
 def test_the_budgets_above_meet_every_outcome():
-    _spec, workload, found = tiny_spec("qwen2"), Workload(900, 2), set()
+    workload, found = Workload(900, 2), set()
     plan = replace(tiny_plan("qwen2", "fp32"), context=1024)
     for budget in ("1MiB", "3MiB", "26MiB"):
         event = forecast(plan, open_gpu(budget), workload=workload).first_oom
@@ -175,7 +176,7 @@ def test_the_budgets_above_meet_every_outcome():
 
 
 def test_beyond_the_first_failure_the_figures_are_those_without_a_limit():
-    _spec, plan = tiny_spec("qwen2"), tiny_plan("qwen2", "fp32")
+    plan = tiny_plan("qwen2", "fp32")
     small, unlimited = (forecast(plan, budget, workload=WORKLOAD) for budget in ("1MiB", None))
     assert not small.fits
     assert unlimited.fits
@@ -191,11 +192,9 @@ def test_a_second_model_on_the_same_gpu_has_its_own_load_phase():
 
 
 def test_cuda_kernels_differ_where_they_should():
-    tiny_spec("qwen2")
-
     def both(recipe, tokens):
         plan = tiny_plan("qwen2", recipe)
-        return [forecast(plan, workload=Workload(tokens, 1), kernels=k) for k in ("cuda", "cpu")]
+        return [forecast(plan, gpu, workload=Workload(tokens, 1)) for gpu in (None, stand_in())]
 
     for recipe in RECIPES:
         cuda, cpu = both(recipe, 290)

@@ -15,11 +15,20 @@ from lowvram_lab.planner import search as limits
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.search import CONTEXT_STEP
 from lowvram_lab.units import MiB, format_bytes
+from tests.helpers.machines import stand_in
 from tests.helpers.tiny import TINY, packaged_spec, tiny_config
 
-forecast = functools.partial(dry_run.forecast, kernels="cpu")
-max_context = functools.partial(limits.max_context, kernels="cpu")
-max_layers_on_gpu = functools.partial(limits.max_layers_on_gpu, kernels="cpu")
+
+def forecast(plan, gpu=None, **options):
+    return dry_run.forecast(plan, stand_in(gpu), **options)
+
+
+def max_context(plan, gpu):
+    return limits.max_context(plan, stand_in(gpu))
+
+
+def max_layers_on_gpu(plan, gpu):
+    return limits.max_layers_on_gpu(plan, stand_in(gpu))
 
 
 @functools.cache

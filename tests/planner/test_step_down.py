@@ -39,7 +39,7 @@ def logits(model):
 
 
 def variants(kind):
-    _spec, plain = tiny_spec(kind), tiny_plan(kind)
+    plain = tiny_plan(kind)
     return {
         "split": plain.with_gpu_layers(1),
         "int4": tiny_plan(kind, "int4"),
