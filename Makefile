@@ -55,9 +55,10 @@ format: $(STAMP) ## ruff, mend in place
 
 gpu-check: $(STAMP) ## tests that need CUDA; forecast, splits and engine measured on it
 	$(BIN)/pytest -m gpu $(ARGS)
-	$(if $(wildcard benchmarks/forecast_accuracy.py),$(BIN)/python benchmarks/forecast_accuracy.py)
-	$(if $(wildcard benchmarks/split_parity.py),$(BIN)/python benchmarks/split_parity.py)
-	$(if $(wildcard benchmarks/engine_cuda.py),$(BIN)/python benchmarks/engine_cuda.py)
+	$(BIN)/python benchmarks/forecast_accuracy.py
+	$(BIN)/python benchmarks/split_parity.py
+	$(BIN)/python benchmarks/engine_cuda.py
+	$(BIN)/python benchmarks/speed_forecast.py --model qwen1.5-0.5b --random --runs 1
 
 notebooks: $(STAMP) ## run the notebooks in place, keeping outputs
 	$(if $(NOTEBOOKS),$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS))

@@ -21,7 +21,7 @@ import pandas
 import torch
 from forecast_accuracy import RandomCheckpoint
 
-from lowvram_lab.engine.decode import ModuleDecoder, prefill
+from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.machine import facts
@@ -34,6 +34,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.profile import Workload
 
 RESULTS = Path(__file__).parent / "results"
+WAYS = ("planned", "planned, modules", "nf4", "bitsandbytes, capped", "bitsandbytes")
 
 
 def bandwidth() -> float:
@@ -79,10 +80,10 @@ def ours(args, way: str) -> dict:
     dry = forecast(plan, gpu, workload=workload)
     model = load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False)
     gpu.reset_peak()
-    decoder = ModuleDecoder(model) if way.endswith("modules") else decoder_for(model)
+    decoder = ModuleDecoder(model) if way.endswith("modules") else decoder_for(model, progress=False)
     ids = torch.ones(1, args.context - args.tokens, dtype=torch.long)
     started = time.perf_counter()
-    state = [prefill(model, ids, decoder.cache).argmax(-1, keepdim=True)]
+    state = [decoder.prefill(ids).argmax(-1, keepdim=True)]
     torch.cuda.synchronize()
     ttft = time.perf_counter() - started
 
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--gpu", default="4GiB")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -174,8 +176,9 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_weights(args.model, Path(folder))
-        for way in ("planned", "planned, modules", "nf4", "bitsandbytes, capped", "bitsandbytes"):
+        if any("bitsandbytes" in way for way in args.ways):
+            write_weights(args.model, Path(folder))
+        for way in args.ways:
             command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--weights", folder]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:

@@ -162,7 +162,7 @@ def run_case(case: Case, small: bool) -> dict:
     try:
         measured = run_workload(load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False), workload).phases
     except torch.OutOfMemoryError as error:
-        event = getattr(error, "event", None)
+        event = error.lowvram.event if hasattr(error, "lowvram") else None
         oom = {"phase": event.phase, "module": event.module} if event else {"phase": None, "module": None}
         measured = _completed(gpu, oom["phase"])
     expected = dry.first_oom and {"phase": dry.first_oom.phase, "module": dry.first_oom.module}

@@ -4,11 +4,13 @@ A run is a process of its own: it measures this machine's rates anew, forecasts 
 KV formats, contexts 128 to 2048), then loads each and times its decoding. On a quiet machine:
 
     python benchmarks/speed_forecast.py --runs 5
+    python benchmarks/speed_forecast.py --model qwen1.5-0.5b --random --runs 1    # a shape alone: nothing is fetched
 
-Results go to results/speed_forecast.json, with the machine, the versions and how steady the rates were.
+Results go to results/speed_forecast_cpu.json (or _cuda), with the machine, the versions and how steady the rates were.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -18,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
+import torch
+from forecast_accuracy import RandomCheckpoint
 
 import lowvram_lab as lab
 from lowvram_lab.engine.lean import decoder_for
@@ -25,7 +29,7 @@ from lowvram_lab.machine import facts
 from lowvram_lab.planner.measure import run_speed
 from lowvram_lab.planner.measure_rates import Machine
 
-RESULTS = Path(__file__).parent / "results" / "speed_forecast.json"
+RESULTS = Path(__file__).parent / "results"
 PLANS = (
     # format, layers on the GPU (None: all), KV format, context
     ("bf16", None, None, 128),
@@ -41,11 +45,11 @@ NEW_TOKENS = 32
 ROUNDS = 3
 
 
-def one_run(model: str, threads: int) -> dict:
+def one_run(model: str, threads: int, random: bool) -> dict:
     """Forecasts and measures the plans, once."""
     source = lab.find_source(model)
-    source.fetch(progress=False)
-    spec = source.spec(model)
+    spec = source.spec()
+    checkpoint = RandomCheckpoint(spec) if random else source.checkpoint()
     machine, rows = Machine(anew=True), []
     plans = [_plan(spec, threads, *each) for each in PLANS]
     workloads = [lab.Workload(plan.context // 2, min(NEW_TOKENS, plan.context // 2 - 1)) for plan in plans]
@@ -53,7 +57,7 @@ def one_run(model: str, threads: int) -> dict:
     forecasts = [lab.forecast_speed(plan, each, machine) for plan, each in zip(plans, workloads, strict=True)]
     for plan, workload, forecast in zip(plans, workloads, forecasts, strict=True):
         gpu = lab.open_gpu("4GiB")
-        loaded = lab.load(plan, gpu, checkpoint=source.checkpoint(), progress=False)
+        loaded = lab.load(plan, gpu, checkpoint=checkpoint, progress=False)
         decoder = decoder_for(loaded, workload.tokens, progress=False)
         speeds = [run_speed(loaded, workload, decoder) for _ in range(ROUNDS + 1)][1:]
         rows.append(
@@ -69,6 +73,10 @@ def one_run(model: str, threads: int) -> dict:
             }
         )
         assert decoder.name == forecast.engine, (decoder.name, forecast.engine)
+        del loaded, decoder
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return {"rates": machine.circumstances().words(datetime.now(UTC).timestamp()), "rows": rows}
 
 
@@ -91,13 +99,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--random", action="store_true", help="random weights of the model's shape")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--once", action="store_true", help="one run in this process; prints JSON")
     options = parser.parse_args()
     if options.once:
-        print(json.dumps(one_run(options.model, options.threads)))
+        print(json.dumps(one_run(options.model, options.threads, options.random)))
         return
     command = [sys.executable, __file__, "--once", "--model", options.model, "--threads", str(options.threads)]
+    command += ["--random"] if options.random else []
     runs = []
     for number in range(1, options.runs + 1):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -109,8 +119,10 @@ def main() -> None:
         print(f"run {number}: median error {error.median():.1f} %, worst {error.max():.1f} %; {runs[-1]['rates']}\n")
     medians = [run["median_error_percent"] for run in runs]
     print(f"median error of each run, per cent: {', '.join(f'{value:.1f}' for value in medians)}")
-    made = {"machine": facts(), "date": datetime.now(UTC).date().isoformat(), "threads": options.threads, "runs": runs}
-    RESULTS.write_text(json.dumps(made, indent=1) + "\n")
+    asked = {"model": options.model, "random_weights": options.random, "threads": options.threads}
+    made = {"machine": facts(), "date": datetime.now(UTC).date().isoformat(), **asked, "runs": runs}
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    (RESULTS / f"speed_forecast_{kind}.json").write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":
