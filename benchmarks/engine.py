@@ -188,11 +188,11 @@ def _products_of(decoder: LeanDecoder, model):
     inputs, config = {}, model.config
     for size in (
         config.hidden_size,
-        config.num_attention_heads * model.lowvram.spec.head_dim,
+        config.num_attention_heads * model.lowvram.plan.spec.head_dim,
         config.intermediate_size,
     ):
         inputs[size] = torch.randn(1, size)
-    kinds = [config.hidden_size, config.num_attention_heads * model.lowvram.spec.head_dim, config.hidden_size,
+    kinds = [config.hidden_size, config.num_attention_heads * model.lowvram.plan.spec.head_dim, config.hidden_size,
              config.intermediate_size]  # fmt: skip
     weights = [module._sorted(shape, t)[1] for shape, (_, t) in zip(shapes, decoder._layers, strict=True)]
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -245,7 +245,7 @@ def _facts(recipe: Recipe, name: str, calibration: str | Path | None, ids: torch
         "weight_bytes": recipe.weight_bytes,
         "source_weight_bytes": recipe.source_weight_bytes,
         "estimated_kl": recipe.estimated_kl,
-        "plan": replace(recipe.plan, model=name).to_dict(),
+        "plan": {**recipe.plan.to_dict(), "model": name},
     }
 
 

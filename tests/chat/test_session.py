@@ -28,7 +28,8 @@ def scripted_model(tokens, context=1024):
 
     model.forward, model.fed = forward, fed
     state = model.lowvram  # no decoder knows its type: its own forward is called
-    state.spec = replace(state.spec, config={**state.spec.config, "model_type": "scripted"})
+    spec = replace(state.plan.spec, config={**state.plan.spec.config, "model_type": "scripted"})
+    state.plan = replace(state.plan, spec=spec)
     return model
 
 

@@ -94,7 +94,7 @@ def test_the_kv_cache_of_the_spec_is_the_one_that_transformers_fills(kind):
     model, stock = both(kind, split=False)
     with torch.no_grad():
         cache = stock(random_ids(9), use_cache=True).past_key_values
-    spec = model.lowvram.spec
+    spec = model.lowvram.plan.spec
     found = {tuple(each.shape) for layer in cache.layers for each in (layer.keys, layer.values)}
     assert found == {(1, spec.num_key_value_heads, 9, spec.head_dim)}
     assert len(cache.layers) == spec.num_hidden_layers

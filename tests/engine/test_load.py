@@ -212,9 +212,11 @@ def test_nan_is_named(name, recipe):
     assert name in str(error.value)
 
 
-def test_the_plan_is_validated_first():
-    with pytest.raises(PlanError, match="tiny-llama"):
-        load_tiny("qwen2", tiny_plan("llama"))
+def test_a_model_is_not_planned_anew_as_another():
+    model = load_tiny("qwen2")
+    with pytest.raises(PlanError, match="this plan was made for 'tiny-llama'"):
+        replan(model, tiny_plan("llama"), progress=False)
+    assert model.lowvram.plan.model == "tiny-qwen2"
 
 
 @stand_in_only

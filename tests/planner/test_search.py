@@ -93,7 +93,7 @@ def test_what_does_not_fit_at_all_says_what_it_needs():
         (max_layers_on_gpu, "the embeddings alone"),
     ]:
         with pytest.raises(BudgetError, match=f"{least} of small-qwen2 in this plan needs") as error:
-            ask(plan_of("qwen2", "bf16"), spec_of("qwen2"), MiB)
+            ask(plan_of("qwen2", "bf16"), MiB)
         assert "the GPU has 1.0 MiB" in str(error.value)
         assert "\n" not in str(error.value)
 

@@ -275,7 +275,7 @@ def test_the_recipe_makes_it_again(made, sources, folder, name):
     facts = json.loads((directory / "recipe.json").read_text())
     plan = Plan.from_json(json.dumps(facts["plan"]), done.plan.spec)
     assert plan.modules == done.plan.modules
-    assert facts["source"] == plan.model == sources[PLANS[name][0]].name
+    assert facts["source"] == facts["plan"]["model"] == sources[PLANS[name][0]].name
     for file in ("recipe.json", "config.json", "README.md"):  # a path of this machine would be nobody's business
         assert str(folder) not in (directory / file).read_text()
     assert (facts["solver"], facts["calibration_tokens"]) == ("gptq", TOKENS)
