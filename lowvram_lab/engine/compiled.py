@@ -97,8 +97,9 @@ def _open(directory: Path) -> Callable:
     if sha256_file(directory / LIBRARY) != (directory / DIGEST).read_text():
         raise RuntimeError("its checksum is another")
     # not torch._inductor.aoti_load_package: that imports the whole compiler (a second; and setuptools, which fails
-    # where distutils came first), and its model takes the arguments apart and puts them together, 40 us each time
-    return torch._C._aoti.AOTIModelPackageLoader(str(directory / LIBRARY), "model", False, 1, -1).run
+    # where distutils came first), and its model takes the arguments apart and puts them together, 40 us each time.
+    # Nor AOTIModelPackageLoader: it unpacks a copy into the temporary folder, which a killed process leaves there
+    return torch._C._aoti.AOTIModelContainerRunnerCpu(str(directory / LIBRARY), 1).run
 
 
 def _compile(libraries: list[Library], progress: bool) -> None:

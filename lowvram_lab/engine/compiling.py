@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import warnings
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ OPTIONS = {
 }
 LEAST_ROOM = 3
 """Places a cache must have for a compiled layer; the exporter takes fewer for another case."""
-LIBRARY = "library.pt2"
+LIBRARY = "library.so"
 DIGEST = "library.sha256"
 
 _LONGEST = 1 << 24
@@ -127,7 +128,11 @@ def _end_with_the_caller() -> None:
 
 
 def _fill(directory: Path, library: Library) -> None:
-    _compile(library, directory / LIBRARY)
+    package = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "library.pt2"
+    _compile(library, package)
+    with zipfile.ZipFile(package) as members:
+        (name,) = (name for name in members.namelist() if name.endswith(".so"))
+        (directory / LIBRARY).write_bytes(members.read(name))
     (directory / DIGEST).write_text(sha256_file(directory / LIBRARY))
 
 

@@ -122,7 +122,7 @@ def test_a_compiler_that_fails_is_one_line_and_a_log(tmp_path, monkeypatch, does
     log = tmp_path / "cache" / "compiled" / "failure.log"
     assert expected in str(error.value) and str(error.value).endswith(f"the whole log is {log}")
     assert "\n" not in str(error.value) and log.is_file()
-    assert not list((tmp_path / "cache").rglob("library.pt2"))
+    assert not list((tmp_path / "cache").rglob("library.so"))
     assert leftovers(tmp_path) == []
 
 

@@ -153,9 +153,10 @@ def test_compiled_once_for_a_machine(recipe, kv_format, tmp_path, monkeypatch):
         assert len({run for run, _ in decoder._layers}) == 1
     assert made == [2]  # a layer and the head, by one process
     compiled._open.cache_clear()
-    library = next(tmp_path.rglob("library.pt2"))  # damaged, of the same size
+    library = next(tmp_path.rglob("library.so"))  # damaged, of the same size
     data = bytearray(library.read_bytes())
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    library.unlink()  # the file that is mapped stays whole
     library.write_bytes(data)
     assert LeanDecoder(model, max_tokens=60, progress=False).compiled
     assert made == [2, 1]
