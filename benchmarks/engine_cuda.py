@@ -72,7 +72,7 @@ def ours(args, way: str) -> dict:
     gpu = open_gpu(args.gpu)
     if way.startswith("nf4"):
         plan = replace(Plan.uniform(spec, "nf4", context=args.context), kv_format="int8")
-        plan = plan.with_modules(spec.head, format="int8")
+        plan = plan.with_modules(*{spec.head, *([spec.embedding] if spec.tied else [])}, format="int8")
         plan = plan if spec.tied else plan.with_modules(spec.embedding, device="cpu")
     else:
         plan = auto_plan(spec, gpu, args.context).plan

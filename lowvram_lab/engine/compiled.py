@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from tqdm.auto import tqdm
@@ -59,7 +60,7 @@ def _command() -> str:
 
 
 def open_libraries(libraries: Sequence[Library], progress: bool = True) -> list[Callable]:
-    """Opens libraries; compiles first, in one other process, those that this machine does not have yet.
+    """Opens libraries; compiles first, in other processes, those that this machine does not have yet.
 
     Args:
         libraries: Which; several may be the same.
@@ -103,47 +104,55 @@ def _open(directory: Path) -> Callable:
 
 
 def _compile(libraries: list[Library], progress: bool) -> None:
-    """Has libraries compiled by a process of its own, which ends with this block, however that is left."""
+    """Has libraries compiled by other processes, as many as there are cores, which end with this block."""
     folder = writable(cache_dir() / "compiled")
     jobs = [(library, _directory(library), _identity(library)) for library in libraries]
+    workers = min(len(jobs), os.cpu_count() or 1)
     with (
         tempfile.TemporaryDirectory(prefix="lowvram-compile-", ignore_cleanup_errors=True) as scratch,
         tempfile.TemporaryFile("w+", errors="replace") as log,
     ):
-        # its intermediate files are its own: what a killed compiler left half-written is never met again
-        places = {"TMPDIR": scratch, "TORCHINDUCTOR_CACHE_DIR": scratch, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        process = subprocess.Popen(
-            fresh_python("lowvram_lab.engine.compiling:main"),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=os.environ | places,
-            start_new_session=True,  # Ctrl-C is this process's to handle, and the compiler is ended with its parent
-        )
+        processes = [_start(Path(scratch, str(number)), log) for number in range(workers)]
         try:
-            with contextlib.suppress(BrokenPipeError):  # it ended already; the log says why
-                process.stdin.write(pickle.dumps(jobs))
-                process.stdin.flush()
-            _wait(process, jobs, progress)
+            for number, process in enumerate(processes):
+                with contextlib.suppress(BrokenPipeError):  # it ended already; the log says why
+                    process.stdin.write(pickle.dumps(jobs[number::workers]))
+                    process.stdin.flush()
+            _wait(processes, jobs, progress)
         finally:
-            _end(process)
+            for process in processes:
+                _end(process)
             for _, directory, _ in jobs:
                 discard_partial(directory)
-        if process.returncode:
+        if failed := [process.returncode for process in processes if process.returncode]:
             log.seek(0)
-            raise LowvramError(_explained(process.returncode, log.read(), folder / "failure.log"))
+            raise LowvramError(_explained(failed[0], log.read(), folder / "failure.log"))
 
 
-def _wait(process: subprocess.Popen, jobs: list[tuple], progress: bool) -> None:
-    """Waits for the process's end; the bar counts the libraries that are finished."""
+def _start(scratch: Path, log: IO[str]) -> subprocess.Popen:
+    """Starts a process that compiles what it is sent."""
+    scratch.mkdir()
+    # its intermediate files are its own: what a killed compiler left half-written is never met again
+    places = {"TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(scratch), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return subprocess.Popen(
+        fresh_python("lowvram_lab.engine.compiling:main"),
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=log,
+        env=os.environ | places,
+        start_new_session=True,  # Ctrl-C is this process's to handle, and the compiler is ended with its parent
+    )
+
+
+def _wait(processes: list[subprocess.Popen], jobs: list[tuple], progress: bool) -> None:
+    """Waits until all have ended, or one has failed; the bar counts the libraries that are finished."""
     deadline = time.monotonic() + LONGEST_S * len(jobs)
     shown = None if progress else True  # None: on a terminal and in a notebook, not in a pipe
     with tqdm(desc="compile, once for this machine", total=len(jobs), disable=shown, leave=False) as bar:
-        while process.poll() is None:
+        while None in (ended := [process.poll() for process in processes]) and not any(ended):
             if time.monotonic() > deadline:
                 raise LowvramError(f"{_command()} did not end within {LONGEST_S * len(jobs)} s; see what hangs there")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_POLL_S)
+            time.sleep(_POLL_S)
             bar.n = sum(is_finished(directory, identity) for _, directory, identity in jobs)
             bar.refresh()
 

@@ -4,6 +4,7 @@ It runs in an interpreter of its own (``compiled.py`` starts it): what the calle
 the compiler's way (the standard library's distutils did), nor the compiler's settings and memory in the caller's.
 """
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -121,7 +122,10 @@ def main() -> None:
 def _end_with_the_caller() -> None:
     """Whoever started this holds the other end of stdin: it closes when that process is gone, killed even."""
     os.read(sys.stdin.fileno(), 1)  # not stdin.read(), whose lock would be held when this process ends by itself
-    shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+    scratch = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    shutil.rmtree(scratch, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another of the caller's compilers still uses it, and takes it along
+        scratch.parent.rmdir()
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)  # the C++ compiler too
     os._exit(1)

@@ -58,8 +58,8 @@ def arguments() -> list[torch.Tensor]:
 
 
 def leftovers(tmp_path) -> list[str]:
-    """Names of what was given up half-way. (What torch has unpacked to open a library goes with its process.)"""
-    found = [*(tmp_path / "cache").rglob("*.partial-*"), *(tmp_path / "scratch").glob("lowvram-*")]
+    """Names of what was given up half-way, or left in the temporary folder."""
+    found = [*(tmp_path / "cache").rglob("*.partial-*"), *(tmp_path / "scratch").iterdir()]
     return [path.name for path in found]
 
 
