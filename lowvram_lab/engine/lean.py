@@ -198,7 +198,7 @@ class LeanDecoder:
             with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
                 self._logits.copy_(self._run(token, position))
         if self._gpu.simulated:
-            self._gpu.transfers.update(self._crossed_bytes)
+            self._gpu.recording.transfers.update(self._crossed_bytes)
         for held in self.cache.layers:
             held.tokens = position + 1
         return self._logits

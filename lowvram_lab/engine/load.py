@@ -23,6 +23,7 @@ from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.recording import Recording
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import DTYPES, get_format
@@ -73,17 +74,16 @@ def load(
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
     import_kernels({assignment.format for assignment in plan.modules.values()})
-    gpu.meter.first_oom = None
-    recording = Timeline() if timeline else None
+    gpu.recording = recording = Recording()
     if timeline:
-        gpu.meter.timeline = recording
+        gpu.meter.timeline = recording.timeline = Timeline()
     with (
         cpu_threads(plan.threads),
-        gpu.phase("load") as load_phase,
+        gpu.phase("load"),
         gpu.meter.scope(category="weights"),
         torch.no_grad(),
     ):
-        model.lowvram = Loaded(plan, gpu, checkpoint, load_phase, recording)
+        model.lowvram = Loaded(plan, gpu, checkpoint, recording)
         _fill(model, spec.modules, plan, progress)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
     return model.eval()
@@ -128,7 +128,7 @@ def _realise(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan, prog
     if state.placement is not None:
         state.placement.remove()
     import_kernels({assignment.format for assignment in plan.modules.values()})
-    state.gpu.meter.first_oom = None  # of the plan before
+    state.gpu.recording.first_oom = None  # of the plan before
     with (
         cpu_threads(plan.threads),
         state.gpu.active(),

@@ -10,8 +10,7 @@ import torch
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.memory.meter import PhaseMemory
-from lowvram_lab.memory.timeline import Timeline
+from lowvram_lab.memory.recording import Recording
 from lowvram_lab.model.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,8 +45,7 @@ class Loaded:
         plan: What it realises.
         gpu: What it lives on.
         weights: Where its weights came from, and come from again when it is planned anew.
-        load_phase: Memory while it was loaded.
-        timeline: Every allocation since, where that was asked for.
+        recording: What was measured on the GPU from its load on, until another model's.
         placement: What makes each block compute at its place; ``remove()`` undoes it.
         mapped: Files of the weights that lie on disk.
         decoders: Who else holds weights.
@@ -56,8 +54,7 @@ class Loaded:
     plan: Plan
     gpu: Gpu
     weights: Weights
-    load_phase: PhaseMemory
-    timeline: Timeline | None = None
+    recording: Recording
     placement: Placement | None = None
     mapped: list[WeightsOnDisk] = field(default_factory=list)
     decoders: weakref.WeakSet[Releasable] = field(default_factory=weakref.WeakSet)

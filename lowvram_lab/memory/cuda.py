@@ -16,7 +16,8 @@ import torch
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu, StandInGpu
-from lowvram_lab.memory.meter import Meter, PhaseMemory
+from lowvram_lab.memory.meter import Meter
+from lowvram_lab.memory.recording import PhaseMemory
 from lowvram_lab.units import format_bytes
 
 
@@ -69,7 +70,7 @@ class CudaGpu(Gpu):
             torch.cuda.empty_cache()  # what an earlier model left reserved is not this one's
         torch.cuda.reset_peak_memory_stats(self.device)
         record = PhaseMemory(name)
-        self.phases.append(record)
+        self.recording.phases.append(record)
         try:
             with self.watching(), self.meter.phase(name) as metered:
                 yield record
@@ -118,7 +119,7 @@ class CudaGpu(Gpu):
             if after is not None:
                 self._side_stream.wait_event(after)
             for target, source in pairs:
-                self.transfers["cpu", "gpu"] += source.nbytes
+                self.recording.transfers["cpu", "gpu"] += source.nbytes
                 target.copy_(source, non_blocking=True)
             return self._side_stream.record_event()
 

@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.memory.meter import OomEvent
 from lowvram_lab.units import KiB, MiB
 
 aten = torch.ops.aten
@@ -125,9 +124,6 @@ class DryRunGpu(Gpu):
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""
         return torch.empty_like(tensor, device="meta")
-
-    def _out_of_memory(self, event: OomEvent) -> None:
-        """Goes on, without a limit: the forecast wants the whole peak."""
 
 
 class MetaResults:

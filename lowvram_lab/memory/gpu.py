@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.meter import Meter, OomEvent, OutOfMemory, PhaseMemory
+from lowvram_lab.memory.meter import Meter, OutOfMemory
+from lowvram_lab.memory.recording import OomEvent, Recording
 from lowvram_lab.units import format_bytes
 
 
@@ -38,8 +39,7 @@ class Gpu:
         kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` on the stand-in.
         simulated: Whether figures come from a stand-in or a dry run.
         meter: Counts what is live.
-        transfers: (from, to) → bytes moved so far.
-        phases: Every phase measured so far, oldest first.
+        recording: What was measured since the latest model was loaded.
     """
 
     name = "gpu"
@@ -50,8 +50,7 @@ class Gpu:
 
     def __init__(self, budget: GpuBudget | None):
         self.budget = replace(budget, kernels=self.kernels) if budget else None
-        self.transfers: Counter = Counter()
-        self.phases: list[PhaseMemory] = []
+        self.recording = Recording()
         self.lock = threading.RLock()
         self._local = threading.local()
         self._paused = False
@@ -91,7 +90,7 @@ class Gpu:
     def phase(self, name: str):
         """Measures a named phase on the GPU; yields its ``PhaseMemory``, complete when the block ends."""
         with self.active(), self.meter.phase(name) as record:
-            self.phases.append(record)
+            self.recording.phases.append(record)
             yield record
 
     def check_room(self, size_bytes: int) -> None:
@@ -121,7 +120,7 @@ class Gpu:
         source = self.meter.place_of(tensor)
         if source == place or not self.moves:
             return tensor
-        self.transfers[source, place] += tensor.nbytes
+        self.recording.transfers[source, place] += tensor.nbytes
         with self.active(), self.meter.scope(place=place, force=True):
             return self._copy(tensor, place)
 
@@ -150,7 +149,7 @@ class Gpu:
             What ``wait_for`` wants.
         """
         for target, source in pairs:
-            self.transfers["cpu", "gpu"] += source.nbytes
+            self.recording.transfers["cpu", "gpu"] += source.nbytes
             target.copy_(source)
 
     def mark(self):
@@ -179,6 +178,9 @@ class Gpu:
         error.lowvram.loaded = error.lowvram.loaded or loaded
 
     def _out_of_memory(self, event: OomEvent) -> None:
+        self.recording.first_oom = self.recording.first_oom or event
+        if self.meta:  # goes on, without a limit: the forecast wants the whole peak
+            return
         raise StandInOutOfMemoryError(oom_message(event, self.budget), OutOfMemory(event, self))
 
 

@@ -10,57 +10,18 @@ result's device would, and mixing places is refused with CUDA's reason.
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
+from lowvram_lab.memory.recording import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import Timeline
 
 aten = torch.ops.aten
 _MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default}
 _FACTORIES = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
-
-
-@dataclass
-class PhaseMemory:
-    """GPU memory of one phase of a run, in bytes.
-
-    Attributes:
-        name: As recorded: ``load``, ``prefill``, ``decode`` and so on.
-        peak_allocated_bytes: Most bytes live at once, in 512-byte blocks, without the CUDA context.
-        end_allocated_bytes: Bytes live when the phase ended.
-        peak_reserved_bytes: Most bytes the caching allocator held (simulated unless CUDA counted them).
-        breakdown: Bytes at the moment of the allocated peak by category (weights, kv, activations, workspace). Sums to
-            the peak.
-        reserved_breakdown: The same at the moment of the reserved peak, with ``fragmentation`` for what was reserved
-            and not allocated. Sums to the reserved peak.
-        process_bytes: What the driver says the process held at the end, CUDA context included; ``None`` where unknown.
-    """
-
-    name: str
-    peak_allocated_bytes: int = 0
-    end_allocated_bytes: int = 0
-    peak_reserved_bytes: int = 0
-    breakdown: dict[str, int] = field(default_factory=dict)
-    reserved_breakdown: dict[str, int] = field(default_factory=dict)
-    process_bytes: int | None = None
-
-
-@dataclass
-class OomEvent:
-    """One allocation that did not fit: who asked for how much, when, and who held the memory.
-
-    CUDA states ``requested_bytes`` only in the text of its error; it is ``None`` then.
-    """
-
-    phase: str
-    module: str
-    requested_bytes: int | None
-    allocated_bytes: int
-    reserved_bytes: int
-    holders: list[tuple[str, int]]
 
 
 @dataclass
@@ -123,7 +84,6 @@ class Meter(TorchDispatchMode):
         self.peak_allocated = 0
         self.timeline: Timeline | None = None
         self.windows: list[Window] = []
-        self.first_oom: OomEvent | None = None
         self._phase: PhaseMemory | None = None
         self._live: dict[int, _Live] = {}
         self._taking, self._died = False, []
@@ -280,7 +240,6 @@ class Meter(TorchDispatchMode):
             return self.allocator.allocate(size)
         except OutOfCapacity:
             event = self.oom_event(round_size(size))
-            self.first_oom = self.first_oom or event
             if self.on_oom:
                 self.on_oom(event)
             self.allocator.capacity = None
