@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
 from lowvram_lab.files import build_directory, sha256_file
@@ -92,7 +93,7 @@ class _Layer(torch.nn.Module):
         super().__init__()
         self.shape = shape
 
-    def forward(self, hidden, cos, sin, positions, *tensors):
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, *tensors: Tensor):
         """``llama_layer`` for as many tokens as there are positions: a length the library reads off a shape."""
         loops = []
         return llama_layer(self.shape, hidden, cos, sin, tensors, positions.shape[0], loops=loops), *loops
@@ -103,7 +104,7 @@ class _Head(torch.nn.Module):
         super().__init__()
         self.shape = shape
 
-    def forward(self, hidden, *tensors):
+    def forward(self, hidden: Tensor, *tensors: Tensor):
         """See ``head``."""
         loops = []
         return head(self.shape, hidden, tensors, loops), *loops

@@ -13,6 +13,7 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -70,7 +71,7 @@ def scratch_folder() -> Path:
     return writable(cache_dir() / "mapped")
 
 
-def _append(file, tensor: torch.Tensor) -> int:
+def _append(file: BinaryIO, tensor: torch.Tensor) -> int:
     """Writes a tensor at the next aligned place; returns where."""
     file.write(bytes(-file.tell() % ALIGNMENT))
     start = file.tell()

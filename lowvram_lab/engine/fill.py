@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowvram_lab.engine.layers import QuantizedEmbedding, QuantizedLinear, quantized_embedding, quantized_linear
+from lowvram_lab.engine.layers import Move, QuantizedEmbedding, QuantizedLinear, quantized_embedding, quantized_linear
 from lowvram_lab.engine.loaded import Weights
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.memory.gpu import Gpu
@@ -87,7 +87,7 @@ class Filler:
             raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
         return tensor
 
-    def _mover(self, module: ModuleSpec):
+    def _mover(self, module: ModuleSpec) -> Move:
         place = compute_place(self.plan.modules[module.name].device)
         return lambda tensor: self.gpu.move(tensor, place)
 

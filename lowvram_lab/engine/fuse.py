@@ -44,7 +44,7 @@ def fuse(projections: Sequence[nn.Module]) -> dict[str, torch.Tensor] | None:
     return common
 
 
-def separate(model, names: set[str]) -> None:
+def separate(model: nn.Module, names: set[str]) -> None:
     """Gives fused weights a memory of their own again, where some of them are about to go and others stay.
 
     Args:

@@ -8,6 +8,8 @@ so that the temporary stays small (nf4: all of it).
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -34,6 +36,9 @@ NF4_FUSED_ROWS = 4
 """Up to this many tokens bitsandbytes always runs its fused kernel on CUDA (``_GEMM_4BIT_CUSTOM_FLOOR_M``); beyond it
 the card decides, so there the weight is dequantised in the open, where it is counted."""
 
+Move = Callable[[torch.Tensor], torch.Tensor]
+"""A tensor → the same at its final place."""
+
 CUDA_INNER_K_TILES = 8
 _CUDA_INT4_K = CUDA_INNER_K_TILES * 16
 
@@ -56,19 +61,19 @@ class QuantizedLinear(nn.Module):
         self.bias = None
         self.tile_rows = 1  # rows of the weight that can be dequantised only together
 
-    def store(self, weight: torch.Tensor, move) -> None:
+    def store(self, weight: torch.Tensor, move: Move) -> None:
         """Quantises ``weight`` ``(out, in)`` and keeps the result where ``move`` puts it.
 
         Args:
             weight: Float weight, on the CPU or on meta.
-            move: Tensor → the tensor at its final place.
+            move: Puts a tensor at its final place.
 
         Raises:
             CheckpointError: The weight is not finite.
         """
         self.fill(_shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format), move)
 
-    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+    def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """Keeps a weight quantised before, where ``move`` puts it.
 
         Args:
@@ -152,7 +157,7 @@ class _PackedRows:
 class Int8Linear(_Int8Rows, QuantizedLinear):
     """torch's int8 kernel on the CPU."""
 
-    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+    def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """See ``QuantizedLinear``; a weight that begins where the kernel cannot read it is copied."""
         super().fill(tensors, move)
         if self.kernels == "cpu" and not self.weight.is_meta and self.weight.data_ptr() % INT8_ALIGNMENT:
@@ -190,7 +195,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
         else:
             self.layout = "nibbles"
 
-    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+    def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """See ``QuantizedLinear``. CUDA packs after the move: its packing runs only there."""
         if "codes" not in tensors:  # a dry run's
             super().fill(tensors, move)
@@ -269,11 +274,11 @@ class QuantizedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.format, self.dtype = num_embeddings, embedding_dim, fmt, dtype
 
-    def store(self, weight: torch.Tensor, move) -> None:
+    def store(self, weight: torch.Tensor, move: Move) -> None:
         """Quantises the table ``(num_embeddings, embedding_dim)``; see ``QuantizedLinear.store``."""
         self.fill(_shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format), move)
 
-    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+    def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """See ``QuantizedLinear.fill``."""
         if "codes" in tensors:
             tensors = {**tensors, "packed": two_per_byte(tensors["codes"], high_first=False)}

@@ -7,6 +7,7 @@ run of a forecast goes through the very same code with tensors on meta.
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -205,7 +206,7 @@ def _refuse_to_save(*args, **kwargs):
     )
 
 
-def _read_generation_config(model, directory) -> None:
+def _read_generation_config(model: PreTrainedModel, directory: Path | None) -> None:
     """The checkpoint's own generation settings (stop ids above all), where it has a file of them."""
     from transformers import GenerationConfig
 

@@ -8,7 +8,7 @@ exception is a long prompt, for which a plan may say that weights travel after a
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from transformers import Cache
@@ -62,7 +62,6 @@ class Placement:
         model: A model whose weights already are where the plan says.
         devices: From ``block_devices``.
         plan: The plan.
-        spec: The model's spec.
         gpu: The ``Gpu`` the model lives on.
     """
 
@@ -104,7 +103,7 @@ class Placement:
         self._wrapped.clear()
 
 
-def _model_forward(route, original, *args, **kwargs):
+def _model_forward(route: _Route, original: Callable, *args, **kwargs):
     gpu, stated = route.gpu, kwargs.get("use_cache")
     makes_a_cache = getattr(route.model().config, "use_cache", True) if stated is None else stated
     can_visit = cache_can_visit(_cache_among(args, kwargs), makes_a_cache)
@@ -124,16 +123,16 @@ def _model_forward(route, original, *args, **kwargs):
             route.moved.clear()
 
 
-def _moved(key: str, value, route):
+def _moved(key: str, value: object, route: _Route) -> object:
     return value if key == "input_ids" else _to_place(value, route.first, route.gpu)
 
 
-def _contains_another(path: str, places) -> bool:
+def _contains_another(path: str, places: Iterable[str]) -> bool:
     """Whether a module (with a buffer of its own) holds other blocks: it runs no code that a place would matter to."""
     return any(other.startswith(path + ".") for other in places)
 
 
-def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
+def _block_forward(path: str, place: str, hands_over: bool, route: _Route, original: Callable, *args, **kwargs):
     if path in route.weights:
         with route.weights.visiting(path, _cache_among(args, kwargs)):
             return _compute(path, "gpu", route, original, args, kwargs)
@@ -142,8 +141,8 @@ def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
     return _to_place(result, route.first, route.gpu) if hands_over else result
 
 
-def _compute(path, place, route, original, args, kwargs):
-    def here(value):
+def _compute(path: str, place: str, route: _Route, original: Callable, args: tuple, kwargs: dict):
+    def here(value: object) -> object:
         return _to_place(value, place, route.gpu)
 
     args = tuple(here(value) for value in args)
@@ -160,17 +159,17 @@ def _compute(path, place, route, original, args, kwargs):
             raise
 
 
-def _cache_among(args, kwargs) -> Cache | None:
+def _cache_among(args: tuple, kwargs: dict) -> Cache | None:
     """The KV cache that a layer is given: each architecture has its own name for it, or its own place."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
-def _owned_forward(path, gpu, original, *args, **kwargs):
+def _owned_forward(path: str, gpu: Gpu, original: Callable, *args, **kwargs):
     with gpu.meter.scope(owner=path):
         return original(*args, **kwargs)
 
 
-def _shared(value, place, moved, here):
+def _shared(value: object, place: str, moved: dict[tuple[int, str], tuple], here: Callable) -> object:
     """Keyword inputs (mask, rotary tables) are the same for every layer: moved once a forward, not once a layer."""
     if not isinstance(value, torch.Tensor | tuple):
         return value
@@ -180,7 +179,7 @@ def _shared(value, place, moved, here):
     return moved[key][1]
 
 
-def _to_place(value, place, gpu):
+def _to_place(value: object, place: str, gpu: Gpu) -> object:
     if isinstance(value, torch.Tensor):
         return gpu.move(value, place)
     if isinstance(value, tuple):

@@ -101,7 +101,6 @@ class TravellingWeights:
         model: A model whose weights are where its plan says.
         devices: Of its blocks; those without weights (rotary embedding) come along.
         plan: Says which layers, and from how many tokens on (``stream_from``).
-        spec: The model's spec.
         gpu: The ``Gpu`` they come to.
     """
 
@@ -174,7 +173,7 @@ class TravellingWeights:
                 held[key] = table
 
     @contextmanager
-    def visiting(self, path: str, cache) -> Iterator[None]:
+    def visiting(self, path: str, cache: Cache | None) -> Iterator[None]:
         """Lets a layer compute on the GPU: its weights in a buffer, its keys and values with it until it is done."""
         layer = self._layers[path]
         turn = self._order.index(layer)
@@ -217,7 +216,7 @@ def cache_can_visit(cache: Cache | None, made_inside: bool) -> bool:
     return bool(cache.layers) and all(getattr(layer, "can_visit", False) for layer in cache.layers)
 
 
-def _unlock(gpu, blocks: list[PinnedBlock]) -> None:
+def _unlock(gpu: Gpu, blocks: list[PinnedBlock]) -> None:
     with contextlib.suppress(RuntimeError):  # CUDA may be gone at the end of the process
         gpu.settle(wait=True)
         for block in blocks:

@@ -15,7 +15,7 @@ import torch
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
+from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Masked, head, llama_layer
 from lowvram_lab.memory.allocator import round_size
 
 aten = torch.ops.aten
@@ -137,12 +137,11 @@ def layer_bytes(
         compiled: Whether it will be a compiled library.
     """
     row = torch.empty(shape.head_dim, device="meta")
-    at = torch.empty(1, dtype=torch.long, device="meta") if masked else None
-    mask = torch.empty(tokens, device="meta") if masked else None
+    at, mask = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(tokens, device="meta")
 
     def run(hidden: torch.Tensor, arguments: list, loops: list | None) -> torch.Tensor:
         cos, sin, at, mask, *tensors = arguments
-        return llama_layer(shape, hidden, cos, sin, tensors, tokens, at, mask, loops)
+        return llama_layer(shape, hidden, cos, sin, tensors, tokens, Masked(at, mask) if masked else None, loops)
 
     return token_bytes(run, hidden, [row, row, at, mask, *tensors], compiled=compiled)
 

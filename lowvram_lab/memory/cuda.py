@@ -111,7 +111,7 @@ class CudaGpu(Gpu):
         """CUDA's own counter."""
         return torch.cuda.max_memory_allocated(self.device)
 
-    def copy_ahead(self, pairs, after=None):
+    def copy_ahead(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: torch.cuda.Event | None = None):
         """See ``Gpu``: on a stream of its own. Only from page-locked memory does it run beside the computation."""
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(self.device)
@@ -123,11 +123,11 @@ class CudaGpu(Gpu):
                 target.copy_(source, non_blocking=True)
             return self._side_stream.record_event()
 
-    def mark(self):
+    def mark(self) -> torch.cuda.Event:
         """See ``Gpu``."""
         return torch.cuda.current_stream(self.device).record_event()
 
-    def wait_for(self, mark) -> None:
+    def wait_for(self, mark: torch.cuda.Event) -> None:
         """See ``Gpu``."""
         torch.cuda.current_stream(self.device).wait_event(mark)
 

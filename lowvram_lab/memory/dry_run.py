@@ -10,6 +10,7 @@ of them out in Python (about 0.1 ms); what it returned is remembered by shape, a
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -29,7 +30,7 @@ class ImitateAttention(TorchFunctionMode):
         gpu: The dry-run GPU; says which place a tensor is at and whose kernels run there.
     """
 
-    def __init__(self, gpu):
+    def __init__(self, gpu: Gpu):
         super().__init__()
         self.gpu = gpu
 
@@ -107,7 +108,7 @@ class DryRunGpu(Gpu):
         self._results = MetaResults()
         self._workspace = None
 
-    def _run(self, func, args, kwargs):
+    def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
         """Runs an operator on meta; before the first matrix product on CUDA, cuBLAS' workspace is there."""
         wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
         if wanted and self.meter.place_of(args[-1]) == "gpu":
@@ -137,7 +138,7 @@ class MetaResults:
         self._layouts: dict[tuple, list[tuple] | tuple] = {}
         self._fresh: dict[object, bool] = {}
 
-    def __call__(self, func, args: tuple, kwargs: dict):
+    def __call__(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
         """The operator's result: equal in shape, strides and dtype to what ``func(*args, **kwargs)`` gives on meta."""
         fresh = self._fresh.get(func)
         if fresh is None:
@@ -152,13 +153,13 @@ class MetaResults:
         return _empty(layout) if isinstance(layout, tuple) else tuple(_empty(one) for one in layout)
 
 
-def _returns_fresh_tensors(func) -> bool:
+def _returns_fresh_tensors(func: torch._ops.OpOverload) -> bool:
     schema = func._schema
     aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
     return not aliases and all(str(r.type) == "Tensor" for r in schema.returns)
 
 
-def _signature(value):
+def _signature(value: object) -> tuple:
     if isinstance(value, torch.Tensor):
         return (value.dtype, value.device.type, value.shape, value.stride())
     if isinstance(value, list | tuple):
@@ -166,7 +167,7 @@ def _signature(value):
     return (type(value), value)  # 1 and 1.0 and True are equal as keys, and promote differently
 
 
-def _layout(result):
+def _layout(result: object) -> tuple | list[tuple] | None:
     if isinstance(result, torch.Tensor):
         return (result.shape, result.stride(), result.dtype) if result.is_meta else None
     if isinstance(result, tuple) and all(isinstance(item, torch.Tensor) and item.is_meta for item in result):
@@ -174,12 +175,12 @@ def _layout(result):
     return None
 
 
-def _shares_storage(result, args: tuple) -> bool:
+def _shares_storage(result: object, args: tuple) -> bool:
     storages = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
     return any(tensor.untyped_storage()._cdata in storages for tensor in _tensors((result,)))
 
 
-def _tensors(values):
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value

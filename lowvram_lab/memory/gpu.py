@@ -138,7 +138,7 @@ class Gpu:
             device = self._tensor_device if place == "gpu" or self.meta else "cpu"
             return torch.zeros(shape, dtype=dtype, device=device)
 
-    def copy_ahead(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after=None):
+    def copy_ahead(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: object = None) -> object:
         """Copies CPU tensors into GPU ones beside the computation, where the GPU can do both at once.
 
         Args:
@@ -152,10 +152,10 @@ class Gpu:
             self.recording.transfers["cpu", "gpu"] += source.nbytes
             target.copy_(source)
 
-    def mark(self):
+    def mark(self) -> object:
         """A mark behind all work given to the GPU so far."""
 
-    def wait_for(self, mark) -> None:
+    def wait_for(self, mark: object) -> None:
         """Lets what is computed from here on wait for a mark."""
 
     def settle(self, wait: bool = False) -> None:
@@ -190,12 +190,12 @@ class StandInGpu(Gpu):
     name = "stand-in GPU (simulated)"
 
 
-def oom_message(event: OomEvent, budget) -> str:
+def oom_message(event: OomEvent, budget: GpuBudget) -> str:
     """An out-of-memory message in CUDA's order of facts, plus what CUDA leaves out: who asked, who held.
 
     Args:
         event: The allocation that did not fit.
-        budget: The card's ``GpuBudget``.
+        budget: The card's.
     """
     free = max(0, budget.usable_bytes - event.reserved_bytes)
     context = f", {format_bytes(budget.context_bytes)} of it the CUDA context" if budget.context_bytes else ""

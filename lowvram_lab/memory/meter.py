@@ -9,6 +9,7 @@ result's device would, and mixing places is refused with CUDA's reason.
 
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
 from lowvram_lab.memory.recording import OomEvent, PhaseMemory
-from lowvram_lab.memory.timeline import Timeline
+from lowvram_lab.memory.timeline import Event, Timeline
 
 aten = torch.ops.aten
 _MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default}
@@ -74,7 +75,13 @@ class Meter(TorchDispatchMode):
             block that is not worth splitting is counted with its unused end.
     """
 
-    def __init__(self, *, by_device=False, allocator: CachingAllocator | None = None, on_oom=None):
+    def __init__(
+        self,
+        *,
+        by_device: bool = False,
+        allocator: CachingAllocator | None = None,
+        on_oom: Callable[[OomEvent], None] | None = None,
+    ):
         super().__init__()
         self.by_device = by_device
         self.allocator = allocator
@@ -94,7 +101,9 @@ class Meter(TorchDispatchMode):
         self._forced = False
 
     @contextmanager
-    def scope(self, owner: str | None = None, place: str | None = None, category: str | None = None, force=False):
+    def scope(
+        self, owner: str | None = None, place: str | None = None, category: str | None = None, force: bool = False
+    ) -> Iterator[None]:
         """Charges what is allocated inside to a module, a place, a category; ``None`` leaves each as it was.
 
         Args:
@@ -187,7 +196,7 @@ class Meter(TorchDispatchMode):
                     self._see(item, place)
         return result
 
-    def _place_for(self, func, args, kwargs) -> str:
+    def _place_for(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> str:
         if self._forced or func in _FACTORIES:
             return self._place
         places = set()
@@ -232,7 +241,9 @@ class Meter(TorchDispatchMode):
                 window.peak = max(window.peak, self.allocated["gpu"])
             self._note_peak()
         if self.timeline is not None:
-            self.timeline.allocate(key, live, self._phase.name if self._phase else "", self._reserved())
+            phase = self._phase.name if self._phase else ""
+            event = Event(live.size, place, live.owner, live.category, phase, self._reserved())
+            self.timeline.allocate(key, event)
 
     def _take(self, size: int):
         self._taking = True  # garbage collection may run inside, and must not free blocks of a half-made list
