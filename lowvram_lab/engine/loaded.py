@@ -30,13 +30,6 @@ class Weights(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
 
-class Releasable(Protocol):
-    """What holds a model's weights beside the model and lets go of them when asked."""
-
-    def release(self) -> None:
-        """Lets go."""
-
-
 @dataclass(eq=False)
 class Loaded:
     """The state of a loaded model. ``replan`` changes ``plan``, ``placement`` and ``mapped``; nothing else changes.
@@ -48,7 +41,7 @@ class Loaded:
         recording: What was measured on the GPU from its load on, until another model's.
         placement: What makes each block compute at its place; ``remove()`` undoes it.
         mapped: Files of the weights that lie on disk.
-        decoders: Who else holds weights.
+        decoders: Every ``Decoder`` on its weights.
     """
 
     plan: Plan
@@ -57,7 +50,7 @@ class Loaded:
     recording: Recording
     placement: Placement | None = None
     mapped: list[WeightsOnDisk] = field(default_factory=list)
-    decoders: weakref.WeakSet[Releasable] = field(default_factory=weakref.WeakSet)
+    decoders: weakref.WeakSet = field(default_factory=weakref.WeakSet)
 
 
 def loaded(model: torch.nn.Module) -> Loaded:

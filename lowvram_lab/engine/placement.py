@@ -8,7 +8,8 @@ exception is a long prompt, for which a plan may say that weights travel after a
 import functools
 import inspect
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache
@@ -19,16 +20,18 @@ from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan, compute_place
 
 
+@dataclass
 class _Route:
     """What the blocks of one model share: where the first layer computes, what has moved, the weights that travel."""
 
-    def __init__(
-        self, home: str, head: str, threads: int | None, gpu: Gpu, weights: TravellingWeights, model: weakref.ref
-    ):
-        self.home, self.head, self.threads = home, head, threads
-        self.gpu, self.weights, self.model = gpu, weights, model
-        self.first = home  # masks and rotary tables are made once, where the first layer computes in this pass
-        self.moved: dict[tuple[int, str], tuple] = {}
+    home: str
+    head: str
+    threads: int | None
+    gpu: Gpu
+    weights: TravellingWeights
+    model: weakref.ref
+    first: str  # masks and rotary tables are made once, where the first layer computes in this pass
+    moved: dict[tuple[int, str], tuple] = field(default_factory=dict)
 
     def note_oom(self, error: torch.OutOfMemoryError) -> None:
         """Says on an error whose it is, while the block's name is still known."""
@@ -70,12 +73,12 @@ class Placement:
         self._wrapped: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._weights = TravellingWeights(model, devices, plan, gpu)
         home = compute_place(devices[f"{spec.layers_path}.0"])
-        route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model))
+        route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model), first=home)
         embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
         try:
             for path, device in devices.items():
-                if _contains_another(path, devices):
-                    continue
+                if any(other.startswith(path + ".") for other in devices):
+                    continue  # it holds other blocks, and runs no code that a place would matter to
                 block, hands_over = model.get_submodule(path), path == spec.embedding or path in embeddings
                 self._wrap(block, functools.partial(_block_forward, path, compute_place(device), hands_over, route))
                 if gpu.simulated:  # the meter is on anyway: let it name the very module; on CUDA ``watch`` does
@@ -112,7 +115,9 @@ def _model_forward(route: _Route, original: Callable, *args, **kwargs):
     with gpu.lock, cpu_threads(route.threads), gpu.active(), route.weights.opened_for(ids, can_visit) as travelling:
         route.first = "gpu" if travelling else route.home
         # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
-        kwargs = {key: _moved(key, value, route) for key, value in kwargs.items()}
+        kwargs = {
+            key: value if key == "input_ids" else _to_place(value, route.first, gpu) for key, value in kwargs.items()
+        }
         try:
             with gpu.meter.scope(owner="model", place=route.first):
                 return original(*args, **kwargs)
@@ -121,15 +126,6 @@ def _model_forward(route: _Route, original: Callable, *args, **kwargs):
             raise
         finally:
             route.moved.clear()
-
-
-def _moved(key: str, value: object, route: _Route) -> object:
-    return value if key == "input_ids" else _to_place(value, route.first, route.gpu)
-
-
-def _contains_another(path: str, places: Iterable[str]) -> bool:
-    """Whether a module (with a buffer of its own) holds other blocks: it runs no code that a place would matter to."""
-    return any(other.startswith(path + ".") for other in places)
 
 
 def _block_forward(path: str, place: str, hands_over: bool, route: _Route, original: Callable, *args, **kwargs):

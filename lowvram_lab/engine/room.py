@@ -15,11 +15,7 @@ from lowvram_lab.units import format_bytes
 
 
 def check_room_on_disk(size_bytes: int) -> None:
-    """Refuses what the disk of the cache folder has no room for, before anything is written.
-
-    Raises:
-        CheckpointError: Says what it takes and what is free.
-    """
+    """Refuses, by a ``CheckpointError``, what the disk of the cache folder has no room for."""
     if not size_bytes:
         return
     folder = scratch_folder()
@@ -45,11 +41,11 @@ def forecast_load_bytes(plan: Plan, *, gpu_in_ram: bool) -> int:
 
 
 def check_room_in_ram(plan: Plan, gpu: Gpu, modules: Iterable[ModuleSpec], loaded: Plan | None = None) -> None:
-    """Refuses a load that the host's free memory cannot take: a process that the system ends cannot say why.
+    """Refuses a load that the host's free memory cannot take.
 
     Args:
         plan: What is to be loaded.
-        gpu: The GPU it goes to; the stand-in lies in RAM too.
+        gpu: Where it goes; the stand-in lies in RAM too.
         modules: Those that really are loaded, of the spec's.
         loaded: The plan that is there already, and whose weights make room.
 

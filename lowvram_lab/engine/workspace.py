@@ -46,8 +46,7 @@ class _Temporaries(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.peak_bytes = 0
-        self._live: dict[int, int] = {}
-        self._references: dict[int, weakref.ref] = {}
+        self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage → bytes, and what notices its end
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operator, then counts what it made."""
@@ -63,22 +62,21 @@ class _Temporaries(TorchDispatchMode):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._live and storage.nbytes():
-                self._live[key] = round_size(storage.nbytes())
-                self._references[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
+                reference = weakref.ref(storage, lambda _, key=key: self._forget(key))
+                self._live[key] = round_size(storage.nbytes()), reference
         self.peak_bytes = max(self.peak_bytes, self._bytes())
 
     def exempt(self, tensor: torch.Tensor) -> None:
         """Never counts a tensor that was there before."""
         storage = tensor.untyped_storage()
-        self._live[storage._cdata] = 0
-        self._references[storage._cdata] = weakref.ref(storage)
+        self._live[storage._cdata] = 0, weakref.ref(storage)
 
     def _bytes(self) -> int:
-        return sum(self._live.values())
+        return sum(size for size, _ in self._live.values())
 
     def _forget(self, key: int) -> int:
-        self._references.pop(key, None)
-        return self._live.pop(key, 0)
+        size, _ = self._live.pop(key)
+        return size
 
 
 class _WrittenByALibrary(_Temporaries):
@@ -126,15 +124,9 @@ class _Loops(list):
 def layer_bytes(
     shape: LayerShape, hidden: torch.Tensor, tensors: list, tokens: int, masked: bool, compiled: bool
 ) -> int:
-    """Most bytes of temporaries at once in a layer that looks at so many tokens.
+    """Most bytes of temporaries at once in a layer that looks at so many tokens; for the arguments see ``llama_layer``.
 
-    Args:
-        shape: See ``llama_layer``.
-        hidden: See ``llama_layer``; only its shape matters.
-        tensors: See ``llama_layer``.
-        tokens: How many places of the cache are looked at.
-        masked: Whether some of them may hold nothing, as in a CUDA graph.
-        compiled: Whether it will be a compiled library.
+    ``masked``: some places of the cache may hold nothing, as in a CUDA graph. ``compiled``: it will be a library.
     """
     row = torch.empty(shape.head_dim, device="meta")
     at, mask = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(tokens, device="meta")
@@ -149,10 +141,7 @@ def layer_bytes(
 def head_bytes(model: torch.nn.Module, hidden: torch.Tensor, bound: tuple[HeadShape, list] | None) -> int:
     """Most bytes of temporaries at once in the last norm and the product with the head, logits included.
 
-    Args:
-        model: Of a family that the lean decoder knows.
-        hidden: See ``head``; only its shape matters.
-        bound: From ``bind_head`` where the head is a compiled library; else it is the model's module.
+    ``bound`` is from ``bind_head`` where the head is a compiled library; else it is the model's module.
     """
     if bound is not None:
 
@@ -180,10 +169,9 @@ def token_bytes(
     """Most bytes that are live at once in a function, its input and its result included, beside weights and cache.
 
     Args:
-        run: The function of hidden states, of a list of tensors, and of a list for loops' inputs (``None`` where it is
-            not compiled).
-        hidden: What it is called with: a temporary, the result of the function before; only its shape matters.
-        tensors: And these, which stay, real or on meta; only their shapes matter.
+        run: The function of hidden states, a list of tensors, and a list for loops' inputs (``None``: not compiled).
+        hidden: A temporary, the result of the function before; only its shape matters.
+        tensors: These stay; only their shapes matter.
         compiled: Whether it will be a compiled library.
     """
     seen = _WrittenByALibrary() if compiled else _Temporaries()
