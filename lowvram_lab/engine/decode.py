@@ -59,17 +59,15 @@ class Decoder:
         model: The model.
         cache: The ``PreallocatedCache`` that prompt and answer are in.
         released: Whether the model was planned anew since; then it decodes no more.
+        name: What it is, in words.
     """
+
+    name: str
 
     def __init__(self, model: torch.nn.Module, max_tokens: int | None = None, batch_size: int = 1, why: str = ""):
         self.model, self.why, self.released = model, why, False
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
         loaded(model).decoders.add(self)
-
-    @property
-    def name(self) -> str:
-        """What it is, in words."""
-        raise NotImplementedError
 
     @property
     def tokens(self) -> int:

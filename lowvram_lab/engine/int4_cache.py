@@ -24,11 +24,7 @@ class Int4Layer(FixedLayer):
     dtype; ``values`` uint8 ``(batch, kv_heads, max_tokens, head_dim / 2)``; ``value_grid`` bf16 ``(batch, kv_heads,
     max_tokens, 2, head_dim / 32)``.
 
-    Args:
-        gpu: The ``Gpu`` of the model.
-        place: Where the layer computes.
-        shape: ``(batch, kv_heads, max_tokens, head_dim)``; head_dim a multiple of 32.
-        dtype: The model's.
+    Its arguments are those of ``PreallocatedLayer``; head_dim is a multiple of 32.
     """
 
     key_scale = None

@@ -244,14 +244,11 @@ class Nf4Linear(QuantizedLinear):
         """bitsandbytes' fused kernel for few tokens on CUDA, else a dequantised weight and matmul."""
         import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
+        kernels, group_size = torch.ops.bitsandbytes, self.format.group_size
         shape = [self.out_features, self.in_features]
         if self.kernels == "cuda" and rows.shape[0] <= NF4_FUSED_ROWS:
-            return torch.ops.bitsandbytes.gemm_4bit.default(
-                rows, self.packed, shape, self.absmax, self.format.group_size, "nf4"
-            )
-        weight = torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.packed, self.absmax, self.format.group_size, "nf4", shape, rows.dtype
-        )
+            return kernels.gemm_4bit.default(rows, self.packed, shape, self.absmax, group_size, "nf4")
+        weight = kernels.dequantize_4bit.default(self.packed, self.absmax, group_size, "nf4", shape, rows.dtype)
         return F.linear(rows, weight)
 
 

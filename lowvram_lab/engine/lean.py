@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -109,17 +108,13 @@ class LeanDecoder(Decoder):
         self._crossed_bytes = self._crossings()
         self._layers, self._head = [], None
         self._positions = torch.arange(self.cache.max_tokens)
-        try:
-            with self._gpu.active(), torch.no_grad():
-                self._tables = self._rotary()
-                bound = [bind_layer(model, *both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
-                on_card = self._gpu.kernels == "cuda" and "gpu" in self._places
-                self._graphed = self._graph(bound) if on_card else None
-                self.compiled = not on_card and self._may_compile(compiled)
-                self._reserve(bound)
-        except torch.OutOfMemoryError as error:
-            self._gpu.note_oom(error, state)
-            raise
+        on_card = self._gpu.kernels == "cuda" and "gpu" in self._places
+        with self._gpu.noting_oom(state), self._gpu.active(), torch.no_grad():
+            self._tables = self._rotary()
+            bound = [bind_layer(model, *both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
+            self._graphed = self._graph(bound) if on_card else None
+            self.compiled = not on_card and self._may_compile(compiled)
+            self._reserve(bound)
         if not on_card and not self._gpu.meta:
             if self.compiled and not self._compile(bound, progress, must=bool(compiled)):
                 self.compiled = False
@@ -212,15 +207,10 @@ class LeanDecoder(Decoder):
         if not self._gpu.simulated:
             return 0
         hidden = torch.empty(self._batch_size, self._spec.hidden_size, device="meta")
-        kinds = {}
-        for (shape, tensors), place in zip(bound, self._places, strict=True):
-            if place == "gpu":
-                kinds[shape] = tensors
-        found = []
+        kinds = {shape: tensors for (shape, tensors), place in zip(bound, self._places, strict=True) if place == "gpu"}
+        settings = self.cache.max_tokens, self._graphed is not None, self.compiled
         with self._gpu.unmetered():  # it only looks
-            for shape, tensors in kinds.items():
-                masked = self._graphed is not None
-                found.append(layer_bytes(shape, hidden, tensors, self.cache.max_tokens, masked, self.compiled))
+            found = [layer_bytes(shape, hidden, tensors, *settings) for shape, tensors in kinds.items()]
             if self._head_place == "gpu":
                 found.append(head_bytes(self.model, hidden, bind_head(self.model) if self.compiled else None))
         return max(found, default=0)
@@ -255,16 +245,15 @@ class LeanDecoder(Decoder):
             logger.warning("decoding without compiled layers, which is slower: %s", reason)
             return False
         self._layers = [(run, tensors) for run, (_, tensors) in zip(runs, bound, strict=False)]
-        self._head = partial(_modules_head, self.model) if head is None else partial(_compiled_head, runs[-1], head[1])
+        self._head = partial(_modules_head, self.model)
+        if head is not None:
+            *_, run = runs
+            self._head = lambda hidden: run([hidden, *head[1]])[0]
         return True
 
 
 def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return model.lm_head(model.model.norm(hidden).to(model.dtype))
-
-
-def _compiled_head(run: Callable, tensors: list, hidden: torch.Tensor) -> torch.Tensor:
-    return run([hidden, *tensors])[0]
 
 
 @functools.cache

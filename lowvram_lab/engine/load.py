@@ -143,11 +143,7 @@ def _realise(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan, prog
 
 
 def _check_machine(
-    plan: Plan,
-    modules: Sequence[ModuleSpec],
-    weights: Weights,
-    gpu: Gpu,
-    before: Plan | None = None,
+    plan: Plan, modules: Sequence[ModuleSpec], weights: Weights, gpu: Gpu, before: Plan | None = None
 ) -> None:
     """Refuses, before any of these modules is loaded, what this machine has not got (any more)."""
     cores = os.cpu_count() or 1
@@ -177,7 +173,7 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
     filler = Filler(model, plan, state.weights, gpu)
     to_disk = [] if gpu.meta else [m for m in modules if must_be_mapped(m, plan, state.weights)]
     disk = WeightsOnDisk() if to_disk else None
-    try:
+    with gpu.noting_oom(state):
         for module in tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False):
             with gpu.meter.scope(owner=module.name):
                 filler.fill(module)
@@ -188,9 +184,6 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
         devices = block_devices(model, plan)
         place_buffers(model, devices, gpu)
         state.placement = Placement(model, devices, plan, gpu)
-    except torch.OutOfMemoryError as error:
-        gpu.note_oom(error, state)
-        raise
     state.plan = plan
     vars(model).pop("save_pretrained", None)
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):

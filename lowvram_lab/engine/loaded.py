@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
+from lowvram_lab.engine.disk import WeightsOnDisk
+from lowvram_lab.engine.placement import Placement
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.memory.recording import Recording
 from lowvram_lab.model.plan import Plan
-
-if TYPE_CHECKING:
-    from lowvram_lab.engine.disk import WeightsOnDisk
-    from lowvram_lab.engine.placement import Placement
 
 
 class Weights(Protocol):

@@ -9,6 +9,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -33,18 +34,15 @@ class _Route:
     first: str  # masks and rotary tables are made once, where the first layer computes in this pass
     moved: dict[tuple[int, str], tuple] = field(default_factory=dict)
 
-    def note_oom(self, error: torch.OutOfMemoryError) -> None:
-        """Says on an error whose it is, while the block's name is still known."""
-        self.gpu.note_oom(error, getattr(self.model(), "lowvram", None))
+    def noting_oom(self) -> AbstractContextManager[None]:
+        """Says on an out-of-memory error whose it is, while the block's name is still known."""
+        return self.gpu.noting_oom(getattr(self.model(), "lowvram", None))
 
 
 def block_devices(model: torch.nn.Module, plan: Plan) -> dict[str, str]:
-    """The device of every block that computes: embedding, decoder layers, final norm, rotary embedding, head.
+    """Path of every block that computes (embedding, decoder layers, final norm, head) → its device in the plan.
 
     Blocks without weights (rotary embedding) live where the first decoder layer computes.
-
-    Returns:
-        Module path → ``"gpu"``, ``"cpu"`` or ``"disk"``.
     """
     layers = plan.layer_devices()
     devices = {f"{plan.spec.layers_path}.{index}": device for index, device in enumerate(layers)}
@@ -119,11 +117,8 @@ def _model_forward(route: _Route, original: Callable, *args, **kwargs):
             key: value if key == "input_ids" else _to_place(value, route.first, gpu) for key, value in kwargs.items()
         }
         try:
-            with gpu.meter.scope(owner="model", place=route.first):
+            with route.noting_oom(), gpu.meter.scope(owner="model", place=route.first):
                 return original(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            route.note_oom(error)
-            raise
         finally:
             route.moved.clear()
 
@@ -147,12 +142,8 @@ def _compute(path: str, place: str, route: _Route, original: Callable, args: tup
         shape, args = args[0].shape, (args[0].reshape(-1, args[0].shape[-1]),)
         original, rows = (lambda x: rows(x).view(*shape[:-1], -1)), original
     kwargs = {key: _shared(value, place, route.moved, here) for key, value in kwargs.items()}
-    with route.gpu.meter.scope(owner=path, place=place):
-        try:
-            return original(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            route.note_oom(error)
-            raise
+    with route.gpu.meter.scope(owner=path, place=place), route.noting_oom():
+        return original(*args, **kwargs)
 
 
 def _cache_among(args: tuple, kwargs: dict) -> Cache | None:

@@ -6,6 +6,7 @@ Out of memory is said in words: who asked for how much, what was free, and who h
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -165,17 +166,20 @@ class Gpu:
         """A tensor as this GPU's kind of memory holds it; the dry run turns real tensors into meta ones."""
         return tensor
 
-    def note_oom(self, error: torch.OutOfMemoryError, loaded: object = None) -> None:
-        """Puts on an error what ``explain_oom`` needs, where it is not there yet.
+    @contextmanager
+    def noting_oom(self, loaded: object = None) -> Iterator[None]:
+        """Puts on an out-of-memory error that passes what ``explain_oom`` needs: the state of the model that runs.
 
-        Args:
-            error: Passing; it keeps what is said of it first, nearest to where it happened.
-            loaded: The state of the model that ran.
+        It keeps what is said of it first, nearest to where it happened.
         """
-        if not hasattr(error, "lowvram"):
-            error.lowvram = OutOfMemory(self.meter.oom_event())
-        error.lowvram.gpu = self
-        error.lowvram.loaded = error.lowvram.loaded or loaded
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if not hasattr(error, "lowvram"):
+                error.lowvram = OutOfMemory(self.meter.oom_event())
+            error.lowvram.gpu = self
+            error.lowvram.loaded = error.lowvram.loaded or loaded
+            raise
 
     def _out_of_memory(self, event: OomEvent) -> None:
         self.recording.first_oom = self.recording.first_oom or event

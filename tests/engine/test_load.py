@@ -177,6 +177,14 @@ def test_detach_makes_a_stock_model_again():
     assert sum(model.lowvram.gpu.recording.transfers.values()) == transfers  # nothing is moved or counted any more
 
 
+def test_an_embedding_called_by_itself_hands_over_where_the_first_layer_computes():
+    plan = tiny_plan("qwen2").with_modules("model.embed_tokens", device="cpu")
+    model = load_tiny("qwen2", plan)
+    with model.lowvram.gpu.active():
+        hidden = model.get_input_embeddings()(random_ids(4))
+    assert model.lowvram.gpu.meter.place_of(hidden) == "gpu"
+
+
 def spoilt(change):
     state = tiny_state("qwen2")
     change(state)
