@@ -20,6 +20,8 @@ from lowvram_lab.memory.meter import Meter
 from lowvram_lab.memory.recording import PhaseMemory
 from lowvram_lab.units import format_bytes
 
+logger = logging.getLogger(__name__)
+
 
 class CudaGpu(Gpu):
     """A CUDA card, capped for this process so that a small card's OOM is real on any card.
@@ -172,7 +174,8 @@ def process_bytes(device_index: int) -> int | None:
     except Exception:  # missing package, missing library and missing driver each fail in their own way
         return None
     try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(device_index))
+        uuid = torch.cuda.get_device_properties(device_index).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
             if process.pid == os.getpid():
                 return process.usedGpuMemory
@@ -181,15 +184,6 @@ def process_bytes(device_index: int) -> int | None:
         return None
     finally:
         pynvml.nvmlShutdown()
-
-
-def _uuid(device_index: int) -> str:
-    import torch
-
-    return f"GPU-{torch.cuda.get_device_properties(device_index).uuid}"
-
-
-logger = logging.getLogger(__name__)
 
 
 class PinnedBlock:
