@@ -131,7 +131,7 @@ class _Wishes:
 
 
 def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
-    gpu_layers = wishes.gpu_layers
+    gpu_layers, smallest = wishes.gpu_layers, wishes.recipes[-1]
     why = []
     plans = {}
     for recipe in wishes.recipes:
@@ -146,10 +146,10 @@ def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
     elif wishes.prefer == "fidelity":
         choice = next(_splits(plans, room, why), None)
     else:
-        choice = next(_whole(plans, room, why), None) or _smallest_split(plans, room, why)
+        choice = next(_whole(plans, room, why), None) or _split(smallest, plans[smallest], room, why)
     if choice is None:
-        least = plans[wishes.recipes[-1]]
-        *_, (_, least) = _variants(least if gpu_layers is not None else least.with_gpu_layers(0), room)
+        least = plans[smallest] if gpu_layers is not None else plans[smallest].with_gpu_layers(0)
+        *_, (_, least) = _variants(least, room)
         if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
             most = replace(room, ram_bytes=None).most_layers(least)
             least = most[1] if most else least
@@ -258,11 +258,6 @@ def _split(recipe: str, base: Plan, room: Room, why: list[str]) -> PlanChoice | 
     layers = f"{number} of {room.spec.num_hidden_layers} layers on the GPU{kv}{_on_disk(plan, room)}"
     text = f"{recipe} with {layers} fits: {margin(profile)}"
     return PlanChoice(plan, profile, (*why, text), recipe)
-
-
-def _smallest_split(plans: dict[str, Plan], room: Room, why: list[str]) -> PlanChoice | None:
-    recipe = list(plans)[-1]
-    return _split(recipe, plans[recipe], room, why)
 
 
 def _splits(plans: dict[str, Plan], room: Room, why: list[str]) -> Iterator[PlanChoice]:
