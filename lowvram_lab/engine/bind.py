@@ -87,12 +87,9 @@ def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = 
         bias = [] if projection.bias is None else [projection.bias.detach()]
         return [lambda x: projection.multiply(x.to(dtype)), *bias]
     names = {Int4Linear: ("packed", "scale_and_zero", "bias"), Int8Linear: ("weight", "scale", "bias")}
-    found = []
-    for name in names.get(type(projection), ("weight", "bias")):
-        tensor = common[name] if common else getattr(projection, name)
-        if tensor is not None:
-            found.append(tensor.detach())
-    return found
+    wanted = names.get(type(projection), ("weight", "bias"))
+    found = [common[name] if common else getattr(projection, name) for name in wanted]
+    return [tensor.detach() for tensor in found if tensor is not None]
 
 
 def _fused(projections: list[nn.Module], state: Loaded, name: str) -> dict | None:

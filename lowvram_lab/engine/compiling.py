@@ -106,7 +106,7 @@ def main() -> None:
     jobs = pickle.load(sys.stdin.buffer)
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     for library, directory, identity in jobs:
-        build_directory(directory, identity, lambda partial, library=library: _compile(library, partial / LIBRARY))
+        build_directory(directory, identity, lambda partial, library=library: _fill(partial, library))
 
 
 def _end_with_the_caller() -> None:
@@ -116,6 +116,11 @@ def _end_with_the_caller() -> None:
     if hasattr(os, "killpg"):
         os.killpg(0, signal.SIGKILL)  # the C++ compiler too
     os._exit(1)
+
+
+def _fill(directory: Path, library: Library) -> None:
+    _compile(library, directory / LIBRARY)
+    (directory / DIGEST).write_text(sha256_file(directory / LIBRARY))
 
 
 def _compile(library: Library, path: Path) -> None:
@@ -135,4 +140,3 @@ def _compile(library: Library, path: Path) -> None:
         if (headers := "aot_inductor.precompile_headers") in torch._inductor.config.get_config_copy():
             options[headers] = False  # for two libraries they cost more seconds than they save
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    path.with_name(DIGEST).write_text(sha256_file(path))

@@ -32,10 +32,7 @@ def two_per_byte(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
 
 
 def unpack_from_cpu(packed: torch.Tensor) -> torch.Tensor:
-    """Codes ``(rows, in)`` from what ``pack_for_cpu`` made, wherever it is by now.
-
-    Args:
-        packed: ``(rows, in / 2)`` uint8: all rows, or a run of whole blocks of ``cpu_block_rows()``.
+    """Codes ``(rows, in)`` from what ``pack_for_cpu`` made, wherever it is: all rows, or a run of whole blocks.
 
     Raises:
         RuntimeError: torch packs on this machine in a way that is not known.

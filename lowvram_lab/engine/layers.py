@@ -106,8 +106,7 @@ class QuantizedLinear(Quantized):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies and adds the bias."""
         # the last tokens of a batch lie apart; kernels want no gaps
-        rows = x.reshape(-1, self.in_features).contiguous()
-        result = self.multiply(rows)
+        result = self.multiply(x.reshape(-1, self.in_features).contiguous())
         if self.bias is not None:
             result = result + self.bias
         return result.view(*x.shape[:-1], self.out_features)
@@ -271,8 +270,8 @@ class QuantizedEmbedding(Quantized):
     def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """See ``Quantized``."""
         if "codes" in tensors:
-            tensors = {**tensors, "packed": two_per_byte(tensors["codes"], high_first=False)}
-            del tensors["codes"]
+            packed = two_per_byte(tensors["codes"], high_first=False)
+            tensors = {"scale_and_zero": tensors["scale_and_zero"], "packed": packed}
         super().fill(tensors, move)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

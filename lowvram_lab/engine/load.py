@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lowvram_lab.engine.disk import WeightsOnDisk
 from lowvram_lab.engine.fill import Filler, must_be_mapped, place_buffers
@@ -201,8 +201,6 @@ def _refuse_to_save(*args, **kwargs):
 
 def _read_generation_config(model: PreTrainedModel, directory: Path | None) -> None:
     """The checkpoint's own generation settings (stop ids above all), where it has a file of them."""
-    from transformers import GenerationConfig
-
     if directory is not None and (directory / "generation_config.json").is_file():
         try:
             with quiet_transformers():
