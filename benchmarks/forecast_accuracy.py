@@ -184,7 +184,7 @@ def run_case(case: Case, small: bool) -> dict:
 
 
 def _completed(gpu: Gpu, failed: str | None):
-    return [phase for phase in gpu.phases if phase.name != failed]
+    return [phase for phase in gpu.recording.phases if phase.name != failed]
 
 
 def _errors(mine, theirs) -> dict:

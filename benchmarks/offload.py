@@ -59,10 +59,10 @@ class Ours:
         gpu, tokens = self.model.lowvram.gpu, 4
         decoder, token = decoder_for(self.model, 32), torch.ones(1, 1, dtype=torch.long)
         decoder.prefill(token.expand(1, 16))
-        before = sum(gpu.transfers.values())
+        before = sum(gpu.recording.transfers.values())
         for _ in range(tokens):
             decoder.decode(token)
-        return (sum(gpu.transfers.values()) - before) / tokens
+        return (sum(gpu.recording.transfers.values()) - before) / tokens
 
 
 class Accelerate:

@@ -5,8 +5,6 @@ Derived in: notebooks/06_the_engine.ipynb
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 
@@ -32,7 +30,7 @@ def bind_layer(model: nn.Module, block: nn.Module, held: FixedLayer) -> tuple[La
     attention, config, state = block.self_attn, model.config, loaded(model)
     products, weights = [], []
     for group in PROJECTIONS:
-        projections = [_projection(block, name) for name in group]
+        projections = [getattr(attention if hasattr(attention, name) else block.mlp, name) for name in group]
         common = _fused(projections, state, f"model.layers.{attention.layer_idx}.self_attn.q_proj")
         of_each = projections[:1] if common else projections
         products.append(tuple(product_of(projection) for projection in of_each))
@@ -87,22 +85,11 @@ def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = 
     """The weight as ``llama_layer`` wants it: its own, or the common one it is part of; then the bias."""
     if product_of(projection).kernel == "module":
         bias = [] if projection.bias is None else [projection.bias.detach()]
-        return [partial(_multiplied, projection, dtype), *bias]
+        return [lambda x: projection.multiply(x.to(dtype)), *bias]
     names = {Int4Linear: ("packed", "scale_and_zero", "bias"), Int8Linear: ("weight", "scale", "bias")}
-    found = []
-    for name in names.get(type(projection), ("weight", "bias")):
-        tensor = common[name] if common else getattr(projection, name)
-        if tensor is not None:
-            found.append(tensor.detach())
-    return found
-
-
-def _multiplied(projection: QuantizedLinear, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
-    return projection.multiply(x.to(dtype))
-
-
-def _projection(block: nn.Module, name: str) -> nn.Module:
-    return getattr(block.self_attn if hasattr(block.self_attn, name) else block.mlp, name)
+    wanted = names.get(type(projection), ("weight", "bias"))
+    found = [common[name] if common else getattr(projection, name) for name in wanted]
+    return [tensor.detach() for tensor in found if tensor is not None]
 
 
 def _fused(projections: list[nn.Module], state: Loaded, name: str) -> dict | None:

@@ -39,12 +39,7 @@ class FixedLayer(CacheLayerMixin):
         """Nothing to do: everything is there."""
 
     def end_of(self, key_states: torch.Tensor, value_states: torch.Tensor) -> int:
-        """How many tokens there are with these behind them.
-
-        Raises:
-            BudgetError: There is no room for them.
-            LowvramError: They are of another shape than the plan's cache was made for.
-        """
+        """How many tokens there are with these behind them; an error where they do not fit, or are of another shape."""
         batch, heads, _, width = self.shape
         for states in (key_states, value_states):
             if (states.shape[0], states.shape[1], states.shape[3]) != (batch, heads, width):
@@ -58,11 +53,7 @@ class FixedLayer(CacheLayerMixin):
         return end
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Refused: transformers would select rows of keys and values, and leave their scales.
-
-        Raises:
-            LowvramError: Always.
-        """
+        """Refused: transformers would select rows of keys and values, and leave their scales."""
         raise LowvramError("beam search reorders its KV cache, and a plan's cannot be; call generate without one")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -91,8 +82,8 @@ class PreallocatedLayer(FixedLayer):
     Args:
         gpu: The ``Gpu`` of the model.
         place: Where the layer computes, ``"gpu"`` or ``"cpu"``.
-        shape: Of keys and of values, all tokens included.
-        dtype: The model's.
+        shape: See ``FixedLayer``.
+        dtype: See ``FixedLayer``.
         kv_format: ``"int8"``, or any float format for the model's dtype.
     """
 
@@ -130,13 +121,9 @@ class PreallocatedLayer(FixedLayer):
 
     @contextmanager
     def visiting(self, gpu: Gpu, new_tokens: int) -> Iterator[None]:
-        """Lets a layer whose home is the CPU compute on the GPU.
+        """Lets a layer whose home is the CPU compute on the GPU, where so many tokens will be added.
 
         What it holds is copied there; only the new tokens' keys and values come home. After an error it is as before.
-
-        Args:
-            gpu: Where it goes.
-            new_tokens: How many tokens will be added there.
         """
         names = [name for name in ("keys", "values", "key_scale", "value_scale") if getattr(self, name) is not None]
         home = {name: getattr(self, name) for name in names}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
 from lowvram_lab.files import build_directory, sha256_file
@@ -35,8 +36,8 @@ DIGEST = "library.sha256"
 
 _LONGEST = 1 << 24
 _SIZES = {"tokens": (2, _LONGEST - 1), "room": (LEAST_ROOM, _LONGEST)}
-_NAMED = 4
-"""Arguments of a layer before its tensors."""
+_POSITIONS = 3
+"""Which argument of a layer has the positions."""
 
 
 class Argument(NamedTuple):
@@ -47,17 +48,14 @@ class Argument(NamedTuple):
     stride: tuple[int, ...]
 
     @classmethod
-    def like(cls, tensor: torch.Tensor) -> "Argument":
+    def like(cls, tensor: Tensor) -> "Argument":
         """That of a tensor."""
         return cls(tensor.dtype, tuple(tensor.shape), tensor.stride())
 
     @property
     def unusual_stride(self) -> tuple[int, ...]:
         """The stride where elements do not lie one after the other; a library computes its addresses by it."""
-        usual, step = [], 1
-        for size in reversed(self.shape):
-            usual.insert(0, step)
-            step *= size
+        usual = torch.empty(self.shape, device="meta").stride()
         same = all(size == 1 or a == b for size, a, b in zip(self.shape, self.stride, usual, strict=True))
         return () if same else self.stride
 
@@ -75,7 +73,7 @@ class Library:
     arguments: tuple[Argument, ...]
 
     @classmethod
-    def called_with(cls, function: LayerShape | HeadShape, example: list[torch.Tensor]) -> "Library":
+    def called_with(cls, function: LayerShape | HeadShape, example: list[Tensor]) -> "Library":
         """That of a function for arguments like these."""
         return cls(function, tuple(map(Argument.like, example)))
 
@@ -83,32 +81,26 @@ class Library:
         """For each argument: dimension → name, for those that may vary from call to call."""
         free = [{} for _ in self.arguments]
         if isinstance(self.function, LayerShape):
-            free[_NAMED - 1] = {0: "tokens"}
+            free[_POSITIONS] = {0: "tokens"}
             cached = 4 if self.function.int8_cache else 2
             free[-cached:] = [{2: "room"} for _ in range(cached)]
         return free
 
 
-class _Layer(torch.nn.Module):
-    def __init__(self, shape: LayerShape):
+class _Exported(torch.nn.Module):
+    """A layer or a head as the exporter takes it: the result, and the inputs of its loops."""
+
+    def __init__(self, function: LayerShape | HeadShape):
         super().__init__()
-        self.shape = shape
+        self.function = function
 
-    def forward(self, hidden, cos, sin, positions, *tensors):
-        """``llama_layer`` for as many tokens as there are positions: a length the library reads off a shape."""
+    def forward(self, hidden: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """A layer is for as many tokens as there are positions: a length the library reads off a shape."""
         loops = []
-        return llama_layer(self.shape, hidden, cos, sin, tensors, positions.shape[0], loops=loops), *loops
-
-
-class _Head(torch.nn.Module):
-    def __init__(self, shape: HeadShape):
-        super().__init__()
-        self.shape = shape
-
-    def forward(self, hidden, *tensors):
-        """See ``head``."""
-        loops = []
-        return head(self.shape, hidden, tensors, loops), *loops
+        if isinstance(self.function, HeadShape):
+            return head(self.function, hidden, others, loops), *loops
+        cos, sin, positions, *tensors = others
+        return llama_layer(self.function, hidden, cos, sin, tensors, positions.shape[0], loops=loops), *loops
 
 
 def main() -> None:
@@ -144,21 +136,16 @@ def _compile(library: Library, path: Path) -> None:
     example = [torch.empty_strided(shape, stride, dtype=dtype) for dtype, shape, stride in library.arguments]
     dims = {name: torch.export.Dim(name, min=least, max=most) for name, (least, most) in _SIZES.items()}
     sizes = [{dim: dims[name] for dim, name in free.items()} for free in library.free_sizes()]
-    is_layer = isinstance(library.function, LayerShape)
-    named = _NAMED if is_layer else 1
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own
         program = torch.export.export(
-            _Layer(library.function) if is_layer else _Head(library.function),
+            _Exported(library.function),
             tuple(example),
-            dynamic_shapes=(*sizes[:named], tuple(sizes[named:])),
+            dynamic_shapes=(sizes[0], tuple(sizes[1:])),
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=_options())
-
-
-def _options() -> dict:
-    """``OPTIONS``, and without precompiled headers: for two libraries they cost more seconds than they save."""
-    aside = "aot_inductor.precompile_headers"  # not in every torch
-    return OPTIONS | ({aside: False} if aside in torch._inductor.config.get_config_copy() else {})
+        options = dict(OPTIONS)
+        if (headers := "aot_inductor.precompile_headers") in torch._inductor.config.get_config_copy():
+            options[headers] = False  # for two libraries they cost more seconds than they save
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)

@@ -1,13 +1,12 @@
-"""One protocol for what runs a model: read a prompt, decode a token, keep the cache. Knows no tokenizer and no chat.
+"""What runs a loaded model: read a prompt, decode a token, keep the cache. Knows no tokenizer and no chat.
 
 Chats, timings, comparisons and forecasts all go through ``decoder_for`` (``lean.py``), so that what is forecast is what
-is run. Here are the protocol, the decoder that any architecture has (its own modules), and the loop over tokens.
+is run. The decoder here is the one that any architecture has: its own modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
@@ -15,37 +14,6 @@ from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import BudgetError, LowvramError
-
-
-class Decoder(Protocol):
-    """What runs a loaded model.
-
-    Attributes:
-        model: The model, from ``load``.
-        cache: Prompt and answer so far.
-        released: Whether the model was planned anew since; then it decodes no more.
-    """
-
-    model: torch.nn.Module
-    cache: PreallocatedCache
-    released: bool
-
-    @property
-    def name(self) -> str:
-        """What it is, in words."""
-
-    @property
-    def why(self) -> str:
-        """Why it is not a faster one, in words; nothing where there is none."""
-
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Reads ``(batch, tokens)`` ids behind those in the cache; returns logits of the last, ``(batch, vocab)``."""
-
-    def decode(self, token: torch.Tensor) -> torch.Tensor:
-        """Feeds one token of each sequence, ``(batch, 1)``; returns logits ``(batch, vocab)``."""
-
-    def release(self) -> None:
-        """Lets go of the weights, which are about to be others; ``replan`` calls this."""
 
 
 def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
@@ -78,20 +46,23 @@ def module_decoder_name(why: str) -> str:
     return "the model's modules" + (f" ({why})" if why else "")
 
 
-class ModuleDecoder:
-    """Decodes with the model's own modules: any architecture, any format.
+class Decoder:
+    """What runs a loaded model.
 
     Args:
         model: From ``load``.
         max_tokens: Tokens of prompt and answer; by default the plan's context.
         batch_size: Sequences, all of one length.
-        why: Why it is not a ``LeanDecoder``.
+        why: Why it is not a faster one, in words; nothing where there is none.
 
     Attributes:
         model: The model.
-        cache: Prompt and answer.
-        released: Whether the model was planned anew since.
+        cache: The ``PreallocatedCache`` that prompt and answer are in.
+        released: Whether the model was planned anew since; then it decodes no more.
+        name: What it is, in words.
     """
+
+    name: str
 
     def __init__(self, model: torch.nn.Module, max_tokens: int | None = None, batch_size: int = 1, why: str = ""):
         self.model, self.why, self.released = model, why, False
@@ -99,29 +70,55 @@ class ModuleDecoder:
         loaded(model).decoders.add(self)
 
     @property
-    def name(self) -> str:
-        """See ``Decoder``."""
-        return module_decoder_name(self.why)
+    def tokens(self) -> int:
+        """Tokens in the cache."""
+        return self.cache.get_seq_length()
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """See ``prefill``."""
+        """Reads ids ``(batch, tokens)`` behind those in the cache; logits of the last, ``(batch, vocab)``."""
         self._check_released()
         return prefill(self.model, ids, self.cache)
 
     @torch.inference_mode()
     def decode(self, token: torch.Tensor) -> torch.Tensor:
-        """See ``Decoder``."""
+        """Feeds one token of each sequence.
+
+        Args:
+            token: ``(batch, 1)`` int64.
+
+        Returns:
+            Logits, ``(batch, vocab)`` in the plan's dtype. The next call may write over them.
+
+        Raises:
+            LowvramError: The token is of another shape, the model was planned anew, or (lean) there is no prompt yet.
+            BudgetError: The cache is full.
+        """
         self._check_released()
-        return self.model(token, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return self._decode(token)
+
+    def _decode(self, token: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
     def release(self) -> None:
-        """See ``Decoder``."""
+        """Lets go of the weights, which are about to be others; ``replan`` calls this."""
         self.released = True
 
     def _check_released(self) -> None:
         if self.released:
             raise LowvramError("the model was planned anew meanwhile; make a new decoder")
+
+
+class ModuleDecoder(Decoder):
+    """Decodes with the model's own modules: any architecture, any format. Its arguments are those of ``Decoder``."""
+
+    @property
+    def name(self) -> str:
+        """See ``Decoder``."""
+        return module_decoder_name(self.why)
+
+    def _decode(self, token: torch.Tensor) -> torch.Tensor:
+        return self.model(token, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
 @torch.no_grad()

@@ -1,18 +1,16 @@
 """Weights that stay on disk: written once in the plan's formats, then mapped; the CPU computes on the mapped pages.
 
 The system reads a page when it is touched and drops it when RAM is short, so what lies on disk takes none that anything
-else needs. Where RAM is plenty the pages stay, and a disk layer is as fast as one in RAM. (accelerate's disk offload
-copies weights into memory, and to the GPU, for every forward pass instead.)
-
-The files are plain bytes and nobody else's: in safetensors a tensor begins at any multiple of 8 bytes, and torch's CPU
-int8 kernel ends the process on a weight that does not begin at one of 16. (Weights whose format is the checkpoint's own
-are not written at all: they are mapped where they are, in safetensors.)
+else needs; where RAM is plenty, a disk layer is as fast as one in RAM. The files are plain bytes, aligned: torch's CPU
+int8 kernel ends the process on a weight that begins at any multiple of 8 bytes, as tensors in safetensors do. (Weights
+whose format is the checkpoint's own are mapped where they are.)
 """
 
 import os
 import tempfile
 import weakref
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -21,7 +19,6 @@ from lowvram_lab.files import cache_dir, writable
 
 ALIGNMENT = 64
 """Bytes; where a tensor may begin: as torch's own allocations."""
-
 
 UNNAMED = os.name == "posix"
 """Whether a mapped file may lose its name. (Windows keeps a file that is in use.)"""
@@ -32,7 +29,6 @@ class WeightsOnDisk:
 
     Where the system allows it (not on Windows) a file loses its name as soon as it is mapped, so that the disk is free
     again when the model is gone, even if its process was killed.
-
     """
 
     def __init__(self):
@@ -70,7 +66,7 @@ def scratch_folder() -> Path:
     return writable(cache_dir() / "mapped")
 
 
-def _append(file, tensor: torch.Tensor) -> int:
+def _append(file: BinaryIO, tensor: torch.Tensor) -> int:
     """Writes a tensor at the next aligned place; returns where."""
     file.write(bytes(-file.tell() % ALIGNMENT))
     start = file.tell()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowvram_lab.engine.layers import QuantizedEmbedding, QuantizedLinear, quantized_embedding, quantized_linear
+from lowvram_lab.engine.layers import Move, Quantized, quantized_embedding, quantized_linear
 from lowvram_lab.engine.loaded import Weights
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.memory.gpu import Gpu
@@ -43,7 +43,7 @@ class Filler:
         parent, _, child = module.name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, self._quantised(module).eval())
 
-    def _quantised(self, module: ModuleSpec) -> QuantizedLinear | QuantizedEmbedding:
+    def _quantised(self, module: ModuleSpec) -> Quantized:
         """A layer of the module's format, with its codes: shared, as they are stored, or made now."""
         fmt = get_format(self.plan.modules[module.name].format)
         layer = self._empty_layer(module)
@@ -58,7 +58,7 @@ class Filler:
             layer.bias = self._float(module, "bias")
         return layer
 
-    def _empty_layer(self, module: ModuleSpec) -> QuantizedLinear | QuantizedEmbedding:
+    def _empty_layer(self, module: ModuleSpec) -> Quantized:
         assignment = self.plan.modules[module.name]
         fmt = get_format(assignment.format)
         rows, columns = module.weight_shape
@@ -87,7 +87,7 @@ class Filler:
             raise CheckpointError(f"{name}: expected finite weights, found NaN or infinite values; fetch it anew")
         return tensor
 
-    def _mover(self, module: ModuleSpec):
+    def _mover(self, module: ModuleSpec) -> Move:
         place = compute_place(self.plan.modules[module.name].device)
         return lambda tensor: self.gpu.move(tensor, place)
 

@@ -44,13 +44,8 @@ def fuse(projections: Sequence[nn.Module]) -> dict[str, torch.Tensor] | None:
     return common
 
 
-def separate(model, names: set[str]) -> None:
-    """Gives fused weights a memory of their own again, where some of them are about to go and others stay.
-
-    Args:
-        model: From ``load``.
-        names: Of the modules that go.
-    """
+def separate(model: nn.Module, names: set[str]) -> None:
+    """Gives fused weights a memory of their own again, where the named ones among them are about to go."""
     for index, block in enumerate(getattr(getattr(model, "model", None), "layers", ())):
         for part, members in GROUPS:
             stay = [name for name in members if f"model.layers.{index}.{part}.{name}" not in names]

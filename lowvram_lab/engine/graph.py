@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowvram_lab.engine.llama_layer import LayerShape, llama_layer
+from lowvram_lab.engine.llama_layer import LayerShape, Masked, llama_layer
 
 SHORTEST = 256
 """Fewest places a graph looks at."""
@@ -75,7 +75,7 @@ class GraphedStep:
         mask = torch.zeros(length, device=cos.device).masked_fill_(self._places[:length] > self._at, -torch.inf)
         hidden = self._hidden
         for shape, tensors in self.layers:
-            hidden = llama_layer(shape, hidden, cos, sin, tensors, length, self._at, mask)
+            hidden = llama_layer(shape, hidden, cos, sin, tensors, length, Masked(self._at, mask))
         return self.head(hidden)
 
     def _captured(self, length: int) -> tuple:

@@ -24,11 +24,7 @@ class Int4Layer(FixedLayer):
     dtype; ``values`` uint8 ``(batch, kv_heads, max_tokens, head_dim / 2)``; ``value_grid`` bf16 ``(batch, kv_heads,
     max_tokens, 2, head_dim / 32)``.
 
-    Args:
-        gpu: The ``Gpu`` of the model.
-        place: Where the layer computes.
-        shape: ``(batch, kv_heads, max_tokens, head_dim)``; head_dim a multiple of 32.
-        dtype: The model's.
+    Its arguments are those of ``PreallocatedLayer``; head_dim is a multiple of 32.
     """
 
     key_scale = None
@@ -44,7 +40,7 @@ class Int4Layer(FixedLayer):
         self.value_grid = gpu.zeros((batch, heads, self.max_tokens, 2, width // GROUP), SCALE_DTYPE, place)
         self.device, self.is_initialized = self.keys.device, True
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes new keys and values behind those there are; returns all of them, dequantised."""
         start, end = self.tokens, self.end_of(key_states, value_states)
         codes, self.value_grid[:, :, start:end] = _quantize(value_states.unflatten(-1, (-1, GROUP)), -1)

@@ -16,14 +16,7 @@ _PROBE_COLUMNS = 32
 
 
 def pack_for_cpu(codes: torch.Tensor) -> torch.Tensor:
-    """Codes as torch's CPU kernel reads them, packed ``PACK_ROWS`` rows at a time.
-
-    Args:
-        codes: ``(out, in)`` uint8 of 0 to 15; rows a multiple of 16.
-
-    Returns:
-        ``(out, in / 2)`` uint8.
-    """
+    """``(out, in)`` uint8 of 0 to 15 → ``(out, in / 2)`` as torch's CPU kernel reads them; rows a multiple of 16."""
     rows, columns = codes.shape
     packed = torch.empty(rows, columns // 2, dtype=torch.uint8)
     for start in range(0, rows, PACK_ROWS):
@@ -39,13 +32,7 @@ def two_per_byte(codes: torch.Tensor, high_first: bool) -> torch.Tensor:
 
 
 def unpack_from_cpu(packed: torch.Tensor) -> torch.Tensor:
-    """Codes from what ``pack_for_cpu`` made, wherever it is by now.
-
-    Args:
-        packed: ``(rows, in / 2)`` uint8: all rows, or a run of whole blocks of ``cpu_block_rows()``.
-
-    Returns:
-        ``(rows, in)`` uint8 of 0 to 15.
+    """Codes ``(rows, in)`` from what ``pack_for_cpu`` made, wherever it is: all rows, or a run of whole blocks.
 
     Raises:
         RuntimeError: torch packs on this machine in a way that is not known.

@@ -28,12 +28,9 @@ NAMES = {
 
 
 def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
-    """Why a plan cannot be decoded here, in words, or nothing if it can. Asks no loaded model, so forecasts ask it too.
+    """Why a plan cannot be decoded here, in words, or nothing if it can.
 
-    Args:
-        plan: The plan.
-        kernels: Whose kernels GPU modules run, ``"cuda"`` or ``"cpu"`` for the stand-in.
-        max_tokens: Tokens of prompt and answer; by default the plan's context.
+    ``kernels`` are those of GPU modules, ``"cuda"`` or ``"cpu"`` for the stand-in; ``max_tokens`` see ``decoder_for``.
     """
     config = plan.spec.config
     kind, window = config.get("model_type"), config.get("sliding_window")
@@ -58,29 +55,20 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
 
 
 def _format_without_kernel(plan: Plan, kernels: str) -> str:
-    known = set()
+    cases = {}  # format, shape and kernels → the first module that has them
     for module in plan.spec.modules:
-        if module.layer is None or module.kind != "linear":
-            continue
-        assignment = plan.modules[module.name]
-        its_kernels = kernels if compute_place(assignment.device) == "gpu" else "cpu"
-        case = (assignment.format, module.weight_shape, its_kernels)
-        if case in known:
-            continue
-        known.add(case)
-        fmt, (rows, columns) = get_format(assignment.format), module.weight_shape
+        if module.layer is not None and module.kind == "linear":
+            assignment = plan.modules[module.name]
+            its_kernels = kernels if compute_place(assignment.device) == "gpu" else "cpu"
+            cases.setdefault((get_format(assignment.format), module.weight_shape, its_kernels), module.name)
+    for (fmt, (rows, columns), its_kernels), name in cases.items():
         if fmt.kind != "float" and product_of(quantized_linear(columns, rows, fmt, its_kernels)) is None:
-            return f"{module.name.rpartition('.')[2]} is in {fmt.name}, which has no kernel"
+            return f"{name.rpartition('.')[2]} is in {fmt.name}, which has no kernel"
     return ""
 
 
 def engine_of(plan: Plan, kernels: str) -> tuple[str, str]:
-    """Which decoder a plan would have on this machine: its kind, and its name as ``Decoder.name`` gives it.
-
-    Args:
-        plan: The plan.
-        kernels: See ``why_not``.
-    """
+    """Which decoder a plan would have on this machine (see ``why_not``): its kind, and its ``Decoder.name``."""
     reason = why_not(plan, kernels)
     if reason:
         return MODULES, module_decoder_name(reason)

@@ -8,15 +8,16 @@ Derived in: notebooks/06_the_engine.ipynb
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from transformers import Cache
 
-from lowvram_lab.engine.cache_layers import FixedLayer, PreallocatedLayer
+from lowvram_lab.engine.cache_layers import PreallocatedLayer
 from lowvram_lab.engine.int4_cache import Int4Layer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.formats import DTYPES
-from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import whole_number
 
 
@@ -40,21 +41,10 @@ class PreallocatedCache(Cache):
         for name, value in (("max_tokens", self.max_tokens), ("batch_size", batch_size)):
             whole_number(name, value, 1, error=LowvramError)
         shape = (batch_size, spec.num_key_value_heads, self.max_tokens, spec.head_dim)
-        layers = []
-        try:
-            with self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
-                for place in plan.layer_places():
-                    layers.append(self._layer(plan, place, shape))
-        except torch.OutOfMemoryError as error:
-            self.gpu.note_oom(error, state)
-            raise
+        held_as = Int4Layer if plan.kv_format == "int4" else partial(PreallocatedLayer, kv_format=plan.kv_format)
+        with self.gpu.noting_oom(state), self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
+            layers = [held_as(self.gpu, place, shape, DTYPES[plan.dtype]) for place in plan.layer_places()]
         super().__init__(layers=layers)
-
-    def _layer(self, plan: Plan, place: str, shape: tuple[int, int, int, int]) -> FixedLayer:
-        dtype = DTYPES[plan.dtype]
-        if plan.kv_format == "int4":
-            return Int4Layer(self.gpu, place, shape, dtype)
-        return PreallocatedLayer(self.gpu, place, shape, dtype, plan.kv_format)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """See ``Cache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""

@@ -8,6 +8,8 @@ so that the temporary stays small (nf4: all of it).
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
@@ -34,41 +36,36 @@ NF4_FUSED_ROWS = 4
 """Up to this many tokens bitsandbytes always runs its fused kernel on CUDA (``_GEMM_4BIT_CUSTOM_FLOOR_M``); beyond it
 the card decides, so there the weight is dequantised in the open, where it is counted."""
 
+Move = Callable[[torch.Tensor], torch.Tensor]
+"""A tensor → the same at its final place."""
+
 CUDA_INNER_K_TILES = 8
 _CUDA_INT4_K = CUDA_INNER_K_TILES * 16
 
 
-class QuantizedLinear(nn.Module):
-    """``y = x W^T + b`` with W stored in a quantised format.
+class Quantized(nn.Module):
+    """A module whose weight is stored in a quantised format, as buffers."""
 
-    Args:
-        in_features: Columns of W.
-        out_features: Rows of W.
-        fmt: The format.
-        kernels: ``"cpu"`` or ``"cuda"``: whose kernels the layer runs, or imitates on meta.
+    format: Format
 
-    Shapes: x ``(..., in_features)``, result ``(..., out_features)`` in x's dtype.
-    """
-
-    def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str):
-        super().__init__()
-        self.in_features, self.out_features, self.format, self.kernels = in_features, out_features, fmt, kernels
-        self.bias = None
-        self.tile_rows = 1  # rows of the weight that can be dequantised only together
-
-    def store(self, weight: torch.Tensor, move) -> None:
-        """Quantises ``weight`` ``(out, in)`` and keeps the result where ``move`` puts it.
+    def store(self, weight: torch.Tensor, move: Move) -> None:
+        """Quantises a weight and keeps the result where ``move`` puts it.
 
         Args:
-            weight: Float weight, on the CPU or on meta.
-            move: Tensor → the tensor at its final place.
+            weight: ``(rows, columns)`` float, on the CPU or on meta.
+            move: Puts a tensor at its final place.
 
         Raises:
             CheckpointError: The weight is not finite.
         """
-        self.fill(_shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format), move)
+        if weight.is_meta:  # a dry run: the format table's tensors, without data
+            tensors = self.format.tensors(tuple(weight.shape), weight.dtype)
+            empty = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in tensors.items()}
+            self.fill(empty, move)
+        else:
+            self.fill(quantize(weight, self.format), move)
 
-    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
+    def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """Keeps a weight quantised before, where ``move`` puts it.
 
         Args:
@@ -78,30 +75,44 @@ class QuantizedLinear(nn.Module):
         for name, tensor in tensors.items():
             self.register_buffer(name, move(tensor))
 
+    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of the dequantised weight, ``(rows, columns)``; ``select`` is a slice or ``(rows,)`` ids."""
+        raise NotImplementedError
+
+
+class QuantizedLinear(Quantized):
+    """``y = x W^T + b`` with W stored in a quantised format.
+
+    Args:
+        in_features: Columns of W.
+        out_features: Rows of W.
+        fmt: The format.
+        kernels: ``"cpu"`` or ``"cuda"``: whose kernels the layer runs, or imitates on meta.
+        shared: Whether an embedding reads rows of the same buffers.
+
+    Shapes: x ``(..., in_features)``, result ``(..., out_features)`` in x's dtype.
+    """
+
+    def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
+        super().__init__()
+        self.in_features, self.out_features, self.format, self.kernels = in_features, out_features, fmt, kernels
+        self.bias = None
+        self.tile_rows = 1  # rows of the weight that can be dequantised only together
+
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
         return f"{self.in_features}, {self.out_features}, {self.format.name}, bias={self.bias is not None}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiplies and adds the bias."""
-        rows = x.reshape(
-            -1, self.in_features
-        ).contiguous()  # the last tokens of a batch lie apart; kernels want no gaps
-        result = self.multiply(rows)
+        # the last tokens of a batch lie apart; kernels want no gaps
+        result = self.multiply(x.reshape(-1, self.in_features).contiguous())
         if self.bias is not None:
             result = result + self.bias
         return result.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """``(tokens, in_features)`` → ``(tokens, out_features)``."""
-        raise NotImplementedError
-
-    def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Some rows of the dequantised weight, ``(rows, in_features)``; ``select`` is a slice or ``(rows,)`` ids."""
-        raise NotImplementedError
-
-    def multiply_by_tiles(self, rows: torch.Tensor) -> torch.Tensor:
-        """Dequantise + matmul, a bounded tile of output features at a time."""
+        """``(tokens, in_features)`` → ``(tokens, out_features)``: dequantise + matmul, a bounded tile at a time."""
         step = max(1, TILE_BYTES // (rows.element_size() * self.in_features))
         step = max(step - step % self.tile_rows, self.tile_rows)
         if step >= self.out_features:
@@ -117,7 +128,7 @@ class _Int8Rows:
     """One int8 code a weight, one bf16 scale an output feature."""
 
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See ``QuantizedLinear``."""
+        """See ``Quantized``."""
         return self.weight[select].to(dtype).mul_(self.scale[select].to(dtype).unsqueeze(1))
 
 
@@ -125,7 +136,7 @@ class _Int4Rows:
     """Two codes a byte, the even column low; a bf16 scale and zero for every ``group_size`` inputs."""
 
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See ``QuantizedLinear``."""
+        """See ``Quantized``."""
         packed = self.packed[select]
         codes = self.codes(packed)
         scale, zero = self.scale_and_zero[:, select].to(dtype).transpose(0, 1).unbind(-1)
@@ -142,7 +153,7 @@ class _PackedRows:
     """Codes packed tight into words; a bf16 scale for every ``group_size`` inputs."""
 
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """See ``QuantizedLinear``."""
+        """See ``Quantized``."""
         packed = self.packed[select]
         codes, scale = unpack(packed, self.format.bits), self.scale[select].to(dtype)
         groups = codes.to(dtype).view(*scale.shape, self.format.group_size)
@@ -152,8 +163,8 @@ class _PackedRows:
 class Int8Linear(_Int8Rows, QuantizedLinear):
     """torch's int8 kernel on the CPU."""
 
-    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
-        """See ``QuantizedLinear``; a weight that begins where the kernel cannot read it is copied."""
+    def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
+        """See ``Quantized``; a weight that begins where the kernel cannot read it is copied."""
         super().fill(tensors, move)
         if self.kernels == "cpu" and not self.weight.is_meta and self.weight.data_ptr() % INT8_ALIGNMENT:
             self.weight = self.weight.clone()
@@ -164,25 +175,19 @@ class Int8Linear(_Int8Rows, QuantizedLinear):
         if self.kernels == "cpu" and whole and rows.shape[0] < DEQUANTIZE_ROWS:
             product = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale)
             return product.to(rows.dtype)
-        return self.multiply_by_tiles(rows)
+        return super().multiply(rows)
 
 
 class Int4Linear(_Int4Rows, QuantizedLinear):
     """torch's int4 kernels.
 
     ``layout`` says how the codes lie: ``"cpu"`` and ``"cuda"`` are what torch's own packing makes (they differ by
-    machine, so a checkpoint never holds them), ``"nibbles"`` is two codes a byte, the even column low.
-
-    Args:
-        in_features: See ``QuantizedLinear``.
-        out_features: See ``QuantizedLinear``.
-        fmt: See ``QuantizedLinear``.
-        kernels: See ``QuantizedLinear``.
-        shared: Whether an embedding reads rows of the same buffers, which only the ``nibbles`` layout allows.
+    machine, so a checkpoint never holds them), ``"nibbles"`` is two codes a byte, the even column low: the only one
+    whose rows an embedding can read.
     """
 
     def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
-        super().__init__(in_features, out_features, fmt, kernels)
+        super().__init__(in_features, out_features, fmt, kernels, shared)
         if not shared and kernels == "cpu" and out_features % 16 == 0:
             self.layout, self.tile_rows = "cpu", cpu_block_rows() or 1
         elif not shared and kernels == "cuda" and not (in_features % _CUDA_INT4_K or out_features % 8) and _ampere():
@@ -190,8 +195,8 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
         else:
             self.layout = "nibbles"
 
-    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
-        """See ``QuantizedLinear``. CUDA packs after the move: its packing runs only there."""
+    def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
+        """See ``Quantized``. CUDA packs after the move: its packing runs only there."""
         if "codes" not in tensors:  # a dry run's
             super().fill(tensors, move)
             if self.layout == "cuda":  # repacked on the card: for a moment both copies are there
@@ -214,8 +219,8 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """torch's int4 kernel where the layout has one for the device, else dequantised tiles."""
-        if self.layout != self.kernels:  # nibbles; or packed for the CPU, and for now on the GPU: see streaming.py
-            return self.multiply_by_tiles(rows)
+        if self.layout != self.kernels:  # nibbles; or packed for the CPU, and for now on the GPU: see travel.py
+            return super().multiply(rows)
         x = rows.to(torch.bfloat16)
         if self.layout == "cpu":
             kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -230,10 +235,6 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
 class PackedLinear(_PackedRows, QuantizedLinear):
     """Bits and groups without a kernel anywhere: always dequantised tiles."""
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """Dequantise + matmul."""
-        return self.multiply_by_tiles(rows)
-
 
 class Nf4Linear(QuantizedLinear):
     """bitsandbytes' 4-bit NormalFloat: two codes a byte, one fp32 absmax for every 64 weights."""
@@ -242,18 +243,15 @@ class Nf4Linear(QuantizedLinear):
         """bitsandbytes' fused kernel for few tokens on CUDA, else a dequantised weight and matmul."""
         import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
+        kernels, group_size = torch.ops.bitsandbytes, self.format.group_size
         shape = [self.out_features, self.in_features]
         if self.kernels == "cuda" and rows.shape[0] <= NF4_FUSED_ROWS:
-            return torch.ops.bitsandbytes.gemm_4bit.default(
-                rows, self.packed, shape, self.absmax, self.format.group_size, "nf4"
-            )
-        weight = torch.ops.bitsandbytes.dequantize_4bit.default(
-            self.packed, self.absmax, self.format.group_size, "nf4", shape, rows.dtype
-        )
+            return kernels.gemm_4bit.default(rows, self.packed, shape, self.absmax, group_size, "nf4")
+        weight = kernels.dequantize_4bit.default(self.packed, self.absmax, group_size, "nf4", shape, rows.dtype)
         return F.linear(rows, weight)
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(Quantized):
     """An embedding table in a quantised format, whose buffers a tied head can share.
 
     Args:
@@ -269,17 +267,12 @@ class QuantizedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.format, self.dtype = num_embeddings, embedding_dim, fmt, dtype
 
-    def store(self, weight: torch.Tensor, move) -> None:
-        """Quantises the table ``(num_embeddings, embedding_dim)``; see ``QuantizedLinear.store``."""
-        self.fill(_shapes_only(weight, self.format) if weight.is_meta else quantize(weight, self.format), move)
-
-    def fill(self, tensors: dict[str, torch.Tensor], move) -> None:
-        """See ``QuantizedLinear.fill``."""
+    def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
+        """See ``Quantized``."""
         if "codes" in tensors:
-            tensors = {**tensors, "packed": two_per_byte(tensors["codes"], high_first=False)}
-            del tensors["codes"]
-        for name, tensor in tensors.items():
-            self.register_buffer(name, move(tensor))
+            packed = two_per_byte(tensors["codes"], high_first=False)
+            tensors = {"scale_and_zero": tensors["scale_and_zero"], "packed": packed}
+        super().fill(tensors, move)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Looks up rows and scales them."""
@@ -317,29 +310,13 @@ def import_kernels(formats: set[str]) -> None:
 def quantized_linear(
     in_features: int, out_features: int, fmt: Format, kernels: str, *, shared: bool = False
 ) -> QuantizedLinear:
-    """An empty layer of a format, to be given its weight by ``store`` or ``fill``.
-
-    Args:
-        in_features: See ``QuantizedLinear``.
-        out_features: See ``QuantizedLinear``.
-        fmt: The format.
-        kernels: See ``QuantizedLinear``.
-        shared: Whether an embedding shares the buffers.
-    """
-    if fmt.kind == "int4":
-        return Int4Linear(in_features, out_features, fmt, kernels, shared)
-    return _LINEARS[fmt.kind](in_features, out_features, fmt, kernels)
+    """An empty layer of a format, to be given its weight by ``store`` or ``fill``; see ``QuantizedLinear``."""
+    return _LINEARS[fmt.kind](in_features, out_features, fmt, kernels, shared)
 
 
 def quantized_embedding(num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype) -> QuantizedEmbedding:
     """An empty table of a format; see ``quantized_linear``."""
     return _EMBEDDINGS[fmt.kind](num_embeddings, embedding_dim, fmt, dtype)
-
-
-def _shapes_only(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
-    """What a dry run stores: the format table's tensors, without data."""
-    tensors = fmt.tensors(tuple(weight.shape), weight.dtype)
-    return {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in tensors.items()}
 
 
 def _ampere() -> bool:

@@ -1,10 +1,8 @@
 """A decoder for the Llama family that does as little as possible for a token: one function for all layers.
 
 transformers' forward of a small model spends most of its time between its matrix products: masks, caches, a Python
-call for every operation. Here a layer is one plain function of tensors (``llama_layer.py``). Compiled, everything
-between two matrix products becomes one loop over memory, and one library serves all layers. It works on the very
-weights of a loaded model, whatever their formats (those with a common input laid side by side, ``fuse.py``), and on a
-``PreallocatedCache``. All that a token needs is taken at the start, so a token allocates nothing that stays.
+call for every operation. Here a layer is one plain function of tensors (``llama_layer.py``) on the very weights of a
+loaded model. Compiled, everything between two matrix products becomes one loop over memory.
 
 Derived in: notebooks/06_the_engine.ipynb
 """
@@ -14,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,10 +20,9 @@ from torch import nn
 from lowvram_lab.engine.bind import bind_head, bind_layer
 from lowvram_lab.engine.compiled import compiler, open_libraries, without_compiler
 from lowvram_lab.engine.compiling import LEAST_ROOM, Library
-from lowvram_lab.engine.decode import Decoder, ModuleDecoder, prefill
+from lowvram_lab.engine.decode import Decoder, ModuleDecoder
 from lowvram_lab.engine.graph import GraphedStep
 from lowvram_lab.engine.kinds import COMPILED, GRAPHS, LEAN, NAMES, why_not
-from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.llama_layer import LayerShape, llama_layer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.workspace import head_bytes, layer_bytes
@@ -65,7 +61,7 @@ def decoder_for(
     return LeanDecoder(model, max_tokens, batch_size, compiled=compiled, progress=progress)
 
 
-class LeanDecoder:
+class LeanDecoder(Decoder):
     """Decodes token by token on the weights of a loaded model.
 
     Takes from the start, within the GPU's budget: the KV cache, rotary tables, logits, and a workspace of the bytes
@@ -80,11 +76,7 @@ class LeanDecoder:
         progress: Show that it compiles.
 
     Attributes:
-        model: The model.
-        cache: The ``PreallocatedCache`` that prompt and answer are in.
         compiled: Whether it is compiled.
-        released: Whether the model was planned anew since; then it decodes no more.
-        why: Nothing: there is no faster decoder.
         workspace_bytes: What a token's temporaries take on the GPU.
 
     Raises:
@@ -92,8 +84,6 @@ class LeanDecoder:
             to be compiled and there is no compiler.
         torch.OutOfMemoryError: No room for what it takes.
     """
-
-    why = ""
 
     def __init__(
         self,
@@ -110,39 +100,34 @@ class LeanDecoder:
         if compiled and not compiler():
             missing = without_compiler() or "LOWVRAM_COMPILE=0 says not to compile; unset it"
             raise LowvramError(f"{missing}, or leave compiled=True out")
-        self.model, self.released = model, False
+        super().__init__(model, max_tokens, batch_size)
         self._gpu, self._plan, self._spec = state.gpu, state.plan, state.plan.spec
         self._places = self._plan.layer_places()
         self._head_place = compute_place(self._plan.modules[self._spec.head].device)
-        self._crossed_bytes = self._crossings(batch_size)
-        self.cache = PreallocatedCache(model, max_tokens, batch_size)
-        self._positions = torch.arange(self.cache.max_tokens)
-        try:
-            with self._gpu.active(), torch.no_grad():
-                self._tables = self._rotary()
-                bound = [bind_layer(model, *both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
-                self._graphed = self._graph(bound, batch_size) if _on_card(model) else None
-                self.compiled = self._graphed is None and self._may_compile(compiled)
-                self.workspace_bytes = self._workspace(bound, batch_size)
-                self._reserve(batch_size)
-        except torch.OutOfMemoryError as error:
-            self._gpu.note_oom(error, state)
-            raise
-        state.decoders.add(self)
+        self._batch_size = batch_size
+        self._crossed_bytes = self._crossings()
         self._layers, self._head = [], None
-        if self._graphed is None and not self._gpu.meta:
-            if self.compiled and not self._compile(bound, batch_size, progress, must=bool(compiled)):
+        self._positions = torch.arange(self.cache.max_tokens)
+        on_card = self._gpu.kernels == "cuda" and "gpu" in self._places
+        with self._gpu.noting_oom(state), self._gpu.active(), torch.no_grad():
+            self._tables = self._rotary()
+            bound = [bind_layer(model, *both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
+            self._graphed = self._graph(bound) if on_card else None
+            self.compiled = not on_card and self._may_compile(compiled)
+            self._reserve(bound)
+        if not on_card and not self._gpu.meta:
+            if self.compiled and not self._compile(bound, progress, must=bool(compiled)):
                 self.compiled = False
                 with self._gpu.active():
-                    self.workspace_bytes = self._workspace(bound, batch_size)
-                    self._reserve(batch_size)
+                    self._reserve(bound)
             if not self.compiled:
                 self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
                 self._head = partial(_modules_head, model)
 
     def release(self) -> None:
         """See ``Decoder``."""
-        self._layers, self._head, self._graphed, self.released = [], None, None, True
+        super().release()
+        self._layers, self._head, self._graphed = [], None, None
 
     @property
     def name(self) -> str:
@@ -151,45 +136,10 @@ class LeanDecoder:
             return NAMES[GRAPHS if self._graphed.capture or self._gpu.meta else LEAN]
         return NAMES[COMPILED if self.compiled else LEAN]
 
-    @property
-    def tokens(self) -> int:
-        """Tokens in the cache."""
-        return self.cache.get_seq_length()
-
-    @torch.inference_mode()
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Reads a prompt by the model's own forward.
-
-        Args:
-            ids: ``(batch, tokens)`` int64, those the cache has not seen.
-
-        Returns:
-            Logits of the last token, ``(batch, vocab)``.
-
-        Raises:
-            BudgetError: The cache has no room for them.
-        """
-        self._check_released()
-        return prefill(self.model, ids, self.cache)
-
-    @torch.inference_mode()
-    def decode(self, token: torch.Tensor) -> torch.Tensor:
-        """Feeds one token of each sequence.
-
-        Args:
-            token: ``(batch, 1)`` int64.
-
-        Returns:
-            Logits, ``(batch, vocab)`` in the plan's dtype. The next call writes over them.
-
-        Raises:
-            LowvramError: There is no prompt yet, the token is of another shape, or the model was planned anew.
-            BudgetError: The cache is full.
-        """
-        self._check_released()
-        position, sequences = self.tokens, self._logits.shape[0]
-        if tuple(token.shape) != (sequences, 1):
-            raise LowvramError(f"expected one token of each sequence, ({sequences}, 1), found {tuple(token.shape)}")
+    def _decode(self, token: torch.Tensor) -> torch.Tensor:
+        position, expected = self.tokens, (self._batch_size, 1)
+        if tuple(token.shape) != expected:
+            raise LowvramError(f"expected one token of each sequence, {expected}, found {tuple(token.shape)}")
         if position == 0:
             raise LowvramError("expected a prompt in the cache, found none: call prefill first")
         if position >= self.cache.max_tokens:
@@ -198,7 +148,7 @@ class LeanDecoder:
             with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
                 self._logits.copy_(self._run(token, position))
         if self._gpu.simulated:
-            self._gpu.transfers.update(self._crossed_bytes)
+            self._gpu.recording.transfers.update(self._crossed_bytes)
         for held in self.cache.layers:
             held.tokens = position + 1
         return self._logits
@@ -213,18 +163,14 @@ class LeanDecoder:
             hidden = run([hidden, cos[position], sin[position], seen, *tensors])[0]
         return self._head(hidden)
 
-    def _check_released(self) -> None:
-        if self.released:
-            raise LowvramError("the model was planned anew meanwhile; make a new decoder")
-
-    def _crossings(self, batch_size: int) -> Counter:
+    def _crossings(self) -> Counter:
         """Bytes of hidden states that one token takes from place to place; the stand-in only counts them."""
         embedding = compute_place(self._plan.modules[self._spec.embedding].device)
         order = [embedding, *self._places, self._head_place]
         crossed = Counter()
         for here, there in zip(order, order[1:], strict=False):
             if here != there:
-                crossed[here, there] += batch_size * self._spec.hidden_size * torch.float32.itemsize
+                crossed[here, there] += self._batch_size * self._spec.hidden_size * torch.float32.itemsize
         return crossed
 
     def _rotary(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -239,19 +185,15 @@ class LeanDecoder:
             cos, sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
             tables = {home: (cos, sin)}
             for place in sorted(set(self._places) - {home}):
-                tables[place] = (self._copied(cos, place), self._copied(sin, place))
+                # made there, not moved: it is not counted among what crosses
+                tables[place] = tuple(gpu.zeros(tuple(t.shape), t.dtype, place).copy_(t) for t in (cos, sin))
             return tables
 
-    def _copied(self, table: torch.Tensor, place: str) -> torch.Tensor:
-        """A table at another place: made there once, so it is not counted among what crosses."""
-        return self._gpu.zeros(tuple(table.shape), table.dtype, place).copy_(table)
-
-    def _graph(self, bound: list, batch_size: int) -> GraphedStep:
-        by_modules = partial(_modules_head, self.model)
-        hidden_size = self.model.config.hidden_size
-        capture = not self._gpu.meta
+    def _graph(self, bound: list) -> GraphedStep:
+        sizes = self._batch_size, self._spec.hidden_size
         with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
-            return GraphedStep(bound, by_modules, *self._tables["gpu"], batch_size, hidden_size, capture)
+            by_modules = partial(_modules_head, self.model)
+            return GraphedStep(bound, by_modules, *self._tables["gpu"], *sizes, capture=not self._gpu.meta)
 
     def _may_compile(self, wanted: bool | None) -> bool:
         if wanted is not None:
@@ -260,36 +202,33 @@ class LeanDecoder:
             _warn_once(f"decoding without compiled layers, which is slower: {missing}")
         return compiler() is not None and self.cache.max_tokens >= LEAST_ROOM
 
-    def _workspace(self, bound: list, batch_size: int) -> int:
+    def _workspace(self, bound: list) -> int:
         """Bytes of one token's temporaries on the GPU, all of the cache in use; CUDA's graphs take their own."""
         if not self._gpu.simulated:
             return 0
-        hidden = torch.empty(batch_size, self._spec.hidden_size, device="meta")
-        kinds = {}
-        for (shape, tensors), place in zip(bound, self._places, strict=True):
-            if place == "gpu":
-                kinds[shape] = tensors
-        found = []
+        hidden = torch.empty(self._batch_size, self._spec.hidden_size, device="meta")
+        kinds = {shape: tensors for (shape, tensors), place in zip(bound, self._places, strict=True) if place == "gpu"}
+        settings = self.cache.max_tokens, self._graphed is not None, self.compiled
         with self._gpu.unmetered():  # it only looks
-            for shape, tensors in kinds.items():
-                masked = self._graphed is not None
-                found.append(layer_bytes(shape, hidden, tensors, self.cache.max_tokens, masked, self.compiled))
+            found = [layer_bytes(shape, hidden, tensors, *settings) for shape, tensors in kinds.items()]
             if self._head_place == "gpu":
                 found.append(head_bytes(self.model, hidden, bind_head(self.model) if self.compiled else None))
         return max(found, default=0)
 
-    def _reserve(self, batch_size: int) -> None:
+    def _reserve(self, bound: list) -> None:
+        """Takes what decoding will need beside the cache: logits, and a token's workspace."""
         gpu, meter = self._gpu, self._gpu.meter
+        self.workspace_bytes = self._workspace(bound)
         with meter.scope(owner="logits"):
-            self._logits = gpu.zeros((batch_size, self._spec.vocab_size), self.model.dtype, self._head_place)
+            self._logits = gpu.zeros((self._batch_size, self._spec.vocab_size), self.model.dtype, self._head_place)
         self._reserved = None
         if self.workspace_bytes:
             with meter.scope(owner="workspace of a token"):
                 self._reserved = gpu.buffer(self.workspace_bytes)
 
-    def _compile(self, bound: list, batch_size: int, progress: bool, must: bool) -> bool:
+    def _compile(self, bound: list, progress: bool, must: bool) -> bool:
         """Opens the libraries of all layers and of the head; whether that could be done."""
-        hidden = torch.zeros(batch_size, self.model.config.hidden_size)
+        hidden = torch.zeros(self._batch_size, self._spec.hidden_size)
         cos, sin = self._tables[self._places[0]]
         first = [hidden, cos[0], sin[0], self._positions[:2]]
         wanted = [Library.called_with(shape, first + tensors) for shape, tensors in bound]
@@ -306,22 +245,15 @@ class LeanDecoder:
             logger.warning("decoding without compiled layers, which is slower: %s", reason)
             return False
         self._layers = [(run, tensors) for run, (_, tensors) in zip(runs, bound, strict=False)]
-        self._head = partial(_modules_head, self.model) if head is None else partial(_run_head, runs[-1], head[1])
+        self._head = partial(_modules_head, self.model)
+        if head is not None:
+            *_, run = runs
+            self._head = lambda hidden: run([hidden, *head[1]])[0]
         return True
-
-
-def _on_card(model: nn.Module) -> bool:
-    state = loaded(model)
-    return state.gpu.kernels == "cuda" and "gpu" in state.plan.layer_places()
 
 
 def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return model.lm_head(model.model.norm(hidden).to(model.dtype))
-
-
-def _run_head(run: Callable, tensors: list, hidden: torch.Tensor) -> torch.Tensor:
-    """The head, by its compiled library."""
-    return run([hidden, *tensors])[0]
 
 
 @functools.cache

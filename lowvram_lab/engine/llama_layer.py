@@ -6,10 +6,13 @@ one token, and closer to full precision than 16 bits.
 Derived in: notebooks/06_the_engine.ipynb
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
 
 from lowvram_lab.engine.cache_layers import quantize_states
 
@@ -80,9 +83,31 @@ class HeadShape:
     eps: float
 
 
+class Masked(NamedTuple):
+    """A cache looked at beyond its newest token, as a graph of a fixed shape must.
+
+    Attributes:
+        at: Which place is this token's, ``(1,)`` int64.
+        mask: ``(tokens,)`` float32 to add to the scores: 0, or -inf for places that hold nothing yet.
+    """
+
+    at: Tensor
+    mask: Tensor
+
+
+_Cached = tuple[Tensor, Tensor | None]  # keys or values, and their scales if they are int8
+
+
 def llama_layer(
-    shape: LayerShape, hidden, cos, sin, tensors, tokens: int, at=None, mask=None, loops: list | None = None
-):
+    shape: LayerShape,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    tensors: Sequence,
+    tokens: int,
+    masked: Masked | None = None,
+    loops: list[Tensor] | None = None,
+) -> Tensor:
     """One decoder layer.
 
     Args:
@@ -94,8 +119,7 @@ def llama_layer(
             ``shape.products`` what its kernel wants, and the bias if there is one; keys and values
             ``(batch, kv_heads, room, head_dim)``, and behind them their scales if they are int8.
         tokens: How many places of the cache are looked at, this token's among them.
-        at: Which of them is this token's, ``(1,)`` int64; by default the last.
-        mask: ``(tokens,)`` float32 to add to the scores: 0, or -inf for places that hold nothing yet.
+        masked: Where some of them hold nothing yet; by default this token's is the last.
         loops: If given, products of one row may be written as loops, and their inputs are appended here. Loops are
             quick only where this function is compiled, and returns these inputs too: what it does not return is
             computed anew for every row of the weight.
@@ -117,15 +141,15 @@ def llama_layer(
     q, k = (states * cos + torch.roll(states, half, -1) * sin for states in (q, k))
     held = [(seen[index], seen[index + 2] if shape.int8_cache else None) for index in (0, 1)]
     for (cached, scales), states in zip(held, (k, v), strict=True):
-        _append(cached, scales, states[:, :, None], at)
-    mixed = _attend(shape, q, held, loops) if mask is None else _attend_masked(shape, q, held, mask)
+        _append(cached, scales, states[:, :, None], masked)
+    mixed = _attend_masked(shape, q, held, masked.mask) if masked else _attend(shape, q, held, loops)
     hidden = hidden + _multiply(mixed.reshape(batch, -1), shape.products[1], weights[1], loops)
     x = _rms_norm(hidden, norms[1], shape.eps)
     gate, up = _multiply(x, shape.products[2], weights[2], loops).chunk(2, -1)
     return hidden + _multiply(F.silu(gate) * up, shape.products[3], weights[3], loops)
 
 
-def head(shape: HeadShape, hidden, tensors, loops: list | None = None):
+def head(shape: HeadShape, hidden: Tensor, tensors: Sequence, loops: list[Tensor] | None = None) -> Tensor:
     """The last norm and the product with the head.
 
     Args:
@@ -140,7 +164,7 @@ def head(shape: HeadShape, hidden, tensors, loops: list | None = None):
     return _multiply(_rms_norm(hidden, tensors[0], shape.eps), (shape.product,), (tensors[1:],), loops)
 
 
-def _sorted(shape: LayerShape, tensors):
+def _sorted(shape: LayerShape, tensors: Sequence) -> tuple[list[Tensor], list[list[list]], list[Tensor]]:
     """The flat list of a layer's tensors as norms, weights by product, and cache."""
     rest = iter(tensors)
     norms = [next(rest) for _ in range(4 if shape.normed_heads else 2)]
@@ -148,7 +172,7 @@ def _sorted(shape: LayerShape, tensors):
     return norms, weights, list(rest)
 
 
-def _attend(shape: LayerShape, q, held, loops):
+def _attend(shape: LayerShape, q: Tensor, held: list[_Cached], loops: list[Tensor] | None) -> Tensor:
     """Attention of one token to all before it and itself, in float32; what a CPU does best."""
     rows = (q * shape.scaling).view(-1, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
     (keys, key_scales), (values, value_scales) = held
@@ -170,7 +194,7 @@ def _attend(shape: LayerShape, q, held, loops):
     return (scores[..., None] * values[:, :, None].float()).sum(-2) / total
 
 
-def _attend_masked(shape: LayerShape, q, held, mask):
+def _attend_masked(shape: LayerShape, q: Tensor, held: list[_Cached], mask: Tensor) -> Tensor:
     """The same by torch's fused attention, over a fixed number of places of which some hold nothing yet."""
     dtype = shape.dtype
     keys, values = (cached if scales is None else cached.to(dtype) * scales.to(dtype) for cached, scales in held)
@@ -180,31 +204,31 @@ def _attend_masked(shape: LayerShape, q, held, mask):
     return F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=shape.scaling).float()
 
 
-def _append(held, scales, states, at) -> None:
+def _append(held: Tensor, scales: Tensor | None, states: Tensor, masked: Masked | None) -> None:
     if scales is not None:
         states, scale = quantize_states(states)
-        _write(scales, scale, at)
-    _write(held, states.to(held.dtype), at)
+        _write(scales, scale, masked)
+    _write(held, states.to(held.dtype), masked)
 
 
-def _write(held, states, at):
-    if at is None:
+def _write(held: Tensor, states: Tensor, masked: Masked | None) -> None:
+    if masked is None:
         held[:, :, -1:] = states
     else:
-        held.index_copy_(2, at, states)
+        held.index_copy_(2, masked.at, states)
 
 
-def _rms_norm(x, weight, eps: float):
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def _multiply(x, products: tuple[Product, ...], weights, loops: list | None):
+def _multiply(x: Tensor, products: tuple[Product, ...], weights: Sequence[Sequence], loops: list | None) -> Tensor:
     """``(rows, in)`` float32 → ``(rows, out)`` float32: the products with each weight, side by side."""
     found = [_product(x, product, tensors, loops) for product, tensors in zip(products, weights, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
-def _product(x, product: Product, tensors, loops: list | None):
+def _product(x: Tensor, product: Product, tensors: Sequence, loops: list | None) -> Tensor:
     kernel, group_size = product.kernel, product.group_size
     if loops is not None and kernel in ("int8", "float") and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
         loops.append(x)

@@ -7,10 +7,11 @@ run of a forecast goes through the very same code with tensors on meta.
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from lowvram_lab.engine.disk import WeightsOnDisk
 from lowvram_lab.engine.fill import Filler, must_be_mapped, place_buffers
@@ -23,6 +24,7 @@ from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.recording import Recording
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import DTYPES, get_format
@@ -73,17 +75,16 @@ def load(
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
     import_kernels({assignment.format for assignment in plan.modules.values()})
-    gpu.meter.first_oom = None
-    recording = Timeline() if timeline else None
+    gpu.recording = recording = Recording()
     if timeline:
-        gpu.meter.timeline = recording
+        gpu.meter.timeline = recording.timeline = Timeline()
     with (
         cpu_threads(plan.threads),
-        gpu.phase("load") as load_phase,
+        gpu.phase("load"),
         gpu.meter.scope(category="weights"),
         torch.no_grad(),
     ):
-        model.lowvram = Loaded(plan, gpu, checkpoint, load_phase, recording)
+        model.lowvram = Loaded(plan, gpu, checkpoint, recording)
         _fill(model, spec.modules, plan, progress)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
     return model.eval()
@@ -128,7 +129,7 @@ def _realise(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan, prog
     if state.placement is not None:
         state.placement.remove()
     import_kernels({assignment.format for assignment in plan.modules.values()})
-    state.gpu.meter.first_oom = None  # of the plan before
+    state.gpu.recording.first_oom = None  # of the plan before
     with (
         cpu_threads(plan.threads),
         state.gpu.active(),
@@ -142,11 +143,7 @@ def _realise(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan, prog
 
 
 def _check_machine(
-    plan: Plan,
-    modules: Sequence[ModuleSpec],
-    weights: Weights,
-    gpu: Gpu,
-    before: Plan | None = None,
+    plan: Plan, modules: Sequence[ModuleSpec], weights: Weights, gpu: Gpu, before: Plan | None = None
 ) -> None:
     """Refuses, before any of these modules is loaded, what this machine has not got (any more)."""
     cores = os.cpu_count() or 1
@@ -176,7 +173,7 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
     filler = Filler(model, plan, state.weights, gpu)
     to_disk = [] if gpu.meta else [m for m in modules if must_be_mapped(m, plan, state.weights)]
     disk = WeightsOnDisk() if to_disk else None
-    try:
+    with gpu.noting_oom(state):
         for module in tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False):
             with gpu.meter.scope(owner=module.name):
                 filler.fill(module)
@@ -187,9 +184,6 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
         devices = block_devices(model, plan)
         place_buffers(model, devices, gpu)
         state.placement = Placement(model, devices, plan, gpu)
-    except torch.OutOfMemoryError as error:
-        gpu.note_oom(error, state)
-        raise
     state.plan = plan
     vars(model).pop("save_pretrained", None)
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
@@ -205,10 +199,8 @@ def _refuse_to_save(*args, **kwargs):
     )
 
 
-def _read_generation_config(model, directory) -> None:
+def _read_generation_config(model: PreTrainedModel, directory: Path | None) -> None:
     """The checkpoint's own generation settings (stop ids above all), where it has a file of them."""
-    from transformers import GenerationConfig
-
     if directory is not None and (directory / "generation_config.json").is_file():
         try:
             with quiet_transformers():

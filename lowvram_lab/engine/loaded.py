@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
+from lowvram_lab.engine.disk import WeightsOnDisk
+from lowvram_lab.engine.placement import Placement
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.memory.meter import PhaseMemory
-from lowvram_lab.memory.timeline import Timeline
+from lowvram_lab.memory.recording import Recording
 from lowvram_lab.model.plan import Plan
-
-if TYPE_CHECKING:
-    from lowvram_lab.engine.disk import WeightsOnDisk
-    from lowvram_lab.engine.placement import Placement
 
 
 class Weights(Protocol):
@@ -31,13 +28,6 @@ class Weights(Protocol):
     def __contains__(self, name: str) -> bool: ...
 
 
-class Releasable(Protocol):
-    """What holds a model's weights beside the model and lets go of them when asked."""
-
-    def release(self) -> None:
-        """Lets go."""
-
-
 @dataclass(eq=False)
 class Loaded:
     """The state of a loaded model. ``replan`` changes ``plan``, ``placement`` and ``mapped``; nothing else changes.
@@ -46,21 +36,19 @@ class Loaded:
         plan: What it realises.
         gpu: What it lives on.
         weights: Where its weights came from, and come from again when it is planned anew.
-        load_phase: Memory while it was loaded.
-        timeline: Every allocation since, where that was asked for.
+        recording: What was measured on the GPU from its load on, until another model's.
         placement: What makes each block compute at its place; ``remove()`` undoes it.
         mapped: Files of the weights that lie on disk.
-        decoders: Who else holds weights.
+        decoders: Every ``Decoder`` on its weights.
     """
 
     plan: Plan
     gpu: Gpu
     weights: Weights
-    load_phase: PhaseMemory
-    timeline: Timeline | None = None
+    recording: Recording
     placement: Placement | None = None
     mapped: list[WeightsOnDisk] = field(default_factory=list)
-    decoders: weakref.WeakSet[Releasable] = field(default_factory=weakref.WeakSet)
+    decoders: weakref.WeakSet = field(default_factory=weakref.WeakSet)
 
 
 def loaded(model: torch.nn.Module) -> Loaded:

@@ -9,6 +9,8 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
 from transformers import Cache
@@ -19,29 +21,28 @@ from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan, compute_place
 
 
+@dataclass
 class _Route:
     """What the blocks of one model share: where the first layer computes, what has moved, the weights that travel."""
 
-    def __init__(
-        self, home: str, head: str, threads: int | None, gpu: Gpu, weights: TravellingWeights, model: weakref.ref
-    ):
-        self.home, self.head, self.threads = home, head, threads
-        self.gpu, self.weights, self.model = gpu, weights, model
-        self.first = home  # masks and rotary tables are made once, where the first layer computes in this pass
-        self.moved: dict[tuple[int, str], tuple] = {}
+    home: str
+    head: str
+    threads: int | None
+    gpu: Gpu
+    weights: TravellingWeights
+    model: weakref.ref
+    first: str  # masks and rotary tables are made once, where the first layer computes in this pass
+    moved: dict[tuple[int, str], tuple] = field(default_factory=dict)
 
-    def note_oom(self, error: torch.OutOfMemoryError) -> None:
-        """Says on an error whose it is, while the block's name is still known."""
-        self.gpu.note_oom(error, getattr(self.model(), "lowvram", None))
+    def noting_oom(self) -> AbstractContextManager[None]:
+        """Says on an out-of-memory error whose it is, while the block's name is still known."""
+        return self.gpu.noting_oom(getattr(self.model(), "lowvram", None))
 
 
 def block_devices(model: torch.nn.Module, plan: Plan) -> dict[str, str]:
-    """The device of every block that computes: embedding, decoder layers, final norm, rotary embedding, head.
+    """Path of every block that computes (embedding, decoder layers, final norm, head) → its device in the plan.
 
     Blocks without weights (rotary embedding) live where the first decoder layer computes.
-
-    Returns:
-        Module path → ``"gpu"``, ``"cpu"`` or ``"disk"``.
     """
     layers = plan.layer_devices()
     devices = {f"{plan.spec.layers_path}.{index}": device for index, device in enumerate(layers)}
@@ -62,7 +63,6 @@ class Placement:
         model: A model whose weights already are where the plan says.
         devices: From ``block_devices``.
         plan: The plan.
-        spec: The model's spec.
         gpu: The ``Gpu`` the model lives on.
     """
 
@@ -71,12 +71,12 @@ class Placement:
         self._wrapped: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._weights = TravellingWeights(model, devices, plan, gpu)
         home = compute_place(devices[f"{spec.layers_path}.0"])
-        route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model))
+        route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model), first=home)
         embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
         try:
             for path, device in devices.items():
-                if _contains_another(path, devices):
-                    continue
+                if any(other.startswith(path + ".") for other in devices):
+                    continue  # it holds other blocks, and runs no code that a place would matter to
                 block, hands_over = model.get_submodule(path), path == spec.embedding or path in embeddings
                 self._wrap(block, functools.partial(_block_forward, path, compute_place(device), hands_over, route))
                 if gpu.simulated:  # the meter is on anyway: let it name the very module; on CUDA ``watch`` does
@@ -104,7 +104,7 @@ class Placement:
         self._wrapped.clear()
 
 
-def _model_forward(route, original, *args, **kwargs):
+def _model_forward(route: _Route, original: Callable, *args, **kwargs):
     gpu, stated = route.gpu, kwargs.get("use_cache")
     makes_a_cache = getattr(route.model().config, "use_cache", True) if stated is None else stated
     can_visit = cache_can_visit(_cache_among(args, kwargs), makes_a_cache)
@@ -113,27 +113,17 @@ def _model_forward(route, original, *args, **kwargs):
     with gpu.lock, cpu_threads(route.threads), gpu.active(), route.weights.opened_for(ids, can_visit) as travelling:
         route.first = "gpu" if travelling else route.home
         # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
-        kwargs = {key: _moved(key, value, route) for key, value in kwargs.items()}
+        kwargs = {
+            key: value if key == "input_ids" else _to_place(value, route.first, gpu) for key, value in kwargs.items()
+        }
         try:
-            with gpu.meter.scope(owner="model", place=route.first):
+            with route.noting_oom(), gpu.meter.scope(owner="model", place=route.first):
                 return original(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            route.note_oom(error)
-            raise
         finally:
             route.moved.clear()
 
 
-def _moved(key: str, value, route):
-    return value if key == "input_ids" else _to_place(value, route.first, route.gpu)
-
-
-def _contains_another(path: str, places) -> bool:
-    """Whether a module (with a buffer of its own) holds other blocks: it runs no code that a place would matter to."""
-    return any(other.startswith(path + ".") for other in places)
-
-
-def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
+def _block_forward(path: str, place: str, hands_over: bool, route: _Route, original: Callable, *args, **kwargs):
     if path in route.weights:
         with route.weights.visiting(path, _cache_among(args, kwargs)):
             return _compute(path, "gpu", route, original, args, kwargs)
@@ -142,8 +132,8 @@ def _block_forward(path, place, hands_over, route, original, *args, **kwargs):
     return _to_place(result, route.first, route.gpu) if hands_over else result
 
 
-def _compute(path, place, route, original, args, kwargs):
-    def here(value):
+def _compute(path: str, place: str, route: _Route, original: Callable, args: tuple, kwargs: dict):
+    def here(value: object) -> object:
         return _to_place(value, place, route.gpu)
 
     args = tuple(here(value) for value in args)
@@ -152,25 +142,21 @@ def _compute(path, place, route, original, args, kwargs):
         shape, args = args[0].shape, (args[0].reshape(-1, args[0].shape[-1]),)
         original, rows = (lambda x: rows(x).view(*shape[:-1], -1)), original
     kwargs = {key: _shared(value, place, route.moved, here) for key, value in kwargs.items()}
-    with route.gpu.meter.scope(owner=path, place=place):
-        try:
-            return original(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            route.note_oom(error)
-            raise
+    with route.gpu.meter.scope(owner=path, place=place), route.noting_oom():
+        return original(*args, **kwargs)
 
 
-def _cache_among(args, kwargs) -> Cache | None:
+def _cache_among(args: tuple, kwargs: dict) -> Cache | None:
     """The KV cache that a layer is given: each architecture has its own name for it, or its own place."""
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
 
 
-def _owned_forward(path, gpu, original, *args, **kwargs):
+def _owned_forward(path: str, gpu: Gpu, original: Callable, *args, **kwargs):
     with gpu.meter.scope(owner=path):
         return original(*args, **kwargs)
 
 
-def _shared(value, place, moved, here):
+def _shared(value: object, place: str, moved: dict[tuple[int, str], tuple], here: Callable) -> object:
     """Keyword inputs (mask, rotary tables) are the same for every layer: moved once a forward, not once a layer."""
     if not isinstance(value, torch.Tensor | tuple):
         return value
@@ -180,7 +166,7 @@ def _shared(value, place, moved, here):
     return moved[key][1]
 
 
-def _to_place(value, place, gpu):
+def _to_place(value: object, place: str, gpu: Gpu) -> object:
     if isinstance(value, torch.Tensor):
         return gpu.move(value, place)
     if isinstance(value, tuple):

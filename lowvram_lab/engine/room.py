@@ -2,20 +2,20 @@
 
 import math
 import shutil
+from collections.abc import Iterable
 
 import psutil
 
 from lowvram_lab.engine.disk import scratch_folder
 from lowvram_lab.errors import BudgetError, CheckpointError
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.units import format_bytes
 
 
 def check_room_on_disk(size_bytes: int) -> None:
-    """Refuses what the disk of the cache folder has no room for, before anything is written.
-
-    Raises:
-        CheckpointError: Says what it takes and what is free.
-    """
+    """Refuses, by a ``CheckpointError``, what the disk of the cache folder has no room for."""
     if not size_bytes:
         return
     folder = scratch_folder()
@@ -27,7 +27,7 @@ def check_room_on_disk(size_bytes: int) -> None:
         )
 
 
-def forecast_load_bytes(plan, *, gpu_in_ram: bool) -> int:
+def forecast_load_bytes(plan: Plan, *, gpu_in_ram: bool) -> int:
     """Forecasts how far resident memory rises while a plan loads, above what Python and torch already take.
 
     The weights that stay in RAM (what lies on disk does not), and beside them the largest tensor in flight: mapped from
@@ -40,12 +40,12 @@ def forecast_load_bytes(plan, *, gpu_in_ram: bool) -> int:
     return weights_in_ram(plan, gpu_in_ram) + in_flight_bytes(plan.spec.modules)
 
 
-def check_room_in_ram(plan, gpu, modules, loaded=None) -> None:
-    """Refuses a load that the host's free memory cannot take: a process that the system ends cannot say why.
+def check_room_in_ram(plan: Plan, gpu: Gpu, modules: Iterable[ModuleSpec], loaded: Plan | None = None) -> None:
+    """Refuses a load that the host's free memory cannot take.
 
     Args:
         plan: What is to be loaded.
-        gpu: The GPU it goes to; the stand-in lies in RAM too.
+        gpu: Where it goes; the stand-in lies in RAM too.
         modules: Those that really are loaded, of the spec's.
         loaded: The plan that is there already, and whose weights make room.
 
@@ -61,11 +61,11 @@ def check_room_in_ram(plan, gpu, modules, loaded=None) -> None:
         )
 
 
-def in_flight_bytes(modules) -> int:
+def in_flight_bytes(modules: Iterable[ModuleSpec]) -> int:
     """The largest tensor, twice: mapped from its file in 16 bits, and the copy on its way."""
     return 2 * max((2 * math.prod(shape) for module in modules for shape in module.parameters.values()), default=0)
 
 
-def weights_in_ram(plan, gpu_in_ram: bool) -> int:
+def weights_in_ram(plan: Plan, gpu_in_ram: bool) -> int:
     """Bytes of weights that stay in RAM; what lies on disk does not."""
     return plan.weight_bytes("cpu") + (plan.weight_bytes("gpu") if gpu_in_ram else 0)

@@ -13,7 +13,7 @@ Derived in: notebooks/05_split_the_layers.ipynb
 import contextlib
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import Cache
@@ -101,7 +101,6 @@ class TravellingWeights:
         model: A model whose weights are where its plan says.
         devices: Of its blocks; those without weights (rotary embedding) come along.
         plan: Says which layers, and from how many tokens on (``stream_from``).
-        spec: The model's spec.
         gpu: The ``Gpu`` they come to.
     """
 
@@ -110,7 +109,7 @@ class TravellingWeights:
         self._layers: dict[str, _Travelling] = {}
         pinned: list[PinnedBlock] = []
         # before the first is locked: neither a model dropped without ``remove`` nor an interrupt leaves one locked
-        self._unlock = weakref.finalize(self, _unlock, gpu, pinned)
+        self.close = weakref.finalize(self, _unlock, gpu, pinned)
         self._buffers: list[torch.Tensor] = []
         self._copied: dict[int, object] = {}
         self._new_tokens = 0
@@ -126,10 +125,6 @@ class TravellingWeights:
             path: block._buffers for path, block in tables.items() if not any(True for _ in block.parameters())
         }
 
-    def close(self) -> None:
-        """Unlocks the memory that was page-locked; the weights stay where they are."""
-        self._unlock()
-
     def __contains__(self, path: str) -> bool:
         """Whether this layer's weights are travelling at present."""
         return bool(self._buffers) and path in self._layers
@@ -140,14 +135,11 @@ class TravellingWeights:
 
     @contextmanager
     def opened_for(self, ids: torch.Tensor | None, can_visit: bool) -> Iterator[bool]:
-        """Makes the buffers, if a forward pass is worth it, and frees them in the end.
+        """Makes the buffers, if a forward pass is worth it, and frees them in the end; yields whether weights travel.
 
         Args:
             ids: Of the pass, ``(batch, tokens)`` or embedded; a single token never is.
-            can_visit: Whether the KV cache it writes into can go to the GPU and come back; see ``cache_can_visit``.
-
-        Yields:
-            Whether weights travel in this pass.
+            can_visit: See ``cache_can_visit``.
         """
         decoding = ids is None or ids.shape[1] < 2  # of a batch too: one token of each computes where the layer is
         tokens = 0 if decoding else ids.shape[0] * ids.shape[1]
@@ -174,7 +166,7 @@ class TravellingWeights:
                 held[key] = table
 
     @contextmanager
-    def visiting(self, path: str, cache) -> Iterator[None]:
+    def visiting(self, path: str, cache: Cache | None) -> Iterator[None]:
         """Lets a layer compute on the GPU: its weights in a buffer, its keys and values with it until it is done."""
         layer = self._layers[path]
         turn = self._order.index(layer)
@@ -182,7 +174,12 @@ class TravellingWeights:
             self._fetch(turn)
         self.gpu.wait_for(self._copied.pop(turn))
         buffer = self._buffers[turn % len(self._buffers)]
-        with layer.computing_in(buffer, self.gpu.kernels_of("gpu")), self._cache_visiting(cache, layer.index):
+        with (
+            layer.computing_in(buffer, self.gpu.kernels_of("gpu")),
+            self.gpu.meter.scope(category="kv"),
+            cache.layers[layer.index].visiting(self.gpu, self._new_tokens) if cache is not None else nullcontext(),
+            self.gpu.meter.scope(category="activations"),
+        ):
             yield
         if turn + len(self._buffers) < len(self._order):
             self._fetch(turn + len(self._buffers))
@@ -192,32 +189,19 @@ class TravellingWeights:
         # the buffer is free when what has been computed so far is done
         self._copied[turn] = self.gpu.copy_ahead(self._order[turn].pairs(buffer), after=self.gpu.mark())
 
-    @contextmanager
-    def _cache_visiting(self, cache: Cache | None, index: int) -> Iterator[None]:
-        if cache is None:
-            yield
-            return
-        with (
-            self.gpu.meter.scope(category="kv"),
-            cache.layers[index].visiting(self.gpu, self._new_tokens),
-            self.gpu.meter.scope(category="activations"),
-        ):
-            yield
-
 
 def cache_can_visit(cache: Cache | None, made_inside: bool) -> bool:
     """Whether every layer of a KV cache may go to the GPU and come back; transformers' own cannot.
 
-    Args:
-        cache: That a model's forward is given.
-        made_inside: Whether it makes one of transformers' own where it is given none.
+    Where a model's forward is given none, ``made_inside`` says whether it makes one of these.
     """
     if cache is None:
         return not made_inside
     return bool(cache.layers) and all(getattr(layer, "can_visit", False) for layer in cache.layers)
 
 
-def _unlock(gpu, blocks: list[PinnedBlock]) -> None:
+def _unlock(gpu: Gpu, blocks: list[PinnedBlock]) -> None:
+    """Page-locked memory becomes ordinary memory; the weights stay where they are."""
     with contextlib.suppress(RuntimeError):  # CUDA may be gone at the end of the process
         gpu.settle(wait=True)
         for block in blocks:

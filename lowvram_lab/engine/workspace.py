@@ -1,166 +1,46 @@
 """How many bytes one decoded token needs beside weights and cache: the lean decoder's functions, replayed on meta.
 
 The lean decoder keeps so many bytes for itself from the start, as a CUDA graph keeps its pool, so that decoding can
-run out of memory nowhere else than where it begins. Run operator by operator the temporaries are exactly these; a
-compiled library writes down less, since what stands between two products becomes one loop, and keeps it for longer.
-Scratch inside a kernel (oneDNN lays 64 rows of a bf16 weight side by side) is seen no more than by the meter.
+run out of memory nowhere else than where it begins.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable
-
 import torch
 from torch.func import functional_call
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
-from lowvram_lab.memory.allocator import round_size
-
-aten = torch.ops.aten
-
-_KERNELS = {
-    aten.mm.default,
-    aten.addmm.default,
-    aten.bmm.default,
-    aten._weight_int4pack_mm_for_cpu.default,
-    aten._weight_int8pack_mm.default,
-}
-_WRITTEN = _KERNELS | {
-    aten.sum.dim_IntList,
-    aten.amax.default,
-    aten.mean.dim,
-    aten.cat.default,
-}
-"""Operators whose results a compiled library writes to memory; the others are computed where they are read."""
-
-
-class _Temporaries(TorchDispatchMode):
-    """Follows the storages that operators make, in the allocator's blocks of 512 bytes.
-
-    Attributes:
-        peak_bytes: Most that were live at once.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.peak_bytes = 0
-        self._live: dict[int, int] = {}
-        self._references: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Runs the operator, then counts what it made."""
-        result = func(*args, **(kwargs or {}))
-        self.count(result if isinstance(result, list | tuple) else [result])
-        return result
-
-    def count(self, tensors: Iterable) -> None:
-        """Counts the storages of those that are tensors, unless they are counted already."""
-        for tensor in tensors:
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key not in self._live and storage.nbytes():
-                self._live[key] = round_size(storage.nbytes())
-                self._references[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
-        self.peak_bytes = max(self.peak_bytes, self._bytes())
-
-    def exempt(self, tensor: torch.Tensor) -> None:
-        """Never counts a tensor that was there before."""
-        storage = tensor.untyped_storage()
-        self._live[storage._cdata] = 0
-        self._references[storage._cdata] = weakref.ref(storage)
-
-    def _bytes(self) -> int:
-        return sum(self._live.values())
-
-    def _forget(self, key: int) -> int:
-        self._references.pop(key, None)
-        return self._live.pop(key, 0)
-
-
-class _WrittenByALibrary(_Temporaries):
-    """Counts what a compiled library writes to memory, and when it lets go of it.
-
-    It writes results of products and reductions, and what products and loops read. All that lies between two kernels of
-    torch is one function of the library, so what it has done with is freed when the next kernel is called, not before.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self._done_with_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Runs the operator, and counts what a library would write for it."""
-        if func in _KERNELS:
-            self.count(args)
-            self._done_with_bytes = 0
-        result = func(*args, **(kwargs or {}))
-        if func in _WRITTEN:
-            self.count([result])
-        return result
-
-    def _bytes(self) -> int:
-        return super()._bytes() + self._done_with_bytes
-
-    def _forget(self, key: int) -> int:
-        self._done_with_bytes += super()._forget(key)
-        return 0
-
-
-class _Loops(list):
-    """Inputs of loops, which a library writes when it comes to them, and returns."""
-
-    def __init__(self, seen: _Temporaries):
-        super().__init__()
-        self._seen = seen
-
-    def append(self, tensor: torch.Tensor) -> None:
-        """Counts the tensor from here on."""
-        super().append(tensor)
-        self._seen.count([tensor])
+from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Masked, head, llama_layer
+from lowvram_lab.memory.temporaries import temporaries_bytes
 
 
 def layer_bytes(
     shape: LayerShape, hidden: torch.Tensor, tensors: list, tokens: int, masked: bool, compiled: bool
 ) -> int:
-    """Most bytes of temporaries at once in a layer that looks at so many tokens.
+    """Most bytes of temporaries at once in a layer that looks at so many tokens; for the arguments see ``llama_layer``.
 
-    Args:
-        shape: See ``llama_layer``.
-        hidden: See ``llama_layer``; only its shape matters.
-        tensors: See ``llama_layer``.
-        tokens: How many places of the cache are looked at.
-        masked: Whether some of them may hold nothing, as in a CUDA graph.
-        compiled: Whether it will be a compiled library.
+    ``masked``: some places of the cache may hold nothing, as in a CUDA graph. ``compiled``: it will be a library.
     """
     row = torch.empty(shape.head_dim, device="meta")
-    at = torch.empty(1, dtype=torch.long, device="meta") if masked else None
-    mask = torch.empty(tokens, device="meta") if masked else None
+    at, mask = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(tokens, device="meta")
 
     def run(hidden: torch.Tensor, arguments: list, loops: list | None) -> torch.Tensor:
         cos, sin, at, mask, *tensors = arguments
-        return llama_layer(shape, hidden, cos, sin, tensors, tokens, at, mask, loops)
+        return llama_layer(shape, hidden, cos, sin, tensors, tokens, Masked(at, mask) if masked else None, loops)
 
-    return token_bytes(run, hidden, [row, row, at, mask, *tensors], compiled=compiled)
+    return temporaries_bytes(run, hidden, [row, row, at, mask, *tensors], compiled=compiled)
 
 
 def head_bytes(model: torch.nn.Module, hidden: torch.Tensor, bound: tuple[HeadShape, list] | None) -> int:
     """Most bytes of temporaries at once in the last norm and the product with the head, logits included.
 
-    Args:
-        model: Of a family that the lean decoder knows.
-        hidden: See ``head``; only its shape matters.
-        bound: From ``bind_head`` where the head is a compiled library; else it is the model's module.
+    ``bound`` is from ``bind_head`` where the head is a compiled library; else it is the model's module.
     """
     if bound is not None:
 
         def run(hidden: torch.Tensor, tensors: list, loops: list | None) -> torch.Tensor:
             return head(bound[0], hidden, tensors, loops)
 
-        return token_bytes(run, hidden, bound[1], compiled=True)
+        return temporaries_bytes(run, hidden, bound[1], compiled=True)
     norm, last = model.model.norm, model.lm_head
     names = dict([*last.named_parameters(recurse=False), *last.named_buffers(recurse=False)])
 
@@ -168,37 +48,4 @@ def head_bytes(model: torch.nn.Module, hidden: torch.Tensor, bound: tuple[HeadSh
         normed = functional_call(norm, {"weight": tensors[0]}, hidden).to(model.dtype)
         return functional_call(last, dict(zip(names, tensors[1:], strict=True)), normed)
 
-    return token_bytes(by_module, hidden, [norm.weight, *names.values()], compiled=False)
-
-
-def token_bytes(
-    run: Callable[[torch.Tensor, list, list | None], torch.Tensor],
-    hidden: torch.Tensor,
-    tensors: list,
-    *,
-    compiled: bool,
-) -> int:
-    """Most bytes that are live at once in a function, its input and its result included, beside weights and cache.
-
-    Args:
-        run: The function of hidden states, of a list of tensors, and of a list for loops' inputs (``None`` where it is
-            not compiled).
-        hidden: What it is called with: a temporary, the result of the function before; only its shape matters.
-        tensors: And these, which stay, real or on meta; only their shapes matter.
-        compiled: Whether it will be a compiled library.
-    """
-    seen = _WrittenByALibrary() if compiled else _Temporaries()
-    loops = _Loops(seen) if compiled else None
-    with torch.inference_mode(False), torch.no_grad():
-        given, *arguments = (_on_meta(each) for each in (hidden, *tensors))
-        for each in arguments:
-            if isinstance(each, torch.Tensor):
-                seen.exempt(each)
-        seen.count([given])
-        with seen:
-            seen.count([run(given, arguments, loops)])
-    return seen.peak_bytes
-
-
-def _on_meta(value: object) -> object:
-    return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
+    return temporaries_bytes(by_module, hidden, [norm.weight, *names.values()], compiled=False)

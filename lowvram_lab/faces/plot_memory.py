@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.allocator import LARGE_SEGMENT
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.meter import OomEvent
+from lowvram_lab.memory.recording import OomEvent
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.profile import MemoryProfile

@@ -11,7 +11,7 @@ import bisect
 import itertools
 from dataclasses import dataclass, field
 
-from lowvram_lab.units import KiB, MiB
+from lowvram_lab.units import MiB
 
 MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
 SMALL_SIZE = 1 * MiB  # kSmallSize: the largest request the small pool takes
@@ -19,8 +19,6 @@ SMALL_SEGMENT = 2 * MiB  # kSmallBuffer: a small-pool segment
 LARGE_SEGMENT = 20 * MiB  # kLargeBuffer: a large-pool segment for requests below kMinLargeAlloc
 MIN_LARGE = 10 * MiB  # kMinLargeAlloc: from here a request gets a segment of its own size
 ROUND_LARGE = 2 * MiB  # kRoundLarge: ... rounded up to a multiple of this
-
-assert MIN_BLOCK * 2 == KiB
 
 
 def round_size(size: int) -> int:

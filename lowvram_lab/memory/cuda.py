@@ -16,8 +16,11 @@ import torch
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu, StandInGpu
-from lowvram_lab.memory.meter import Meter, PhaseMemory
+from lowvram_lab.memory.meter import Meter
+from lowvram_lab.memory.recording import PhaseMemory
 from lowvram_lab.units import format_bytes
+
+logger = logging.getLogger(__name__)
 
 
 class CudaGpu(Gpu):
@@ -69,7 +72,7 @@ class CudaGpu(Gpu):
             torch.cuda.empty_cache()  # what an earlier model left reserved is not this one's
         torch.cuda.reset_peak_memory_stats(self.device)
         record = PhaseMemory(name)
-        self.phases.append(record)
+        self.recording.phases.append(record)
         try:
             with self.watching(), self.meter.phase(name) as metered:
                 yield record
@@ -110,7 +113,7 @@ class CudaGpu(Gpu):
         """CUDA's own counter."""
         return torch.cuda.max_memory_allocated(self.device)
 
-    def copy_ahead(self, pairs, after=None):
+    def copy_ahead(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: torch.cuda.Event | None = None):
         """See ``Gpu``: on a stream of its own. Only from page-locked memory does it run beside the computation."""
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(self.device)
@@ -118,15 +121,15 @@ class CudaGpu(Gpu):
             if after is not None:
                 self._side_stream.wait_event(after)
             for target, source in pairs:
-                self.transfers["cpu", "gpu"] += source.nbytes
+                self.recording.transfers["cpu", "gpu"] += source.nbytes
                 target.copy_(source, non_blocking=True)
             return self._side_stream.record_event()
 
-    def mark(self):
+    def mark(self) -> torch.cuda.Event:
         """See ``Gpu``."""
         return torch.cuda.current_stream(self.device).record_event()
 
-    def wait_for(self, mark) -> None:
+    def wait_for(self, mark: torch.cuda.Event) -> None:
         """See ``Gpu``."""
         torch.cuda.current_stream(self.device).wait_event(mark)
 
@@ -171,7 +174,8 @@ def process_bytes(device_index: int) -> int | None:
     except Exception:  # missing package, missing library and missing driver each fail in their own way
         return None
     try:
-        handle = pynvml.nvmlDeviceGetHandleByUUID(_uuid(device_index))
+        uuid = torch.cuda.get_device_properties(device_index).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
             if process.pid == os.getpid():
                 return process.usedGpuMemory
@@ -180,15 +184,6 @@ def process_bytes(device_index: int) -> int | None:
         return None
     finally:
         pynvml.nvmlShutdown()
-
-
-def _uuid(device_index: int) -> str:
-    import torch
-
-    return f"GPU-{torch.cuda.get_device_properties(device_index).uuid}"
-
-
-logger = logging.getLogger(__name__)
 
 
 class PinnedBlock:

@@ -10,6 +10,7 @@ of them out in Python (about 0.1 ms); what it returned is remembered by shape, a
 
 import os
 import re
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.memory.meter import OomEvent
 from lowvram_lab.units import KiB, MiB
 
 aten = torch.ops.aten
@@ -30,7 +30,7 @@ class ImitateAttention(TorchFunctionMode):
         gpu: The dry-run GPU; says which place a tensor is at and whose kernels run there.
     """
 
-    def __init__(self, gpu):
+    def __init__(self, gpu: Gpu):
         super().__init__()
         self.gpu = gpu
 
@@ -70,7 +70,7 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(mask, zero, minus_infinity)
 
 
-_MATRIX_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
+_MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
 def cublas_workspace_bytes() -> int:
@@ -108,7 +108,7 @@ class DryRunGpu(Gpu):
         self._results = MetaResults()
         self._workspace = None
 
-    def _run(self, func, args, kwargs):
+    def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
         """Runs an operator on meta; before the first matrix product on CUDA, cuBLAS' workspace is there."""
         wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
         if wanted and self.meter.place_of(args[-1]) == "gpu":
@@ -126,9 +126,6 @@ class DryRunGpu(Gpu):
         """The tensor's shape and dtype on meta."""
         return torch.empty_like(tensor, device="meta")
 
-    def _out_of_memory(self, event: OomEvent) -> None:
-        """Goes on, without a limit: the forecast wants the whole peak."""
-
 
 class MetaResults:
     """Runs operators over meta tensors, answering repeated calls from memory.
@@ -141,7 +138,7 @@ class MetaResults:
         self._layouts: dict[tuple, list[tuple] | tuple] = {}
         self._fresh: dict[object, bool] = {}
 
-    def __call__(self, func, args: tuple, kwargs: dict):
+    def __call__(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
         """The operator's result: equal in shape, strides and dtype to what ``func(*args, **kwargs)`` gives on meta."""
         fresh = self._fresh.get(func)
         if fresh is None:
@@ -156,13 +153,13 @@ class MetaResults:
         return _empty(layout) if isinstance(layout, tuple) else tuple(_empty(one) for one in layout)
 
 
-def _returns_fresh_tensors(func) -> bool:
+def _returns_fresh_tensors(func: torch._ops.OpOverload) -> bool:
     schema = func._schema
     aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
     return not aliases and all(str(r.type) == "Tensor" for r in schema.returns)
 
 
-def _signature(value):
+def _signature(value: object) -> tuple:
     if isinstance(value, torch.Tensor):
         return (value.dtype, value.device.type, value.shape, value.stride())
     if isinstance(value, list | tuple):
@@ -170,7 +167,7 @@ def _signature(value):
     return (type(value), value)  # 1 and 1.0 and True are equal as keys, and promote differently
 
 
-def _layout(result):
+def _layout(result: object) -> tuple | list[tuple] | None:
     if isinstance(result, torch.Tensor):
         return (result.shape, result.stride(), result.dtype) if result.is_meta else None
     if isinstance(result, tuple) and all(isinstance(item, torch.Tensor) and item.is_meta for item in result):
@@ -178,12 +175,12 @@ def _layout(result):
     return None
 
 
-def _shares_storage(result, args: tuple) -> bool:
+def _shares_storage(result: object, args: tuple) -> bool:
     storages = {tensor.untyped_storage()._cdata for tensor in _tensors(args)}
     return any(tensor.untyped_storage()._cdata in storages for tensor in _tensors((result,)))
 
 
-def _tensors(values):
+def _tensors(values: Iterable) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value

@@ -147,7 +147,8 @@ class ExpandableAllocator(CachingAllocator):
 
     def free(self, block: Block) -> None:
         """See ``CachingAllocator``."""
-        if block.before is not None and block.before is self._first[block.small] and _joins(block.before):
+        first = self._first[block.small]
+        if block.before is first and first.free and first.mapped:  # it will be joined to this block
             self._first[block.small] = block
         super().free(block)
 
@@ -159,10 +160,6 @@ class ExpandableAllocator(CachingAllocator):
 
 def _page(small: bool) -> int:
     return SMALL_SEGMENT if small else LARGE_SEGMENT
-
-
-def _joins(block: Block) -> bool:
-    return block.free and block.mapped
 
 
 def _could_grow_to(block: Block) -> int:

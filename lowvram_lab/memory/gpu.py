@@ -6,6 +6,7 @@ Out of memory is said in words: who asked for how much, what was free, and who h
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.meter import Meter, OomEvent, OutOfMemory, PhaseMemory
+from lowvram_lab.memory.meter import Meter, OutOfMemory
+from lowvram_lab.memory.recording import OomEvent, Recording
 from lowvram_lab.units import format_bytes
 
 
@@ -38,8 +40,7 @@ class Gpu:
         kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` on the stand-in.
         simulated: Whether figures come from a stand-in or a dry run.
         meter: Counts what is live.
-        transfers: (from, to) → bytes moved so far.
-        phases: Every phase measured so far, oldest first.
+        recording: What was measured since the latest model was loaded.
     """
 
     name = "gpu"
@@ -50,8 +51,7 @@ class Gpu:
 
     def __init__(self, budget: GpuBudget | None):
         self.budget = replace(budget, kernels=self.kernels) if budget else None
-        self.transfers: Counter = Counter()
-        self.phases: list[PhaseMemory] = []
+        self.recording = Recording()
         self.lock = threading.RLock()
         self._local = threading.local()
         self._paused = False
@@ -91,7 +91,7 @@ class Gpu:
     def phase(self, name: str):
         """Measures a named phase on the GPU; yields its ``PhaseMemory``, complete when the block ends."""
         with self.active(), self.meter.phase(name) as record:
-            self.phases.append(record)
+            self.recording.phases.append(record)
             yield record
 
     def check_room(self, size_bytes: int) -> None:
@@ -121,7 +121,7 @@ class Gpu:
         source = self.meter.place_of(tensor)
         if source == place or not self.moves:
             return tensor
-        self.transfers[source, place] += tensor.nbytes
+        self.recording.transfers[source, place] += tensor.nbytes
         with self.active(), self.meter.scope(place=place, force=True):
             return self._copy(tensor, place)
 
@@ -139,7 +139,7 @@ class Gpu:
             device = self._tensor_device if place == "gpu" or self.meta else "cpu"
             return torch.zeros(shape, dtype=dtype, device=device)
 
-    def copy_ahead(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after=None):
+    def copy_ahead(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: object = None) -> object:
         """Copies CPU tensors into GPU ones beside the computation, where the GPU can do both at once.
 
         Args:
@@ -150,13 +150,13 @@ class Gpu:
             What ``wait_for`` wants.
         """
         for target, source in pairs:
-            self.transfers["cpu", "gpu"] += source.nbytes
+            self.recording.transfers["cpu", "gpu"] += source.nbytes
             target.copy_(source)
 
-    def mark(self):
+    def mark(self) -> object:
         """A mark behind all work given to the GPU so far."""
 
-    def wait_for(self, mark) -> None:
+    def wait_for(self, mark: object) -> None:
         """Lets what is computed from here on wait for a mark."""
 
     def settle(self, wait: bool = False) -> None:
@@ -166,19 +166,25 @@ class Gpu:
         """A tensor as this GPU's kind of memory holds it; the dry run turns real tensors into meta ones."""
         return tensor
 
-    def note_oom(self, error: torch.OutOfMemoryError, loaded: object = None) -> None:
-        """Puts on an error what ``explain_oom`` needs, where it is not there yet.
+    @contextmanager
+    def noting_oom(self, loaded: object = None) -> Iterator[None]:
+        """Puts on an out-of-memory error that passes what ``explain_oom`` needs: the state of the model that runs.
 
-        Args:
-            error: Passing; it keeps what is said of it first, nearest to where it happened.
-            loaded: The state of the model that ran.
+        It keeps what is said of it first, nearest to where it happened.
         """
-        if not hasattr(error, "lowvram"):
-            error.lowvram = OutOfMemory(self.meter.oom_event())
-        error.lowvram.gpu = self
-        error.lowvram.loaded = error.lowvram.loaded or loaded
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if not hasattr(error, "lowvram"):
+                error.lowvram = OutOfMemory(self.meter.oom_event())
+            error.lowvram.gpu = self
+            error.lowvram.loaded = error.lowvram.loaded or loaded
+            raise
 
     def _out_of_memory(self, event: OomEvent) -> None:
+        self.recording.first_oom = self.recording.first_oom or event
+        if self.meta:  # goes on, without a limit: the forecast wants the whole peak
+            return
         raise StandInOutOfMemoryError(oom_message(event, self.budget), OutOfMemory(event, self))
 
 
@@ -188,12 +194,12 @@ class StandInGpu(Gpu):
     name = "stand-in GPU (simulated)"
 
 
-def oom_message(event: OomEvent, budget) -> str:
+def oom_message(event: OomEvent, budget: GpuBudget) -> str:
     """An out-of-memory message in CUDA's order of facts, plus what CUDA leaves out: who asked, who held.
 
     Args:
         event: The allocation that did not fit.
-        budget: The card's ``GpuBudget``.
+        budget: The card's.
     """
     free = max(0, budget.usable_bytes - event.reserved_bytes)
     context = f", {format_bytes(budget.context_bytes)} of it the CUDA context" if budget.context_bytes else ""

@@ -9,58 +9,20 @@ result's device would, and mixing places is refused with CUDA's reason.
 
 import weakref
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
-from lowvram_lab.memory.timeline import Timeline
+from lowvram_lab.memory.recording import OomEvent, PhaseMemory
+from lowvram_lab.memory.timeline import Event, Timeline
 
 aten = torch.ops.aten
 _MAY_MIX = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default}
 _FACTORIES = {aten.lift_fresh.default, aten.lift_fresh_copy.default}
-
-
-@dataclass
-class PhaseMemory:
-    """GPU memory of one phase of a run, in bytes.
-
-    Attributes:
-        name: As recorded: ``load``, ``prefill``, ``decode`` and so on.
-        peak_allocated_bytes: Most bytes live at once, in 512-byte blocks, without the CUDA context.
-        end_allocated_bytes: Bytes live when the phase ended.
-        peak_reserved_bytes: Most bytes the caching allocator held (simulated unless CUDA counted them).
-        breakdown: Bytes at the moment of the allocated peak by category (weights, kv, activations, workspace). Sums to
-            the peak.
-        reserved_breakdown: The same at the moment of the reserved peak, with ``fragmentation`` for what was reserved
-            and not allocated. Sums to the reserved peak.
-        process_bytes: What the driver says the process held at the end, CUDA context included; ``None`` where unknown.
-    """
-
-    name: str
-    peak_allocated_bytes: int = 0
-    end_allocated_bytes: int = 0
-    peak_reserved_bytes: int = 0
-    breakdown: dict[str, int] = field(default_factory=dict)
-    reserved_breakdown: dict[str, int] = field(default_factory=dict)
-    process_bytes: int | None = None
-
-
-@dataclass
-class OomEvent:
-    """One allocation that did not fit: who asked for how much, when, and who held the memory.
-
-    CUDA states ``requested_bytes`` only in the text of its error; it is ``None`` then.
-    """
-
-    phase: str
-    module: str
-    requested_bytes: int | None
-    allocated_bytes: int
-    reserved_bytes: int
-    holders: list[tuple[str, int]]
 
 
 @dataclass
@@ -113,7 +75,13 @@ class Meter(TorchDispatchMode):
             block that is not worth splitting is counted with its unused end.
     """
 
-    def __init__(self, *, by_device=False, allocator: CachingAllocator | None = None, on_oom=None):
+    def __init__(
+        self,
+        *,
+        by_device: bool = False,
+        allocator: CachingAllocator | None = None,
+        on_oom: Callable[[OomEvent], None] | None = None,
+    ):
         super().__init__()
         self.by_device = by_device
         self.allocator = allocator
@@ -123,7 +91,6 @@ class Meter(TorchDispatchMode):
         self.peak_allocated = 0
         self.timeline: Timeline | None = None
         self.windows: list[Window] = []
-        self.first_oom: OomEvent | None = None
         self._phase: PhaseMemory | None = None
         self._live: dict[int, _Live] = {}
         self._taking, self._died = False, []
@@ -134,7 +101,9 @@ class Meter(TorchDispatchMode):
         self._forced = False
 
     @contextmanager
-    def scope(self, owner: str | None = None, place: str | None = None, category: str | None = None, force=False):
+    def scope(
+        self, owner: str | None = None, place: str | None = None, category: str | None = None, force: bool = False
+    ) -> Iterator[None]:
         """Charges what is allocated inside to a module, a place, a category; ``None`` leaves each as it was.
 
         Args:
@@ -227,7 +196,7 @@ class Meter(TorchDispatchMode):
                     self._see(item, place)
         return result
 
-    def _place_for(self, func, args, kwargs) -> str:
+    def _place_for(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict) -> str:
         if self._forced or func in _FACTORIES:
             return self._place
         places = set()
@@ -272,7 +241,9 @@ class Meter(TorchDispatchMode):
                 window.peak = max(window.peak, self.allocated["gpu"])
             self._note_peak()
         if self.timeline is not None:
-            self.timeline.allocate(key, live, self._phase.name if self._phase else "", self._reserved())
+            phase = self._phase.name if self._phase else ""
+            event = Event(live.size, place, live.owner, live.category, phase, self._reserved())
+            self.timeline.allocate(key, event)
 
     def _take(self, size: int):
         self._taking = True  # garbage collection may run inside, and must not free blocks of a half-made list
@@ -280,7 +251,6 @@ class Meter(TorchDispatchMode):
             return self.allocator.allocate(size)
         except OutOfCapacity:
             event = self.oom_event(round_size(size))
-            self.first_oom = self.first_oom or event
             if self.on_oom:
                 self.on_oom(event)
             self.allocator.capacity = None

@@ -41,9 +41,8 @@ class Timeline:
     events: list[Event] = field(default_factory=list, repr=False)
     _open: dict = field(default_factory=dict, repr=False)
 
-    def allocate(self, key: int, live, phase: str, reserved_bytes: int) -> None:
+    def allocate(self, key: int, event: Event) -> None:
         """Called by the meter when a storage appears."""
-        event = Event(live.size, live.place, live.owner, live.category, phase, reserved_bytes)
         self._open[key] = event
         self.events.append(event)
 

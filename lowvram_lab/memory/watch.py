@@ -8,12 +8,15 @@ Derived in: notebooks/02_watch_memory.ipynb
 import fnmatch
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
+from torch import nn
+
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.memory.meter import Meter
 from lowvram_lab.memory.timeline import Timeline
 
 
@@ -58,7 +61,7 @@ class Watched:
 
 
 @contextmanager
-def watch(model, include: str = "*") -> Iterator[Watched]:
+def watch(model: nn.Module, include: str = "*") -> Iterator[Watched]:
     """Watches a loaded model's GPU memory while the block runs.
 
     Args:
@@ -94,7 +97,7 @@ def watch(model, include: str = "*") -> Iterator[Watched]:
         gpu.meter.timeline = earlier
 
 
-def measure_overhead(model, run, repeats: int = 5) -> float:
+def measure_overhead(model: nn.Module, run: Callable[[], object], repeats: int = 5) -> float:
     """How many times longer a run takes with the meter and module hooks than without either.
 
     Args:
@@ -112,13 +115,13 @@ def measure_overhead(model, run, repeats: int = 5) -> float:
     return median(watched) / median(plain)
 
 
-def _enter(meter, path, opened, module, args) -> None:
+def _enter(meter: Meter, path: str, opened: list, module: nn.Module, args: tuple) -> None:
     stack = ExitStack()
     stack.enter_context(meter.scope(owner=path))
     opened.append((stack, stack.enter_context(meter.window())))
 
 
-def _leave(memory: ModuleMemory, opened, module, args, result) -> None:
+def _leave(memory: ModuleMemory, opened: list, module: nn.Module, args: tuple, result: object) -> None:
     if not opened:  # always_call hooks run too when entering failed
         return
     stack, window = opened.pop()

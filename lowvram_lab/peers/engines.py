@@ -223,7 +223,7 @@ class Ours(Engine):
     def peak_bytes(self):
         """See ``Engine``; on the stand-in, the meter's figure."""
         state = self.model.lowvram
-        return max(state.load_phase.peak_allocated_bytes, state.gpu.peak_allocated_bytes)
+        return max(state.recording.phases[0].peak_allocated_bytes, state.gpu.peak_allocated_bytes)
 
 
 class Modules(Ours):

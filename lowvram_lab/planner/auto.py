@@ -111,34 +111,45 @@ def auto_plan(
         raise PlanError(f"prefer={prefer!r} chooses the split, found gpu_layers={gpu_layers} as well; give one of them")
     sizes = (None if size is None else parse_bytes(size) for size in (ram, disk))
     room, machine = Room(spec, budget, *sizes, kv_format), machine or Machine()
-    settings = {"prefer": prefer, "gpu_layers": gpu_layers, "threads": threads, "machine": machine}
+    wishes = _Wishes(recipes, prefer, gpu_layers, threads, machine)
     if context is not None:
-        choice = _at_context(context, recipes, room, **settings)
+        choice = _at_context(context, room, wishes)
     else:
-        choice = _at_longest_context(min(DEFAULT_CONTEXT, spec.longest_context), recipes, room, **settings)
+        choice = _at_longest_context(min(DEFAULT_CONTEXT, spec.longest_context), room, wishes)
     return _with_streaming(choice, room, machine)
 
 
-def _at_context(context: int, recipes, room: Room, prefer: str, gpu_layers, threads, machine: Machine) -> PlanChoice:
-    spec = room.spec
+@dataclass(frozen=True)
+class _Wishes:
+    """What ``auto_plan`` is told to prefer and to keep to; see there."""
+
+    recipes: tuple[str, ...]
+    prefer: str
+    gpu_layers: int | None
+    threads: int | None
+    machine: Machine
+
+
+def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
+    gpu_layers, smallest = wishes.gpu_layers, wishes.recipes[-1]
     why = []
     plans = {}
-    for recipe in recipes:
-        plan = replace(Plan.uniform(spec, recipe, context=context), threads=threads)
+    for recipe in wishes.recipes:
+        plan = replace(Plan.uniform(room.spec, recipe, context=context), threads=wishes.threads)
         if gpu_layers is not None:
             plan = plan.with_gpu_layers(gpu_layers)
         plans[recipe] = replace(plan, kv_format=room.kv_format or plan.kv_format)
     if gpu_layers is not None:
         choice = next(_whole(plans, room, why), None)
-    elif prefer == "speed":
-        choice = _fastest(plans, room, why, machine)
-    elif prefer == "fidelity":
+    elif wishes.prefer == "speed":
+        choice = _fastest(plans, room, why, wishes.machine)
+    elif wishes.prefer == "fidelity":
         choice = next(_splits(plans, room, why), None)
     else:
-        choice = next(_whole(plans, room, why), None) or _smallest_split(plans, room, why)
+        choice = next(_whole(plans, room, why), None) or _split(smallest, plans[smallest], room, why)
     if choice is None:
-        least = plans[recipes[-1]]
-        *_, (_, least) = _variants(least if gpu_layers is not None else least.with_gpu_layers(0), room)
+        least = plans[smallest] if gpu_layers is not None else plans[smallest].with_gpu_layers(0)
+        *_, (_, least) = _variants(least, room)
         if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
             most = replace(room, ram_bytes=None).most_layers(least)
             least = most[1] if most else least
@@ -146,14 +157,14 @@ def _at_context(context: int, recipes, room: Room, prefer: str, gpu_layers, thre
     return choice
 
 
-def _at_longest_context(context: int, recipes, room: Room, **settings) -> PlanChoice:
+def _at_longest_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
     """What is preferred at a usual context, with as many tokens as then fit GPU and RAM."""
     try:
-        choice = _at_context(context, recipes, room, **settings)
+        choice = _at_context(context, room, wishes)
     except BudgetError:
         if context // 2 < SHORTEST_CONTEXT:
             raise
-        return _at_longest_context(context // 2, recipes, room, **settings)
+        return _at_longest_context(context // 2, room, wishes)
     plan = choice.plan
     tokens = (longest := max_context(plan, room.budget)).value
     if (on_cpu := plan.kv_bytes(1, "cpu")) and room.ram_bytes is not None:
@@ -164,10 +175,12 @@ def _at_longest_context(context: int, recipes, room: Room, **settings) -> PlanCh
     plan = replace(plan, context=tokens)
     profile = longest.forecast if tokens == longest.value else forecast(plan, room.budget)
     text = f"context {tokens} is the longest that fits it: {margin(profile)}"
-    return _changed(choice, plan, profile, text, room, settings["machine"])
+    return _changed(choice, plan, profile, text, room, wishes.machine)
 
 
-def _changed(choice: PlanChoice, plan: Plan, profile: MemoryProfile, text: str, room: Room, machine) -> PlanChoice:
+def _changed(
+    choice: PlanChoice, plan: Plan, profile: MemoryProfile, text: str, room: Room, machine: Machine
+) -> PlanChoice:
     """The choice with another plan, why, and its speed instead of the earlier one's."""
     why, speed = [*choice.why, text], None
     if choice.speed:
@@ -195,7 +208,7 @@ def _with_streaming(choice: PlanChoice, room: Room, machine: Machine) -> PlanCho
     return _changed(choice, plan, profile, text, room, machine)
 
 
-def _budgets(max_memory: dict, ram, disk) -> tuple:
+def _budgets(max_memory: dict, ram: str | int | None, disk: str | int | None) -> tuple:
     """GPU, RAM and disk of accelerate's dictionary."""
     cards = [key for key in max_memory if key not in ("cpu", "disk")]
     for name, stated in (("cpu", ram), ("disk", disk)):
@@ -245,11 +258,6 @@ def _split(recipe: str, base: Plan, room: Room, why: list[str]) -> PlanChoice | 
     layers = f"{number} of {room.spec.num_hidden_layers} layers on the GPU{kv}{_on_disk(plan, room)}"
     text = f"{recipe} with {layers} fits: {margin(profile)}"
     return PlanChoice(plan, profile, (*why, text), recipe)
-
-
-def _smallest_split(plans: dict[str, Plan], room: Room, why: list[str]) -> PlanChoice | None:
-    recipe = list(plans)[-1]
-    return _split(recipe, plans[recipe], room, why)
 
 
 def _splits(plans: dict[str, Plan], room: Room, why: list[str]) -> Iterator[PlanChoice]:

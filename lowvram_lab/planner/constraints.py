@@ -76,17 +76,13 @@ def margin(profile: MemoryProfile) -> str:
 def shortage(plan: Plan, room: Room) -> str:
     """What a plan is short of, in words."""
     if room.lacks_ram(plan):
-        return _short_of_ram(plan, room)
+        disk = "" if room.disk_bytes is None else f" and {format_bytes(room.disk_bytes)} of disk"
+        on_cpu = format_bytes(ram_bytes(plan))
+        return f"the CPU's part takes {on_cpu} of RAM, found {format_bytes(room.ram_bytes)}{disk}"
     weights, least = plan.weight_bytes("gpu"), least_bytes(plan)
     beyond = least - room.budget.usable_bytes
     tail = f", {format_bytes(beyond)} too much" if beyond > 0 else " before activations and fragmentation"
     return f"{format_bytes(weights)} of weights + {format_bytes(least - weights)} of KV{tail}"
-
-
-def _short_of_ram(plan: Plan, room: Room) -> str:
-    on_cpu = format_bytes(ram_bytes(plan))
-    disk = "" if room.disk_bytes is None else f" and {format_bytes(room.disk_bytes)} of disk"
-    return f"the CPU's part takes {on_cpu} of RAM, found {format_bytes(room.ram_bytes)}{disk}"
 
 
 def refusal(plan: Plan, room: Room) -> BudgetError:

@@ -10,7 +10,7 @@ import torch
 
 from lowvram_lab.engine.loaded import Loaded
 from lowvram_lab.memory.gpu import Gpu, describe_holders
-from lowvram_lab.memory.meter import OomEvent
+from lowvram_lab.memory.recording import OomEvent
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.suggest import Suggestion, suggest
 from lowvram_lab.units import format_bytes

@@ -56,7 +56,5 @@ def forecast(
         with ImitateAttention(dry):
             model = load(plan, dry, checkpoint=ShapesOnly(spec), progress=False, timeline=timeline)
             return run_workload(model, workload)
-    except (
-        RuntimeError
-    ) as error:  # tensors on two devices, an operator that wants data: the model's code, not the plan's
+    except RuntimeError as error:  # tensors on two devices, an operator that wants data: the model's code, not ours
         raise PlanError(f"{spec.name}: this plan cannot be replayed: {str(error).splitlines()[0]}") from error

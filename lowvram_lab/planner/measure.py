@@ -25,7 +25,8 @@ def run_workload(model: torch.nn.Module, workload: Workload) -> MemoryProfile:
     """
     state = loaded(model)
     gpu, plan = state.gpu, state.plan
-    transferred, earlier_phases = sum(gpu.transfers.values()), len(gpu.phases)
+    recording = gpu.recording
+    transferred, earlier_phases = recording.transfers.total(), len(recording.phases)
     earlier_kv = gpu.meter.category_bytes("kv")
     with gpu.phase("prefill"):
         decoder = decoder_for(model, workload.tokens, workload.batch_size, progress=False)
@@ -39,7 +40,7 @@ def run_workload(model: torch.nn.Module, workload: Workload) -> MemoryProfile:
             token = _read(decoder, workload.follow_up_tokens, workload.batch_size)
             choose(decoder.decode(token), Sampling())
     timeline = gpu.meter.timeline
-    if timeline is state.timeline:  # begun by load: what is freed from here on is not the run's
+    if timeline is state.recording.timeline:  # begun by load: what is freed from here on is not the run's
         gpu.meter.timeline = None
     return MemoryProfile(
         model=plan.model,
@@ -51,11 +52,11 @@ def run_workload(model: torch.nn.Module, workload: Workload) -> MemoryProfile:
         cpu_weights_bytes=plan.weight_bytes("cpu"),
         disk_weights_bytes=plan.weight_bytes("disk"),
         kv_bytes=gpu.meter.category_bytes("kv") - earlier_kv,
-        phases=(state.load_phase, *gpu.phases[earlier_phases:]),
+        phases=(state.recording.phases[0], *recording.phases[earlier_phases:]),
         workload=workload,
-        first_oom=gpu.meter.first_oom,
+        first_oom=recording.first_oom,
         timeline=timeline,
-        transferred_bytes=sum(gpu.transfers.values()) - transferred,
+        transferred_bytes=recording.transfers.total() - transferred,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.meter import OomEvent, PhaseMemory
+from lowvram_lab.memory.recording import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import CATEGORIES, Timeline
 from lowvram_lab.model.rules import whole_number
 from lowvram_lab.units import format_bytes

@@ -5,6 +5,7 @@ A forecast costs about half a second for a 4 B model, so a cheap bound that can 
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -144,7 +145,7 @@ def largest_fitting(
     probes = 0
 
     def may_fit(number: int) -> bool:
-        return least_bytes(at(number)[0], at(number)[1]) * factor <= budget.usable_bytes
+        return least_bytes(*at(number)) * factor <= budget.usable_bytes
 
     high = _last(may_fit, low, high)
     while low <= high:
@@ -162,11 +163,4 @@ def largest_fitting(
 
 def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The last number in ``low … high`` for which a monotone condition holds, or ``low - 1``."""
-    low -= 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return low - 1 + bisect.bisect(range(low, high + 1), False, key=lambda number: not holds(number))

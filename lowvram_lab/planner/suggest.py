@@ -66,12 +66,8 @@ def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
     if forecast_if_possible(plan, budget):
         return []
     found = [*_expandable(plan, budget)]
-    spared, moves = plan, []
-    for text, change in _cheap_moves(plan):
-        spared, moves = change(spared), [*moves, text]
-        if profile := forecast_if_possible(spared, budget):
-            found.append(Suggestion(" + ".join(moves), spared, profile))
-            break
+    spared, moves, fitting = _moved_cheaply(plan, [], budget)
+    found += fitting
     solved = bool(found) and found[-1].plan is spared
     found += _fewer_tokens(*((plan, []) if solved else (spared, moves)), budget)
     smaller, small_moves = None, []
@@ -82,12 +78,9 @@ def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
             smaller = None
             break
     if smaller is not None:  # no format is small enough by itself: join it with the cheap moves
-        for text, change in _cheap_moves(smaller):
-            smaller, small_moves = change(smaller), [*small_moves, text]
-            if profile := forecast_if_possible(smaller, budget):
-                found.append(Suggestion(" + ".join(small_moves), smaller, profile))
-                smaller = None
-                break
+        smaller, small_moves, fitting = _moved_cheaply(smaller, small_moves, budget)
+        found += fitting
+        smaller = None if fitting else smaller
     if not solved:
         bases = [(smaller, small_moves)] if smaller is not None else []
         for base, made in [*bases, (spared, moves)]:
@@ -101,6 +94,15 @@ def _expandable(plan: Plan, budget: GpuBudget) -> list[Suggestion]:
         return []
     profile = forecast(plan, budget, expandable_segments=True)
     return [Suggestion(f"set {EXPANDABLE}", plan, profile, EXPANDABLE)] if profile.fits else []
+
+
+def _moved_cheaply(plan: Plan, moves: list[str], budget: GpuBudget) -> tuple[Plan, list[str], list[Suggestion]]:
+    """The plan with one cheap move after the other until it fits, all moves made, and the suggestion where it does."""
+    for text, change in _cheap_moves(plan):
+        plan, moves = change(plan), [*moves, text]
+        if profile := forecast_if_possible(plan, budget):
+            return plan, moves, [Suggestion(" + ".join(moves), plan, profile)]
+    return plan, moves, []
 
 
 def _cheap_moves(plan: Plan) -> list[tuple[str, Callable[[Plan], Plan]]]:

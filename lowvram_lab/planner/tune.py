@@ -10,6 +10,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from lowvram_lab.engine.load import load, replan
+from lowvram_lab.engine.loaded import Weights
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
@@ -29,7 +30,7 @@ def tune(
     gpu_layers: list[int] | None = None,
     threads: list[int] | None = None,
     workload: Workload = WORKLOAD,
-    checkpoint=None,
+    checkpoint: Weights | None = None,
     machine: Machine | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:

@@ -169,12 +169,20 @@ def test_a_forward_leaves_nothing_behind(placement):
 @stand_in_only
 def test_detach_makes_a_stock_model_again():
     model, ids = load_tiny("qwen2", tiny_plan("qwen2", "fp32", "half")), random_ids(8)
-    before, transfers = logits(model, ids), sum(model.lowvram.gpu.transfers.values())
+    before, transfers = logits(model, ids), sum(model.lowvram.gpu.recording.transfers.values())
     assert "forward" in vars(model.model.layers[0])
     model.lowvram.placement.remove()
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(logits(model, ids), before)
-    assert sum(model.lowvram.gpu.transfers.values()) == transfers  # nothing is moved or counted any more
+    assert sum(model.lowvram.gpu.recording.transfers.values()) == transfers  # nothing is moved or counted any more
+
+
+def test_an_embedding_called_by_itself_hands_over_where_the_first_layer_computes():
+    plan = tiny_plan("qwen2").with_modules("model.embed_tokens", device="cpu")
+    model = load_tiny("qwen2", plan)
+    with model.lowvram.gpu.active():
+        hidden = model.get_input_embeddings()(random_ids(4))
+    assert model.lowvram.gpu.meter.place_of(hidden) == "gpu"
 
 
 def spoilt(change):

@@ -50,10 +50,10 @@ def layer_bytes(plan: Plan, layers) -> int:
 @torch.no_grad()
 def crossed(model, tokens: int, batch: int = 1) -> dict:
     """What prompts move."""
-    before = copy.copy(model.lowvram.gpu.transfers)
+    before = copy.copy(model.lowvram.gpu.recording.transfers)
     with model.lowvram.gpu.active():
         prefill(model, random_ids(tokens, batch), PreallocatedCache(model))
-    return dict(model.lowvram.gpu.transfers - before)
+    return dict(model.lowvram.gpu.recording.transfers - before)
 
 
 @stand_in_only
@@ -121,9 +121,9 @@ def test_without_a_cache_weights_travel_and_with_one_made_inside_they_stay():
     with torch.no_grad():
         expected = tiny_stock("qwen2")(ids).logits
         for options in ({"use_cache": False}, {"use_cache": True}, {}):
-            before = model.lowvram.gpu.transfers["cpu", "gpu"]
+            before = model.lowvram.gpu.recording.transfers["cpu", "gpu"]
             assert relative_error(model(ids, **options).logits, expected) < 1e-5
-            crossed_bytes.append(model.lowvram.gpu.transfers["cpu", "gpu"] - before)
+            crossed_bytes.append(model.lowvram.gpu.recording.transfers["cpu", "gpu"] - before)
     weights = layer_bytes(plan, {0, 1})
     assert crossed_bytes[0] > weights > 4 * crossed_bytes[1] == 4 * crossed_bytes[2]
 
@@ -133,11 +133,11 @@ def test_a_batch_counts_all_its_tokens_and_a_stock_cache_stays_where_it_is(stock
     """transformers' own caches know no places: with one the weights stay too, and the answer is the same."""
     plan = replace(tiny_plan("qwen2", "fp32").with_gpu_layers(1), stream_from=FROM)
     model, ids = load_tiny("qwen2", plan), random_ids(6, batch=3)
-    before = model.lowvram.gpu.transfers["cpu", "gpu"]
+    before = model.lowvram.gpu.recording.transfers["cpu", "gpu"]
     with torch.no_grad():
         cache = DynamicCache() if stock_cache else PreallocatedCache(model, batch_size=3)
         found = model(ids, past_key_values=cache, use_cache=True).logits
-        crossed_bytes = model.lowvram.gpu.transfers["cpu", "gpu"] - before
+        crossed_bytes = model.lowvram.gpu.recording.transfers["cpu", "gpu"] - before
         again = model(ids[:, :1], past_key_values=cache, use_cache=True).logits
         stock = tiny_stock("qwen2")
         other = DynamicCache()
@@ -154,9 +154,9 @@ def test_one_token_of_each_of_a_batch_computes_where_the_layers_are():
     cache = PreallocatedCache(model, batch_size=8)
     with torch.no_grad():
         prefill(model, random_ids(5, batch=8), cache)
-        before = sum(model.lowvram.gpu.transfers.values())
+        before = sum(model.lowvram.gpu.recording.transfers.values())
         model(random_ids(1, batch=8), past_key_values=cache, use_cache=True)
-    assert sum(model.lowvram.gpu.transfers.values()) - before < layer_bytes(model.lowvram.plan, {0}) / 4
+    assert sum(model.lowvram.gpu.recording.transfers.values()) - before < layer_bytes(model.lowvram.plan, {0}) / 4
 
 
 OTHERS = {
@@ -178,10 +178,10 @@ def test_layers_that_call_their_cache_by_another_name_travel_too(kind):
     for each in (plan, replace(plan, stream_from=FROM)):
         gpu, checkpoint = open_gpu("64MiB"), DictCheckpoint(random_state(spec))
         model = load(each, gpu, checkpoint=checkpoint, progress=False)
-        cache, before = PreallocatedCache(model), gpu.transfers["cpu", "gpu"]
+        cache, before = PreallocatedCache(model), gpu.recording.transfers["cpu", "gpu"]
         with torch.no_grad():
             found.append([prefill(model, part, cache).cpu() for part in ids.split([30, 1, 9], dim=1)])
-    assert gpu.transfers["cpu", "gpu"] - before > layer_bytes(plan, {0, 1})
+    assert gpu.recording.transfers["cpu", "gpu"] - before > layer_bytes(plan, {0, 1})
     for streaming_logits, resident_logits in zip(*found, strict=True):
         assert relative_error(streaming_logits, resident_logits) < 1e-5
     foretold = forecast(replace(plan, stream_from=FROM), gpu, workload=Workload(40, 2))
@@ -236,9 +236,9 @@ def test_inference_mode_and_generate():
 def test_a_timing_on_the_stand_in_copies_nothing():
     """Both sides lie in one RAM: copying there says nothing about a card."""
     model = load_tiny("qwen2", streamed())
-    before = sum(model.lowvram.gpu.transfers.values())
+    before = sum(model.lowvram.gpu.recording.transfers.values())
     assert run_speed(model, Workload(40, 2)).ttft_s > 0
-    assert sum(model.lowvram.gpu.transfers.values()) == before
+    assert sum(model.lowvram.gpu.recording.transfers.values()) == before
 
 
 def test_a_deleted_model_is_gone():

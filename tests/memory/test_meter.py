@@ -113,7 +113,7 @@ def test_phases_have_their_own_peaks_and_the_breakdown_sums_to_them(gpu):
     assert run.peak_allocated_bytes == sum(run.breakdown.values()) == 40 * KiB
     assert run.breakdown["kv"] == cache.nbytes == gpu.meter.category_bytes("kv")
     assert run.end_allocated_bytes == live(gpu) == 24 * KiB
-    assert [phase.name for phase in gpu.phases] == ["load", "run"]
+    assert [phase.name for phase in gpu.recording.phases] == ["load", "run"]
     assert run.peak_reserved_bytes == 2 * MiB
 
 
@@ -163,7 +163,7 @@ def test_out_of_memory_is_torchs_and_says_who_held_it(gpu):
     assert isinstance(error.value, StandInOutOfMemoryError)
     assert (event.phase, event.module, event.requested_bytes) == ("prefill", "lm_head", 30 * MiB)
     assert event.allocated_bytes == held.nbytes
-    assert event is gpu.meter.first_oom
+    assert event is gpu.recording.first_oom
     for words in ("simulated", "30.0 MiB", "lm_head", "prefill", "64.0 MiB", "model.layers.3 (40.0 MiB)"):
         assert words in str(error.value)
     del error, event
@@ -181,7 +181,7 @@ def test_moves_are_counted_copies(gpu):
     assert gpu.move(x, "cpu") is x
     back = gpu.move(there, "cpu")
     assert torch.equal(back, x)
-    assert gpu.transfers == {("cpu", "gpu"): 4000, ("gpu", "cpu"): 4000}
+    assert gpu.recording.transfers == {("cpu", "gpu"): 4000, ("gpu", "cpu"): 4000}
     assert live(gpu) == 4096
     assert there.data_ptr() != x.data_ptr()
 

@@ -191,6 +191,18 @@ def test_a_second_model_on_the_same_gpu_has_its_own_load_phase():
     assert (dry.compare(real)["difference"] == 0).all()
 
 
+def test_a_model_keeps_its_recording_when_another_is_loaded_beside_it():
+    gpu = open_gpu("1000MiB")
+    first = load_tiny("qwen2", tiny_plan("qwen2"), gpu)
+    load_bytes = first.lowvram.recording.phases[0].peak_allocated_bytes
+    second = load_tiny("llama", tiny_plan("llama"), gpu)
+    assert second.lowvram.recording is gpu.recording is not first.lowvram.recording
+    profile = run_workload(first, WORKLOAD)
+    assert [phase.name for phase in profile.phases] == ["load", "prefill", "decode"]
+    assert profile.phase("load").peak_allocated_bytes == load_bytes
+    assert [phase.name for phase in gpu.recording.phases] == ["load", "prefill", "decode"]
+
+
 def test_cuda_kernels_differ_where_they_should():
     def both(recipe, tokens):
         plan = tiny_plan("qwen2", recipe)
