@@ -19,7 +19,7 @@ from lowvram_lab.chat.fidelity import Fidelity, fidelity, load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.errors import BudgetError, LowvramError, first_line
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
@@ -433,7 +433,7 @@ def run_stage(stage: Stage, case: Case) -> list[Effect]:
     except Exception as error:
         if not _is_expected(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split("; ")[0]
+        reason = first_line(error).split("; ")[0]
         case.lost[stage.name] = reason
         if stage.owes is None:
             return []

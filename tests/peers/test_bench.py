@@ -25,7 +25,6 @@ from lowvram_lab.peers import process as bench_process
 from lowvram_lab.peers.bench import BenchSettings, bench
 from lowvram_lab.peers.engines import Engine, Task
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
-from lowvram_lab.peers.result import plot_data
 from tests.helpers.checkpoints import directory_spec, write_model
 from tests.helpers.machines import Made
 from tests.helpers.tiny import tiny_stock
@@ -197,7 +196,6 @@ def test_a_peer_that_fails_is_a_row_with_the_reason(folder, fakes):
     assert row.decode_tokens_per_s is None
     assert found.row("fake").rounds == (2.0, 2.0, 4.0)
     assert "out of luck" in found.table()["remark"].tolist()[2]
-    assert "failing" not in plot_data(found)["engine"]
 
 
 def test_engines_that_cannot_run_say_why(folder, fakes, monkeypatch):
@@ -272,10 +270,6 @@ def test_a_result_reads_as_table_and_data(folder, fakes):
     assert str(folder.parent) not in text + page + json.dumps(data)
     assert "kept the cores busy" in repr(replace(found, load_average=(99.0, 0.0)))
     assert "kept the cores busy" not in repr(replace(found, load_average=(0.0, 99.0)))
-    bars = plot_data(found)
-    assert bars["decode_tokens_per_s"] == sorted(bars["decode_tokens_per_s"], reverse=True)
-    place = bars["engine"].index("fake")
-    assert (bars["below"][place], bars["above"][place]) == (pytest.approx(0.0), pytest.approx(1.6))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from lowvram_lab import __version__
 from lowvram_lab.engine.compiled import compiler, without_compiler
 from lowvram_lab.engine.layers import quantized_linear
+from lowvram_lab.errors import first_line
 from lowvram_lab.faces.cli.common import print_json
 from lowvram_lab.files import cache_dir
 from lowvram_lab.machine import facts
@@ -36,7 +37,7 @@ def _try_kernel(name: str, kernels: str) -> str:
         layer.store(weight, lambda tensor: tensor.to(device))
         product = layer(x.to(device, torch.bfloat16)).float().cpu()
     except Exception as error:  # a missing kernel can fail in any way; the doctor reports it instead of dying of it
-        return f"fails: {str(error).splitlines()[0][:80]}"
+        return f"fails: {first_line(error)[:80]}"
     truth = x @ weight.T
     error = ((product - truth).norm() / truth.norm()).item()
     return (
