@@ -60,7 +60,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_modules(self.spec, self.modules, self.dtype)
-        check_settings(self)
+        check_settings(
+            self.spec,
+            dtype=self.dtype,
+            kv_format=self.kv_format,
+            context=self.context,
+            threads=self.threads,
+            stream_from=self.stream_from,
+            prefill_chunk=self.prefill_chunk,
+        )
 
     @property
     def model(self) -> str:

@@ -3,18 +3,12 @@
 Every rule names what was expected, what was found and what would do. It knows no file and no budget.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
-
-if TYPE_CHECKING:
-    from lowvram_lab.model.plan import Plan
 
 DEVICES = ("gpu", "cpu", "disk")
 """Where weights lie. Those on disk are mapped, and compute on the CPU as those in RAM do."""
@@ -116,22 +110,30 @@ def _check_layers(spec: ModelSpec, modules: Mapping[str, Assignment]) -> None:
             )
 
 
-def check_settings(plan: Plan) -> None:
-    """Checks what a plan says beside its modules.
+def check_settings(
+    spec: ModelSpec,
+    *,
+    dtype: str,
+    kv_format: str,
+    context: int,
+    threads: int | None,
+    stream_from: int | None,
+    prefill_chunk: int | None,
+) -> None:
+    """Checks what a plan says beside its modules. Arguments as the attributes of ``Plan``.
 
     Raises:
         PlanError: Names the first setting that does not fit, and what would.
     """
-    dtype, kv_format, stream_from, prefill_chunk = plan.dtype, plan.kv_format, plan.stream_from, plan.prefill_chunk
     if dtype not in DTYPES:
         raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {dtype!r}")
     if kv_format not in (dtype, "int8", "int4"):
         raise PlanError(f"expected kv_format {dtype} (the plan's dtype), int8 or int4, found {kv_format!r}")
-    if kv_format == "int4" and plan.spec.head_dim % INT4_KEYS:
-        raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {plan.spec.head_dim}; take int8")
-    _check_context(plan.spec, plan.context)
-    if plan.threads is not None:
-        whole_number("threads", plan.threads, 1, MOST_THREADS)
+    if kv_format == "int4" and spec.head_dim % INT4_KEYS:
+        raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8")
+    _check_context(spec, context)
+    if threads is not None:
+        whole_number("threads", threads, 1, MOST_THREADS)
     if prefill_chunk is not None:
         whole_number("prefill_chunk", prefill_chunk, 1)
     if stream_from is not None:
