@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.chat.prompt import StopStrings, stop_ids
@@ -66,8 +67,8 @@ class Session(Generic[Question]):
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,

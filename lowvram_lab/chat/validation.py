@@ -5,6 +5,8 @@ Derived in: notebooks/09_validated_chat.ipynb
 
 from dataclasses import asdict, dataclass
 
+from transformers import PreTrainedModel
+
 from lowvram_lab.chat.fidelity import Fidelity, fidelity, repetition
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
@@ -105,7 +107,7 @@ class ValidationReport:
 def validate(
     session: ChatSession,
     *,
-    reference=None,
+    reference: PreTrainedModel | None = None,
     forecast: MemoryProfile | None = None,
     measured: MemoryProfile | None = None,
     speed: SpeedProfile | None = None,
@@ -153,7 +155,7 @@ def _memory_checks(session: ChatSession, measured: MemoryProfile | None) -> list
     return [Check("peak GPU memory", value, limit, held <= gpu.budget.total_bytes)]
 
 
-def _forecast_checks(forecast, measured, limits: Limits) -> list[Check]:
+def _forecast_checks(forecast: MemoryProfile | None, measured: MemoryProfile | None, limits: Limits) -> list[Check]:
     if forecast is None or measured is None:
         return []
     checks = []
@@ -164,7 +166,7 @@ def _forecast_checks(forecast, measured, limits: Limits) -> list[Check]:
     return checks
 
 
-def _fidelity_checks(found, limits: Limits) -> list[Check]:
+def _fidelity_checks(found: Fidelity, limits: Limits) -> list[Check]:
     smaller = 1 - found.weight_bytes / found.reference_weight_bytes
     return [
         Check("weights, all", f"{format_bytes(found.weight_bytes)} ({smaller:.0%} less than 16-bit)"),

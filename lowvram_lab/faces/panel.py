@@ -14,8 +14,10 @@ from dataclasses import replace
 
 import torch
 from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.engine.load import load, replan
+from lowvram_lab.engine.loaded import Weights
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.faces.plot_memory import BUDGET_COLOUR, COLOURS, LABELS, STYLES, plot_profiles
 from lowvram_lab.faces.split import (
@@ -89,7 +91,16 @@ class LayerSplitPanel:
         PlanError: A context the model does not have.
     """
 
-    def __init__(self, model, gpu=None, context: int | None = None, *, tokenizer=None, checkpoint=None, machine=None):
+    def __init__(
+        self,
+        model: PreTrainedModel | ModelSpec | str | os.PathLike,
+        gpu: Gpu | GpuBudget | str | int | None = None,
+        context: int | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        checkpoint: Weights | None = None,
+        machine: Machine | None = None,
+    ):
         widgets = _ipywidgets()
         self._lock = threading.RLock()  # JupyterLab runs callbacks beside cells
         self._known: dict[SplitState, SplitResult] = {}

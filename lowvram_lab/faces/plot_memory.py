@@ -8,6 +8,7 @@ Derived in: notebooks/01_analyze_the_oom.ipynb, notebooks/02_watch_memory.ipynb,
 from collections import Counter
 from collections.abc import Sequence
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -237,7 +238,9 @@ def _title(profile: MemoryProfile) -> str:
     return f"{profile.model}, {profile.origin}{where}"
 
 
-def _draw_stacks(ax: Axes, names: Sequence[str], stacks: Sequence[dict], budget) -> tuple[int, list[int]]:
+def _draw_stacks(
+    ax: Axes, names: Sequence[str], stacks: Sequence[dict], budget: GpuBudget | None
+) -> tuple[int, list[int]]:
     """Draws a breakdown a bar, and the card; returns the unit and every bar's height in bytes."""
     unit, tops = unit_of(max(sum(stack.values()) for stack in stacks)), [0] * len(stacks)
     for category, style in STYLES.items():
@@ -251,7 +254,7 @@ def _draw_stacks(ax: Axes, names: Sequence[str], stacks: Sequence[dict], budget)
     return unit, tops
 
 
-def _draw_phases(ax: Axes, table, keep: Sequence[int] = ()):
+def _draw_phases(ax: Axes, table: pd.DataFrame, keep: Sequence[int] = ()):
     """Gives every phase a width of one, so that a short load can be read beside a long decode, and names it.
 
     Returns where each event of a timeline's table is drawn, and the rows to draw: all of a short timeline, of a long
@@ -273,13 +276,13 @@ def _draw_phases(ax: Axes, table, keep: Sequence[int] = ()):
     return at, sorted(rows)
 
 
-def _curve(ax: Axes, table):
+def _curve(ax: Axes, table: pd.DataFrame):
     """Where and how much was allocated, thinned for drawing."""
     at, rows = _draw_phases(ax, table)
     return at[rows], table["allocated"][rows]
 
 
-def _failure(table, oom: OomEvent) -> list[int]:
+def _failure(table: pd.DataFrame, oom: OomEvent) -> list[int]:
     """The row of the allocation that failed, if it is there; its block may be larger than what was asked for."""
     asked = table["owner"].eq(oom.module) & table["phase"].eq(oom.phase) & table["size"].ge(oom.requested_bytes or 1)
     return list(table.index[asked & (table["allocated"] - table["size"]).eq(oom.allocated_bytes)][:1])

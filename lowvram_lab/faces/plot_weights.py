@@ -6,6 +6,7 @@ Derived in: notebooks/03_know_your_weights.ipynb
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
@@ -52,7 +53,7 @@ def plot_histograms(checkpoint: Checkpoint, roles: Sequence[str] = (), ax: Axes 
     return ax
 
 
-def plot_outliers(stats, value: str = "max_over_std", ax: Axes | None = None) -> Axes:
+def plot_outliers(stats: pd.DataFrame, value: str = "max_over_std", ax: Axes | None = None) -> Axes:
     """A heat map, projections x layers, of a column of ``weight_statistics``; the highest is marked.
 
     Args:
@@ -88,7 +89,7 @@ def plot_outliers(stats, value: str = "max_over_std", ax: Axes | None = None) ->
     return ax
 
 
-def plot_error_curves(stats, ax: Axes | None = None) -> Axes:
+def plot_error_curves(stats: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Relative round-trip error over bits, a curve a group size, and the slope of 6.02 dB a bit.
 
     A point is all matrices together: the root of summed squared errors over that of summed squared weights. Duplicates
@@ -125,15 +126,13 @@ def plot_error_curves(stats, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def pooled_errors(stats):
+def pooled_errors(stats: pd.DataFrame):
     """The errors of ``weight_statistics`` over all matrices together.
 
     Returns:
         A DataFrame, a row an error column: ``bits``, ``group_size`` (0: a scale a row), ``error``, and ``share`` of the
         matrices' weights that it covers.
     """
-    import pandas as pd
-
     matrices = stats[stats["shape"].map(len).gt(1) & stats["duplicate_of"].isna()]
     count = matrices["shape"].map(np.prod)
     energy = count * (matrices["std"] ** 2 + matrices["mean"] ** 2)

@@ -6,16 +6,22 @@ data that runs past the end of the file only when it is used. De-quantising is t
 Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
 import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import CheckpointError, LowvramError, first_line
 from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
 from lowvram_lab.model.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +160,7 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
     empty.rmdir()
 
 
-def _dequantised(empty: Path, config, location: dict) -> tuple:
+def _dequantised(empty: Path, config: PretrainedConfig, location: dict) -> tuple:
     """The model in bfloat16, and transformers' report of what it loaded."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -170,7 +176,7 @@ def _dequantised(empty: Path, config, location: dict) -> tuple:
     )
 
 
-def _save(loaded, config, header: GgufHeader, directory: Path) -> None:
+def _save(loaded: PreTrainedModel, config: PretrainedConfig, header: GgufHeader, directory: Path) -> None:
     """Config, weights and generation config.
 
     The loaded model calls itself quantised and refuses ``save_pretrained``: its tensors go to one that is not.
@@ -219,7 +225,7 @@ def _config_facts(path: Path, header: GgufHeader) -> dict:
     return facts
 
 
-def _check_complete(path: Path, header: GgufHeader, model, report) -> None:
+def _check_complete(path: Path, header: GgufHeader, model: PreTrainedModel, report: dict) -> None:
     """The loader fills a missing tensor with random numbers and drops one it cannot name; neither may pass here."""
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{path}: lacks {len(missing)} tensors, first {missing[0]}; download the file again")

@@ -324,7 +324,7 @@ def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str
     return recipe
 
 
-def _place_of(name: str, where) -> str:
+def _place_of(name: str, where: str | int) -> str:
     """accelerate's words for a place."""
     text = str(where).split(":")[0]
     if text in ("gpu", "cuda") or is_whole_number(where, 0):

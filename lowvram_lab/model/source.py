@@ -4,6 +4,8 @@ Weights come as safetensors, configs as checked JSON; pickled weights and a repo
 Finding a source is cheap and touches no network; its config needs no weights; fetching ends in a plain directory.
 """
 
+from __future__ import annotations
+
 import difflib
 import json
 import logging
@@ -11,6 +13,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import CheckpointError, SourceError, first_line
 from lowvram_lab.files import cache_dir, writable
@@ -22,6 +25,9 @@ from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import packaged_config, packaged_facts
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = ["Checkpoint", "Source", "builtin_names", "cache_dir", "find_source", "read_config"]
 
@@ -241,7 +247,7 @@ def config_from_values(values: dict, where: str):
         raise CheckpointError(f"{where}: not a valid {model_type} config ({first_line(error)[:160]})") from error
 
 
-def _check_sizes(values: dict, config_class, where: str) -> None:
+def _check_sizes(values: dict, config_class: type[PretrainedConfig], where: str) -> None:
     """Looks at the file's own values: the class would fill any gap with its default, and plan another model."""
     missing = []
     for name in _SIZES:

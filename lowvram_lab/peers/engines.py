@@ -187,7 +187,7 @@ class Ours(Engine):
         """See ``Engine``."""
         self.decoder.cache.keep(0)
 
-    def answer(self, ids, count):
+    def answer(self, ids: list[int], count: int):
         """See ``Engine``."""
         tokens, times = [], []
         held = self.decoder.cache.get_seq_length()
@@ -200,7 +200,7 @@ class Ours(Engine):
                     return tokens, times
                 token = choose(self.decoder.decode(token), Sampling())
 
-    def likeliest(self, ids, answer):
+    def likeliest(self, ids: list[int], answer: list[int]):
         """See ``Engine``."""
         self.forget()
         with self._timed():

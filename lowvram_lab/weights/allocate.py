@@ -85,7 +85,7 @@ def _sensible(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def _walk(hulls: dict[str, list[Option]], edges, left: int) -> dict[str, Option] | None:
+def _walk(hulls: dict[str, list[Option]], edges: list[tuple[float, str, int]], left: int) -> dict[str, Option] | None:
     """The hulls' edges from the steepest down, as far as the bytes reach; ``None`` where they do not."""
     chosen = {name: 0 for name in hulls}
     left -= sum(hull[0].bytes for hull in hulls.values())
@@ -98,7 +98,7 @@ def _walk(hulls: dict[str, list[Option]], edges, left: int) -> dict[str, Option]
     return {name: hulls[name][index] for name, index in chosen.items()}
 
 
-def _spend(modules, result: dict[str, Option], left: int) -> dict[str, Option]:
+def _spend(modules: Mapping[str, Sequence[Option]], result: dict[str, Option], left: int) -> dict[str, Option]:
     """Spends what is left between two points of the hull: on options off it, the best gain a byte first."""
     while True:
         better = [

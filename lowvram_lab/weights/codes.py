@@ -110,7 +110,7 @@ class IntegerWeight:
         return {"packed": pack(self.codes, fmt.bits), "scale": self.scale}
 
 
-def rows_of(solution: IntegerWeight, select) -> IntegerWeight:
+def rows_of(solution: IntegerWeight, select: slice | torch.Tensor) -> IntegerWeight:
     """Some rows of a solution, by slice or index."""
     zero = solution.zero[select] if solution.zero is not None else None
     return IntegerWeight(solution.codes[select], solution.scale[select], zero)

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as GgmlType
+from transformers import PretrainedConfig
 
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
@@ -227,7 +228,7 @@ def _refuse_output(output: Path) -> None:
         raise LowvramError(f"cannot write {output}: its folder does not exist")
 
 
-def _architecture(spec: ModelSpec, config) -> str:
+def _architecture(spec: ModelSpec, config: PretrainedConfig) -> str:
     """llama.cpp's name, or the first thing about the model that it would compute otherwise."""
     kind, rope = config.model_type, config.rope_parameters if config.model_type in ARCHITECTURES else {}
     scaling, activation = rope.get("rope_type", "default"), getattr(config, "hidden_act", "silu")
@@ -310,7 +311,7 @@ def _data(tensor: _Tensor, checkpoint: Checkpoint) -> np.ndarray:
     return data
 
 
-def _encode(piece, tensor: _Tensor) -> np.ndarray:
+def _encode(piece: torch.Tensor | IntegerWeight, tensor: _Tensor) -> np.ndarray:
     if tensor.keeps_codes:
         return _blocks(piece, tensor)
     values = piece.dequantize() if tensor.stored else piece.float()
@@ -336,7 +337,7 @@ def _blocks(weight: IntegerWeight, tensor: _Tensor) -> np.ndarray:
     return np.concatenate((scale.view(np.uint8), (-8 * scale).view(np.uint8), low | high << 4), axis=-1)
 
 
-def _rope_factors(config) -> np.ndarray | None:
+def _rope_factors(config: PretrainedConfig) -> np.ndarray | None:
     """What llama3's scaling divides each rotary frequency by, ``(head_dim / 2,)``."""
     if config.rope_parameters.get("rope_type", "default") == "default":
         return None
@@ -347,7 +348,7 @@ def _rope_factors(config) -> np.ndarray | None:
     return (1 / config.rope_parameters["rope_theta"] ** exponents / scaled).numpy()
 
 
-def _facts(spec: ModelSpec, config, architecture: str, type: str) -> dict:
+def _facts(spec: ModelSpec, config: PretrainedConfig, architecture: str, type: str) -> dict:
     """Metadata but for the vocabulary."""
     attention, rope = f"{architecture}.attention", f"{architecture}.rope"
     return {
@@ -370,7 +371,7 @@ def _facts(spec: ModelSpec, config, architecture: str, type: str) -> dict:
     }
 
 
-def _add(writer, key: str, value) -> None:
+def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     """Counts and token ids are unsigned 32-bit integers in GGUF, other numbers float32."""
     for kind, method in ((bool, "bool"), (int, "uint32"), (float, "float32"), (str, "string"), (list, "array")):
         if isinstance(value, kind):

@@ -82,7 +82,9 @@ def output_error(change: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(change @ moments, change)
 
 
-def _gptq_rows(weight, fmt: Format, importance, spread, order) -> IntegerWeight:
+def _gptq_rows(
+    weight: torch.Tensor, fmt: Format, importance: torch.Tensor, spread: torch.Tensor, order: torch.Tensor
+) -> IntegerWeight:
     """Rounds some rows, ``weight`` being a private float32 copy or about to be one."""
     start = search_clip(weight, fmt, importance)
     size = fmt.group_size or weight.shape[1]

@@ -11,6 +11,7 @@ Source: fitting to the original's outputs over the quantised model's inputs, Ara
 
 import logging
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -60,7 +61,15 @@ class LayerQuantizer:
     """
 
     def __init__(
-        self, stream: LayerByLayer, plan: Plan, partial: PartialDirectory, ids, held_out, solver, progress, lookup=0.0
+        self,
+        stream: LayerByLayer,
+        plan: Plan,
+        partial: PartialDirectory,
+        ids: torch.Tensor,
+        held_out: torch.Tensor,
+        solver: str,
+        progress: bool,
+        lookup: float = 0.0,
     ):
         self.lookup = lookup
         self.stream = stream
@@ -141,7 +150,7 @@ class LayerQuantizer:
             if fmt.kind == "int8" and self.spec.tied:  # stock transformers looks for the head's scales by themselves
                 tensors[f"{self.spec.head}.weight_scale"] = solution.scale.clone()
 
-            def look_up(ids):
+            def look_up(ids: torch.Tensor):
                 return rows_of(solution, ids).dequantize()
 
         for text, ids in (("calibration", self.ids), ("held_out", self.held_out)):
@@ -172,7 +181,7 @@ class LayerQuantizer:
             self.stream.run_in_place(layer, states["held_out_quantised"])
         return tensors
 
-    def _moments(self, layer, named) -> InputMoments:
+    def _moments(self, layer: torch.nn.Module, named: dict[str, torch.nn.Module]) -> InputMoments:
         """Moments of the quantised run's inputs, crossed with the original's; the original's run moves on."""
         moments, step = InputMoments(), max(1, TOKENS_AT_ONCE // self.ids.shape[1])
         runs = [self._states[name].split(step) for name in ("calibration", "calibration_quantised")]
@@ -209,7 +218,7 @@ class LayerQuantizer:
         for original, quantised in zip(*runs, strict=True):
             yield self.stream.norm(original), self.stream.norm(quantised)
 
-    def _solve(self, name: str, weight, fmt: Format, moments) -> IntegerWeight:
+    def _solve(self, name: str, weight: torch.Tensor, fmt: Format, moments: torch.Tensor | None) -> IntegerWeight:
         solution, kind, error = solve(weight, fmt, moments, self.solver, name)
         self._report[name] = {"format": fmt.name, "solver": kind, "output_error": error}
         return solution
@@ -278,7 +287,9 @@ def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # beyond that a float overflows, and nobody cares by how much
 
 
-def _logits(x: torch.Tensor, rows, count: int, bias) -> torch.Tensor:
+def _logits(
+    x: torch.Tensor, rows: Callable[[slice], torch.Tensor], count: int, bias: torch.Tensor | None
+) -> torch.Tensor:
     """``(tokens, vocab)``, some rows of the head at a time."""
     pieces = [F.linear(x, rows(slice(start, start + HEAD_ROWS))) for start in range(0, count, HEAD_ROWS)]
     logits = torch.cat(pieces, dim=-1)

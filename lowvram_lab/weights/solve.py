@@ -1,5 +1,7 @@
 """One weight, quantised as well as it can be: candidates of several solvers, the one whose output moves least."""
 
+from collections.abc import Callable
+
 import torch
 
 from lowvram_lab.errors import CheckpointError
@@ -63,6 +65,6 @@ def relative_error(weight: torch.Tensor, solution: IntegerWeight, moments: torch
     return changed / whole if whole > 0 else 0.0
 
 
-def _by_rows(weight: torch.Tensor, way) -> IntegerWeight:
+def _by_rows(weight: torch.Tensor, way: Callable[[torch.Tensor], IntegerWeight]) -> IntegerWeight:
     pieces = [way(rows) for rows in weight.split(SOLVE_ROWS)]
     return IntegerWeight(torch.cat([p.codes for p in pieces]), torch.cat([p.scale for p in pieces]))

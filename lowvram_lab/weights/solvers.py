@@ -201,7 +201,7 @@ def _fitting_scale(groups: torch.Tensor, fmt: Format) -> torch.Tensor:
     return torch.where(scale.abs() < TINY, TINY, scale)
 
 
-def _asymmetric(groups: torch.Tensor, fmt: Format, shape) -> IntegerWeight:
+def _asymmetric(groups: torch.Tensor, fmt: Format, shape: torch.Size) -> IntegerWeight:
     offset = 1 << (fmt.bits - 1)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     scale = ((high - low) / ((1 << fmt.bits) - 1)).clamp_(min=TINY).to(SCALE_DTYPE)

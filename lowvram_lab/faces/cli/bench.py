@@ -1,5 +1,6 @@
 """``lowvram bench``: our ways of running a model beside other engines."""
 
+import argparse
 import sys
 
 from lowvram_lab.errors import LowvramError
@@ -7,7 +8,7 @@ from lowvram_lab.faces.cli.common import positive, print_json, prose, require_ca
 from lowvram_lab.faces.cli.plan import LONGEST, add_plan_options, chosen_plan
 
 
-def add_bench(parser) -> None:
+def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``bench``."""
     add_plan_options(parser, budget_required=False)
     parser.add_argument(
@@ -21,7 +22,7 @@ def add_bench(parser) -> None:
     parser.add_argument("--gguf", metavar="FILE", help="the file for llama.cpp (the model's own, or an export in Q4_1)")
 
 
-def run_bench(args) -> int:
+def run_bench(args: argparse.Namespace) -> int:
     """Measures, and prints a row for each engine."""
     import torch
 

@@ -28,7 +28,7 @@ def print_json(values: dict) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False))
 
 
-def prose(args):
+def prose(args: argparse.Namespace):
     """A function that prints where prose goes: on stdout, or on stderr if stdout is for JSON."""
     return lambda text="", end="\n": print(text, end=end, flush=True, file=sys.stderr if args.json else sys.stdout)
 

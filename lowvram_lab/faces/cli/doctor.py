@@ -1,5 +1,7 @@
 """What this machine can do: versions, memory, and which kernels give right answers here."""
 
+import argparse
+
 import torch
 
 from lowvram_lab import __version__
@@ -45,7 +47,7 @@ def _try_kernel(name: str, kernels: str) -> str:
     )
 
 
-def run_doctor(args) -> int:
+def run_doctor(args: argparse.Namespace) -> int:
     """Says what this machine can do."""
     found = examine()
     if args.json:
@@ -56,7 +58,7 @@ def run_doctor(args) -> int:
     return 0
 
 
-def run_models(args) -> int:
+def run_models(args: argparse.Namespace) -> int:
     """Lists the models known by name."""
     from lowvram_lab.model.builtin import builtin_names
 

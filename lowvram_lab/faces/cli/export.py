@@ -1,5 +1,6 @@
 """``lowvram export``: a model as a file that another engine opens."""
 
+import argparse
 import sys
 
 from lowvram_lab.faces.cli.common import print_json, prose
@@ -7,7 +8,7 @@ from lowvram_lab.faces.cli.common import print_json, prose
 _TYPES = ("f16", "f32", "bf16", "q8_0", "q4_1")  # gguf_export.TYPES, without importing torch for --help
 
 
-def add_export(parser) -> None:
+def add_export(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``export``."""
     parser.add_argument("model", metavar="MODEL", help="a model by name or path, a converted directory too")
     parser.add_argument("--to", required=True, choices=("gguf",), help="the kind of file: gguf, which llama.cpp opens")
@@ -15,7 +16,7 @@ def add_export(parser) -> None:
     parser.add_argument("--type", default="f16", choices=_TYPES, help="what matrices become (f16)")
 
 
-def run_export(args) -> int:
+def run_export(args: argparse.Namespace) -> int:
     """Exports, and prints what is in the file."""
     from lowvram_lab.units import format_bytes
     from lowvram_lab.weights.gguf_export import export_gguf

@@ -1,13 +1,23 @@
 """``lowvram forecast``: what a model will take, and with ``--compare`` what it did."""
 
+from __future__ import annotations
+
+import argparse
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
 from lowvram_lab.faces.cli.plan import add_plan_options, stated_plan
 
+if TYPE_CHECKING:
+    from lowvram_lab.memory.gpu import Gpu
+    from lowvram_lab.model.plan import Plan
+    from lowvram_lab.planner.profile import MemoryProfile
 
-def add_forecast(parser) -> None:
+
+def add_forecast(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``forecast``."""
     add_plan_options(parser, budget_required=False, chooses=False)
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
@@ -16,7 +26,7 @@ def add_forecast(parser) -> None:
     parser.add_argument("--compare", action="store_true", help="then load the weights, run it, and show the difference")
 
 
-def run_forecast(args) -> int:
+def run_forecast(args: argparse.Namespace) -> int:
     """Says what a model will take of a GPU."""
     from dataclasses import replace
 
@@ -60,7 +70,7 @@ def run_forecast(args) -> int:
     return 0
 
 
-def _compare(args, plan, gpu, profile, say) -> dict:
+def _compare(args: argparse.Namespace, plan: Plan, gpu: Gpu, profile: MemoryProfile, say: Callable[..., None]) -> dict:
     """Loads and runs what was forecast; says where the two differ, or that both run out of memory."""
     from lowvram_lab.engine.load import load
     from lowvram_lab.planner.explain import explain_oom
@@ -87,7 +97,7 @@ def _check_picture(path: str | None) -> None:
         raise LowvramError(f"cannot write {path}: its folder does not exist")
 
 
-def _draw(profile, path: str) -> None:
+def _draw(profile: MemoryProfile, path: str) -> None:
     import io
     from pathlib import Path
 

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 
 from lowvram_lab import __version__
 from lowvram_lab.errors import LowvramError
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lowvram {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run, help: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int], help: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         sub.add_argument("--json", action="store_true", help="print JSON on stdout, everything else on stderr")

@@ -1,14 +1,23 @@
 """The part of the command line that chooses plans: their options, ``lowvram plan`` and ``lowvram tune``."""
 
+from __future__ import annotations
+
+import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, require_cache, spec_of
 
+if TYPE_CHECKING:
+    from lowvram_lab.memory.gpu import Gpu
+    from lowvram_lab.model.plan import Plan
+    from lowvram_lab.model.spec import ModelSpec
+
 LONGEST = "longest"
 
 
-def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> None:
+def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, chooses: bool = True) -> None:
     """The options that say which plan."""
     parser.add_argument("model", metavar="MODEL", help="name (see lowvram models), hub id, directory or .gguf file")
     parser.add_argument("--gpu", required=budget_required, metavar="SIZE", help="the card's memory, e.g. 4GiB")
@@ -50,7 +59,7 @@ def _context(text: str) -> int | str:
     return text if text == LONGEST else positive(text)
 
 
-def stated_plan(args, spec, default_format: str | None = None):
+def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str | None = None):
     """The plan the options state, or ``None`` where they leave the choice to the planner."""
     from dataclasses import replace
     from pathlib import Path
@@ -84,7 +93,7 @@ def stated_plan(args, spec, default_format: str | None = None):
     )
 
 
-def chosen_plan(args, spec, gpu):
+def chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
     """The stated plan with its forecast, or the planner's choice; and why."""
     from lowvram_lab.planner.auto import auto_plan
     from lowvram_lab.planner.forecast import forecast
@@ -114,7 +123,7 @@ def chosen_plan(args, spec, gpu):
     return choice.plan, choice.forecast, list(choice.why)
 
 
-def _check_ram(ram: str | None, plan) -> None:
+def _check_ram(ram: str | None, plan: Plan) -> None:
     from lowvram_lab.errors import BudgetError
     from lowvram_lab.planner.constraints import ram_bytes
     from lowvram_lab.units import format_bytes, parse_bytes
@@ -126,14 +135,14 @@ def _check_ram(ram: str | None, plan) -> None:
         )
 
 
-def add_plan(parser) -> None:
+def add_plan(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``plan``."""
     add_plan_options(parser, budget_required=True)
     parser.add_argument("--explain", action="store_true", help="also say where bytes and seconds go")
     parser.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
 
 
-def run_plan(args) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     """``lowvram plan``."""
     from pathlib import Path
 
@@ -166,7 +175,7 @@ def run_plan(args) -> int:
     return 0
 
 
-def run_tune(args) -> int:
+def run_tune(args: argparse.Namespace) -> int:
     """``lowvram tune``."""
     from lowvram_lab.memory.cuda import open_gpu
     from lowvram_lab.planner.tune import tune

@@ -1,18 +1,25 @@
 """``lowvram report``: an article's effect table beside what this machine forecasts and measures."""
 
+from __future__ import annotations
+
+import argparse
 import json
 import sys
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache
 from lowvram_lab.files import write_atomically
 
+if TYPE_CHECKING:
+    from lowvram_lab.chat.effect_report import EffectReport
+
 ENDINGS = (".md", ".html", ".json")
 
 
-def add_report(parser) -> None:
+def add_report(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``report``."""
     parser.add_argument("model", metavar="MODEL", help="a 16-bit model: name, hub id, directory or .gguf file")
     parser.add_argument("--gpu", required=True, metavar="SIZE", help="the card to be, e.g. 4GiB")
@@ -22,7 +29,7 @@ def add_report(parser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the table into a .md, .html or .json file")
 
 
-def run_report(args) -> int:
+def run_report(args: argparse.Namespace) -> int:
     """Forecasts, measures, prints the table, and writes it where that is asked for."""
     output = _output(args.output)
     require_cache()
@@ -46,7 +53,7 @@ def run_report(args) -> int:
     return 0
 
 
-def write_report(report, path: Path) -> None:
+def write_report(report: EffectReport, path: Path) -> None:
     """Writes a report whole or not at all, as its file's name ends.
 
     Args:
