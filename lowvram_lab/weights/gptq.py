@@ -14,7 +14,7 @@ from lowvram_lab.errors import CheckpointError
 from lowvram_lab.machine import one_thread
 from lowvram_lab.model.formats import Format
 from lowvram_lab.units import MiB
-from lowvram_lab.weights.codes import IntegerWeight
+from lowvram_lab.weights.codes import IntegerWeight, joined
 from lowvram_lab.weights.solvers import search_clip
 
 BLOCK = 128
@@ -46,7 +46,7 @@ def gptq(weight: torch.Tensor, fmt: Format, moments: torch.Tensor, *, act_order:
     spread = error_spread(moments, order)
     step = max(64, ROW_BYTES // (4 * weight.shape[1]))
     pieces = [_gptq_rows(rows.float(), fmt, moments.diagonal(), spread, order) for rows in weight.split(step)]
-    return IntegerWeight(torch.cat([p.codes for p in pieces]), torch.cat([p.scale for p in pieces]))
+    return joined(pieces)
 
 
 def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

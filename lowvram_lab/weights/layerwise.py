@@ -62,6 +62,10 @@ class LayerByLayer:
         """
         return self.read(f"{self.owner(name)}.weight")
 
+    def bias(self, name: str) -> torch.Tensor | None:
+        """A module's bias, if it has one."""
+        return self.read(f"{name}.bias") if "bias" in self.spec.module(name).parameters else None
+
     def owner(self, name: str) -> str:
         """The module that owns a weight: a tied head's is the embedding."""
         return self.spec.module(name).tied_to or name

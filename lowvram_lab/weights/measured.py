@@ -163,9 +163,7 @@ def _divergences(
 ) -> dict[tuple[str, str], float]:
     """Mean KL of every pair, a few tokens' logits at a time."""
     name, totals = stream.spec.head, dict.fromkeys(pairs, 0.0)
-    plain, bias = stream.weight(name), None
-    if "bias" in stream.spec.module(name).parameters:
-        bias = stream.read(f"{name}.bias")
+    plain, bias = stream.weight(name), stream.bias(name)
 
     def predictions(pair, weight, start: int):
         hidden = states.get(pair, states[None]).flatten(0, 1)[start : start + HEAD_TOKENS]

@@ -162,19 +162,18 @@ def _head(stream: LayerByLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
         The gradient at the last layer's output, the moments of the head's inputs, and ``G_o`` of its rows.
     """
     name, generator = stream.spec.head, _generator(0)
-    weight = stream.weight(name)
+    weight, bias = stream.weight(name), stream.bias(name)
     moments = 0
     importance = torch.zeros(weight.shape[0])
     tokens = hidden.shape[:-1].numel()
     gradient = torch.empty_like(hidden)
-    offset = stream.read(f"{name}.bias") if "bias" in stream.spec.module(name).parameters else None
     pieces = [states.flatten(0, 1).split(HEAD_TOKENS) for states in (hidden, gradient)]
     for states, into in zip(*pieces, strict=True):
         states = states.detach().requires_grad_(True)
         with torch.enable_grad():
             normed = stream.norm(states)
         x = normed.detach()
-        probabilities = torch.softmax(F.linear(x, weight, offset), dim=-1)
+        probabilities = torch.softmax(F.linear(x, weight, bias), dim=-1)
         labels = torch.multinomial(probabilities, 1, generator=generator)
         importance += (probabilities - probabilities.square()).sum(dim=0)
         moments = moments + x.T @ x

@@ -300,8 +300,8 @@ def test_a_plan_of_another_model_is_refused(folder, tmp_path, fakes):
 def test_where_the_gguf_file_comes_from(tmp_path, monkeypatch):
     made = []
 
-    def export(model, output, *, type, progress):
-        made.append((model, type))
+    def export(model, output, *, tensor_type, progress):
+        made.append((model, tensor_type))
         output.write_bytes(b"GGUF")
 
     monkeypatch.setitem(sys.modules, "lowvram_lab.weights.gguf_export", SimpleNamespace(export_gguf=export))

@@ -21,7 +21,7 @@ def run_export(args: argparse.Namespace) -> int:
     from lowvram_lab.units import format_bytes
     from lowvram_lab.weights.gguf_export import export_gguf
 
-    made = export_gguf(args.model, args.output, type=args.type, progress=sys.stderr.isatty())
+    made = export_gguf(args.model, args.output, tensor_type=args.type, progress=sys.stderr.isatty())
     say = prose(args)
     held = ", ".join(f"{count} in {name}" for name, count in made.types.items())
     say(f"{made.output}: {format_bytes(made.file_bytes)}, {made.tensors} tensors ({held})")
