@@ -237,7 +237,8 @@ ENGINES: dict[str, type[Engine]] = {
 }
 """Every engine that ``bench`` knows, by name."""
 
-OURS = (Ours.name, Modules.name)
+MODULES = Modules.name
+OURS = (Ours.name, MODULES)
 """The first is what others are compared with where it runs."""
 
 

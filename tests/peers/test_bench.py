@@ -435,7 +435,6 @@ def command(*words):
 
 def test_the_command(folder, fakes, monkeypatch, capsys):
     monkeypatch.setattr(bench_module, "ChildEngine", LocalEngine)
-    monkeypatch.setattr(bench_module, "Machine", lambda anew: Made())
     words = [folder, "--format", "int8", "--against", "fake", "--threads", 1, "--rounds", 3]
     words += ["--prompt-tokens", PROMPT, "--new-tokens", NEW]
     monkeypatch.setattr(LocalEngine, "__init__", _unweighed(LocalEngine.__init__))
