@@ -3,9 +3,14 @@
 import argparse
 import sys
 
+import torch
+
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of
 from lowvram_lab.faces.cli.plan import LONGEST, add_plan_options, chosen_plan
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.peers.bench import BenchSettings, bench
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +29,6 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Measures, and prints a row for each engine."""
-    import torch
-
-    from lowvram_lab.memory.budget import GpuBudget
-    from lowvram_lab.memory.dry_run import DryRunGpu
-    from lowvram_lab.peers.bench import BenchSettings, bench
-
     if args.context == LONGEST:
         raise LowvramError(
             "--context longest is for plan, chat and complete: bench needs room for its own prompt and answer"

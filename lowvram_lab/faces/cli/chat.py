@@ -1,17 +1,21 @@
 """``lowvram chat`` and ``lowvram complete``: an answer, a conversation or the rest of a text, inside a GPU budget."""
 
-from __future__ import annotations
-
 import argparse
 import sys
-from typing import TYPE_CHECKING
 
+import torch
+
+from lowvram_lab.chat.answer import Session, TurnStats
+from lowvram_lab.chat.completion import CompletionSession
+from lowvram_lab.chat.prompt import StopStrings, checked_text
+from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.engine.load import load
+from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of
 from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
-
-if TYPE_CHECKING:
-    from lowvram_lab.chat.answer import Session, TurnStats
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.units import format_bytes
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +48,6 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
 
 def run_chat(args: argparse.Namespace) -> int:
     """Answers one prompt, or converses."""
-    from lowvram_lab.chat.prompt import checked_text
-    from lowvram_lab.chat.session import ChatSession
-
     if args.prompt is not None and not args.prompt.strip():
         raise LowvramError("expected a prompt, found an empty one; write something, or leave --prompt out to converse")
     if args.json and args.prompt is None:
@@ -59,21 +60,12 @@ def run_chat(args: argparse.Namespace) -> int:
 
 def run_complete(args: argparse.Namespace) -> int:
     """Goes on with a text."""
-    from lowvram_lab.chat.completion import CompletionSession
-    from lowvram_lab.chat.prompt import checked_text
-
     checked_text(args.prompt, "a text to go on with")
     return _answer(_open(args, CompletionSession), args)
 
 
 def _open(args: argparse.Namespace, kind: type[Session], **options):
     """A session of that kind with the model that was asked for; what can be refused is refused before it is loaded."""
-    from lowvram_lab.chat.prompt import StopStrings
-    from lowvram_lab.chat.session import ChatSession
-    from lowvram_lab.engine.load import load
-    from lowvram_lab.engine.sampling import Sampling
-    from lowvram_lab.memory.cuda import open_gpu
-
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
     StopStrings(args.stop)
     require_cache()
@@ -122,8 +114,6 @@ def _answer(session: Session, args: argparse.Namespace) -> int:
 
 
 def _converse(session: Session) -> int:
-    import torch
-
     print("Type a message; Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
     while True:
         try:
@@ -147,8 +137,6 @@ def _converse(session: Session) -> int:
 
 
 def _turn_line(turn: TurnStats) -> str:
-    from lowvram_lab.units import format_bytes
-
     speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
     less = f"; the GPU was full, so now: {'; '.join(turn.given_up)}" if turn.given_up else ""
     return f"[first token {turn.ttft_s:.2f} s{speed}, peak {format_bytes(turn.peak_bytes)}{less}]"

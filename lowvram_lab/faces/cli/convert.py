@@ -6,6 +6,10 @@ import sys
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, share, spec_of
 from lowvram_lab.faces.cli.evaluate import stated_format
+from lowvram_lab.planner.card_recipe import CardBudget
+from lowvram_lab.units import format_bytes
+from lowvram_lab.weights.convert import convert
+from lowvram_lab.weights.recipe import WeightBudget
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
@@ -31,9 +35,6 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Converts, and prints sizes and measured loss."""
-    from lowvram_lab.units import format_bytes
-    from lowvram_lab.weights.convert import convert
-
     say = prose(args)
     if args.context and not args.gpu:
         raise LowvramError("--context goes with --gpu: bytes of weights do not depend on it")
@@ -62,9 +63,6 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def _budget(args: argparse.Namespace):
     """What makes the recipe within --gpu, --weight-bytes or --reduce."""
-    from lowvram_lab.planner.card_recipe import CardBudget
-    from lowvram_lab.weights.recipe import WeightBudget
-
     formats = tuple(args.formats.split(",")) if args.formats else None
     stock = not args.own_formats
     if args.gpu:

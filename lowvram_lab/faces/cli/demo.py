@@ -8,12 +8,13 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from lowvram_lab.chat.effects import QUESTIONS
 from lowvram_lab.chat.fidelity import load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.validation import ValidationReport, validate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.faces.cli.common import EXIT_FAILED_VALIDATION, positive, print_json, prose, require_cache
+from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import describe_holders
@@ -26,11 +27,11 @@ from lowvram_lab.planner.measure import run_speed, run_workload
 from lowvram_lab.planner.profile import SpeedProfile, Workload
 from lowvram_lab.units import format_bytes
 
-QUESTIONS = ("What is the capital of France?", "Write one sentence about its most famous museum.")
 RUNNING_CASE = ("qwen1.5-4b", "4GiB", 4096)
+EXIT_FAILED_VALIDATION = 1
 
 
-def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., None], *, progress: bool = True) -> dict:
+def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., None], *, progress: bool) -> dict:
     """Tells the story on one model and returns every figure in it.
 
     Args:
@@ -174,10 +175,10 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive, default=1024, metavar="N", help="tokens to plan for (1024)")
 
 
-def run_demo_command(args: argparse.Namespace) -> int:
+def run_demo(args: argparse.Namespace) -> int:
     """Tells the story; exit status 1 where the validation failed."""
     require_cache()
-    result = run_demo(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
+    result = tell_story(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
     if args.json:
         print_json(result)
     return 0 if result["validation"]["passed"] else EXIT_FAILED_VALIDATION

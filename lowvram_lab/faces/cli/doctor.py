@@ -11,6 +11,7 @@ from lowvram_lab.errors import first_line
 from lowvram_lab.faces.cli.common import print_json
 from lowvram_lab.files import cache_dir
 from lowvram_lab.machine import facts
+from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.formats import get_format
 
 KERNELS = ("int8", "int4", "nf4")
@@ -60,8 +61,6 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_models(args: argparse.Namespace) -> int:
     """Lists the models known by name."""
-    from lowvram_lab.model.builtin import builtin_names
-
     names = builtin_names()
     if args.json:
         print_json({"models": names})

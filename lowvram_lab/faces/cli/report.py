@@ -1,20 +1,16 @@
 """``lowvram report``: an article's effect table beside what this machine forecasts and measures."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lowvram_lab.chat.effect_report import EffectReport
+from lowvram_lab.chat.effects import effects
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache
 from lowvram_lab.files import write_atomically
-
-if TYPE_CHECKING:
-    from lowvram_lab.chat.effect_report import EffectReport
 
 ENDINGS = (".md", ".html", ".json")
 
@@ -33,7 +29,6 @@ def run_report(args: argparse.Namespace) -> int:
     """Forecasts, measures, prints the table, and writes it where that is asked for."""
     output = _output(args.output)
     require_cache()
-    from lowvram_lab.chat.effects import effects
 
     report = effects(
         args.model,
