@@ -116,12 +116,9 @@ class Session(Generic[Question]):
 class Answer(Generic[Question]):
     """One answer on its way.
 
-    Args:
+    Attributes:
         session: Whose.
         question: What it answers.
-        prompt: Its ids.
-
-    Attributes:
         prompt: Ids of the question, as much of it as is seen.
         tokens: Ids of the answer so far.
         shown: Its text so far, as it was yielded.

@@ -85,15 +85,8 @@ def judged(
 ) -> Effect:
     """A row with its verdict: the claim holds if all readings keep to its limit, and does not if none does.
 
-    Args:
-        claim: Key of ``CLAIMS``.
-        quantity: See ``Effect``.
-        ours: See ``Effect``.
-        values: The possible readings of our figure.
-        how: See ``Effect``.
-        note: See ``Effect``.
-        unchecked: Why no verdict is possible, whatever the values.
-        figures: See ``Effect``.
+    ``values`` are the possible readings of our figure; the other arguments are those of ``Effect``. Where ``unchecked``
+    says why, no verdict is possible, whatever the values.
     """
     stated = CLAIMS[claim]
     verdicts = {value >= stated.limit if stated.at_least else value <= stated.limit for value in values}

@@ -34,11 +34,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat, ready for the assistant's answer.
-
-    Args:
-        tokenizer: With a chat template.
-        messages: Each with ``role`` and ``content``.
+    """Token ids of a chat, messages with ``role`` and ``content``, ready for the assistant's answer.
 
     Raises:
         SourceError: The template refuses these messages, or fails.
@@ -150,9 +146,6 @@ class StopStrings:
 
     def cut(self, text: str) -> tuple[str, bool]:
         """What of an unfinished answer can be shown, and whether it has ended.
-
-        Args:
-            text: All of it so far.
 
         Returns:
             The text before the first stop string and ``True``; or the text without what may be the beginning of one,

@@ -244,17 +244,7 @@ def memory_parts(stacks: Sequence[dict], unit: int) -> dict[str, tuple[list[floa
 def stack_bars(
     ax: Axes, names: Sequence, parts: dict[str, tuple[list[float], dict]], *, sideways: bool = False
 ) -> list[float]:
-    """Draws bars of several parts, each with its own legend.
-
-    Args:
-        ax: Where to draw.
-        names: Of the bars, or their positions.
-        parts: Label → its size in every bar, and its style.
-        sideways: Bars to the right instead of upwards.
-
-    Returns:
-        Where each bar ends.
-    """
+    """Draws bars of several parts: label → its size in every bar, and its style. Returns where each bar ends."""
     ends = [0.0] * len(names)
     for label, (sizes, style) in parts.items():
         if sideways:

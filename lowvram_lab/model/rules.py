@@ -38,17 +38,10 @@ def is_whole_number(value: object, least: int, most: int | None = None) -> bool:
 def whole_number(
     name: str, value: object, least: int, most: int | None = None, error: type[LowvramError] = PlanError
 ) -> None:
-    """Refuses what is no whole number within bounds, by name.
-
-    Args:
-        name: What the number is of, such as ``"context"``.
-        value: What was given.
-        least: The smallest that is right.
-        most: The largest that is, or ``None``.
-        error: The kind of refusal.
+    """Refuses what is no whole number within bounds, by name such as ``"context"``.
 
     Raises:
-        LowvramError: Of that kind.
+        LowvramError: Of the kind that ``error`` is.
     """
     if not is_whole_number(value, least, most):
         wanted = f"of {least} or more" if most is None else f"from {least} to {most}"
@@ -56,12 +49,7 @@ def whole_number(
 
 
 def check_modules(spec: ModelSpec, modules: Mapping[str, Assignment], dtype: str) -> None:
-    """Checks that every module of a model has a format that holds it and a device.
-
-    Args:
-        spec: The model.
-        modules: Module name → assignment.
-        dtype: The plan's, which unquantised modules have.
+    """Checks that every module of a model has a format that holds it and a device; ``dtype`` is the plan's.
 
     Raises:
         PlanError: Names the first module that does not fit, and what would.

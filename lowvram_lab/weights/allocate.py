@@ -32,9 +32,7 @@ class Option:
 def lower_hull(options: Sequence[Option]) -> list[Option]:
     """The options on the lower convex hull, from the smallest up; each costs less than the one before it."""
     hull: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.bytes, o.cost, o.format)):
-        if hull and option.cost >= hull[-1].cost:
-            continue
+    for option in _sensible(options):
         while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], option):
             hull.pop()
         hull.append(option)
@@ -42,15 +40,7 @@ def lower_hull(options: Sequence[Option]) -> list[Option]:
 
 
 def allocate(modules: Mapping[str, Sequence[Option]], budget_bytes: int) -> dict[str, Option] | None:
-    """Chooses an option for every module.
-
-    Args:
-        modules: Module name → its options, at least one.
-        budget_bytes: What the chosen options may take together.
-
-    Returns:
-        Module name → option, or ``None`` where even the smallest options exceed the budget.
-    """
+    """Chooses one of its options for every module; ``None`` where even the smallest exceed the budget together."""
     if budget_bytes < sum(min(option.bytes for option in options) for options in modules.values()):
         return None
     sizes = {name: max(option.bytes for option in options) for name, options in modules.items()}

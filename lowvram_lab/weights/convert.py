@@ -267,10 +267,12 @@ def _finish(
     config["dtype"] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[plan.dtype]
     if formats:
         config["quantization_config"] = quantization_config(formats)
-    weight_map, total = {}, 0
+    weight_map = {}
+    total = 0
     for shard in shards:
         for name, tensor in partial.load_tensors(shard).items():
-            weight_map[name], total = shard, total + tensor.nbytes
+            weight_map[name] = shard
+            total += tensor.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     partial.save_json("model.safetensors.index.json", index)
     partial.save_json(RECIPE, facts)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pandas as pd
 import torch
 from gguf import GGMLQuantizationType as GgmlType
 from transformers import PretrainedConfig
@@ -82,10 +83,8 @@ class ExportResult:
         """Plain data."""
         return asdict(self)
 
-    def table(self):
-        """Attribute by attribute. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """Attribute by attribute."""
         return pd.DataFrame({"found": {key: str(value) for key, value in self.to_dict().items()}})
 
     def _repr_html_(self) -> str:

@@ -52,12 +52,7 @@ def gptq(weight: torch.Tensor, fmt: Format, moments: torch.Tensor, *, act_order:
 def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """How a column's rounding error is best passed on: the upper Cholesky factor of the inverse moments.
 
-    Args:
-        moments: ``(in, in)``.
-        order: ``(in,)``, the order in which columns are rounded.
-
-    Returns:
-        ``(in, in)`` float32, upper triangular, in that order.
+    It is ``(in, in)`` in the ``order`` ``(in,)`` in which columns are rounded.
 
     Raises:
         CheckpointError: Not finite.
@@ -69,10 +64,11 @@ def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     for damping in DAMPINGS:
         damped = ordered + torch.eye(len(ordered)) * (damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed and bool(torch.isfinite(inverse).all()):
-                return inverse
+        if failed:
+            continue
+        inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not failed and bool(torch.isfinite(inverse).all()):
+            return inverse
     # beyond repair by damping: rounding each column for itself is what remains
     return torch.eye(len(ordered))
 

@@ -225,10 +225,8 @@ class LayerQuantizer:
         bias = self.stream.bias(head)
         totals = dict.fromkeys(("nll", "reference_nll", "kl", "agree"), 0.0)
         targets = self.held_out.flatten().roll(-1).split(HEAD_TOKENS)
-        # a window's last token predicts nothing that is in the window
-        counted = (torch.arange(self.held_out.numel()) % self.held_out.shape[1] < self.held_out.shape[1] - 1).split(
-            HEAD_TOKENS
-        )
+        last = self.held_out.shape[1] - 1  # of a window; it predicts nothing that is in the window
+        counted = (torch.arange(self.held_out.numel()) % (last + 1) < last).split(HEAD_TOKENS)
         for (theirs_x, ours_x), target, count in zip(self._final("held_out"), targets, counted, strict=True):
             theirs = torch.log_softmax(_logits(theirs_x[count], lambda s: original[s].float(), len(original), bias), -1)
             mine = torch.log_softmax(_logits(ours_x[count], ours, len(original), bias), -1)

@@ -73,12 +73,7 @@ class InputMoments:
 
 
 def head_moments(stream: LayerByLayer, ids: torch.Tensor) -> torch.Tensor:
-    """Second moments ``(hidden, hidden)`` of what a model's head is given for tokens ``(windows, tokens)``.
-
-    Args:
-        stream: A ``LayerByLayer``.
-        ids: Tokens.
-    """
+    """Second moments ``(hidden, hidden)`` of what a model's head is given for tokens ``(windows, tokens)``."""
     hidden = stream.embed(ids)
     for index in range(len(stream)):
         with stream.layer(index) as layer:

@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
@@ -67,10 +68,8 @@ class Sensitivity:
     tokens: int
     lookup: float = 0.0
 
-    def table(self):
-        """Modules x formats, estimated KL. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """Modules x formats, estimated KL."""
         return pd.DataFrame(self.costs).T
 
     def to_dict(self) -> dict:

@@ -51,12 +51,7 @@ def check_stored(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> Non
 
 
 def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> IntegerWeight:
-    """A module's stored codes and scales.
-
-    Args:
-        name: The module.
-        fmt: Its format.
-        read: Name of a tensor → the tensor.
+    """A module's stored codes and scales; ``read`` gives a tensor for its name.
 
     Raises:
         CheckpointError: The scales are not finite.

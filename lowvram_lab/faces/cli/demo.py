@@ -34,12 +34,7 @@ EXIT_FAILED_VALIDATION = 1
 def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., None], *, progress: bool) -> dict:
     """Tells the story on one model and returns every figure in it.
 
-    Args:
-        model_name: See ``find_source``.
-        gpu_size: The card to be.
-        context: Tokens to plan for.
-        say: Prints a line; takes ``end=`` like ``print``.
-        progress: Show progress bars.
+    ``say`` prints a line, and takes ``end=`` like ``print``.
 
     Returns:
         Plain data with the keys ``oom``, ``plan``, ``forecast``, ``measured``, ``validation``, ``answer``, ``engine``

@@ -39,10 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line.
-
-    Args:
-        arguments: Words after ``lowvram``; by default ``sys.argv``'s.
+    """Runs the words after ``lowvram``, by default ``sys.argv``'s.
 
     Returns:
         Exit status: 0 done, 1 a validation that failed, 2 a mistake explained in one line, 130 interrupted.

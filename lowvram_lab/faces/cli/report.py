@@ -49,11 +49,7 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def write_report(report: EffectReport, path: Path) -> None:
-    """Writes a report whole or not at all, as its file's name ends.
-
-    Args:
-        report: An ``EffectReport``.
-        path: Ends in one of ``ENDINGS``.
+    """Writes a report whole or not at all, as its file's name ends: in one of ``ENDINGS``.
 
     Raises:
         LowvramError: Another ending, or a file that cannot be written.
