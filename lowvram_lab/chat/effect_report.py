@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 
+import pandas as pd
+
 from lowvram_lab.units import GiB
 
 
@@ -147,10 +149,8 @@ class EffectReport:
         ]
         return " ".join(filter(None, parts))
 
-    def table(self):
-        """One row a figure. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """One row a figure."""
         rows = [(e.quantity, e.article, e.ours, e.how, VERDICTS[e.held], e.note) for e in self.effects]
         return pd.DataFrame(rows, columns=["quantity", "article", "here", "how", "verdict", "note"])
 

@@ -5,6 +5,7 @@ Derived in: notebooks/09_validated_chat.ipynb
 
 from dataclasses import asdict, dataclass
 
+import pandas as pd
 from transformers import PreTrainedModel
 
 from lowvram_lab.chat.fidelity import Fidelity, fidelity, repetition
@@ -79,10 +80,8 @@ class ValidationReport:
             return f"PASS: {made} of {made} checks, {self.model} on {self.gpu}"
         return f"FAIL: {', '.join(failed) or 'no check was made'} ({self.model} on {self.gpu})"
 
-    def table(self):
-        """One row a check. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """One row a check."""
         verdict = {True: "pass", False: "FAIL", None: ""}
         rows = [(c.name, c.value, c.limit, verdict[c.passed]) for c in self.checks]
         return pd.DataFrame(rows, columns=["check", "measured", "demanded", "verdict"])

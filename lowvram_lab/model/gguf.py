@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
 
 from lowvram_lab.errors import CheckpointError, LowvramError, first_line
 from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
@@ -162,7 +166,6 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
 
 def _dequantised(empty: Path, config: PretrainedConfig, location: dict) -> tuple:
     """The model in bfloat16, and transformers' report of what it loaded."""
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
@@ -181,7 +184,6 @@ def _save(loaded: PreTrainedModel, config: PretrainedConfig, header: GgufHeader,
 
     The loaded model calls itself quantised and refuses ``save_pretrained``: its tensors go to one that is not.
     """
-    import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     with torch.device("meta"):
@@ -298,10 +300,7 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
     if kind not in GGMLQuantizationType.__members__.values():
         raise ValueError(f"tensor {name} has the unknown type {kind}")
     block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    elements = 1
-    for size in shape:
-        elements *= size
-    return elements // block_elements * block_bytes
+    return math.prod(shape) // block_elements * block_bytes
 
 
 def _string(data: mmap.mmap, position: int) -> tuple[str, int]:
@@ -331,16 +330,11 @@ def _value(data: mmap.mmap, position: int, kind: int):
     code = "<" + _scalar(kind)
     (value,) = struct.unpack_from(code, data, position)
     # a float32 such as 1e-5 is stored as 9.999999747e-06: its shortest decimal is what the model's author wrote
-    return _shortest(value) if kind == _FLOAT32 else value, position + struct.calcsize(code)
+    value = float(str(np.float32(value))) if kind == _FLOAT32 else value
+    return value, position + struct.calcsize(code)
 
 
 def _scalar(kind: int) -> str:
     if kind not in _SCALARS:
         raise ValueError(f"a value of the unknown type {kind}")
     return _SCALARS[kind]
-
-
-def _shortest(value: float) -> float:
-    import numpy as np
-
-    return float(str(np.float32(value)))

@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
+
 from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
 
@@ -231,8 +233,6 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
 
 def _modules_of(model: PreTrainedModel, layers_path: str) -> tuple[ModuleSpec, ...]:
     """Every module with parameters of its own, in forward order."""
-    import torch
-
     kinds = {torch.nn.Linear: "linear", torch.nn.Embedding: "embedding"}
     owners: dict[int, str] = {}
     modules = []
@@ -297,8 +297,6 @@ def _config_from_dict(values: dict):
 
 
 def _find_layers(model: PreTrainedModel, count: int) -> str:
-    import torch
-
     lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
     for path, length in lists.items():
         if length == count and path.count(".") <= 2:

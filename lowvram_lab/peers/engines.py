@@ -127,6 +127,11 @@ class Engine:
 
     def likeliest(self, ids: list[int], answer: list[int]) -> list[int]:
         """The most likely token at every position of an answer that it is made to give."""
+        self.forget()
+        return [self.likeliest_after(fed) for fed in (ids, *([token] for token in answer[:-1]))]
+
+    def likeliest_after(self, ids: list[int]) -> int:
+        """The most likely token after ids that follow those in the KV cache."""
         raise NotImplementedError
 
     def metered(self):

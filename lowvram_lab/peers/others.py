@@ -96,14 +96,10 @@ class Transformers(Engine):
         return found[0, len(ids) :].tolist(), clock.times
 
     @torch.no_grad()
-    def likeliest(self, ids: list[int], answer: list[int]):
+    def likeliest_after(self, ids: list[int]):
         """See ``Engine``."""
-        self.forget()
-        found = []
-        for fed in (ids, *([token] for token in answer[:-1])):
-            logits = self.model(self._tensor(fed), past_key_values=self.cache, logits_to_keep=1).logits
-            found.append(int(logits[0, -1].float().argmax()))
-        return found
+        logits = self.model(self._tensor(ids), past_key_values=self.cache, logits_to_keep=1).logits
+        return int(logits[0, -1].float().argmax())
 
 
 class Accelerate(Transformers):
@@ -206,14 +202,10 @@ class LlamaCpp(Engine):
                 break
         return tokens, times
 
-    def likeliest(self, ids: list[int], answer: list[int]):
+    def likeliest_after(self, ids: list[int]):
         """See ``Engine``."""
-        self.forget()
-        found = []
-        for fed in (ids, *([token] for token in answer[:-1])):
-            self.model.eval(fed)
-            found.append(int(self.model.sample(temp=0.0, repeat_penalty=1.0)))
-        return found
+        self.model.eval(ids)
+        return int(self.model.sample(temp=0.0, repeat_penalty=1.0))
 
     def peak_bytes(self):
         """What the driver says of this process now: llama.cpp does not allocate through torch."""

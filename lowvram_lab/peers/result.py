@@ -3,6 +3,8 @@
 import html
 from dataclasses import asdict, dataclass, field
 
+import pandas as pd
+
 from lowvram_lab.planner.profile import STAND_IN
 from lowvram_lab.units import MiB
 
@@ -114,10 +116,8 @@ class BenchResult:
                 return row
         raise KeyError(engine)
 
-    def table(self):
-        """Engines that ran, and the reasons of those that did not; sizes in MiB. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """Engines that ran, and the reasons of those that did not; sizes in MiB."""
         lines = []
         for row in self.rows:
             line = {
