@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import CheckpointError, SourceError, first_line
-from lowvram_lab.files import cache_dir, writable
+from lowvram_lab.files import writable
 from lowvram_lab.model import builtin, chat_template, hub
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
@@ -28,8 +28,6 @@ from lowvram_lab.packaged import packaged_config, packaged_facts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-__all__ = ["Checkpoint", "Source", "builtin_names", "cache_dir", "find_source", "read_config"]
 
 logger = logging.getLogger(__name__)
 
