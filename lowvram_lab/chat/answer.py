@@ -125,7 +125,9 @@ class Answer(Generic[Question]):
     """
 
     def __init__(self, session: Session[Question], question: Question, prompt: list[int]):
-        self.session, self.question, self.prompt = session, question, prompt
+        self.session = session
+        self.question = question
+        self.prompt = prompt
         self.tokens: list[int] = []
         self.shown = ""
         self._live = session._live

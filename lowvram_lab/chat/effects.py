@@ -85,7 +85,9 @@ def effects(
     began = time.monotonic()
     date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     case = open_case(model, gpu, context, converted)
-    case.formats, case.calibration_tokens, case.progress = formats, calibration_tokens, progress
+    case.formats = formats
+    case.calibration_tokens = calibration_tokens
+    case.progress = progress
     rows: list[Effect] = []
     seconds: dict[str, float] = {}
     for number, stage in enumerate(STAGES, start=1):

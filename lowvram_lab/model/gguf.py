@@ -269,7 +269,8 @@ def _parse(data: mmap.mmap) -> GgufHeader:
         raise ValueError(f"expected the letters GGUF at its start, found {magic!r}")
     if version not in (2, 3):
         raise ValueError(f"expected GGUF version 2 or 3, little-endian, found {version}")
-    metadata, tensors, position = {}, {}, 24
+    metadata, tensors = {}, {}
+    position = 24
     for _ in range(key_count):
         key, position = _string(data, position)
         (kind,) = struct.unpack_from("<I", data, position)

@@ -208,7 +208,8 @@ class Plan:
 
     def kv_bytes(self, tokens: int, device: str | None = None) -> int:
         """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on GPU or CPU or on both."""
-        spec, places, width = self.spec, self.layer_places(), self.spec.head_dim
+        spec, width = self.spec, self.spec.head_dim
+        places = self.layer_places()
         layers = len(places) if device is None else places.count(device)
         if self.kv_format == "int4":  # codes, scales and zeros in groups of 32; and the newest keys as they are
             values, blocks = width * tokens * 5 // 8, width * -(-tokens // 32) * 20

@@ -327,7 +327,8 @@ class _Contest:
         return [self.task.new_tokens / turn["decode_s"] for turn in entrant.turns]
 
     def _row(self, entrant: _Entrant, first: list[float], bandwidth: float | None) -> BenchRow:
-        facts, turns, each = entrant.facts, entrant.turns, self._speeds(entrant)
+        facts, turns = entrant.facts, entrant.turns
+        each = self._speeds(entrant)
         ttft = statistics.median(turn["ttft_s"] for turn in turns)
         low, middle, high = (float(value) for value in np.percentile(each, (10, 50, 90)))
         a_token = facts["read_bytes"] + facts["kv_bytes"]
