@@ -23,3 +23,8 @@ class PlanError(LowvramError, ValueError):
 
 class BudgetError(LowvramError):
     """A byte budget too small for what was asked. Says what is short and what would help."""
+
+
+def first_line(error: object) -> str:
+    """The first line of what an error, or any value, says of itself; of one that says nothing, its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

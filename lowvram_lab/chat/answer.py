@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.chat.prompt import StopStrings, stop_ids
@@ -66,8 +67,8 @@ class Session(Generic[Question]):
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -115,19 +116,18 @@ class Session(Generic[Question]):
 class Answer(Generic[Question]):
     """One answer on its way.
 
-    Args:
+    Attributes:
         session: Whose.
         question: What it answers.
-        prompt: Its ids.
-
-    Attributes:
         prompt: Ids of the question, as much of it as is seen.
         tokens: Ids of the answer so far.
         shown: Its text so far, as it was yielded.
     """
 
     def __init__(self, session: Session[Question], question: Question, prompt: list[int]):
-        self.session, self.question, self.prompt = session, question, prompt
+        self.session = session
+        self.question = question
+        self.prompt = prompt
         self.tokens: list[int] = []
         self.shown = ""
         self._live = session._live

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 
+import pandas as pd
+
 from lowvram_lab.units import GiB
 
 
@@ -85,15 +87,8 @@ def judged(
 ) -> Effect:
     """A row with its verdict: the claim holds if all readings keep to its limit, and does not if none does.
 
-    Args:
-        claim: Key of ``CLAIMS``.
-        quantity: See ``Effect``.
-        ours: See ``Effect``.
-        values: The possible readings of our figure.
-        how: See ``Effect``.
-        note: See ``Effect``.
-        unchecked: Why no verdict is possible, whatever the values.
-        figures: See ``Effect``.
+    ``values`` are the possible readings of our figure; the other arguments are those of ``Effect``. Where ``unchecked``
+    says why, no verdict is possible, whatever the values.
     """
     stated = CLAIMS[claim]
     verdicts = {value >= stated.limit if stated.at_least else value <= stated.limit for value in values}
@@ -154,10 +149,8 @@ class EffectReport:
         ]
         return " ".join(filter(None, parts))
 
-    def table(self):
-        """One row a figure. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """One row a figure."""
         rows = [(e.quantity, e.article, e.ours, e.how, VERDICTS[e.held], e.note) for e in self.effects]
         return pd.DataFrame(rows, columns=["quantity", "article", "here", "how", "verdict", "note"])
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab import machine
 from lowvram_lab.chat.effect_report import CARD, CLAIMS, MODEL, Effect, EffectReport, judged
@@ -19,11 +20,12 @@ from lowvram_lab.chat.fidelity import Fidelity, fidelity, load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.errors import BudgetError, LowvramError, first_line
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import Gpu, StandInGpu
+from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -152,13 +154,13 @@ class Case:
 
     bytes_in_16_bits: int | None = None
     choice: PlanChoice | None = None
-    checkpoint: object = None
-    tokenizer: object = None
+    checkpoint: Checkpoint | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
     weights_from: str = ""
-    model: torch.nn.Module | None = None
+    model: PreTrainedModel | None = None
     how: str = ""
     session: ChatSession | None = None
-    reference: torch.nn.Module | None = None
+    reference: PreTrainedModel | None = None
     sensitivity: Sensitivity | None = None
 
     @property
@@ -170,6 +172,10 @@ class Case:
     def naive(self) -> Plan:
         """The whole model in 16 bits on the GPU."""
         return Plan.uniform(self.spec, "bf16", context=self.context)
+
+    def saved(self, weight_bytes: int) -> float:
+        """Share of the weights' 16-bit bytes that so many save."""
+        return 1 - weight_bytes / (2 * self.spec.num_parameters)
 
     def need(self, made: str, stage: str):
         """What an earlier stage made.
@@ -237,23 +243,23 @@ def _opened(model: str | Path, converted: bool = False) -> tuple[Source, ModelSp
     return source, spec
 
 
-# --- the stages: each takes the case, keeps in it what later ones need, and returns its rows
+# --- the stages: each takes the case, keeps in it what later ones need, and returns its row
 
 
-def forecast_16_bits(case: Case) -> list[Effect]:
+def forecast_16_bits(case: Case) -> Effect:
     """What the model takes as it is."""
     profile = forecast(case.naive, case.budget)
     case.bytes_in_16_bits = profile.device_peak_bytes
     oom = profile.first_oom
     note = f"out of memory in {oom.phase}, at {oom.module}" if oom else "it fits"
-    return [case.memory("before", "GPU memory, 16 bits", profile, "forecast", note)]
+    return case.memory("before", "GPU memory, 16 bits", profile, "forecast", note)
 
 
-def plan(case: Case) -> list[Effect]:
+def plan(case: Case) -> Effect:
     """What it takes by the plan for that card."""
     case.choice = auto_plan(case.spec, case.budget, case.context)
     summary = case.choice.plan.summary()
-    return [case.memory("after", "GPU memory, planned", case.choice.forecast, "forecast", summary)]
+    return case.memory("after", "GPU memory, planned", case.choice.forecast, "forecast", summary)
 
 
 def fetch(case: Case) -> None:
@@ -263,7 +269,7 @@ def fetch(case: Case) -> None:
     case.weights_from = marker.get("source", case.source.public_name)
 
 
-def run(case: Case) -> list[Effect]:
+def run(case: Case) -> Effect:
     """Loads the plan for what stands for the card, and fills the context."""
     checkpoint = case.need("checkpoint", "fetch")
     choice = auto_plan(case.spec, case.gpu, case.context)
@@ -273,21 +279,21 @@ def run(case: Case) -> list[Effect]:
     profile = run_workload(case.model, choice.forecast.workload)
     foretold = format_bytes(choice.forecast.device_peak_bytes)
     note = f"{foretold} by forecast for it; {choice.plan.summary()}"
-    return [case.memory("after", "GPU memory, run", profile, f"measured, {case.gpu.name}", note)]
+    return case.memory("after", "GPU memory, run", profile, f"measured, {case.gpu.name}", note)
 
 
-def ask_first(case: Case) -> list[Effect]:
+def ask_first(case: Case) -> Effect:
     """The first question of a chat."""
     model = case.need("model", "run")
     session = ChatSession(model, case.tokenizer, max_new_tokens=ANSWER_TOKENS)
     row = _answered(case, session, "first", QUESTIONS[0])
     case.session = session
-    return [row]
+    return row
 
 
-def ask_later(case: Case) -> list[Effect]:
+def ask_later(case: Case) -> Effect:
     """Its second question."""
-    return [_answered(case, case.need("session", "chat"), "later", QUESTIONS[1])]
+    return _answered(case, case.need("session", "chat"), "later", QUESTIONS[1])
 
 
 def _answered(case: Case, session: ChatSession, claim: str, question: str) -> Effect:
@@ -303,7 +309,7 @@ def _answered(case: Case, session: ChatSession, claim: str, question: str) -> Ef
     return case.timed(claim, f"{claim} response", ours, [turn.ttft_s, last_s], **told)
 
 
-def decode(case: Case) -> list[Effect]:
+def decode(case: Case) -> Effect:
     """Tokens a second; by forecast where there is no model."""
     prompt = max(1, min(64, case.context // 2))
     workload = Workload(prompt, max(1, min(32, case.context - prompt - 1)))
@@ -317,7 +323,7 @@ def decode(case: Case) -> list[Effect]:
     how = f"{speed.origin}, {speed.where}"
     note = f"{workload.new_tokens} tokens after {prompt}, by {speed.engine}"
     ours = f"{rate:.1f} tokens/s"
-    return [case.timed("decoding", "decoding", ours, [rate], how=how, note=note, figures=speed.to_dict())]
+    return case.timed("decoding", "decoding", ours, [rate], how=how, note=note, figures=speed.to_dict())
 
 
 def estimate(case: Case) -> None:
@@ -328,15 +334,14 @@ def estimate(case: Case) -> None:
     if len(case.converted) < 2:
         text = calibration_text()
         ids = calibration_windows(case.tokenizer, text, case.calibration_tokens, case.spec.longest_context)
-        case.sensitivity = estimate_sensitivity(
-            case.spec, checkpoint, ids, formats=case.formats, progress=case.progress
-        )
+        options = {"formats": case.formats, "progress": case.progress}
+        case.sensitivity = estimate_sensitivity(case.spec, checkpoint, ids, **options)
 
 
-def compress(case: Case, claim: str) -> list[Effect]:
+def compress(case: Case, claim: str) -> Effect:
     """What a model so much smaller loses; without weights, what it would take."""
     if case.checkpoint is None:
-        return [_foretold(case, claim)]
+        return _foretold(case, claim)
     if claim in case.converted:
         source, spec = case.converted[claim]
         plan = Plan.uniform(spec, "stored", context=case.context)
@@ -353,12 +358,12 @@ def compress(case: Case, claim: str) -> list[Effect]:
     plan = plan.with_modules("*", device="cpu")
     model = load(plan, StandInGpu(None), checkpoint=source.checkpoint(), progress=case.progress)
     found = fidelity(model, reference, case.tokenizer, progress=case.progress)
-    return [_loss(case, claim, found, how, note)]
+    return _loss(case, claim, found, how, note)
 
 
 def _loss(case: Case, claim: str, found: Fidelity, how: str, note: str) -> Effect:
     wanted = CLAIMS[claim].saved
-    saved = 1 - found.weight_bytes / (2 * case.spec.num_parameters)
+    saved = case.saved(found.weight_bytes)
     changed = 1 - found.top1_agreement
     increase = found.perplexity_increase
     return judged(
@@ -377,7 +382,7 @@ def _foretold(case: Case, claim: str) -> Effect:
     """What can be said of a compression without weights: what a uniform format of that size takes of the card."""
     for name in case.formats:
         plan = Plan.uniform(case.spec, name, context=case.context)
-        saved = 1 - plan.weight_bytes() / (2 * case.spec.num_parameters)
+        saved = case.saved(plan.weight_bytes())
         if saved >= CLAIMS[claim].saved:
             break
     profile = forecast(plan, case.budget)
@@ -399,12 +404,12 @@ class Stage:
 
     Attributes:
         name: As it is announced and timed.
-        work: Takes the case; returns rows, or nothing.
+        work: Takes the case; returns a row, or nothing.
         owes: Claim and quantity of the row that says why where the stage fails.
     """
 
     name: str
-    work: Callable[[Case], list[Effect] | None]
+    work: Callable[[Case], Effect | None]
     owes: tuple[str, str] | None = None
 
 
@@ -423,17 +428,18 @@ STAGES = (
 
 
 def run_stage(stage: Stage, case: Case) -> list[Effect]:
-    """The rows of a stage; one that fails notes why, and its row says so.
+    """The row of a stage, if it has one; where the stage fails, the case notes why and the row says so.
 
     Raises:
         Exception: What is no failure of a machine, a model or its weights.
     """
     try:
-        return stage.work(case) or []
+        row = stage.work(case)
+        return [row] if row else []
     except Exception as error:
         if not _is_expected(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split("; ")[0]
+        reason = first_line(error).split("; ")[0]
         case.lost[stage.name] = reason
         if stage.owes is None:
             return []

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import load
@@ -111,9 +111,9 @@ def load_reference(
 
 @torch.no_grad()
 def fidelity(
-    model,
-    reference,
-    tokenizer,
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     text: str | None = None,
     *,
     window: int = WINDOW,
@@ -197,7 +197,7 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _log_probabilities(model, window: torch.Tensor) -> torch.Tensor:
+def _log_probabilities(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     """``(tokens - 1, vocab)`` in float32 on the CPU."""
     slice_tokens = SLICE if model.lowvram.gpu.budget else len(window)
     cache, pieces = PreallocatedCache(model, len(window)), []

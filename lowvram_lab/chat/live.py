@@ -26,10 +26,7 @@ logger = logging.getLogger(__name__)
 class LiveDecoder:
     """The decoder of a model as it is planned now, and which ids its cache holds.
 
-    Args:
-        model: From ``load``.
-        compiled: Whether it may compile a layer (``LeanDecoder``); by default where there is a compiler.
-        progress: Show that it compiles.
+    Arguments as ``Session``.
 
     Attributes:
         given_up: What was given up because the GPU was full, in words, since the list was last emptied.

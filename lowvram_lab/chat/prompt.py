@@ -3,20 +3,26 @@
 Nothing a user types becomes a control token: ``<|im_end|>`` in a message is spelt out in ordinary tokens.
 """
 
+from __future__ import annotations
+
 import functools
 import re
 import secrets
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
 from lowvram_lab.errors import LowvramError, SourceError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
 """Checkpoints disagree on ``eos_token_id`` (Qwen1.5's chat and base models do): stop at any of these."""
 
 
-def stop_ids(model, tokenizer) -> frozenset[int]:
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Every id that ends a turn: from generation config, config, tokenizer, and well-known names it has."""
     found = set()
     for holder in (model.generation_config, model.config, tokenizer):
@@ -27,12 +33,8 @@ def stop_ids(model, tokenizer) -> frozenset[int]:
     return frozenset(found)
 
 
-def chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat, ready for the assistant's answer.
-
-    Args:
-        tokenizer: With a chat template.
-        messages: Each with ``role`` and ``content``.
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a chat, messages with ``role`` and ``content``, ready for the assistant's answer.
 
     Raises:
         SourceError: The template refuses these messages, or fails.
@@ -56,7 +58,7 @@ def chat_ids(tokenizer, messages: list[dict[str, str]]) -> list[int]:
     return ids
 
 
-def text_ids(tokenizer, text: str) -> list[int]:
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text to go on with: begun as the tokenizer begins one (``<s>``, where it does), and not ended.
 
     Args:
@@ -95,7 +97,7 @@ def checked_text(text: str, what: str) -> str:
     return text
 
 
-def _spelt_out(tokenizer, control: str) -> list[int]:
+def _spelt_out(tokenizer: PreTrainedTokenizerBase, control: str) -> list[int]:
     """A control token as the ordinary tokens of its letters; one that is not special is split only by hand."""
     ids: list[int] = []
     for part in filter(None, (control[:1], control[1:])):
@@ -104,14 +106,14 @@ def _spelt_out(tokenizer, control: str) -> list[int]:
 
 
 @functools.lru_cache(maxsize=4)  # a vocabulary takes a tenth of a second to look through
-def _control_tokens(tokenizer) -> re.Pattern | None:
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
     vocabulary = tokenizer.get_vocab()
     names = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
     names |= {token for token in END_OF_TURN_TOKENS if token in vocabulary}
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))) if names else None
 
 
-def _render(tokenizer, messages, tokenize: bool):
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], tokenize: bool):
     try:
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize
@@ -144,9 +146,6 @@ class StopStrings:
 
     def cut(self, text: str) -> tuple[str, bool]:
         """What of an unfinished answer can be shown, and whether it has ended.
-
-        Args:
-            text: All of it so far.
 
         Returns:
             The text before the first stop string and ``True``; or the text without what may be the beginning of one,

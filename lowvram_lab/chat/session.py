@@ -5,6 +5,8 @@ Derived in: notebooks/09_validated_chat.ipynb
 
 from collections.abc import Iterator
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from lowvram_lab.chat.answer import Answer, Session
 from lowvram_lab.chat.prompt import chat_ids, checked_text
 from lowvram_lab.engine.loaded import loaded
@@ -38,7 +40,9 @@ class ChatSession(Session[History]):
         SourceError: The tokenizer has no chat template (``Source.require_chat_template`` says so before it is loaded).
     """
 
-    def __init__(self, model, tokenizer, *, system: str | None = None, **options):
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, **options
+    ):
         if not getattr(tokenizer, "chat_template", None):
             raise base_model(loaded(model).plan.model)
         self.history: History = [] if system is None else [{"role": "system", "content": system}]

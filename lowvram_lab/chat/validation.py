@@ -5,6 +5,9 @@ Derived in: notebooks/09_validated_chat.ipynb
 
 from dataclasses import asdict, dataclass
 
+import pandas as pd
+from transformers import PreTrainedModel
+
 from lowvram_lab.chat.fidelity import Fidelity, fidelity, repetition
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
@@ -77,10 +80,8 @@ class ValidationReport:
             return f"PASS: {made} of {made} checks, {self.model} on {self.gpu}"
         return f"FAIL: {', '.join(failed) or 'no check was made'} ({self.model} on {self.gpu})"
 
-    def table(self):
-        """One row a check. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """One row a check."""
         verdict = {True: "pass", False: "FAIL", None: ""}
         rows = [(c.name, c.value, c.limit, verdict[c.passed]) for c in self.checks]
         return pd.DataFrame(rows, columns=["check", "measured", "demanded", "verdict"])
@@ -105,7 +106,7 @@ class ValidationReport:
 def validate(
     session: ChatSession,
     *,
-    reference=None,
+    reference: PreTrainedModel | None = None,
     forecast: MemoryProfile | None = None,
     measured: MemoryProfile | None = None,
     speed: SpeedProfile | None = None,
@@ -153,7 +154,7 @@ def _memory_checks(session: ChatSession, measured: MemoryProfile | None) -> list
     return [Check("peak GPU memory", value, limit, held <= gpu.budget.total_bytes)]
 
 
-def _forecast_checks(forecast, measured, limits: Limits) -> list[Check]:
+def _forecast_checks(forecast: MemoryProfile | None, measured: MemoryProfile | None, limits: Limits) -> list[Check]:
     if forecast is None or measured is None:
         return []
     checks = []
@@ -164,7 +165,7 @@ def _forecast_checks(forecast, measured, limits: Limits) -> list[Check]:
     return checks
 
 
-def _fidelity_checks(found, limits: Limits) -> list[Check]:
+def _fidelity_checks(found: Fidelity, limits: Limits) -> list[Check]:
     smaller = 1 - found.weight_bytes / found.reference_weight_bytes
     return [
         Check("weights, all", f"{format_bytes(found.weight_bytes)} ({smaller:.0%} less than 16-bit)"),

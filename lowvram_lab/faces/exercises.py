@@ -27,7 +27,7 @@ class Verdict:
         return self.text
 
 
-def check(name: str, yours, expected, tolerance: float = 0.0) -> Verdict:
+def check(name: str, yours: object, expected: object, tolerance: float = 0.0) -> Verdict:
     """Compares an answer with the expected one.
 
     Args:
@@ -50,7 +50,7 @@ def check(name: str, yours, expected, tolerance: float = 0.0) -> Verdict:
     return Verdict(False, f"{name}: not yet: yours is {_show(yours)}, expected {_show(expected)}")
 
 
-def _same(yours, expected, tolerance: float) -> bool:
+def _same(yours: object, expected: object, tolerance: float) -> bool:
     if isinstance(expected, list | tuple):
         return len(yours) == len(expected) and all(
             _same(mine, theirs, tolerance) for mine, theirs in zip(yours, expected, strict=True)
@@ -63,7 +63,7 @@ def _same(yours, expected, tolerance: float) -> bool:
     return bool(equal)
 
 
-def _show(value) -> str:
+def _show(value: object) -> str:
     try:
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{value!r}"
     except Exception:  # an object whose repr fails, a number of thousands of digits

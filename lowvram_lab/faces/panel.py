@@ -14,10 +14,21 @@ from dataclasses import replace
 
 import torch
 from matplotlib.figure import Figure
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.engine.load import load, replan
+from lowvram_lab.engine.loaded import Weights
 from lowvram_lab.errors import LowvramError, PlanError
-from lowvram_lab.faces.plot_memory import BUDGET_COLOUR, COLOURS, LABELS, STYLES, plot_profiles
+from lowvram_lab.faces.plot_memory import (
+    BUDGET_COLOUR,
+    COLOURS,
+    label_point,
+    memory_parts,
+    plot_profiles,
+    stack_bars,
+    unit_name,
+    unit_of,
+)
 from lowvram_lab.faces.split import (
     SplitResult,
     SplitState,
@@ -40,7 +51,7 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
-from lowvram_lab.units import GiB, MiB, format_bytes
+from lowvram_lab.units import format_bytes
 
 CONTEXT = 2048
 PROMPT = "What is a language model?"
@@ -89,7 +100,16 @@ class LayerSplitPanel:
         PlanError: A context the model does not have.
     """
 
-    def __init__(self, model, gpu=None, context: int | None = None, *, tokenizer=None, checkpoint=None, machine=None):
+    def __init__(
+        self,
+        model: PreTrainedModel | ModelSpec | str | os.PathLike,
+        gpu: Gpu | GpuBudget | str | int | None = None,
+        context: int | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        checkpoint: Weights | None = None,
+        machine: Machine | None = None,
+    ):
         widgets = _ipywidgets()
         self._lock = threading.RLock()  # JupyterLab runs callbacks beside cells
         self._known: dict[SplitState, SplitResult] = {}
@@ -325,8 +345,7 @@ class LayerSplitPanel:
             speed, style = each.speed.decode_tokens_per_s, {"color": COLOURS["weights"]} if each.fits else DOES_NOT_FIT
             right.bar(position, speed, width=0.6, **style)
             text, colour = (f"{speed:.1f}", "black") if each.fits else (f"{speed:.1f}\ndoes\nnot fit", BUDGET_COLOUR)
-            place = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-            right.annotate(text, (position, speed), color=colour, **place)
+            label_point(right, text, (position, speed), colour)
         right.set_xticks(range(bars), names)
         right.set_ylabel("predicted tokens/s")
         left.set_ylim(bottom=0)
@@ -346,29 +365,22 @@ class LayerSplitPanel:
         stacks = [gpu_parts, {"weights": found.forecast.cpu_weights_bytes, "kv": cpu_kv}]
         sizes, card = [sum(stack.values()) for stack in stacks], self._budget.total_bytes if self._budget else 0
         widest = max(card, sum(sizes))  # the sum hardly moves with the layers, so the scale stands still
-        unit, name = (GiB, "GiB") if widest >= GiB else (MiB, "MiB")
+        unit = unit_of(widest)
         figure = Figure(figsize=(7.2, 2.6), dpi=110, layout="constrained")
-        ax, lefts = figure.add_subplot(), [0.0, 0.0]
-        for category, style in STYLES.items():
-            widths = [stack.get(category, 0) / unit for stack in stacks]
-            if any(widths):
-                ax.barh([0, 1], widths, left=lefts, height=0.6, label=LABELS[category], **style)
-                lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+        ax = figure.add_subplot()
+        stack_bars(ax, [0, 1], memory_parts(stacks, unit), sideways=True)
         if card:
             label = f"the card, {format_bytes(card)}"
             ax.plot([card / unit] * 2, [-0.45, 0.45], "--", color=BUDGET_COLOUR, linewidth=2, label=label)
         for position, size in enumerate(sizes):
-            within = (
-                position == 0 and size < card < size + 0.16 * widest
-            )  # beyond the bar it would cover the card's line
+            # beyond the bar it would cover the card's line
+            within = position == 0 and size < card < size + 0.16 * widest
             side = {"xytext": (-5, 0), "ha": "right"} if within else {"xytext": (5, 0), "ha": "left"}
-            place = {"textcoords": "offset points", "va": "center", **side}
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # readable across bars and lines
-            ax.annotate(format_bytes(size) if size else "nothing", (size / unit, position), bbox=box, **place)
-        ax.set_xlim(0, 1.16 * widest / unit)
+            text = format_bytes(size) if size else "nothing"
+            label_point(ax, text, (size / unit, position), va="center", **side)
         ax.set_yticks([0, 1], ["GPU", "CPU"])
-        ax.set_ylim(1.5, -0.5)
-        ax.set_xlabel(f"{name} at the GPU's peak, {plan.context:,} tokens")
+        ax.set(xlim=(0, 1.16 * widest / unit), ylim=(1.5, -0.5))
+        ax.set_xlabel(f"{unit_name(unit)} at the GPU's peak, {plan.context:,} tokens")
         ax.set_title(f"{self.spec.name}: memory forecast {self._forecast_for()}", fontsize="medium")
         figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
         return figure

@@ -8,6 +8,7 @@ Derived in: notebooks/01_analyze_the_oom.ipynb, notebooks/02_watch_memory.ipynb,
 from collections import Counter
 from collections.abc import Sequence
 
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -58,7 +59,7 @@ def plot_profiles(
     for position, (profile, top) in enumerate(zip(profiles, tops, strict=True)):
         verdict = "" if profile.fits else "\ndoes not fit"
         colour = "black" if profile.fits else BUDGET_COLOUR
-        _label(ax, f"{in_unit(top, unit)}{verdict}", (position, top / unit), colour)
+        label_point(ax, f"{in_unit(top, unit)}{verdict}", (position, top / unit), colour)
     ax.set_ylabel(f"GPU memory at the peak, {unit_name(unit)}")
     ax.margins(y=0.18)
     return legend(ax)
@@ -75,7 +76,7 @@ def plot_phases(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
     stacks = [{**phase.reserved_breakdown, "context": profile.overhead_bytes} for phase in profile.phases]
     unit, tops = _draw_stacks(ax, [phase.name for phase in profile.phases], stacks, profile.budget)
     for position, top in enumerate(tops):
-        _label(ax, in_unit(top, unit), (position, top / unit))
+        label_point(ax, in_unit(top, unit), (position, top / unit))
     ax.set_ylabel(f"peak GPU memory, {unit_name(unit)}")
     ax.set_title(_title(profile), fontsize="medium")
     ax.margins(y=0.12)
@@ -98,7 +99,7 @@ def plot_breakdown(profile: MemoryProfile, ax: Axes | None = None) -> Axes:
         ax.barh(LABELS[category], size / unit, left=left / unit, height=0.7, **STYLES[category])
         left += size
         text = f"{format_bytes(size)} ({size / whole:.0%})"
-        _label(ax, text, (left / unit, LABELS[category]), xytext=(4, 0), ha="left", va="center")
+        label_point(ax, text, (left / unit, LABELS[category]), xytext=(4, 0), ha="left", va="center")
     ax.invert_yaxis()
     ax.set_xlim(0, 1.4 * whole / unit)
     ax.set_xlabel(f"GPU memory at the peak, {unit_name(unit)}: {in_unit(whole, unit)} in all")
@@ -142,8 +143,7 @@ def plot_timeline(source: MemoryProfile | Timeline, budget: GpuBudget | None = N
         ax.axvspan(at[row], at.max(), color="white", alpha=0.5, linewidth=0, zorder=2.2)
         _mark_failure(ax, profile.first_oom, (at[row], reserved[row] / unit), late=at[row] > at.max() / 3)
     above = "without CUDA context" if from_empty else "above what was live before"
-    ax.set_ylabel(f"GPU memory {above}, {unit_name(unit)}")
-    ax.set_ylim(bottom=0)
+    ax.set(ylabel=f"GPU memory {above}, {unit_name(unit)}", ylim=(0, None))
     ax.margins(y=0.12)
     return legend(ax)
 
@@ -174,7 +174,7 @@ def plot_comparison(forecast: MemoryProfile, measured: MemoryProfile, ax: Axes |
     for position, row in compared.iterrows():
         peak = row[measured.origin]
         text = f"{in_unit(peak, unit)} {unit_name(unit)}\noff by {row['difference']:,} bytes"
-        _label(ax, text, (position + 0.5, peak / unit))
+        label_point(ax, text, (position + 0.5, peak / unit))
     _draw_tensor_room(ax, measured.budget, unit)
     ax.set_ylabel(f"allocated, without CUDA context, {unit_name(unit)}")
     ax.set_title(_title(measured), fontsize="medium")
@@ -220,10 +220,8 @@ def plot_kv(specs: Sequence[ModelSpec], context: int, budget: GpuBudget | None =
         label = f"{spec.name}: {spec.kv_bytes(1) / 1024:g} KiB a token"
         ax.plot([0, context], [0, spec.kv_bytes(context) / unit], style, label=label, linewidth=2)
     _draw_card(ax, budget, unit)
-    ax.set_xlabel("tokens in the cache")
-    ax.set_ylabel(f"KV cache in 16 bits, {unit_name(unit)}")
-    ax.set_xlim(0, context)
-    ax.set_ylim(bottom=0)
+    ax.set(xlabel="tokens in the cache", ylabel=f"KV cache in 16 bits, {unit_name(unit)}")
+    ax.set(xlim=(0, context), ylim=(0, None))
     return legend(ax)
 
 
@@ -237,21 +235,39 @@ def _title(profile: MemoryProfile) -> str:
     return f"{profile.model}, {profile.origin}{where}"
 
 
-def _draw_stacks(ax: Axes, names: Sequence[str], stacks: Sequence[dict], budget) -> tuple[int, list[int]]:
+def memory_parts(stacks: Sequence[dict], unit: int) -> dict[str, tuple[list[float], dict]]:
+    """What ``stack_bars`` draws of some breakdowns, a bar each: the categories that there are, in a unit."""
+    sizes = {category: [stack.get(category, 0) / unit for stack in stacks] for category in STYLES}
+    return {LABELS[name]: (size, STYLES[name]) for name, size in sizes.items() if any(size)}
+
+
+def stack_bars(
+    ax: Axes, names: Sequence, parts: dict[str, tuple[list[float], dict]], *, sideways: bool = False
+) -> list[float]:
+    """Draws bars of several parts: label → its size in every bar, and its style. Returns where each bar ends."""
+    ends = [0.0] * len(names)
+    for label, (sizes, style) in parts.items():
+        if sideways:
+            ax.barh(names, sizes, left=ends, height=0.6, label=label, **style)
+        else:
+            ax.bar(names, sizes, bottom=ends, width=0.6, label=label, **style)
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    return ends
+
+
+def _draw_stacks(
+    ax: Axes, names: Sequence[str], stacks: Sequence[dict], budget: GpuBudget | None
+) -> tuple[int, list[int]]:
     """Draws a breakdown a bar, and the card; returns the unit and every bar's height in bytes."""
-    unit, tops = unit_of(max(sum(stack.values()) for stack in stacks)), [0] * len(stacks)
-    for category, style in STYLES.items():
-        sizes = [stack.get(category, 0) for stack in stacks]
-        if any(sizes):
-            heights, bottoms = [size / unit for size in sizes], [top / unit for top in tops]
-            ax.bar(range(len(stacks)), heights, bottom=bottoms, label=LABELS[category], width=0.6, **style)
-            tops = [top + size for top, size in zip(tops, sizes, strict=True)]
+    tops = [sum(stack.values()) for stack in stacks]
+    unit = unit_of(max(tops))
+    stack_bars(ax, range(len(stacks)), memory_parts(stacks, unit))
     ax.set_xticks(range(len(names)), names)
     _draw_card(ax, budget, unit)
     return unit, tops
 
 
-def _draw_phases(ax: Axes, table, keep: Sequence[int] = ()):
+def _draw_phases(ax: Axes, table: pd.DataFrame, keep: Sequence[int] = ()):
     """Gives every phase a width of one, so that a short load can be read beside a long decode, and names it.
 
     Returns where each event of a timeline's table is drawn, and the rows to draw: all of a short timeline, of a long
@@ -273,13 +289,13 @@ def _draw_phases(ax: Axes, table, keep: Sequence[int] = ()):
     return at, sorted(rows)
 
 
-def _curve(ax: Axes, table):
+def _curve(ax: Axes, table: pd.DataFrame):
     """Where and how much was allocated, thinned for drawing."""
     at, rows = _draw_phases(ax, table)
     return at[rows], table["allocated"][rows]
 
 
-def _failure(table, oom: OomEvent) -> list[int]:
+def _failure(table: pd.DataFrame, oom: OomEvent) -> list[int]:
     """The row of the allocation that failed, if it is there; its block may be larger than what was asked for."""
     asked = table["owner"].eq(oom.module) & table["phase"].eq(oom.phase) & table["size"].ge(oom.requested_bytes or 1)
     return list(table.index[asked & (table["allocated"] - table["size"]).eq(oom.allocated_bytes)][:1])
@@ -289,7 +305,7 @@ def _mark_failure(ax: Axes, oom: OomEvent, at: tuple[float, float], late: bool) 
     ax.plot(*at, "X", color=BUDGET_COLOUR, markersize=9, zorder=5, label="out of memory\n(pale: had it gone on)")
     text = f"{oom.module.removeprefix('model.')}\nasks for {format_bytes(oom.requested_bytes)}"
     side = {"xytext": (-12, 6), "ha": "right"} if late else {"xytext": (12, -20), "ha": "left", "va": "top"}
-    _label(ax, text, at, BUDGET_COLOUR, **side)
+    label_point(ax, text, at, BUDGET_COLOUR, **side)
 
 
 def _draw_card(ax: Axes, budget: GpuBudget | None, unit: int, *, upright: bool = False) -> None:
@@ -306,7 +322,7 @@ def _draw_tensor_room(ax: Axes, budget: GpuBudget | None, unit: int) -> None:
         ax.axhline(budget.usable_bytes / unit, color=BUDGET_COLOUR, linestyle="--", label=label, zorder=3)
 
 
-def _label(ax: Axes, text: str, at: tuple, colour: str = "black", **where) -> None:
+def label_point(ax: Axes, text: str, at: tuple, colour: str = "black", **where) -> None:
     """Text beside a point, by default just above it, readable where the card's line crosses it."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     style = {"xytext": (0, 2), "ha": "center", "va": "bottom", **where}

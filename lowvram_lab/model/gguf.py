@@ -6,16 +6,26 @@ data that runs past the end of the file only when it is used. De-quantising is t
 Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``.
 """
 
+from __future__ import annotations
+
 import contextlib
 import logging
+import math
 import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lowvram_lab.errors import CheckpointError, LowvramError
+import numpy as np
+import torch
+
+from lowvram_lab.errors import CheckpointError, LowvramError, first_line
 from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
 from lowvram_lab.model.quiet import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -154,9 +164,8 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
     empty.rmdir()
 
 
-def _dequantised(empty: Path, config, location: dict) -> tuple:
+def _dequantised(empty: Path, config: PretrainedConfig, location: dict) -> tuple:
     """The model in bfloat16, and transformers' report of what it loaded."""
-    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
@@ -170,12 +179,11 @@ def _dequantised(empty: Path, config, location: dict) -> tuple:
     )
 
 
-def _save(loaded, config, header: GgufHeader, directory: Path) -> None:
+def _save(loaded: PreTrainedModel, config: PretrainedConfig, header: GgufHeader, directory: Path) -> None:
     """Config, weights and generation config.
 
     The loaded model calls itself quantised and refuses ``save_pretrained``: its tensors go to one that is not.
     """
-    import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     with torch.device("meta"):
@@ -219,7 +227,7 @@ def _config_facts(path: Path, header: GgufHeader) -> dict:
     return facts
 
 
-def _check_complete(path: Path, header: GgufHeader, model, report) -> None:
+def _check_complete(path: Path, header: GgufHeader, model: PreTrainedModel, report: dict) -> None:
     """The loader fills a missing tensor with random numbers and drops one it cannot name; neither may pass here."""
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{path}: lacks {len(missing)} tensors, first {missing[0]}; download the file again")
@@ -252,8 +260,7 @@ def _one_line_errors(path: Path, action: str):
     except (LowvramError, MemoryError):
         raise
     except Exception as error:  # the readers raise anything from KeyError to StopIteration on damaged metadata
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot {action}: {reason}; try another GGUF of the model") from error
+        raise CheckpointError(f"{path}: cannot {action}: {first_line(error)}; try another GGUF of the model") from error
 
 
 def _parse(data: mmap.mmap) -> GgufHeader:
@@ -262,7 +269,8 @@ def _parse(data: mmap.mmap) -> GgufHeader:
         raise ValueError(f"expected the letters GGUF at its start, found {magic!r}")
     if version not in (2, 3):
         raise ValueError(f"expected GGUF version 2 or 3, little-endian, found {version}")
-    metadata, tensors, position = {}, {}, 24
+    metadata, tensors = {}, {}
+    position = 24
     for _ in range(key_count):
         key, position = _string(data, position)
         (kind,) = struct.unpack_from("<I", data, position)
@@ -293,10 +301,7 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
     if kind not in GGMLQuantizationType.__members__.values():
         raise ValueError(f"tensor {name} has the unknown type {kind}")
     block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    elements = 1
-    for size in shape:
-        elements *= size
-    return elements // block_elements * block_bytes
+    return math.prod(shape) // block_elements * block_bytes
 
 
 def _string(data: mmap.mmap, position: int) -> tuple[str, int]:
@@ -326,16 +331,11 @@ def _value(data: mmap.mmap, position: int, kind: int):
     code = "<" + _scalar(kind)
     (value,) = struct.unpack_from(code, data, position)
     # a float32 such as 1e-5 is stored as 9.999999747e-06: its shortest decimal is what the model's author wrote
-    return _shortest(value) if kind == _FLOAT32 else value, position + struct.calcsize(code)
+    value = float(str(np.float32(value))) if kind == _FLOAT32 else value
+    return value, position + struct.calcsize(code)
 
 
 def _scalar(kind: int) -> str:
     if kind not in _SCALARS:
         raise ValueError(f"a value of the unknown type {kind}")
     return _SCALARS[kind]
-
-
-def _shortest(value: float) -> float:
-    import numpy as np
-
-    return float(str(np.float32(value)))

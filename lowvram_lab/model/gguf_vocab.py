@@ -3,16 +3,26 @@
 Read off what the tokenizer does, step by step; a step that llama.cpp has no word for is refused, and named.
 """
 
+from __future__ import annotations
+
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import SourceError
 from lowvram_lab.model.gguf import read_gguf_header
 from lowvram_lab.model.source import Source
 from lowvram_lab.model.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
+
+Refuse = Callable[[str], SourceError]
+"""What was found → the error that says so, with the model's name."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -31,12 +41,7 @@ _PRE_TOKENIZERS = {
 
 
 def vocabulary(source: Source, spec: ModelSpec, directory: Path) -> dict:
-    """The tokenizer as GGUF has it: metadata key → value. A GGUF's own is taken as it is.
-
-    Args:
-        source: Whose tokenizer.
-        spec: Of the model; its embedding has a row for every token.
-        directory: Fetched from the source.
+    """A source's tokenizer as GGUF has it: metadata key → value. A GGUF's own is taken as it is.
 
     Raises:
         SourceError: Something about it that llama.cpp has no name for, in words.
@@ -76,7 +81,7 @@ def vocabulary(source: Source, spec: ModelSpec, directory: Path) -> dict:
     return named | ({"tokenizer.chat_template": template} if template else {})
 
 
-def _pre(facts: dict, refuse) -> str:
+def _pre(facts: dict, refuse: Refuse) -> str:
     """llama.cpp's name for what splits text before the merges, read off the tokenizer's own steps and patterns.
 
     Unicode normalisation (NFC, which Qwen's tokenizers ask for) has no place in GGUF and is lost.
@@ -103,7 +108,7 @@ def _pre(facts: dict, refuse) -> str:
     return name
 
 
-def _sentencepiece(facts: dict, tokens: list[str], types: list[int], merges: list[tuple], refuse) -> dict:
+def _sentencepiece(facts: dict, tokens: list[str], types: list[int], merges: list[tuple], refuse: Refuse) -> dict:
     """Scores and the leading space of a SentencePiece vocabulary written as merges; sets the types of byte tokens.
 
     llama.cpp joins whichever neighbours make the token with the best score; merges say which neighbours, in which
@@ -134,7 +139,7 @@ def _sentencepiece(facts: dict, tokens: list[str], types: list[int], merges: lis
     return {"scores": [-float(rank.get(t, 0)) for t in tokens], "add_space_prefix": _leading_space(facts, refuse)}
 
 
-def _leading_space(facts: dict, refuse) -> bool:
+def _leading_space(facts: dict, refuse: Refuse) -> bool:
     normal, split = _flat(facts["normalizer"], "normalizers"), facts["pre_tokenizer"] or {"type": "nothing"}
     steps = [step["type"] for step in normal]
     if split["type"] == "nothing" and steps in (["Replace"], ["Prepend", "Replace"]):
@@ -149,7 +154,7 @@ def _leading_space(facts: dict, refuse) -> bool:
     raise refuse(f"expected spaces to become U+2581 and nothing else, found {steps} and {split['type']}")
 
 
-def _special_tokens(tokenizer, spec: ModelSpec, directory: Path, refuse) -> dict:
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, spec: ModelSpec, directory: Path, refuse: Refuse) -> dict:
     """Which tokens begin and end a text, and which are put there unasked."""
     settings = directory / "generation_config.json"
     stops = json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id") if settings.is_file() else None

@@ -4,7 +4,7 @@ import logging
 import os
 from pathlib import Path
 
-from lowvram_lab.errors import SourceError
+from lowvram_lab.errors import SourceError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +67,10 @@ def snapshot(repo_id: str, patterns: list[str], progress: bool = True, local_onl
     except errors.HFValidationError as error:
         raise refuse("not a valid hub id", elsewhere) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        tried = (
-            "not in the hub's cache, and HF_HUB_OFFLINE forbids the network"
-            if offline()
-            else ("not in the hub's cache, and the hub cannot be reached")
-        )
-        raise refuse(tried, "connect and try again, or " + elsewhere) from error
+        why = "HF_HUB_OFFLINE forbids the network" if offline() else "the hub cannot be reached"
+        raise refuse(f"not in the hub's cache, and {why}", "connect and try again, or " + elsewhere) from error
     except Exception as error:  # the hub's client lets errors of its HTTP library and of the disk through
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise refuse(f"download failed ({reason})", "try again, or " + elsewhere) from error
+        raise refuse(f"download failed ({first_line(error)})", "try again, or " + elsewhere) from error
 
 
 def _silent_bar():

@@ -60,7 +60,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         check_modules(self.spec, self.modules, self.dtype)
-        check_settings(self)
+        check_settings(
+            self.spec,
+            dtype=self.dtype,
+            kv_format=self.kv_format,
+            context=self.context,
+            threads=self.threads,
+            stream_from=self.stream_from,
+            prefill_chunk=self.prefill_chunk,
+        )
 
     @property
     def model(self) -> str:
@@ -200,7 +208,8 @@ class Plan:
 
     def kv_bytes(self, tokens: int, device: str | None = None) -> int:
         """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on GPU or CPU or on both."""
-        spec, places, width = self.spec, self.layer_places(), self.spec.head_dim
+        spec, width = self.spec, self.spec.head_dim
+        places = self.layer_places()
         layers = len(places) if device is None else places.count(device)
         if self.kv_format == "int4":  # codes, scales and zeros in groups of 32; and the newest keys as they are
             values, blocks = width * tokens * 5 // 8, width * -(-tokens // 32) * 20
@@ -316,7 +325,7 @@ def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str
     return recipe
 
 
-def _place_of(name: str, where) -> str:
+def _place_of(name: str, where: str | int) -> str:
     """accelerate's words for a place."""
     text = str(where).split(":")[0]
     if text in ("gpu", "cuda") or is_whole_number(where, 0):

@@ -3,18 +3,12 @@
 Every rule names what was expected, what was found and what would do. It knows no file and no budget.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
-
-if TYPE_CHECKING:
-    from lowvram_lab.model.plan import Plan
 
 DEVICES = ("gpu", "cpu", "disk")
 """Where weights lie. Those on disk are mapped, and compute on the CPU as those in RAM do."""
@@ -44,17 +38,10 @@ def is_whole_number(value: object, least: int, most: int | None = None) -> bool:
 def whole_number(
     name: str, value: object, least: int, most: int | None = None, error: type[LowvramError] = PlanError
 ) -> None:
-    """Refuses what is no whole number within bounds, by name.
-
-    Args:
-        name: What the number is of, such as ``"context"``.
-        value: What was given.
-        least: The smallest that is right.
-        most: The largest that is, or ``None``.
-        error: The kind of refusal.
+    """Refuses what is no whole number within bounds, by name such as ``"context"``.
 
     Raises:
-        LowvramError: Of that kind.
+        LowvramError: Of the kind that ``error`` is.
     """
     if not is_whole_number(value, least, most):
         wanted = f"of {least} or more" if most is None else f"from {least} to {most}"
@@ -62,12 +49,7 @@ def whole_number(
 
 
 def check_modules(spec: ModelSpec, modules: Mapping[str, Assignment], dtype: str) -> None:
-    """Checks that every module of a model has a format that holds it and a device.
-
-    Args:
-        spec: The model.
-        modules: Module name → assignment.
-        dtype: The plan's, which unquantised modules have.
+    """Checks that every module of a model has a format that holds it and a device; ``dtype`` is the plan's.
 
     Raises:
         PlanError: Names the first module that does not fit, and what would.
@@ -116,22 +98,30 @@ def _check_layers(spec: ModelSpec, modules: Mapping[str, Assignment]) -> None:
             )
 
 
-def check_settings(plan: Plan) -> None:
-    """Checks what a plan says beside its modules.
+def check_settings(
+    spec: ModelSpec,
+    *,
+    dtype: str,
+    kv_format: str,
+    context: int,
+    threads: int | None,
+    stream_from: int | None,
+    prefill_chunk: int | None,
+) -> None:
+    """Checks what a plan says beside its modules. Arguments as the attributes of ``Plan``.
 
     Raises:
         PlanError: Names the first setting that does not fit, and what would.
     """
-    dtype, kv_format, stream_from, prefill_chunk = plan.dtype, plan.kv_format, plan.stream_from, plan.prefill_chunk
     if dtype not in DTYPES:
         raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {dtype!r}")
     if kv_format not in (dtype, "int8", "int4"):
         raise PlanError(f"expected kv_format {dtype} (the plan's dtype), int8 or int4, found {kv_format!r}")
-    if kv_format == "int4" and plan.spec.head_dim % INT4_KEYS:
-        raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {plan.spec.head_dim}; take int8")
-    _check_context(plan.spec, plan.context)
-    if plan.threads is not None:
-        whole_number("threads", plan.threads, 1, MOST_THREADS)
+    if kv_format == "int4" and spec.head_dim % INT4_KEYS:
+        raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8")
+    _check_context(spec, context)
+    if threads is not None:
+        whole_number("threads", threads, 1, MOST_THREADS)
     if prefill_chunk is not None:
         whole_number("prefill_chunk", prefill_chunk, 1)
     if stream_from is not None:

@@ -4,6 +4,8 @@ Weights come as safetensors, configs as checked JSON; pickled weights and a repo
 Finding a source is cheap and touches no network; its config needs no weights; fetching ends in a plain directory.
 """
 
+from __future__ import annotations
+
 import difflib
 import json
 import logging
@@ -11,9 +13,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lowvram_lab.errors import CheckpointError, SourceError
-from lowvram_lab.files import cache_dir, writable
+from lowvram_lab.errors import CheckpointError, SourceError, first_line
+from lowvram_lab.files import writable
 from lowvram_lab.model import builtin, chat_template, hub
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
@@ -23,7 +26,8 @@ from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import packaged_config, packaged_facts
 
-__all__ = ["Checkpoint", "Source", "builtin_names", "cache_dir", "find_source", "read_config"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +117,7 @@ class Source:
                 return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a damaged tokenizer.json surfaces as whatever the parser meets
             raise SourceError(
-                f"{directory}: cannot open its tokenizer ({_first_line(error)}); "
+                f"{directory}: cannot open its tokenizer ({first_line(error)[:160]}); "
                 "expected tokenizer.json or the model's vocabulary files beside config.json"
             ) from error
 
@@ -208,7 +212,7 @@ def read_config(directory: Path):
     except FileNotFoundError as error:
         raise CheckpointError(f"{directory}: no config.json; expected a transformers model directory") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({_first_line(error)}); download it again") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({first_line(error)[:160]}); download it again") from error
     return config_from_values(values, str(path))
 
 
@@ -219,9 +223,10 @@ def config_from_values(values: dict, where: str):
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
     if "auto_map" in values:
+        code = first_line(values["auto_map"])[:160]
         raise SourceError(
-            f"{where}: auto_map asks to run the repository's own code ({_first_line(values['auto_map'])}), which is "
-            "refused; pick a model that transformers implements itself"
+            f"{where}: auto_map asks to run the repository's own code ({code}), which is refused; "
+            "pick a model that transformers implements itself"
         )
     if values.get("quantization_config"):
         stored_formats(values["quantization_config"], (), where)  # refuses what the loader could not open
@@ -237,10 +242,10 @@ def config_from_values(values: dict, where: str):
     try:
         return config_class.from_dict(dict(values))
     except Exception as error:  # config classes validate with assertions, type errors and their own exceptions
-        raise CheckpointError(f"{where}: not a valid {model_type} config ({_first_line(error)})") from error
+        raise CheckpointError(f"{where}: not a valid {model_type} config ({first_line(error)[:160]})") from error
 
 
-def _check_sizes(values: dict, config_class, where: str) -> None:
+def _check_sizes(values: dict, config_class: type[PretrainedConfig], where: str) -> None:
     """Looks at the file's own values: the class would fill any gap with its default, and plan another model."""
     missing = []
     for name in _SIZES:
@@ -310,7 +315,3 @@ def _file_source(text: str, path: Path) -> Source:
 
 def _looks_like_path(text: str) -> bool:
     return bool(Path(text).suffix in (".gguf", ".safetensors", ".json")) or any(mark in text for mark in "/\\~")
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]

@@ -3,6 +3,8 @@
 Knows modules, shapes and KV geometry; knows nothing about formats, devices or weights.
 """
 
+from __future__ import annotations
+
 import copy
 import functools
 import hashlib
@@ -10,9 +12,15 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from lowvram_lab.errors import CheckpointError, PlanError
+import torch
+
+from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class ModelSpec:
     stored: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def from_config(cls, config, name: str = "") -> "ModelSpec":
+    def from_config(cls, config: PretrainedConfig, name: str = "") -> ModelSpec:
         """Builds the spec of a transformers config on the meta device.
 
         Args:
@@ -168,7 +176,7 @@ class ModelSpec:
         return pd.DataFrame(rows).assign(fp16_bytes=lambda t: 2 * t["parameters"])
 
 
-def build_on_meta(config):
+def build_on_meta(config: PretrainedConfig):
     """A transformers model whose parameters are on meta and whose buffers (rotary frequencies) are real.
 
     Raises:
@@ -181,9 +189,9 @@ def build_on_meta(config):
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:  # a config can break a constructor in any way; the user needs one line, not which
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"transformers cannot build a {config.model_type!r} causal language model from this config: {reason}"
+            f"transformers cannot build a {config.model_type!r} causal language model from this config: "
+            f"{first_line(error)}"
         ) from error
     model.tie_weights()  # the empty-weights context registers a parameter anew each time, which undoes the tie
     return model.eval()
@@ -223,10 +231,8 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     )
 
 
-def _modules_of(model, layers_path: str) -> tuple[ModuleSpec, ...]:
+def _modules_of(model: PreTrainedModel, layers_path: str) -> tuple[ModuleSpec, ...]:
     """Every module with parameters of its own, in forward order."""
-    import torch
-
     kinds = {torch.nn.Linear: "linear", torch.nn.Embedding: "embedding"}
     owners: dict[int, str] = {}
     modules = []
@@ -247,7 +253,7 @@ def _modules_of(model, layers_path: str) -> tuple[ModuleSpec, ...]:
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def _refuse_unsupported(config, text) -> None:
+def _refuse_unsupported(config: PretrainedConfig, text: PretrainedConfig) -> None:
     """Names what a forecast would get silently wrong: experts, attention that is not plain, more than one tower."""
     kind = config.model_type
 
@@ -267,7 +273,7 @@ def _refuse_unsupported(config, text) -> None:
         refuse("a model without attention heads (state space, recurrent)")
 
 
-def _kv_heads(text) -> int:
+def _kv_heads(text: PretrainedConfig) -> int:
     """Heads of keys and values. Multi-query models say that all queries share one head in a word of their own."""
     if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
         return 1
@@ -275,7 +281,7 @@ def _kv_heads(text) -> int:
     return stated or text.num_attention_heads
 
 
-def _sliding_window(text) -> int | None:
+def _sliding_window(text: PretrainedConfig) -> int | None:
     """The shortest window any layer attends within, or ``None`` where every layer sees everything."""
     window = getattr(text, "sliding_window", None)
     layer_types = getattr(text, "layer_types", None)
@@ -290,9 +296,7 @@ def _config_from_dict(values: dict):
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
-def _find_layers(model, count: int) -> str:
-    import torch
-
+def _find_layers(model: PreTrainedModel, count: int) -> str:
     lists = {path: len(m) for path, m in model.named_modules() if isinstance(m, torch.nn.ModuleList)}
     for path, length in lists.items():
         if length == count and path.count(".") <= 2:

@@ -12,7 +12,8 @@ import random
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import sample_text
 from lowvram_lab.peers.engines import Task
-from lowvram_lab.peers.others import ENGINES, OURS, gguf_file
+from lowvram_lab.peers.others import ENGINES, MODULES, OURS, gguf_file
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
 from lowvram_lab.peers.result import FOLLOW_UP_TOKENS, BenchResult, BenchRow
 from lowvram_lab.planner.auto import auto_plan
@@ -116,7 +117,7 @@ def bench(
             installed. What cannot run here is a row with the reason.
         gguf: The file for llama.cpp; by default see ``gguf_file``.
         settings: Lengths, rounds, threads; by default those of ``BenchSettings``.
-        machine: Its read bandwidth; by default this machine's, measured now.
+        machine: Has no effect: read bandwidth is measured now, with the plan's threads.
         progress: Show a progress bar.
 
     Returns:
@@ -139,13 +140,12 @@ def bench(
     task = _task(source, directory, plan, budget, prompt, settings)
     with cpu_threads(plan.threads), tempfile.TemporaryDirectory() as folder:
         task, reasons = _with_gguf(task, source, gguf, names, Path(folder), progress)
-        machine = machine or Machine(anew=True)
-        bandwidth = _read_bandwidth(plan, plan.threads)
+        bandwidth = _read_bandwidth(plan)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what the measurement took is the engines' now
-        run = _Run(task, plan, spec, names, reasons, settings.processes, progress)
-        run.measure(settings.rounds)
-    rows = _rows(run, names, bandwidth)
+        contest = _Contest(task, _entrants(names, reasons, task, plan), settings.processes, progress)
+        contest.measure(settings.rounds)
+    rows = contest.rows(bandwidth)
     if not any(row.ran for row in rows):
         raise LowvramError("no engine could run this: " + "; ".join(f"{row.engine}: {row.reason}" for row in rows))
     return BenchResult(
@@ -159,9 +159,9 @@ def bench(
         new_tokens=settings.new_tokens,
         rounds=settings.rounds,
         threads=plan.threads,
-        text_reference=run.reference,
+        text_reference=contest.reference.name,
         read_bytes_per_s=bandwidth,
-        alternated="loaded together" if run.together else "loaded anew for every round",
+        alternated="loaded together" if contest.together else "loaded anew for every round",
         load_average=(load_before, _load_average()),
         machine=facts(),
         versions=versions(PACKAGES),
@@ -213,138 +213,153 @@ def _card_in_words(budget: GpuBudget | None) -> str:
     return f"{name}, {format_bytes(budget.total_bytes) if budget else 'no limit'}"
 
 
-class _Run:
-    """All engines of a benchmark, and what they said and did.
+@dataclass
+class _Entrant:
+    """One engine of a benchmark, and what it said and did.
 
     Attributes:
-        facts: Name → what the engine says of itself, see ``LocalEngine``.
-        texts: Name → its greedy answer.
-        agreement: Name → share of positions where it finds the reference's token most likely.
-        turns: Name → its rounds.
-        reasons: Name → why there are no figures.
-        reference: Whose answer is the reference.
-        together: Whether all engines are in memory at once.
+        name: Key of ``ENGINES``.
+        needed_bytes: See ``_needed_bytes``.
+        reason: Why there are no figures, or nothing.
+        engine: While it is in memory.
+        facts: What it says of itself, see ``LocalEngine``.
+        tokens: Its greedy answer.
+        agreement: Share of positions where it finds the reference's token most likely.
+        turns: Its rounds.
     """
 
-    def __init__(
-        self, task: Task, plan: Plan, spec: ModelSpec, names: list[str], reasons: dict[str, str], processes, progress
-    ):
-        self.task = task
-        self.kinds = ENGINES
-        self.reasons = reasons
-        self.progress = progress
-        self.names = [name for name in names if name not in reasons]
-        self.open = ChildEngine if processes else LocalEngine
-        self.processes, self._held = processes, {}
-        self.facts = {}
-        self.texts = {}
-        self.agreement = {}
-        self.reference = ""
-        self.turns: dict[str, list[dict]] = {name: [] for name in names}
-        needed = {name: _needed_bytes(name, task, plan) for name in self.names}
-        free = psutil.virtual_memory().available
-        for name in self.names:
-            if name not in OURS and needed[name] > free:
-                self.reasons[name] = f"needs about {format_bytes(needed[name])} of RAM, found {format_bytes(free)} free"
-        self.together = sum(needed[name] + PROCESS_BYTES for name in self._left()) < free and _card_holds(
-            [needed[name] for name in self._left()], task
-        )
+    name: str
+    needed_bytes: int = 0
+    reason: str = ""
+    engine: LocalEngine | ChildEngine | None = None
+    facts: dict = field(default_factory=dict)
+    tokens: list[int] = field(default_factory=list)
+    agreement: float = 0.0
+    turns: list[dict] = field(default_factory=list)
 
-    def _left(self) -> list[str]:
-        return [name for name in self.names if name not in self.reasons]
+    def take_turn(self) -> None:
+        """One round that counts."""
+        self.turns.append(self.engine.turn())
+
+    def close(self) -> None:
+        """Lets go of the engine, if it is in memory."""
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+
+def _entrants(names: list[str], reasons: dict[str, str], task: Task, plan: Plan) -> list[_Entrant]:
+    """An entrant for each name, in their order; what RAM cannot hold gives that as its reason."""
+    free = psutil.virtual_memory().available
+    found = [_Entrant(name, reason=reasons.get(name, "")) for name in names]
+    for entrant in found:
+        if not entrant.reason:
+            entrant.needed_bytes = _needed_bytes(entrant.name, task, plan)
+            if entrant.name not in OURS and entrant.needed_bytes > free:
+                needed = format_bytes(entrant.needed_bytes)
+                entrant.reason = f"needs about {needed} of RAM, found {format_bytes(free)} free"
+    return found
+
+
+class _Contest:
+    """The engines of a benchmark taking turns.
+
+    Attributes:
+        together: Whether all engines are in memory at once.
+        reference: Whose answer is the reference, once there is one.
+    """
+
+    def __init__(self, task: Task, entrants: list[_Entrant], processes: bool, progress: bool):
+        self.task, self.entrants = task, entrants
+        self.processes, self.progress = processes, progress
+        self.together = _fit_together([entrant.needed_bytes for entrant in entrants if not entrant.reason], task)
+        self.reference: _Entrant | None = None
 
     def measure(self, rounds: int) -> None:
         """Opens every engine, compares texts, then lets them take turns."""
+        able = [entrant for entrant in self.entrants if not entrant.reason]
         # who gives the reference comes first: the 16-bit model, or the plainest of ours
-        order = sorted(self.names, key=lambda name: (name != "transformers", name != "lowvram (modules)"))
+        order = sorted(able, key=lambda entrant: (entrant.name != "transformers", entrant.name != MODULES))
         shuffled = random.Random(SEED)
         try:
             with tqdm(total=len(order) * (rounds + 1), desc="bench", disable=not self.progress, leave=False) as bar:
-                for name in order:
-                    self._let(name, self._meet, first=True)
+                for entrant in order:
+                    self._let(entrant, self._meet, weigh=self.processes)
                     bar.update()
                 for _ in range(rounds):
                     shuffled.shuffle(order)
-                    for name in order:
-                        self._let(name, lambda name, engine: self.turns[name].append(engine.turn()))
+                    for entrant in order:
+                        self._let(entrant, _Entrant.take_turn)
                         bar.update()
         finally:
-            for engine in self._held.values():
-                engine.close()
+            for entrant in self.entrants:
+                entrant.close()
 
-    def _let(self, name: str, act, first: bool = False) -> None:
+    def _let(self, entrant: _Entrant, act: Callable[[_Entrant], None], weigh: bool = False) -> None:
         """Lets an engine do something, unless it has failed before."""
-        if name in self.reasons:
+        if entrant.reason:
             return
-        engine = self._held.pop(name, None)
+        kind = ChildEngine if self.processes else LocalEngine
         try:
-            engine = engine or self.open(self.kinds[name], self.task, first and self.processes)
-            act(name, engine)
-            if self.together:
-                self._held[name] = engine
+            entrant.engine = entrant.engine or kind(ENGINES[entrant.name], self.task, weigh)
+            act(entrant)
         except EngineError as error:
-            self.reasons[name] = str(error)
-        finally:
-            if engine is not None and name not in self._held:
-                engine.close()
+            entrant.reason = str(error)
+        if entrant.reason or not self.together:
+            entrant.close()
 
-    def _meet(self, name: str, engine) -> None:
-        self.facts[name], self.texts[name] = engine.facts, engine.tokens
-        self.reference = self.reference or name
-        answer = self.texts[self.reference]
-        self.agreement[name] = _share(engine.likeliest(answer), answer)
+    def _meet(self, entrant: _Entrant) -> None:
+        entrant.facts, entrant.tokens = entrant.engine.facts, entrant.engine.tokens
+        self.reference = self.reference or entrant
+        answer = self.reference.tokens
+        entrant.agreement = _share(entrant.engine.likeliest(answer), answer)
 
+    def rows(self, bandwidth: float | None) -> tuple[BenchRow, ...]:
+        """A row for each engine; ``bandwidth`` is that of reading, in bytes a second."""
+        first = next((self._speeds(entrant) for entrant in self.entrants if not entrant.reason), [])
+        return tuple(
+            BenchRow(entrant.name, reason=entrant.reason) if entrant.reason else self._row(entrant, first, bandwidth)
+            for entrant in self.entrants
+        )
 
-def _rows(run: _Run, names: list[str], bandwidth: float | None) -> tuple[BenchRow, ...]:
-    speeds = {
-        name: [run.task.new_tokens / turn["decode_s"] for turn in run.turns[name]]
-        for name in names
-        if name not in run.reasons
-    }
-    first = next(iter(speeds.values()), [])
-    rows = []
-    for name in names:
-        if name in run.reasons:
-            rows.append(BenchRow(name, reason=run.reasons[name]))
-            continue
-        facts = run.facts[name]
-        turns = run.turns[name]
-        each = speeds[name]
+    def _speeds(self, entrant: _Entrant) -> list[float]:
+        """Tokens a second, round by round."""
+        return [self.task.new_tokens / turn["decode_s"] for turn in entrant.turns]
+
+    def _row(self, entrant: _Entrant, first: list[float], bandwidth: float | None) -> BenchRow:
+        facts, turns = entrant.facts, entrant.turns
+        each = self._speeds(entrant)
         ttft = statistics.median(turn["ttft_s"] for turn in turns)
         low, middle, high = (float(value) for value in np.percentile(each, (10, 50, 90)))
         a_token = facts["read_bytes"] + facts["kv_bytes"]
         bounded = bandwidth and facts["one_memory"]
-        rows.append(
-            BenchRow(
-                engine=name,
-                prefill_tokens_per_s=len(run.task.prompt) / ttft,
-                decode_tokens_per_s=middle,
-                decode_p10=low,
-                decode_p90=high,
-                ratio=statistics.median(mine / other for mine, other in zip(each, first, strict=True)),
-                ttft_s=ttft,
-                follow_up_s=statistics.median(turn["follow_up_s"] for turn in turns),
-                peak_bytes=facts["peak_bytes"],
-                peak_rss_bytes=facts["peak_rss_bytes"],
-                weight_bytes=facts["weight_bytes"],
-                bytes_per_token=a_token,
-                bandwidth_share=a_token * middle / bandwidth if bounded else None,
-                equal_tokens=_share(run.texts[name], run.texts[run.reference]),
-                agreement=run.agreement[name],
-                note=_note(name, run),
-                rounds=tuple(each),
-            )
+        return BenchRow(
+            engine=entrant.name,
+            prefill_tokens_per_s=len(self.task.prompt) / ttft,
+            decode_tokens_per_s=middle,
+            decode_p10=low,
+            decode_p90=high,
+            ratio=statistics.median(mine / other for mine, other in zip(each, first, strict=True)),
+            ttft_s=ttft,
+            follow_up_s=statistics.median(turn["follow_up_s"] for turn in turns),
+            peak_bytes=facts["peak_bytes"],
+            peak_rss_bytes=facts["peak_rss_bytes"],
+            weight_bytes=facts["weight_bytes"],
+            bytes_per_token=a_token,
+            bandwidth_share=a_token * middle / bandwidth if bounded else None,
+            equal_tokens=_share(entrant.tokens, self.reference.tokens),
+            agreement=entrant.agreement,
+            note=self._note(entrant),
+            rounds=tuple(each),
         )
-    return tuple(rows)
 
-
-def _note(name: str, run: _Run) -> str:
-    """The engine's own, or for ours how far its two ways agree: they run the same weights."""
-    other = "lowvram (modules)"
-    if name != other and name in OURS and other in run.texts:
-        same, all_tokens = _equal(run.texts[name], run.texts[other]), len(run.texts[name])
-        return f"{same} of {all_tokens} tokens of its answer are the modules'"
-    return run.facts[name]["note"]
+    def _note(self, entrant: _Entrant) -> str:
+        """The engine's own, or for ours how far its two ways agree: they run the same weights."""
+        plain = next((other for other in self.entrants if other.name == MODULES and other.tokens), None)
+        if plain and entrant is not plain and entrant.name in OURS:
+            same = _equal(entrant.tokens, plain.tokens)
+            return f"{same} of {len(entrant.tokens)} tokens of its answer are the modules'"
+        return entrant.facts["note"]
 
 
 def _equal(mine: list[int], theirs: list[int]) -> int:
@@ -355,7 +370,7 @@ def _share(mine: list[int], theirs: list[int]) -> float:
     return _equal(mine, theirs) / len(theirs)
 
 
-def _peers(against: tuple[str, ...] | None, gguf) -> list[str]:
+def _peers(against: tuple[str, ...] | None, gguf: str | os.PathLike | None) -> list[str]:
     """Names that are known, each once; by default those installed, and llama.cpp where it was given a file."""
     peers = [name for name in ENGINES if name not in OURS]
     if against is None:
@@ -369,7 +384,7 @@ def _peers(against: tuple[str, ...] | None, gguf) -> list[str]:
     return list(dict.fromkeys(against))
 
 
-def _budget(gpu) -> GpuBudget | None:
+def _budget(gpu: str | int | GpuBudget | Gpu | None) -> GpuBudget | None:
     if isinstance(gpu, Gpu):
         return gpu.budget
     return gpu if gpu is None or isinstance(gpu, GpuBudget) else GpuBudget.parse(gpu)
@@ -401,22 +416,23 @@ def _needed_bytes(name: str, task: Task, plan: Plan) -> int:
     return os.path.getsize(task.gguf) if name == "llama.cpp" else 2 * plan.spec.num_parameters
 
 
-def _card_holds(sizes: list[int], task: Task) -> bool:
-    """Whether a CUDA card, if there is one, holds all engines at once, each with a CUDA context of its own."""
+def _fit_together(needed: list[int], task: Task) -> bool:
+    """Whether RAM, and a CUDA card if there is one, hold all engines at once; each has a process and a CUDA context."""
+    sizes = [size + PROCESS_BYTES for size in needed]
+    if sum(sizes) >= psutil.virtual_memory().available:
+        return False
     if not torch.cuda.is_available():
         return True
     most = task.budget[0] if task.budget else None
-    wanted = sum(min(size + PROCESS_BYTES, most or size + PROCESS_BYTES) for size in sizes)
-    return wanted < torch.cuda.mem_get_info()[0]
+    return sum(min(size, most or size) for size in sizes) < torch.cuda.mem_get_info()[0]
 
 
-def _read_bandwidth(plan: Plan, threads: int) -> float:
+def _read_bandwidth(plan: Plan) -> float:
     """Bytes a second at which the layers' processor sums a block that no cache holds: the best of nine times."""
     on_card = torch.cuda.is_available() and set(plan.layer_places()) == {"gpu"}
     block, best = torch.ones(READ_BYTES // 8, dtype=torch.int64, device="cuda" if on_card else "cpu"), 0.0
-    with cpu_threads(threads):
-        for _ in range(9):
-            started = time.perf_counter()
-            int(block.sum())  # waits for the card
-            best = max(best, READ_BYTES / (time.perf_counter() - started))
+    for _ in range(9):
+        started = time.perf_counter()
+        int(block.sum())  # waits for the card
+        best = max(best, READ_BYTES / (time.perf_counter() - started))
     return best

@@ -127,6 +127,11 @@ class Engine:
 
     def likeliest(self, ids: list[int], answer: list[int]) -> list[int]:
         """The most likely token at every position of an answer that it is made to give."""
+        self.forget()
+        return [self.likeliest_after(fed) for fed in (ids, *([token] for token in answer[:-1]))]
+
+    def likeliest_after(self, ids: list[int]) -> int:
+        """The most likely token after ids that follow those in the KV cache."""
         raise NotImplementedError
 
     def metered(self):
@@ -187,7 +192,7 @@ class Ours(Engine):
         """See ``Engine``."""
         self.decoder.cache.keep(0)
 
-    def answer(self, ids, count):
+    def answer(self, ids: list[int], count: int):
         """See ``Engine``."""
         tokens, times = [], []
         held = self.decoder.cache.get_seq_length()
@@ -200,7 +205,7 @@ class Ours(Engine):
                     return tokens, times
                 token = choose(self.decoder.decode(token), Sampling())
 
-    def likeliest(self, ids, answer):
+    def likeliest(self, ids: list[int], answer: list[int]):
         """See ``Engine``."""
         self.forget()
         with self._timed():

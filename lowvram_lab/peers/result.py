@@ -1,7 +1,9 @@
-"""What ``bench`` found: a row an engine, readable as a table, as plain data and as data for a plot."""
+"""What ``bench`` found: a row an engine, readable as a table and as plain data."""
 
 import html
 from dataclasses import asdict, dataclass, field
+
+import pandas as pd
 
 from lowvram_lab.planner.profile import STAND_IN
 from lowvram_lab.units import MiB
@@ -114,10 +116,8 @@ class BenchResult:
                 return row
         raise KeyError(engine)
 
-    def table(self):
-        """Engines that ran, and the reasons of those that did not; sizes in MiB. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """Engines that ran, and the reasons of those that did not; sizes in MiB."""
         lines = []
         for row in self.rows:
             line = {
@@ -181,24 +181,6 @@ class BenchResult:
         facts = "<br>".join(html.escape(line) for line in self.circumstances())
         table = self.table().to_html(index=False, na_rep="")
         return f"<b>Benchmark</b> {html.escape(self.summary())}{table}<small>{facts}</small>"
-
-
-def plot_data(result: BenchResult) -> dict[str, list]:
-    """What a bar chart of decoding speeds needs: engines that ran, the fastest first.
-
-    Returns:
-        ``engine``, ``decode_tokens_per_s`` (bars), ``below`` and ``above`` (how far p10 and p90 are from them),
-        ``bandwidth_share``, ``agreement``.
-    """
-    ran = sorted((row for row in result.rows if row.ran), key=lambda row: -row.decode_tokens_per_s)
-    return {
-        **{
-            name: [getattr(row, name) for row in ran]
-            for name in ("engine", "decode_tokens_per_s", "bandwidth_share", "agreement")
-        },
-        "below": [row.decode_tokens_per_s - row.decode_p10 for row in ran],
-        "above": [row.decode_p90 - row.decode_tokens_per_s for row in ran],
-    }
 
 
 def _mib(size: int | None) -> float | None:

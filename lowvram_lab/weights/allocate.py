@@ -32,9 +32,7 @@ class Option:
 def lower_hull(options: Sequence[Option]) -> list[Option]:
     """The options on the lower convex hull, from the smallest up; each costs less than the one before it."""
     hull: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.bytes, o.cost, o.format)):
-        if hull and option.cost >= hull[-1].cost:
-            continue
+    for option in _sensible(options):
         while len(hull) > 1 and _gain(hull[-2], hull[-1]) <= _gain(hull[-1], option):
             hull.pop()
         hull.append(option)
@@ -42,15 +40,7 @@ def lower_hull(options: Sequence[Option]) -> list[Option]:
 
 
 def allocate(modules: Mapping[str, Sequence[Option]], budget_bytes: int) -> dict[str, Option] | None:
-    """Chooses an option for every module.
-
-    Args:
-        modules: Module name → its options, at least one.
-        budget_bytes: What the chosen options may take together.
-
-    Returns:
-        Module name → option, or ``None`` where even the smallest options exceed the budget.
-    """
+    """Chooses one of its options for every module; ``None`` where even the smallest exceed the budget together."""
     if budget_bytes < sum(min(option.bytes for option in options) for options in modules.values()):
         return None
     sizes = {name: max(option.bytes for option in options) for name, options in modules.items()}
@@ -85,7 +75,7 @@ def _sensible(options: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def _walk(hulls: dict[str, list[Option]], edges, left: int) -> dict[str, Option] | None:
+def _walk(hulls: dict[str, list[Option]], edges: list[tuple[float, str, int]], left: int) -> dict[str, Option] | None:
     """The hulls' edges from the steepest down, as far as the bytes reach; ``None`` where they do not."""
     chosen = {name: 0 for name in hulls}
     left -= sum(hull[0].bytes for hull in hulls.values())
@@ -98,7 +88,7 @@ def _walk(hulls: dict[str, list[Option]], edges, left: int) -> dict[str, Option]
     return {name: hulls[name][index] for name, index in chosen.items()}
 
 
-def _spend(modules, result: dict[str, Option], left: int) -> dict[str, Option]:
+def _spend(modules: Mapping[str, Sequence[Option]], result: dict[str, Option], left: int) -> dict[str, Option]:
     """Spends what is left between two points of the hull: on options off it, the best gain a byte first."""
     while True:
         better = [

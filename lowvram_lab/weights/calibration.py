@@ -1,6 +1,7 @@
 """Calibration text: tokens that a model is run over to learn which inputs its weights really meet."""
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lowvram_lab.errors import LowvramError
 
@@ -10,7 +11,7 @@ LEAST_TOKENS = 2048
 WINDOW = 512
 
 
-def calibration_windows(tokenizer, text: str, tokens: int, longest: int) -> torch.Tensor:
+def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, longest: int) -> torch.Tensor:
     """Tokens of a text in windows of equal length.
 
     Args:

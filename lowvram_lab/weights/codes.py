@@ -5,6 +5,7 @@ row begins at bit ``i * bits`` and may straddle two words, so 32 codes fill exac
 what lies in memory. A test holds it to that library's own functions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,7 +111,12 @@ class IntegerWeight:
         return {"packed": pack(self.codes, fmt.bits), "scale": self.scale}
 
 
-def rows_of(solution: IntegerWeight, select) -> IntegerWeight:
+def rows_of(solution: IntegerWeight, select: slice | torch.Tensor) -> IntegerWeight:
     """Some rows of a solution, by slice or index."""
     zero = solution.zero[select] if solution.zero is not None else None
     return IntegerWeight(solution.codes[select], solution.scale[select], zero)
+
+
+def joined(pieces: Sequence[IntegerWeight]) -> IntegerWeight:
+    """One symmetric solution of solutions of some rows each."""
+    return IntegerWeight(torch.cat([piece.codes for piece in pieces]), torch.cat([piece.scale for piece in pieces]))

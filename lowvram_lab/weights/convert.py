@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from lowvram_lab import __version__
 from lowvram_lab.errors import LowvramError
@@ -192,7 +193,7 @@ def _check_plan(plan: Plan, spec: ModelSpec) -> None:
             raise LowvramError(f"{name}: nf4 has no place in a converted directory; plan with int4")
 
 
-def _held_out(tokenizer, length: int) -> torch.Tensor:
+def _held_out(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
     """Windows of the library's small text, which is not in its calibration text."""
     ids = torch.tensor(tokenizer(sample_text(), add_special_tokens=False)["input_ids"])
     return ids[: max(1, len(ids) // length) * length].view(-1, min(length, len(ids)))
@@ -205,7 +206,7 @@ def _most_bytes(recipe: Recipe | None, plan: Plan | Recipe | RecipeMaker, spec: 
     return plan.bytes_for(spec) if isinstance(plan, WeightBudget) else spec.num_parameters
 
 
-def _state_bytes(spec: ModelSpec, ids, held_out, recipe: Recipe | None) -> int:
+def _state_bytes(spec: ModelSpec, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe | None) -> int:
     """Disk that hidden states take meanwhile: two generations of four runs, or every layer's for the sensitivity."""
     runs = 4 * spec.hidden_size * 2 * (ids.numel() + held_out.numel())
     every_layer = 0 if recipe else 4 * spec.hidden_size * SENSITIVITY_TOKENS * spec.num_hidden_layers
@@ -220,7 +221,12 @@ def _try_for_free(maker: RecipeMaker, spec: ModelSpec) -> None:
 
 
 def _sensitivity(
-    stream: LayerByLayer, ids, weights: dict, formats: tuple[str, ...] | None, partial: PartialDirectory, progress: bool
+    stream: LayerByLayer,
+    ids: torch.Tensor,
+    weights: dict,
+    formats: tuple[str, ...] | None,
+    partial: PartialDirectory,
+    progress: bool,
 ) -> Sensitivity:
     """The estimate. It stays in the cache, for other sizes of the same model."""
     windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
@@ -249,7 +255,9 @@ def _facts(recipe: Recipe, name: str, calibration: str | Path | None, ids: torch
     }
 
 
-def _finish(partial: PartialDirectory, directory: Path, spec: ModelSpec, plan: Plan, facts: dict, shards) -> None:
+def _finish(
+    partial: PartialDirectory, directory: Path, spec: ModelSpec, plan: Plan, facts: dict, shards: list[str]
+) -> None:
     """Writes everything beside the shards."""
     formats = {name: a.format for name, a in plan.modules.items() if get_format(a.format).kind != "float"}
     if spec.tied and get_format(plan.modules[spec.head].format).kind == "packed":
@@ -259,10 +267,12 @@ def _finish(partial: PartialDirectory, directory: Path, spec: ModelSpec, plan: P
     config["dtype"] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[plan.dtype]
     if formats:
         config["quantization_config"] = quantization_config(formats)
-    weight_map, total = {}, 0
+    weight_map = {}
+    total = 0
     for shard in shards:
         for name, tensor in partial.load_tensors(shard).items():
-            weight_map[name], total = shard, total + tensor.nbytes
+            weight_map[name] = shard
+            total += tensor.nbytes
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     partial.save_json("model.safetensors.index.json", index)
     partial.save_json(RECIPE, facts)

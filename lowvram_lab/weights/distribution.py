@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
@@ -34,7 +35,7 @@ def weight_statistics(
     bits: Sequence[int] = (2, 3, 4, 8),
     group_sizes: Sequence[int] = (32, 64, 128),
     progress: bool = True,
-):
+) -> pd.DataFrame:
     """Describes every tensor of a 16- or 32-bit checkpoint; needs RAM for its largest tensor and some chunks.
 
     A tensor's last dimension is its columns (inputs), the others are its rows. Moments are of the finite values, over
@@ -60,8 +61,6 @@ def weight_statistics(
         CheckpointError: A tensor is in integers or 8-bit floats: its distribution is a quantiser's, not the model's.
         PlanError: No format has such bits and groups.
     """
-    import pandas as pd
-
     formats = _formats(bits, group_sizes)
     checkpoint = find_source(model).checkpoint() if isinstance(model, str | os.PathLike) else model
     _refuse_quantised(checkpoint)
@@ -99,8 +98,6 @@ def error_curve(weight: torch.Tensor, bits: Sequence[int], group_sizes: Sequence
     Raises:
         PlanError: No format has such bits and groups.
     """
-    import pandas as pd
-
     formats = _formats(bits, group_sizes)
     rows = [{"bits": fmt.bits, "group_size": fmt.group_size or weight.shape[1]} for fmt in formats.values()]
     per_group = SCALE_DTYPE.itemsize * 8 * (1 if symmetric else 2)
@@ -123,8 +120,6 @@ def weight_histograms(checkpoint: Checkpoint, roles: Sequence[str] = (), *, limi
     Raises:
         LowvramError: A role without a matrix.
     """
-    import pandas as pd
-
     counts: dict[str, torch.Tensor] = {}
     for name in checkpoint:
         role = _place(name)["role"]
@@ -194,16 +189,16 @@ def _describe(tensor: torch.Tensor, formats: dict[str, Format]) -> dict:
 def _moments(tensor: torch.Tensor) -> tuple[int, float, float, float]:
     """Count, mean, standard deviation and excess kurtosis; first the mean, for powers about a guess cancel."""
     count = 0
-    total = 0.0
-    second = 0.0
-    fourth = 0.0
+    total = second = fourth = 0.0
     for values in _finite_chunks(tensor):
-        count, total = count + values.numel(), total + values.sum().item()
+        count += values.numel()
+        total += values.sum().item()
     if not count:
         return 0, math.nan, math.nan, math.nan
     for values in _finite_chunks(tensor):
         squares = values.sub_(total / count).square_()
-        second, fourth = second + squares.sum().item(), fourth + squares.square_().sum().item()
+        second += squares.sum().item()
+        fourth += squares.square_().sum().item()
     kurtosis = count * fourth / second**2 - 3 if second**2 > 0 else math.nan
     return count, total / count, math.sqrt(second / count), kurtosis
 

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import pandas as pd
 import torch
 from gguf import GGMLQuantizationType as GgmlType
+from transformers import PretrainedConfig
 
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
@@ -81,10 +83,8 @@ class ExportResult:
         """Plain data."""
         return asdict(self)
 
-    def table(self):
-        """Attribute by attribute. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """Attribute by attribute."""
         return pd.DataFrame({"found": {key: str(value) for key, value in self.to_dict().items()}})
 
     def _repr_html_(self) -> str:
@@ -102,7 +102,7 @@ class _Tensor:
     name: str
     module: ModuleSpec
     key: str
-    type: str
+    ggml_type: str
     heads: int = 0
     stored: str = ""
 
@@ -116,17 +116,17 @@ class _Tensor:
 
     @property
     def nbytes(self) -> int:
-        elements, size = gguf.GGML_QUANT_SIZES[GgmlType[self.type.upper()]]
+        elements, size = gguf.GGML_QUANT_SIZES[GgmlType[self.ggml_type.upper()]]
         return math.prod(self.shape) // elements * size
 
     @property
     def keeps_codes(self) -> bool:
         shared = self.stored and (get_format(self.stored).group_size or self.shape[-1])
-        return bool(shared) and self.type in ("q8_0", "q4_1") and shared % _BLOCK == 0
+        return bool(shared) and self.ggml_type in ("q8_0", "q4_1") and shared % _BLOCK == 0
 
 
 def export_gguf(
-    model: str | os.PathLike, output: str | Path, *, type: str = "f16", progress: bool = True
+    model: str | os.PathLike, output: str | Path, *, tensor_type: str = "f16", progress: bool = True
 ) -> ExportResult:
     """Writes a model as GGUF: weights, config, vocabulary, chat template. Whole, or not at all.
 
@@ -135,8 +135,8 @@ def export_gguf(
     Args:
         model: Name, hub id, directory (a converted one too) or .gguf file of a Llama, Mistral, Qwen2 or Qwen3.
         output: A new file, ``.gguf``.
-        type: What matrices become: one of ``TYPES``. In ``"q4_1"`` embedding and head become q8_0, and so does what a
-            converted directory holds in more than 4 bits. Rows that are no multiple of 32 become f16 instead.
+        tensor_type: What matrices become: one of ``TYPES``. In ``"q4_1"`` embedding and head become q8_0, and so does
+            what a converted directory holds in more than 4 bits. Rows that are no multiple of 32 become f16 instead.
         progress: Show a progress bar, on stderr.
 
     Raises:
@@ -149,14 +149,14 @@ def export_gguf(
 
     began = time.monotonic()
     output = Path(output).expanduser()
-    if type not in TYPES:
-        raise LowvramError(f"expected type {', '.join(TYPES)}, found {type!r}")
+    if tensor_type not in TYPES:
+        raise LowvramError(f"expected type {', '.join(TYPES)}, found {tensor_type!r}")
     _refuse_output(output)
     source = find_source(model)
     config = source.config()
     spec = source.spec(source.public_name)
     architecture = _architecture(spec, config)
-    tensors = _tensors(spec, architecture, type)
+    tensors = _tensors(spec, architecture, tensor_type)
     directory = source.fetch(progress)
     checkpoint = Checkpoint(directory)
     for tensor in tensors:
@@ -167,16 +167,16 @@ def export_gguf(
     with _published(output) as temporary:
         require_space(output.parent, tensor_bytes + 128 * spec.vocab_size, "the export")
         with contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer:
-            _write_head(writer, {**_facts(spec, config, architecture, type), **vocabulary}, tensors, factors)
+            _write_head(writer, {**_facts(spec, config, architecture, tensor_type), **vocabulary}, tensors, factors)
             for tensor in tqdm(tensors, desc="writing GGUF", disable=not progress):
                 writer.write_tensor_data(_data(tensor, checkpoint))
     return ExportResult(
         output=str(output),
-        type=type,
+        type=tensor_type,
         architecture=architecture,
         pre_tokenizer=vocabulary.get("tokenizer.ggml.pre", ""),
         tensors=len(tensors) + (factors is not None),
-        types=dict(Counter(["f32"] * (factors is not None) + [tensor.type for tensor in tensors])),
+        types=dict(Counter(["f32"] * (factors is not None) + [tensor.ggml_type for tensor in tensors])),
         kept_codes=sum(tensor.keeps_codes for tensor in tensors),
         tensor_bytes=tensor_bytes,
         file_bytes=output.stat().st_size,
@@ -209,7 +209,7 @@ def _write_head(writer: gguf.GGUFWriter, facts: dict, tensors: list, factors: np
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     for tensor in tensors:
-        kind = GgmlType[tensor.type.upper()]
+        kind = GgmlType[tensor.ggml_type.upper()]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -227,7 +227,7 @@ def _refuse_output(output: Path) -> None:
         raise LowvramError(f"cannot write {output}: its folder does not exist")
 
 
-def _architecture(spec: ModelSpec, config) -> str:
+def _architecture(spec: ModelSpec, config: PretrainedConfig) -> str:
     """llama.cpp's name, or the first thing about the model that it would compute otherwise."""
     kind, rope = config.model_type, config.rope_parameters if config.model_type in ARCHITECTURES else {}
     scaling, activation = rope.get("rope_type", "default"), getattr(config, "hidden_act", "silu")
@@ -246,7 +246,7 @@ def _architecture(spec: ModelSpec, config) -> str:
     return ARCHITECTURES[kind]
 
 
-def _tensors(spec: ModelSpec, architecture: str, type: str) -> list[_Tensor]:
+def _tensors(spec: ModelSpec, architecture: str, tensor_type: str) -> list[_Tensor]:
     """Everything to be written, in forward order, from the config alone."""
     known = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[architecture], spec.num_hidden_layers)
@@ -264,20 +264,20 @@ def _tensors(spec: ModelSpec, architecture: str, type: str) -> list[_Tensor]:
                     "biases where such models have them"
                 )
             stored = spec.stored.get(module.name, "") if key == "weight" else ""
-            kind = _type(type, shape, short in ("token_embd", "output"), stored)
+            kind = _type_of(tensor_type, shape, short in ("token_embd", "output"), stored)
             permuted = heads.get(short, 0) if architecture == "llama" else 0
             found.append(_Tensor(f"{base}.{key}", module, key, kind, permuted, stored))
     return found
 
 
-def _type(type: str, shape: tuple[int, ...], is_table: bool, stored: str) -> str:
+def _type_of(wanted: str, shape: tuple[int, ...], is_table: bool, stored: str) -> str:
     if len(shape) == 1:
         return "f32"
-    if type in ("q8_0", "q4_1") and shape[-1] % _BLOCK:
+    if wanted in ("q8_0", "q4_1") and shape[-1] % _BLOCK:
         return "f16"
-    if type == "q4_1" and (get_format(stored).bits > 4 if stored else is_table):
+    if wanted == "q4_1" and (get_format(stored).bits > 4 if stored else is_table):
         return "q8_0"
-    return type
+    return wanted
 
 
 def _check(tensor: _Tensor, checkpoint: Checkpoint) -> None:
@@ -310,17 +310,17 @@ def _data(tensor: _Tensor, checkpoint: Checkpoint) -> np.ndarray:
     return data
 
 
-def _encode(piece, tensor: _Tensor) -> np.ndarray:
+def _encode(piece: torch.Tensor | IntegerWeight, tensor: _Tensor) -> np.ndarray:
     if tensor.keeps_codes:
         return _blocks(piece, tensor)
     values = piece.dequantize() if tensor.stored else piece.float()
     if not is_finite(values):
         raise CheckpointError(f"{tensor.source}: expected finite weights, found NaN or infinite values; fetch it anew")
-    if tensor.type == "bf16":
+    if tensor.ggml_type == "bf16":
         return values.to(torch.bfloat16).view(torch.int16).numpy()
-    if tensor.type == "f16" and values.abs().max() > torch.finfo(torch.float16).max:
+    if tensor.ggml_type == "f16" and values.abs().max() > torch.finfo(torch.float16).max:
         raise CheckpointError(f"{tensor.source}: holds values beyond float16's 65504; choose bf16 or f32")
-    return gguf.quants.quantize(values.numpy(), GgmlType[tensor.type.upper()])
+    return gguf.quants.quantize(values.numpy(), GgmlType[tensor.ggml_type.upper()])
 
 
 def _blocks(weight: IntegerWeight, tensor: _Tensor) -> np.ndarray:
@@ -330,13 +330,13 @@ def _blocks(weight: IntegerWeight, tensor: _Tensor) -> np.ndarray:
     codes = weight.codes.view(rows, blocks, _BLOCK).numpy()
     if not np.isfinite(8 * scale).all():
         raise CheckpointError(f"{tensor.source}: holds scales beyond float16's range; choose bf16 or f32")
-    if tensor.type == "q8_0":
+    if tensor.ggml_type == "q8_0":
         return np.concatenate((scale.view(np.uint8), codes.view(np.uint8)), axis=-1)
     low, high = np.split((codes + 8).astype(np.uint8), 2, axis=-1)
     return np.concatenate((scale.view(np.uint8), (-8 * scale).view(np.uint8), low | high << 4), axis=-1)
 
 
-def _rope_factors(config) -> np.ndarray | None:
+def _rope_factors(config: PretrainedConfig) -> np.ndarray | None:
     """What llama3's scaling divides each rotary frequency by, ``(head_dim / 2,)``."""
     if config.rope_parameters.get("rope_type", "default") == "default":
         return None
@@ -347,12 +347,13 @@ def _rope_factors(config) -> np.ndarray | None:
     return (1 / config.rope_parameters["rope_theta"] ** exponents / scaled).numpy()
 
 
-def _facts(spec: ModelSpec, config, architecture: str, type: str) -> dict:
+def _facts(spec: ModelSpec, config: PretrainedConfig, architecture: str, tensor_type: str) -> dict:
     """Metadata but for the vocabulary."""
     attention, rope = f"{architecture}.attention", f"{architecture}.rope"
+    file_type = "ALL_F32" if tensor_type == "f32" else f"MOSTLY_{tensor_type.upper()}"
     return {
         "general.name": spec.name,
-        "general.file_type": int(gguf.LlamaFileType["ALL_F32" if type == "f32" else f"MOSTLY_{type.upper()}"]),
+        "general.file_type": int(gguf.LlamaFileType[file_type]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         f"{architecture}.block_count": spec.num_hidden_layers,
         # no further than a sliding window: llama.cpp would not slide it
@@ -370,7 +371,7 @@ def _facts(spec: ModelSpec, config, architecture: str, type: str) -> dict:
     }
 
 
-def _add(writer, key: str, value) -> None:
+def _add(writer: gguf.GGUFWriter, key: str, value: object) -> None:
     """Counts and token ids are unsigned 32-bit integers in GGUF, other numbers float32."""
     for kind, method in ((bool, "bool"), (int, "uint32"), (float, "float32"), (str, "string"), (list, "array")):
         if isinstance(value, kind):

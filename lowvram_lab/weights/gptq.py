@@ -14,7 +14,7 @@ from lowvram_lab.errors import CheckpointError
 from lowvram_lab.machine import one_thread
 from lowvram_lab.model.formats import Format
 from lowvram_lab.units import MiB
-from lowvram_lab.weights.codes import IntegerWeight
+from lowvram_lab.weights.codes import IntegerWeight, joined
 from lowvram_lab.weights.solvers import search_clip
 
 BLOCK = 128
@@ -46,18 +46,13 @@ def gptq(weight: torch.Tensor, fmt: Format, moments: torch.Tensor, *, act_order:
     spread = error_spread(moments, order)
     step = max(64, ROW_BYTES // (4 * weight.shape[1]))
     pieces = [_gptq_rows(rows.float(), fmt, moments.diagonal(), spread, order) for rows in weight.split(step)]
-    return IntegerWeight(torch.cat([p.codes for p in pieces]), torch.cat([p.scale for p in pieces]))
+    return joined(pieces)
 
 
 def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """How a column's rounding error is best passed on: the upper Cholesky factor of the inverse moments.
 
-    Args:
-        moments: ``(in, in)``.
-        order: ``(in,)``, the order in which columns are rounded.
-
-    Returns:
-        ``(in, in)`` float32, upper triangular, in that order.
+    It is ``(in, in)`` in the ``order`` ``(in,)`` in which columns are rounded.
 
     Raises:
         CheckpointError: Not finite.
@@ -69,10 +64,11 @@ def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     for damping in DAMPINGS:
         damped = ordered + torch.eye(len(ordered)) * (damping * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed and bool(torch.isfinite(inverse).all()):
-                return inverse
+        if failed:
+            continue
+        inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+        if not failed and bool(torch.isfinite(inverse).all()):
+            return inverse
     # beyond repair by damping: rounding each column for itself is what remains
     return torch.eye(len(ordered))
 
@@ -82,7 +78,9 @@ def output_error(change: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(change @ moments, change)
 
 
-def _gptq_rows(weight, fmt: Format, importance, spread, order) -> IntegerWeight:
+def _gptq_rows(
+    weight: torch.Tensor, fmt: Format, importance: torch.Tensor, spread: torch.Tensor, order: torch.Tensor
+) -> IntegerWeight:
     """Rounds some rows, ``weight`` being a private float32 copy or about to be one."""
     start = search_clip(weight, fmt, importance)
     size = fmt.group_size or weight.shape[1]

@@ -11,6 +11,8 @@ Source: fitting to the original's outputs over the quantised model's inputs, Ara
 
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.formats import DTYPES, Format, get_format
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight, rows_of
 from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments
@@ -40,13 +43,12 @@ DAMPING = 0.01
 HEAD_TOKENS, HEAD_ROWS = 64, 4096
 """Tokens and vocabulary rows of the head worked on at once: 64 x 152k logits are 37 MiB, 4096 x 2560 weights 40."""
 
-_STREAMS = ("calibration", "calibration_quantised", "held_out", "held_out_quantised")
 
-
+@dataclass
 class LayerQuantizer:
     """Writes the shards of a quantised model into a partial directory, going on where an earlier run was killed.
 
-    Args:
+    Attributes:
         stream: The original.
         plan: Formats.
         partial: Where shards and state go.
@@ -55,28 +57,28 @@ class LayerQuantizer:
         solver: One of ``solve.SOLVERS``.
         progress: Show a progress bar.
         lookup: See ``Sensitivity``.
-
-    Attributes:
-        shards: Names of the files, in order: the embedding, each layer, the final norm and head.
         modules: After ``run``: module name → ``format``, ``solver`` and ``output_error`` (relative mean square).
     """
 
-    def __init__(
-        self, stream: LayerByLayer, plan: Plan, partial: PartialDirectory, ids, held_out, solver, progress, lookup=0.0
-    ):
-        self.lookup = lookup
-        self.stream = stream
-        self.spec = stream.spec
-        self.plan = plan
-        self.partial = partial
-        self.ids = ids
-        self.held_out = held_out
-        self.solver = solver
-        self.progress = progress
-        count = len(stream) + 2
-        self.shards = [f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
-        self.modules: dict[str, dict] = {}
+    stream: LayerByLayer
+    plan: Plan
+    partial: PartialDirectory
+    ids: torch.Tensor
+    held_out: torch.Tensor
+    solver: str
+    progress: bool
+    lookup: float = 0.0
+    modules: dict[str, dict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spec = self.stream.spec
         self._states: dict[str, torch.Tensor] = {}
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the files, in order: the embedding, each layer, the final norm and head."""
+        count = len(self.stream) + 2
+        return [f"model-{index + 1:05}-of-{count:05}.safetensors" for index in range(count)]
 
     @torch.no_grad()
     def run(self) -> dict:
@@ -92,13 +94,9 @@ class LayerQuantizer:
         bar = tqdm(total=len(self.shards), initial=first, desc="convert", unit="shard", disable=not self.progress)
         with bar:
             for index in range(first, len(self.shards) - 1):
-                self._report = {}
-                tensors = self._embedding() if index == 0 else self._layer(index - 1)
-                self._save(index, tensors)
+                self._save(index, self._embedding() if index == 0 else self._layer(index - 1))
                 bar.update()
-            self._report = {}
             self.partial.save_tensors(self.shards[-1], self._head())
-            self.modules |= self._report
             give_back_heap()
             measured = self._measure()
             bar.update()
@@ -117,7 +115,6 @@ class LayerQuantizer:
         return 0
 
     def _save(self, index: int, tensors: dict) -> None:
-        self.modules |= self._report
         self.partial.save_tensors(self.shards[index], tensors)
         self.partial.save_tensors(f"state/states-{index}.safetensors", self._states)
         self.partial.save_json(f"state/modules-{index}.json", self.modules)
@@ -127,23 +124,20 @@ class LayerQuantizer:
         give_back_heap()
 
     def _embedding(self) -> dict:
-        name = self.spec.embedding
-        fmt, tensors = get_format(self.plan.modules[name].format), {}
-        look_up = None
-        if fmt.kind == "float":
-            tensors[f"{name}.weight"] = self._plain(f"{name}.weight")
-        else:
+        module = self.spec.module(self.spec.embedding)
+        fmt = self._format(module)
+        tensors, look_up = self._plain(module), None
+        if fmt.kind != "float":
             quarter = self.ids[:: max(1, min(4, len(self.ids)))]
             moments = head_moments(self.stream, quarter) if self.spec.tied else None
             if self.lookup:
                 moments = moments + self.lookup * torch.eye(len(moments))
-            table = self.stream.stored(f"{name}.weight")
-            solution = self._solve(name, table, fmt, moments)
-            tensors |= to_stored(name, solution, fmt)
+            solution = self._solve(module, self.stream.stored(f"{module.name}.weight"), moments)
+            tensors |= to_stored(module.name, solution, fmt)
             if fmt.kind == "int8" and self.spec.tied:  # stock transformers looks for the head's scales by themselves
                 tensors[f"{self.spec.head}.weight_scale"] = solution.scale.clone()
 
-            def look_up(ids):
+            def look_up(ids: torch.Tensor) -> torch.Tensor:
                 return rows_of(solution, ids).dequantize()
 
         for text, ids in (("calibration", self.ids), ("held_out", self.held_out)):
@@ -160,21 +154,19 @@ class LayerQuantizer:
             for module in self.spec.modules:
                 if module.layer != index:
                     continue
-                fmt = get_format(self.plan.modules[module.name].format)
-                for key in module.parameters:
-                    if key != "weight" or fmt.kind == "float":
-                        tensors[f"{module.name}.{key}"] = self._plain(f"{module.name}.{key}")
+                fmt = self._format(module)
+                tensors |= self._plain(module)
                 if fmt.kind != "float":
                     weight = named[module.name].weight
                     target = corrected(weight, moments[module.name], moments.cross(module.name))
-                    solution = self._solve(module.name, target, fmt, moments[module.name])
+                    solution = self._solve(module, target, moments[module.name])
                     weight.copy_(solution.dequantize())
                     tensors |= to_stored(module.name, solution, fmt)
             self.stream.run_in_place(layer, states["calibration_quantised"])
             self.stream.run_in_place(layer, states["held_out_quantised"])
         return tensors
 
-    def _moments(self, layer, named) -> InputMoments:
+    def _moments(self, layer: torch.nn.Module, named: dict[str, torch.nn.Module]) -> InputMoments:
         """Moments of the quantised run's inputs, crossed with the original's; the original's run moves on."""
         moments, step = InputMoments(), max(1, TOKENS_AT_ONCE // self.ids.shape[1])
         runs = [self._states[name].split(step) for name in ("calibration", "calibration_quantised")]
@@ -192,16 +184,14 @@ class LayerQuantizer:
         for module in self.spec.modules:
             if module.layer is not None or module.name == self.spec.embedding or module.tied_to:
                 continue
-            fmt = get_format(self.plan.modules[module.name].format)
-            for key in module.parameters:
-                if key != "weight" or fmt.kind == "float":
-                    tensors[f"{module.name}.{key}"] = self._plain(f"{module.name}.{key}")
+            fmt = self._format(module)
+            tensors |= self._plain(module)
             if fmt.kind != "float":
                 moments = InputMoments()
                 for original, quantised in self._final("calibration"):
                     moments.add({module.name: quantised}, {module.name: original})
                 weight = self.stream.stored(f"{module.name}.weight")
-                solution = self._solve(module.name, weight, fmt, moments[module.name])
+                solution = self._solve(module, weight, moments[module.name])
                 tensors |= to_stored(module.name, solution, fmt)
         return tensors
 
@@ -211,30 +201,32 @@ class LayerQuantizer:
         for original, quantised in zip(*runs, strict=True):
             yield self.stream.norm(original), self.stream.norm(quantised)
 
-    def _solve(self, name: str, weight, fmt: Format, moments) -> IntegerWeight:
-        solution, kind, error = solve(weight, fmt, moments, self.solver, name)
-        self._report[name] = {"format": fmt.name, "solver": kind, "output_error": error}
+    def _format(self, module: ModuleSpec) -> Format:
+        return get_format(self.plan.modules[module.name].format)
+
+    def _solve(self, module: ModuleSpec, weight: torch.Tensor, moments: torch.Tensor | None) -> IntegerWeight:
+        fmt = self._format(module)
+        solution, kind, error = solve(weight, fmt, moments, self.solver, module.name)
+        self.modules[module.name] = {"format": fmt.name, "solver": kind, "output_error": error}
         return solution
 
-    def _plain(self, name: str) -> torch.Tensor:
-        return self.stream.read(name, DTYPES[self.plan.dtype])
+    def _plain(self, module: ModuleSpec) -> dict[str, torch.Tensor]:
+        """What of a module is not quantised, in the plan's dtype."""
+        is_float = self._format(module).kind == "float"
+        names = [f"{module.name}.{key}" for key in module.parameters if key != "weight" or is_float]
+        return {name: self.stream.read(name, DTYPES[self.plan.dtype]) for name in names}
 
     def _measure(self) -> dict:
         """Compares the two models' predictions of the held-out text."""
         head, owner = self.spec.head, self.stream.owner(self.spec.head)
-        fmt = get_format(self.plan.modules[head].format)
         original = self.stream.stored(f"{owner}.weight")
         file = self.shards[0 if owner == self.spec.embedding else -1]
-        ours = stored_rows(self.partial.load_tensors(file), owner, fmt)
-        bias = None
-        if "bias" in self.spec.module(head).parameters:
-            bias = self.stream.read(f"{head}.bias")
+        ours = stored_rows(self.partial.load_tensors(file), owner, self._format(self.spec.module(head)))
+        bias = self.stream.bias(head)
         totals = dict.fromkeys(("nll", "reference_nll", "kl", "agree"), 0.0)
         targets = self.held_out.flatten().roll(-1).split(HEAD_TOKENS)
-        # a window's last token predicts nothing that is in the window
-        counted = (torch.arange(self.held_out.numel()) % self.held_out.shape[1] < self.held_out.shape[1] - 1).split(
-            HEAD_TOKENS
-        )
+        last = self.held_out.shape[1] - 1  # of a window; it predicts nothing that is in the window
+        counted = (torch.arange(self.held_out.numel()) % (last + 1) < last).split(HEAD_TOKENS)
         for (theirs_x, ours_x), target, count in zip(self._final("held_out"), targets, counted, strict=True):
             theirs = torch.log_softmax(_logits(theirs_x[count], lambda s: original[s].float(), len(original), bias), -1)
             mine = torch.log_softmax(_logits(ours_x[count], ours, len(original), bias), -1)
@@ -280,7 +272,9 @@ def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # beyond that a float overflows, and nobody cares by how much
 
 
-def _logits(x: torch.Tensor, rows, count: int, bias) -> torch.Tensor:
+def _logits(
+    x: torch.Tensor, rows: Callable[[slice], torch.Tensor], count: int, bias: torch.Tensor | None
+) -> torch.Tensor:
     """``(tokens, vocab)``, some rows of the head at a time."""
     pieces = [F.linear(x, rows(slice(start, start + HEAD_ROWS))) for start in range(0, count, HEAD_ROWS)]
     logits = torch.cat(pieces, dim=-1)

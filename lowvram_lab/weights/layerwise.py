@@ -10,8 +10,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from transformers import PretrainedConfig
 
 from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.spec import ModelSpec, build_on_meta
 from lowvram_lab.weights.solvers import is_finite
 
@@ -31,7 +33,7 @@ class LayerByLayer:
         CheckpointError: An architecture whose layers cannot be run by themselves; it says what was looked for.
     """
 
-    def __init__(self, spec: ModelSpec, checkpoint, dtype: torch.dtype = torch.float32):
+    def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
         if spec.stored:
             raise LowvramError(f"{spec.name} holds quantised weights alone; expected the 16-bit original")
         self.spec = spec
@@ -59,6 +61,10 @@ class LayerByLayer:
             CheckpointError: Not finite, or not a float tensor.
         """
         return self.read(f"{self.owner(name)}.weight")
+
+    def bias(self, name: str) -> torch.Tensor | None:
+        """A module's bias, if it has one."""
+        return self.read(f"{name}.bias") if "bias" in self.spec.module(name).parameters else None
 
     def owner(self, name: str) -> str:
         """The module that owns a weight: a tied head's is the embedding."""
@@ -115,7 +121,7 @@ class LayerByLayer:
         """The linear modules of a layer, in forward order."""
         return [m.name for m in self.spec.modules if m.layer == index and m.kind == "linear"]
 
-    def run(self, layer, hidden: torch.Tensor) -> torch.Tensor:
+    def run(self, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """``(windows, tokens, hidden)`` through one layer, with whatever autograd mode is on."""
         step = max(1, TOKENS_AT_ONCE // hidden.shape[1])
         pieces = [layer(piece, **self._keyword_arguments) for piece in hidden.split(step)]
@@ -123,7 +129,7 @@ class LayerByLayer:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     @torch.no_grad()
-    def run_in_place(self, layer, hidden: torch.Tensor) -> None:
+    def run_in_place(self, layer: torch.nn.Module, hidden: torch.Tensor) -> None:
         """Like ``run``, writing over ``hidden``: calibration states are never held twice."""
         for window in hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])):
             window.copy_(self.run(layer, window))
@@ -152,7 +158,7 @@ class LayerByLayer:
         return tensor
 
 
-def _oddity(spec: ModelSpec, config, norms: list[str]) -> str | None:
+def _oddity(spec: ModelSpec, config: PretrainedConfig, norms: list[str]) -> str | None:
     """What about a model would make a run layer by layer another than its own, or ``None``."""
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, name, None) not in (None, 1, 1.0):
@@ -171,7 +177,7 @@ class _CaughtError(Exception):
 
 
 class _Catcher(torch.nn.Module):
-    def forward(self, hidden, **keyword_arguments):
+    def forward(self, hidden: torch.Tensor, **keyword_arguments):
         self.hidden, self.keyword_arguments = hidden, keyword_arguments
         raise _CaughtError
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
 from lowvram_lab.errors import LowvramError, PlanError
+from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.weights.codes import rows_of
@@ -60,7 +61,7 @@ class MeasuredSensitivity:
 @torch.no_grad()
 def measure_sensitivity(
     spec: ModelSpec,
-    checkpoint,
+    checkpoint: Checkpoint,
     sensitivity: Sensitivity,
     ids: torch.Tensor,
     *,
@@ -131,7 +132,9 @@ def _drawn(sensitivity: Sensitivity, count: int) -> list[tuple[str, str]]:
     return [pairs[index] for index in order[:count].sort().values.tolist()]
 
 
-def _through_layer(stream: LayerByLayer, index: int, fitted, states: dict, pairs, solver: str) -> None:
+def _through_layer(
+    stream: LayerByLayer, index: int, fitted: torch.Tensor, states: dict, pairs: list[tuple[str, str]], solver: str
+) -> None:
     """Moves all runs on by a layer; those of its own modules depart from the original here."""
     with stream.layer(index) as layer:
         named = {name: stream.model.get_submodule(name) for name in stream.names(index)}
@@ -155,14 +158,14 @@ def _through_layer(stream: LayerByLayer, index: int, fitted, states: dict, pairs
     states |= departing
 
 
-def _divergences(stream: LayerByLayer, states: dict, heads: dict, pairs) -> dict[tuple[str, str], float]:
+def _divergences(
+    stream: LayerByLayer, states: dict, heads: dict, pairs: list[tuple[str, str]]
+) -> dict[tuple[str, str], float]:
     """Mean KL of every pair, a few tokens' logits at a time."""
     name, totals = stream.spec.head, dict.fromkeys(pairs, 0.0)
-    plain, bias = stream.weight(name), None
-    if "bias" in stream.spec.module(name).parameters:
-        bias = stream.read(f"{name}.bias")
+    plain, bias = stream.weight(name), stream.bias(name)
 
-    def predictions(pair, weight, start):
+    def predictions(pair, weight, start: int):
         hidden = states.get(pair, states[None]).flatten(0, 1)[start : start + HEAD_TOKENS]
         return torch.log_softmax(F.linear(stream.norm(hidden), weight, bias), dim=-1)
 

@@ -9,13 +9,7 @@ from lowvram_lab.units import format_bytes
 
 
 def model_card(facts: dict, spec: ModelSpec, file_bytes: int) -> str:
-    """Markdown with a YAML head.
-
-    Args:
-        facts: What ``recipe.json`` holds.
-        spec: The model.
-        file_bytes: Of all tensors in the files.
-    """
+    """Markdown with a YAML head, from what ``recipe.json`` holds."""
     measured, plan = facts["measured"], facts["plan"]["modules"]
     counts = Counter(entry["format"] for entry in plan.values())
     saved = 1 - facts["weight_bytes"] / facts["source_weight_bytes"]

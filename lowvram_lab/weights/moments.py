@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from lowvram_lab.weights.layerwise import LayerByLayer
+
 NORMED_TOKENS = 64
 """Tokens behind the final norm that are summed at once."""
 
@@ -70,13 +72,8 @@ class InputMoments:
         return self._cross[self._shares.get(name, name)] / self.tokens
 
 
-def head_moments(stream, ids: torch.Tensor) -> torch.Tensor:
-    """Second moments ``(hidden, hidden)`` of what a model's head is given for tokens ``(windows, tokens)``.
-
-    Args:
-        stream: A ``LayerByLayer``.
-        ids: Tokens.
-    """
+def head_moments(stream: LayerByLayer, ids: torch.Tensor) -> torch.Tensor:
+    """Second moments ``(hidden, hidden)`` of what a model's head is given for tokens ``(windows, tokens)``."""
     hidden = stream.embed(ids)
     for index in range(len(stream)):
         with stream.layer(index) as layer:
@@ -84,7 +81,7 @@ def head_moments(stream, ids: torch.Tensor) -> torch.Tensor:
     return normed_moments(stream, hidden)
 
 
-def normed_moments(stream, hidden: torch.Tensor) -> torch.Tensor:
+def normed_moments(stream: LayerByLayer, hidden: torch.Tensor) -> torch.Tensor:
     """The same for final states ``(windows, tokens, hidden)``, behind the norm, ``NORMED_TOKENS`` at a time."""
     moments = InputMoments()
     for states in hidden.flatten(0, 1).split(NORMED_TOKENS):

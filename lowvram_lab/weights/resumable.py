@@ -124,9 +124,7 @@ class PartialDirectory:
 def building(target: Path, identity: dict):
     """Yields the partial directory of a target, locked against a second process.
 
-    Args:
-        target: A path that does not exist, or an empty directory.
-        identity: What the work is made from; work left by another is discarded.
+    Work left there by another ``identity``, what it is made from, is discarded.
 
     Raises:
         LowvramError: The target holds something, or its folder is not there.

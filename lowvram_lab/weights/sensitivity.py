@@ -17,6 +17,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
@@ -25,8 +26,10 @@ from tqdm.auto import tqdm
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.machine import one_thread
 from lowvram_lab.memory.host import give_back_heap
+from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import GROUP_SIZES, get_format
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
+from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.gptq import gptq, output_error
 from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, OutputGradients, captured_inputs
@@ -65,10 +68,8 @@ class Sensitivity:
     tokens: int
     lookup: float = 0.0
 
-    def table(self):
-        """Modules x formats, estimated KL. A DataFrame."""
-        import pandas as pd
-
+    def table(self) -> pd.DataFrame:
+        """Modules x formats, estimated KL."""
         return pd.DataFrame(self.costs).T
 
     def to_dict(self) -> dict:
@@ -103,7 +104,7 @@ def candidate_formats(module: ModuleSpec, formats: tuple[str, ...] | None = None
 
 def estimate_sensitivity(
     spec: ModelSpec,
-    checkpoint,
+    checkpoint: Checkpoint,
     ids: torch.Tensor,
     *,
     formats: tuple[str, ...] | None = None,
@@ -128,7 +129,7 @@ def estimate_sensitivity(
     if ids.numel() < 2 * spec.num_hidden_layers:
         raise LowvramError(f"expected a calibration text of some hundred tokens or more, found {ids.numel()} tokens")
     stream = LayerByLayer(spec, checkpoint)
-    costs, activation = {}, {}
+    estimate = _Estimate(stream, formats)
     with (
         tempfile.TemporaryDirectory(dir=scratch) as folder,
         tqdm(total=2 * len(stream) + 1, desc="sensitivity", unit="layer", disable=not progress, leave=False) as bar,
@@ -144,12 +145,13 @@ def estimate_sensitivity(
         bar.update()
         for index in reversed(range(len(stream))):
             hidden = load_file(Path(folder) / f"{index}.safetensors")["hidden"]
-            gradient = _layer(stream, index, hidden, gradient, formats, costs, activation)
+            estimate.add_layer(index, hidden, gradient)
             give_back_heap()
             bar.update()
-    lookup = _tables(stream, ids, gradient, moments, importance, formats, costs, activation)
-    order = [m.name for m in spec.modules if m.name in costs]
-    return Sensitivity({n: costs[n] for n in order}, {n: activation[n] for n in order}, ids.numel(), lookup)
+    lookup = estimate.add_tables(ids, gradient, moments, importance)
+    order = [m.name for m in spec.modules if m.name in estimate.costs]
+    costs, moved = ({name: found[name] for name in order} for found in (estimate.costs, estimate.moved))
+    return Sensitivity(costs, moved, ids.numel(), lookup)
 
 
 def _head(stream: LayerByLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -159,19 +161,18 @@ def _head(stream: LayerByLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
         The gradient at the last layer's output, the moments of the head's inputs, and ``G_o`` of its rows.
     """
     name, generator = stream.spec.head, _generator(0)
-    weight = stream.weight(name)
+    weight, bias = stream.weight(name), stream.bias(name)
     moments = 0
     importance = torch.zeros(weight.shape[0])
     tokens = hidden.shape[:-1].numel()
     gradient = torch.empty_like(hidden)
-    offset = stream.read(f"{name}.bias") if "bias" in stream.spec.module(name).parameters else None
     pieces = [states.flatten(0, 1).split(HEAD_TOKENS) for states in (hidden, gradient)]
     for states, into in zip(*pieces, strict=True):
         states = states.detach().requires_grad_(True)
         with torch.enable_grad():
             normed = stream.norm(states)
         x = normed.detach()
-        probabilities = torch.softmax(F.linear(x, weight, offset), dim=-1)
+        probabilities = torch.softmax(F.linear(x, weight, bias), dim=-1)
         labels = torch.multinomial(probabilities, 1, generator=generator)
         importance += (probabilities - probabilities.square()).sum(dim=0)
         moments = moments + x.T @ x
@@ -181,63 +182,80 @@ def _head(stream: LayerByLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
     return gradient, moments / tokens, importance / tokens
 
 
-def _layer(stream, index: int, hidden, gradient, formats, costs: dict, activation: dict) -> torch.Tensor:
-    """Costs of one layer's modules; returns the gradient at its input."""
-    inputs, outputs = InputMoments(), OutputGradients()
-    with stream.layer(index) as layer, torch.enable_grad():
-        named = {name: stream.model.get_submodule(name) for name in stream.names(index)}
-        with captured_inputs(named) as seen, outputs.watch(named):
-            for states, arriving in zip(hidden.split(1), gradient.split(1), strict=True):
-                states.requires_grad_(True)
-                stream.run(layer, states).backward(arriving)
-                arriving.copy_(states.grad)
-                inputs.add(seen)
-        for name, module in named.items():
-            importance = outputs[name] / inputs.tokens
-            costs[name], activation[name] = _module_costs(
-                stream.spec.module(name), module.weight.detach(), inputs[name], importance, formats
-            )
-    return gradient
+class _Estimate:
+    """Costs of modules as they become known: ``costs`` and ``moved`` are the two tables of a ``Sensitivity``."""
 
+    def __init__(self, stream: LayerByLayer, formats: tuple[str, ...] | None):
+        self.stream, self.formats = stream, formats
+        self.costs: dict[str, dict[str, float]] = {}
+        self.moved: dict[str, dict[str, float]] = {}
 
-def _tables(stream, ids, gradient, moments, importance, formats, costs: dict, activation: dict) -> float:
-    """Costs of the head and of the embedding; returns ``Sensitivity.lookup``.
+    def add_layer(self, index: int, hidden: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Costs of one layer's modules; ``gradient``, at its output, becomes that at its input."""
+        stream = self.stream
+        inputs, outputs = InputMoments(), OutputGradients()
+        with stream.layer(index) as layer, torch.enable_grad():
+            named = {name: stream.model.get_submodule(name) for name in stream.names(index)}
+            with captured_inputs(named) as seen, outputs.watch(named):
+                for states, arriving in zip(hidden.split(1), gradient.split(1), strict=True):
+                    states.requires_grad_(True)
+                    stream.run(layer, states).backward(arriving)
+                    arriving.copy_(states.grad)
+                    inputs.add(seen)
+            for name, module in named.items():
+                importance = outputs[name] / inputs.tokens
+                self._add(stream.spec.module(name), module.weight.detach(), inputs[name], importance)
 
-    An error in a row of the embedding moves the first layer's input wherever the text has that token, and every
-    dimension of the input counts alike: ``1/2 energy |D_row|^2``. A head's row counts by ``G_o``, which is about how
-    often the token is expected. A tied row is off in both places at once.
-    """
-    spec = stream.spec
-    energy = gradient.square().sum(dim=-1).mean().item() / spec.hidden_size
-    total, lookup = importance.sum().item(), 0.0
-    owner = spec.module(stream.owner(spec.head))
-    if spec.tied:
-        lookup = energy / max(total, 1e-30)
-        moments = moments + lookup * torch.eye(len(moments))
-    weight = stream.stored(f"{owner.name}.weight")
-    costs[owner.name], activation[owner.name] = _module_costs(owner, weight, moments, importance, formats)
-    table = spec.module(spec.embedding)
-    if table.kind == "embedding" and not spec.tied:
-        rows = stream.stored(f"{table.name}.weight")[ids.flatten()[_sample(ids.numel(), LOOKUPS)]].float()
-        costs[table.name], activation[table.name] = {}, {}
-        for fmt in candidate_formats(table, formats):
-            error = (round_to_nearest(rows, get_format(fmt)).dequantize() - rows).square().sum(dim=1).mean().item()
-            costs[table.name][fmt], activation[table.name][fmt] = 0.5 * energy * error, error
-    return lookup
+    def add_tables(
+        self, ids: torch.Tensor, gradient: torch.Tensor, moments: torch.Tensor, importance: torch.Tensor
+    ) -> float:
+        """Costs of the head and of the embedding; returns ``Sensitivity.lookup``.
+
+        An error in a row of the embedding moves the first layer's input wherever the text has that token, and every
+        dimension of the input counts alike: ``1/2 energy |D_row|^2``. A head's row counts by ``G_o``, which is about
+        how often the token is expected. A tied row is off in both places at once.
+        """
+        stream, spec = self.stream, self.stream.spec
+        energy = gradient.square().sum(dim=-1).mean().item() / spec.hidden_size
+        owner = spec.module(stream.owner(spec.head))
+        lookup = 0.0
+        if spec.tied:
+            lookup = energy / max(importance.sum().item(), 1e-30)
+            moments = moments + lookup * torch.eye(len(moments))
+        self._add(owner, stream.stored(f"{owner.name}.weight"), moments, importance)
+        table = spec.module(spec.embedding)
+        if table.kind == "embedding" and not spec.tied:
+            rows = stream.stored(f"{table.name}.weight")[ids.flatten()[_sample(ids.numel(), LOOKUPS)]].float()
+            errors = {}
+            for fmt in candidate_formats(table, self.formats):
+                restored = round_to_nearest(rows, get_format(fmt)).dequantize()
+                errors[fmt] = (restored - rows).square().sum(dim=1).mean().item()
+            self.costs[table.name] = {fmt: 0.5 * energy * error for fmt, error in errors.items()}
+            self.moved[table.name] = errors
+        return lookup
+
+    def _add(self, module: ModuleSpec, weight: torch.Tensor, moments: torch.Tensor, importance: torch.Tensor) -> None:
+        found = _module_costs(module, weight, moments, importance, self.formats)
+        self.costs[module.name], self.moved[module.name] = found
 
 
 @torch.no_grad()
 @one_thread()
 def _module_costs(
-    module: ModuleSpec, weight, moments, importance, formats
+    module: ModuleSpec,
+    weight: torch.Tensor,
+    moments: torch.Tensor,
+    importance: torch.Tensor,
+    formats: tuple[str, ...] | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Estimated KL and output error of a module's candidate formats, from samples of its rows.
 
     The rows for the KL are drawn by their importance: of a head's, a few hundred frequent tokens have nearly all.
     """
-    uniform, size = _sample(len(weight)), SAMPLED_ROWS * (4 if module.layer is None else 1)
+    size = SAMPLED_ROWS * (4 if module.layer is None else 1)
     drawn = torch.multinomial(importance.clamp(min=0) + 1e-30, size, True, generator=_generator(len(weight)))
-    picked, total = weight[torch.cat((drawn, uniform))].float(), importance.sum().item()
+    picked = weight[torch.cat((drawn, _sample(len(weight))))].float()
+    total = importance.sum().item()
     gains: dict[int, float] = {}
     costs, moved = {}, {}
     names = candidate_formats(module, formats)
@@ -252,7 +270,7 @@ def _module_costs(
     return costs, moved
 
 
-def _gain(picked, names: list[str], bits: int, moments) -> float:
+def _gain(picked: torch.Tensor, names: list[str], bits: int, moments: torch.Tensor) -> float:
     """What GPTQ leaves of clip search's error in this module."""
     same = [name for name in names if get_format(name).bits == bits] or names[-1:]
     fmt = get_format(same[len(same) // 2])
@@ -261,7 +279,7 @@ def _gain(picked, names: list[str], bits: int, moments) -> float:
     return float((after / before.clamp(min=1e-30)).clamp(max=1.0))
 
 
-def _errors(weight, solution, moments) -> torch.Tensor:
+def _errors(weight: torch.Tensor, solution: IntegerWeight, moments: torch.Tensor) -> torch.Tensor:
     return output_error(solution.dequantize() - weight, moments)
 
 

@@ -4,7 +4,7 @@ import torch
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.formats import Format
-from lowvram_lab.weights.codes import IntegerWeight, rows_of
+from lowvram_lab.weights.codes import IntegerWeight, joined, rows_of
 from lowvram_lab.weights.gptq import gptq, output_error
 from lowvram_lab.weights.solvers import round_to_nearest, search_clip
 
@@ -35,14 +35,14 @@ def solve(
     Raises:
         CheckpointError: Even that is useless.
     """
-    solutions = {}
+    solutions, pieces = {}, weight.split(SOLVE_ROWS)
     if solver == "gptq" and moments is not None:
         solutions["gptq"] = gptq(weight, fmt, moments)
     if solver != "rtn":
         importance = moments.diagonal() if moments is not None else None
-        solutions["clip"] = _by_rows(weight, lambda rows: search_clip(rows, fmt, importance))
+        solutions["clip"] = joined([search_clip(rows, fmt, importance) for rows in pieces])
     if solver == "rtn" or fmt.kind == "int8":
-        solutions["rtn"] = _by_rows(weight, lambda rows: round_to_nearest(rows, fmt))
+        solutions["rtn"] = joined([round_to_nearest(rows, fmt) for rows in pieces])
     errors = {kind: relative_error(weight, solution, moments) for kind, solution in solutions.items()}
     best = min(errors, key=errors.get)
     if not errors[best] <= WORST_OUTPUT_ERROR:  # NaN too
@@ -61,8 +61,3 @@ def relative_error(weight: torch.Tensor, solution: IntegerWeight, moments: torch
         for_ = (lambda m: output_error(m, moments)) if moments is not None else (lambda m: m.square())
         changed, whole = changed + for_(change).sum().item(), whole + for_(rows).sum().item()
     return changed / whole if whole > 0 else 0.0
-
-
-def _by_rows(weight: torch.Tensor, way) -> IntegerWeight:
-    pieces = [way(rows) for rows in weight.split(SOLVE_ROWS)]
-    return IntegerWeight(torch.cat([p.codes for p in pieces]), torch.cat([p.scale for p in pieces]))

@@ -126,17 +126,16 @@ def search_clip(
     groups = _grouped(weight, fmt)
     by_channel = _grouped(importance.unsqueeze(0), fmt) if importance is not None else None
     widest = _fitting_scale(groups, fmt).float()
-    best = None
-    least = None
+    best = widest.to(SCALE_DTYPE)
+    least = torch.full_like(widest, torch.inf)
     top = (1 << (fmt.bits - 1)) - 1
     for sign in (1.0, -(top + 1) / top):  # turned round, the largest value has one code less
         for step in range(0, CLIP_STEPS[fmt.bits], stride):
             scale = (widest * sign * (1 - 0.025 * step)).to(SCALE_DTYPE)
             error = _codes(groups, scale, fmt).mul_(scale.float()).sub_(groups).square_()
             error = (error * by_channel if by_channel is not None else error).sum(dim=-1, keepdim=True)
-            better = error < least if least is not None else torch.ones_like(error, dtype=torch.bool)
-            least = torch.where(better, error, least) if least is not None else error
-            best = torch.where(better, scale, best) if best is not None else scale
+            better = error < least
+            least, best = torch.where(better, error, least), torch.where(better, scale, best)
     return assign_codes(groups, best, fmt)
 
 
@@ -201,7 +200,7 @@ def _fitting_scale(groups: torch.Tensor, fmt: Format) -> torch.Tensor:
     return torch.where(scale.abs() < TINY, TINY, scale)
 
 
-def _asymmetric(groups: torch.Tensor, fmt: Format, shape) -> IntegerWeight:
+def _asymmetric(groups: torch.Tensor, fmt: Format, shape: torch.Size) -> IntegerWeight:
     offset = 1 << (fmt.bits - 1)
     low, high = groups.aminmax(dim=-1, keepdim=True)
     scale = ((high - low) / ((1 << fmt.bits) - 1)).clamp_(min=TINY).to(SCALE_DTYPE)

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 
 from lowvram_lab.errors import CheckpointError
+from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import SCALE_DTYPE, Format
+from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight, pack, unpack
 
 
@@ -27,7 +29,7 @@ def to_stored(name: str, weight: IntegerWeight, fmt: Format) -> dict[str, torch.
     }
 
 
-def check_stored(module, fmt: Format, checkpoint) -> None:
+def check_stored(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> None:
     """Checks names, shapes and dtypes of a module's stored tensors, from headers alone.
 
     Raises:
@@ -49,12 +51,7 @@ def check_stored(module, fmt: Format, checkpoint) -> None:
 
 
 def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> IntegerWeight:
-    """A module's stored codes and scales.
-
-    Args:
-        name: The module.
-        fmt: Its format.
-        read: Name of a tensor → the tensor.
+    """A module's stored codes and scales; ``read`` gives a tensor for its name.
 
     Raises:
         CheckpointError: The scales are not finite.
@@ -64,7 +61,7 @@ def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> 
     return IntegerWeight(codes if fmt.kind == "int8" else unpack(codes, fmt.bits), _scale(names["scale"], read))
 
 
-def stored_tensors(name: str, fmt: Format, checkpoint) -> dict[str, torch.Tensor]:
+def stored_tensors(name: str, fmt: Format, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """What a layer is filled with, see ``QuantizedLinear.fill``: packed codes stay as they lie in the file."""
     if fmt.kind != "packed":
         return read_stored(name, fmt, checkpoint.read).tensors(fmt)

@@ -470,7 +470,7 @@ def measured(monkeypatch, report):
         calls.append((args, kwargs))
         return report
 
-    monkeypatch.setattr(module, "effects", pretend)
+    monkeypatch.setattr(cli_report, "effects", pretend)
     return calls
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
 from lowvram_lab.errors import PlanError
-from lowvram_lab.model.formats import DTYPES, FORMATS, TensorSpec, format_of_dtype, get_format
+from lowvram_lab.model.formats import DTYPES, FORMATS, TensorSpec, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.units import GiB
 from tests.helpers.tiny import packaged_spec
@@ -142,9 +142,3 @@ def test_an_unknown_format_is_named_beside_those_there_are(name):
         get_format(name)
     assert repr(name) in str(error.value)
     assert "int4-g128" in str(error.value)
-
-
-def test_dtypes_and_float_formats_are_one_to_one():
-    assert [format_of_dtype(DTYPES[name]) for name in FLOATS] == FLOATS
-    with pytest.raises(PlanError, match="found dtype int8"):
-        format_of_dtype(torch.int8)

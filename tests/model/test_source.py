@@ -18,7 +18,7 @@ import torch
 
 from lowvram_lab import files as cache
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
-from lowvram_lab.model import builtin, hub, source
+from lowvram_lab.model import builtin, hub
 from lowvram_lab.model import gguf as gguf_convert
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import Checkpoint
@@ -713,7 +713,3 @@ def test_default_model_for_real():
     assert "<|im_start|>assistant" in tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True
     )
-
-
-def test_source_module_offers_its_api():
-    assert {"Source", "find_source", "builtin_names", "cache_dir", "Checkpoint"} <= set(source.__all__)

@@ -25,7 +25,6 @@ from lowvram_lab.peers import process as bench_process
 from lowvram_lab.peers.bench import BenchSettings, bench
 from lowvram_lab.peers.engines import Engine, Task
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
-from lowvram_lab.peers.result import plot_data
 from tests.helpers.checkpoints import directory_spec, write_model
 from tests.helpers.machines import Made
 from tests.helpers.tiny import tiny_stock
@@ -197,7 +196,6 @@ def test_a_peer_that_fails_is_a_row_with_the_reason(folder, fakes):
     assert row.decode_tokens_per_s is None
     assert found.row("fake").rounds == (2.0, 2.0, 4.0)
     assert "out of luck" in found.table()["remark"].tolist()[2]
-    assert "failing" not in plot_data(found)["engine"]
 
 
 def test_engines_that_cannot_run_say_why(folder, fakes, monkeypatch):
@@ -272,10 +270,6 @@ def test_a_result_reads_as_table_and_data(folder, fakes):
     assert str(folder.parent) not in text + page + json.dumps(data)
     assert "kept the cores busy" in repr(replace(found, load_average=(99.0, 0.0)))
     assert "kept the cores busy" not in repr(replace(found, load_average=(0.0, 99.0)))
-    bars = plot_data(found)
-    assert bars["decode_tokens_per_s"] == sorted(bars["decode_tokens_per_s"], reverse=True)
-    place = bars["engine"].index("fake")
-    assert (bars["below"][place], bars["above"][place]) == (pytest.approx(0.0), pytest.approx(1.6))
 
 
 @pytest.mark.parametrize(
@@ -306,8 +300,8 @@ def test_a_plan_of_another_model_is_refused(folder, tmp_path, fakes):
 def test_where_the_gguf_file_comes_from(tmp_path, monkeypatch):
     made = []
 
-    def export(model, output, *, type, progress):
-        made.append((model, type))
+    def export(model, output, *, tensor_type, progress):
+        made.append((model, tensor_type))
         output.write_bytes(b"GGUF")
 
     monkeypatch.setitem(sys.modules, "lowvram_lab.weights.gguf_export", SimpleNamespace(export_gguf=export))
@@ -441,7 +435,6 @@ def command(*words):
 
 def test_the_command(folder, fakes, monkeypatch, capsys):
     monkeypatch.setattr(bench_module, "ChildEngine", LocalEngine)
-    monkeypatch.setattr(bench_module, "Machine", lambda anew: Made())
     words = [folder, "--format", "int8", "--against", "fake", "--threads", 1, "--rounds", 3]
     words += ["--prompt-tokens", PROMPT, "--new-tokens", NEW]
     monkeypatch.setattr(LocalEngine, "__init__", _unweighed(LocalEngine.__init__))

@@ -208,7 +208,7 @@ def own_cache(monkeypatch, tmp_path_factory):
 @pytest.mark.parametrize("kind", KINDS)
 def test_float32_is_the_model(tmp_path, kind):
     model = make_model(tmp_path / "m", kind)
-    made = export_gguf(model, tmp_path / "m.gguf", type="f32", progress=False)
+    made = export_gguf(model, tmp_path / "m.gguf", tensor_type="f32", progress=False)
     config, state = find_source(model).config(), {name: Checkpoint(model).read(name) for name in Checkpoint(model)}
     weights, types = exported(tmp_path / "m.gguf", config)
     assert weights.keys() == state.keys()
@@ -225,7 +225,7 @@ def test_float32_is_the_model(tmp_path, kind):
 def test_reads_back_as_the_model(tmp_path, kind):
     """By the other direction, which is transformers' code: weights, config and chat template."""
     model = make_model(tmp_path / "m", kind)
-    export_gguf(model, tmp_path / "m.gguf", type="f32", progress=False)
+    export_gguf(model, tmp_path / "m.gguf", tensor_type="f32", progress=False)
     back, config, expected = (
         find_source(tmp_path / "m.gguf"),
         *(find_source(p).config() for p in (tmp_path / "m.gguf", model)),
@@ -263,7 +263,7 @@ def test_llama3_factors_divide_the_frequencies(tmp_path):
 @pytest.mark.parametrize("type", TYPES)
 def test_types(tmp_path, type):
     model = make_model(tmp_path / "m", "qwen2")  # intermediate_size 176: rows that are no multiple of 32
-    made = export_gguf(model, tmp_path / "m.gguf", type=type, progress=False)
+    made = export_gguf(model, tmp_path / "m.gguf", tensor_type=type, progress=False)
     state = {name: Checkpoint(model).read(name) for name in Checkpoint(model)}
     weights, types = exported(tmp_path / "m.gguf", find_source(model).config())
     for name, value in state.items():
@@ -318,7 +318,7 @@ def make_converted(folder: Path, kind: str = "llama") -> Path:
 def test_a_converted_directory_keeps_its_weights(tmp_path, kind, type):
     """Exactly: codes times scale, as they are taken out of the stored words bit by bit."""
     model = make_converted(tmp_path / "m", kind)
-    made = export_gguf(model, tmp_path / "m.gguf", type=type, progress=False)
+    made = export_gguf(model, tmp_path / "m.gguf", tensor_type=type, progress=False)
     weights, types = exported(tmp_path / "m.gguf", find_source(model).config())
     expected = restored_state(model)
     assert weights.keys() == expected.keys()
@@ -349,7 +349,7 @@ def test_one_tensor_at_a_time(tmp_path, monkeypatch):
 def test_pieces_make_the_same_file(tmp_path, monkeypatch, elements):
     model = make_converted(tmp_path / "m")
     for name in ("whole", "pieces"):
-        export_gguf(model, tmp_path / f"{name}.gguf", type="q8_0", progress=False)
+        export_gguf(model, tmp_path / f"{name}.gguf", tensor_type="q8_0", progress=False)
         monkeypatch.setattr(gguf_export, "_ELEMENTS_AT_ONCE", elements)
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
 
@@ -367,7 +367,7 @@ def test_a_sliding_window_ends_the_context(tmp_path):
 def test_pre_tokenizer_is_recognised(tmp_path, pre):
     kind = "qwen2" if pre == "qwen2" else "llama"
     model = make_model(tmp_path / "m", kind, byte_level(pre, bos=pre == "llama-bpe"))
-    made = export_gguf(model, tmp_path / "m.gguf", type="q8_0", progress=False)
+    made = export_gguf(model, tmp_path / "m.gguf", tensor_type="q8_0", progress=False)
     found = read_gguf_header(tmp_path / "m.gguf").metadata
     assert made.pre_tokenizer == found["tokenizer.ggml.pre"] == pre
     tokenizer = find_source(model).tokenizer()
@@ -385,7 +385,7 @@ def test_pre_tokenizer_is_recognised(tmp_path, pre):
 
 def test_sentencepiece_scores_follow_the_merges(tmp_path):
     model = make_model(tmp_path / "m", tokenizer=sentencepiece(), vocab_size=2048, eos_token_id=2)
-    export_gguf(model, tmp_path / "m.gguf", type="q8_0", progress=False)
+    export_gguf(model, tmp_path / "m.gguf", tensor_type="q8_0", progress=False)
     found = read_gguf_header(tmp_path / "m.gguf").metadata
     tokens, scores = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.scores"]
     assert found["tokenizer.ggml.model"] == "llama" and "tokenizer.ggml.merges" not in found
@@ -489,7 +489,7 @@ def test_output_refused(tmp_path, monkeypatch):
     assert (tmp_path / "there.gguf").read_text() == "mine"
     refused(export_gguf, model, tmp_path / "m.bin", match="ends in .gguf")
     refused(export_gguf, model, tmp_path / "no" / "m.gguf", match="its folder does not exist")
-    refused(export_gguf, model, tmp_path / "m.gguf", type="q4_k", match="expected type f16, f32.*'q4_k'")
+    refused(export_gguf, model, tmp_path / "m.gguf", tensor_type="q4_k", match="expected type f16, f32.*'q4_k'")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10, 0, 1000))
     refused(export_gguf, model, tmp_path / "m.gguf", progress=False, match="the export needs .* found 1000 B free")
@@ -524,7 +524,8 @@ def test_weights_refused_leave_nothing(tmp_path, value, type, says):
     state = float_state(make_config("llama"))
     state["model.layers.2.mlp.up_proj.weight"][3, 5] = value
     model = make_model(tmp_path / "m", state=state)
-    refused(export_gguf, model, tmp_path / "m.gguf", type=type, progress=False, error=CheckpointError, match=says)
+    options = {"tensor_type": type, "progress": False}
+    refused(export_gguf, model, tmp_path / "m.gguf", **options, error=CheckpointError, match=says)
     assert list(tmp_path.iterdir()) == [model]
 
 
@@ -574,7 +575,6 @@ def test_command(tmp_path, capsys):
     found = json.loads(captured.out)
     assert found["types"] == {"q8_0": 7, "q4_1": 15, "f32": 7} and found["kept_codes"] == 22
     assert "kept their integers" in captured.err and str(tmp_path / "m.gguf") in captured.err
-    assert cli_export._TYPES == TYPES
     with pytest.raises(SystemExit):
         run_command(model, "--to", "onnx", "--output", tmp_path / "n.gguf")
 
@@ -600,7 +600,7 @@ def test_llama_cpp_computes_the_same(tmp_path, kind):
     from transformers import AutoModelForCausalLM
 
     model = make_model(tmp_path / "m", kind)
-    export_gguf(model, tmp_path / "m.gguf", type="f32", progress=False)
+    export_gguf(model, tmp_path / "m.gguf", tensor_type="f32", progress=False)
     stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     engine = open_in_llama_cpp(tmp_path / "m.gguf", n_ctx=160, logits_all=True, type_k=0, type_v=0)
     ids = torch.randint(3, 490, (90,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -625,7 +625,7 @@ def test_llama_cpp_sees_the_same_tokens(tmp_path, pre):
     pytest.importorskip("llama_cpp")
     kind = "qwen2" if pre == "qwen2" else "llama"
     model = make_model(tmp_path / "m", kind, byte_level(pre, bos=pre == "llama-bpe"))
-    export_gguf(model, tmp_path / "m.gguf", type="q8_0", progress=False)
+    export_gguf(model, tmp_path / "m.gguf", tensor_type="q8_0", progress=False)
     engine, tokenizer = open_in_llama_cpp(tmp_path / "m.gguf", vocab_only=True), find_source(model).tokenizer()
     for text in MEAN:
         text = text.replace("e\u0301", "é") if pre == "qwen2" else text  # NFC is lost: see the vocabulary
@@ -636,7 +636,7 @@ def test_llama_cpp_sees_the_same_tokens(tmp_path, pre):
 def test_llama_cpp_sees_the_same_sentencepieces(tmp_path, metaspace):
     pytest.importorskip("llama_cpp")
     model = make_model(tmp_path / "m", tokenizer=sentencepiece(metaspace), vocab_size=2048, eos_token_id=2)
-    export_gguf(model, tmp_path / "m.gguf", type="q8_0", progress=False)
+    export_gguf(model, tmp_path / "m.gguf", tensor_type="q8_0", progress=False)
     engine, tokenizer = open_in_llama_cpp(tmp_path / "m.gguf", vocab_only=True), find_source(model).tokenizer()
     texts = [*MEAN, "a</s>b <s> c"] if metaspace != "first" else [text for text in MEAN if text[0] != " "]
     for text in texts:

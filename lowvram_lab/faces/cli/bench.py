@@ -1,13 +1,19 @@
 """``lowvram bench``: our ways of running a model beside other engines."""
 
+import argparse
 import sys
+
+import torch
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of
 from lowvram_lab.faces.cli.plan import LONGEST, add_plan_options, chosen_plan
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.peers.bench import BenchSettings, bench
 
 
-def add_bench(parser) -> None:
+def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``bench``."""
     add_plan_options(parser, budget_required=False)
     parser.add_argument(
@@ -21,14 +27,8 @@ def add_bench(parser) -> None:
     parser.add_argument("--gguf", metavar="FILE", help="the file for llama.cpp (the model's own, or an export in Q4_1)")
 
 
-def run_bench(args) -> int:
+def run_bench(args: argparse.Namespace) -> int:
     """Measures, and prints a row for each engine."""
-    import torch
-
-    from lowvram_lab.memory.budget import GpuBudget
-    from lowvram_lab.memory.dry_run import DryRunGpu
-    from lowvram_lab.peers.bench import BenchSettings, bench
-
     if args.context == LONGEST:
         raise LowvramError(
             "--context longest is for plan, chat and complete: bench needs room for its own prompt and answer"

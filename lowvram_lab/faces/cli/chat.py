@@ -1,13 +1,24 @@
 """``lowvram chat`` and ``lowvram complete``: an answer, a conversation or the rest of a text, inside a GPU budget."""
 
+import argparse
 import sys
 
+import torch
+
+from lowvram_lab.chat.answer import Session, TurnStats
+from lowvram_lab.chat.completion import CompletionSession
+from lowvram_lab.chat.prompt import StopStrings, checked_text
+from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.engine.load import load
+from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of
 from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.units import format_bytes
 
 
-def add_chat(parser) -> None:
+def add_chat(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``chat``."""
     add_plan_options(parser, budget_required=False)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
@@ -15,14 +26,14 @@ def add_chat(parser) -> None:
     _add_answer_options(parser)
 
 
-def add_complete(parser) -> None:
+def add_complete(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``complete``."""
     add_plan_options(parser, budget_required=False)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on with")
     _add_answer_options(parser)
 
 
-def _add_answer_options(parser) -> None:
+def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
@@ -35,11 +46,8 @@ def _add_answer_options(parser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
 
 
-def run_chat(args) -> int:
+def run_chat(args: argparse.Namespace) -> int:
     """Answers one prompt, or converses."""
-    from lowvram_lab.chat.prompt import checked_text
-    from lowvram_lab.chat.session import ChatSession
-
     if args.prompt is not None and not args.prompt.strip():
         raise LowvramError("expected a prompt, found an empty one; write something, or leave --prompt out to converse")
     if args.json and args.prompt is None:
@@ -50,23 +58,14 @@ def run_chat(args) -> int:
     return _converse(session) if args.prompt is None else _answer(session, args)
 
 
-def run_complete(args) -> int:
+def run_complete(args: argparse.Namespace) -> int:
     """Goes on with a text."""
-    from lowvram_lab.chat.completion import CompletionSession
-    from lowvram_lab.chat.prompt import checked_text
-
     checked_text(args.prompt, "a text to go on with")
     return _answer(_open(args, CompletionSession), args)
 
 
-def _open(args, kind, **options):
+def _open(args: argparse.Namespace, kind: type[Session], **options):
     """A session of that kind with the model that was asked for; what can be refused is refused before it is loaded."""
-    from lowvram_lab.chat.prompt import StopStrings
-    from lowvram_lab.chat.session import ChatSession
-    from lowvram_lab.engine.load import load
-    from lowvram_lab.engine.sampling import Sampling
-    from lowvram_lab.memory.cuda import open_gpu
-
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
     StopStrings(args.stop)
     require_cache()
@@ -90,7 +89,7 @@ def _open(args, kind, **options):
     return session
 
 
-def _answer(session, args) -> int:
+def _answer(session: Session, args: argparse.Namespace) -> int:
     """One answer, streamed or as JSON."""
     say = prose(args)
     answer = ""
@@ -114,9 +113,7 @@ def _answer(session, args) -> int:
     return 0
 
 
-def _converse(session) -> int:
-    import torch
-
+def _converse(session: Session) -> int:
     print("Type a message; Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
     while True:
         try:
@@ -139,9 +136,7 @@ def _converse(session) -> int:
             print(_turn_line(session.turns[-1]), file=sys.stderr)
 
 
-def _turn_line(turn) -> str:
-    from lowvram_lab.units import format_bytes
-
+def _turn_line(turn: TurnStats) -> str:
     speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
     less = f"; the GPU was full, so now: {'; '.join(turn.given_up)}" if turn.given_up else ""
     return f"[first token {turn.ttft_s:.2f} s{speed}, peak {format_bytes(turn.peak_bytes)}{less}]"

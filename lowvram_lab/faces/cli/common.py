@@ -4,6 +4,9 @@ import argparse
 import json
 import sys
 
+from lowvram_lab.files import cache_dir, writable
+from lowvram_lab.model.source import find_source
+
 
 def positive(text: str) -> int:
     """An argument that is a whole number above zero."""
@@ -28,7 +31,7 @@ def print_json(values: dict) -> None:
     print(json.dumps(values, indent=1, ensure_ascii=False))
 
 
-def prose(args):
+def prose(args: argparse.Namespace):
     """A function that prints where prose goes: on stdout, or on stderr if stdout is for JSON."""
     return lambda text="", end="\n": print(text, end=end, flush=True, file=sys.stderr if args.json else sys.stdout)
 
@@ -41,20 +44,11 @@ def require_cache() -> None:
     Raises:
         LowvramError: Says which folder, and what to set.
     """
-    from lowvram_lab.files import cache_dir, writable
-
     if not (cache_dir() / "compiled").is_dir():
         writable(cache_dir())
 
 
 def spec_of(name: str):
     """Source and spec of the model that a user named."""
-    from lowvram_lab.model.source import find_source
-
     source = find_source(name)
     return source, source.spec()
-
-
-EXIT_USAGE = 2
-EXIT_FAILED_VALIDATION = 1
-EXIT_INTERRUPTED = 130

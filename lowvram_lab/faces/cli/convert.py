@@ -1,13 +1,18 @@
 """``lowvram convert``: quantise a model once, into a directory."""
 
+import argparse
 import sys
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, share, spec_of
 from lowvram_lab.faces.cli.evaluate import stated_format
+from lowvram_lab.planner.card_recipe import CardBudget
+from lowvram_lab.units import format_bytes
+from lowvram_lab.weights.convert import convert
+from lowvram_lab.weights.recipe import WeightBudget
 
 
-def add_convert(parser) -> None:
+def add_convert(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``convert``."""
     parser.add_argument("--input", required=True, dest="model", metavar="MODEL", help="a 16-bit model, by name or path")
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty directory")
@@ -28,11 +33,8 @@ def add_convert(parser) -> None:
     parser.add_argument("--solver", default="gptq", metavar="NAME", help="gptq, clip or rtn (gptq)")
 
 
-def run_convert(args) -> int:
+def run_convert(args: argparse.Namespace) -> int:
     """Converts, and prints sizes and measured loss."""
-    from lowvram_lab.units import format_bytes
-    from lowvram_lab.weights.convert import convert
-
     say = prose(args)
     if args.context and not args.gpu:
         raise LowvramError("--context goes with --gpu: bytes of weights do not depend on it")
@@ -59,11 +61,8 @@ def run_convert(args) -> int:
     return 0
 
 
-def _budget(args):
+def _budget(args: argparse.Namespace):
     """What makes the recipe within --gpu, --weight-bytes or --reduce."""
-    from lowvram_lab.planner.card_recipe import CardBudget
-    from lowvram_lab.weights.recipe import WeightBudget
-
     formats = tuple(args.formats.split(",")) if args.formats else None
     stock = not args.own_formats
     if args.gpu:

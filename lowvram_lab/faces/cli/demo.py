@@ -1,20 +1,24 @@
 """The whole story in one call: forecast, out of memory, plan, load, chat, validation, the running case."""
 
+import argparse
 import gc
 import sys
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 
+from lowvram_lab.chat.effects import QUESTIONS
 from lowvram_lab.chat.fidelity import load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.validation import ValidationReport, validate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.faces.cli.common import EXIT_FAILED_VALIDATION, positive, print_json, prose, require_cache
+from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import describe_holders
+from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.planner.auto import auto_plan
@@ -23,19 +27,14 @@ from lowvram_lab.planner.measure import run_speed, run_workload
 from lowvram_lab.planner.profile import SpeedProfile, Workload
 from lowvram_lab.units import format_bytes
 
-QUESTIONS = ("What is the capital of France?", "Write one sentence about its most famous museum.")
 RUNNING_CASE = ("qwen1.5-4b", "4GiB", 4096)
+EXIT_FAILED_VALIDATION = 1
 
 
-def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., None], *, progress: bool = True) -> dict:
+def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., None], *, progress: bool) -> dict:
     """Tells the story on one model and returns every figure in it.
 
-    Args:
-        model_name: See ``find_source``.
-        gpu_size: The card to be.
-        context: Tokens to plan for.
-        say: Prints a line; takes ``end=`` like ``print``.
-        progress: Show progress bars.
+    ``say`` prints a line, and takes ``end=`` like ``print``.
 
     Returns:
         Plain data with the keys ``oom``, ``plan``, ``forecast``, ``measured``, ``validation``, ``answer``, ``engine``
@@ -88,7 +87,9 @@ def run_demo(model_name: str, gpu_size: str, context: int, say: Callable[..., No
     }
 
 
-def _validated(session: ChatSession, foretold: dict, checkpoint, say, progress: bool) -> ValidationReport:
+def _validated(
+    session: ChatSession, foretold: dict, checkpoint: Checkpoint, say: Callable[..., None], progress: bool
+) -> ValidationReport:
     """Holds the chat against the 16-bit model and its forecasts."""
     say("\n5. Validate against the 16-bit model")
     state = session.model.lowvram
@@ -99,7 +100,7 @@ def _validated(session: ChatSession, foretold: dict, checkpoint, say, progress: 
     return report
 
 
-def _fetched_from(source: Source, say, progress: bool) -> str:
+def _fetched_from(source: Source, say: Callable[..., None], progress: bool) -> str:
     """Fetches a model; where its weights come from, in words."""
     marker = read_marker(source.fetch(progress)) or {}
     weights_from = marker.get("source", source.name)
@@ -107,7 +108,7 @@ def _fetched_from(source: Source, say, progress: bool) -> str:
     return weights_from
 
 
-def _provoke_oom(plan: Plan, gpu_size: str, checkpoint, progress: bool) -> dict | None:
+def _provoke_oom(plan: Plan, gpu_size: str, checkpoint: Checkpoint, progress: bool) -> dict | None:
     """Really loads the plan under the cap; returns what the error said, or ``None`` if there was none."""
     gpu = open_gpu(gpu_size)
     try:
@@ -130,7 +131,7 @@ def _provoke_oom(plan: Plan, gpu_size: str, checkpoint, progress: bool) -> dict 
     return None
 
 
-def _speed(model, progress: bool) -> SpeedProfile:
+def _speed(model: PreTrainedModel, progress: bool) -> SpeedProfile:
     """That of the decoder which will chat, warm."""
     decoder = decoder_for(model, progress=progress)
     run_speed(model, Workload(prompt_tokens=8, new_tokens=2), decoder)
@@ -138,7 +139,7 @@ def _speed(model, progress: bool) -> SpeedProfile:
     return run_speed(model, Workload(prompt_tokens=64, new_tokens=64), decoder)
 
 
-def _converse(session: ChatSession, question: str, say) -> str:
+def _converse(session: ChatSession, question: str, say: Callable[..., None]) -> str:
     say(f"   > {question}\n   ", end="")
     answer = ""
     for piece in session.send(question):
@@ -149,7 +150,7 @@ def _converse(session: ChatSession, question: str, say) -> str:
     return answer
 
 
-def _running_case(say) -> dict:
+def _running_case(say: Callable[..., None]) -> dict:
     name, size, context = RUNNING_CASE
     source = find_source(name)
     spec = source.spec(name)
@@ -162,17 +163,17 @@ def _running_case(say) -> dict:
     return {"fp16": naive.to_dict(), "planned": choice.forecast.to_dict(), "why": list(choice.why)}
 
 
-def add_demo(parser) -> None:
+def add_demo(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``demo``."""
     parser.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default smollm2-135m")
     parser.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")
     parser.add_argument("--context", type=positive, default=1024, metavar="N", help="tokens to plan for (1024)")
 
 
-def run_demo_command(args) -> int:
+def run_demo(args: argparse.Namespace) -> int:
     """Tells the story; exit status 1 where the validation failed."""
     require_cache()
-    result = run_demo(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
+    result = tell_story(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
     if args.json:
         print_json(result)
     return 0 if result["validation"]["passed"] else EXIT_FAILED_VALIDATION

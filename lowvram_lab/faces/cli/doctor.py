@@ -1,13 +1,17 @@
 """What this machine can do: versions, memory, and which kernels give right answers here."""
 
+import argparse
+
 import torch
 
 from lowvram_lab import __version__
 from lowvram_lab.engine.compiled import compiler, without_compiler
 from lowvram_lab.engine.layers import quantized_linear
+from lowvram_lab.errors import first_line
 from lowvram_lab.faces.cli.common import print_json
 from lowvram_lab.files import cache_dir
 from lowvram_lab.machine import facts
+from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.formats import get_format
 
 KERNELS = ("int8", "int4", "nf4")
@@ -36,7 +40,7 @@ def _try_kernel(name: str, kernels: str) -> str:
         layer.store(weight, lambda tensor: tensor.to(device))
         product = layer(x.to(device, torch.bfloat16)).float().cpu()
     except Exception as error:  # a missing kernel can fail in any way; the doctor reports it instead of dying of it
-        return f"fails: {str(error).splitlines()[0][:80]}"
+        return f"fails: {first_line(error)[:80]}"
     truth = x @ weight.T
     error = ((product - truth).norm() / truth.norm()).item()
     return (
@@ -44,7 +48,7 @@ def _try_kernel(name: str, kernels: str) -> str:
     )
 
 
-def run_doctor(args) -> int:
+def run_doctor(args: argparse.Namespace) -> int:
     """Says what this machine can do."""
     found = examine()
     if args.json:
@@ -55,10 +59,8 @@ def run_doctor(args) -> int:
     return 0
 
 
-def run_models(args) -> int:
+def run_models(args: argparse.Namespace) -> int:
     """Lists the models known by name."""
-    from lowvram_lab.model.builtin import builtin_names
-
     names = builtin_names()
     if args.json:
         print_json({"models": names})

@@ -1,14 +1,22 @@
 """``lowvram evaluate``: what a compressed model lost, beside its original."""
 
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+from lowvram_lab.chat.fidelity import fidelity, load_reference
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
+from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.model.formats import get_format
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import read_text, sample_text
 
 
-def add_evaluate(parser) -> None:
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``evaluate``."""
     parser.add_argument("model", metavar="MODEL", help="a converted directory, or any model with --format or --plan")
     parser.add_argument("--reference", metavar="MODEL", help="the original (the model itself in 16 bits)")
@@ -23,13 +31,8 @@ def add_evaluate(parser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
-def run_evaluate(args) -> int:
+def run_evaluate(args: argparse.Namespace) -> int:
     """Loads the model and its reference, and compares their predictions."""
-    from lowvram_lab.chat.fidelity import fidelity, load_reference
-    from lowvram_lab.engine.load import load
-    from lowvram_lab.memory.gpu import StandInGpu
-    from lowvram_lab.packaged import read_text, sample_text
-
     shown = sys.stderr.isatty()
     text = read_text(args.text) if args.text else sample_text()
     source, spec = spec_of(args.model)
@@ -61,11 +64,8 @@ def run_evaluate(args) -> int:
     return 0
 
 
-def _evaluated_plan(args, spec, window: int):
+def _evaluated_plan(args: argparse.Namespace, spec: ModelSpec, window: int):
     """The stated plan, or the model as it is, on the CPU in the dtype asked for."""
-    from lowvram_lab.model.formats import get_format
-    from lowvram_lab.model.plan import Plan
-
     plan = stated_format(args, spec) or Plan.uniform(spec, "stored" if spec.stored else "bf16", context=window)
     modules = {
         name: replace(a, format=args.dtype if get_format(a.format).kind == "float" else a.format, device="cpu")
@@ -74,10 +74,8 @@ def _evaluated_plan(args, spec, window: int):
     return replace(plan, modules=modules, dtype=args.dtype, kv_format=args.dtype, threads=args.threads)
 
 
-def stated_format(args, spec):
+def stated_format(args: argparse.Namespace, spec: ModelSpec):
     """The plan that --plan or --format states, or ``None``."""
-    from lowvram_lab.model.plan import Plan
-
     if args.plan:
         return Plan.from_json(Path(args.plan), spec)
     if args.format:

@@ -1,26 +1,24 @@
 """``lowvram export``: a model as a file that another engine opens."""
 
+import argparse
 import sys
 
 from lowvram_lab.faces.cli.common import print_json, prose
+from lowvram_lab.units import format_bytes
+from lowvram_lab.weights.gguf_export import TYPES, export_gguf
 
-_TYPES = ("f16", "f32", "bf16", "q8_0", "q4_1")  # gguf_export.TYPES, without importing torch for --help
 
-
-def add_export(parser) -> None:
+def add_export(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``export``."""
     parser.add_argument("model", metavar="MODEL", help="a model by name or path, a converted directory too")
     parser.add_argument("--to", required=True, choices=("gguf",), help="the kind of file: gguf, which llama.cpp opens")
     parser.add_argument("--output", required=True, metavar="FILE", help="a new file, .gguf")
-    parser.add_argument("--type", default="f16", choices=_TYPES, help="what matrices become (f16)")
+    parser.add_argument("--type", default="f16", choices=TYPES, help="what matrices become (f16)")
 
 
-def run_export(args) -> int:
+def run_export(args: argparse.Namespace) -> int:
     """Exports, and prints what is in the file."""
-    from lowvram_lab.units import format_bytes
-    from lowvram_lab.weights.gguf_export import export_gguf
-
-    made = export_gguf(args.model, args.output, type=args.type, progress=sys.stderr.isatty())
+    made = export_gguf(args.model, args.output, tensor_type=args.type, progress=sys.stderr.isatty())
     say = prose(args)
     held = ", ".join(f"{count} in {name}" for name, count in made.types.items())
     say(f"{made.output}: {format_bytes(made.file_bytes)}, {made.tensors} tensors ({held})")

@@ -1,13 +1,30 @@
 """``lowvram forecast``: what a model will take, and with ``--compare`` what it did."""
 
+import argparse
+import io
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
 from lowvram_lab.faces.cli.plan import add_plan_options, stated_plan
+from lowvram_lab.files import write_atomically
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.planner.explain import explain_oom
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.profile import MemoryProfile, Workload
+from lowvram_lab.planner.search import max_context
+from lowvram_lab.planner.suggest import suggest
 
 
-def add_forecast(parser) -> None:
+def add_forecast(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``forecast``."""
     add_plan_options(parser, budget_required=False, chooses=False)
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
@@ -16,17 +33,8 @@ def add_forecast(parser) -> None:
     parser.add_argument("--compare", action="store_true", help="then load the weights, run it, and show the difference")
 
 
-def run_forecast(args) -> int:
+def run_forecast(args: argparse.Namespace) -> int:
     """Says what a model will take of a GPU."""
-    from dataclasses import replace
-
-    from lowvram_lab.memory.budget import GpuBudget
-    from lowvram_lab.memory.cuda import open_gpu
-    from lowvram_lab.planner.forecast import forecast
-    from lowvram_lab.planner.profile import Workload
-    from lowvram_lab.planner.search import max_context
-    from lowvram_lab.planner.suggest import suggest
-
     if args.max_context and not args.gpu:
         raise LowvramError("--max-context needs --gpu: without a card every context fits")
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
@@ -60,12 +68,8 @@ def run_forecast(args) -> int:
     return 0
 
 
-def _compare(args, plan, gpu, profile, say) -> dict:
+def _compare(args: argparse.Namespace, plan: Plan, gpu: Gpu, profile: MemoryProfile, say: Callable[..., None]) -> dict:
     """Loads and runs what was forecast; says where the two differ, or that both run out of memory."""
-    from lowvram_lab.engine.load import load
-    from lowvram_lab.planner.explain import explain_oom
-    from lowvram_lab.planner.measure import run_workload
-
     say(f"\nmeasured on the {gpu.name}:")
     with explain_oom(suggestions=False) as oom:
         model = load(plan, gpu, progress=sys.stderr.isatty())
@@ -79,20 +83,14 @@ def _compare(args, plan, gpu, profile, say) -> dict:
 
 
 def _check_picture(path: str | None) -> None:
-    from pathlib import Path
-
     if path and Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
         raise LowvramError(f"expected a picture's name ending in .png, .svg or .pdf, found {path!r}")
     if path and not Path(path).absolute().parent.is_dir():
         raise LowvramError(f"cannot write {path}: its folder does not exist")
 
 
-def _draw(profile, path: str) -> None:
-    import io
-    from pathlib import Path
-
+def _draw(profile: MemoryProfile, path: str) -> None:
     from lowvram_lab.faces.plot_memory import plot_timeline
-    from lowvram_lab.files import write_atomically
 
     picture = io.BytesIO()
     plot_timeline(profile).figure.savefig(picture, format=Path(path).suffix[1:].lower(), dpi=150)

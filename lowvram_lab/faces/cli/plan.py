@@ -1,14 +1,29 @@
 """The part of the command line that chooses plans: their options, ``lowvram plan`` and ``lowvram tune``."""
 
+import argparse
 import sys
+from dataclasses import replace
+from pathlib import Path
 
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, require_cache, spec_of
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.auto import auto_plan
+from lowvram_lab.planner.constraints import ram_bytes
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.speed import forecast_speed
+from lowvram_lab.planner.tune import tune
+from lowvram_lab.units import format_bytes, parse_bytes
 
 LONGEST = "longest"
 
 
-def add_plan_options(parser, *, budget_required: bool, chooses: bool = True) -> None:
+def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, chooses: bool = True) -> None:
     """The options that say which plan."""
     parser.add_argument("model", metavar="MODEL", help="name (see lowvram models), hub id, directory or .gguf file")
     parser.add_argument("--gpu", required=budget_required, metavar="SIZE", help="the card's memory, e.g. 4GiB")
@@ -50,13 +65,8 @@ def _context(text: str) -> int | str:
     return text if text == LONGEST else positive(text)
 
 
-def stated_plan(args, spec, default_format: str | None = None):
+def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str | None = None):
     """The plan the options state, or ``None`` where they leave the choice to the planner."""
-    from dataclasses import replace
-    from pathlib import Path
-
-    from lowvram_lab.model.plan import Plan
-
     if args.context == LONGEST and (args.plan or args.format or default_format):
         raise LowvramError("--context longest is for the planner: give it --gpu, and neither --format nor --plan")
     if args.plan:
@@ -84,11 +94,8 @@ def stated_plan(args, spec, default_format: str | None = None):
     )
 
 
-def chosen_plan(args, spec, gpu):
+def chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
     """The stated plan with its forecast, or the planner's choice; and why."""
-    from lowvram_lab.planner.auto import auto_plan
-    from lowvram_lab.planner.forecast import forecast
-
     plan = stated_plan(args, spec, None if gpu.budget else "bf16")
     if plan is not None:
         if args.prefer or args.disk:
@@ -114,11 +121,7 @@ def chosen_plan(args, spec, gpu):
     return choice.plan, choice.forecast, list(choice.why)
 
 
-def _check_ram(ram: str | None, plan) -> None:
-    from lowvram_lab.errors import BudgetError
-    from lowvram_lab.planner.constraints import ram_bytes
-    from lowvram_lab.units import format_bytes, parse_bytes
-
+def _check_ram(ram: str | None, plan: Plan) -> None:
     if ram and ram_bytes(plan) > parse_bytes(ram):
         raise BudgetError(
             f"the CPU's part of this plan takes {format_bytes(ram_bytes(plan))} of RAM, found --ram {ram}; "
@@ -126,22 +129,15 @@ def _check_ram(ram: str | None, plan) -> None:
         )
 
 
-def add_plan(parser) -> None:
+def add_plan(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``plan``."""
     add_plan_options(parser, budget_required=True)
     parser.add_argument("--explain", action="store_true", help="also say where bytes and seconds go")
     parser.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
 
 
-def run_plan(args) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     """``lowvram plan``."""
-    from pathlib import Path
-
-    from lowvram_lab.memory.budget import GpuBudget
-    from lowvram_lab.memory.dry_run import DryRunGpu
-    from lowvram_lab.planner.speed import forecast_speed
-    from lowvram_lab.units import parse_bytes
-
     budget = GpuBudget.parse(args.gpu, args.cuda_context)
     _, spec = spec_of(args.model)
     plan, profile, why = chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
@@ -166,11 +162,13 @@ def run_plan(args) -> int:
     return 0
 
 
-def run_tune(args) -> int:
-    """``lowvram tune``."""
-    from lowvram_lab.memory.cuda import open_gpu
-    from lowvram_lab.planner.tune import tune
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``tune``."""
+    add_plan_options(parser, budget_required=False)
 
+
+def run_tune(args: argparse.Namespace) -> int:
+    """``lowvram tune``."""
     require_cache()
     gpu = open_gpu(args.gpu, args.cuda_context)
     _, spec = spec_of(args.model)

@@ -1,10 +1,13 @@
 """``lowvram report``: an article's effect table beside what this machine forecasts and measures."""
 
+import argparse
 import json
 import sys
 from html import escape
 from pathlib import Path
 
+from lowvram_lab.chat.effect_report import EffectReport
+from lowvram_lab.chat.effects import effects
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache
 from lowvram_lab.files import write_atomically
@@ -12,7 +15,7 @@ from lowvram_lab.files import write_atomically
 ENDINGS = (".md", ".html", ".json")
 
 
-def add_report(parser) -> None:
+def add_report(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``report``."""
     parser.add_argument("model", metavar="MODEL", help="a 16-bit model: name, hub id, directory or .gguf file")
     parser.add_argument("--gpu", required=True, metavar="SIZE", help="the card to be, e.g. 4GiB")
@@ -22,11 +25,10 @@ def add_report(parser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the table into a .md, .html or .json file")
 
 
-def run_report(args) -> int:
+def run_report(args: argparse.Namespace) -> int:
     """Forecasts, measures, prints the table, and writes it where that is asked for."""
     output = _output(args.output)
     require_cache()
-    from lowvram_lab.chat.effects import effects
 
     report = effects(
         args.model,
@@ -46,12 +48,8 @@ def run_report(args) -> int:
     return 0
 
 
-def write_report(report, path: Path) -> None:
-    """Writes a report whole or not at all, as its file's name ends.
-
-    Args:
-        report: An ``EffectReport``.
-        path: Ends in one of ``ENDINGS``.
+def write_report(report: EffectReport, path: Path) -> None:
+    """Writes a report whole or not at all, as its file's name ends: in one of ``ENDINGS``.
 
     Raises:
         LowvramError: Another ending, or a file that cannot be written.

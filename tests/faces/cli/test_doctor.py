@@ -37,12 +37,19 @@ def broken(weight, fmt):
     raise RuntimeError("no kernel image is available\nfor execution on the device")
 
 
-def test_a_kernel_that_fails_is_reported(monkeypatch):
+def broken_without_a_word(weight, fmt):
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("multiply", "said"), [(broken, "no kernel image is available"), (broken_without_a_word, "AssertionError")]
+)
+def test_a_kernel_that_fails_is_reported(monkeypatch, multiply, said):
     from lowvram_lab.engine import layers as linear
 
-    monkeypatch.setattr(linear.Int4Linear, "multiply", broken)
+    monkeypatch.setattr(linear.Int4Linear, "multiply", multiply)
     found = doctor.examine()
-    assert found["int4 kernel, cpu"] == "fails: no kernel image is available"
+    assert found["int4 kernel, cpu"] == f"fails: {said}"
     assert found["int8 kernel, cpu"].startswith("works")
 
 

@@ -259,3 +259,9 @@ def test_chat_answers_one_prompt(capsys):
     found = json.loads(out)
     assert status == 0 and "Paris" in found["text"] and found["peak_bytes"] < found["budget_bytes"]
     assert {"ttft_s", "tokens_per_s"} <= set(found)
+
+
+def test_help_waits_for_no_library():
+    code = "import sys; from lowvram_lab.faces.cli.main import main\n"
+    code += "try: main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
