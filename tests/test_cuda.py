@@ -251,10 +251,12 @@ import torch
 torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=1_000_000)
 from tests.test_cuda import load_mid, mid_spec
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.planner.profile import Workload
-from lowvram_lab.planner.measure import run_workload
-run_workload(load_mid(Plan.uniform(mid_spec("llama"), "int8", context=1024), open_gpu()), Workload(900, 40))
+decoder = ModuleDecoder(load_mid(Plan.uniform(mid_spec("llama"), "int8", context=1024), open_gpu()))
+token = decoder.prefill(torch.ones(1, 900, dtype=torch.long)).argmax(-1, keepdim=True)
+for _ in range(40):  # by modules, on one stream: a graph's pools are not told apart in a trace
+    token = decoder.decode(token).argmax(-1, keepdim=True)
 with open(sys.argv[1], "w") as file:
     json.dump(torch.cuda.memory._snapshot(), file, default=str)
 """
@@ -285,7 +287,7 @@ def test_graphs_decode_what_the_modules_do(kind, recipe, kv_format, monkeypatch)
     decoder = LeanDecoder(model)
     found, expected = decoded(decoder, ids, 9), decoded(ModuleDecoder(model), ids, 9)
     assert decoder.name == "the lean decoder, as CUDA graphs"
-    assert set(decoder._graphed._graphs) == {16, 32, 64}
+    assert set(decoder._graphed._graphs) == {16, 32, 64, 128}
     assert relative_error(found, expected) < 2 * TOLERANCES["bf16"]
 
 

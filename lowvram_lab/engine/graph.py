@@ -1,7 +1,7 @@
 """One decoded token on a CUDA card as a graph: captured once for a length, then replayed without Python or allocation.
 
 A graph's shapes are fixed: it looks at a power of two of the cache's places, and a mask hides those that hold nothing
-yet. The graphs of all lengths share one memory pool, which is allocated at the first capture of each.
+yet. The graphs of all lengths share one memory pool, which the longest, captured first, makes as large as it gets.
 """
 
 from collections.abc import Callable
@@ -59,16 +59,29 @@ class GraphedStep:
         self._hidden.copy_(hidden)
         self._at.fill_(position)
         length = min(max(SHORTEST, 1 << position.bit_length()), len(self._places))
-        if self.capture and length not in self._graphs:
-            try:
-                self._graphs[length] = self._captured(length)
-            except torch.OutOfMemoryError:
-                self.capture, self._graphs, self._pool = False, {}, None
+        self.prepare(length)
         if not self.capture:  # the temporaries of one layer at a time need less than a graph's pool
             return self._run(length)
         graph, logits = self._graphs[length]
         graph.replay()
         return logits
+
+    def prepare(self, length: int | None = None) -> None:
+        """Captures the graph that looks at so many places, by default at all of them, if it is to be captured."""
+        length = len(self._places) if length is None else length
+        if self.capture and length not in self._graphs:
+            try:
+                self._graphs[length] = self._captured(length)
+            except torch.OutOfMemoryError:
+                self.capture, self._graphs, self._pool = False, {}, None
+
+    def rehearse(self) -> torch.Tensor:
+        """Allocates on meta what capturing the longest graph does; returns the logits, which the graph keeps.
+
+        Layers of one shape take the same one after the other: one of each stands for all.
+        """
+        self.layers = list(dict(self.layers).items())
+        return self._run(len(self._places))
 
     def _run(self, length: int) -> torch.Tensor:
         cos, sin = (table.index_select(0, self._at)[0] for table in (self.cos, self.sin))
@@ -88,6 +101,7 @@ class GraphedStep:
                     self._run(length)
         finally:
             torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.empty_cache()  # the runs' own blocks are of no use to any other stream
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             logits = self._run(length)

@@ -193,7 +193,13 @@ class LeanDecoder(Decoder):
         sizes = self._batch_size, self._spec.hidden_size
         with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
             by_modules = partial(_modules_head, self.model)
-            return GraphedStep(bound, by_modules, *self._tables["gpu"], *sizes, capture=not self._gpu.meta)
+            graphed = GraphedStep(bound, by_modules, *self._tables["gpu"], *sizes, capture=not self._gpu.meta)
+            with self._gpu.capturing():
+                if self._gpu.meta:
+                    self._rehearsed = graphed.rehearse()
+                else:
+                    graphed.prepare()
+            return graphed
 
     def _may_compile(self, wanted: bool | None) -> bool:
         if wanted is not None:
@@ -204,11 +210,11 @@ class LeanDecoder(Decoder):
 
     def _workspace(self, bound: list) -> int:
         """Bytes of one token's temporaries on the GPU, all of the cache in use; CUDA's graphs take their own."""
-        if not self._gpu.simulated:
+        if self._graphed is not None:
             return 0
         hidden = torch.empty(self._batch_size, self._spec.hidden_size, device="meta")
         kinds = {shape: tensors for (shape, tensors), place in zip(bound, self._places, strict=True) if place == "gpu"}
-        settings = self.cache.max_tokens, self._graphed is not None, self.compiled
+        settings = self.cache.max_tokens, self.compiled
         with self._gpu.unmetered():  # it only looks
             found = [layer_bytes(shape, hidden, tensors, *settings) for shape, tensors in kinds.items()]
             if self._head_place == "gpu":

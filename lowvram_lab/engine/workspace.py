@@ -9,25 +9,22 @@ from __future__ import annotations
 import torch
 from torch.func import functional_call
 
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Masked, head, llama_layer
+from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
 from lowvram_lab.memory.temporaries import temporaries_bytes
 
 
-def layer_bytes(
-    shape: LayerShape, hidden: torch.Tensor, tensors: list, tokens: int, masked: bool, compiled: bool
-) -> int:
+def layer_bytes(shape: LayerShape, hidden: torch.Tensor, tensors: list, tokens: int, compiled: bool) -> int:
     """Most bytes of temporaries at once in a layer that looks at so many tokens; for the arguments see ``llama_layer``.
 
-    ``masked``: some places of the cache may hold nothing, as in a CUDA graph. ``compiled``: it will be a library.
+    ``compiled``: it will be a library.
     """
     row = torch.empty(shape.head_dim, device="meta")
-    at, mask = torch.empty(1, dtype=torch.long, device="meta"), torch.empty(tokens, device="meta")
 
     def run(hidden: torch.Tensor, arguments: list, loops: list | None) -> torch.Tensor:
-        cos, sin, at, mask, *tensors = arguments
-        return llama_layer(shape, hidden, cos, sin, tensors, tokens, Masked(at, mask) if masked else None, loops)
+        cos, sin, *tensors = arguments
+        return llama_layer(shape, hidden, cos, sin, tensors, tokens, None, loops)
 
-    return temporaries_bytes(run, hidden, [row, row, at, mask, *tensors], compiled=compiled)
+    return temporaries_bytes(run, hidden, [row, row, *tensors], compiled=compiled)
 
 
 def head_bytes(model: torch.nn.Module, hidden: torch.Tensor, bound: tuple[HeadShape, list] | None) -> int:

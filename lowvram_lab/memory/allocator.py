@@ -9,6 +9,8 @@ Derived in: notebooks/01_analyze_the_oom.ipynb
 
 import bisect
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from lowvram_lab.units import MiB
@@ -47,11 +49,25 @@ class Block:
     mapped: bool = True
     before: "Block | None" = field(default=None, repr=False)
     after: "Block | None" = field(default=None, repr=False)
+    pool: "Pool | None" = field(default=None, repr=False)
 
     @property
     def whole(self) -> bool:
         """Whether the block is all of its segment."""
         return self.before is None and self.after is None
+
+
+@dataclass(eq=False)
+class Pool:
+    """Where blocks come from and go back to; each stream has one, and each CUDA graph.
+
+    Attributes:
+        free: Free blocks by size, the small ones (``True``) and the large ones.
+        first: The lowest block of either kind, in an allocator whose segments grow.
+    """
+
+    free: dict[bool, list[tuple[int, int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
+    first: dict[bool, Block] = field(default_factory=dict)
 
 
 class OutOfCapacity(Exception):  # noqa: N818  (a signal between simulator and GPU, not an error users meet)
@@ -73,8 +89,8 @@ class CachingAllocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.segments: dict[int, int] = {}
-        self._free: dict[bool, list[tuple[int, int, int, Block]]] = {True: [], False: []}
         self._numbers = itertools.count()
+        self._pool = self._new_pool()
 
     @property
     def fragmentation(self) -> int:
@@ -92,9 +108,8 @@ class CachingAllocator:
         block = self._best_fit(size, small) or self._new_segment(size, small)
         remaining = block.size - size
         if self._should_split(remaining, small):
-            rest = Block(
-                block.segment, block.offset + size, remaining, small, free=True, before=block, after=block.after
-            )
+            rest = Block(block.segment, block.offset + size, remaining, small, free=True, pool=block.pool)
+            rest.before, rest.after = block, block.after
             if block.after:
                 block.after.before = rest
             block.after, block.size = rest, size
@@ -117,14 +132,26 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """Gives back every segment that is wholly free (``release_cached_blocks``)."""
         for small in (True, False):
-            for entry in list(self._free[small]):
+            for entry in list(self._pool.free[small]):
                 block = entry[-1]
                 if block.whole:
                     self._take(block)
                     self.reserved -= self.segments.pop(block.segment)
 
+    @contextmanager
+    def own_pool(self) -> Iterator[None]:
+        """What is allocated inside lies in segments that nothing outside is given: another stream's, a CUDA graph's."""
+        outside, self._pool = self._pool, self._new_pool()
+        try:
+            yield
+        finally:
+            self._pool = outside
+
+    def _new_pool(self) -> Pool:
+        return Pool()
+
     def _best_fit(self, size: int, small: bool) -> Block | None:
-        pool = self._free[small]
+        pool = self._pool.free[small]
         index = bisect.bisect_left(pool, (size,))
         return pool.pop(index)[-1] if index < len(pool) else None
 
@@ -141,13 +168,13 @@ class CachingAllocator:
         self.segments[number] = size
         self.reserved += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        return Block(number, 0, size, small)
+        return Block(number, 0, size, small, pool=self._pool)
 
     def _put(self, block: Block) -> None:
-        bisect.insort(self._free[block.small], (block.size, block.segment, block.offset, block))
+        bisect.insort(block.pool.free[block.small], (block.size, block.segment, block.offset, block))
 
     def _take(self, block: Block) -> None:
-        pool = self._free[block.small]
+        pool = block.pool.free[block.small]
         pool.pop(bisect.bisect_left(pool, (block.size, block.segment, block.offset)))
 
 

@@ -11,6 +11,7 @@ of them out in Python (about 0.1 ms); what it returned is remembered by shape, a
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -106,21 +107,40 @@ class DryRunGpu(Gpu):
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = MetaResults()
-        self._workspace = None
+        self._workspace = self._of_graphs = None
+
+    def _new_workspace(self) -> torch.Tensor:
+        with self.meter.scope(owner="cuBLAS", category="workspace"):
+            workspace = torch.empty(cublas_workspace_bytes(), dtype=torch.uint8, device="meta")
+            self.meter.count(workspace, "gpu")
+            return workspace
 
     def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
         """Runs an operator on meta; before the first matrix product on CUDA, cuBLAS' workspace is there."""
         wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
         if wanted and self.meter.place_of(args[-1]) == "gpu":
-            with self.meter.scope(owner="cuBLAS", category="workspace"):
-                self._workspace = torch.empty(cublas_workspace_bytes(), dtype=torch.uint8, device="meta")
-                self.meter.count(self._workspace, "gpu")
+            self._workspace = self._new_workspace()
         try:
             return self._results(func, args, kwargs)
         except (RuntimeError, NotImplementedError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = self.meter.owner or "the model"
             raise RuntimeError(f"{where} needs data: {func} on meta says: {reason}") from error
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """See ``Gpu``: the block's allocations are the graph's own pool, beside a cuBLAS workspace of its stream.
+
+        What the runs before capturing have taken on that stream is given back (``GraphedStep``).
+        """
+        outside, allocator = self._workspace, self.meter.allocator
+        with allocator.own_pool():
+            self._workspace = self._of_graphs = self._of_graphs or self._new_workspace()
+        try:
+            with allocator.own_pool():
+                yield
+        finally:
+            self._workspace = outside
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""

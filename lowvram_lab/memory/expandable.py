@@ -14,6 +14,7 @@ from lowvram_lab.memory.allocator import (
     Block,
     CachingAllocator,
     OutOfCapacity,
+    Pool,
     absorb,
     segment_size,
 )
@@ -23,20 +24,21 @@ ADDRESS_SPACE = 1 << 50
 
 
 class ExpandableAllocator(CachingAllocator):
-    """See ``CachingAllocator``; ``segments`` holds the mapped bytes of the two pools."""
+    """See ``CachingAllocator``; ``segments`` holds the mapped bytes of each pool's two."""
 
-    def __init__(self, capacity: int | None = None):
-        super().__init__(capacity)
-        self._first = {
-            small: Block(int(small), 0, ADDRESS_SPACE, small, free=True, mapped=False) for small in (True, False)
-        }
-        self.segments = {1: 0, 0: 0}
+    def _new_pool(self) -> Pool:
+        pool = Pool()
+        for small in (False, True):
+            number = next(self._numbers)
+            pool.first[small] = Block(number, 0, ADDRESS_SPACE, small, free=True, mapped=False, pool=pool)
+            self.segments[number] = 0
+        return pool
 
     def empty_cache(self) -> None:
         """Unmaps every page that lies wholly in free blocks (``unmap_block``)."""
         for small in (True, False):
             page = _page(small)
-            for entry in list(self._free[small]):
+            for entry in list(self._pool.free[small]):
                 block = entry[-1]
                 start, stop = -(-block.offset // page) * page, (block.offset + block.size) // page * page
                 if start < stop:
@@ -48,7 +50,7 @@ class ExpandableAllocator(CachingAllocator):
 
     def _best_fit(self, size: int, small: bool) -> Block | None:
         """Smallest that fits; a block that can still grow counts as what it can become (``get_free_block``)."""
-        pool = self._free[small]
+        pool = self._pool.free[small]
         index = bisect.bisect_left(pool, (size,))
         if index == len(pool):
             return None
@@ -80,7 +82,7 @@ class ExpandableAllocator(CachingAllocator):
 
     def _find_room(self, size: int, small: bool) -> Block:
         """The lowest run of free and unmapped blocks with room for ``size`` (``find_expandable_block``)."""
-        block = self._first[small]
+        block = self._pool.first[small]
         while block:
             run, room = block, 0
             while run and run.free:
@@ -96,13 +98,12 @@ class ExpandableAllocator(CachingAllocator):
         size = min(-(-size // page) * page, block.size)
         self._check(size)
         if size < block.size:
-            rest = Block(
-                block.segment, block.offset + size, block.size - size, block.small, True, False, block, block.after
-            )
+            rest = _piece(block, block.offset + size, block.size - size, mapped=False)
+            rest.before, rest.after = block, block.after
             if block.after:
                 block.after.before = rest
             block.after, block.size = rest, size
-        self._count(block.small, size)
+        self._count(block, size)
         block.mapped = True
         for neighbour in (block.before, block.after):
             if neighbour is not None and neighbour.free and neighbour.mapped:
@@ -114,12 +115,12 @@ class ExpandableAllocator(CachingAllocator):
     def _unmap(self, block: Block, start: int, stop: int) -> None:
         end = block.offset + block.size
         if start > block.offset:
-            head = Block(
-                block.segment, block.offset, start - block.offset, block.small, True, True, block.before, block
-            )
+            head = _piece(block, block.offset, start - block.offset)
+            head.before, head.after = block.before, block
             self._link_before(block, head)
         if stop < end:
-            tail = Block(block.segment, stop, end - stop, block.small, True, True, block, block.after)
+            tail = _piece(block, stop, end - stop)
+            tail.before, tail.after = block, block.after
             if block.after:
                 block.after.before = tail
             block.after = tail
@@ -127,7 +128,7 @@ class ExpandableAllocator(CachingAllocator):
         block.offset = start
         block.size = stop - start
         block.mapped = False
-        self._count(block.small, start - stop)
+        self._count(block, start - stop)
         for neighbour in (block.before, block.after):
             if neighbour is not None and not neighbour.mapped:
                 self._absorb(block, neighbour)
@@ -136,26 +137,31 @@ class ExpandableAllocator(CachingAllocator):
         if block.before:
             block.before.after = head
         else:
-            self._first[block.small] = head
+            block.pool.first[block.small] = head
         block.before = head
         self._put(head)
 
     def _absorb(self, block: Block, neighbour: Block) -> None:
-        if neighbour is self._first[block.small]:
-            self._first[block.small] = block
+        if neighbour is block.pool.first[block.small]:
+            block.pool.first[block.small] = block
         absorb(block, neighbour)
 
     def free(self, block: Block) -> None:
         """See ``CachingAllocator``."""
-        first = self._first[block.small]
+        first = block.pool.first[block.small]
         if block.before is first and first.free and first.mapped:  # it will be joined to this block
-            self._first[block.small] = block
+            block.pool.first[block.small] = block
         super().free(block)
 
-    def _count(self, small: bool, size: int) -> None:
+    def _count(self, block: Block, size: int) -> None:
         self.reserved += size
-        self.segments[int(small)] += size
+        self.segments[block.segment] += size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
+
+
+def _piece(block: Block, offset: int, size: int, mapped: bool = True) -> Block:
+    """A free part of a block, not linked to its neighbours yet."""
+    return Block(block.segment, offset, size, block.small, free=True, mapped=mapped, pool=block.pool)
 
 
 def _page(small: bool) -> int:

@@ -153,6 +153,11 @@ class Gpu:
             self.recording.transfers["cpu", "gpu"] += source.nbytes
             target.copy_(source)
 
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """Where a CUDA graph is captured; a dry run counts what that allocates."""
+        yield
+
     def mark(self) -> object:
         """A mark behind all work given to the GPU so far."""
 

@@ -37,7 +37,6 @@ from lowvram_lab.peers.others import ENGINES, MODULES, OURS, gguf_file
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
 from lowvram_lab.peers.result import FOLLOW_UP_TOKENS, BenchResult, BenchRow
 from lowvram_lab.planner.auto import auto_plan
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.units import GiB, format_bytes
 
 PROCESS_BYTES = GiB // 2
@@ -103,7 +102,6 @@ def bench(
     against: tuple[str, ...] | None = None,
     gguf: str | os.PathLike | None = None,
     settings: BenchSettings | None = None,
-    machine: Machine | None = None,
     progress: bool = True,
 ) -> BenchResult:
     """Measures our engines and others on one prompt, alternating: batch 1, greedy, the end of a text ignored.
@@ -117,7 +115,6 @@ def bench(
             installed. What cannot run here is a row with the reason.
         gguf: The file for llama.cpp; by default see ``gguf_file``.
         settings: Lengths, rounds, threads; by default those of ``BenchSettings``.
-        machine: Has no effect: read bandwidth is measured now, with the plan's threads.
         progress: Show a progress bar.
 
     Returns:

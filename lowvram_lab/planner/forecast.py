@@ -7,7 +7,7 @@ Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
 from lowvram_lab.engine.load import load
-from lowvram_lab.errors import PlanError
+from lowvram_lab.errors import PlanError, first_line
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention
 from lowvram_lab.memory.gpu import Gpu
@@ -57,4 +57,4 @@ def forecast(
             model = load(plan, dry, checkpoint=ShapesOnly(spec), progress=False, timeline=timeline)
             return run_workload(model, workload)
     except RuntimeError as error:  # tensors on two devices, an operator that wants data: the model's code, not ours
-        raise PlanError(f"{spec.name}: this plan cannot be replayed: {str(error).splitlines()[0]}") from error
+        raise PlanError(f"{spec.name}: this plan cannot be replayed: {first_line(error)}") from error

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size, segment_size
+from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.units import KiB, MiB
 
 SIZES = st.one_of(st.integers(1, 4 * KiB), st.integers(1, 3 * MiB), st.integers(1, 40 * MiB))
@@ -136,3 +137,19 @@ def test_the_cache_is_emptied_before_giving_up():
     assert allocator.allocated == 0
     assert allocator.peak_allocated == 21 * MiB
     assert allocator.peak_reserved == 22 * MiB
+
+
+@pytest.mark.parametrize("kind", [CachingAllocator, ExpandableAllocator])
+def test_what_a_pool_of_its_own_holds_is_given_to_nobody_else(kind):
+    allocator = kind()
+    allocator.free(allocator.allocate(3 * MiB))
+    with allocator.own_pool():
+        kept, gone = allocator.allocate(5 * MiB), allocator.allocate(3 * MiB)
+        allocator.free(gone)
+    taken = allocator.reserved
+    assert taken >= 11 * MiB  # the 3 MiB outside were free, and not for it
+    outside = [allocator.allocate(3 * MiB) for _ in range(8)]
+    assert {kept.segment, gone.segment}.isdisjoint(block.segment for block in outside)
+    allocator.free(kept)  # back to its own pool, whichever is in use
+    assert allocator.allocated == 8 * 3 * MiB
+    assert sum(allocator.segments.values()) == allocator.reserved

@@ -16,7 +16,7 @@ STEPS = st.lists(st.one_of(SIZES, SIZES, st.floats(0, 0.999), st.none()), max_si
 
 def chain(allocator, small):
     """Every block of a pool in address order."""
-    block = allocator._first[small]
+    block = allocator._pool.first[small]
     assert block.before is None
     while block:
         yield block
