@@ -19,13 +19,7 @@ from lowvram_lab.errors import BudgetError, LowvramError
 def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
     """Reads a prompt by the model's own forward, at once or in pieces of the plan's ``prefill_chunk``.
 
-    Args:
-        model: From ``load``.
-        ids: ``(batch, tokens)`` int64, those the cache has not seen.
-        cache: Grows by ``tokens``.
-
-    Returns:
-        Logits of the last token, ``(batch, vocab)``.
+    Of ids ``(batch, tokens)`` behind those in the cache it returns the last one's logits, ``(batch, vocab)``.
 
     Raises:
         LowvramError: There is no token.

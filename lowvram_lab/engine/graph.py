@@ -59,29 +59,27 @@ class GraphedStep:
         self._hidden.copy_(hidden)
         self._at.fill_(position)
         length = min(max(SHORTEST, 1 << position.bit_length()), len(self._places))
-        self.prepare(length)
+        self._prepare(length)
         if not self.capture:  # the temporaries of one layer at a time need less than a graph's pool
             return self._run(length)
         graph, logits = self._graphs[length]
         graph.replay()
         return logits
 
-    def prepare(self, length: int | None = None) -> None:
-        """Captures the graph that looks at so many places, by default at all of them, if it is to be captured."""
-        length = len(self._places) if length is None else length
+    def prepare(self) -> None:
+        """Captures the longest graph; on meta, allocates what that does. Its logits are the graph's own."""
+        if self.capture:
+            self._prepare(len(self._places))
+        else:
+            self.layers = list(dict(self.layers).items())  # those of one shape take the same, one after the other
+            self._logits = self._run(len(self._places))
+
+    def _prepare(self, length: int) -> None:
         if self.capture and length not in self._graphs:
             try:
                 self._graphs[length] = self._captured(length)
             except torch.OutOfMemoryError:
                 self.capture, self._graphs, self._pool = False, {}, None
-
-    def rehearse(self) -> torch.Tensor:
-        """Allocates on meta what capturing the longest graph does; returns the logits, which the graph keeps.
-
-        Layers of one shape take the same one after the other: one of each stands for all.
-        """
-        self.layers = list(dict(self.layers).items())
-        return self._run(len(self._places))
 
     def _run(self, length: int) -> torch.Tensor:
         cos, sin = (table.index_select(0, self._at)[0] for table in (self.cos, self.sin))

@@ -195,10 +195,7 @@ class LeanDecoder(Decoder):
             by_modules = partial(_modules_head, self.model)
             graphed = GraphedStep(bound, by_modules, *self._tables["gpu"], *sizes, capture=not self._gpu.meta)
             with self._gpu.capturing():
-                if self._gpu.meta:
-                    self._rehearsed = graphed.rehearse()
-                else:
-                    graphed.prepare()
+                graphed.prepare()
             return graphed
 
     def _may_compile(self, wanted: bool | None) -> bool:
