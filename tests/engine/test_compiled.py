@@ -65,7 +65,11 @@ def leftovers(tmp_path) -> list[str]:
 
 def compile_it(tmp_path, before: str = "") -> subprocess.Popen:
     command = [sys.executable, "-c", before + COMPILE, str(tmp_path / "result.pt")]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background job
+    )
 
 
 def until(condition, what: str) -> None:

@@ -26,7 +26,6 @@ from lowvram_lab.peers.bench import BenchSettings, bench
 from lowvram_lab.peers.engines import Engine, Task
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
 from tests.helpers.checkpoints import directory_spec, write_model
-from tests.helpers.machines import Made
 from tests.helpers.tiny import tiny_stock
 
 bench_module = importlib.import_module("lowvram_lab.peers.bench")  # the package gives the function of that name
@@ -87,9 +86,7 @@ def measured(model, against=(), **options):
     """A bench of three short rounds in this process; options of ``bench`` and of ``BenchSettings``."""
     given = {"prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": 3, "threads": 1, "processes": False}
     given |= {name: options.pop(name) for name in list(options) if name in given}
-    return bench(
-        model, against=against, settings=BenchSettings(**given), progress=False, **{"machine": Made(), **options}
-    )
+    return bench(model, against=against, settings=BenchSettings(**given), progress=False, **options)
 
 
 def task_for(folder, **changes) -> Task:
