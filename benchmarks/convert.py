@@ -38,7 +38,7 @@ spec = source.spec(name)
 plan = Plan.uniform(spec, "stored" if spec.stored else "bf16").with_modules("*", device="cpu")
 start = time.perf_counter()
 with watch_host() as host:
-    model = load(plan, open_gpu(), spec=spec, progress=False)
+    model = load(plan, open_gpu(), progress=False)
 seconds = time.perf_counter() - start
 """,
     "transformers": """

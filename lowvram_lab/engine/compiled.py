@@ -118,15 +118,15 @@ def _compile(libraries: list[Library], progress: bool) -> None:
                 with contextlib.suppress(BrokenPipeError):  # it ended already; the log says why
                     process.stdin.write(pickle.dumps(jobs[number::workers]))
                     process.stdin.flush()
-            _wait(processes, jobs, progress)
+            failed = _wait(processes, jobs, progress)
         finally:
             for process in processes:
                 _end(process)
             for _, directory, _ in jobs:
                 discard_partial(directory)
-        if failed := [process.returncode for process in processes if process.returncode]:
+        if failed:
             log.seek(0)
-            raise LowvramError(_explained(failed[0], log.read(), folder / "failure.log"))
+            raise LowvramError(_explained(failed, log.read(), folder / "failure.log"))
 
 
 def _start(scratch: Path, log: IO[str]) -> subprocess.Popen:
@@ -144,8 +144,8 @@ def _start(scratch: Path, log: IO[str]) -> subprocess.Popen:
     )
 
 
-def _wait(processes: list[subprocess.Popen], jobs: list[tuple], progress: bool) -> None:
-    """Waits until all have ended, or one has failed; the bar counts the libraries that are finished."""
+def _wait(processes: list[subprocess.Popen], jobs: list[tuple], progress: bool) -> int:
+    """Waits until all have ended, or one has failed, whose status it returns; the bar counts what is finished."""
     deadline = time.monotonic() + LONGEST_S * len(jobs)
     shown = None if progress else True  # None: on a terminal and in a notebook, not in a pipe
     with tqdm(desc="compile, once for this machine", total=len(jobs), disable=shown, leave=False) as bar:
@@ -155,6 +155,7 @@ def _wait(processes: list[subprocess.Popen], jobs: list[tuple], progress: bool) 
             time.sleep(_POLL_S)
             bar.n = sum(is_finished(directory, identity) for _, directory, identity in jobs)
             bar.refresh()
+    return next((status for status in ended if status), 0)
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -59,7 +59,7 @@ class Decoder:
     name: str
 
     def __init__(self, model: torch.nn.Module, max_tokens: int | None = None, batch_size: int = 1, why: str = ""):
-        self.model, self.why, self.released = model, why, False
+        self.model, self.batch_size, self.why, self.released = model, batch_size, why, False
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
         loaded(model).decoders.add(self)
 
@@ -89,6 +89,8 @@ class Decoder:
             BudgetError: The cache is full.
         """
         self._check_released()
+        if tuple(token.shape) != (expected := (self.batch_size, 1)):
+            raise LowvramError(f"expected one token of each sequence, {expected}, found {tuple(token.shape)}")
         return self._decode(token)
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:

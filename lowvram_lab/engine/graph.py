@@ -71,8 +71,8 @@ class GraphedStep:
         if self.capture:
             self._prepare(len(self._places))
         else:
-            self.layers = list(dict(self.layers).items())  # those of one shape take the same, one after the other
-            self._logits = self._run(len(self._places))
+            one_of_each = list(dict(self.layers).items())  # those of one shape take the same, one after the other
+            self._logits = self._run(len(self._places), one_of_each)
 
     def _prepare(self, length: int) -> None:
         if self.capture and length not in self._graphs:
@@ -81,11 +81,11 @@ class GraphedStep:
             except torch.OutOfMemoryError:
                 self.capture, self._graphs, self._pool = False, {}, None
 
-    def _run(self, length: int) -> torch.Tensor:
+    def _run(self, length: int, layers: list[tuple[LayerShape, list]] | None = None) -> torch.Tensor:
         cos, sin = (table.index_select(0, self._at)[0] for table in (self.cos, self.sin))
         mask = torch.zeros(length, device=cos.device).masked_fill_(self._places[:length] > self._at, -torch.inf)
         hidden = self._hidden
-        for shape, tensors in self.layers:
+        for shape, tensors in layers or self.layers:
             hidden = llama_layer(shape, hidden, cos, sin, tensors, length, Masked(self._at, mask))
         return self.head(hidden)
 

@@ -104,7 +104,6 @@ class LeanDecoder(Decoder):
         self._gpu, self._plan, self._spec = state.gpu, state.plan, state.plan.spec
         self._places = self._plan.layer_places()
         self._head_place = compute_place(self._plan.modules[self._spec.head].device)
-        self._batch_size = batch_size
         self._crossed_bytes = self._crossings()
         self._layers, self._head = [], None
         self._positions = torch.arange(self.cache.max_tokens)
@@ -137,9 +136,7 @@ class LeanDecoder(Decoder):
         return NAMES[COMPILED if self.compiled else LEAN]
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
-        position, expected = self.tokens, (self._batch_size, 1)
-        if tuple(token.shape) != expected:
-            raise LowvramError(f"expected one token of each sequence, {expected}, found {tuple(token.shape)}")
+        position = self.tokens
         if position == 0:
             raise LowvramError("expected a prompt in the cache, found none: call prefill first")
         if position >= self.cache.max_tokens:
@@ -170,7 +167,7 @@ class LeanDecoder(Decoder):
         crossed = Counter()
         for here, there in zip(order, order[1:], strict=False):
             if here != there:
-                crossed[here, there] += self._batch_size * self._spec.hidden_size * torch.float32.itemsize
+                crossed[here, there] += self.batch_size * self._spec.hidden_size * torch.float32.itemsize
         return crossed
 
     def _rotary(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -190,7 +187,7 @@ class LeanDecoder(Decoder):
             return tables
 
     def _graph(self, bound: list) -> GraphedStep:
-        sizes = self._batch_size, self._spec.hidden_size
+        sizes = self.batch_size, self._spec.hidden_size
         with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
             by_modules = partial(_modules_head, self.model)
             graphed = GraphedStep(bound, by_modules, *self._tables["gpu"], *sizes, capture=not self._gpu.meta)
@@ -209,7 +206,7 @@ class LeanDecoder(Decoder):
         """Bytes of one token's temporaries on the GPU, all of the cache in use; CUDA's graphs take their own."""
         if self._graphed is not None:
             return 0
-        hidden = torch.empty(self._batch_size, self._spec.hidden_size, device="meta")
+        hidden = torch.empty(self.batch_size, self._spec.hidden_size, device="meta")
         kinds = {shape: tensors for (shape, tensors), place in zip(bound, self._places, strict=True) if place == "gpu"}
         settings = self.cache.max_tokens, self.compiled
         with self._gpu.unmetered():  # it only looks
@@ -223,7 +220,7 @@ class LeanDecoder(Decoder):
         gpu, meter = self._gpu, self._gpu.meter
         self.workspace_bytes = self._workspace(bound)
         with meter.scope(owner="logits"):
-            self._logits = gpu.zeros((self._batch_size, self._spec.vocab_size), self.model.dtype, self._head_place)
+            self._logits = gpu.zeros((self.batch_size, self._spec.vocab_size), self.model.dtype, self._head_place)
         self._reserved = None
         if self.workspace_bytes:
             with meter.scope(owner="workspace of a token"):
@@ -231,7 +228,7 @@ class LeanDecoder(Decoder):
 
     def _compile(self, bound: list, progress: bool, must: bool) -> bool:
         """Opens the libraries of all layers and of the head; whether that could be done."""
-        hidden = torch.zeros(self._batch_size, self._spec.hidden_size)
+        hidden = torch.zeros(self.batch_size, self._spec.hidden_size)
         cos, sin = self._tables[self._places[0]]
         first = [hidden, cos[0], sin[0], self._positions[:2]]
         wanted = [Library.called_with(shape, first + tensors) for shape, tensors in bound]

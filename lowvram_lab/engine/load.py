@@ -108,7 +108,7 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
     """
     state = loaded(model)
     old = state.plan
-    plan.check_made_for(old.spec)
+    plan = plan.made_for(old.spec)
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
     if plan == old:

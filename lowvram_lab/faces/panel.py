@@ -315,7 +315,7 @@ class LayerSplitPanel:
                 replan(self.model, plan, progress=False)
 
     def _outcome(self) -> str:
-        trial, table = self.trials[-1], trials_table(self.trials, self.spec)
+        trial, table = self.trials[-1], trials_table(self.trials)
         forms = {column: format_bytes if "bytes" in column else "{:.2f}".format for column in table.columns[3:]}
         table = table.assign(**{column: table[column].map(form) for column, form in forms.items()})
         shown = table.rename(columns=HEADINGS).to_html(index=False, border=0)

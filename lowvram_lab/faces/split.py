@@ -266,7 +266,7 @@ def try_split(
     )
 
 
-def trials_table(trials: Sequence[Trial], spec: ModelSpec) -> pd.DataFrame:
+def trials_table(trials: Sequence[Trial]) -> pd.DataFrame:
     """One row a try: what was predicted and, after it, what was measured. Bytes, tokens a second, seconds."""
     rows = [
         {

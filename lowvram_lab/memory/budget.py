@@ -27,6 +27,10 @@ class GpuBudget:
     context_bytes: int = 0
     kernels: str = "cuda"
 
+    def __post_init__(self) -> None:
+        if self.kernels not in ("cuda", "cpu"):
+            raise BudgetError(f"expected kernels cuda or cpu, found {self.kernels!r}")
+
     @classmethod
     def parse(cls, size: "str | int | GpuBudget", cuda_context: str | int | None = None) -> "GpuBudget":
         """Reads a budget such as ``"4GiB"``.

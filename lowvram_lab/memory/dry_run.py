@@ -134,8 +134,10 @@ class DryRunGpu(Gpu):
         What the runs before capturing have taken on that stream is given back (``GraphedStep``).
         """
         outside, allocator = self._workspace, self.meter.allocator
-        with allocator.own_pool():
-            self._workspace = self._of_graphs = self._of_graphs or self._new_workspace()
+        if self._of_graphs is None:
+            with allocator.own_pool():
+                self._of_graphs = self._new_workspace()
+        self._workspace = self._of_graphs
         try:
             with allocator.own_pool():
                 yield

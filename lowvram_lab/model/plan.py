@@ -175,13 +175,14 @@ class Plan:
                 raise PlanError(f"the device map names {name!r}, which {self.model} does not have")
         return replace(self, modules=modules)
 
-    def check_made_for(self, spec: ModelSpec) -> None:
-        """Refuses another model.
+    def made_for(self, spec: ModelSpec) -> "Plan":
+        """The same plan of the same model as it is stored there: a converted one holds the formats it holds.
 
         Raises:
-            PlanError: The model's fingerprint is not that of the plan's.
+            PlanError: The model is another, or is stored in other formats.
         """
         _check_made_for(self.model, self.spec.fingerprint, spec)
+        return replace(self, spec=spec)
 
     def layer_devices(self) -> list[str]:
         """The device that holds each decoder layer, by index."""

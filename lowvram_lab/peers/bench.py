@@ -389,8 +389,7 @@ def _budget(gpu: str | int | GpuBudget | Gpu | None) -> GpuBudget | None:
 
 def _plan(plan: Plan | None, spec: ModelSpec, budget: GpuBudget | None, tokens: int) -> Plan:
     if plan is not None:
-        plan.check_made_for(spec)
-        return plan
+        return plan.made_for(spec)
     if budget is None:
         return Plan.uniform(spec, "stored" if spec.stored else "bf16", context=tokens)
     return auto_plan(spec, replace(budget, kernels="cuda" if torch.cuda.is_available() else "cpu"), tokens).plan

@@ -255,7 +255,7 @@ def _split(recipe: str, base: Plan, room: Room, why: list[str]) -> PlanChoice | 
         return None
     number, plan, profile = max(found, key=lambda split: split[0])  # the first of equals
     kv = ", KV cache in int8" if plan.kv_format == "int8" else ""
-    layers = f"{number} of {room.spec.num_hidden_layers} layers on the GPU{kv}{_on_disk(plan, room)}"
+    layers = f"{number} of {room.spec.num_hidden_layers} layers on the GPU{kv}{_on_disk(plan)}"
     text = f"{recipe} with {layers} fits: {margin(profile)}"
     return PlanChoice(plan, profile, (*why, text), recipe)
 
@@ -294,6 +294,6 @@ def _with_threads(choice: PlanChoice, room: Room, machine: Machine) -> PlanChoic
     return replace(choice, plan=plans[best], speed=speeds[best])
 
 
-def _on_disk(plan: Plan, room: Room) -> str:
+def _on_disk(plan: Plan) -> str:
     on_disk = plan.weight_bytes("disk")
     return f", {format_bytes(on_disk)} on disk" if on_disk else ""

@@ -134,7 +134,7 @@ class Machine:
         twice as long for a weight of a short row (27 ps in rows of 2048, 40 in rows of 576, one thread).
 
         Args:
-            engine: ``"compiled"``, ``"lean"`` or ``"graphs"``, see ``lean.engine_of``.
+            engine: ``"compiled"``, ``"lean"`` or ``"graphs"``, see ``kinds.engine_of``.
             fmt: Name of a format.
             columns: Inputs of the weight, a row's length.
             place: See ``kernel``.
@@ -169,7 +169,7 @@ class Machine:
         """Rates of everything in decoding a token but products and attention.
 
         Args:
-            engine: Any of ``lean.engine_of``.
+            engine: Any of ``kinds.engine_of``.
             fmt: Format of a layer's weights: each kernel has its own cost of a call.
             kv_format: See ``Plan``.
             dtype: See ``Plan``.
@@ -333,9 +333,8 @@ class _Case:
         """A decoder of a Llama of random weights, loaded like any model."""
         from transformers import LlamaConfig
 
-        sizes = {name: _whole_groups(TINY[name], self.fmt) for name in ("hidden_size", "intermediate_size")}
         config = LlamaConfig(
-            **{**TINY, **sizes},
+            **{**TINY, **self._whole_sizes()},
             num_hidden_layers=layers,
             num_key_value_heads=kv_heads,
             max_position_embeddings=4 * LONG,
@@ -351,6 +350,11 @@ class _Case:
             return ModuleDecoder(model)
         return LeanDecoder(model, compiled=self.engine == COMPILED, progress=False)
 
+    def _whole_sizes(self) -> dict[str, int]:
+        """Sizes that are whole groups of the format; all heads together have 256 features, or 384."""
+        sizes = {name: _whole_groups(TINY[name], self.fmt) for name in ("hidden_size", "intermediate_size")}
+        return sizes if sizes["hidden_size"] == TINY["hidden_size"] else {**sizes, "head_dim": 96}
+
 
 def _token(case: _Case, linear: Callable[[int, int], float]) -> tuple[TokenRates, Circumstances]:
     """The difference between two depths is a layer; what its products take is taken off."""
@@ -358,9 +362,10 @@ def _token(case: _Case, linear: Callable[[int, int], float]) -> tuple[TokenRates
     timing = _timed(
         {depth: _decoding(decoder, 1) for depth, decoder in decoders.items()}, decoders.values(), case.place
     )
-    whole = (timing.seconds[DEEP] - timing.seconds[FEW]) / (DEEP - FEW)
+    seconds = timing.usual_seconds  # as the rates of products are
+    whole = (seconds[DEEP] - seconds[FEW]) / (DEEP - FEW)
     products = sum(linear(*shape) for shape in _matrices_of_a_layer(decoders[DEEP].model.lowvram.plan.spec))
-    around = max(0.0, timing.seconds[FEW] - FEW * whole)
+    around = max(0.0, seconds[FEW] - FEW * whole)
     return TokenRates(around, max(0.0, whole - products)), timing.circumstances
 
 

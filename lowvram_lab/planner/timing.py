@@ -27,7 +27,7 @@ class Timing:
     """Seconds of calls that were measured side by side.
 
     Attributes:
-        seconds: A call, by name: the least disturbed round. What is subtracted from each other is taken from here.
+        seconds: A call, by name: the least disturbed round.
         usual_seconds: The median round. Memory's bandwidth is shared with whoever else computes on the machine, and a
             whole answer never gets the best of it.
         circumstances: When, and how steady.

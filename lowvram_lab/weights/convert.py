@@ -187,7 +187,7 @@ def _known_recipe(plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> Recipe 
 
 
 def _check_plan(plan: Plan, spec: ModelSpec) -> None:
-    plan.check_made_for(spec)
+    plan.made_for(spec)
     for name, assignment in plan.modules.items():
         if get_format(assignment.format).kind == "nf4":
             raise LowvramError(f"{name}: nf4 has no place in a converted directory; plan with int4")

@@ -130,6 +130,20 @@ def test_a_compiler_that_fails_is_one_line_and_a_log(tmp_path, monkeypatch, does
     assert leftovers(tmp_path) == []
 
 
+def test_of_two_compilers_the_one_that_failed_says_why(tmp_path, monkeypatch):
+    """The other is ended, and is not to blame; which of them comes first must not matter."""
+    ended = iter([[None, None], [None, 3]])
+
+    class Process:
+        def poll(self):
+            return self.found.pop(0)
+
+    both = [Process(), Process()]
+    both[0].found, both[1].found = (list(column) for column in zip(*ended, strict=True))
+    monkeypatch.setattr(compiled, "_POLL_S", 0)
+    assert compiled._wait(both, [(None, tmp_path, {})], progress=False) == 3
+
+
 def test_a_compiler_that_hangs_is_given_up(tmp_path, monkeypatch):
     begun = tmp_path / "begun"
     fake_compiler(tmp_path, monkeypatch, f"touch {begun}; sleep 1000")

@@ -13,6 +13,7 @@ from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import DTYPES
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.units import MiB
 from tests.helpers.tiny import (
     PLACEMENTS,
@@ -225,6 +226,20 @@ def test_a_model_is_not_planned_anew_as_another():
     with pytest.raises(PlanError, match="this plan was made for 'tiny-llama'"):
         replan(model, tiny_plan("llama"), progress=False)
     assert model.lowvram.plan.model == "tiny-qwen2"
+
+
+def test_planned_anew_by_a_plan_of_its_converted_sibling_it_keeps_its_own_weights():
+    """The two have one fingerprint, and other weights are stored: what is loaded reads its own."""
+    model, spec = load_tiny("qwen2"), tiny_spec("qwen2")
+    formats = {name: a.format for name, a in tiny_plan("qwen2", "int4").modules.items() if a.format != "bf16"}
+    sibling = Plan.uniform(replace(spec, stored=formats), "stored", context=512)
+    assert sibling.spec.fingerprint == spec.fingerprint
+    replan(model, sibling, progress=False)
+    assert model.lowvram.plan.spec is spec
+    expected = load_tiny("qwen2", tiny_plan("qwen2", "int4"))
+    ids = random_ids(20)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
 @stand_in_only

@@ -268,7 +268,7 @@ def test_after_another_split_the_model_is_replanned_not_loaded_again(monkeypatch
     assert len(panel.trials) == 3
     assert all(name.startswith("model.layers.0.") for name in read)
     assert panel.message.value.count("<tr>") == 3
-    assert list(split.trials_table(panel.trials, panel.spec)["gpu_layers"]) == [3, 2, 2]
+    assert list(split.trials_table(panel.trials)["gpu_layers"]) == [3, 2, 2]
 
 
 def test_a_directory_is_loaded_with_its_own_tokenizer(tmp_path):

@@ -132,7 +132,7 @@ def test_a_setting_out_of_range_is_refused_with_its_value(setting, value):
 
 def test_another_models_plan():
     plan, other = tiny_plan("llama"), tiny_spec("qwen2")
-    for way in (lambda: plan.check_made_for(other), lambda: Plan.from_json(plan.to_json(), other)):
+    for way in (lambda: plan.made_for(other), lambda: Plan.from_json(plan.to_json(), other)):
         message = refusal(way)
         assert "'tiny-llama'" in message
         assert "'tiny-qwen2'" in message

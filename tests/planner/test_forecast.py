@@ -10,9 +10,14 @@ import bitsandbytes  # noqa: F401  (imported before anything is metered: see the
 import pytest
 import torch
 
+from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError, PlanError, UnitError
 from lowvram_lab.memory.allocator import round_size
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention, cublas_workspace_bytes
+from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
@@ -244,6 +249,23 @@ def test_a_workload_of_nothing_is_refused(sizes):
 def test_a_budget_that_cannot_be_used(budget, error):
     with pytest.raises(error):
         forecast(tiny_plan("qwen2"), budget)
+
+
+def test_two_decoders_of_a_dry_run_share_the_workspace_of_graphs():
+    gpu = DryRunGpu(None, "cuda")
+    model = load(tiny_plan("qwen2"), gpu, checkpoint=ShapesOnly(tiny_spec("qwen2")), progress=False)
+    held = []
+    for _ in range(2):
+        with ImitateAttention(gpu):
+            decoder_for(model, 64)
+        held.append(gpu.meter.category_bytes("workspace"))
+    assert held[0] == held[1] >= cublas_workspace_bytes()
+
+
+@pytest.mark.parametrize("kernels", ["gpu", "CUDA", "", None])
+def test_kernels_that_are_none(kernels):
+    with pytest.raises(BudgetError, match=r"expected kernels cuda or cpu, found"):
+        GpuBudget(4 * GiB, kernels=kernels)
 
 
 def test_qwen_4b_in_16_bits_at_4096_tokens():

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowvram_lab.engine.bind import product_of
 from lowvram_lab.engine.lean import decoder_for
-from lowvram_lab.model.formats import FORMATS
+from lowvram_lab.model.formats import FORMATS, get_format
 from lowvram_lab.planner import measure_rates, timing
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed
@@ -210,6 +211,9 @@ def test_every_format_has_rates(quick, fmt):
     for shared in (False, True):
         rates = Machine(remember=False).kernel(fmt, shared=shared)
         assert rates.seconds(10**6, 8) >= 0
+    if product_of(measure_rates._weight(fmt, 64, measure_rates._whole_groups(64, fmt), "cpu")):
+        dtype = fmt if get_format(fmt).kind == "float" else "bf16"
+        assert Machine(remember=False).token("lean", fmt, dtype, dtype).layer_s >= 0
 
 
 def test_a_measured_speed_compares_with_its_forecast():

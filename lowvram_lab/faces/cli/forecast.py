@@ -59,7 +59,7 @@ def run_forecast(args: argparse.Namespace) -> int:
         result["max_context"] = longest.value
         say(f"longest context that fits: {longest.value} tokens")
     if args.compare:
-        result |= _compare(args, plan, gpu, profile, say)
+        result |= _compare(plan, gpu, profile, say)
     if args.plot:
         _draw(profile, args.plot)
         say(f"drawn: {args.plot}")
@@ -68,7 +68,7 @@ def run_forecast(args: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(args: argparse.Namespace, plan: Plan, gpu: Gpu, profile: MemoryProfile, say: Callable[..., None]) -> dict:
+def _compare(plan: Plan, gpu: Gpu, profile: MemoryProfile, say: Callable[..., None]) -> dict:
     """Loads and runs what was forecast; says where the two differ, or that both run out of memory."""
     say(f"\nmeasured on the {gpu.name}:")
     with explain_oom(suggestions=False) as oom:

@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         Exit status: 0 done, 1 a validation that failed, 2 a mistake explained in one line, 130 interrupted.
     """
     _quiet_other_libraries()
-    args = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
     try:
+        args = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
         return args.run(args)
     except LowvramError as error:
         return _complain(str(error))
