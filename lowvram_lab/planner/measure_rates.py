@@ -56,7 +56,7 @@ from lowvram_lab.planner.rates import (
 from lowvram_lab.planner.timing import Timing, time_calls
 from lowvram_lab.units import MiB
 
-VERSION = 7
+VERSION = 8
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB
@@ -189,12 +189,30 @@ class Machine:
         return self._rates(TokenRates, name, threads, lambda: _token(case, linear))
 
     def attention(
-        self, engine: str, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None
+        self,
+        engine: str,
+        kv_format: str,
+        dtype: str = "bf16",
+        place: str = "cpu",
+        threads: int | None = None,
+        fmt: str | None = None,
     ) -> AttentionRates:
-        """Rates of a token's attention to those that are cached. Arguments as ``token``."""
+        """Rates of a token's attention to those that are cached.
+
+        Args:
+            engine: See ``token``.
+            kv_format: See ``Plan``.
+            dtype: See ``Plan``.
+            place: See ``kernel``.
+            threads: See ``kernel``.
+            fmt: Of the weights beside it, by default ``dtype``. It makes no difference to the rates, but a layer that
+                ``token`` has compiled in this format need not be compiled in another.
+        """
         place, threads = self._place(place), threads or torch.get_num_threads()
+        if engine == MODULES or fmt is None or TINY["hidden_size"] % (get_format(fmt).group_size or 1):
+            fmt = dtype
         name = f"attention {engine} {kv_format} {dtype} {self._where(place, threads)}"
-        case = _Case(engine, dtype, kv_format, dtype, place)
+        case = _Case(engine, fmt, kv_format, dtype, place)
         return self._rates(AttentionRates, name, threads, lambda: _attention(case))
 
     def link(self) -> LinkRates | None:
@@ -433,7 +451,9 @@ def _decoding(decoder: Decoder, cached: int) -> Callable[[], None]:
     """Decodes and chooses one token behind so many."""
     token = torch.ones(1, 1, dtype=torch.long)
     decoder.cache.keep(0)
-    decoder.prefill(torch.ones(1, 2 * LONG, dtype=torch.long))
+    for layer in decoder.cache.layers:  # by hand: so deep a model takes seconds to read a prompt
+        batch, heads, _, width = layer.shape
+        layer.update(*torch.randn(2, batch, heads, 2 * LONG, width, dtype=layer.dtype, device=layer.device))
 
     def call() -> None:
         for layer in decoder.cache.layers:  # all of them were filled; another length's turn may have been before

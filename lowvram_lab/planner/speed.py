@@ -155,7 +155,7 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
         for fmt, count in Counter(formats[index]).items():
             rates = machine.token(engine, fmt, plan.kv_format, plan.dtype, place, plan.threads)
             parts["small operations"] += rates.layer_s * count / len(formats[index])
-        attention = machine.attention(engine, plan.kv_format, plan.dtype, place, plan.threads)
+        attention = machine.attention(engine, plan.kv_format, plan.dtype, place, plan.threads, formats[index][0])
         parts["attention"] += cached * (attention.query_s * queries + attention.key_s * keys)
         around = around or rates.model_s
     parts["small operations"] += around

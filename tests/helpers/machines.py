@@ -49,7 +49,7 @@ class Made:
         self.asked.append(("token", engine, fmt, kv_format, dtype, place, threads))
         return TokenRates(5e-5, 3e-5)
 
-    def attention(self, engine, kv_format, dtype="bf16", place="cpu", threads=None):
+    def attention(self, engine, kv_format, dtype="bf16", place="cpu", threads=None, fmt=None):
         self.asked.append(("attention", engine, kv_format, dtype, place, threads))
         return AttentionRates(3e-10, 4e-10)
 
@@ -85,7 +85,7 @@ class Flat(Made):
     def token(self, engine, fmt, kv_format, dtype="bf16", place="cpu", threads=None):
         return TokenRates(0.0, 1e-9)
 
-    def attention(self, engine, kv_format, dtype="bf16", place="cpu", threads=None):
+    def attention(self, engine, kv_format, dtype="bf16", place="cpu", threads=None, fmt=None):
         return AttentionRates(0.0, 0.0)
 
 
