@@ -237,7 +237,7 @@ def _whole(plans: dict[str, Plan], room: Room, why: list[str]) -> Iterator[PlanC
     for recipe, base in plans.items():
         for where, plan in _variants(base, room):
             if fitting := room.fit(plan):
-                text = f"{recipe}{where}{_on_disk(fitting[0], room)} fits: {margin(fitting[1])}"
+                text = f"{recipe}{where}{_on_disk(fitting[0])} fits: {margin(fitting[1])}"
                 yield PlanChoice(*fitting, (*why, text), recipe)
                 break
         else:
