@@ -112,12 +112,13 @@ def _compile(libraries: list[Library], progress: bool) -> None:
         tempfile.TemporaryDirectory(prefix="lowvram-compile-", ignore_cleanup_errors=True) as scratch,
         tempfile.TemporaryFile("w+", errors="replace") as log,
     ):
-        processes = [_start(Path(scratch, str(number)), log) for number in range(workers)]
+        processes = []
         try:
-            for number, process in enumerate(processes):
+            for number in range(workers):
+                processes.append(_start(Path(scratch, str(number)), log))
                 with contextlib.suppress(BrokenPipeError):  # it ended already; the log says why
-                    process.stdin.write(pickle.dumps(jobs[number::workers]))
-                    process.stdin.flush()
+                    processes[-1].stdin.write(pickle.dumps(jobs[number::workers]))
+                    processes[-1].stdin.flush()
             failed = _wait(processes, jobs, progress)
         finally:
             for process in processes:
