@@ -18,7 +18,7 @@ STRIP     := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser lab lint format gpu-check notebooks coverage dist publish-links clean
+.PHONY: help demo test test-all browser lab lint format gpu-check architectures notebooks coverage dist publish-links clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,9 @@ gpu-check: $(STAMP) ## tests that need CUDA; forecast, splits and engine measure
 	$(BIN)/python benchmarks/split_parity.py
 	$(BIN)/python benchmarks/engine_cuda.py
 	$(BIN)/python benchmarks/speed_forecast.py --model qwen1.5-0.5b --random --runs 1
+
+architectures: $(STAMP) ## every model type of the installed transformers beside stock; writes docs/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.sweep --processes 2
 
 notebooks: $(STAMP) ## run the notebooks in place, keeping outputs
 	$(if $(NOTEBOOKS),$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS))

@@ -46,7 +46,7 @@ _PUBLIC = {
     "CachingAllocator": "memory.allocator",
     "ExpandableAllocator": "memory.expandable",
     "OutOfCapacity": "memory.allocator",
-    "forecast_load_bytes": "engine.room",
+    "forecast_load_bytes": "model.host_bytes",
     "run_workload": "planner.measure",
     # 03 know your weights
     "weight_statistics": "weights.distribution",

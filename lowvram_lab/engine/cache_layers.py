@@ -15,13 +15,14 @@ from transformers.cache_utils import CacheLayerMixin
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.formats import SCALE_DTYPE
+from lowvram_lab.model.geometry import KVShape
 
 
 class FixedLayer(CacheLayerMixin):
     """What all KV formats have in common: ``tokens`` of ``max_tokens`` are in use.
 
     Args:
-        shape: Of keys and of values, ``(batch, kv_heads, max_tokens, head_dim)``.
+        shape: Room for keys and values.
         dtype: The model's.
     """
 
@@ -30,22 +31,21 @@ class FixedLayer(CacheLayerMixin):
     can_visit = False
     """Whether keys and values can go to the GPU for a prompt whose weights travel."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype):
+    def __init__(self, shape: KVShape, dtype: torch.dtype):
         super().__init__()
         self.shape, self.dtype = shape, dtype
-        self.tokens, self.max_tokens = 0, shape[2]
+        self.tokens, self.max_tokens = 0, shape.tokens
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: everything is there."""
 
     def end_of(self, key_states: torch.Tensor, value_states: torch.Tensor) -> int:
         """How many tokens there are with these behind them; an error where they do not fit, or are of another shape."""
-        batch, heads, _, width = self.shape
-        for states in (key_states, value_states):
-            if (states.shape[0], states.shape[1], states.shape[3]) != (batch, heads, width):
+        for room, states in ((self.shape.keys, key_states), (self.shape.values, value_states)):
+            if (*room[:2], room[3]) != (*states.shape[:2], states.shape[3]):
                 raise LowvramError(
-                    f"expected keys and values of {batch} sequences, {heads} heads and {width} features in the KV "
-                    f"cache, found {states.shape[0]}, {states.shape[1]} and {states.shape[3]}"
+                    f"expected keys and values of {room[0]} sequences, {room[1]} heads and {room[3]} features in the "
+                    f"KV cache, found {states.shape[0]}, {states.shape[1]} and {states.shape[3]}"
                 )
         end = self.tokens + key_states.shape[-2]
         if end > self.max_tokens:
@@ -76,8 +76,8 @@ class FixedLayer(CacheLayerMixin):
 class PreallocatedLayer(FixedLayer):
     """Keys and values of one decoder layer in the model's dtype, or as int8 codes with a scale a token and head.
 
-    Shapes: ``keys``, ``values`` ``(batch, kv_heads, max_tokens, head_dim)``; ``key_scale``, ``value_scale`` the same
-    with a last dimension of 1, or ``None``. A dequantised copy lives for one layer's attention only.
+    Shapes: ``keys``, ``values`` as ``KVShape`` says; ``key_scale``, ``value_scale`` the same with a last dimension of
+    1, or ``None``. A dequantised copy lives for one layer's attention only.
 
     Args:
         gpu: The ``Gpu`` of the model.
@@ -89,13 +89,13 @@ class PreallocatedLayer(FixedLayer):
 
     can_visit = True
 
-    def __init__(self, gpu: Gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype, kv_format: str):
+    def __init__(self, gpu: Gpu, place: str, shape: KVShape, dtype: torch.dtype, kv_format: str):
         super().__init__(shape, dtype)
         stored = torch.int8 if kv_format == "int8" else dtype
-        self.keys, self.values = (gpu.zeros(shape, stored, place) for _ in range(2))
+        self.keys, self.values = (gpu.zeros(room, stored, place) for room in (shape.keys, shape.values))
         self.key_scale = self.value_scale = None
         if kv_format == "int8":
-            scales = (*shape[:3], 1)
+            scales = (*shape.keys[:3], 1)
             self.key_scale, self.value_scale = (gpu.zeros(scales, SCALE_DTYPE, place) for _ in range(2))
         self.device, self.is_initialized = self.keys.device, True
 

@@ -37,8 +37,7 @@ class Filler:
         if get_format(self.plan.modules[module.name].format).kind == "float":
             target = self.model.get_submodule(module.name)
             for key in module.parameters:
-                shared = key == "weight" and module.tied_to
-                setattr(target, key, self._owner(module).weight if shared else self._float(module, key))
+                setattr(target, key, self._parameter(module, key))
             return
         parent, _, child = module.name.rpartition(".")
         setattr(self.model.get_submodule(parent), child, self._quantised(module).eval())
@@ -53,9 +52,10 @@ class Filler:
         elif module.name in self.plan.spec.stored and not self.gpu.meta:
             layer.fill(stored_tensors(module.name, fmt, self.weights), self._mover(module))
         else:
-            layer.store(self._read(module, "weight"), self._mover(module))
+            weight = self._read(module, "weight")
+            layer.store(weight.T.contiguous() if module.transposed else weight, self._mover(module))
         if "bias" in module.parameters:
-            layer.bias = self._float(module, "bias")
+            layer.bias = self._parameter(module, "bias")
         return layer
 
     def _empty_layer(self, module: ModuleSpec) -> Quantized:
@@ -63,7 +63,7 @@ class Filler:
         fmt = get_format(assignment.format)
         rows, columns = module.weight_shape
         if module.kind == "embedding":
-            return quantized_embedding(rows, columns, fmt, DTYPES[self.plan.dtype])
+            return quantized_embedding(rows, columns, fmt, DTYPES[self.plan.dtype], module.scale)
         kernels = self.gpu.kernels_of(compute_place(assignment.device))
         return quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
 
@@ -71,8 +71,10 @@ class Filler:
         """The module whose weight this one shares."""
         return self.model.get_submodule(module.tied_to)
 
-    def _float(self, module: ModuleSpec, key: str) -> torch.nn.Parameter:
-        """A parameter in the plan's dtype, at its place."""
+    def _parameter(self, module: ModuleSpec, key: str) -> torch.nn.Parameter:
+        """A parameter in the plan's dtype at its place, or the one that it shares."""
+        if key not in module.own:
+            return self.model.get_parameter(module.shared.get(key, f"{module.tied_to}.weight"))
         converted = self._read(module, key).to(DTYPES[self.plan.dtype])
         if not converted.is_meta and not is_finite(converted):
             raise CheckpointError(f"{module.name}.{key}: a weight is too large for {self.plan.dtype}; plan with bf16")
@@ -102,10 +104,17 @@ def must_be_mapped(module: ModuleSpec, plan: Plan, weights: Weights) -> bool:
 
 
 def place_buffers(model: torch.nn.Module, devices: dict[str, str], gpu: Gpu) -> None:
-    """Rotary frequencies and the like: made by the constructor on the CPU, wanted where their block computes."""
+    """Rotary frequencies, masks and the like: made by a constructor on the CPU, wanted where their block computes.
+
+    Some classes (GPT-J) keep them as plain attributes, of which ``named_buffers`` knows nothing.
+    """
     for path, module in model.named_modules():
-        if path in devices and not dict(module.named_parameters(recurse=False)):
-            for key, buffer in list(module.named_buffers(recurse=False)):
-                if not buffer.is_meta:
+        blocks = [block for block in devices if block in ("", path) or path.startswith(f"{block}.")]
+        if not blocks:
+            continue
+        place = compute_place(devices[max(blocks, key=len)])
+        for held in (module._buffers, vars(module)):
+            for key, tensor in held.items():
+                if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                     with gpu.meter.scope(owner=path):
-                        module._buffers[key] = gpu.move(gpu.own(buffer), compute_place(devices[path]))
+                        held[key] = gpu.move(gpu.own(tensor), place)

@@ -10,6 +10,7 @@ import torch
 from lowvram_lab.engine.cache_layers import FixedLayer
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.formats import SCALE_DTYPE
+from lowvram_lab.model.geometry import KVShape
 
 GROUP = 32
 """Tokens of a channel, or channels of a token, that share a scale and a zero."""
@@ -18,26 +19,25 @@ GROUP = 32
 class Int4Layer(FixedLayer):
     """Keys and values of one decoder layer, all of it allocated now.
 
-    Shapes, for ``(batch, kv_heads, max_tokens, head_dim)`` and ``blocks = ceil(max_tokens / 32)``: ``keys`` uint8
-    ``(batch, kv_heads, blocks, 16, head_dim)``, two tokens a byte, the even one low; ``key_grid`` bf16 ``(batch,
-    kv_heads, blocks, 2, head_dim)``, scale and zero; ``recent`` ``(batch, kv_heads, 32, head_dim)`` in the model's
-    dtype; ``values`` uint8 ``(batch, kv_heads, max_tokens, head_dim / 2)``; ``value_grid`` bf16 ``(batch, kv_heads,
-    max_tokens, 2, head_dim / 32)``.
+    Shapes, for a ``KVShape`` and ``blocks = ceil(tokens / 32)``: ``keys`` uint8 ``(batch, heads, blocks, 16,
+    key_dim)``, two tokens a byte, the even one low; ``key_grid`` bf16 ``(batch, heads, blocks, 2, key_dim)``, scale
+    and zero; ``recent`` ``(batch, heads, 32, key_dim)`` in the model's dtype; ``values`` uint8 ``(batch, heads,
+    tokens, value_dim / 2)``; ``value_grid`` bf16 ``(batch, heads, tokens, 2, value_dim / 32)``.
 
-    Its arguments are those of ``PreallocatedLayer``; head_dim is a multiple of 32.
+    Its arguments are those of ``PreallocatedLayer``; value_dim is a multiple of 32.
     """
 
     key_scale = None
 
-    def __init__(self, gpu: Gpu, place: str, shape: tuple[int, int, int, int], dtype: torch.dtype):
+    def __init__(self, gpu: Gpu, place: str, shape: KVShape, dtype: torch.dtype):
         super().__init__(shape, dtype)
-        batch, heads, _, width = shape
+        batch, heads, _, width, value_dim = shape
         blocks = -(-self.max_tokens // GROUP)
         self.keys = gpu.zeros((batch, heads, blocks, GROUP // 2, width), torch.uint8, place)
         self.key_grid = gpu.zeros((batch, heads, blocks, 2, width), SCALE_DTYPE, place)
         self.recent = gpu.zeros((batch, heads, GROUP, width), dtype, place)
-        self.values = gpu.zeros((batch, heads, self.max_tokens, width // 2), torch.uint8, place)
-        self.value_grid = gpu.zeros((batch, heads, self.max_tokens, 2, width // GROUP), SCALE_DTYPE, place)
+        self.values = gpu.zeros((batch, heads, self.max_tokens, value_dim // 2), torch.uint8, place)
+        self.value_grid = gpu.zeros((batch, heads, self.max_tokens, 2, value_dim // GROUP), SCALE_DTYPE, place)
         self.device, self.is_initialized = self.keys.device, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):

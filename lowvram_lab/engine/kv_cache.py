@@ -12,8 +12,9 @@ from functools import partial
 
 import torch
 from transformers import Cache
+from transformers.cache_utils import DummyLayer
 
-from lowvram_lab.engine.cache_layers import PreallocatedLayer
+from lowvram_lab.engine.cache_layers import FixedLayer, PreallocatedLayer
 from lowvram_lab.engine.int4_cache import Int4Layer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
@@ -40,20 +41,25 @@ class PreallocatedCache(Cache):
         self.max_tokens = plan.context if max_tokens is None else max_tokens
         for name, value in (("max_tokens", self.max_tokens), ("batch_size", batch_size)):
             whole_number(name, value, 1, error=LowvramError)
-        shape = (batch_size, spec.num_key_value_heads, self.max_tokens, spec.head_dim)
         held_as = Int4Layer if plan.kv_format == "int4" else partial(PreallocatedLayer, kv_format=plan.kv_format)
+        layers = []
         with self.gpu.noting_oom(state), self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
-            layers = [held_as(self.gpu, place, shape, DTYPES[plan.dtype]) for place in plan.layer_places()]
+            for kv, place in zip(spec.kv_layers, plan.layer_places(), strict=True):
+                if kv is None:  # it reads another layer's
+                    layers.append(DummyLayer())
+                    continue
+                layers.append(held_as(self.gpu, place, kv.room(batch_size, self.max_tokens), DTYPES[plan.dtype]))
         super().__init__(layers=layers)
+        self._held = [layer for layer in layers if isinstance(layer, FixedLayer)]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """See ``Cache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""
-        held, found = self.layers[layer_idx].shape[0], key_states.shape[0]
+        held, found = self.layers[layer_idx].shape.batch, key_states.shape[0]
         if held != found:  # one would be written into all rows
             raise LowvramError(f"the KV cache is for {held} sequences, found {found}; say batch_size={found}")
         return self.layers[layer_idx].update(key_states, value_states)
 
     def keep(self, tokens: int) -> None:
         """Forgets all but the first ``tokens`` tokens."""
-        for layer in self.layers:
+        for layer in self._held:
             layer.keep(tokens)

@@ -259,13 +259,15 @@ class QuantizedEmbedding(Quantized):
         embedding_dim: Columns.
         fmt: The format.
         dtype: Of the result.
+        scale: What rows are multiplied by.
 
     Shapes: ids ``(...)`` of integers → ``(..., embedding_dim)``.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype):
+    def __init__(self, num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype, scale: float = 1.0):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.format, self.dtype = num_embeddings, embedding_dim, fmt, dtype
+        self.scale_of_rows = float(torch.tensor(scale, dtype=dtype))  # rounded as the class's own is
 
     def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """See ``Quantized``."""
@@ -276,7 +278,8 @@ class QuantizedEmbedding(Quantized):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Looks up rows and scales them."""
-        return self.weight_rows(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
+        rows = self.weight_rows(ids.reshape(-1), self.dtype).view(*ids.shape, self.embedding_dim)
+        return rows if self.scale_of_rows == 1 else rows.mul_(self.scale_of_rows)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -314,9 +317,11 @@ def quantized_linear(
     return _LINEARS[fmt.kind](in_features, out_features, fmt, kernels, shared)
 
 
-def quantized_embedding(num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype) -> QuantizedEmbedding:
+def quantized_embedding(
+    num_embeddings: int, embedding_dim: int, fmt: Format, dtype: torch.dtype, scale: float = 1.0
+) -> QuantizedEmbedding:
     """An empty table of a format; see ``quantized_linear``."""
-    return _EMBEDDINGS[fmt.kind](num_embeddings, embedding_dim, fmt, dtype)
+    return _EMBEDDINGS[fmt.kind](num_embeddings, embedding_dim, fmt, dtype, scale)
 
 
 def _ampere() -> bool:

@@ -211,9 +211,7 @@ def _read_generation_config(model: PreTrainedModel, directory: Path | None) -> N
 
 def _check_names_and_shapes(spec: ModelSpec, checkpoint: Weights) -> None:
     for module in spec.modules:
-        for key, shape in module.parameters.items():
-            if key == "weight" and module.tied_to:
-                continue
+        for key, shape in module.own.items():
             if key == "weight" and module.name in spec.stored and not isinstance(checkpoint, ShapesOnly):
                 check_stored(module, get_format(spec.stored[module.name]), checkpoint)
                 continue

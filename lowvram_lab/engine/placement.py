@@ -32,6 +32,8 @@ class _Route:
     weights: TravellingWeights
     model: weakref.ref
     first: str  # masks and rotary tables are made once, where the first layer computes in this pass
+    ids_stay: bool  # whether the embedding alone reads the token ids, and fetches them itself
+    before_layers: bool = True  # in this pass, so far
     moved: dict[tuple[int, str], tuple] = field(default_factory=dict)
 
     def noting_oom(self) -> AbstractContextManager[None]:
@@ -71,14 +73,14 @@ class Placement:
         self._wrapped: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._weights = TravellingWeights(model, devices, plan, gpu)
         home = compute_place(devices[f"{spec.layers_path}.0"])
-        route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model), first=home)
-        embeddings = {module.name for module in spec.modules if module.kind == "embedding" and module.layer is None}
+        ids_stay = not any(spec.embedding.startswith(f"{path}.") for path in devices)
+        route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model), home, ids_stay)
         try:
             for path, device in devices.items():
                 if any(other.startswith(path + ".") for other in devices):
                     continue  # it holds other blocks, and runs no code that a place would matter to
-                block, hands_over = model.get_submodule(path), path == spec.embedding or path in embeddings
-                self._wrap(block, functools.partial(_block_forward, path, compute_place(device), hands_over, route))
+                block, is_layer = model.get_submodule(path), path.startswith(f"{spec.layers_path}.")
+                self._wrap(block, functools.partial(_block_forward, path, compute_place(device), is_layer, route))
                 if gpu.simulated:  # the meter is on anyway: let it name the very module; on CUDA ``watch`` does
                     for name, inner in block.named_modules(prefix=path):
                         if inner is not block:
@@ -111,10 +113,12 @@ def _model_forward(route: _Route, original: Callable, *args, **kwargs):
     ids = args[0] if args else kwargs.get("input_ids")
     ids = kwargs.get("inputs_embeds") if ids is None else ids
     with gpu.lock, cpu_threads(route.threads), gpu.active(), route.weights.opened_for(ids, can_visit) as travelling:
-        route.first = "gpu" if travelling else route.home
-        # the embedding fetches its ids itself; everything else (attention mask, positions) is used beside its output
+        route.first, route.before_layers = "gpu" if travelling else route.home, True
+        # beside the embedding's output are used: attention mask, positions; in some models (RoBERTa) the ids as well
+        args = args if route.ids_stay else _to_place(args, route.first, gpu)
         kwargs = {
-            key: value if key == "input_ids" else _to_place(value, route.first, gpu) for key, value in kwargs.items()
+            key: value if key == "input_ids" and route.ids_stay else _to_place(value, route.first, gpu)
+            for key, value in kwargs.items()
         }
         try:
             with route.noting_oom(), gpu.meter.scope(owner="model", place=route.first):
@@ -123,13 +127,14 @@ def _model_forward(route: _Route, original: Callable, *args, **kwargs):
             route.moved.clear()
 
 
-def _block_forward(path: str, place: str, hands_over: bool, route: _Route, original: Callable, *args, **kwargs):
+def _block_forward(path: str, place: str, is_layer: bool, route: _Route, original: Callable, *args, **kwargs):
+    route.before_layers = route.before_layers and not is_layer
     if path in route.weights:
         with route.weights.visiting(path, _cache_among(args, kwargs)):
             return _compute(path, "gpu", route, original, args, kwargs)
     result = _compute(path, route.weights.place(path, place), route, original, args, kwargs)
-    # embeddings (of tokens, in some models of positions too) hand over where the masks are made
-    return _to_place(result, route.first, route.gpu) if hands_over else result
+    # what comes before the layers (embeddings, of positions too, their norm) hands over where the masks are made
+    return _to_place(result, route.first, route.gpu) if route.before_layers else result
 
 
 def _compute(path: str, place: str, route: _Route, original: Callable, args: tuple, kwargs: dict):

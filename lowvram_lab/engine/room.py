@@ -1,6 +1,5 @@
 """Refuse a load that RAM or disk cannot take, before it begins: a process that the system ends cannot say why."""
 
-import math
 import shutil
 from collections.abc import Iterable
 
@@ -9,6 +8,7 @@ import psutil
 from lowvram_lab.engine.disk import scratch_folder
 from lowvram_lab.errors import BudgetError, CheckpointError
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.host_bytes import in_flight_bytes, weights_in_ram
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.units import format_bytes
@@ -25,19 +25,6 @@ def check_room_on_disk(size_bytes: int) -> None:
             f"{folder}: the layers on disk take {format_bytes(size_bytes)}, found {format_bytes(free)} free; set "
             "LOWVRAM_CACHE to a folder on a larger disk, or plan fewer of them"
         )
-
-
-def forecast_load_bytes(plan: Plan, *, gpu_in_ram: bool) -> int:
-    """Forecasts how far resident memory rises while a plan loads, above what Python and torch already take.
-
-    The weights that stay in RAM (what lies on disk does not), and beside them the largest tensor in flight: mapped from
-    its file, plus the quantised copy on its way.
-
-    Args:
-        plan: The plan.
-        gpu_in_ram: Whether "gpu" is the stand-in, whose tensors lie in RAM too.
-    """
-    return weights_in_ram(plan, gpu_in_ram) + in_flight_bytes(plan.spec.modules)
 
 
 def check_room_in_ram(plan: Plan, gpu: Gpu, modules: Iterable[ModuleSpec], loaded: Plan | None = None) -> None:
@@ -59,13 +46,3 @@ def check_room_in_ram(plan: Plan, gpu: Gpu, modules: Iterable[ModuleSpec], loade
         raise BudgetError(
             f"loading this takes {format_bytes(needed)} of RAM, found {format_bytes(free)} free; choose {helps}"
         )
-
-
-def in_flight_bytes(modules: Iterable[ModuleSpec]) -> int:
-    """The largest tensor, twice: mapped from its file in 16 bits, and the copy on its way."""
-    return 2 * max((2 * math.prod(shape) for module in modules for shape in module.parameters.values()), default=0)
-
-
-def weights_in_ram(plan: Plan, gpu_in_ram: bool) -> int:
-    """Bytes of weights that stay in RAM; what lies on disk does not."""
-    return plan.weight_bytes("cpu") + (plan.weight_bytes("gpu") if gpu_in_ram else 0)

@@ -43,9 +43,9 @@ class _Travelling:
         # weakly: what ``Placement`` wraps around a block must not hold it, or a deleted model would keep its memory
         self._quantised = [weakref.ref(module) for module in block.modules() if isinstance(module, QuantizedLinear)]
         for module in block.modules():
-            for held in (module._parameters, module._buffers):
+            for held in (module._parameters, module._buffers, vars(module)):
                 for key, tensor in held.items():
-                    if tensor is not None:
+                    if isinstance(tensor, torch.Tensor):
                         self.slots.append((held, key, self.size_bytes))
                         self.size_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 

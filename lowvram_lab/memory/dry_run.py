@@ -38,11 +38,16 @@ class ImitateAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Intercepts attention; passes everything else on."""
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
-            broadcast = args[0].shape[1] != args[1].shape[1] and not kwargs.get("enable_gqa")
-            if not broadcast:  # heads that only broadcast (multi-query) take the math path in the real run as well
-                return self._attention(*args, **kwargs)
+        is_attention = func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta
+        if is_attention and self._has_fused_kernel(*args[:3], enable_gqa=kwargs.get("enable_gqa", False)):
+            return self._attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _has_fused_kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enable_gqa: bool) -> bool:
+        """Whether the real run takes one: not for heads that only broadcast (multi-query), nor for odd values."""
+        if q.shape[1] != k.shape[1] and not enable_gqa:
+            return False
+        return v.shape[-1] == q.shape[-1] or self.gpu.kernels_of(self.gpu.meter.place_of(q)) == "cuda"
 
     def _attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -51,7 +56,7 @@ class ImitateAttention(TorchFunctionMode):
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )[0]
-        if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] <= 256:
+        if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] == v.shape[-1] <= 256:
             output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # kernel's layout: (batch, tokens, heads, dim)
             q.new_empty(q.shape[:3], dtype=torch.float32)  # log-sum-exp, dropped with the call
             return output

@@ -20,6 +20,7 @@ from pathlib import Path
 from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.geometry import KVLayer
 from lowvram_lab.model.rules import Assignment, check_modules, check_settings, is_whole_number, whole_number
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
@@ -44,6 +45,8 @@ class Plan:
         stream_from: Prompts of so many tokens or more bring the weights of CPU and disk layers to the GPU, layer by
             layer, and compute there; ``None`` for never. Decoding a token always computes where the layer is.
         prefill_chunk: Prompts are read so many tokens at a time, which bounds their activations; ``None`` for at once.
+        asked: The recipe that ``uniform`` was asked for, so that ``summary`` can say what could not be given. It is no
+            part of what a plan is: two plans that differ in it alone are equal, and its JSON lacks it.
 
     Raises:
         PlanError: Names the first module (or setting) that does not fit the model, and what would.
@@ -57,6 +60,7 @@ class Plan:
     threads: int | None = None
     stream_from: int | None = None
     prefill_chunk: int | None = None
+    asked: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_modules(self.spec, self.modules, self.dtype)
@@ -98,7 +102,7 @@ class Plan:
             dtype = dtype or (recipe if get_format(recipe).kind == "float" else "bf16")
             formats = {m.name: _uniform_format(m, spec, recipe, dtype) for m in spec.modules}
         modules = {name: Assignment(fmt, "gpu") for name, fmt in formats.items()}
-        return cls(spec, modules, dtype=dtype, kv_format=dtype, context=context)
+        return cls(spec, modules, dtype=dtype, kv_format=dtype, context=context, asked=recipe)
 
     def with_modules(self, *patterns: str, format: str | None = None, device: str | None = None) -> "Plan":
         """The same plan with every module that matches one of the glob patterns changed.
@@ -123,7 +127,7 @@ class Plan:
             name: Assignment(format or old.format, device or old.device) if name in names else old
             for name, old in self.modules.items()
         }
-        return replace(self, modules=changed)
+        return replace(self, modules=changed, asked=None if format else self.asked)
 
     def with_gpu_layers(self, count: int, disk: int | None = None) -> "Plan":
         """The same plan with the last ``count`` decoder layers on the GPU and the earlier ones on the CPU.
@@ -201,22 +205,32 @@ class Plan:
     def module_bytes(self, module: ModuleSpec) -> int:
         """Exact bytes of one module's own weights: none for a weight that another owns."""
         dtype, total = DTYPES[self.dtype], 0
-        for key, shape in module.parameters.items():
-            if key != "weight" or not module.tied_to:
-                stored = self.modules[module.name].format if key == "weight" else self.dtype
-                total += get_format(stored).weight_bytes(shape, dtype)
+        for key, shape in module.own.items():
+            if key == "weight":
+                total += get_format(self.modules[module.name].format).weight_bytes(module.weight_shape, dtype)
+            else:
+                total += get_format(self.dtype).weight_bytes(shape, dtype)
         return total
 
     def kv_bytes(self, tokens: int, device: str | None = None) -> int:
         """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on GPU or CPU or on both."""
-        spec, width = self.spec, self.spec.head_dim
-        places = self.layer_places()
-        layers = len(places) if device is None else places.count(device)
+        placed = zip(self.spec.kv_layers, self.layer_places(), strict=True)
+        return sum(self._layer_kv_bytes(held, tokens) for held, place in placed if held and device in (None, place))
+
+    def _layer_kv_bytes(self, held: KVLayer, tokens: int) -> int:
         if self.kv_format == "int4":  # codes, scales and zeros in groups of 32; and the newest keys as they are
-            values, blocks = width * tokens * 5 // 8, width * -(-tokens // 32) * 20
-            return layers * spec.num_key_value_heads * (values + blocks + 32 * width * DTYPES[self.dtype].itemsize)
-        per_head = width + 2 if self.kv_format == "int8" else width * DTYPES[self.kv_format].itemsize
-        return 2 * layers * spec.num_key_value_heads * per_head * tokens
+            values, keys = held.value_dim * tokens * 5 // 8, held.key_dim * -(-tokens // 32) * 20
+            return held.heads * (values + keys + 32 * held.key_dim * DTYPES[self.dtype].itemsize)
+        if self.kv_format == "int8":  # a code each, and a scale for each head's key and value
+            return (held.features + 4 * held.heads) * tokens
+        return held.features * DTYPES[self.kv_format].itemsize * tokens
+
+    def not_given(self) -> tuple[ModuleSpec, ...]:
+        """The matrices of decoder layers that the recipe asked for cannot hold."""
+        if self.asked in (None, "stored") or get_format(self.asked).kind == "float":
+            return ()
+        in_layers = (m for m in self.spec.modules if m.layer is not None and len(m.weight_shape) > 1)
+        return tuple(m for m in in_layers if self.modules[m.name].format != self.asked)
 
     @property
     def digest(self) -> str:
@@ -292,7 +306,19 @@ class Plan:
             f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
             f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}, {self.kv_format} KV, context {self.context}: "
             f"{format_bytes(self.weight_bytes('gpu'))} GPU + {format_bytes(self.weight_bytes('cpu'))} CPU"
-            f"{disk}"
+            f"{disk}{self._not_given_text()}"
+        )
+
+    def _not_given_text(self) -> str:
+        lacking = self.not_given()
+        if not lacking:
+            return ""
+        total = sum(map(self.module_bytes, lacking))
+        instead = " and ".join(dict.fromkeys(self.modules[m.name].format for m in lacking))
+        reason = get_format(self.asked).refuse(lacking[0].kind, lacking[0].weight_shape)
+        return (
+            f"; {format_bytes(total)} of the layers ({_role(lacking[0].name)}, …) are in {instead}, not in the "
+            f"{self.asked} asked for: {reason}"
         )
 
     def _repr_html_(self) -> str:
@@ -321,7 +347,7 @@ def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str
         return dtype
     if ends and spec.tied and spec.module(spec.embedding).kind != "embedding":
         return dtype  # a table with arithmetic of its own (scaled, say) stays as it is, and so does the head tied to it
-    if ends or get_format(recipe).refuse(module.kind, shape):
+    if module.kind == "embedding" or ends or get_format(recipe).refuse(module.kind, shape):
         return "int8"
     return recipe
 

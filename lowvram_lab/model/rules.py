@@ -16,8 +16,8 @@ DEVICES = ("gpu", "cpu", "disk")
 MOST_THREADS = 1024
 """More than any machine has; OpenMP ends the process on absurd numbers."""
 
-INT4_KEYS = 32
-"""Features of a head in one group of an int4 KV cache."""
+INT4_GROUP = 32
+"""Features of a value in one group of an int4 KV cache."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def check_settings(
         raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {dtype!r}")
     if kv_format not in (dtype, "int8", "int4"):
         raise PlanError(f"expected kv_format {dtype} (the plan's dtype), int8 or int4, found {kv_format!r}")
-    if kv_format == "int4" and spec.head_dim % INT4_KEYS:
-        raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {spec.head_dim}; take int8")
+    odd = [held.value_dim for held in spec.kv_layers if held and held.value_dim % INT4_GROUP]
+    if kv_format == "int4" and odd:
+        raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {odd[0]}; take int8")
     _check_context(spec, context)
     if threads is not None:
         whole_number("threads", threads, 1, MOST_THREADS)

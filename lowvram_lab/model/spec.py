@@ -18,6 +18,8 @@ import torch
 
 from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
+from lowvram_lab.model.geometry import KVLayer, kv_layers_of
+from lowvram_lab.model.kinds import kind_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -29,10 +31,13 @@ class ModuleSpec:
 
     Attributes:
         name: Path inside the transformers model, e.g. ``model.layers.0.self_attn.q_proj``.
-        kind: ``"linear"``, ``"embedding"`` or ``"other"`` (norms).
-        parameters: Parameter name → shape. A linear weight is ``(out_features, in_features)``.
+        kind: ``"linear"``, ``"embedding"`` or ``"other"`` (norms), by what it computes.
+        parameters: Parameter name → shape, as a checkpoint stores it.
         layer: Index of the decoder layer it belongs to, or ``None``.
         tied_to: Name of the module whose weight this one shares, or ``None``.
+        transposed: Its linear weight is stored ``(in_features, out_features)``, as GPT-2's is.
+        scale: What an embedding multiplies its rows by, as Gemma's does.
+        shared: Parameters beside ``weight`` that are another module's: name → that one's full name.
     """
 
     name: str
@@ -40,11 +45,21 @@ class ModuleSpec:
     parameters: dict[str, tuple[int, ...]]
     layer: int | None = None
     tied_to: str | None = None
+    transposed: bool = False
+    scale: float = 1.0
+    shared: dict[str, str] = field(default_factory=dict)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of ``weight`` (of the first parameter, where none has that name)."""
-        return self.parameters.get("weight") or next(iter(self.parameters.values()))
+        """Shape of ``weight``, a linear one ``(out_features, in_features)``; else of the first parameter."""
+        shape = self.parameters.get("weight") or next(iter(self.parameters.values()))
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def own(self) -> dict[str, tuple[int, ...]]:
+        """The parameters that are its own, not another module's, by name."""
+        others = {*self.shared, *(["weight"] if self.tied_to else [])}
+        return {key: shape for key, shape in self.parameters.items() if key not in others}
 
 
 @dataclass(frozen=True)
@@ -57,15 +72,14 @@ class ModelSpec:
         modules: Every module with parameters, in forward order.
         num_hidden_layers: Decoder layers.
         hidden_size: Features of a hidden state.
-        num_key_value_heads: Heads of keys and values in a layer.
-        head_dim: Features of a head.
+        num_attention_heads: Heads of queries in a layer.
+        kv_layers: What each decoder layer keeps of every token, or ``None`` where it reads another's keys and values.
         vocab_size: Tokens in the vocabulary.
         max_position_embeddings: Longest text it was trained for, or 0 where its config does not say.
         layers_path: Path of the list of decoder layers.
         embedding: Path of the embedding table.
         head: Path of the head.
         tied: Whether the head shares the embedding's weight.
-        sliding_window: Tokens the shortest-sighted layer attends to, or ``None``.
         stored: Module name → format of the modules a converted checkpoint holds quantised; empty for 16-bit ones.
     """
 
@@ -74,15 +88,14 @@ class ModelSpec:
     modules: tuple[ModuleSpec, ...] = field(repr=False)
     num_hidden_layers: int = 0
     hidden_size: int = 0
-    num_key_value_heads: int = 0
-    head_dim: int = 0
+    num_attention_heads: int = 0
+    kv_layers: tuple[KVLayer | None, ...] = ()
     vocab_size: int = 0
     max_position_embeddings: int = 0
     layers_path: str = "model.layers"
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
     tied: bool = False
-    sliding_window: int | None = None
     stored: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -102,20 +115,12 @@ class ModelSpec:
     @property
     def num_parameters(self) -> int:
         """Parameters, shared ones counted once."""
-        return sum(
-            math.prod(shape)
-            for module in self.modules
-            for key, shape in module.parameters.items()
-            if not (module.tied_to and key == "weight")
-        )
+        return sum(math.prod(shape) for module in self.modules for shape in module.own.values())
 
     @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that change when a module, a shape or a tie does. Plans carry it."""
-        facts = [
-            self.config.get("model_type"),
-            [[m.name, m.kind, sorted(m.parameters.items()), m.tied_to] for m in self.modules],
-        ]
+        facts = [self.config.get("model_type"), [_facts(module) for module in self.modules]]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @property
@@ -123,9 +128,24 @@ class ModelSpec:
         """Most tokens a plan may have: positions, sliding window; 2^20 where the config states neither."""
         return min(self.max_position_embeddings or 2**20, self.sliding_window or 2**20)
 
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens the shortest-sighted layer attends to, or ``None`` where every layer sees everything."""
+        return min((each.window for each in self.kv_layers if each and each.window), default=None)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values, of the layer that has most."""
+        return max(each.heads for each in self.kv_layers if each)
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a key in one head, of the layer with the widest."""
+        return max(each.key_dim for each in self.kv_layers if each)
+
     def kv_bytes(self, tokens: int, batch_size: int = 1, itemsize: int = 2) -> int:
-        """Bytes of keys and values for ``tokens`` cached tokens: 2 x layers x kv heads x head_dim x itemsize each."""
-        per_token = 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
+        """Bytes of keys and values for ``tokens`` cached tokens, summed over the layers."""
+        per_token = sum(each.features for each in self.kv_layers if each) * itemsize
         return per_token * tokens * batch_size
 
     def module(self, name: str) -> ModuleSpec:
@@ -169,7 +189,7 @@ class ModelSpec:
                 "module": m.name,
                 "kind": m.kind,
                 "shape": " x ".join(map(str, m.weight_shape)),
-                "parameters": sum(math.prod(s) for s in m.parameters.values()) * (m.tied_to is None),
+                "parameters": sum(math.prod(shape) for shape in m.own.values()),
             }
             for m in self.modules
         ]
@@ -183,18 +203,25 @@ def build_on_meta(config: PretrainedConfig):
         CheckpointError: transformers has no such causal language model, or its constructor fails.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a config can break a constructor in any way; the user needs one line, not which
         raise CheckpointError(
             f"transformers cannot build a {config.model_type!r} causal language model from this config: "
             f"{first_line(error)}"
         ) from error
     model.tie_weights()  # the empty-weights context registers a parameter anew each time, which undoes the tie
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):  # it would read a prompt's ends back from the card at every step
+            part.warn_if_padding_and_no_attention_mask = _do_not_look_for_padding
     return model.eval()
+
+
+def _do_not_look_for_padding(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Stands in for transformers' own, which only warns."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -203,90 +230,95 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     block = config_dict.pop("quantization_config", None)
     config = _config_from_dict(config_dict)
     text = config.get_text_config()
-    _refuse_unsupported(config, text)
+    _refuse_towers(config, text)
     model = build_on_meta(config)
-    layers_path = _find_layers(model, text.num_hidden_layers)
+    _refuse_experts(model)
+    layers = _stated(text, "num_hidden_layers")
+    layers_path = _find_layers(model, layers)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): path for path, module in model.named_modules()}
     if head is None or embedding is None:
         raise CheckpointError(f"{config.model_type}: expected input and output embeddings, found a model without them")
-    modules = _modules_of(model, layers_path)
-    heads = text.num_attention_heads
+    modules = _modules_of(model, layers_path, embedding)
     return ModelSpec(
         name=name,
         config=config_dict,
         modules=modules,
-        num_hidden_layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        num_key_value_heads=_kv_heads(text),
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
-        vocab_size=text.vocab_size,
+        num_hidden_layers=layers,
+        hidden_size=_stated(text, "hidden_size"),
+        kv_layers=kv_layers_of(model.to("meta"), layers),
+        num_attention_heads=_stated(text, "num_attention_heads"),
+        vocab_size=_stated(text, "vocab_size"),
         max_position_embeddings=getattr(text, "max_position_embeddings", 0) or 0,
-        sliding_window=_sliding_window(text),
         layers_path=layers_path,
         embedding=names[id(embedding)],
         head=names[id(head)],
-        tied=any(m.tied_to for m in modules),
+        tied=embedding.weight is head.weight,
         stored=stored_formats(block, modules, name or config.model_type) if block else {},
     )
 
 
-def _modules_of(model: PreTrainedModel, layers_path: str) -> tuple[ModuleSpec, ...]:
-    """Every module with parameters of its own, in forward order."""
-    kinds = {torch.nn.Linear: "linear", torch.nn.Embedding: "embedding"}
-    owners: dict[int, str] = {}
+def _modules_of(model: PreTrainedModel, layers_path: str, embedding: torch.nn.Module) -> tuple[ModuleSpec, ...]:
+    """Every module with parameters, in the order of the class but for those that share: they come after who owns."""
+    named = list(model.named_modules())
+    owners = {id(embedding.weight): (next(path for path, module in named if module is embedding), "weight")}
     modules = []
-    for path, module in model.named_modules():
-        parameters = dict(module.named_parameters(recurse=False))
+    for path, module in named:
+        parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         if not parameters:
             continue
-        found = re.match(re.escape(layers_path) + r"\.(\d+)\.", path)
-        weight = parameters.get("weight")
-        tied_to = owners.get(id(weight)) if weight is not None else None
-        owners.setdefault(id(weight), path)
-        shapes = {key: tuple(value.shape) for key, value in parameters.items()}
-        layer = int(found.group(1)) if found else None
-        modules.append(ModuleSpec(path, kinds.get(type(module), "other"), shapes, layer, tied_to))
-    return tuple(modules)
+        found = re.match(re.escape(layers_path) + r"\.(\d+)(?:\.|$)", path)
+        found_owners = {key: owners.setdefault(id(value), (path, key)) for key, value in parameters.items()}
+        shared = {key: owner for key, owner in found_owners.items() if owner[0] != path}
+        kind = kind_of(module)
+        modules.append(
+            ModuleSpec(
+                name=path,
+                kind=kind.name,
+                parameters={key: tuple(value.shape) for key, value in parameters.items()},
+                layer=int(found.group(1)) if found else None,
+                tied_to=shared.pop("weight", (None,))[0],
+                transposed=kind.transposed,
+                scale=kind.scale,
+                shared={key: ".".join(owner) for key, owner in shared.items()},
+            )
+        )
+    return tuple(sorted(modules, key=lambda module: bool(module.tied_to or module.shared)))
 
 
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+def _facts(module: ModuleSpec) -> list:
+    """What a fingerprint knows of a module; what most modules lack is left out, so that theirs stay what they were."""
+    facts = [module.name, module.kind, sorted(module.parameters.items()), module.tied_to]
+    odd = {"transposed": module.transposed or None, "scale": module.scale - 1 or None, "shared": module.shared or None}
+    odd = {name: value for name, value in odd.items() if value is not None}
+    return [*facts, odd] if odd else facts
 
 
-def _refuse_unsupported(config: PretrainedConfig, text: PretrainedConfig) -> None:
-    """Names what a forecast would get silently wrong: experts, attention that is not plain, more than one tower."""
-    kind = config.model_type
+def _stated(text: PretrainedConfig, name: str) -> int:
+    value = getattr(text, name, None)
+    if not isinstance(value, int):
+        raise CheckpointError(f"{text.model_type}: expected a config with {name}, found {value!r}; it is not supported")
+    return value
 
-    def refuse(what: str) -> None:
-        raise CheckpointError(f"{kind}: {what} is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
 
+def _unsupported(kind: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{kind}: {what} is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
+
+
+def _refuse_towers(config: PretrainedConfig, text: PretrainedConfig) -> None:
+    """Names what is more than the one stack of decoder layers that a plan places."""
     if getattr(config, "is_encoder_decoder", False):
-        refuse("an encoder-decoder model")
+        raise _unsupported(config.model_type, "an encoder-decoder model")
     if text is not config:
-        refuse("a model with more than one tower (text beside vision or audio)")
-    if any((getattr(text, name, None) or 0) > 1 for name in _EXPERTS):
-        refuse("a mixture of experts")
-    odd = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if odd:
-        refuse(f"attention of type {', '.join(sorted(odd))}")
-    if not getattr(text, "num_attention_heads", None):
-        refuse("a model without attention heads (state space, recurrent)")
+        raise _unsupported(config.model_type, "a model with more than one tower (text beside vision or audio)")
 
 
-def _kv_heads(text: PretrainedConfig) -> int:
-    """Heads of keys and values. Multi-query models say that all queries share one head in a word of their own."""
-    if getattr(text, "multi_query", False) and not getattr(text, "new_decoder_architecture", False):
-        return 1
-    stated = getattr(text, "num_key_value_heads", None) or getattr(text, "num_kv_heads", None)
-    return stated or text.num_attention_heads
-
-
-def _sliding_window(text: PretrainedConfig) -> int | None:
-    """The shortest window any layer attends within, or ``None`` where every layer sees everything."""
-    window = getattr(text, "sliding_window", None)
-    layer_types = getattr(text, "layer_types", None)
-    slides = "sliding_attention" in layer_types if layer_types else getattr(text, "use_sliding_window", True)
-    return window if window and slides else None
+def _refuse_experts(model: PreTrainedModel) -> None:
+    """transformers fuses a layer's experts into parameters of three dimensions, which no format here holds yet."""
+    for module in model.modules():
+        fused = any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
+        if fused and "expert" in type(module).__name__.lower():
+            raise _unsupported(model.config.model_type, "a mixture of experts")
 
 
 def _config_from_dict(values: dict):

@@ -22,11 +22,11 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.room import weights_in_ram
 from lowvram_lab.errors import LowvramError, SourceError
 from lowvram_lab.machine import cpu_threads, facts, versions
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.host_bytes import weights_in_ram
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import whole_number
 from lowvram_lab.model.source import Source, find_source

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from lowvram_lab.engine.room import forecast_load_bytes
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.model.host_bytes import forecast_load_bytes
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.profile import MemoryProfile, Workload

@@ -12,6 +12,7 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.checkpoint import ShapesOnly
+from lowvram_lab.model.geometry import unpadded
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import MemoryProfile, Workload
@@ -53,7 +54,7 @@ def forecast(
     else:
         dry = DryRunGpu(None if gpu is None else GpuBudget.parse(gpu), expandable_segments=expandable_segments)
     try:
-        with ImitateAttention(dry):
+        with ImitateAttention(dry), unpadded():
             model = load(plan, dry, checkpoint=ShapesOnly(spec), progress=False, timeline=timeline)
             return run_workload(model, workload)
     except RuntimeError as error:  # tensors on two devices, an operator that wants data: the model's code, not ours

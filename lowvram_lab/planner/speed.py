@@ -134,7 +134,7 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
     spec = plan.spec
     parts: Counter = Counter()
     places = plan.layer_places()
-    queries, keys = _query_features(spec), spec.num_key_value_heads * spec.head_dim
+    queries, keys = _query_features(spec), _key_features(spec)
     formats: dict[int, list[str]] = defaultdict(list)
     for module in spec.modules:
         if module.kind != "linear":
@@ -156,7 +156,7 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
             rates = machine.token(engine, fmt, plan.kv_format, plan.dtype, place, plan.threads)
             parts["small operations"] += rates.layer_s * count / len(formats[index])
         attention = machine.attention(engine, plan.kv_format, plan.dtype, place, plan.threads, formats[index][0])
-        parts["attention"] += cached * (attention.query_s * queries + attention.key_s * keys)
+        parts["attention"] += cached * (attention.query_s * queries + attention.key_s * keys[index])
         around = around or rates.model_s
     parts["small operations"] += around
     parts["crossing"] += _crossing_seconds(plan, machine, places, 1)
@@ -170,7 +170,15 @@ def _has_product(fmt: str, shared: bool) -> bool:
 
 
 def _query_features(spec: ModelSpec) -> int:
-    return spec.config.get("num_attention_heads", spec.num_key_value_heads) * spec.head_dim
+    return spec.num_attention_heads * spec.head_dim
+
+
+def _key_features(spec: ModelSpec) -> list[int]:
+    """Of each layer, the features of a cached token's key, or as many of its value: what it reads, whoever keeps it."""
+    found: list[int] = []
+    for held in spec.kv_layers:
+        found.append(held.features // 2 if held else found[-1])
+    return found
 
 
 def _label(module: ModuleSpec, fmt: str, place: str, spec: ModelSpec) -> str:

@@ -91,10 +91,11 @@ class LayerByLayer:
         catcher, first = _Catcher(), layers[0]
         layers[0] = catcher
         hidden = torch.empty(*ids.shape, self.spec.hidden_size, dtype=self.dtype)
+        scale = self.spec.module(self.spec.embedding).scale
         try:
             for window, into in zip(ids, hidden, strict=True):
                 try:
-                    self.model.base_model(inputs_embeds=look_up(window).to(self.dtype)[None], use_cache=False)
+                    self.model.base_model(inputs_embeds=look_up(window).to(self.dtype)[None] * scale, use_cache=False)
                 except _CaughtError:
                     into.copy_(catcher.hidden[0])
         finally:
@@ -169,6 +170,8 @@ def _oddity(spec: ModelSpec, config: PretrainedConfig, norms: list[str]) -> str 
         return f"another table, {tables[0]}"
     if not any(m.kind == "linear" and m.layer is not None for m in spec.modules):
         return "layers without plain linear modules"
+    if transposed := [m.name for m in spec.modules if m.transposed]:
+        return f"a weight that is stored transposed, {transposed[0]}"
     return None if len(norms) == 1 else f"{len(norms)} norms outside the layers"
 
 

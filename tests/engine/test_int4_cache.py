@@ -12,6 +12,7 @@ from lowvram_lab.engine.int4_cache import GROUP, Int4Layer
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.model.geometry import KVLayer, KVShape
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed, run_workload
 from lowvram_lab.planner.profile import Workload
@@ -34,7 +35,7 @@ def plan_of(kind="qwen2", placement="gpu", context=128):
 
 
 def layer_of(tokens=100, heads=2, width=64, batch=1):
-    return Int4Layer(open_gpu(None), "gpu", (batch, heads, tokens, width), torch.float32)
+    return Int4Layer(open_gpu(None), "gpu", KVShape(batch, heads, tokens, width, width), torch.float32)
 
 
 def rounded(states: torch.Tensor, dim: int) -> torch.Tensor:
@@ -135,7 +136,7 @@ def test_full():
 
 
 def test_a_head_that_is_no_multiple_of_a_group_is_refused():
-    spec = replace(tiny_spec("qwen2"), head_dim=48)
+    spec = replace(tiny_spec("qwen2"), kv_layers=(KVLayer(2, 48, 48),) * 3)
     with pytest.raises(PlanError, match="heads of 32, 64 … features, found 48; take int8"):
         replace(plan_of(), spec=spec)
 

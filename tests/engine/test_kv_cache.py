@@ -12,6 +12,7 @@ from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.model.geometry import KVShape
 from tests.helpers.tiny import TINY, decoded, load_tiny, random_ids, relative_error, tiny_plan, tiny_stock
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
@@ -91,7 +92,7 @@ def test_length_and_keeping(kind, kv_format):
 
 
 def test_an_int8_layer_keeps_zeros_and_the_largest():
-    layer = PreallocatedLayer(open_gpu(None), "gpu", (1, 2, 9, 8), torch.float32, "int8")
+    layer = PreallocatedLayer(open_gpu(None), "gpu", KVShape(1, 2, 9, 8, 8), torch.float32, "int8")
     states = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
     states[0, 0, 3] = 0
     keys, values = (each.cpu() for each in layer.update(states, states))

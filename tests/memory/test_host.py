@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from lowvram_lab.engine.room import forecast_load_bytes
 from lowvram_lab.memory.host import HostMemory, watch_host
+from lowvram_lab.model.host_bytes import forecast_load_bytes
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.units import MiB
@@ -105,7 +105,7 @@ import json, sys
 import torch
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.gpu import StandInGpu
-from lowvram_lab.engine.room import forecast_load_bytes
+from lowvram_lab.model.host_bytes import forecast_load_bytes
 from lowvram_lab.memory.host import watch_host
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source

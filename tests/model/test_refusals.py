@@ -37,10 +37,10 @@ def experts(kind, **changes):
 UNSUPPORTED = {
     "mixtral": (experts("MixtralConfig", num_local_experts=4), "mixture of experts"),
     "qwen2_moe": (experts("Qwen2MoeConfig", num_experts=4), "mixture of experts"),
-    "qwen3_next": (experts("Qwen3NextConfig", num_experts=0), "linear_attention"),
+    "qwen3_next": (experts("Qwen3NextConfig", num_experts=0), "linear attention"),
     "mamba": (
         lambda: transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=320),
-        "linear_attention",
+        "linear attention",
     ),
     "t5": (lambda: transformers.T5Config(d_model=64, num_layers=2, vocab_size=320), "encoder-decoder"),
     "gemma3": (lambda: transformers.Gemma3Config(), "more than one tower"),

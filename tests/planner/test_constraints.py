@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from lowvram_lab.engine.load import replan
-from lowvram_lab.engine.room import check_room_in_ram, forecast_load_bytes
+from lowvram_lab.engine.room import check_room_in_ram
 from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory import host
 from lowvram_lab.memory.cuda import CudaGpu, open_gpu
+from lowvram_lab.model.host_bytes import forecast_load_bytes
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner import auto
