@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.errors import CheckpointError, first_line
 from lowvram_lab.model.quiet import quiet_transformers
@@ -90,6 +91,16 @@ def unpadded() -> Iterator[None]:
         masking_utils.fast_all = asked
 
 
+class _AttentionLeftOut(TorchFunctionMode):
+    """Half of a run on meta is torch working attention out in small steps, of which the cache knows nothing."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            queries, values = args[0], args[2]
+            return queries.new_empty(*queries.shape[:-1], values.shape[-1])
+        return func(*args, **kwargs or {})
+
+
 def kv_layers_of(model: PreTrainedModel, layers: int) -> tuple[KVLayer | None, ...]:
     """Runs a model on meta, and reads what its cache holds then.
 
@@ -110,7 +121,7 @@ def kv_layers_of(model: PreTrainedModel, layers: int) -> tuple[KVLayer | None, .
         _refuse_states(held, kind)
     ids = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
     try:
-        with torch.no_grad(), unpadded(), quiet_transformers():
+        with torch.no_grad(), unpadded(), quiet_transformers(), _AttentionLeftOut():
             model(input_ids=ids, past_key_values=cache, use_cache=True)
     except Exception as error:  # whatever a model's own code raises; the user needs one line, not which
         raise CheckpointError(
