@@ -30,6 +30,7 @@ from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.planner.profile import Workload
+from lowvram_lab.weights.layerwise import LayerByLayer
 
 KINDS = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 RESULTS = Path(__file__).with_name("results.json")
@@ -193,7 +194,24 @@ def _ours(folder: Path, expected: torch.Tensor, greedy: list[int], generated: li
         row["forecast"]["bf16, split"] = _forecast_error(half, load)[0]
     except LowvramError as refused:
         row["split"] = f"refused: {refused}"
+    row["layer_by_layer"] = _layer_by_layer(spec, source.checkpoint(), expected)
     return row
+
+
+def _layer_by_layer(spec, checkpoint, expected: torch.Tensor) -> float | str:
+    """Error of the logits as calibration computes them."""
+    try:
+        stream = LayerByLayer(spec, checkpoint)
+    except LowvramError as refused:
+        return f"refused: {refused}"
+    hidden = stream.embed(_ids())
+    for index in range(len(stream)):
+        with stream.layer(index) as layer:
+            stream.run_in_place(layer, hidden)
+    logits = stream.norm(hidden) @ stream.weight(spec.head).T
+    bias = stream.bias(spec.head)
+    logits = logits if bias is None else logits + bias
+    return round(float((logits - expected).abs().max() / expected.abs().max()), 7)
 
 
 def _not_quantised(spec) -> int:
@@ -223,8 +241,9 @@ def _wrong(row: dict) -> str:
     faults += [f"forecast of {name} off by {off} bytes" for name, off in row["forecast"].items() if off]
     if row["int8"] > INT8_TOLERANCE:
         faults.append(f"int8 off by {row['int8']}")
-    if not isinstance(row["split"], str) and row["split"] > TOLERANCE:
-        faults.append(f"split off by {row['split']}")
+    for way in ("split", "layer_by_layer"):
+        if not isinstance(row[way], str) and row[way] > TOLERANCE:
+            faults.append(f"{way} off by {row[way]}")
     return "; ".join(faults)
 
 
@@ -271,15 +290,16 @@ def page(facts: dict) -> str:
         "",
         f"{NEW} greedy tokens are those of stock's forward, the KV cache has its bytes, and the forecast is the "
         "meter's to the byte (bf16, int8, int8 with an int8 KV cache, bf16 split). *logits*: largest difference in "
-        "float32, relative to the largest logit; *split*: the same with half of the layers on the CPU; *int8*: with "
-        "int8 weights; *not quantised*: matrices that no quantised format can hold, which stay in 16 bits. Stock's own "
-        f"`generate` gives other positions than its forward to {', '.join(others)}.",
+        "float32, relative to the largest logit; *split*: the same with half of the layers on the CPU; *calibrated*: "
+        "the same layer by layer, as `convert` computes it; *int8*: with int8 weights; *not quantised*: matrices that "
+        "no quantised format can hold, which stay in 16 bits. Stock's own `generate` gives other positions than its "
+        f"forward to {', '.join(others)}.",
         "",
-        "| type | attention | logits | split | int8 | not quantised |",
-        "|---|---|---|---|---|---|",
+        "| type | attention | logits | split | calibrated | int8 | not quantised |",
+        "|---|---|---|---|---|---|---|",
         *(
-            f"| {r['type']} | {r['attention']} | {r['logits']:.1g} | {_split_cell(r)} | {r['int8']:.2g} | "
-            f"{r['not_quantised'] or ''} |"
+            f"| {r['type']} | {r['attention']} | {r['logits']:.1g} | {_cell(r['split'])} | "
+            f"{_cell(r['layer_by_layer'])} | {r['int8']:.2g} | {r['not_quantised'] or ''} |"
             for r in of["right"]
         ),
     ]
@@ -288,8 +308,8 @@ def page(facts: dict) -> str:
     return "\n".join(lines + _reasons(of["stock cannot"], "What stock does not run as a text model here")) + "\n"
 
 
-def _split_cell(row: dict) -> str:
-    return row["split"] if isinstance(row["split"], str) else f"{row['split']:.1g}"
+def _cell(found: float | str) -> str:
+    return "refused" if isinstance(found, str) else f"{found:.1g}"
 
 
 def _reasons(rows: list[dict], heading: str) -> list[str]:
