@@ -40,7 +40,8 @@ class LayerByLayer:
         self.checkpoint = checkpoint
         self.dtype = dtype
         config = spec.pretrained_config()
-        norms = [m.name for m in spec.modules if m.layer is None and m.kind == "other"]
+        outside = {m.name: len(m.weight_shape) for m in spec.modules if m.layer is None and m.kind == "other"}
+        norms = [name for name, dimensions in outside.items() if dimensions == 1]
         if odd := _oddity(spec, config, norms):
             raise CheckpointError(
                 f"{config.model_type}: expected an embedding, decoder layers alike, one final norm and a plain head, "
@@ -49,7 +50,7 @@ class LayerByLayer:
         self.model = build_on_meta(config)
         self._shapes = {f"{m.name}.{key}": tuple(shape) for m in spec.modules for key, shape in m.parameters.items()}
         self.norm = self._fill(norms[0])
-        self._keyword_arguments: dict = {}
+        self._arguments: tuple[tuple, dict] = (), {}
 
     def __len__(self) -> int:
         return self.spec.num_hidden_layers
@@ -100,7 +101,7 @@ class LayerByLayer:
                     into.copy_(catcher.hidden[0])
         finally:
             layers[0] = first
-        self._keyword_arguments = catcher.keyword_arguments
+        self._arguments = catcher.arguments
         return hidden
 
     @contextmanager
@@ -125,7 +126,8 @@ class LayerByLayer:
     def run(self, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """``(windows, tokens, hidden)`` through one layer, with whatever autograd mode is on."""
         step = max(1, TOKENS_AT_ONCE // hidden.shape[1])
-        pieces = [layer(piece, **self._keyword_arguments) for piece in hidden.split(step)]
+        positional, by_name = self._arguments
+        pieces = [layer(piece, *positional, **by_name) for piece in hidden.split(step)]
         pieces = [piece[0] if isinstance(piece, tuple) else piece for piece in pieces]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -166,8 +168,9 @@ def _oddity(spec: ModelSpec, config: PretrainedConfig, norms: list[str]) -> str 
             return f"{name} {getattr(config, name)}"
     if len(set(getattr(config, "layer_types", None) or ["one"])) > 1:
         return "layers of several kinds of attention"
-    if tables := [m.name for m in spec.modules if m.kind == "embedding" and m.name != spec.embedding]:
-        return f"another table, {tables[0]}"
+    known = (spec.embedding, spec.head, *norms)
+    if more := [m.name for m in spec.modules if m.layer is None and m.name not in known]:
+        return f"{more[0]} beside them"
     if not any(m.kind == "linear" and m.layer is not None for m in spec.modules):
         return "layers without plain linear modules"
     if transposed := [m.name for m in spec.modules if m.transposed]:
@@ -180,8 +183,8 @@ class _CaughtError(Exception):
 
 
 class _Catcher(torch.nn.Module):
-    def forward(self, hidden: torch.Tensor, **keyword_arguments):
-        self.hidden, self.keyword_arguments = hidden, keyword_arguments
+    def forward(self, hidden: torch.Tensor, *positional, **by_name):
+        self.hidden, self.arguments = hidden, (positional, by_name)
         raise _CaughtError
 
     def __getattr__(self, name: str):

@@ -64,6 +64,7 @@ LATENT = {
 CHANGES = {
     "youtu": {**LATENT, "pad_token_id": None},  # stock zeroes the row of the padding token after it has loaded it
     "minicpm3": LATENT,
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},  # as real ones are
     "gemma2": {"sliding_window": 128},
     "gemma3_text": {"sliding_window": 128},
     "gemma3n_text": {
@@ -88,12 +89,18 @@ def tiny_config(kind: str) -> transformers.PretrainedConfig:
     values |= CHANGES.get(kind, {})
     if "layer_types" in known:
         layers = known.get("num_hidden_layers") and SIZES["num_hidden_layers"]
-        values.setdefault("layer_types", (known["layer_types"] or [])[:layers] or None)
+        values.setdefault("layer_types", _first_of_each(known["layer_types"] or [], layers) or None)
     try:
         return cls(**values)
     except Exception:
         values["layer_types"] = None
         return cls(**values)
+
+
+def _first_of_each(layer_types: list[str], count: int) -> list[str]:
+    """So many of them, of as many sorts as there are."""
+    sorts = list(dict.fromkeys(layer_types))[:count]
+    return (layer_types[: count - len(sorts)] + sorts)[:count]
 
 
 def examine(kind: str) -> dict:
