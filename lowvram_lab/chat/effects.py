@@ -29,6 +29,7 @@ from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.model.text import windows_in_words
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.planner.auto import DEFAULT_CONTEXT, PlanChoice, auto_plan
 from lowvram_lab.planner.forecast import forecast
@@ -372,7 +373,7 @@ def _loss(case: Case, claim: str, found: Fidelity, how: str, note: str) -> Effec
         f"{-saved:.1%} weights: perplexity {increase:+.1%}, KL {found.kl_mean:.3f}, top-1 changed {changed:.1%}",
         [increase, changed],
         how=how,
-        note=f"{note}; {found.tokens} tokens on this CPU",
+        note=f"{note}; {found.tokens} tokens {windows_in_words(found.window, found.begins_with)}, on this CPU",
         unchecked="" if saved > wanted - 0.005 else f"{saved:.1%} saved, not {wanted:.0%}",
         figures={**found.to_dict(), "saved": saved, "perplexity_increase": increase},
     )

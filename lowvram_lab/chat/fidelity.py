@@ -7,21 +7,27 @@ import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 
+import psutil
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.load import load
-from lowvram_lab.engine.loaded import Weights
-from lowvram_lab.errors import LowvramError
-from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.engine.loaded import Loaded
+from lowvram_lab.engine.room import in_flight_bytes, weights_in_ram
+from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, first_line
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.quiet import quiet_transformers
+from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.model.text import begins_with, first_ids, plain_ids, windows_in_words
 from lowvram_lab.packaged import sample_text
+from lowvram_lab.units import format_bytes
 
 WINDOW = 128
-"""Tokens that see each other, by default."""
+"""Tokens that see each other, by default; what begins a window is one of them."""
 
 SLICE = 16
 """Tokens fed at once to a model under a budget: their logits (slice x vocab) must find room beside a full card."""
@@ -35,7 +41,7 @@ class Fidelity:
     """A model beside its reference on one text.
 
     Attributes:
-        tokens: Positions scored.
+        tokens: Tokens of the text that were predicted.
         perplexity: Exponential of the mean negative log-likelihood of the model.
         reference_perplexity: The same of the reference.
         kl_mean: Mean KL(reference || model) over positions, in nats.
@@ -44,6 +50,9 @@ class Fidelity:
         top1_agreement: Share of positions where both find the same token most likely.
         weight_bytes: Exact bytes of all weights of the model.
         reference_weight_bytes: The same of the reference.
+        window: Tokens that saw each other, at most; what began a window was among them.
+        begins_with: What the checkpoint puts before a text, such as ``"<s>"``, and what therefore began each window;
+            ``None`` where it puts nothing.
     """
 
     tokens: int
@@ -55,6 +64,8 @@ class Fidelity:
     top1_agreement: float
     weight_bytes: int
     reference_weight_bytes: int
+    window: int
+    begins_with: str | None
 
     @property
     def perplexity_increase(self) -> float:
@@ -76,7 +87,8 @@ class Fidelity:
         low, high = self.top1_interval
         return (
             f"perplexity {self.perplexity:.3f}, the reference's {self.reference_perplexity:.3f} "
-            f"({self.perplexity_increase:+.2%}), {self.tokens} tokens\n"
+            f"({self.perplexity_increase:+.2%}), {self.tokens} tokens "
+            f"{windows_in_words(self.window, self.begins_with)}\n"
             f"KL to the reference: mean {self.kl_mean:.4f}, median {self.kl_median:.4f}, 99 % below {self.kl_p99:.3f}\n"
             f"same most likely token: {self.top1_agreement:.1%} ({low:.1%} to {high:.1%})"
         )
@@ -89,24 +101,79 @@ class Fidelity:
         return "<b>Fidelity</b><br>" + self.summary().replace("\n", "<br>")
 
 
-def load_reference(
-    plan: Plan, spec: ModelSpec | None = None, *, checkpoint: Weights | None = None, progress: bool = True
-) -> PreTrainedModel:
-    """The 16-bit model that a plan is compared with, wholly in RAM and without a cap.
+def reference_plan(plan: Plan, spec: ModelSpec | None = None) -> Plan:
+    """A plan's reference as a plan: all of the 16-bit model in RAM, in the plan's dtype.
 
     Args:
-        plan: The plan; its dtype is the reference's.
+        plan: The plan that is to be compared.
         spec: The 16-bit model; by default the plan's own.
-        checkpoint: See ``load``.
-        progress: Show a progress bar.
+
+    Raises:
+        LowvramError: The model holds quantised weights alone.
     """
     spec = spec or plan.spec
     if spec.stored:
         raise LowvramError(
             f"{spec.name} holds quantised weights alone: compare it with the 16-bit model it was made from"
         )
-    reference = Plan.uniform(spec, plan.dtype, context=plan.context).with_modules("*", device="cpu")
-    return load(reference, StandInGpu(None), checkpoint=checkpoint, progress=progress)
+    return Plan.uniform(spec, plan.dtype, context=plan.context).with_modules("*", device="cpu")
+
+
+def check_room(*plans: Plan) -> None:
+    """Refuses, before the first of them is loaded, models that RAM cannot hold side by side.
+
+    Raises:
+        BudgetError: Says what they take and what is free.
+    """
+    needed = sum(weights_in_ram(plan, gpu_in_ram=True) for plan in plans)
+    needed += max(in_flight_bytes(plan.spec.modules) for plan in plans)
+    if needed > (free := psutil.virtual_memory().available):
+        what = "a model and its 16-bit reference take" if len(plans) > 1 else "the 16-bit reference takes"
+        raise BudgetError(
+            f"{what} {format_bytes(needed)} of RAM, found {format_bytes(free)} free; compare where there is more"
+        )
+
+
+def load_reference(
+    plan: Plan, spec: ModelSpec | None = None, *, checkpoint: Checkpoint | None = None, progress: bool = True
+) -> PreTrainedModel:
+    """The 16-bit model that a plan is compared with, wholly in RAM and without a cap, as stock transformers opens it.
+
+    Nothing of this library's own loading, layers and caches is in it, so that a fault of ours shows in the figures
+    instead of cancelling out. It takes its weights in the plan's dtype, and for a moment the largest tensor twice.
+
+    Args:
+        plan: The plan; its dtype is the reference's.
+        spec: The 16-bit model; by default the plan's own.
+        checkpoint: Of that model; by default the source that the spec names is fetched.
+        progress: Show a progress bar.
+
+    Raises:
+        LowvramError: The model holds quantised weights alone.
+        BudgetError: RAM is too small for it.
+        CheckpointError: Stock transformers cannot open it, or would make up some of its weights.
+    """
+    whole = reference_plan(plan, spec)
+    check_room(whole)
+    directory = (checkpoint or find_source(whole.model).checkpoint()).directory
+    with tqdm(total=1, desc="reference", unit="model", disable=not progress, leave=False), quiet_transformers():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=DTYPES[plan.dtype],
+                trust_remote_code=False,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except Exception as error:  # a class may refuse a checkpoint in any way
+            raise CheckpointError(f"{directory}: stock transformers cannot open it: {first_line(error)}") from error
+    if made_up := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{directory}: expected every weight of {type(model).__name__}, found none for {', '.join(made_up[:3])}: "
+            "stock transformers would draw them at random"
+        )
+    return model.eval()
 
 
 @torch.no_grad()
@@ -125,26 +192,29 @@ def fidelity(
 
     Args:
         model: From ``load``.
-        reference: From ``load_reference``, or another model from ``load`` with the same vocabulary.
-        tokenizer: Of both.
+        reference: From ``load_reference``, or any other transformers model with the same vocabulary.
+        tokenizer: Of both. What its checkpoint puts before a text (BOS, mostly) begins every window, not the first one
+            alone, and is never scored: a window's own first token is predicted from it. Where there is no such thing,
+            a window's first token has nothing before it, and is not scored.
         text: Any text; by default ``sample_text()``.
-        window: Tokens that see each other.
-        stride: Tokens a window is ahead of the one before. Below ``window``, windows overlap and only the tokens that
-            no earlier window scored count, each with ``window - stride`` tokens or more before it; by default windows
-            follow one another.
+        window: Tokens that see each other, what begins the window included.
+        stride: Tokens of the text that a window is ahead of the one before. If they are fewer than a window holds,
+            windows overlap and only the tokens that no earlier window scored count, each with ``window - stride``
+            tokens or more before it; by default windows follow one another.
         tokens: Score so many tokens of the text at most.
         progress: Show a progress bar.
 
     Raises:
         LowvramError: The text is too short to score, or window and stride do not fit together.
     """
-    stride = stride or window
-    if not 2 <= window or not 1 <= stride <= window:
-        raise LowvramError(f"expected a window of 2 or more and a stride up to it, found {window} and {stride}")
-    ids = torch.tensor(tokenizer(sample_text() if text is None else text, add_special_tokens=False)["input_ids"])
-    windows = list(_windows(ids[: tokens + 1] if tokens else ids, window, stride))
+    first = first_ids(tokenizer)
+    _check_windows(window, stride, first)
+    ids = plain_ids(tokenizer, sample_text() if text is None else text)
+    unscored = 0 if first else 1  # nothing comes before the first token
+    windows = list(_windows(ids[: tokens + unscored] if tokens else ids, first, window, stride))
     if not windows:
-        raise LowvramError(f"expected a text of two tokens or more to evaluate on, found {len(ids)}")
+        least = "two tokens" if unscored else "a token"
+        raise LowvramError(f"expected a text of {least} or more to evaluate on, found {len(ids)}")
     total, divergences = Counter(), []
     for part, scored in tqdm(windows, desc="evaluate", unit="window", disable=not progress, leave=False):
         ours, theirs = (_log_probabilities(m, part)[-scored:] for m in (model, reference))
@@ -163,18 +233,32 @@ def fidelity(
         kl_median=divergence.median().item(),
         kl_p99=divergence.kthvalue(math.ceil(0.99 * count)).values.item(),
         top1_agreement=total["agree"] / count,
-        weight_bytes=model.lowvram.plan.weight_bytes(),
-        reference_weight_bytes=reference.lowvram.plan.weight_bytes(),
+        weight_bytes=_weight_bytes(model),
+        reference_weight_bytes=_weight_bytes(reference),
+        window=window,
+        begins_with=begins_with(tokenizer),
     )
 
 
-def _windows(ids: torch.Tensor, window: int, stride: int):
-    """Pieces of a text, and how many of each one's last tokens to score: every token but the first, once."""
-    scored_until = 1
-    for start in range(0, len(ids), stride):
-        part = ids[start : start + window]
-        end = start + len(part)
-        # without overlap a window's own first token has nothing before it
+def _check_windows(window: int, stride: int | None, first: list[int]) -> None:
+    body = window - len(first)
+    if window < 2 or body < 1 or not 1 <= (body if stride is None else stride) <= body:
+        begun = f" of the {body} tokens that it holds behind what begins it" if first else ""
+        raise LowvramError(
+            f"expected a window of {max(2, 1 + len(first))} or more and a stride up to it{begun}, found {window} and "
+            f"{stride}"
+        )
+
+
+def _windows(ids: torch.Tensor, first: list[int], window: int, stride: int | None):
+    """Pieces of a text, each behind ``first``, and how many of each one's last tokens to score, each of them once."""
+    beginning = torch.tensor(first, dtype=ids.dtype)
+    body = window - len(first)
+    scored_until = 0 if first else 1
+    for start in range(0, len(ids), stride or body):
+        part = torch.cat((beginning, ids[start : start + body]))
+        end = min(start + body, len(ids))
+        # a window's own first token may have nothing before it
         scored = min(end - scored_until, len(part) - 1)
         if scored > 0:
             yield part, scored
@@ -197,9 +281,21 @@ def repetition(text: str, n: int = 4) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def _weight_bytes(model: PreTrainedModel) -> int:
+    """Of all weights: by the plan where they are ours, a shared one counted once."""
+    state = getattr(model, "lowvram", None)
+    if isinstance(state, Loaded):
+        return state.plan.weight_bytes()
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def _log_probabilities(model: PreTrainedModel, window: torch.Tensor) -> torch.Tensor:
     """``(tokens - 1, vocab)`` in float32 on the CPU."""
-    slice_tokens = SLICE if model.lowvram.gpu.budget else len(window)
+    state = getattr(model, "lowvram", None)
+    if not isinstance(state, Loaded):
+        logits = model(window[None, :-1], use_cache=False).logits[0]
+        return torch.log_softmax(logits.cpu().float(), dim=-1)
+    slice_tokens = SLICE if state.gpu.budget else len(window)
     cache, pieces = PreallocatedCache(model, len(window)), []
     for ids in window[None, :-1].split(slice_tokens, dim=1):
         logits = model(ids, past_key_values=cache, use_cache=True).logits[0]

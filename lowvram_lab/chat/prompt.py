@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from lowvram_lab.errors import LowvramError, SourceError
+from lowvram_lab.model.text import first_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,8 +66,7 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         tokenizer: With or without a chat template.
         text: Control tokens in it are spelt out.
     """
-    begun = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    first = [tokenizer.bos_token_id] if begun else []
+    first = first_ids(tokenizer)
     control = _control_tokens(tokenizer)
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if control is None or not any(map(control.fullmatch, tokenizer.convert_ids_to_tokens(ids))):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lowvram_lab.chat.fidelity import Fidelity, fidelity, repetition
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.model.text import windows_in_words
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
 from lowvram_lab.units import format_bytes
 
@@ -169,6 +170,7 @@ def _fidelity_checks(found: Fidelity, limits: Limits) -> list[Check]:
     smaller = 1 - found.weight_bytes / found.reference_weight_bytes
     return [
         Check("weights, all", f"{format_bytes(found.weight_bytes)} ({smaller:.0%} less than 16-bit)"),
+        Check("text scored", f"{found.tokens} tokens {windows_in_words(found.window, found.begins_with)}"),
         Check(
             "perplexity",
             f"{found.perplexity:.2f} against {found.reference_perplexity:.2f} ({found.perplexity_increase:+.1%})",

@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.model.text import equal_windows, first_ids, plain_ids
 
 LEAST_TOKENS = 2048
 """Below this GPTQ fits its own sample: with 640 tokens it was worse than a clip search that needs 50 numbers."""
@@ -12,7 +13,7 @@ WINDOW = 512
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, longest: int) -> torch.Tensor:
-    """Tokens of a text in windows of equal length.
+    """Tokens of a text in windows of equal length, each begun as the model was trained (``model/text.py``).
 
     Args:
         tokenizer: The model's.
@@ -26,14 +27,14 @@ def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: i
     Raises:
         LowvramError: The text is too short.
     """
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = plain_ids(tokenizer, text)
     if len(ids) < LEAST_TOKENS:
         raise LowvramError(
             f"expected a calibration text of {LEAST_TOKENS} tokens or more, found {len(ids)}: fewer fit the sample, "
             "not the model; give a longer file"
         )
     length = min(WINDOW, longest or WINDOW)
-    windows = ids[: len(ids) // length * length].view(-1, length)
+    windows = equal_windows(ids, first_ids(tokenizer), length)
     return windows[evenly(len(windows), max(1, tokens // length))]
 
 

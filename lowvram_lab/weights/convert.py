@@ -26,6 +26,7 @@ from lowvram_lab.model.hub import TOKENIZER
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.model.text import begins_with, equal_windows, first_ids, plain_ids
 from lowvram_lab.packaged import calibration_text, sample_text
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
 from lowvram_lab.weights.layer_quantizer import LayerQuantizer
@@ -53,7 +54,7 @@ class Conversion:
         source_weight_bytes: The 16-bit model's weights.
         estimated_kl: What the recipe foretold, or ``None`` for a given plan.
         measured: ``tokens``, ``perplexity``, ``reference_perplexity``, ``kl_mean``, ``top1_agreement`` on a held-out
-            text, against the original in float32.
+            text, against the original in float32; its ``window`` and what each ``begins_with``.
         seconds: Of this run; one that was resumed counts from the resumption.
         peak_rss_bytes: Highest resident memory of this process so far.
     """
@@ -125,14 +126,14 @@ def convert(
         _try_for_free(plan, spec)
     weights = {file.name: known_sha256(file, progress) for file in [directory / "config.json", *checkpoint.files]}
     chosen_by = [recipe.plan.digest, recipe.lookup] if recipe else repr(plan)
-    with building(output, _identity(weights, chosen_by, solver, ids)) as partial:
+    with building(output, _identity(weights, chosen_by, solver, ids, held_out)) as partial:
         most = _most_bytes(recipe, plan, spec) + _state_bytes(spec, ids, held_out, recipe)
         require_space(partial.path, most, "the conversion")
         stream = LayerByLayer(spec, checkpoint)
         if recipe is None:
             recipe = plan.recipe(spec, _sensitivity(stream, ids, weights, plan.formats, partial, progress))
         work = LayerQuantizer(stream, recipe.plan, partial, ids, held_out, solver, progress, recipe.lookup)
-        measured = work.run()
+        measured = work.run() | {"window": held_out.shape[1], "begins_with": begins_with(tokenizer)}
         facts = _facts(recipe, source.public_name, calibration, ids)
         facts |= {"solver": solver, "measured": measured, "modules": work.modules}
         _finish(partial, directory, spec, recipe.plan, facts, work.shards)
@@ -164,13 +165,13 @@ def _check_arguments(plan: object, solver: str, calibration_tokens: int) -> None
         raise LowvramError(f"expected {LEAST_TOKENS} calibration tokens or more, found {calibration_tokens}")
 
 
-def _identity(weights: dict, chosen_by: list | str, solver: str, ids: torch.Tensor) -> dict:
+def _identity(weights: dict, chosen_by: list | str, solver: str, ids: torch.Tensor, held_out: torch.Tensor) -> dict:
     """What a result is made from: work begun with anything else is not gone on with."""
     return {
         "weights": weights,
         "plan": chosen_by,
         "solver": solver,
-        "calibration": hash_of(ids),
+        "calibration": [hash_of(ids), hash_of(held_out)],
         "threads": torch.get_num_threads(),  # another order of summation could round a code the other way
     }
 
@@ -195,8 +196,7 @@ def _check_plan(plan: Plan, spec: ModelSpec) -> None:
 
 def _held_out(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
     """Windows of the library's small text, which is not in its calibration text."""
-    ids = torch.tensor(tokenizer(sample_text(), add_special_tokens=False)["input_ids"])
-    return ids[: max(1, len(ids) // length) * length].view(-1, min(length, len(ids)))
+    return equal_windows(plain_ids(tokenizer, sample_text()), first_ids(tokenizer), length)
 
 
 def _most_bytes(recipe: Recipe | None, plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> int:

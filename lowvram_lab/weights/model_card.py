@@ -5,6 +5,7 @@ from collections import Counter
 
 from lowvram_lab import __version__
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.model.text import windows_in_words
 from lowvram_lab.units import format_bytes
 
 
@@ -43,7 +44,8 @@ Made by lowvram_lab {__version__} from `{facts["source"]}`; the licence of that 
 | opens in | {_opens_in(plan[spec.embedding]["format"])} |
 
 Loss was measured while converting, in float32, over {measured["tokens"]} tokens of a small English and Chinese text
-that is not in the calibration text: enough to see that nothing broke, too little to quote. Measure it on your own text:
+that is not in the calibration text, {windows_in_words(measured["window"], measured["begins_with"])}:
+enough to see that nothing broke, too little to quote. Measure it on your own text:
 `lowvram evaluate DIR --reference {facts["source"]} --text FILE`.
 
 | format | modules |

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,14 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowvram_lab.chat import fidelity as module
-from lowvram_lab.chat.fidelity import SLICE, WINDOW, Fidelity, _windows, fidelity, load_reference, repetition
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.chat.fidelity import (
+    SLICE,
+    WINDOW,
+    Fidelity,
+    _windows,
+    check_room,
+    fidelity,
+    load_reference,
+    reference_plan,
+    repetition,
+)
+from lowvram_lab.engine.load import load
+from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError
+from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.packaged import sample_text
+from tests.helpers.checkpoints import directory_spec, write_model
 from tests.helpers.tiny import (
-    DictCheckpoint,
     dequantised_state,
     load_tiny,
     tiny_plan,
+    tiny_spec,
     tiny_state,
     tiny_stock,
     tiny_tokenizer,
@@ -25,9 +41,8 @@ from tests.helpers.tiny import (
 TEXT = (sample_text() * 3)[:700]
 
 
-def reference(kind, dtype="fp32"):
-    checkpoint = DictCheckpoint(tiny_state(kind))
-    return load_reference(tiny_plan(kind, dtype), checkpoint=checkpoint, progress=False)
+def reference(kind):
+    return tiny_stock(kind)
 
 
 def compare(kind, recipe, text=TEXT, **options):
@@ -123,7 +138,7 @@ def test_a_text_too_short_to_score(text):
 def test_overlapping_windows_score_every_token_but_the_first_once(length, window, data):
     stride, ids = data.draw(st.integers(1, window - 1)), torch.arange(length)
     scored, before = [], []
-    for part, count in _windows(ids, window, stride):
+    for part, count in _windows(ids, [], window, stride):
         assert 1 <= count < len(part) <= window
         assert part[0] % stride == 0
         scored += part[-count:].tolist()
@@ -137,7 +152,7 @@ def test_overlapping_windows_score_every_token_but_the_first_once(length, window
 @settings(max_examples=100, deadline=None)
 def test_windows_one_after_another_score_all_but_each_ones_first(length, window):
     ids = torch.arange(length)
-    found = [(part.tolist(), count) for part, count in _windows(ids, window, window)]
+    found = [(part.tolist(), count) for part, count in _windows(ids, [], window, None)]
     expected = [part.tolist() for part in ids.split(window)] if length else []
     assert found == [(part, len(part) - 1) for part in expected if len(part) > 1]
 
@@ -223,7 +238,7 @@ def test_windows_and_strides_that_do_not_fit_together(window, stride):
     ],
 )
 def test_the_interval_of_agreement_is_wilsons(agreed, tokens, low, high):
-    found = Fidelity(tokens, 2.0, 2.0, 0.0, 0.0, 0.0, agreed / tokens, 1, 1)
+    found = Fidelity(tokens, 2.0, 2.0, 0.0, 0.0, 0.0, agreed / tokens, 1, 1, 128, None)
     assert found.top1_interval == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
     assert f"{agreed / tokens:.1%} ({found.top1_interval[0]:.1%} to" in found.summary()
 
@@ -232,27 +247,71 @@ def test_the_librarys_own_text_is_the_default():
     text = sample_text()
     assert len(text) > 500
     assert any("\u4e00" <= letter <= "\u9fff" for letter in text)
-    tokenizer, seen = tiny_tokenizer(), []
-
-    def spy(given, **options):
-        seen.append(given)
-        return tokenizer("only this", **options)
-
-    model = load_tiny("llama")
-    fidelity(model, model, spy, progress=False)
-    assert seen == [text]
+    model, options = load_tiny("llama"), {"tokens": 60, "progress": False}
+    by_default, stated, other = (fidelity(model, model, tiny_tokenizer(), t, **options) for t in (None, text, TEXT[9:]))
+    assert by_default == stated
+    assert by_default.perplexity != other.perplexity
 
 
-def test_the_reference_is_whole_on_the_cpu():
-    model = reference("qwen2", "bf16")
-    assert {assignment.device for assignment in model.lowvram.plan.modules.values()} == {"cpu"}
-    assert {assignment.format for assignment in model.lowvram.plan.modules.values()} == {"bf16"}
-    assert model.lowvram.gpu.budget is None
-    assert model.lowvram.gpu.meter.allocated["gpu"] == 0
+def test_the_reference_is_stock_transformers_alone(tmp_path):
+    """Its weights are in the plan's dtype, shared ones once, and nothing that ``load`` adds is on it."""
+    directory = write_model(tmp_path / "model", "llama", dtype=torch.float32)
+    plan = Plan.uniform(directory_spec(directory), "int4", context=64, dtype="bf16")
+    model = load_reference(plan, progress=False)
+    assert type(model).__module__.startswith("transformers.")
+    assert not hasattr(model, "lowvram")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert model.config._attn_implementation == "sdpa"
+    for name, weight in tiny_state("llama").items():
+        assert torch.equal(model.get_parameter(name), weight.bfloat16()), name
+    found = fidelity(load_tiny("llama"), model, tiny_tokenizer(), TEXT[:50], progress=False)
+    assert found.reference_weight_bytes == tiny_plan("llama", "bf16").weight_bytes() == found.weight_bytes
+
+
+def test_a_fault_of_our_own_loading_does_not_cancel_out(tmp_path, monkeypatch):
+    """Both sides used to be read by the same code: a wrong weight on both gave a divergence of nothing."""
+    directory = write_model(tmp_path / "model", "qwen2")
+    read = Checkpoint.read
+
+    def wrongly(self, name):
+        return read(self, name).flip(0) if name.endswith("1.mlp.up_proj.weight") else read(self, name)
+
+    monkeypatch.setattr(Checkpoint, "read", wrongly)
+    plan = Plan.uniform(directory_spec(directory), "bf16", context=64)
+    model = load(plan, StandInGpu(None), progress=False)
+    found = fidelity(model, load_reference(plan, progress=False), tiny_tokenizer(), TEXT[:120], progress=False)
+    assert found.kl_mean > 0.01
+
+
+def test_a_reference_that_stock_transformers_would_make_up(tmp_path):
+    state = tiny_state("qwen2")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    directory = write_model(tmp_path / "model", "qwen2", state)
+    plan = Plan.uniform(directory_spec(directory), "bf16", context=64)
+    with pytest.raises(CheckpointError, match="layers.1.mlp.up_proj.weight: stock transformers would draw them"):
+        load_reference(plan, progress=False)
+    (directory / "model.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load_reference(plan, progress=False)
+
+
+def test_too_little_ram_for_both_is_said_before_either_is_loaded(monkeypatch):
+    plan = tiny_plan("qwen2", "int4")
+    whole = reference_plan(plan)
+    largest = 4 * tiny_spec("qwen2").vocab_size * tiny_spec("qwen2").hidden_size
+    needed = plan.weight_bytes() + whole.weight_bytes() + largest
+    for free in (needed, needed - 1):
+        monkeypatch.setattr("psutil.virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        if free == needed:
+            check_room(plan, whole)
+            continue
+        with pytest.raises(BudgetError, match="a model and its 16-bit reference take .* of RAM, found .* free"):
+            check_room(plan, whole)
 
 
 def test_to_dict_is_plain():
-    fields = Fidelity(10, 2.0, 1.9, 0.01, 0.005, 0.1, 1.0, 100, 200)
+    fields = Fidelity(10, 2.0, 1.9, 0.01, 0.005, 0.1, 1.0, 100, 200, 128, "<s>")
     assert json.loads(json.dumps(fields.to_dict())) == {
         "tokens": 10,
         "perplexity": 2.0,
@@ -264,6 +323,8 @@ def test_to_dict_is_plain():
         "top1_interval": [pytest.approx(0.7224672), pytest.approx(1.0)],  # n / (n + z^2)
         "weight_bytes": 100,
         "reference_weight_bytes": 200,
+        "window": 128,
+        "begins_with": "<s>",
     }
 
 

@@ -36,8 +36,8 @@ from tests.helpers.tiny import packaged_spec, tiny_plan, tiny_spec
 CARD = GpuBudget(8 * MiB, MiB)
 TURNS = [TurnStats(30, 0, 5, 0.5, 2.0, 3 * MiB, True), TurnStats(60, 34, 8, 0.4, 2.0, 4 * MiB, False)]
 RESULTS = {
-    "good": Fidelity(100, 11, 10, 0.01, 0.005, 0.1, 0.95, 1, 2),
-    "bad": Fidelity(100, 20, 10, 0.6, 0.5, 3.0, 0.4, 1, 4),
+    "good": Fidelity(100, 11, 10, 0.01, 0.005, 0.1, 0.95, 1, 2, 128, None),
+    "bad": Fidelity(100, 20, 10, 0.6, 0.5, 3.0, 0.4, 1, 4, 128, None),
 }
 
 

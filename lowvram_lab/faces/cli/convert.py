@@ -6,6 +6,7 @@ import sys
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, share, spec_of
 from lowvram_lab.faces.cli.evaluate import stated_format
+from lowvram_lab.model.text import windows_in_words
 from lowvram_lab.planner.card_recipe import CardBudget
 from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.convert import convert
@@ -52,7 +53,8 @@ def run_convert(args: argparse.Namespace) -> int:
     say(f"{made.output}: {format_bytes(made.weight_bytes)} of weights, {made.reduction:.1%} less than in 16 bits")
     say(
         f"perplexity {found['perplexity']:.3f}, the original's {found['reference_perplexity']:.3f}; KL "
-        f"{found['kl_mean']:.4f}, same most likely token {found['top1_agreement']:.1%} ({found['tokens']} tokens)"
+        f"{found['kl_mean']:.4f}, same most likely token {found['top1_agreement']:.1%} "
+        f"({found['tokens']} tokens {windows_in_words(found['window'], found['begins_with'])})"
     )
     say(f"{made.seconds:.0f} s, peak resident memory {format_bytes(made.peak_rss_bytes)}")
     say(f"next: lowvram chat {made.output}")

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lowvram_lab.chat.fidelity import fidelity, load_reference
+from lowvram_lab.chat.fidelity import check_room, fidelity, load_reference, reference_plan
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
@@ -19,14 +19,14 @@ from lowvram_lab.packaged import read_text, sample_text
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``evaluate``."""
     parser.add_argument("model", metavar="MODEL", help="a converted directory, or any model with --format or --plan")
-    parser.add_argument("--reference", metavar="MODEL", help="the original (the model itself in 16 bits)")
+    parser.add_argument("--reference", metavar="MODEL", help="the original, as stock transformers opens it (MODEL)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--format", metavar="NAME", help="quantise while loading: int8, int4, nf4 …")
     how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
     parser.add_argument("--text", metavar="FILE", help="what to read (the library's own small text)")
     parser.add_argument("--tokens", type=positive, metavar="N", help="score the first N tokens only")
-    parser.add_argument("--window", type=positive, default=512, metavar="N", help="tokens that see each other (512)")
-    parser.add_argument("--stride", type=positive, metavar="N", help="tokens from window to window (the window)")
+    parser.add_argument("--window", type=positive, default=512, metavar="N", help="tokens together, with BOS (512)")
+    parser.add_argument("--stride", type=positive, metavar="N", help="tokens of text from window to window (all of it)")
     parser.add_argument("--dtype", default="bf16", metavar="NAME", help="activations: bf16 or fp32 (bf16)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
@@ -46,6 +46,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         )
     window = min(args.window, spec.max_position_embeddings or args.window)
     plan = _evaluated_plan(args, spec, window)
+    check_room(plan, reference_plan(plan, original))
     model = load(plan, StandInGpu(None), progress=shown)
     reference = load_reference(plan, original, progress=shown)
     found = fidelity(
