@@ -1,5 +1,6 @@
 """Fidelity figures against a direct computation, and where they must be exact."""
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -133,28 +134,32 @@ def test_a_text_too_short_to_score(text):
         assert fidelity(model, model, tiny_tokenizer(), text, progress=False).tokens == 1
 
 
-@given(st.integers(0, 300), st.integers(2, 64), st.data())
+@given(st.integers(0, 300), st.integers(0, 2), st.integers(4, 64), st.data())
 @settings(max_examples=300, deadline=None)
-def test_overlapping_windows_score_every_token_but_the_first_once(length, window, data):
-    stride, ids = data.draw(st.integers(1, window - 1)), torch.arange(length)
+def test_overlapping_windows_score_every_token_that_has_one_before_it_once(length, begun, window, data):
+    body, first = window - begun, [-1, -2][:begun]
+    stride, ids = data.draw(st.integers(1, body - 1)), torch.arange(length)
     scored, before = [], []
-    for part, count in _windows(ids, [], window, stride):
+    for part, count in _windows(ids, first, window, stride):
         assert 1 <= count < len(part) <= window
-        assert part[0] % stride == 0
+        assert part[:begun].tolist() == first
+        assert part[begun] % stride == 0
         scored += part[-count:].tolist()
-        before += [int(token - part[0]) for token in part[-count:]]
-    assert scored == list(range(1, length))
+        before += list(range(len(part) - count, len(part)))
+    assert scored == list(range(0 if begun else 1, length))
     # what comes before a scored token: all there is, or as much as was promised
-    assert all(seen >= min(token, window - stride) for token, seen in zip(scored, before, strict=True))
+    seen = zip(scored, before, strict=True)
+    assert all(known >= min(token + begun, window - stride) for token, known in seen)
 
 
-@given(st.integers(0, 300), st.integers(2, 64))
+@given(st.integers(0, 300), st.integers(0, 2), st.integers(3, 64))
 @settings(max_examples=100, deadline=None)
-def test_windows_one_after_another_score_all_but_each_ones_first(length, window):
-    ids = torch.arange(length)
-    found = [(part.tolist(), count) for part, count in _windows(ids, [], window, None)]
-    expected = [part.tolist() for part in ids.split(window)] if length else []
-    assert found == [(part, len(part) - 1) for part in expected if len(part) > 1]
+def test_windows_one_after_another_score_all_that_have_one_before_them(length, begun, window):
+    ids, first = torch.arange(length), [-1, -2][:begun]
+    found = [(part.tolist(), count) for part, count in _windows(ids, first, window, None)]
+    pieces = [part.tolist() for part in ids.split(window - begun)] if length else []
+    expected = [(first + part, len(part) if begun else len(part) - 1) for part in pieces]
+    assert found == [(part, count) for part, count in expected if count]
 
 
 @torch.no_grad()
@@ -225,6 +230,19 @@ def test_windows_and_strides_that_do_not_fit_together(window, stride):
     model = load_tiny("llama")
     with pytest.raises(LowvramError, match="expected a window of 2 or more and a stride up to it"):
         fidelity(model, model, tiny_tokenizer(), TEXT, window=window, stride=stride, progress=False)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(1, None), (2, 2), (64, 64)])
+def test_what_begins_a_window_takes_a_place_of_it(window, stride):
+    model, tokenizer = load_tiny("llama"), copy.deepcopy(tiny_tokenizer())
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.add_bos_token = True
+    with pytest.raises(LowvramError, match=f"of the {window - 1} tokens that it holds behind what begins it"):
+        fidelity(model, model, tokenizer, TEXT, window=window, stride=stride, progress=False)
+    for text, scored in (("ab", 2), ("a", 1)):
+        assert fidelity(model, model, tokenizer, text, window=2, progress=False).tokens == scored
+    with pytest.raises(LowvramError, match="text of a token or more to evaluate on, found 0"):
+        fidelity(model, model, tokenizer, "", progress=False)
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from lowvram_lab.chat.fidelity import load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.validation import Check, Limits, ValidationReport, validate
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import SpeedProfile, Workload
-from tests.helpers.tiny import DictCheckpoint, letters_state, load_tiny, tiny_plan, tiny_tokenizer
+from tests.helpers.tiny import letters_state, load_tiny, tiny_plan, tiny_stock, tiny_tokenizer
 
 TEXT = "a small text that is long enough to be scored, whatever it says about anything at all"
 SPEED = SpeedProfile("this CPU, standing in for a GPU (simulated)", 5, 5, 0.5, 12.34)
@@ -38,7 +38,7 @@ def evidence():
     fresh = load_tiny("qwen2", plan, StandInGpu(None), letters_state())  # the chat's own KV cache is not in its peaks
     return {
         "session": session,
-        "reference": load_reference(plan, checkpoint=DictCheckpoint(letters_state()), progress=False),
+        "reference": tiny_stock("qwen2", letters_state(), torch.bfloat16),
         "measured": run_workload(fresh, workload),
         "forecast": forecast(plan, session.model.lowvram.gpu, workload=workload),
         "speed": SPEED,
@@ -66,6 +66,7 @@ def test_a_report_that_passes(evidence):
     }
     assert {name for name, passed in found.items() if passed is None} == {
         "weights, all",
+        "text scored",
         "first token, first turn",
         "first token, later turns",
         "decoding",
@@ -73,6 +74,9 @@ def test_a_report_that_passes(evidence):
     assert report.summary() == f"PASS: 8 of 8 checks, tiny-qwen2 on {evidence['session'].model.lowvram.gpu.name}"
     assert "simulated" in report.summary()
     assert report.fidelity.weight_bytes == evidence["session"].model.lowvram.plan.weight_bytes()
+    assert {check.name: check.value for check in report.checks}["text scored"] == (
+        f"{len(TEXT) - 1} tokens in windows of 128 with nothing before each"
+    )
     shown = repr(report)
     assert all(words in shown for words in ("PASS", "12.3 tokens/s", "standing in for a GPU", "demanded"))
 
