@@ -66,6 +66,7 @@ def run(subject, rows: list[dict], options) -> dict:
             "tokens": subject.windows.numel(),
             "predicted": done[0]["tokens"],
             "window": subject.windows.shape[1],
+            "begins_with": subject.begins_with,
             "evaluation_digest": subject.evaluation,
             "calibration": subject.calibration.name if subject.calibration else "the library's own text",
             "calibration_tokens": subject.calibration_windows(subject.calibration).numel(),

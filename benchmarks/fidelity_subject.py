@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from lowvram_lab.chat.fidelity import Fidelity
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.model.text import begins_with, equal_windows, first_ids, plain_ids
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.weights.calibration import calibration_windows, evenly
 from lowvram_lab.weights.convert import CALIBRATION_TOKENS
@@ -64,6 +65,13 @@ class Subject:
         return calibration_windows(self.tokenizer, calibration_text(text), tokens, self.spec.max_position_embeddings)
 
     @property
+    def begins_with(self) -> str | None:
+        """What every window begins with: of stories, the BOS that each was sampled behind."""
+        if self.name == STORIES:
+            return self.tokenizer.convert_ids_to_tokens(BOS)
+        return begins_with(self.tokenizer)
+
+    @property
     def evaluation(self) -> str:
         """Eight hex digits of the evaluation tokens and what they are compared with."""
         return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()[:8]
@@ -101,7 +109,7 @@ def fill(model, weights: dict[str, torch.Tensor]) -> None:
 
 @torch.inference_mode()
 def score(subject: Subject, weights: dict[str, torch.Tensor], weight_bytes: int) -> tuple[Fidelity, list[float]]:
-    """Compares a candidate with the original: every window's tokens but the first are predicted.
+    """Compares a candidate with the original: every window's tokens but the first, BOS or the text's, are predicted.
 
     Returns:
         The figures, and the mean KL of every window (windows are nearly independent; tokens are not).
@@ -125,6 +133,8 @@ def score(subject: Subject, weights: dict[str, torch.Tensor], weight_bytes: int)
         top1_agreement=agree.double().mean().item(),
         weight_bytes=weight_bytes,
         reference_weight_bytes=subject.fp16_bytes,
+        window=subject.windows.shape[1],
+        begins_with=subject.begins_with,
     )
     return found, kl.view(len(subject.windows), -1).mean(dim=1).tolist()
 
@@ -190,9 +200,8 @@ def _head(subject: Subject, weights: dict[str, torch.Tensor]) -> torch.Tensor:
 def _wikitext(tokenizer, options) -> torch.Tensor:
     """Windows of the raw text, evenly spread: a prefix of 16 k tokens would be four articles."""
     text = (options.wikitext / f"{options.split}.txt").read_text(encoding="utf-8")
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     length = WINDOW[SMOLLM]
-    windows = ids[: len(ids) // length * length].view(-1, length)
+    windows = equal_windows(plain_ids(tokenizer, text), first_ids(tokenizer), length)
     return windows[evenly(len(windows), max(1, options.tokens // length))].clone()
 
 

@@ -193,6 +193,8 @@ def independently(ours, theirs) -> dict:
         "reference_perplexity": math.exp(-p.gather(1, targets).mean()),
         "kl_mean": float((p.exp() * (p - q)).sum(1).mean()),
         "top1_agreement": float((p.argmax(1) == q.argmax(1)).double().mean()),
+        "window": 512,
+        "begins_with": None,
     }
 
 
@@ -203,6 +205,7 @@ def test_the_measured_loss_is_that_of_two_whole_models(made, name):
     expected = independently(tiny_stock(kind, restored_state(directory)), original(done_source(directory), kind))
     assert done.measured.keys() == expected.keys()
     assert done.measured["tokens"] == expected["tokens"] == 2 * 511
+    assert (done.measured["window"], done.measured["begins_with"]) == (512, None)
     for key in ("perplexity", "reference_perplexity", "kl_mean", "top1_agreement"):
         assert done.measured[key] == pytest.approx(expected[key], rel=1e-4), key
     assert json.loads((directory / "recipe.json").read_text())["measured"] == done.measured
