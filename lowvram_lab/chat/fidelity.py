@@ -122,6 +122,8 @@ def reference_plan(plan: Plan, spec: ModelSpec | None = None) -> Plan:
 def check_room(*plans: Plan) -> None:
     """Refuses, before the first of them is loaded, models that RAM cannot hold side by side.
 
+    Counted are all weights and, twice, the largest tensor on its way.
+
     Raises:
         BudgetError: Says what they take and what is free.
     """
@@ -140,7 +142,8 @@ def load_reference(
     """The 16-bit model that a plan is compared with, wholly in RAM and without a cap, as stock transformers opens it.
 
     Nothing of this library's own loading, layers and caches is in it, so that a fault of ours shows in the figures
-    instead of cancelling out. It takes its weights in the plan's dtype, and for a moment the largest tensor twice.
+    instead of cancelling out. It takes RAM for its weights in the plan's dtype; pages of its files that it has read lie
+    in RAM as well (all that do where the file's dtype is the plan's), and the system may take those back.
 
     Args:
         plan: The plan; its dtype is the reference's.
@@ -173,7 +176,7 @@ def load_reference(
             f"{directory}: expected every weight of {type(model).__name__}, found none for {', '.join(made_up[:3])}: "
             "stock transformers would draw them at random"
         )
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()

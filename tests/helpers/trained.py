@@ -69,7 +69,13 @@ def write_tokenizer(folder: Path, kind: str, begins: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     classes = {"llama": "LlamaTokenizer", "mistral": "PreTrainedTokenizerFast", "qwen2": "Qwen2Tokenizer"}
-    facts = {"tokenizer_class": classes[kind], "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    facts = {
+        "tokenizer_class": classes[kind],
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+    }
     if kind == "mistral":
         facts["add_bos_token"] = begins
     (folder / "tokenizer_config.json").write_text(json.dumps(facts))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,6 +323,14 @@ def test_a_mistake_in_evaluating_is_one_line(capsys, converted, source, folder, 
     words, expected = EVALUATE_MISTAKES[name]
     given = ["--reference", source, "--text", folder / "text.txt", *words]
     one_line(*evaluate(capsys, converted[0], *given), expected)
+
+
+def test_no_ram_for_both_models_is_one_line_before_the_first_is_loaded(capsys, converted, source, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setattr("lowvram_lab.faces.cli.evaluate.load", None)
+    result = evaluate(capsys, converted[0], "--reference", source)
+    one_line(*result, "a model and its 16-bit reference take")
+    assert "of RAM, found 1.0 MiB free" in result[2]
 
 
 def test_references_that_cannot_be_one(capsys, converted, folder, tmp_path):
