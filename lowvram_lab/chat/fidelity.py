@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import Loaded
-from lowvram_lab.engine.room import in_flight_bytes, weights_in_ram
 from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, first_line
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import DTYPES
+from lowvram_lab.model.host_bytes import in_flight_bytes, weights_in_ram
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.source import find_source

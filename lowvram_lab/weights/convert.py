@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lowvram_lab import __version__
 from lowvram_lab.errors import LowvramError
@@ -121,7 +120,8 @@ def convert(
     tokenizer, checkpoint = source.tokenizer(), source.checkpoint()
     text = calibration_text(calibration)
     ids = calibration_windows(tokenizer, text, calibration_tokens, spec.max_position_embeddings)
-    held_out = _held_out(tokenizer, ids.shape[1])
+    # the library's small text, which is not in its calibration text
+    held_out = equal_windows(plain_ids(tokenizer, sample_text()), first_ids(tokenizer), ids.shape[1])
     if recipe is None:
         _try_for_free(plan, spec)
     weights = {file.name: known_sha256(file, progress) for file in [directory / "config.json", *checkpoint.files]}
@@ -192,11 +192,6 @@ def _check_plan(plan: Plan, spec: ModelSpec) -> None:
     for name, assignment in plan.modules.items():
         if get_format(assignment.format).kind == "nf4":
             raise LowvramError(f"{name}: nf4 has no place in a converted directory; plan with int4")
-
-
-def _held_out(tokenizer: PreTrainedTokenizerBase, length: int) -> torch.Tensor:
-    """Windows of the library's small text, which is not in its calibration text."""
-    return equal_windows(plain_ids(tokenizer, sample_text()), first_ids(tokenizer), length)
 
 
 def _most_bytes(recipe: Recipe | None, plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> int:

@@ -118,7 +118,7 @@ def test_every_row_is_there_and_says_how(report, said, folder):
 
 def test_no_progress_bar_has_another_inside(report, shown):
     names = set(re.findall(r"\r([\w ]+):", shown.getvalue()))
-    assert names == {"load", "sensitivity", "evaluate"}
+    assert names == {"load", "reference", "sensitivity", "evaluate"}
     assert "\x1b[A" not in shown.getvalue()  # how tqdm leaves the line of an inner bar
 
 
