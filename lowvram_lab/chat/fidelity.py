@@ -246,10 +246,10 @@ def fidelity(
 def _check_windows(window: int, stride: int | None, first: list[int]) -> None:
     body = window - len(first)
     if window < 2 or body < 1 or not 1 <= (body if stride is None else stride) <= body:
-        begun = f" of the {body} tokens that it holds behind what begins it" if first else ""
+        least = max(2, 1 + len(first))
+        most = f"the {body} tokens of text that it holds" if first else "it"
         raise LowvramError(
-            f"expected a window of {max(2, 1 + len(first))} or more and a stride up to it{begun}, found {window} and "
-            f"{stride}"
+            f"expected a window of {least} or more and a stride up to {most}, found {window} and {stride}"
         )
 
 

@@ -2,10 +2,13 @@
 
 import functools
 import json
+import re
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from lowvram_lab.packaged import calibration_text
 
@@ -13,7 +16,7 @@ from lowvram_lab.packaged import calibration_text
 torch.set_num_threads(1)
 
 CONTEXT = 96
-STEPS = 120
+STEPS = 160
 VOCABULARY = 400
 CONTROL = ("<unk>", "<s>", "</s>")
 SIZES = {
@@ -34,31 +37,39 @@ TRAINED = {"llama": True, "mistral": True, "qwen2": False}
 
 @functools.cache
 def _backend(kind: str) -> str:
-    """The JSON of a tokenizer without a post-processor: byte-level, or as SentencePiece does it."""
-    tokenizer = Tokenizer(models.BPE(unk_token=None if kind == "qwen2" else "<unk>", byte_fallback=kind != "qwen2"))
-    names, alphabet = list(CONTROL), []
+    """The JSON of a tokenizer without a post-processor: byte-level, or as SentencePiece does it.
+
+    Its merges are counted here: what the tokenizers library trains differs from run to run.
+    """
+    text = calibration_text()[:20_000]
     if kind == "qwen2":
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        splitter = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = [word for word, _ in splitter.pre_tokenize_str(text)]
+        base = [*CONTROL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     else:
-        names += [f"<0x{byte:02X}>" for byte in range(256)]
+        words = [word.replace(" ", "▁") for word in re.findall(r" ?\S+", text)]
+        letters = [letter for letter, _ in _commonest("".join(words), 60)]
+        base = [*CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    pairs = [pair for pair, _ in _commonest((pair for word in words for pair in pairwise(word)), None)]
+    merges = [pair for pair in pairs if set(pair) <= set(base)][: VOCABULARY - len(base)]
+    vocabulary = {token: index for index, token in enumerate([*base, *map("".join, merges)])}
+    spoken = {} if kind == "qwen2" else {"unk_token": "<unk>", "byte_fallback": True, "fuse_unk": True}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, **spoken))
+    tokenizer.add_special_tokens(list(CONTROL))
+    if kind == "qwen2":
+        tokenizer.pre_tokenizer = splitter
+        tokenizer.decoder = decoders.ByteLevel()
+    else:
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     if kind == "llama":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     if kind == "mistral":
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=names,
-        initial_alphabet=alphabet,
-        limit_alphabet=256 if alphabet else 60,  # the bytes stand for rarer letters
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(calibration_text()[:20_000].split(" "), trainer)
-    facts = json.loads(tokenizer.to_str())
-    facts["added_tokens"] = [token for token in facts["added_tokens"] if token["content"] in CONTROL]
-    return json.dumps(facts)
+    return tokenizer.to_str()
+
+
+def _commonest(things, count: int | None) -> list[tuple]:
+    return sorted(Counter(things).items(), key=lambda item: (-item[1], item[0]))[:count]
 
 
 def write_tokenizer(folder: Path, kind: str, begins: bool) -> None:
