@@ -452,8 +452,9 @@ def _decoding(decoder: Decoder, cached: int) -> Callable[[], None]:
     token = torch.ones(1, 1, dtype=torch.long)
     decoder.cache.keep(0)
     for layer in decoder.cache.layers:  # by hand: so deep a model takes seconds to read a prompt
-        batch, heads, _, width = layer.shape
-        layer.update(*torch.randn(2, batch, heads, 2 * LONG, width, dtype=layer.dtype, device=layer.device))
+        room = layer.shape._replace(tokens=2 * LONG)
+        states = (torch.randn(size, dtype=layer.dtype, device=layer.device) for size in (room.keys, room.values))
+        layer.update(*states)
 
     def call() -> None:
         for layer in decoder.cache.layers:  # all of them were filled; another length's turn may have been before
