@@ -120,7 +120,7 @@ def options(add) -> set[str]:
 
 
 def test_complete_takes_what_chat_takes():
-    assert options(add_complete) == options(add_chat) - {"--system"}
+    assert options(add_complete) == options(add_chat) - {"--system", "--template-argument"}
 
 
 def test_a_model_with_a_chat_template_can_go_on_with_a_text_too(capsys, tmp_path):
