@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
 """Checkpoints disagree on ``eos_token_id`` (Qwen1.5's chat and base models do): stop at any of these."""
 
-_FIRST_MASK, _MASKS = 0x100000, 4096  # of the last plane for private use
+_LETTER_MASKS = range(0x13000, 0x13400)  # hieroglyphs: letters without case or parts, for what may be part of a word
+_OTHER_MASKS = range(0x100000, 0x101000)  # of the last plane for private use
 
 
 class Found(NamedTuple):
@@ -48,8 +49,10 @@ class ControlTokens:
         vocabulary = tokenizer.get_vocab()
         names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         names |= {*tokenizer.all_special_tokens, *END_OF_TURN_TOKENS, *written}
-        # A single character has no other spelling: where "!" is the token that pads, it is read as what it is.
-        self.ids = {name: vocabulary[name] for name in sorted(names) if name in vocabulary and len(name) > 1}
+        # A single character has no other spelling (where "!" is the token that pads, it is read as what it is), and
+        # nobody types spaces to steer a model.
+        names = {name for name in names if len(name) > 1 and not name.isspace()}
+        self.ids = {name: vocabulary[name] for name in sorted(names) if name in vocabulary}
         self._names = {index: name for name, index in self.ids.items()}
         self._lowered = {name.lower() for name in self.ids}
         self._first = {name[0] for name in self._lowered}
@@ -86,12 +89,22 @@ class ControlTokens:
                 places.update(range(start, min(start + next(longest, 0), len(text))))
         for _, start, end in self.read(text)[1]:  # what a normaliser makes of it
             places.update(range(start, end))
-        inner = range(len(text) - len(text.lstrip()), len(text.rstrip()))  # a template may trim it
-        for size in range(1, min(self._lengths[0] if self._lengths else 0, len(inner) + 1)):
-            if "".join(lowered[inner.stop - size : inner.stop]) in self._beginnings:
-                places.update(range(inner.stop - size, inner.stop))
-            if "".join(lowered[inner.start : inner.start + size]) in self._ends:
-                places.update(range(inner.start, inner.start + size))
+        places |= self._completable(lowered)
+        return {place for place in places if not text[place].isspace()}  # a template may trim it
+
+    def _completable(self, letters: list[str]) -> set[int]:
+        """Places at the ends of a text, spaces aside, that what comes before or after it may complete to a name."""
+        words = [place for place, letter in enumerate(letters) if not letter.isspace()]
+        if not words or not self.ids:
+            return set()
+        inner, places = range(words[0], words[-1] + 1), set()
+        if any("".join(letters[inner.start : inner.stop]) in name for name in self._lowered):
+            places.update(inner)
+        for size in range(1, min(self._lengths[0], len(inner) + 1)):
+            if "".join(letters[inner.stop - size : inner.stop]) in self._beginnings:
+                places.update(inner[-size:])
+            if "".join(letters[inner.start : inner.start + size]) in self._ends:
+                places.update(inner[:size])
         return places
 
     def written_ids(self, masked: str, mask: Mask) -> list[int]:
@@ -107,7 +120,7 @@ class ControlTokens:
         text = mask.off(masked)
         _, written = self.read(masked)
         ids, found = self.read(text)
-        if found == written and self.tokenizer.is_fast:
+        if found == written:
             return ids
         return self.read_as_text(text, written)
 
@@ -140,16 +153,17 @@ class ControlTokens:
 
 
 class Mask:
-    """Stand-ins for characters, one for one, that none of some texts holds.
+    """Stand-ins for characters, one for one, that none of some texts holds; those of letters are letters.
 
     Args:
         texts: All that is to be masked.
     """
 
     def __init__(self, texts: list[str]):
-        self._taken = set().union(*texts)
+        taken = set().union(*texts)
         self._of: dict[str, str] = {}
-        self._free = (chr(code) for code in range(_FIRST_MASK, _FIRST_MASK + _MASKS) if chr(code) not in self._taken)
+        self._letters = (chr(code) for code in _LETTER_MASKS if chr(code) not in taken)
+        self._others = (chr(code) for code in _OTHER_MASKS if chr(code) not in taken)
 
     def on(self, text: str, places: set[int]) -> str:
         """A text with the characters at these places masked."""
@@ -161,7 +175,7 @@ class Mask:
 
     def _masked(self, letter: str) -> str:
         if letter not in self._of:
-            self._of[letter] = next(self._free)
+            self._of[letter] = next(self._letters if letter.isalnum() or letter == "_" else self._others)
         return self._of[letter]
 
 

@@ -150,7 +150,7 @@ class ChatTemplate:
         for less, more in steps:
             if less is not None and more is not None:
                 written |= {token for token in more if more.count(token) > less.count(token)}
-        return frozenset(token for token in written if not token.isspace() and not token.isalnum())
+        return frozenset(token for token in written if not token.isalnum())
 
     def _added_tokens(self, messages: list[dict], generation_prompt: bool = False) -> list[str] | None:
         """The added tokens of a chat as it is rendered; ``None`` where the template does not take it."""

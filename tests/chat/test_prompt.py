@@ -1,7 +1,5 @@
 """From a chat to tokens and back to text: control tokens, templates that refuse, stop strings, which engine runs."""
 
-import copy
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
