@@ -60,7 +60,7 @@ class ChatSession(Session[History]):
         if not getattr(tokenizer, "chat_template", None):
             raise base_model(loaded(model).plan.model)
         self.template_arguments = dict(template_arguments or {})
-        if chat_template(tokenizer, template_arguments).folds_system and system is not None:
+        if chat_template(tokenizer, template_arguments).folds_system and system:
             logger.warning("the chat template takes no system message; it goes before the first user message")
         self.history: History = [] if system is None else [{"role": "system", "content": system}]
         self.dropped_turns = 0

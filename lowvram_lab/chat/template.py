@@ -90,7 +90,8 @@ class ChatTemplate:
         if not self.folds_system or messages[0]["role"] != "system" or len(messages) < 2:
             return messages
         system, first, *others = messages
-        return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *others]
+        texts = [text for text in (system["content"], first["content"]) if text]
+        return [{**first, "content": "\n\n".join(texts)}, *others]
 
     def _apply(self, messages: list[dict], tokenize: bool = False, generation_prompt: bool = True):
         """A chat as the template renders it; with ``tokenize``, a ``BatchEncoding``."""

@@ -5,8 +5,6 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import TemplateError, meta
-
 from lowvram_lab.errors import LowvramError, SourceError, first_line
 from lowvram_lab.model import hub
 
@@ -63,6 +61,7 @@ def _own_names() -> set[str]:
 
 def _known_names(template: str) -> set[str]:
     """The names that a template asks for, and that whoever renders it may give."""
+    from jinja2 import TemplateError, meta
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:

@@ -184,6 +184,7 @@ def test_a_system_message_that_the_template_does_not_take_goes_before_the_first_
     assert chat_ids(tokenizer, messages) == stock(tokenizer, folded)
     assert messages[0] is SYSTEM and messages[1]["content"] == "one"
     assert chat_ids(tokenizer, messages[1:]) == stock(tokenizer, messages[1:])
+    assert chat_ids(tokenizer, [{**SYSTEM, "content": ""}, *messages[1:]]) == stock(tokenizer, messages[1:])
 
 
 def test_one_that_it_takes_is_left_alone():

@@ -83,7 +83,7 @@ def run_chat(args: argparse.Namespace) -> int:
         raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
     if args.prompt is not None:
         checked_text(args.prompt, "a prompt")
-    if args.system is not None:
+    if args.system:
         checked_text(args.system, "a system message")
     session = _open(args, ChatSession, system=args.system, template_arguments=_template_arguments(args))
     return _converse(session) if args.prompt is None else _answer(session, args)
