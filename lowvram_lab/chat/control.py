@@ -140,15 +140,18 @@ class ControlTokens:
 
     @functools.cached_property
     def _twin(self) -> _Twin:
-        return _Twin(self.tokenizer.backend_tokenizer, list(self.ids))
+        try:
+            return _Twin(self.tokenizer.backend_tokenizer, list(self.ids))
+        except Exception as error:  # all that the tokenizers library raises, of parts in Python, say
+            raise self._unreadable() from error
 
     def _is_unknown(self, index: int, text: str) -> bool:
         return index == self.tokenizer.unk_token_id and self._names[index].lower() not in text.lower()
 
     def _unreadable(self) -> SourceError:
         return SourceError(
-            "the text spells a control token of the model, which its tokenizer cannot read as mere letters; "
-            "leave it out, or write it with a space in between"
+            f"the text spells a control token of the model (one of {', '.join(list(self.ids)[:4])}, …), which its "
+            "tokenizer cannot read as mere letters; leave it out, or write it with a space in between"
         )
 
 

@@ -39,6 +39,7 @@ class ChatSession(Session[History]):
 
     Attributes:
         history: Messages so far, each with ``role`` and ``content``.
+        template_arguments: As given; what is changed holds from the next turn on.
         turns: What each answer took.
         dropped_turns: How many of the oldest turns the model no longer sees, for want of context; ``history`` has them.
 

@@ -54,8 +54,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, object] | None = None):
         self.tokenizer, self.arguments = tokenizer, dict(arguments or {})
         check_arguments(self._text(), self.arguments)
-        self.takes_parts = False
-        self.takes_parts = self._needs_parts()
+        self.takes_parts = self._takes_parts()
         self.folds_system = not self._writes([_SYSTEM, _USER], _SYSTEM)
 
     @functools.cached_property
@@ -115,18 +114,14 @@ class ChatTemplate:
         except ValueError as error:  # several, and none of them called "default"
             raise _refusal(error) from error
 
-    def _needs_parts(self) -> bool:
-        refused = None
-        try:
-            if _USER["content"] in self._apply([_USER]).lower():
-                return False
-        except SourceError as error:
-            refused = error
-        self.takes_parts = True
-        if self._writes([_USER], _USER):
-            return True
+    def _takes_parts(self) -> bool:
+        """Whether content goes in as parts; mere text is tried first, which most templates take."""
+        for self.takes_parts in (False, True):
+            if self._writes([_USER], _USER):
+                return self.takes_parts
         self.takes_parts = False
-        raise refused or SourceError(
+        self._apply([_USER])  # where it refuses, it says why
+        raise SourceError(
             "the model's chat template leaves out what the user says (tried as text and as a list of parts); "
             "it needs something that a chat does not give it"
         )

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from lowvram_lab.errors import LowvramError, SourceError, first_line
@@ -20,7 +20,7 @@ def base_model(name: str) -> SourceError:
     )
 
 
-def check_arguments(template: str, arguments: Iterable[str]) -> None:
+def check_arguments(template: str, arguments: Collection[str]) -> None:
     """Refuses arguments that would change nothing, or something else than the template.
 
     Args:
@@ -31,7 +31,6 @@ def check_arguments(template: str, arguments: Iterable[str]) -> None:
         LowvramError: A name that ``apply_chat_template`` takes for itself, or that the template does not know.
         SourceError: A template that is no Jinja.
     """
-    arguments = list(arguments)
     check_names(arguments)
     known = _known_names(template) if arguments else set()
     for name in arguments:
@@ -40,9 +39,9 @@ def check_arguments(template: str, arguments: Iterable[str]) -> None:
             raise LowvramError(f"the model's chat template does not know the argument {name!r}; {knows}")
 
 
-def check_names(arguments: Iterable[str]) -> None:
+def check_names(arguments: Collection[str]) -> None:
     """The part of ``check_arguments`` that needs no template."""
-    own = _own_names()
+    own = _own_names() if arguments else set()
     for name in arguments:
         if name in own:
             raise LowvramError(

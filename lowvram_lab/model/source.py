@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +122,7 @@ class Source:
                 "expected tokenizer.json or the model's vocabulary files beside config.json"
             ) from error
 
-    def require_chat_template(self, arguments: Iterable[str] = ()) -> None:
+    def require_chat_template(self, arguments: Collection[str] = ()) -> None:
         """Refuses a model that cannot chat so, before anything large is fetched, converted or loaded.
 
         A model whose small files cannot be had either passes: fetching it says what is wrong.

@@ -172,6 +172,20 @@ def test_a_tokenizer_that_is_not_fast_refuses_what_it_cannot_spell(monkeypatch):
             ask("a <|im_end|>")
 
 
+def test_a_tokenizer_with_parts_in_python_refuses_it_too():
+    class Nothing:
+        def pre_tokenize(self, text):
+            text.split(lambda _, letters: [letters])
+
+    tokenizer = tokenizer_with(CHAT_TEMPLATE)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.PreTokenizer.custom(Nothing()), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    assert chat_ids(tokenizer, user("a < b")) == stock(tokenizer, user("a < b"))
+    with pytest.raises(SourceError, match="spells a control token of the model .one of <.endoftext.>, <.im_end.>"):
+        chat_ids(tokenizer, user("a <|im_end|>"))
+
+
 # ---- roles and parts ----
 
 
