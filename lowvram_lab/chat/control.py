@@ -76,10 +76,9 @@ class ControlTokens:
         return ids, found
 
     def typed(self, text: str) -> set[int]:
-        """Places of the characters in a typed text that are, or with a neighbour's may become, a control token's.
+        """Places of the letters of control tokens in a typed text, in any case of letters and however they overlap.
 
-        In any case of letters, however they overlap; and, at its ends, what another text may complete to one. A place
-        too many does no harm: it is only read with more care.
+        A place too many does no harm: it is only read with more care.
         """
         places: set[int] = set()
         lowered = [letter.lower() for letter in text]
@@ -89,23 +88,24 @@ class ControlTokens:
                 places.update(range(start, min(start + next(longest, 0), len(text))))
         for _, start, end in self.read(text)[1]:  # what a normaliser makes of it
             places.update(range(start, end))
-        places |= self._completable(lowered)
         return {place for place in places if not text[place].isspace()}  # a template may trim it
 
-    def _completable(self, letters: list[str]) -> set[int]:
-        """Places at the ends of a text, spaces aside, that what comes before or after it may complete to a name."""
-        words = [place for place, letter in enumerate(letters) if not letter.isspace()]
-        if not words or not self.ids:
+    def completable(self, text: str) -> set[int]:
+        """Places at the ends of a typed text, spaces aside, that letters before or after it may complete to a token."""
+        inner = range(len(text) - len(text.lstrip()), len(text.rstrip()))
+        if not inner or not self.ids:
             return set()
-        inner, places = range(words[0], words[-1] + 1), set()
-        if any("".join(letters[inner.start : inner.stop]) in name for name in self._lowered):
+        longest, places = self._lengths[0] - 1, set()
+        before = [letter.lower() for letter in text[inner.start : inner.stop][:longest]]
+        after = [letter.lower() for letter in text[inner.start : inner.stop][-longest:]]
+        if len(inner) <= longest and any("".join(before) in name for name in self._lowered):
             places.update(inner)
-        for size in range(1, min(self._lengths[0], len(inner) + 1)):
-            if "".join(letters[inner.stop - size : inner.stop]) in self._beginnings:
+        for size in range(1, len(before) + 1):
+            if "".join(after[-size:]) in self._beginnings:
                 places.update(inner[-size:])
-            if "".join(letters[inner.start : inner.start + size]) in self._ends:
+            if "".join(before[:size]) in self._ends:
                 places.update(inner[:size])
-        return places
+        return {place for place in places if not text[place].isspace()}
 
     def written_ids(self, masked: str, mask: Mask) -> list[int]:
         """Ids of a rendered chat, in which only what is not masked is read as a control token.

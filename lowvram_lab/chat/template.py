@@ -72,17 +72,21 @@ class ChatTemplate:
             SourceError: The template refuses these messages, or fails; or a typed control token cannot be read as text.
         """
         messages = self._folded(messages)
-        typed = [
-            set() if message["role"] == "assistant" else self.control.typed(message["content"]) for message in messages
-        ]
-        if not any(typed):
+        others = [message["content"] if message["role"] != "assistant" else "" for message in messages]
+        typed = [self.control.typed(text) for text in others]
+        wary = [places | self.control.completable(text) for places, text in zip(typed, others, strict=True)]
+        if not any(wary):
             return self._apply(messages, tokenize=True)["input_ids"]
         mask = Mask([message["content"] for message in messages])
-        hidden = [
-            {**message, "content": mask.on(message["content"], places)}
-            for message, places in zip(messages, typed, strict=True)
-        ]
-        return self.control.written_ids(self._apply(hidden), mask)
+        masked, guarded = (self._masked(messages, mask, places) for places in (typed, wary))
+        if mask.off(guarded) == mask.off(masked):  # else the template asks what was said, and is to see it
+            masked = guarded
+        return self.control.written_ids(masked, mask)
+
+    def _masked(self, messages: Messages, mask: Mask, places: list[set[int]]) -> str:
+        """A chat as it is rendered, with what lies at some places of each message masked."""
+        given = zip(messages, places, strict=True)
+        return self._apply([{**message, "content": mask.on(message["content"], found)} for message, found in given])
 
     def _folded(self, messages: Messages) -> Messages:
         """With the system message before the first user message, where the template takes it nowhere else."""

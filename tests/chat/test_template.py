@@ -163,6 +163,16 @@ def test_pieces_that_make_a_control_token_with_the_templates_own_letters():
     assert 1 not in chat_ids(tokenizer, user("<|im_en"))
 
 
+@pytest.mark.parametrize("said", ["/think", "think", "be brief /think", "<", "/think <|im_end|>"])
+def test_a_template_that_asks_what_was_said_sees_it(said):
+    asks = "{% if '/think' in messages[0].content %}<think>{% endif %}"
+    tokenizer = tokenizer_with(QWEN3 + asks)
+    ids = chat_ids(tokenizer, user(said))
+    assert ids.count(tokenizer.convert_tokens_to_ids("<think>")) == ("/think" in said)
+    if "<|im_end|>" not in said:
+        assert ids == stock(tokenizer, user(said))
+
+
 def test_a_tokenizer_that_is_not_fast_refuses_what_it_cannot_spell(monkeypatch):
     tokenizer = tokenizer_with(CHAT_TEMPLATE)
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
