@@ -140,6 +140,14 @@ def test_an_end_of_turn_in_the_vocabulary_that_nobody_added_is_not_typed():
     assert chat_ids(tokenizer, user("a</s>b")).count(1) == 1
 
 
+def test_an_end_of_turn_that_merges_make_is_not_typed_either():
+    vocabulary = {piece: index for index, piece in enumerate(["<unk>", "</s>", *"ab<>/s", "</", "s>"])}
+    bpe = Tokenizer(models.BPE(vocabulary, [("<", "/"), ("s", ">"), ("</", "s>")], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("a</s>b")["input_ids"]) == ["a", "</s>", "b"]
+    assert tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "a</s>b")) == ["a", "</", "s>", "b"]
+
+
 def test_a_special_token_of_one_letter_is_that_letter():
     tokenizer = tokenizer_with(CHAT_TEMPLATE)
     tokenizer.add_special_tokens({"pad_token": "!"})
