@@ -46,8 +46,7 @@ class ChatTemplate:
         takes_parts: Whether a message's content goes in as a list of parts, since the template leaves out mere text.
 
     Raises:
-        LowvramError: Arguments that are no plain data, that ``apply_chat_template`` itself takes, or that the template
-            does not know.
+        LowvramError: Arguments that ``apply_chat_template`` itself takes, or that the template does not know.
         SourceError: The template fails on a user's message, or leaves it out.
     """
 
@@ -90,11 +89,13 @@ class ChatTemplate:
 
     def _folded(self, messages: Messages) -> Messages:
         """With the system message before the first user message, where the template takes it nowhere else."""
-        if not self.folds_system or messages[0]["role"] != "system" or len(messages) < 2:
+        system, *others = messages
+        first = next((place for place, message in enumerate(others) if message["role"] == "user"), None)
+        if not self.folds_system or system["role"] != "system" or first is None:
             return messages
-        system, first, *others = messages
-        texts = [text for text in (system["content"], first["content"]) if text]
-        return [{**first, "content": "\n\n".join(texts)}, *others]
+        texts = [text for text in (system["content"], others[first]["content"]) if text]
+        others[first] = {**others[first], "content": "\n\n".join(texts)}
+        return others
 
     def _apply(self, messages: list[dict], tokenize: bool = False, generation_prompt: bool = True):
         """A chat as the template renders it; with ``tokenize``, a ``BatchEncoding``."""
@@ -166,7 +167,8 @@ class ChatTemplate:
 def chat_template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, object] | None = None) -> ChatTemplate:
     """The chat template of a tokenizer as it is now; tried once, since a large vocabulary takes a tenth of a second.
 
-    Raises: what ``ChatTemplate`` raises.
+    Raises:
+        LowvramError: Arguments that are no plain data, or what ``ChatTemplate`` raises.
     """
     try:
         values = json.dumps(dict(arguments or {}))

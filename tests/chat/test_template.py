@@ -219,6 +219,13 @@ def test_a_system_message_that_the_template_does_not_take_goes_before_the_first_
     assert chat_ids(tokenizer, [{**SYSTEM, "content": ""}, *messages[1:]]) == stock(tokenizer, messages[1:])
 
 
+def test_it_goes_to_the_user_also_where_the_assistant_speaks_first():
+    tokenizer = tokenizer_with(NO_SYSTEM + CHAT_TEMPLATE)
+    hello = {"role": "assistant", "content": "hello"}
+    folded = stock(tokenizer, [hello, *user("Be brief.\n\none")])
+    assert chat_ids(tokenizer, [SYSTEM, hello, *user("one")]) == folded
+
+
 def test_one_that_it_takes_is_left_alone():
     tokenizer = tokenizer_with(CHAT_TEMPLATE)
     assert chat_ids(tokenizer, [SYSTEM, *user("one")]) == stock(tokenizer, [SYSTEM, *user("one")])
