@@ -6,13 +6,14 @@ Which tokens those are says ``control``, how a template takes a chat ``template`
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lowvram_lab.chat.control import END_OF_TURN_TOKENS, ControlTokens
 from lowvram_lab.chat.template import chat_template
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.errors import LowvramError, SourceError
 from lowvram_lab.model.text import first_ids
 
 if TYPE_CHECKING:
@@ -65,8 +66,10 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
+    """With those of a chat template, where there is one that a chat can go by; a text needs none."""
     if getattr(tokenizer, "chat_template", None):
-        return chat_template(tokenizer).control
+        with contextlib.suppress(SourceError):
+            return chat_template(tokenizer).control
     return _untemplated(tokenizer, len(tokenizer))
 
 

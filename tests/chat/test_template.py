@@ -226,6 +226,13 @@ def test_it_goes_to_the_user_also_where_the_assistant_speaks_first():
     assert chat_ids(tokenizer, [SYSTEM, hello, *user("one")]) == folded
 
 
+@pytest.mark.parametrize("template", ["hello", "{% if %}", {"rag": CHAT_TEMPLATE}])
+def test_a_text_to_go_on_with_needs_no_template_that_works(template):
+    tokenizer = tokenizer_with(template)
+    assert text_ids(tokenizer, "a <b>") == tokenizer("a <b>")["input_ids"]
+    assert 1 not in text_ids(tokenizer, "a <|im_end|>")
+
+
 def test_one_that_it_takes_is_left_alone():
     tokenizer = tokenizer_with(CHAT_TEMPLATE)
     assert chat_ids(tokenizer, [SYSTEM, *user("one")]) == stock(tokenizer, [SYSTEM, *user("one")])
