@@ -9,7 +9,6 @@ Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``.
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import mmap
 import struct
@@ -22,37 +21,27 @@ import torch
 
 from lowvram_lab.errors import CheckpointError, LowvramError, first_line
 from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
+from lowvram_lab.model.gguf_config import ROPE_FACTORS, check_keys, complete, config_values, is_read_here
+from lowvram_lab.model.gguf_tokenizer import read_tokenizer
 from lowvram_lab.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
-CONVERSION = 1  # raise it when the same GGUF would give other files: older cached directories are then built again
+CONVERSION = 2  # raise it when the same GGUF would give other files: older cached directories are then built again
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
 _CONTROL_TOKEN = 3
-_CONFIG_KEYS = {
-    "hidden_size": "embedding_length",
-    "num_hidden_layers": "block_count",
-    "num_attention_heads": "attention.head_count",
-    "intermediate_size": "feed_forward_length",
-    "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-}
-_TOKEN_KEYS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-# architectures whose config is built here from the metadata; others go through transformers' slower reader
-_FAST_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _STOP_WORDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata by key, and the shape (outermost dimension first) of each tensor."""
+    """Metadata by key; of each tensor its shape (outermost dimension first), and its GGML type and first byte."""
 
     metadata: dict
     tensors: dict[str, tuple[int, ...]]
+    places: dict[str, tuple[int, int]]
 
     @property
     def architecture(self) -> str:
@@ -82,19 +71,22 @@ def gguf_config(path: Path):
         A ``PretrainedConfig`` with ``dtype`` bfloat16, which is what the conversion stores.
 
     Raises:
-        CheckpointError: Damaged file, or an architecture that transformers cannot read from GGUF.
+        CheckpointError: Damaged file, an architecture that transformers cannot read from GGUF, or metadata that changes
+            what the model computes and is not read.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     header = read_gguf_header(path)
-    if header.architecture in _FAST_ARCHITECTURES:
-        config_class, facts = CONFIG_MAPPING[header.architecture], _config_facts(path, header)
-        with _one_line_errors(path, "build a config from its metadata"), quiet_transformers():
-            return config_class.from_dict(facts)
     with _one_line_errors(path, f"read a config for architecture {header.architecture!r}"), quiet_transformers():
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=str(path.absolute()), local_files_only=True)
-        config.dtype = "bfloat16"
+        if is_read_here(header):
+            factors = _read_tensor(path, header, ROPE_FACTORS) if ROPE_FACTORS in header.tensors else None
+            config = CONFIG_MAPPING[header.architecture].from_dict(config_values(path, header, factors))
+        else:
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=str(path.absolute()), local_files_only=True)
+            config.dtype = "bfloat16"
+            complete(config, header)
+        check_keys(path, header, config)
         return config
 
 
@@ -157,7 +149,7 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
         steps.update()
 
         steps.set_postfix_str("converting the tokenizer")
-        tokenizer = AutoTokenizer.from_pretrained(str(empty), **location)
+        tokenizer = read_tokenizer(header, path) or AutoTokenizer.from_pretrained(str(empty), **location)
         tokenizer.model_max_length = config.max_position_embeddings  # GGUF has no such field, and 1e30 helps nobody
         tokenizer.save_pretrained(directory)
         steps.update()
@@ -195,50 +187,29 @@ def _save(loaded: PreTrainedModel, config: PretrainedConfig, header: GgufHeader,
     fresh.save_pretrained(directory, max_shard_size="2GB")
 
 
-def _config_facts(path: Path, header: GgufHeader) -> dict:
-    metadata, prefix = header.metadata, header.architecture
+def _read_tensor(path: Path, header: GgufHeader, name: str) -> np.ndarray:
+    """A small tensor in float32."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
 
-    def needed(key: str):
-        value = metadata.get(f"{prefix}.{key}")
-        if not isinstance(value, int | float) or value <= 0:
-            raise CheckpointError(f"{path}: its metadata has {value!r} for {prefix}.{key}; download the file again")
-        return value
-
-    facts = {name: needed(key) for name, key in _CONFIG_KEYS.items()}
-    heads = facts["num_attention_heads"]
-    head_dim = metadata.get(f"{prefix}.attention.key_length", metadata.get(f"{prefix}.rope.dimension_count"))
-    if "token_embd.weight" not in header.tensors:
-        raise CheckpointError(f"{path}: lacks token_embd.weight; expected a whole language model")
-    facts |= {
-        "model_type": prefix,
-        "num_key_value_heads": metadata.get(f"{prefix}.attention.head_count_kv", heads),
-        "vocab_size": header.tensors["token_embd.weight"][0],
-        "tie_word_embeddings": "output.weight" not in header.tensors,
-        "rope_parameters": {"rope_type": "default", "rope_theta": metadata.get(f"{prefix}.rope.freq_base", 10000.0)},
-        "dtype": "bfloat16",
-    }
-    if prefix != "qwen2":
-        facts["head_dim"] = head_dim or facts["hidden_size"] // heads
-    for name, key in _TOKEN_KEYS.items():
-        facts[name] = metadata.get(f"tokenizer.ggml.{key}")
-    scaling = metadata.get(f"{prefix}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in header.tensors:
-        logger.warning("%s: its RoPE scaling (%s) is not converted; long contexts will suffer", path.name, scaling)
-    return facts
+    shape, (kind, start) = header.tensors[name], header.places[name]
+    data = np.fromfile(path, np.uint8, _tensor_bytes(name, shape, kind), offset=start)
+    return dequantize(data, GGMLQuantizationType(kind)).reshape(shape)
 
 
 def _check_complete(path: Path, header: GgufHeader, model: PreTrainedModel, report: dict) -> None:
     """The loader fills a missing tensor with random numbers and drops one it cannot name; neither may pass here."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{path}: lacks {len(missing)} tensors, first {missing[0]}; download the file again")
-    if header.architecture not in _FAST_ARCHITECTURES:
-        return
-    placed = sum(1 for _ in model.parameters())  # tied parameters count once
-    held = len(header.tensors.keys() - {"rope_freqs.weight"})
-    if held > placed:
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config={})
+    named = get_gguf_hf_weights_map(model, processor).keys()
+    read = {ROPE_FACTORS} if is_read_here(header) else set()  # which are in the config
+    if dropped := sorted(header.tensors.keys() - named - read):
         raise CheckpointError(
-            f"{path}: holds {held} tensors where a {header.architecture} model has {placed}; "
-            "pick a plain conversion of the model"
+            f"{path}: holds {len(dropped)} tensors that a {header.architecture} model has no place for, first "
+            f"{dropped[0]}; pick a plain conversion of the model"
         )
 
 
@@ -292,7 +263,8 @@ def _parse(data: mmap.mmap) -> GgufHeader:
     for name, (shape, kind, offset) in tensors.items():
         if (end := start + offset + _tensor_bytes(name, shape, kind)) > len(data):
             raise ValueError(f"tensor {name} ends at byte {end:,}, the file at {len(data):,}")
-    return GgufHeader(metadata, {name: shape for name, (shape, _, _) in tensors.items()})
+    places = {name: (kind, start + offset) for name, (_, kind, offset) in tensors.items()}
+    return GgufHeader(metadata, {name: shape for name, (shape, _, _) in tensors.items()}, places)
 
 
 def _tensor_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:

@@ -354,10 +354,26 @@ def test_pieces_make_the_same_file(tmp_path, monkeypatch, elements):
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
 
 
-def test_a_sliding_window_ends_the_context(tmp_path):
-    model = make_model(tmp_path / "m", "mistral", sliding_window=256)
-    export_gguf(model, tmp_path / "m.gguf", progress=False)
-    assert read_gguf_header(tmp_path / "m.gguf").metadata["llama.context_length"] == 256
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_a_sliding_window_is_refused_beyond_itself(tmp_path, kind):
+    slides = {} if kind == "mistral" else {"use_sliding_window": True, "max_window_layers": 2}
+    model = make_model(tmp_path / "m", kind, sliding_window=256, **slides)
+    options = {"progress": False, "error": CheckpointError, "match": "sliding window of 256 .*--context 256"}
+    for context in (None, 257):
+        refused(export_gguf, model, tmp_path / "m.gguf", context=context, **options)
+    assert list(tmp_path.iterdir()) == [model]
+    made = export_gguf(model, tmp_path / "m.gguf", context=256, progress=False)
+    header = read_gguf_header(tmp_path / "m.gguf")
+    assert header.metadata[f"{header.architecture}.context_length"] == made.context == 256
+    assert find_source(tmp_path / "m.gguf").spec().longest_context == 256
+
+
+def test_a_context_of_no_effect(tmp_path):
+    model = make_model(tmp_path / "m", "mistral", sliding_window=1024)
+    assert export_gguf(model, tmp_path / "m.gguf", progress=False).context == 1024
+    for context in (0, 1025):
+        says = f"context of 1 to 1024 tokens, found {context}"
+        refused(export_gguf, model, tmp_path / "n.gguf", context=context, error=CheckpointError, match=says)
 
 
 # ---- vocabulary ----
@@ -503,8 +519,8 @@ def test_output_refused(tmp_path, monkeypatch):
         ("llama", {"hidden_act": "gelu"}, "activation silu, found gelu"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "RoPE scaling 'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "RoPE scaling 'dynamic'",
         ),
         ("qwen2", KINDS["llama-llama3"] | {"model_type": "qwen2"}, "RoPE scaling 'llama3' of a qwen2"),
         ("qwen3", {"attention_bias": True}, r"q_proj.bias has no place in a GGUF of a qwen3 model"),
