@@ -319,6 +319,8 @@ def config_metadata(spec: ModelSpec, config: PretrainedConfig, context: int | No
     architecture, rope = ARCHITECTURES[kind], config.rope_parameters
     if (share := rope.get("partial_rotary_factor", 1)) != 1:
         raise refuse(f"expected rotary positions of whole heads, found of a share {share}")
+    if architecture == "qwen2" and spec.head_dim * config.num_attention_heads != spec.hidden_size:
+        raise refuse(f"expected heads of {spec.hidden_size // config.num_attention_heads}, found of {spec.head_dim}")
     attention = f"{architecture}.attention"
     return {
         f"{architecture}.block_count": spec.num_hidden_layers,
