@@ -199,18 +199,28 @@ def _read_tensor(path: Path, header: GgufHeader, name: str) -> np.ndarray:
 
 def _check_complete(path: Path, header: GgufHeader, model: PreTrainedModel, report: dict) -> None:
     """The loader fills a missing tensor with random numbers and drops one it cannot name; neither may pass here."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{path}: lacks {len(missing)} tensors, first {missing[0]}; download the file again")
-    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config={})
-    named = get_gguf_hf_weights_map(model, processor).keys()
     read = {ROPE_FACTORS} if is_read_here(header) else set()  # which are in the config
-    if dropped := sorted(header.tensors.keys() - named - read):
+    if dropped := sorted(header.tensors.keys() - _tensor_names(header, model) - read):
         raise CheckpointError(
             f"{path}: holds {len(dropped)} tensors that a {header.architecture} model has no place for, first "
             f"{dropped[0]}; pick a plain conversion of the model"
         )
+
+
+def _tensor_names(header: GgufHeader, model: PreTrainedModel) -> set[str]:
+    """What GGUF calls the model's parameters."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
+    names = get_tensor_name_map(number, model.config.num_hidden_layers)
+    found = set()
+    for name in model.state_dict():
+        module, _, key = name.rpartition(".")
+        for path in (module, module.partition(".")[2]):  # some were converted from the model without its head
+            found.add(f"{names.get_name(path)}.{key}")
+    return found
 
 
 def _stop_ids(header: GgufHeader) -> int | list[int] | None:

@@ -606,7 +606,7 @@ def test_result(tmp_path):
 
 def open_in_llama_cpp(path: Path, **options):
     llama_cpp = pytest.importorskip("llama_cpp")
-    return llama_cpp.Llama(str(path), n_threads=1, verbose=False, **options)
+    return llama_cpp.Llama(str(path), n_threads=1, n_threads_batch=1, verbose=False, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
