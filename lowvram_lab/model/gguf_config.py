@@ -234,8 +234,7 @@ def config_values(path: Path, header: GgufHeader, factors: np.ndarray | None) ->
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(f"{path}: lacks token_embd.weight; expected a whole language model")
     kv_heads = needed("attention.head_count_kv")  # transformers' reader leaves q and k as they lie without it
-    head_dim = metadata.get(f"{prefix}.attention.key_length", metadata.get(f"{prefix}.rope.dimension_count"))
-    head_dim = head_dim or values["hidden_size"] // heads
+    head_dim = metadata.get(f"{prefix}.attention.key_length") or values["hidden_size"] // heads
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := metadata.get(f"{prefix}.{key}", head_dim)) != head_dim:
             raise refuse(key, found, f"{head_dim}, as for keys (a part of the head is not supported)")

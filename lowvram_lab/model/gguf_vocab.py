@@ -105,7 +105,9 @@ def _pre(facts: dict, refuse: Refuse) -> str:
             + " (ignore_merges)" * bool(facts["model"].get("ignore_merges"))
         )
     if (normal == "NFC") != (name in NORMALISED):
-        raise refuse(f"expected the normalizer NFC with the pre-tokenizer {', '.join(NORMALISED)} alone, found {normal}")
+        raise refuse(
+            f"expected the normalizer NFC with the pre-tokenizer {', '.join(NORMALISED)} alone, found {normal}"
+        )
     return name
 
 

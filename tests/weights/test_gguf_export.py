@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
@@ -130,6 +130,7 @@ KINDS = {
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"head_dim": 48, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
 PLAIN = ["llama", "mistral", "qwen2", "qwen2-tied", "qwen3"]  # what transformers reads back whole
 
 
@@ -451,6 +452,12 @@ def changed(tokenizer: Tokenizer, **changes) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(facts))
 
 
+def with_spaces(tokenizer: Tokenizer) -> Tokenizer:
+    """With a token that takes the spaces after it."""
+    tokenizer.add_tokens([AddedToken("<odd>", rstrip=True)])
+    return tokenizer
+
+
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
 
 
@@ -465,6 +472,12 @@ SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", 
         (lambda: changed(byte_level("gpt-2"), model__dropout=0.1), "dropout"),
         (lambda: changed(byte_level("gpt-2"), model__merges=[]), "expected byte-pair merges"),
         (lambda: Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")), "found WordLevel"),
+        (
+            lambda: changed(byte_level("llama-bpe"), normalizer={"type": "NFC"}),
+            "NFC with the pre-tokenizer qwen2 alone",
+        ),
+        (lambda: changed(byte_level("qwen2"), normalizer=None), "NFC with the pre-tokenizer qwen2 alone"),
+        (lambda: with_spaces(byte_level("gpt-2")), "'<odd>' with rstrip"),
         (lambda: byte_level("gpt-2", bos=True), ""),
     ],
 )
@@ -522,6 +535,15 @@ def test_output_refused(tmp_path, monkeypatch):
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             "RoPE scaling 'dynamic'",
         ),
+        ("qwen2", {"head_dim": 48}, "expected heads of 32, found of 48"),
+        (
+            "llama",
+            {"rope_parameters": KINDS["llama-llama3"]["rope_parameters"] | {"rope_theta": 2.0}},
+            "no frequency of a head of 32 is scaled by llama3's whole factor 8.0",
+        ),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "YaRN with beta_fast = 16.0, expected 32"),
+        ("mistral", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "YaRN with attention_factor = 1.5"),
+        ("qwen3", {"head_dim": 32, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale = 1.0"),
         ("qwen2", KINDS["llama-llama3"] | {"model_type": "qwen2"}, "RoPE scaling 'llama3' of a qwen2"),
         ("qwen3", {"attention_bias": True}, r"q_proj.bias has no place in a GGUF of a qwen3 model"),
     ],
