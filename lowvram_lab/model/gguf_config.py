@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-    from lowvram_lab.model.gguf import GgufHeader
+    from lowvram_lab.model.gguf_header import GgufHeader
     from lowvram_lab.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from lowvram_lab.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lowvram_lab.model.gguf import GgufHeader
+    from lowvram_lab.model.gguf_header import GgufHeader
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import SourceError
-from lowvram_lab.model.gguf import read_gguf_header
+from lowvram_lab.model.gguf_header import read_gguf_header
 from lowvram_lab.model.gguf_tokenizer import (
     BYTE,
     CONTROL,

@@ -23,7 +23,7 @@ from lowvram_lab.faces.cli import export as cli_export
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.formats import get_format
-from lowvram_lab.model.gguf import read_gguf_header
+from lowvram_lab.model.gguf_header import read_gguf_header
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.weights import gguf_export
