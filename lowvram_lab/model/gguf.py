@@ -15,7 +15,7 @@ from lowvram_lab.errors import CheckpointError, LowvramError, first_line
 from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
 from lowvram_lab.model.gguf_config import ROPE_FACTORS, check_keys, complete, config_values, is_read_here
 from lowvram_lab.model.gguf_header import GgufHeader, read_gguf_header, read_gguf_tensor
-from lowvram_lab.model.gguf_tokenizer import read_tokenizer
+from lowvram_lab.model.gguf_tokenizer import check_reopens, read_tokenizer
 from lowvram_lab.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
         tokenizer = read_tokenizer(header, path) or AutoTokenizer.from_pretrained(str(empty), **location)
         tokenizer.model_max_length = config.max_position_embeddings  # GGUF has no such field, and 1e30 helps nobody
         tokenizer.save_pretrained(directory)
+        check_reopens(tokenizer, directory, header, path)
         steps.update()
     empty.rmdir()
 

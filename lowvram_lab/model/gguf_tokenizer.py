@@ -84,6 +84,35 @@ def read_tokenizer(header: GgufHeader, path: Path) -> PreTrainedTokenizerBase | 
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special, **template)
 
 
+def check_reopens(tokenizer: PreTrainedTokenizerBase, directory: Path, header: GgufHeader, path: Path) -> None:
+    """Refuses a tokenizer that transformers would open otherwise than it was saved.
+
+    For some model types it takes a class of its own, with that family's way to split text, whatever the files say.
+
+    Args:
+        tokenizer: As it was saved.
+        directory: Where, config and all.
+        header: Of the file it was read from.
+        path: That file, for messages.
+
+    Raises:
+        CheckpointError: Text would be split in another way than the file asks for.
+    """
+    from transformers import AutoTokenizer
+
+    if header.metadata.get("tokenizer.ggml.pre", "default") == "default":
+        return  # the file asks for none: the family's is as good a guess as any
+    opened = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    saved, found = (
+        re.sub(r"trim_offsets=\w+", "", str(one.backend_tokenizer.pre_tokenizer)) for one in (tokenizer, opened)
+    )
+    if saved != found:
+        raise CheckpointError(
+            f"{path}: its text is split as {header.metadata['tokenizer.ggml.pre']} asks for, where transformers takes "
+            f"{type(opened).__name__} for every {header.architecture} model; open the model's own directory"
+        )
+
+
 def _byte_level(found: dict, path: Path) -> dict:
     """Normalizer, pre-tokenizer, model and decoder of a byte-level vocabulary."""
     name = found.get("pre", "default")

@@ -356,6 +356,7 @@ def write_gguf(path, model, arch="llama", kind="F32", skip=(), template=CHAT_TEM
 def add_metadata(writer, config, arch, changes):
     facts = {
         "general.name": "tiny",
+        "tokenizer.ggml.pre": "qwen2" if arch == "qwen2" else "gpt-2",
         f"{arch}.block_count": config.num_hidden_layers,
         f"{arch}.context_length": config.max_position_embeddings,
         f"{arch}.embedding_length": config.hidden_size,
@@ -376,7 +377,6 @@ def add_vocabulary(writer, template):
     letters = [chr(code) for code in letters] + [chr(256 + i) for i in range(256 - len(letters))]
     tokens = [*letters, "he", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 257 + [3] * 3)
     writer.add_token_merges(["h e"])
@@ -422,11 +422,7 @@ def test_gguf_llama(tmp_path, tiny, kind):
 
 
 def test_gguf_qwen2_with_biases_untied(tmp_path):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    facts = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    model = Qwen2ForCausalLM(Qwen2Config(**facts, tie_word_embeddings=False))
+    model = tiny_qwen2()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -559,6 +555,30 @@ def test_gguf_metadata_of_no_effect(tmp_path, tiny, caplog, key, value):
     assert find_source(tmp_path / "t.gguf").config().rope_parameters["rope_type"] == "default"
     warned = [record.getMessage() for record in caplog.records]
     assert warned == (["t.gguf: unknown metadata llama.new.idea is not read"] if key == "new.idea" else [])
+
+
+def tiny_qwen2():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    facts = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    return Qwen2ForCausalLM(Qwen2Config(**facts, tie_word_embeddings=False))
+
+
+def test_gguf_whose_text_transformers_would_split_otherwise(tmp_path):
+    """It has one way for every qwen2 model, whatever the saved tokenizer says."""
+    write_gguf(tmp_path / "t.gguf", tiny_qwen2(), arch="qwen2", tokenizer__ggml__pre="smollm")
+    says = "split as smollm asks for, where transformers takes Qwen2Tokenizer"
+    refused(find_source(tmp_path / "t.gguf").fetch, error=CheckpointError, match=says)
+    assert finished_directories() == []
+    write_gguf(tmp_path / "u.gguf", tiny_qwen2(), arch="qwen2", tokenizer__ggml__pre="deepseek-r1-qwen")
+    assert find_source(tmp_path / "u.gguf").tokenizer()("he").input_ids == [256]
+
+
+def test_gguf_whose_way_to_split_text_is_unknown(tmp_path, tiny, caplog):
+    write_gguf(tmp_path / "t.gguf", tiny, tokenizer__ggml__pre="of tomorrow")
+    assert find_source(tmp_path / "t.gguf").tokenizer()("he").input_ids == [256]
+    assert "t.gguf: unknown pre-tokenizer 'of tomorrow': text is split by GPT-2's pattern" in caplog.text
 
 
 def test_gguf_that_leaves_the_heads_of_keys_out(tmp_path, tiny):
