@@ -247,7 +247,7 @@ def config_values(path: Path, header: GgufHeader, factors: np.ndarray | None) ->
         "vocab_size": header.tensors["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "rope_parameters": _rope_values(path, header, head_dim, factors),
-        "dtype": "bfloat16",
+        "dtype": header.dtype,
     }
     if prefix != "qwen2" or head_dim * heads != values["hidden_size"]:
         values["head_dim"] = head_dim

@@ -19,6 +19,7 @@ import numpy as np
 from lowvram_lab.errors import CheckpointError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_GGML_F32, _GGML_F16 = 0, 1
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
 
 
@@ -34,6 +35,14 @@ class GgufHeader:
     def architecture(self) -> str:
         """Such as ``"llama"`` or ``"qwen2"``."""
         return self.metadata["general.architecture"]
+
+    @property
+    def dtype(self) -> str:
+        """What holds its matrices exactly where they are floats; bfloat16 where some are quantised."""
+        kinds = {self.places[name][0] for name, shape in self.tensors.items() if len(shape) > 1}
+        if kinds == {_GGML_F16}:
+            return "float16"
+        return "float32" if kinds <= {_GGML_F32, _GGML_F16} else "bfloat16"
 
 
 def read_gguf_header(path: Path) -> GgufHeader:

@@ -340,7 +340,8 @@ def write_gguf(path, model, arch="llama", kind="F32", skip=(), template=CHAT_TEM
         small = values.ndim == 1
         packed = values if small else gguf.quants.quantize(values, quantised)
         back = values if small else gguf.quants.dequantize(packed, quantised)
-        expected[name] = torch.from_numpy(np.array(back)).to(torch.bfloat16)
+        dtype = {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+        expected[name] = torch.from_numpy(np.array(back)).to(dtype)
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             rows = packed.reshape(heads, 2, -1, packed.shape[-1]).swapaxes(1, 2)
@@ -408,12 +409,12 @@ def check_converted(found, expected):
     checkpoint = Checkpoint(directory)
     assert set(checkpoint.keys()) == set(expected)
     for name, tensor in expected.items():
-        assert checkpoint.dtype(name) == torch.bfloat16
+        assert checkpoint.dtype(name) == tensor.dtype == found.config().dtype
         assert torch.equal(checkpoint.read(name), tensor), name
     return directory
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_gguf_llama(tmp_path, tiny, kind):
     expected = write_gguf(tmp_path / "tiny.gguf", tiny, kind=kind)
     directory = check_converted(find_source(tmp_path / "tiny.gguf"), expected)
