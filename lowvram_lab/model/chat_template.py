@@ -37,7 +37,7 @@ def in_gguf(path: Path) -> bool:
     Raises:
         CheckpointError: Damaged file.
     """
-    from lowvram_lab.model.gguf_header import read_gguf_header
+    from lowvram_lab.model.gguf import read_gguf_header
 
     return bool(read_gguf_header(path).metadata.get("tokenizer.chat_template"))
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import SourceError
-from lowvram_lab.model.gguf_header import read_gguf_header
-from lowvram_lab.model.gguf_tokenizer import (
+from lowvram_lab.gguf_files.tokenizer import (
     BYTE,
     CONTROL,
     DIGITS,
@@ -25,6 +24,7 @@ from lowvram_lab.model.gguf_tokenizer import (
     UNUSED,
     USER_DEFINED,
 )
+from lowvram_lab.model.gguf import read_gguf_header
 from lowvram_lab.model.source import Source
 from lowvram_lab.model.spec import ModelSpec
 

@@ -22,10 +22,10 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
+from lowvram_lab.gguf_files.config import ARCHITECTURES, ROPE_FACTORS, config_metadata, rope_factors
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import get_format
-from lowvram_lab.model.gguf_config import ARCHITECTURES, ROPE_FACTORS, config_metadata, rope_factors
 from lowvram_lab.model.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec

@@ -20,10 +20,10 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.faces.cli import export as cli_export
+from lowvram_lab.gguf_files.header import read_gguf_header
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.formats import get_format
-from lowvram_lab.model.gguf_header import read_gguf_header
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.weights import gguf_export
@@ -130,6 +130,8 @@ KINDS = {
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"head_dim": 48, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 512}
+LONGROPE |= {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
 
 
@@ -532,8 +534,8 @@ def test_output_refused(tmp_path, monkeypatch):
         ("llama", {"hidden_act": "gelu"}, "activation silu, found gelu"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "RoPE scaling 'dynamic'",
+            {"rope_parameters": LONGROPE},
+            "RoPE scaling 'longrope'",
         ),
         ("qwen2", {"head_dim": 48}, "expected heads of 32, found of 48"),
         (

@@ -1,7 +1,8 @@
-"""A tokenizer from GGUF metadata: the way back from ``gguf_vocab.py``, for byte-level and SentencePiece vocabularies.
+"""A tokenizer from GGUF metadata: the way back from ``model/gguf_vocab.py``.
 
 transformers' own reader leaves control tokens out that are written in other than the byte alphabet, and knows neither
-what parts digits nor what puts a token before a text. Tokenizers of other kinds are left to it.
+what parts digits nor what puts a token before a text. Byte-level and SentencePiece vocabularies
+are read here; other kinds are left to it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lowvram_lab.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lowvram_lab.model.gguf_header import GgufHeader
+    from lowvram_lab.gguf_files.header import GgufHeader
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import copy
 import logging
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-    from lowvram_lab.model.gguf_header import GgufHeader
-    from lowvram_lab.model.spec import ModelSpec
+    from lowvram_lab.gguf_files.header import GgufHeader
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +90,28 @@ _LLAMA3 = {
     "low_freq_factor": ("rope.scaling.low_freq_factor", 1.0),
     "high_freq_factor": ("rope.scaling.high_freq_factor", 4.0),
 }
+
+
+class Sizes(Protocol):
+    """What is to be known of a model beside its config; a ``ModelSpec`` is one."""
+
+    name: str
+    num_hidden_layers: int
+    hidden_size: int
+    vocab_size: int
+    max_position_embeddings: int
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values in a layer."""
+
+    @property
+    def head_dim(self) -> int:
+        """Features of a head."""
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens the shortest-sighted layer attends to, if any."""
 
 
 def is_read_here(header: GgufHeader) -> bool:
@@ -295,11 +316,11 @@ def _rope_values(path: Path, header: GgufHeader, head_dim: int, factors: np.ndar
 # ---- to a file ----
 
 
-def config_metadata(spec: ModelSpec, config: PretrainedConfig, context: int | None = None) -> dict:
+def config_metadata(spec: Sizes, config: PretrainedConfig, context: int | None = None) -> dict:
     """A config as metadata: key → value.
 
     Args:
-        spec: The model on paper.
+        spec: The model's sizes.
         config: Its config.
         context: Most tokens the file is for; ``None`` for all that the model was trained for.
 
@@ -344,7 +365,7 @@ def rope_factors(config: PretrainedConfig, head_dim: int) -> np.ndarray | None:
     return _llama3_factors(rope, head_dim) if rope.get("rope_type") == "llama3" else None
 
 
-def _context(spec: ModelSpec, context: int | None, refuse: Callable) -> int:
+def _context(spec: Sizes, context: int | None, refuse: Callable) -> int:
     """The file's context: within a sliding window, which llama.cpp does not slide in these architectures."""
     most = spec.max_position_embeddings
     if context is not None and not 0 < context <= most:
@@ -357,7 +378,7 @@ def _context(spec: ModelSpec, context: int | None, refuse: Callable) -> int:
     return context or most
 
 
-def _scaling(config: PretrainedConfig, spec: ModelSpec, refuse: Callable) -> dict:
+def _scaling(config: PretrainedConfig, spec: Sizes, refuse: Callable) -> dict:
     """Keys of the RoPE scaling, for what llama.cpp computes as transformers does."""
     rope = config.rope_parameters
     scaling = rope.get("rope_type", "default")
