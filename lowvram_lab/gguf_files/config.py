@@ -82,8 +82,18 @@ _NEUTRAL = {
     "rope.scaling.yarn_log_multiplier": (0,),
     "use_parallel_residual": (False,),
 }
-# of what is done with text or hidden states, not of logits
-_HARMLESS = {"decoder_start_token_id", "pooling_type", "rope.scaling.finetuned", "tensor_data_layout"}
+# of what is done with text or hidden states, not of logits; held by the tensors' shapes; without effect but beside a
+# scaling that is looked at itself
+_HARMLESS = {
+    "context_length",
+    "decoder_start_token_id",
+    "feed_forward_length",
+    "pooling_type",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "tensor_data_layout",
+    "vocab_size",
+}
 # what llama3 says beside its factor; llama.cpp reads the factors alone, and none of these
 _LLAMA3 = {
     "original_max_position_embeddings": ("rope.scaling.original_context_length", 8192),
@@ -161,10 +171,7 @@ def stated_by(config: PretrainedConfig, key: str) -> object:
         "attn_logit_softcapping": ("attn_logit_softcapping",),
         "final_logit_softcapping": ("final_logit_softcapping",),
         "use_parallel_residual": ("use_parallel_residual",),
-        "feed_forward_length": ("intermediate_size", "n_inner"),
-        "context_length": ("max_position_embeddings", "n_positions"),
         "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads"),
-        "vocab_size": ("vocab_size",),
     }
     computed = {
         "attention.key_length": head_dim,
@@ -173,7 +180,6 @@ def stated_by(config: PretrainedConfig, key: str) -> object:
         "rope.freq_base": rope.get("rope_theta"),
         "rope.scaling.type": {"default": "none"}.get(rope.get("rope_type"), rope.get("rope_type")),
         "rope.scaling.factor": rope.get("factor"),
-        "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
         "rope.scaling.yarn_ext_factor": 1.0 if rope.get("rope_type") == "yarn" else None,
     }
     found = (getattr(config, name, None) for name in attributes.get(key, ()))
@@ -186,13 +192,16 @@ def _same(value: object, stated: object) -> bool:
 
 
 def complete(config: PretrainedConfig, header: GgufHeader) -> None:
-    """Sets what transformers' reader leaves at its default though the file says it: a window, the rotary base."""
-    window = header.metadata.get(f"{header.architecture}.attention.sliding_window")
+    """Sets what transformers' reader leaves at its default though the file says it: window, rotary base, factor."""
+    stated = {key.partition(".")[2]: value for key, value in header.metadata.items()}
+    window = stated.get("attention.sliding_window")
     if window and hasattr(config, "sliding_window") and not getattr(config, "layer_types", None):
         config.sliding_window = window
-    base = header.metadata.get(f"{header.architecture}.rope.freq_base")
-    if base and "rope_theta" in (getattr(config, "rope_parameters", None) or {}):
-        config.rope_parameters["rope_theta"] = base
+    rope = _rope_of(config)
+    if "rope_theta" in rope:
+        rope["rope_theta"] = stated.get("rope.freq_base", rope["rope_theta"])
+        if rope["rope_type"] == "default" and stated.get("rope.scaling.type") == "linear":
+            rope |= {"rope_type": "linear", "factor": stated.get("rope.scaling.factor", 1.0)}
 
 
 def _read_by_transformers(architecture: str, config: PretrainedConfig) -> set[str]:

@@ -623,24 +623,33 @@ def test_gguf_rotary_factors_of_llama3(tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
-    ("arch", "changes", "refusal"),
+    ("arch", "changes", "expected"),
     [
-        ("starcoder2", {}, ""),  # whose rotary base and window transformers' reader leaves at their defaults
-        ("starcoder2", {"starcoder2__rope__dimension_count": 8}, "rope.dimension_count = 8"),
-        ("starcoder2", {"starcoder2__attention__scale": 0.5}, "attention.scale = 0.5"),
+        ("starcoder2", {"rope__freq_base": 999999.0, "attention__sliding_window": 64}, (999999.0, "default", 64)),
+        (
+            "phi3",
+            {"rope__scaling__original_context_length": 9, "attention__sliding_window": 60},
+            (1e4, "default", 60),
+        ),
+        ("gemma3", {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}, (1e4, "linear", 4096)),
+        ("gemma2", {"attn_logit_softcapping": 50.0, "attention__sliding_window": 32}, (1e4, "default", 32)),
+        ("gemma2", {"attn_logit_softcapping": 25.0}, "attn_logit_softcapping = 25.0, .* is 50.0 in"),
+        ("starcoder2", {"rope__dimension_count": 8}, "rope.dimension_count = 8, .* is 16 in"),
+        ("starcoder2", {"attention__scale": 0.5}, "attention.scale = 0.5, .* nothing that is read"),
     ],
 )
-def test_gguf_of_an_architecture_that_transformers_reads(tmp_path, tiny, arch, changes, refusal):
-    metadata = {f"{arch}__attention__sliding_window": 64, f"{arch}__attention__layer_norm_epsilon": 1e-5, **changes}
-    metadata[f"{arch}__attention__layer_norm_rms_epsilon"] = None
-    model = copy.deepcopy(tiny)
-    model.config.rope_parameters["rope_theta"] = 999999.0
-    write_gguf(tmp_path / "t.gguf", model, arch=arch, **metadata)
+def test_gguf_of_an_architecture_that_transformers_reads(tmp_path, tiny, arch, changes, expected):
+    """Its reader leaves the rotary base of starcoder2, the window of phi3 and the scaling of gemma3 at a default."""
+    norm = {"attention__layer_norm_rms_epsilon": None, "attention__layer_norm_epsilon": 1e-5}
+    facts = {**(norm if arch == "starcoder2" else {}), **changes}
+    write_gguf(tmp_path / "t.gguf", tiny, arch=arch, **{f"{arch}__{key}": value for key, value in facts.items()})
     found = find_source(tmp_path / "t.gguf")
-    if refusal:
-        refused(found.config, error=CheckpointError, match=refusal)
+    if isinstance(expected, str):
+        refused(found.config, error=CheckpointError, match=expected)
     else:
-        assert (found.config().rope_parameters["rope_theta"], found.config().sliding_window) == (999999.0, 64)
+        rope = found.config().rope_parameters
+        rope = rope.get("full_attention", rope)
+        assert (rope["rope_theta"], rope["rope_type"], found.config().sliding_window) == expected
 
 
 # ---- finished or absent ----
