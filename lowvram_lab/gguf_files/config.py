@@ -171,7 +171,7 @@ def stated_by(config: PretrainedConfig, key: str) -> object:
         "attn_logit_softcapping": ("attn_logit_softcapping",),
         "final_logit_softcapping": ("final_logit_softcapping",),
         "use_parallel_residual": ("use_parallel_residual",),
-        "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads"),
+        "attention.head_count_kv": ("num_key_value_heads", "num_kv_heads", "num_attention_heads"),
     }
     computed = {
         "attention.key_length": head_dim,

@@ -610,10 +610,16 @@ def run_command(*words):
 
 def test_command(tmp_path, capsys):
     model = make_converted(tmp_path / "m")
-    assert run_command(model, "--to", "gguf", "--output", tmp_path / "m.gguf", "--type", "q4_1", "--json") == 0
+    assert (
+        run_command(
+            model, "--to", "gguf", "--output", tmp_path / "m.gguf", "--type", "q4_1", "--context", 100, "--json"
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["types"] == {"q8_0": 7, "q4_1": 15, "f32": 7} and found["kept_codes"] == 22
+    assert found["context"] == 100
     assert "kept their integers" in captured.err and str(tmp_path / "m.gguf") in captured.err
     with pytest.raises(SystemExit):
         run_command(model, "--to", "onnx", "--output", tmp_path / "n.gguf")
