@@ -157,7 +157,7 @@ def check_round_trip(folder: Path, values: dict, tensor_type: str) -> None:
         assert error_of(llama_cpp_logits(out, ids, 160, len(ids)), wanted) < (1e-3 if tensor_type == "f32" else 5e-3)
 
 
-@settings(max_examples=70, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=64, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(values=configs(), tensor_type=st.sampled_from(["f32", "f32", "f16"]))
 def test_what_is_written_is_read_back(values, tensor_type):
     folder = Path(tempfile.mkdtemp())
