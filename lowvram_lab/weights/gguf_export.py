@@ -24,11 +24,12 @@ from transformers import PretrainedConfig
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
-from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.checkpoint import Checkpoint, missing_tensor
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
+from lowvram_lab.model.tensor_names import refuse_differing_ties
 from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.solvers import is_finite
@@ -157,11 +158,11 @@ def export_gguf(
     spec = source.spec(source.public_name)
     architecture = _architecture(spec, config)
     tensors = _tensors(spec, architecture, tensor_type)
-    directory = source.fetch(progress)
-    checkpoint = Checkpoint(directory)
+    checkpoint = source.checkpoint(progress)
+    refuse_differing_ties(spec, checkpoint)
     for tensor in tensors:
         _check(tensor, checkpoint)
-    vocabulary = vocabulary_of(source, spec, directory)
+    vocabulary = vocabulary_of(source, spec, checkpoint.directory)
     factors = _rope_factors(config)
     tensor_bytes = sum(tensor.nbytes for tensor in tensors) + (0 if factors is None else factors.nbytes)
     with _published(output) as temporary:
@@ -285,7 +286,7 @@ def _check(tensor: _Tensor, checkpoint: Checkpoint) -> None:
         return check_stored(tensor.module, get_format(tensor.stored), checkpoint)
     name = tensor.source
     if name not in checkpoint:
-        raise CheckpointError(f"{checkpoint.directory}: expected a tensor {name}, found none")
+        raise missing_tensor(name, checkpoint)
     shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
     if shape != tensor.shape or not dtype.is_floating_point:
         raise CheckpointError(f"{name}: expected floats of shape {tensor.shape}, found {dtype} of {shape}")
