@@ -20,13 +20,13 @@ from lowvram_lab.engine.layers import import_kernels
 from lowvram_lab.engine.loaded import Loaded, Weights, loaded
 from lowvram_lab.engine.placement import Placement, block_devices
 from lowvram_lab.engine.room import check_room_in_ram, check_room_on_disk
-from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
+from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.memory.recording import Recording
 from lowvram_lab.memory.timeline import Timeline
-from lowvram_lab.model.checkpoint import ShapesOnly, missing_tensor
+from lowvram_lab.model.checkpoint import ShapesOnly, check_tensor
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.quiet import quiet_transformers
@@ -214,13 +214,10 @@ def _check_names_and_shapes(spec: ModelSpec, checkpoint: Weights) -> None:
     refuse_differing_ties(spec, checkpoint)
     for module in spec.modules:
         for key, shape in module.own.items():
-            name = f"{module.name}.{key}"
             if key == "weight" and module.name in spec.stored and not isinstance(checkpoint, ShapesOnly):
                 check_stored(module, get_format(spec.stored[module.name]), checkpoint)
-            elif name not in checkpoint:
-                raise missing_tensor(name, checkpoint)
-            elif tuple(checkpoint.shape(name)) != tuple(shape):
-                raise CheckpointError(f"{name}: expected shape {tuple(shape)}, found {tuple(checkpoint.shape(name))}")
+            else:
+                check_tensor(f"{module.name}.{key}", shape, checkpoint)
 
 
 def _device_name(device: str, gpu: Gpu) -> str:

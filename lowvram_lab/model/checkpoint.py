@@ -84,7 +84,7 @@ class Checkpoint:
         index = None if (self.directory / SINGLE_NAME).is_file() else _read_index(self.directory)
         self.files = _find_files(self.directory, index)
         self._stored_names: dict[str, str] = {}
-        self._stamps = tuple(_stamp(file) for file in self.files)
+        self._stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in self.files)
         self._file_of: dict[str, Path] = {}
         self._facts: dict[str, dict] = {}
         for file in self.files:
@@ -172,26 +172,31 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: no tensor named {name} among its {len(self)}") from None
 
 
-def missing_tensor(name: str, weights: object) -> CheckpointError:
-    """The error that says there is no tensor of this name, and what the files hold instead.
+def check_tensor(name: str, shape: tuple[int, ...], weights: object) -> None:
+    """Checks that a parameter is there, in its shape.
 
     Args:
-        name: A parameter of the model.
-        weights: A checkpoint, or what stands for one.
+        name: Of the parameter.
+        shape: As the checkpoint is to store it.
+        weights: A ``Checkpoint``, or what stands for one.
+
+    Raises:
+        CheckpointError: It is not; what the files hold instead is said.
     """
-    where, unknown = getattr(weights, "directory", "checkpoint"), getattr(weights, "unknown", ())
-    hint = "transformers would fill it with random numbers; download it again, or name a complete checkpoint"
-    if unknown:
-        hint = f"{len(unknown)} of its tensors have names that are none of this model's, as {unknown[0]}"
-    return CheckpointError(f"{where}: expected a tensor {name}, found none; {hint}")
+    if name not in weights:
+        where, unknown = getattr(weights, "directory", "checkpoint"), getattr(weights, "unknown", ())
+        hint = "transformers would fill it with random numbers; download it again, or name a complete checkpoint"
+        if unknown:
+            hint = f"{len(unknown)} of its tensors have names that are none of this model's, as {unknown[0]}"
+        raise CheckpointError(f"{where}: expected a tensor {name}, found none; {hint}")
+    if tuple(weights.shape(name)) != tuple(shape):
+        raise CheckpointError(f"{name}: expected shape {tuple(shape)}, found {tuple(weights.shape(name))}")
 
 
 def _find_files(directory: Path, index: dict[str, str] | None) -> list[Path]:
     if ranks := sorted(file.name for file in directory.glob("shard-*-model-*-of-*.safetensors")):
-        raise CheckpointError(
-            f"{directory}: holds one file a training process ({ranks[0]}), which transformers loads in place of any "
-            "other; save the whole model with save_pretrained first"
-        )
+        why = f"one file a training process ({ranks[0]}), which transformers loads in place of any other"
+        raise CheckpointError(f"{directory}: holds {why}; save the whole model with save_pretrained first")
     if index is not None:
         files = [directory / name for name in sorted(set(index.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
@@ -215,10 +220,8 @@ def _refuse_lost_shards(directory: Path, names: list[str]) -> None:
     for stem, count in {found.groups() for name in names if (found := _SHARD_NAME.fullmatch(name))}:
         expected = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
         if missing := [name for name in expected if name not in names]:
-            raise CheckpointError(
-                f"{directory}: expected {len(expected)} shards by their names, missing {', '.join(missing[:4])}; "
-                "download them again"
-            )
+            lost = f"expected {len(expected)} shards by their names, missing {', '.join(missing[:4])}"
+            raise CheckpointError(f"{directory}: {lost}; download them again")
 
 
 def refuse_pickle(found: str) -> str:
@@ -242,12 +245,6 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CheckpointError(f"{path}: expected plain file names in weight_map, found {sorted(map(str, names))[:3]}")
     return index
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    """What changes when a file does."""
-    facts = file.stat()
-    return facts.st_size, facts.st_mtime_ns
 
 
 def _read_header(file: Path) -> dict[str, dict]:
@@ -304,15 +301,3 @@ def _same_values(first: tuple[Path, str], second: tuple[Path, str], _stamps: tup
     if one.dtype == other.dtype and one.dtype.itemsize > 1:
         return all(torch.equal(tile, its_twin) for tile, its_twin in tiles)
     return all(torch.equal(tile.double(), its_twin.double()) for tile, its_twin in tiles)
-
-
-class RandomWeights(ShapesOnly):
-    """A checkpoint of small random weights."""
-
-    def __init__(self, spec: ModelSpec):
-        super().__init__(spec)
-        self._generator = torch.Generator().manual_seed(0)
-
-    def read(self, name: str) -> torch.Tensor:
-        """Normal values of standard deviation 0.02, in bf16."""
-        return (torch.randn(self.shape(name), generator=self._generator) * 0.02).bfloat16()

@@ -85,11 +85,12 @@ class Source:
         """
         config = self.config()
         spec = ModelSpec.from_config(config, name or self.name)
-        checkpoint = self._checkpoint_here() if spec.tied else None
+        shares = any(module.tied_to or module.shared for module in spec.modules)
+        checkpoint = self._checkpoint_here() if shares else None
         differing = differing_ties(spec, with_model_names(spec, checkpoint)) if checkpoint else []
         if not differing:
             return spec
-        _say_untied(self.name, differing[0].name, differing[0].tied_to)
+        _say_untied(self.name, *differing[0])
         config.tie_word_embeddings = False
         return ModelSpec.from_config(config, spec.name)
 
@@ -315,23 +316,16 @@ def _refuse_other_files(config: PretrainedConfig, checkpoint: Checkpoint) -> Non
     directory = checkpoint.directory
     stated = getattr(config, "transformers_weights", None)
     if stated and [directory / stated] != checkpoint.files:
-        raise CheckpointError(
-            f"{directory}: its config has transformers load {stated} and nothing else, found "
-            f"{checkpoint.files[0].name}; expected weights under their usual names"
-        )
+        raise CheckpointError(f"{directory}: its config has transformers load {stated}; expected the usual file names")
     if (directory / "adapter_config.json").is_file():
         logger.warning("%s: the adapter beside the model is not applied; merge it into the weights first", directory)
 
 
 @functools.lru_cache(maxsize=64)
-def _say_untied(model: str, head: str, embedding: str) -> None:
+def _say_untied(model: str, sharing: str, owner: str) -> None:
     """One line a model, however often its spec is asked for."""
-    logger.warning(
-        "%s: its config ties %s to %s, but its files hold two different tensors: not tied, as in stock transformers",
-        model,
-        head,
-        embedding,
-    )
+    pair = f"{sharing} to {owner}"
+    logger.warning("%s: its config ties %s, but its files hold two that differ: not tied, as in stock", model, pair)
 
 
 def _fetch_default(progress: bool) -> Path:

@@ -16,7 +16,7 @@ import torch
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.checkpoint import Checkpoint
-from lowvram_lab.model.spec import ModelSpec, ModuleSpec, build_on_meta
+from lowvram_lab.model.spec import ModelSpec, build_on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ def with_model_names(spec: ModelSpec, checkpoint: Checkpoint) -> Checkpoint:
         checkpoint: Its tensors, by the names in the files.
 
     Returns:
-        The same files. Tensors that the model has no place for are left out, see ``Checkpoint.unknown``. Of modules
+        The same files. Tensors that the model has no place for are left out, see ``Checkpoint.unknown``. Of parameters
         that the config ties, the second is left out as well, unless the files hold two that differ.
 
     Raises:
@@ -45,49 +45,42 @@ def with_model_names(spec: ModelSpec, checkpoint: Checkpoint) -> Checkpoint:
     model = _empty_model(json.dumps(spec.config, sort_keys=True))
     stored, unknown = _stored_names(model, spec, checkpoint)
     _check_buffers(model, stored, checkpoint)
-    if not _share(_tied_names(model, spec), stored, checkpoint):
-        for module in spec.modules:
-            if module.tied_to:
-                for name in _weight_names(module.name):
-                    stored.pop(name, None)
+    _share(spec, stored)
+    named = checkpoint.renamed(stored, tuple(unknown))
+    if not differing_ties(spec, named):
+        shared = [sharing for sharing, _ in _shared(spec)]
+        named = checkpoint.renamed({name: old for name, old in stored.items() if name not in shared}, tuple(unknown))
     if unknown:
         logger.info("%s: %d tensors are none of the model's, as %s", checkpoint.directory, len(unknown), unknown[0])
-    return checkpoint.renamed(stored, tuple(unknown))
+    return named
 
 
-def differing_ties(spec: ModelSpec, checkpoint: Checkpoint) -> list[ModuleSpec]:
-    """Modules that share a weight in the spec, and have one of their own in the files.
+def differing_ties(spec: ModelSpec, checkpoint: Checkpoint) -> list[tuple[str, str]]:
+    """Parameters that are one in the spec and two in the files: which shares, and whose it is.
 
     Args:
         spec: A model, as its config alone may describe it.
         checkpoint: Its tensors, by the names of the model.
     """
-    shared = [module for module in spec.modules if module.tied_to]
-    return [module for module in shared if not _is_shared(module, checkpoint)]
+    held = [pair for pair in _shared(spec) if pair[0] in checkpoint and pair[1] in checkpoint]
+    return [pair for pair in held if not checkpoint.same_values(*pair)]
 
 
 def refuse_differing_ties(spec: ModelSpec, checkpoint: object) -> None:
-    """Refuses a spec that was made before the files were here, where they hold two weights and not one.
+    """Refuses a spec that was made before the files were here, where they hold two tensors and not one.
 
     Args:
         spec: A model.
         checkpoint: Its tensors by the names of the model; anything but a ``Checkpoint`` is a test's or a dry run's.
 
     Raises:
-        CheckpointError: Of two modules that are one to the spec, the files hold a weight each.
+        CheckpointError: The files hold two that differ.
     """
     if isinstance(checkpoint, Checkpoint) and (differing := differing_ties(spec, checkpoint)):
-        name, owner = differing[0].name, differing[0].tied_to
         raise CheckpointError(
-            f"{spec.name}: by its config {name} shares the weight of {owner}, but the files hold two that differ; plan "
-            "again (give the command again) now that they are on this machine"
+            f"{spec.name}: by its config {differing[0][0]} is {differing[0][1]}, but the files hold two that differ; "
+            "plan again (give the command again) now that they are on this machine"
         )
-
-
-def _is_shared(module: ModuleSpec, checkpoint: Checkpoint) -> bool:
-    pairs = zip(_weight_names(module.name), _weight_names(module.tied_to), strict=True)
-    held = [pair for pair in pairs if pair[0] in checkpoint and pair[1] in checkpoint]
-    return all(checkpoint.same_values(name, owner) for name, owner in held)
 
 
 @functools.lru_cache(maxsize=4)
@@ -95,8 +88,13 @@ def _empty_model(config: str) -> PreTrainedModel:
     return build_on_meta(ModelSpec(name="", config=json.loads(config), modules=()).pretrained_config())
 
 
-def _weight_names(module: str) -> list[str]:
-    return [f"{module}.{key}" for key in ("weight", *_QUANTISED)]
+def _shared(spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """Names of parameters that are another module's, and that one's name."""
+    for module in spec.modules:
+        for key in ("weight", *_QUANTISED) if module.tied_to else ():
+            yield f"{module.name}.{key}", f"{module.tied_to}.{key}"
+        for key, owner in module.shared.items():
+            yield f"{module.name}.{key}", owner
 
 
 def _stored_names(model: PreTrainedModel, spec: ModelSpec, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
@@ -121,42 +119,26 @@ def _stored_names(model: PreTrainedModel, spec: ModelSpec, checkpoint: Checkpoin
         if renamed not in known:
             unknown.append(name)
         elif computed and renamed not in stored:
-            raise CheckpointError(
-                f"{checkpoint.directory}: transformers computes {renamed} from {name} and its like while loading, "
-                "which is not done here; expected a checkpoint with the model's own tensors"
-            )
+            why = f"transformers computes {renamed} from {name} and its like while loading, which is not done here"
+            raise CheckpointError(f"{checkpoint.directory}: {why}; expected the model's own tensors")
         else:
             stored.setdefault(renamed, name)
     return stored, unknown
 
 
-def _tied_names(model: PreTrainedModel, spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    """Pairs of one weight, by the config: the name that shares it, and the name that has it."""
-    for sharing, owner in model.all_tied_weights_keys.items():
-        module = sharing.removesuffix(".weight")
-        if module in spec.stored:
-            yield from zip(_weight_names(module), _weight_names(owner.removesuffix(".weight")), strict=True)
-        else:
-            yield sharing, owner
-
-
-def _share(ties: Iterator[tuple[str, str]], stored: dict[str, str], checkpoint: Checkpoint) -> bool:
-    """Lets both names of a pair mean the tensor that is there; says whether some pair has two that differ.
+def _share(spec: ModelSpec, stored: dict[str, str]) -> None:
+    """Lets both names of a pair mean the tensor that is there.
 
     Source: ``PreTrainedModel.tie_weights`` in transformers/modeling_utils.py (5.23): whichever is stored is shared, and
     two are tied only where every value is the same.
     """
-    ties = list(ties)
-    differ = False
-    for sharing, owner in ties:  # an owner that no file holds takes the first sharer's
+    pairs = list(_shared(spec))
+    for sharing, owner in pairs:  # an owner that no file holds takes the first sharer's
         if owner not in stored and sharing in stored:
             stored[owner] = stored[sharing]
-    for sharing, owner in ties:
-        if sharing not in stored and owner in stored:
-            stored[sharing] = stored[owner]
-        elif sharing in stored and not checkpoint.same_values(stored[sharing], stored[owner]):
-            differ = True
-    return differ
+    for sharing, owner in pairs:
+        if owner in stored:
+            stored.setdefault(sharing, stored[owner])
 
 
 def _check_buffers(model: PreTrainedModel, stored: dict[str, str], checkpoint: Checkpoint) -> None:
@@ -166,7 +148,5 @@ def _check_buffers(model: PreTrainedModel, stored: dict[str, str], checkpoint: C
             continue
         found = checkpoint.read(stored[name])
         if found.shape != buffer.shape or not torch.equal(found, buffer.to(found.dtype)):
-            raise CheckpointError(
-                f"{checkpoint.directory}: {stored[name]} holds values of its own for {name}, which is no weight but a "
-                "constant of the class here; this checkpoint is not supported"
-            )
+            why = f"{stored[name]} holds values of its own for {name}, which is a constant of the class here"
+            raise CheckpointError(f"{checkpoint.directory}: {why}; this checkpoint is not supported")

@@ -24,7 +24,7 @@ from transformers import PretrainedConfig
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
-from lowvram_lab.model.checkpoint import Checkpoint, missing_tensor
+from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.model.source import find_source
@@ -285,11 +285,9 @@ def _check(tensor: _Tensor, checkpoint: Checkpoint) -> None:
     if tensor.stored:
         return check_stored(tensor.module, get_format(tensor.stored), checkpoint)
     name = tensor.source
-    if name not in checkpoint:
-        raise missing_tensor(name, checkpoint)
-    shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
-    if shape != tensor.shape or not dtype.is_floating_point:
-        raise CheckpointError(f"{name}: expected floats of shape {tensor.shape}, found {dtype} of {shape}")
+    check_tensor(name, tensor.shape, checkpoint)
+    if not (dtype := checkpoint.dtype(name)).is_floating_point:
+        raise CheckpointError(f"{name}: expected floats, found {dtype}")
 
 
 def _data(tensor: _Tensor, checkpoint: Checkpoint) -> np.ndarray:
