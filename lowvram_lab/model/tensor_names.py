@@ -56,25 +56,16 @@ def with_model_names(spec: ModelSpec, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def differing_ties(spec: ModelSpec, checkpoint: Checkpoint) -> list[tuple[str, str]]:
-    """Parameters that are one in the spec and two in the files: which shares, and whose it is.
-
-    Args:
-        spec: A model, as its config alone may describe it.
-        checkpoint: Its tensors, by the names of the model.
-    """
+    """Names of parameters that are one in the spec and two in a checkpoint ``with_model_names``: sharer and owner."""
     held = [pair for pair in _shared(spec) if pair[0] in checkpoint and pair[1] in checkpoint]
     return [pair for pair in held if not checkpoint.same_values(*pair)]
 
 
 def refuse_differing_ties(spec: ModelSpec, checkpoint: object) -> None:
-    """Refuses a spec that was made before the files were here, where they hold two tensors and not one.
-
-    Args:
-        spec: A model.
-        checkpoint: Its tensors by the names of the model; anything but a ``Checkpoint`` is a test's or a dry run's.
+    """Refuses a spec that was made before the files were here; what stands for a ``Checkpoint`` in a dry run passes.
 
     Raises:
-        CheckpointError: The files hold two that differ.
+        CheckpointError: The files hold two tensors that differ where the spec has one.
     """
     if isinstance(checkpoint, Checkpoint) and (differing := differing_ties(spec, checkpoint)):
         raise CheckpointError(
