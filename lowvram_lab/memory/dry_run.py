@@ -93,19 +93,27 @@ def cublas_workspace_bytes() -> int:
 
 
 class DryRunGpu(Gpu):
-    """A GPU of meta tensors: nothing is computed, everything is counted. It records the first OOM and goes on.
+    """A GPU of meta tensors: nothing is computed, everything is counted. It records the first OOM.
 
     Args:
         budget: The card, or ``None`` for no limit.
         kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's); by default the budget's, or CUDA's.
         expandable_segments: Imitate the allocator's other mode.
+        goes_on: Whether to go on after the first OOM, or to raise it.
     """
 
     name = "dry run"
     meta = True
     _tensor_device = "meta"
 
-    def __init__(self, budget: GpuBudget | None, kernels: str | None = None, expandable_segments: bool = False):
+    def __init__(
+        self,
+        budget: GpuBudget | None,
+        kernels: str | None = None,
+        expandable_segments: bool = False,
+        goes_on: bool = True,
+    ):
+        self.goes_on = goes_on
         self.kernels = kernels or (budget.kernels if budget else "cuda")
         super().__init__(budget)
         if expandable_segments:

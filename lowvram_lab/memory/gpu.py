@@ -47,6 +47,7 @@ class Gpu:
     kernels = "cpu"
     simulated = True
     meta = False
+    goes_on = False
     _tensor_device: str | torch.device = "cpu"
 
     def __init__(self, budget: GpuBudget | None):
@@ -188,7 +189,7 @@ class Gpu:
 
     def _out_of_memory(self, event: OomEvent) -> None:
         self.recording.first_oom = self.recording.first_oom or event
-        if self.meta:  # goes on, without a limit: the forecast wants the whole peak
+        if self.goes_on:  # without a limit: a forecast wants the whole peak
             return
         raise StandInOutOfMemoryError(oom_message(event, self.budget), OutOfMemory(event, self))
 

@@ -15,9 +15,11 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.cheapest import Cheapest
 from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, shortage
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure_rates import Machine
+from lowvram_lab.planner.moves import KV_LOSS, NEXT_TO_NOTHING, head_modules, kv_formats, off_card_seconds
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
 from lowvram_lab.planner.search import budget_of, forecast_if_possible, max_context
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
@@ -131,30 +133,36 @@ class _Wishes:
 
 
 def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
-    gpu_layers, smallest = wishes.gpu_layers, wishes.recipes[-1]
-    why = []
-    plans = {}
-    for recipe in wishes.recipes:
-        plan = replace(Plan.uniform(room.spec, recipe, context=context), threads=wishes.threads)
-        if gpu_layers is not None:
-            plan = plan.with_gpu_layers(gpu_layers)
-        plans[recipe] = replace(plan, kv_format=room.kv_format or plan.kv_format)
-    if gpu_layers is not None:
-        choice = next(_whole(plans, room, why), None)
-    elif wishes.prefer == "speed":
-        choice = _fastest(plans, room, why, wishes.machine)
+    bases = {recipe: _bases(recipe, context, room, wishes) for recipe in wishes.recipes}
+    why: list[str] = []
+    if wishes.prefer == "speed":
+        choice = _fastest(bases, room, why, wishes.machine)
     elif wishes.prefer == "fidelity":
-        choice = next(_splits(plans, room, why), None)
+        choice = next(_most_precise(bases, room, why), None)
     else:
-        choice = next(_whole(plans, room, why), None) or _split(smallest, plans[smallest], room, why)
+        choice = _chosen([plan for plans in bases.values() for plan in plans], bases, room, why, wishes.gpu_layers)
     if choice is None:
-        least = plans[smallest] if gpu_layers is not None else plans[smallest].with_gpu_layers(0)
-        *_, (_, least) = _variants(least, room)
-        if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
-            most = replace(room, ram_bytes=None).most_layers(least)
-            least = most[1] if most else least
-        raise refusal(least, room)
+        raise refusal(_least(bases[wishes.recipes[-1]][-1], room, wishes.gpu_layers), room)
     return choice
+
+
+def _bases(recipe: str, context: int, room: Room, wishes: _Wishes) -> list[Plan]:
+    """A recipe's plans that differ in the KV format, the most precise first."""
+    plan = replace(Plan.uniform(room.spec, recipe, context=context), threads=wishes.threads)
+    if wishes.gpu_layers is not None:
+        plan = plan.with_gpu_layers(wishes.gpu_layers)
+    formats = (room.kv_format,) if room.kv_format else kv_formats(room.spec, plan.dtype)
+    return [replace(plan, kv_format=kv_format) for kv_format in formats]
+
+
+def _least(plan: Plan, room: Room, gpu_layers: int | None) -> Plan:
+    """The plan that takes the least of the GPU: what a refusal is about."""
+    least = Cheapest(room, gpu_layers).gentlest(plan if gpu_layers is not None else plan.with_gpu_layers(0))
+    least = least.with_modules(*head_modules(room.spec), device="cpu")
+    if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
+        most = replace(room, ram_bytes=None).most_layers(least)
+        least = most[1] if most else least
+    return least
 
 
 def _at_longest_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
@@ -220,66 +228,87 @@ def _budgets(max_memory: dict, ram: str | int | None, disk: str | int | None) ->
     return max_memory[cards[0]], max_memory.get("cpu", ram), max_memory.get("disk", disk)
 
 
-def _variants(plan: Plan, room: Room) -> Iterator[tuple[str, Plan]]:
-    """A recipe's plans that differ in what costs next to nothing, gentlest first."""
-    spec = room.spec
-    yield "", plan
-    if not spec.tied:
-        plan = plan.with_modules(spec.embedding, device="cpu")
-        yield " with the embedding on the CPU", plan
-    if plan.kv_format != "int8" and room.kv_format is None:
-        beside = "" if spec.tied else " with the embedding on the CPU and"
-        yield f"{beside or ' with'} the KV cache in int8", replace(plan, kv_format="int8")
-
-
-def _whole(plans: dict[str, Plan], room: Room, why: list[str]) -> Iterator[PlanChoice]:
-    """Plans whose layers stay where they are, the most precise first; notes in ``why`` what does not fit."""
-    for recipe, base in plans.items():
-        for where, plan in _variants(base, room):
-            if fitting := room.fit(plan):
-                text = f"{recipe}{where}{_on_disk(fitting[0])} fits: {margin(fitting[1])}"
-                yield PlanChoice(*fitting, (*why, text), recipe)
-                break
-        else:
-            why.append(f"{recipe} does not fit: {shortage(plan, room)}{where and ', even' + where}")
-
-
-def _split(recipe: str, base: Plan, room: Room, why: list[str]) -> PlanChoice | None:
-    """A recipe with the most layers on the GPU; in 16 bits of KV cache unless int8 lets more layers in."""
-    found = []
-    *_, plan = (plan for text, plan in _variants(base, room) if "KV" not in text)
-    for kv_format in dict.fromkeys((plan.kv_format, room.kv_format or "int8")):
-        if split := room.most_layers(replace(plan, kv_format=kv_format)):
-            found.append(split)
+def _chosen(
+    plans: list[Plan], bases: dict[str, list[Plan]], room: Room, why: list[str], gpu_layers: int | None = None
+) -> PlanChoice | None:
+    """The cheapest of some plans, see ``moves.cost``; notes in ``why`` what would be more precise and does not fit."""
+    refused: list[Plan] = []
+    found = Cheapest(room, gpu_layers).of(plans, refused)
+    names = {_formats(options[0]): recipe for recipe, options in bases.items()}
+    recipe = names[_formats(found.plan)] if found else ""
+    tried = {names[_formats(plan)]: plan for plan in refused}  # of each recipe the last, which takes least
+    for name, plan in tried.items():
+        if name != recipe:
+            done = _moved(plan)
+            why.append(f"{name} does not fit: {shortage(plan, room)}{done and ', even with ' + done}")
     if not found:
         return None
-    number, plan, profile = max(found, key=lambda split: split[0])  # the first of equals
-    kv = ", KV cache in int8" if plan.kv_format == "int8" else ""
-    layers = f"{number} of {room.spec.num_hidden_layers} layers on the GPU{kv}{_on_disk(plan)}"
-    text = f"{recipe} with {layers} fits: {margin(profile)}"
-    return PlanChoice(plan, profile, (*why, text), recipe)
+    text = f"{recipe}{_words(found.plan, gpu_layers)}{_on_disk(found.plan)} fits: {margin(found.forecast)}"
+    return PlanChoice(found.plan, found.forecast, (*why[1 - MOST_REASONS :], text), recipe)
 
 
-def _splits(plans: dict[str, Plan], room: Room, why: list[str]) -> Iterator[PlanChoice]:
-    """Of each recipe, the most precise first, the plan with the most layers on the GPU."""
-    for recipe, base in plans.items():
+def _formats(plan: Plan) -> tuple[str, ...]:
+    return (plan.dtype, *(assignment.format for assignment in plan.modules.values()))
+
+
+def _words(plan: Plan, gpu_layers: int | None) -> str:
+    """What was done to a recipe's plan so that it fits, beside layers that the user wants where they are."""
+    on_gpu, total = plan.layer_devices().count("gpu"), plan.spec.num_hidden_layers
+    layers = f"{on_gpu} of {total} layers on the GPU" if on_gpu < total and gpu_layers is None else ""
+    done = " and ".join(part for part in (layers, _moved(plan)) if part) if layers else _moved(plan)
+    return done and f" with {done}"
+
+
+def _moved(plan: Plan) -> str:
+    """The moves of a plan beside its split, in words."""
+    spec = plan.spec
+    away = [
+        name
+        for name, module in (("embedding", spec.embedding), ("head", spec.head))
+        if plan.modules[module].device != "gpu"
+    ]
+    parts = [f"the {' and '.join(away)} on the CPU"] if away else []
+    if plan.prefill_chunk is not None:
+        parts.append(f"prompts read {plan.prefill_chunk} tokens at a time")
+    if plan.kv_format != plan.dtype:
+        parts.append(f"the KV cache in {plan.kv_format}")
+    return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + parts[-1] if parts else ""
+
+
+def _most_precise(bases: dict[str, list[Plan]], room: Room, why: list[str]) -> Iterator[PlanChoice]:
+    """Of each recipe, the most precise first, the cheapest plan; a KV cache that costs more than next to nothing last."""
+    for recipe, plans in bases.items():
+        gentle = [plan for plan in plans if KV_LOSS.get(plan.kv_format, 0.0) <= NEXT_TO_NOTHING]
         reasons: list[str] = []
-        choice = next(_whole({recipe: base}, room, reasons), None) or _split(recipe, base, room, reasons)
+        choice = _chosen(gentle, bases, room, reasons) if gentle else None
+        if choice is None and len(plans) > len(gentle):
+            choice = _chosen(plans[len(gentle) :], bases, room, reasons := [])
         if choice:
-            yield replace(choice, why=(*why, *choice.why))
+            yield replace(choice, why=(*why, *choice.why)[-MOST_REASONS:])
         else:
-            *_, (_, least) = _variants(base.with_gpu_layers(0), room)
+            least = _least(plans[-1], room, None)
             why.append(f"{recipe} does not fit, however it is split: {shortage(least, room)}")
 
 
-def _fastest(plans: dict[str, Plan], room: Room, why: list[str], machine: Machine) -> PlanChoice | None:
+def _fastest(bases: dict[str, list[Plan]], room: Room, why: list[str], machine: Machine) -> PlanChoice | None:
     """The fastest of each recipe's best; a more precise one that is nearly as fast instead."""
-    found = [_with_threads(choice, room, machine) for choice in _splits(plans, room, why)]
+    found = []
+    for choice in _most_precise(bases, room, why):
+        found.append(_with_threads(choice, room, machine))
+        plans = bases[choice.recipe]
+        lossy = [plan for plan in plans if KV_LOSS.get(plan.kv_format, 0.0) > NEXT_TO_NOTHING]
+        if lossy and off_card_seconds(choice.plan):  # a smaller KV cache may let more layers in
+            other = _chosen(lossy, bases, room, [])
+            if other and off_card_seconds(other.plan) < off_card_seconds(choice.plan):
+                found.append(_with_threads(other, room, machine))
     if not found:
         return None
     fastest = max(choice.speed.decode_tokens_per_s for choice in found)
     chosen = next(choice for choice in found if choice.speed.decode_tokens_per_s >= AS_FAST * fastest)
-    speeds = ", ".join(f"{choice.recipe} {choice.speed.decode_tokens_per_s:.1f}" for choice in found)
+    best: dict[str, float] = {}
+    for choice in found:
+        best[choice.recipe] = max(best.get(choice.recipe, 0.0), choice.speed.decode_tokens_per_s)
+    speeds = ", ".join(f"{recipe} {speed:.1f}" for recipe, speed in best.items())
     return replace(chosen, why=(*chosen.why[-3:], f"forecast tokens/s: {speeds}", chosen.speed.summary()))
 
 

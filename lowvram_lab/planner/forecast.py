@@ -6,6 +6,8 @@ model of CUDA's allocator. Nothing here is a formula, so what the code does is w
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
+import torch
+
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import PlanError, first_line
 from lowvram_lab.memory.budget import GpuBudget
@@ -16,6 +18,9 @@ from lowvram_lab.model.geometry import unpadded
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import MemoryProfile, Workload
+
+LAST_PIECES = 2
+"""Pieces of a prompt that a sketch reads: the last whole one, which is where the peak is, and the rest."""
 
 
 def forecast(
@@ -45,7 +50,6 @@ def forecast(
             the model needs data to run; it and its module are named.
         UnitError, BudgetError: The budget cannot be read or used.
     """
-    spec = plan.spec
     workload = workload or Workload.full_context(plan.context)
     if workload.tokens > plan.context:
         raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
@@ -53,9 +57,53 @@ def forecast(
         dry = DryRunGpu(gpu.budget, gpu.kernels, expandable_segments)
     else:
         dry = DryRunGpu(None if gpu is None else GpuBudget.parse(gpu), expandable_segments=expandable_segments)
+    return _replay(plan, dry, workload, timeline=timeline)
+
+
+def sketch(plan: Plan, budget: GpuBudget, workload: Workload | None = None) -> MemoryProfile:
+    """A forecast for searches, in a fraction of the time where prompts are read in many pieces: only the last are.
+
+    Those see the most tokens, so the allocated peak is the forecast's; what the allocator keeps of all the pieces
+    before, and has to give back, is not in it. A plan that is chosen is forecast in full.
+    """
+    workload = workload or Workload.full_context(plan.context)
+    return _replay(plan, DryRunGpu(budget), workload, last_pieces=LAST_PIECES)
+
+
+def forecast_if_fits(plan: Plan, budget: GpuBudget, workload: Workload | None = None) -> MemoryProfile | None:
+    """The forecast of a plan that fits; ends where it does not, which is sooner than to go on to the whole peak."""
+    sketched = sketch_if_fits(plan, budget, workload)
+    if sketched is None or is_whole(plan, sketched.workload):
+        return sketched
+    return _until_it_fails(plan, budget, sketched.workload, None)
+
+
+def sketch_if_fits(plan: Plan, budget: GpuBudget, workload: Workload | None = None) -> MemoryProfile | None:
+    """The sketch of a plan that fits by it, else ``None``."""
+    return _until_it_fails(plan, budget, workload or Workload.full_context(plan.context), LAST_PIECES)
+
+
+def _until_it_fails(plan: Plan, budget: GpuBudget, workload: Workload, last_pieces: int | None) -> MemoryProfile | None:
+    try:
+        return _replay(plan, DryRunGpu(budget, goes_on=False), workload, last_pieces=last_pieces)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def is_whole(plan: Plan, workload: Workload) -> bool:
+    """Whether a sketch reads the whole prompt, and so is the forecast."""
+    return plan.prefill_chunk is None or workload.prompt_tokens <= LAST_PIECES * plan.prefill_chunk
+
+
+def _replay(
+    plan: Plan, dry: DryRunGpu, workload: Workload, *, timeline: bool = False, last_pieces: int | None = None
+) -> MemoryProfile:
+    spec = plan.spec
     try:
         with ImitateAttention(dry), unpadded():
             model = load(plan, dry, checkpoint=ShapesOnly(spec), progress=False, timeline=timeline)
-            return run_workload(model, workload)
+            return run_workload(model, workload, last_pieces)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # tensors on two devices, an operator that wants data: the model's code, not ours
         raise PlanError(f"{spec.name}: this plan cannot be replayed: {first_line(error)}") from error

@@ -12,12 +12,14 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.profile import STAND_IN, MemoryProfile, SpeedProfile, Workload
 
 
-def run_workload(model: torch.nn.Module, workload: Workload) -> MemoryProfile:
+def run_workload(model: torch.nn.Module, workload: Workload, last_pieces: int | None = None) -> MemoryProfile:
     """Prefills prompts of arbitrary tokens and decodes greedily, recording each phase.
 
     Args:
         model: From ``load``, real or on meta.
         workload: How many tokens.
+        last_pieces: Of a dry run: where the plan reads prompts in pieces, read the last so many only, as if the cache
+            held what is before them. They see the most, and so take the most.
 
     Returns:
         The profile; its ``load`` phase is the one that loading the model recorded. Whatever else lives on the GPU, a
@@ -30,7 +32,8 @@ def run_workload(model: torch.nn.Module, workload: Workload) -> MemoryProfile:
     earlier_kv = gpu.meter.category_bytes("kv")
     with gpu.phase("prefill"):
         decoder = decoder_for(model, workload.tokens, workload.batch_size, progress=False)
-        token = _read(decoder, workload.prompt_tokens, workload.batch_size)
+        passed_over = 0 if last_pieces is None else _pass_over(decoder, workload.prompt_tokens, last_pieces)
+        token = _read(decoder, workload.prompt_tokens - passed_over, workload.batch_size)
     with gpu.phase("decode"):
         for _ in range(workload.new_tokens):
             token = choose(decoder.decode(token), Sampling())
@@ -58,6 +61,17 @@ def run_workload(model: torch.nn.Module, workload: Workload) -> MemoryProfile:
         timeline=timeline,
         transferred_bytes=recording.transfers.total() - transferred,
     )
+
+
+def _pass_over(decoder: Decoder, tokens: int, last_pieces: int) -> int:
+    """Makes a dry run's cache hold all of a prompt but its last pieces; how many tokens that is."""
+    chunk = loaded(decoder.model).plan.prefill_chunk
+    if chunk is None:
+        return 0
+    held = max(0, -(-tokens // chunk) - last_pieces) * chunk
+    for layer in decoder.cache.layers:
+        layer.tokens = held
+    return held
 
 
 def _read(decoder: Decoder, tokens: int, batch_size: int) -> torch.Tensor:

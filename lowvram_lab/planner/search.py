@@ -1,6 +1,7 @@
 """The largest number that still fits a card (context, layers on the GPU), found by bisection over forecasts.
 
-A forecast costs about half a second for a 4 B model, so a cheap bound that can only be too low rules plans out first.
+A forecast costs about half a second for a 4 B model, and several where prompts are read in pieces. So a cheap bound
+that can only be too low rules plans out first, a sketch of the last pieces then, and only what is found is forecast.
 
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
@@ -13,7 +14,7 @@ from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.forecast import forecast, forecast_if_fits, is_whole, sketch
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.units import format_bytes
 
@@ -119,8 +120,7 @@ def forecast_if_possible(plan: Plan, budget: GpuBudget) -> MemoryProfile | None:
     """The forecast of a plan that fits, else ``None``; skips the replay where the bound already says so."""
     if least_bytes(plan) > budget.usable_bytes:
         return None
-    profile = forecast(plan, budget)
-    return profile if profile.fits else None
+    return forecast_if_fits(plan, budget)
 
 
 def largest_fitting(
@@ -140,6 +140,16 @@ def largest_fitting(
     Returns:
         The number with its plan and forecast, or ``None`` where not even ``low`` fits.
     """
+    return _in_full(largest_sketched(at, low, high, budget), at, low, budget)
+
+
+def largest_sketched(
+    at: Callable[[int], tuple[Plan, Workload | None]],
+    low: int,
+    high: int,
+    budget: GpuBudget,
+) -> Fitting | None:
+    """See ``largest_fitting``; of plans that read prompts in pieces the forecast is a sketch."""
     best = None
     factor = 1.0
     probes = 0
@@ -152,13 +162,26 @@ def largest_fitting(
         guess = _last(may_fit, low, high) if probes < GUIDED_PROBES else (low + high + 1) // 2
         guess = max(guess, low)
         plan, workload = at(guess)
-        profile = forecast(plan, budget, workload=workload)
+        profile = sketch(plan, budget, workload)
         factor, probes = profile.peak_reserved_bytes / max(least_bytes(plan, workload), 1), probes + 1
         if profile.fits:
             best, low = Fitting(guess, plan, profile), guess + 1
         else:
             high = guess - 1
     return best
+
+
+def _in_full(
+    found: Fitting | None, at: Callable[[int], tuple[Plan, Workload]], low: int, budget: GpuBudget
+) -> Fitting | None:
+    """What a search over sketches found, with its forecast; the next smaller number where that does not fit."""
+    while found is not None:
+        whole = is_whole(found.plan, found.forecast.workload)
+        profile = found.forecast if whole else forecast_if_fits(found.plan, budget, found.forecast.workload)
+        if profile:
+            return replace(found, forecast=profile)
+        found = largest_sketched(at, low, found.number - 1, budget)
+    return None
 
 
 def _last(holds: Callable[[int], bool], low: int, high: int) -> int:

@@ -3,13 +3,13 @@
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.moves import PREFILL_CHUNKS, SHORT_CHUNK, Move, cost, head_to_cpu, in_pieces, moves
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.planner.search import budget_of, forecast_if_possible, largest_fitting, least_bytes
 from lowvram_lab.units import format_bytes
@@ -47,6 +47,7 @@ class Suggestion:
             "peak_reserved_bytes": self.forecast.peak_reserved_bytes,
             "context": self.plan.context,
             "kv_format": self.plan.kv_format,
+            "prefill_chunk": self.plan.prefill_chunk,
             "environment": self.environment,
         }
 
@@ -59,17 +60,18 @@ def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
         gpu: See ``forecast``.
 
     Returns:
-        At most one suggestion of each sort, gentlest first: the allocator's other mode, moves that cost next to
-        nothing, fewer tokens, a lower format, layers to the CPU. Empty if nothing helps, or if the plan fits as it is.
+        At most one suggestion of each sort, gentlest first: the allocator's other mode, moves that leave layers and
+        formats as they are (see ``moves``), fewer tokens, a lower format, layers or the head to the CPU. Empty if
+        nothing helps, or if the plan fits as it is.
     """
     budget = budget_of(gpu)
     if forecast_if_possible(plan, budget):
         return []
     found = [*_expandable(plan, budget)]
-    spared, moves, fitting = _moved_cheaply(plan, [], budget)
+    spared, made, fitting = _moved_cheaply(plan, [], budget)
     found += fitting
-    solved = bool(found) and found[-1].plan is spared
-    found += _fewer_tokens(*((plan, []) if solved else (spared, moves)), budget)
+    solved = bool(fitting)
+    found += _fewer_tokens(*((plan, []) if solved else (spared, made)), budget)
     smaller, small_moves = None, []
     for recipe in _lower_recipes(plan) if not plan.spec.stored else ():
         smaller, small_moves = _with_recipe(plan, recipe), [f"{recipe} weights"]
@@ -83,8 +85,8 @@ def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
         smaller = None if fitting else smaller
     if not solved:
         bases = [(smaller, small_moves)] if smaller is not None else []
-        for base, made in [*bases, (spared, moves)]:
-            found += _fewer_layers(base, made, budget)
+        for base, moves_made in [*bases, (spared, made)]:
+            found += _computed_by_both(base, moves_made, budget)
     return found
 
 
@@ -96,28 +98,48 @@ def _expandable(plan: Plan, budget: GpuBudget) -> list[Suggestion]:
     return [Suggestion(f"set {EXPANDABLE}", plan, profile, EXPANDABLE)] if profile.fits else []
 
 
-def _moved_cheaply(plan: Plan, moves: list[str], budget: GpuBudget) -> tuple[Plan, list[str], list[Suggestion]]:
-    """The plan with one cheap move after the other until it fits, all moves made, and the suggestion where it does."""
-    for text, change in _cheap_moves(plan):
-        plan, moves = change(plan), [*moves, text]
+def _moved_cheaply(plan: Plan, made: list[str], budget: GpuBudget) -> tuple[Plan, list[str], list[Suggestion]]:
+    """The plan with one cheap move after the other until it fits, all moves made, and the suggestion where it does.
+
+    Of the suggestion's moves those are left out that are not needed beside the last, and pieces are as large as fit.
+    """
+    start, taken = plan, []
+    for move in _cheap_moves(plan):
+        plan, taken = move.change(plan), [*taken, move]
+        if forecast_if_possible(plan, budget):
+            return plan, [*made, *(each.words for each in taken)], [_with_fewest(start, made, taken, budget)]
+    return plan, [*made, *(each.words for each in taken)], []
+
+
+def _with_fewest(start: Plan, made: list[str], taken: list[Move], budget: GpuBudget) -> Suggestion:
+    for needless in reversed(taken[:-1]):  # what costs most first
+        fewer = [move for move in taken if move is not needless]
+        if forecast_if_possible(_after(start, fewer), budget):
+            taken = fewer
+    for tokens in PREFILL_CHUNKS[1:]:
+        larger = [in_pieces(tokens) if move.words == in_pieces(SHORT_CHUNK).words else move for move in taken]
+        plan = _after(start, larger)
         if profile := forecast_if_possible(plan, budget):
-            return plan, moves, [Suggestion(" + ".join(moves), plan, profile)]
-    return plan, moves, []
+            return Suggestion(" + ".join([*made, *(move.words for move in larger)]), plan, profile)
+    raise AssertionError("the moves were found to fit")
 
 
-def _cheap_moves(plan: Plan) -> list[tuple[str, Callable[[Plan], Plan]]]:
-    """Moves that cost next to nothing: a lookup on the CPU, a head in int8, a KV cache in int8."""
-    spec = plan.spec
-    moves = []
-    if not spec.tied and plan.modules[spec.embedding].device == "gpu":
-        moves.append(("embedding to the CPU", lambda p: p.with_modules(spec.embedding, device="cpu")))
+def _after(plan: Plan, taken: list[Move]) -> Plan:
+    for move in taken:
+        plan = move.change(plan)
+    return plan
+
+
+def _cheap_moves(plan: Plan) -> list[Move]:
+    """The moves of the one table, and a head in int8, which costs less than a KV cache in it."""
+    spec, found = plan.spec, moves(plan)
     body = {plan.modules[m.name].format for m in spec.modules if m.layer is not None and m.kind == "linear"}
     if plan.modules[spec.head].format == plan.dtype and plan.dtype not in body and not spec.stored:
-        names = [spec.head] + ([spec.embedding] if spec.tied else [])
-        moves.append((f"{' and '.join(names)} in int8", lambda p: p.with_modules(*names, format="int8")))
-    if plan.kv_format != "int8":
-        moves.append(("KV cache in int8", lambda p: replace(p, kv_format="int8")))
-    return moves
+        names = [spec.embedding, spec.head] if spec.tied else [spec.head]
+        words = f"{' and '.join(reversed(names))} in int8"
+        before = sum(not move.words.startswith("KV cache") for move in found)
+        found.insert(before, Move(words, lambda p: p.with_modules(*names, format="int8")))
+    return found
 
 
 def _with_recipe(plan: Plan, recipe: str) -> Plan:
@@ -125,7 +147,7 @@ def _with_recipe(plan: Plan, recipe: str) -> Plan:
     dtype = plan.dtype if plan.dtype != "fp32" else "bf16"
     fresh = Plan.uniform(plan.spec, recipe, context=plan.context, dtype=dtype)
     modules = {name: replace(new, device=plan.modules[name].device) for name, new in fresh.modules.items()}
-    kv_format = plan.kv_format if plan.kv_format == "int8" else dtype
+    kv_format = dtype if plan.kv_format == plan.dtype else plan.kv_format
     return replace(plan, modules=modules, dtype=dtype, kv_format=kv_format)
 
 
@@ -148,11 +170,25 @@ def _fewer_tokens(plan: Plan, moves: list[str], budget: GpuBudget) -> list[Sugge
     return [Suggestion(" + ".join([*moves, f"context {best.plan.context}"]), best.plan, best.forecast)]
 
 
-def _fewer_layers(plan: Plan, moves: list[str], budget: GpuBudget) -> list[Suggestion]:
+def _computed_by_both(plan: Plan, made: list[str], budget: GpuBudget) -> list[Suggestion]:
+    """Layers or the head to the CPU, whichever costs less; both where neither alone is enough."""
+    head = head_to_cpu(plan)
+    found = _fewer_layers(plan, made, budget)
+    if head:
+        base, words = head.change(plan), [*made, head.words]
+        whole = forecast_if_possible(base, budget)
+        other = [Suggestion(" + ".join(words), base, whole)] if whole else []
+        if not found:
+            other = other or _fewer_layers(base, words, budget)
+        found += other
+    return sorted(found, key=lambda suggestion: cost(suggestion.plan))[:1]
+
+
+def _fewer_layers(plan: Plan, made: list[str], budget: GpuBudget) -> list[Suggestion]:
     total, workload = plan.spec.num_hidden_layers, Workload.full_context(plan.context)
     on_gpu = plan.layer_devices().count("gpu")
     best = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, on_gpu - 1, budget)
     if best is None:
         return []
-    text = " + ".join([*moves, f"{total - best.number} of {total} layers to the CPU"])
+    text = " + ".join([*made, f"{total - best.number} of {total} layers to the CPU"])
     return [Suggestion(text, best.plan, best.forecast)]

@@ -1,0 +1,199 @@
+"""The plan of least cost that fits GPU, RAM and disk, of all the moves that there are: what ``auto_plan`` asks.
+
+The space is formats x KV format x pieces of a prompt x place of embedding and head x layers on the GPU; the order is
+``moves.cost``. Plans are told to fit by sketches, which are cheap, and by a forecast in full before one is given back.
+More pieces and fewer modules on the card never take more of it, so each of those is found by bisection.
+
+Derived in: notebooks/05_split_the_layers.ipynb
+"""
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.planner.constraints import Room
+from lowvram_lab.planner.forecast import forecast_if_fits, is_whole, sketch_if_fits
+from lowvram_lab.planner.moves import PREFILL_CHUNKS, cost, forecast_loss, head_modules, off_card_seconds
+from lowvram_lab.planner.profile import MemoryProfile, Workload
+from lowvram_lab.planner.search import largest_sketched, least_bytes
+
+
+@dataclass(frozen=True)
+class Found:
+    """A plan that fits, and its forecast."""
+
+    plan: Plan
+    forecast: MemoryProfile
+
+
+class Cheapest:
+    """Searches plans that fit a room, and remembers what it has tried.
+
+    Args:
+        room: What a plan may take.
+        asked_layers: Keep to so many layers on the GPU; by default as many as fit.
+    """
+
+    def __init__(self, room: Room, asked_layers: int | None = None):
+        self.room, self.asked_layers = room, asked_layers
+        self._sketches: dict[Plan, MemoryProfile | None] = {}
+        self._forecasts: dict[Plan, MemoryProfile | None] = {}
+
+    def of(self, bases: list[Plan], refused: list[Plan] | None = None) -> Found | None:
+        """The plan of least cost.
+
+        Args:
+            bases: Plans to start from, one for each pair of weights' formats and KV format, all on the GPU (or with
+                ``asked_layers`` there) and prompts read at once.
+            refused: Takes those of them that do not fit without layers or head on the CPU, in the order tried.
+        """
+        for base in sorted(bases, key=forecast_loss):
+            if found := self._placed(base):
+                return found
+            if refused is not None:
+                refused.append(self.gentlest(base))
+        return self._computed_by_both(bases)
+
+    def gentlest(self, base: Plan) -> Plan:
+        """The plan with all moves that leave layers and head where they are."""
+        places = self._lookups(base)
+        return replace(places[0], prefill_chunk=_chunks(base)[-1])
+
+    def _fits_gpu(self, plan: Plan) -> bool:
+        """Whether a plan fits the GPU, whatever RAM there is, by its sketch."""
+        if least_bytes(plan) > self.room.budget.usable_bytes:
+            return False
+        if plan not in self._sketches:
+            self._sketches[plan] = sketch_if_fits(plan, self.room.budget)
+        return self._sketches[plan] is not None
+
+    def _may_fit(self, plan: Plan) -> bool:
+        """Whether a plan fits GPU, RAM and disk, by its sketch."""
+        within = self.room.within_ram(plan)
+        return within is not None and self._fits_gpu(within)
+
+    def _confirmed(self, plan: Plan) -> Found | None:
+        """The plan with as much of it on disk as RAM has no room for, and its forecast in full."""
+        if not self._may_fit(plan):
+            return None
+        plan = self.room.within_ram(plan)
+        if plan not in self._forecasts:
+            whole = is_whole(plan, Workload.full_context(plan.context))
+            self._forecasts[plan] = self._sketches[plan] if whole else forecast_if_fits(plan, self.room.budget)
+        profile = self._forecasts[plan]
+        return Found(plan, profile) if profile else None
+
+    def _lookups(self, base: Plan) -> list[Plan]:
+        """The plan by where its embedding is, the CPU first; one where the head decides, or RAM is short of it."""
+        spec = base.spec
+        if spec.tied or base.modules[spec.embedding].device != "gpu":
+            return [base]
+        return [base.with_modules(spec.embedding, device="cpu"), base]
+
+    def _placed(self, base: Plan) -> Found | None:
+        """The cheapest place of the embedding and size of pieces with which a plan fits."""
+        if not any(least_bytes(plan) <= self.room.budget.usable_bytes for plan in self._lookups(base)):
+            return None
+        lookups, chunks = self._lookups(base), _chunks(base)
+        best = min(lookups, key=self._place_cost)
+        if self._may_fit(best) and (found := self._confirmed(best)):
+            return found  # at once, and where it takes the least time
+        first, variants = 0, []
+        for plan in lookups:
+            sized = [replace(plan, prefill_chunk=chunk) for chunk in chunks[first:]]
+            start = self._first_fitting(sized)
+            if start < len(sized):
+                first += start  # what does not fit beside an embedding on the CPU does not beside one on the GPU
+                variants += sized[start:]
+        for plan in sorted(variants, key=self._place_cost):
+            if found := self._confirmed(plan):
+                return found
+        return None
+
+    def _place_cost(self, plan: Plan) -> tuple[float, ...]:
+        return cost(self.room.within_ram(plan) or plan)
+
+    def _first_fitting(self, plans: list[Plan]) -> int:
+        """Index of the first plan that fits, of plans that take less and less; their number where none does."""
+        if not self._may_fit(plans[-1]):
+            return len(plans)
+        return bisect.bisect_left(range(len(plans) - 1), True, key=lambda at: self._may_fit(plans[at]))
+
+    def _computed_by_both(self, bases: list[Plan]) -> Found | None:
+        """The plan of least cost with layers or the head on the CPU."""
+        budget, best = self.room.budget, None
+        splits = [split for base in bases for split in self._splits(base)]
+        bounds = []
+        for split in splits:
+            most = split.last(lambda plan: least_bytes(plan) <= budget.usable_bytes)
+            if most >= split.least:
+                bounds.append((self._rough_cost(split.at(most)), len(bounds), split, most))
+        for bound, _, split, most in sorted(bounds, key=lambda entry: entry[:2]):
+            if best and bound > self._rough_cost(best.plan):
+                break
+            found = self._best_split(split, most, best)
+            if found and (best is None or self._cost(found.plan) < self._cost(best.plan)):
+                best = found
+        return best
+
+    def _splits(self, base: Plan) -> Iterator["Split"]:
+        """Where the layers' number is open: by place of the head, and of the embedding where RAM is short."""
+        total = base.spec.num_hidden_layers
+        low, high = (0, total) if self.asked_layers is None else (self.asked_layers, self.asked_layers)
+        base = replace(base, prefill_chunk=_chunks(base)[-1])
+        with_head = base.with_modules(*head_modules(base.spec), device="cpu")
+        for plan, most in ((base, high - 1), (with_head, high)):
+            lookups = self._lookups(plan)
+            for placed in lookups if self.room.ram_bytes is not None else lookups[:1]:
+                yield Split(placed, low, most)
+
+    def _best_split(self, split: "Split", most: int, best: Found | None) -> Found | None:
+        """A split's cheapest plan that fits, where it can be cheaper than the best so far."""
+        least, budget = split.least, self.room.budget
+        if best:
+            beaten = self._cost(best.plan)
+            least = 1 + split.last(lambda plan: self._rough_cost(plan) > beaten[:2])
+        if least > most or (best and not self._fits_gpu(split.at(least))):
+            return None
+        fitting = largest_sketched(lambda count: (split.at(count), None), least, most, budget)
+        if fitting is None:
+            return None
+        for count in range(fitting.number, least - 1, -1):
+            plan = split.at(count)
+            if self.room.within_ram(plan) is None:
+                break  # fewer layers on the GPU take more RAM
+            if found := self._placed(replace(plan, prefill_chunk=None)) or self._confirmed(plan):
+                return found
+        return None
+
+    def _rough_cost(self, plan: Plan) -> tuple[float, float]:
+        """What of a plan's cost neither its embedding's place nor pieces of a prompt change."""
+        return off_card_seconds(plan, self.asked_layers), forecast_loss(plan)
+
+    def _cost(self, plan: Plan) -> tuple[float, ...]:
+        return cost(plan, asked_layers=self.asked_layers)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A plan whose number of layers on the GPU is open, within bounds."""
+
+    base: Plan
+    least: int
+    most: int
+
+    def at(self, count: int) -> Plan:
+        """The plan with so many layers on the GPU."""
+        return self.base.with_gpu_layers(count)
+
+    def last(self, holds) -> int:
+        """The largest count for which a condition holds that holds for all smaller ones; ``least - 1`` for none."""
+        counts = range(self.least, self.most + 1)
+        return self.least - 1 + bisect.bisect_left(counts, True, key=lambda count: not holds(self.at(count)))
+
+
+def _chunks(plan: Plan) -> list[int | None]:
+    """Sizes of pieces that differ for the plan's longest prompt, the largest first."""
+    longest = Workload.full_context(plan.context).prompt_tokens
+    return [chunk for chunk in PREFILL_CHUNKS if chunk is None or chunk < longest]
