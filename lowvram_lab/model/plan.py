@@ -295,16 +295,19 @@ class Plan:
         return pd.DataFrame(rows, columns=["modules", "format", "device", "count"])
 
     def summary(self) -> str:
-        """One line: recipe, split, bytes on either side."""
+        """One line: recipe, split, KV format, pieces of a prompt, bytes on either side."""
         layers = self.layer_devices()
         weights = (
             "/".join(dict.fromkeys(a.format for a in self.modules.values() if a.format != self.dtype)) or self.dtype
         )
         on_disk, lookup = self.weight_bytes("disk"), self.modules[self.spec.embedding].device
         disk = f" + {format_bytes(on_disk)} disk" if on_disk else ""
+        head = "" if self.modules[self.spec.head].device == "gpu" or self.spec.tied else " and head on the CPU"
+        pieces = f", prompts read {self.prefill_chunk} tokens at a time" if self.prefill_chunk else ""
         return (
             f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
-            f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}, {self.kv_format} KV, context {self.context}: "
+            f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}{head}, {self.kv_format} KV, "
+            f"context {self.context}{pieces}: "
             f"{format_bytes(self.weight_bytes('gpu'))} GPU + {format_bytes(self.weight_bytes('cpu'))} CPU"
             f"{disk}{self._not_given_text()}"
         )

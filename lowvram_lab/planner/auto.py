@@ -276,7 +276,7 @@ def _moved(plan: Plan) -> str:
 
 
 def _most_precise(bases: dict[str, list[Plan]], room: Room, why: list[str]) -> Iterator[PlanChoice]:
-    """Of each recipe, the most precise first, the cheapest plan; a KV cache that costs more than next to nothing last."""
+    """Of each recipe, the most precise first, the cheapest plan; a KV cache that costs much only where it must be."""
     for recipe, plans in bases.items():
         gentle = [plan for plan in plans if KV_LOSS.get(plan.kv_format, 0.0) <= NEXT_TO_NOTHING]
         reasons: list[str] = []

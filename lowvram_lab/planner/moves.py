@@ -1,7 +1,7 @@
 """What can be done to a plan that takes too much, and what each move costs: the one table that the planner goes by.
 
-``auto_plan`` searches over it, ``suggest`` names its moves, ``smaller_plans`` gives them up in a running chat. The order
-of the moves is that of ``cost``, which weighs, one after the other:
+``auto_plan`` searches over it, ``suggest`` names its moves, ``smaller_plans`` gives them up in a running chat. The
+order of the moves is that of ``cost``, which weighs, one after the other:
 
 1. What the CPU has to compute, weights of layers and a head, in seconds: it takes a multiple of the card's time.
 2. Forecast loss, the KL to the 16-bit model in nats: of the weights' formats and of the KV cache's.

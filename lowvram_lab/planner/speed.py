@@ -99,7 +99,28 @@ def stream_threshold(plan: Plan, machine: Machine | None = None) -> int | None:
 
 
 def _prompt(plan: Plan, machine: Machine, tokens: int, ram: int | None) -> Counter:
-    """Seconds of reading a prompt by the model's modules, by part; only the last token goes through the head."""
+    """Seconds of reading a prompt by the model's modules, by part, at once or in the plan's pieces."""
+    chunk = min(plan.prefill_chunk or tokens, tokens)
+    whole, rest = divmod(tokens, chunk)
+    before = whole * chunk
+    parts: Counter = Counter()
+    for length, count, pairs in (
+        (chunk, whole, (before - 1) * before / 2),
+        (rest, int(rest > 0), (tokens - 1) * tokens / 2 - (before - 1) * before / 2),
+    ):
+        if count:
+            piece, pair_s = _piece(plan, machine, length)
+            parts.update({part: count * seconds for part, seconds in piece.items()})
+            parts["attention"] += pairs * pair_s
+    parts["weights from disk"] += (whole + int(rest > 0)) * _disk_seconds(plan, machine, ram)
+    return +parts
+
+
+def _piece(plan: Plan, machine: Machine, tokens: int) -> tuple[Counter, float]:
+    """Seconds of one piece of a prompt without attention, by part, and those of a pair of tokens that see each other.
+
+    Only a piece's last token goes through the head.
+    """
     spec = plan.spec
     parts: Counter = Counter()
     away = _Travel(plan, machine) if plan.stream_from is not None and tokens >= plan.stream_from else None
@@ -115,18 +136,17 @@ def _prompt(plan: Plan, machine: Machine, tokens: int, ram: int | None) -> Count
         parts[_label(module, assignment.format, place, spec)] += seconds
         if away and module.layer in away.layers:
             away.compute_s += seconds
-    queries = _query_features(spec)
+    pair_s = 0.0
     for place in places:
         rates = machine.prompt(plan.kv_format, plan.dtype, place, plan.threads)
         parts["small operations"] += rates.layer_s + rates.width_s * (tokens - 1) * spec.hidden_size
-        parts["attention"] += rates.pair_s * queries * (tokens - 1) * tokens / 2
+        pair_s += rates.pair_s * _query_features(spec)
     parts["small operations"] += machine.prompt(plan.kv_format, plan.dtype, places[0], plan.threads).model_s
     parts["crossing"] += _crossing_seconds(plan, machine, places, tokens)
     if away and away.layers:
         parts["weights on their way"] += away.waiting_s()
         parts["keys and values on their way"] += away.cache_s(tokens)
-    parts["weights from disk"] += _disk_seconds(plan, machine, ram)
-    return +parts
+    return parts, pair_s
 
 
 def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:

@@ -72,22 +72,27 @@ def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
     found += fitting
     solved = bool(fitting)
     found += _fewer_tokens(*((plan, []) if solved else (spared, made)), budget)
-    smaller, small_moves = None, []
+    last = None
+    bases = [] if solved else [(spared, made)]
     for recipe in _lower_recipes(plan) if not plan.spec.stored else ():
-        smaller, small_moves = _with_recipe(plan, recipe), [f"{recipe} weights"]
-        if profile := forecast_if_possible(smaller, budget):
-            found.append(Suggestion(small_moves[0], smaller, profile))
-            smaller = None
-            break
-    if smaller is not None:  # no format is small enough by itself: join it with the cheap moves
-        smaller, small_moves, fitting = _moved_cheaply(smaller, small_moves, budget)
+        fitting, last = _in_recipe(plan, recipe, budget)
         found += fitting
-        smaller = None if fitting else smaller
-    if not solved:
-        bases = [(smaller, small_moves)] if smaller is not None else []
-        for base, moves_made in [*bases, (spared, made)]:
-            found += _computed_by_both(base, moves_made, budget)
+        if fitting:
+            break
+    else:  # no format is small enough, not even with all cheap moves
+        bases = [last, *bases] if bases and last else bases
+    for base, moves_made in bases:
+        found += _computed_by_both(base, moves_made, budget)
     return found
+
+
+def _in_recipe(plan: Plan, recipe: str, budget: GpuBudget) -> tuple[list[Suggestion], tuple[Plan, list[str]]]:
+    """The plan in a lower format, with cheap moves where those are needed; and what all of them make of it."""
+    smaller, made = _with_recipe(plan, recipe), [f"{recipe} weights"]
+    if profile := forecast_if_possible(smaller, budget):
+        return [Suggestion(made[0], smaller, profile)], (smaller, made)
+    smaller, made, fitting = _moved_cheaply(smaller, made, budget)
+    return fitting, (smaller, made)
 
 
 def _expandable(plan: Plan, budget: GpuBudget) -> list[Suggestion]:
@@ -107,8 +112,8 @@ def _moved_cheaply(plan: Plan, made: list[str], budget: GpuBudget) -> tuple[Plan
     for move in _cheap_moves(plan):
         plan, taken = move.change(plan), [*taken, move]
         if forecast_if_possible(plan, budget):
-            return plan, [*made, *(each.words for each in taken)], [_with_fewest(start, made, taken, budget)]
-    return plan, [*made, *(each.words for each in taken)], []
+            return plan, [*made, *_words(taken)], [_with_fewest(start, made, taken, budget)]
+    return plan, [*made, *_words(taken)], []
 
 
 def _with_fewest(start: Plan, made: list[str], taken: list[Move], budget: GpuBudget) -> Suggestion:
@@ -116,12 +121,19 @@ def _with_fewest(start: Plan, made: list[str], taken: list[Move], budget: GpuBud
         fewer = [move for move in taken if move is not needless]
         if forecast_if_possible(_after(start, fewer), budget):
             taken = fewer
-    for tokens in PREFILL_CHUNKS[1:]:
+    plan, profile = _after(start, taken), None
+    for tokens in (size for size in PREFILL_CHUNKS if size and size < (start.prefill_chunk or start.context)):
         larger = [in_pieces(tokens) if move.words == in_pieces(SHORT_CHUNK).words else move for move in taken]
-        plan = _after(start, larger)
-        if profile := forecast_if_possible(plan, budget):
-            return Suggestion(" + ".join([*made, *(move.words for move in larger)]), plan, profile)
-    raise AssertionError("the moves were found to fit")
+        if larger != taken and (profile := forecast_if_possible(_after(start, larger), budget)):
+            plan, taken = _after(start, larger), larger
+            break
+    return Suggestion(" + ".join([*made, *_words(taken)]), plan, profile or forecast(plan, budget))
+
+
+def _words(taken: list[Move]) -> list[str]:
+    """What was done; of two formats of the KV cache the one it has."""
+    words = [move.words for move in taken]
+    return [text for text in words if text != "KV cache in int8" or "KV cache in int4" not in words]
 
 
 def _after(plan: Plan, taken: list[Move]) -> Plan:
@@ -158,7 +170,7 @@ def _lower_recipes(plan: Plan) -> tuple[str, ...]:
     return ("int4",) if formats <= {plan.dtype, "int8"} else ()
 
 
-def _fewer_tokens(plan: Plan, moves: list[str], budget: GpuBudget) -> list[Suggestion]:
+def _fewer_tokens(plan: Plan, made: list[str], budget: GpuBudget) -> list[Suggestion]:
     def at(sixteenths: int) -> tuple[Plan, Workload]:
         context = plan.context * sixteenths // 16
         return replace(plan, context=context), Workload.full_context(context)
@@ -167,7 +179,7 @@ def _fewer_tokens(plan: Plan, moves: list[str], budget: GpuBudget) -> list[Sugge
     best = largest_fitting(at, least, 15, budget)
     if best is None:
         return []
-    return [Suggestion(" + ".join([*moves, f"context {best.plan.context}"]), best.plan, best.forecast)]
+    return [Suggestion(" + ".join([*made, f"context {best.plan.context}"]), best.plan, best.forecast)]
 
 
 def _computed_by_both(plan: Plan, made: list[str], budget: GpuBudget) -> list[Suggestion]:

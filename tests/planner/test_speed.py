@@ -46,6 +46,23 @@ def by_hand(plan, prompt, new_tokens, link=None, lean=True) -> tuple[float, floa
     return first, each
 
 
+@pytest.mark.parametrize("kind", TINY)
+def test_a_prompt_in_pieces_reads_its_weights_once_a_piece(kind):
+    spec = tiny_spec(kind)
+    plan = replace(tiny_plan(kind, "int4").with_gpu_layers(1), prefill_chunk=40)
+    pieces = [by_hand(plan, length, 1)[0] for length in (40, 40, 20)]
+    across = (100 * 99 - 2 * 40 * 39 - 20 * 19) / 2  # pairs of tokens that lie in two pieces
+    queries = spec.config["num_attention_heads"] * spec.head_dim
+    expected = sum(pieces) + spec.num_hidden_layers * 1e-10 * queries * across
+    found = forecast_speed(plan, Workload(100, 20), Made())
+    at_once = forecast_speed(replace(plan, prefill_chunk=None), Workload(100, 20), Made())
+    assert found.ttft_s == pytest.approx(expected)
+    assert found.ttft_s > at_once.ttft_s
+    assert found.decode_tokens_per_s == at_once.decode_tokens_per_s
+    whole = replace(plan, prefill_chunk=100)
+    assert forecast_speed(whole, Workload(100, 20), Made()).ttft_s == pytest.approx(at_once.ttft_s)
+
+
 @pytest.mark.parametrize("layers", [0, 1, 3])
 @pytest.mark.parametrize("kind", TINY)
 def test_the_parts_add_up_to_the_sum_made_by_hand(kind, layers):

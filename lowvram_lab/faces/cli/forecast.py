@@ -10,7 +10,7 @@ from pathlib import Path
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
-from lowvram_lab.faces.cli.plan import add_plan_options, stated_plan
+from lowvram_lab.faces.cli.plan import add_plan_options, options_between, stated_plan
 from lowvram_lab.files import write_atomically
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
@@ -21,7 +21,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.planner.search import max_context
-from lowvram_lab.planner.suggest import suggest
+from lowvram_lab.planner.suggest import Suggestion, suggest
 
 
 def add_forecast(parser: argparse.ArgumentParser) -> None:
@@ -46,14 +46,16 @@ def run_forecast(args: argparse.Namespace) -> int:
     profile = forecast(plan, gpu, workload=workload, timeline=bool(args.plot))
     found = suggest(plan, gpu) if budget and not profile.fits else []
     profile = replace(profile, suggestions=tuple(map(str, found)))
-    result = {**profile.to_dict(), "plan": plan.digest, "suggestions": [s.to_dict() for s in found]}
+    suggestions = [_as_dict(plan, suggestion) for suggestion in found]
+    result = {**profile.to_dict(), "plan": plan.digest, "suggestions": suggestions}
     say = prose(args)
     say(plan.summary())
     say(profile.table().to_string(index=False))
     say("(MiB; reserved is the simulated CUDA allocator's)")
     say(profile.summary())
-    for line in profile.suggestions:
-        say(f"would fit: {line}")
+    for suggestion, said in zip(found, suggestions, strict=True):
+        options = said["options"]
+        say(f"would fit: {suggestion}{options and f' ({options})'}")
     if args.max_context:
         longest = max_context(plan, gpu)
         result["max_context"] = longest.value
@@ -66,6 +68,10 @@ def run_forecast(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     return 0
+
+
+def _as_dict(plan: Plan, suggestion: Suggestion) -> dict:
+    return {**suggestion.to_dict(), "options": options_between(plan, suggestion.plan)}
 
 
 def _compare(plan: Plan, gpu: Gpu, profile: MemoryProfile, say: Callable[..., None]) -> dict:

@@ -13,7 +13,7 @@ from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.auto import auto_plan
+from lowvram_lab.planner.auto import RECIPES, auto_plan
 from lowvram_lab.planner.constraints import ram_bytes
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.speed import forecast_speed
@@ -57,7 +57,7 @@ def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, 
         help="from N tokens on, a prompt brings CPU layers' weights to the GPU",
     )
     parser.add_argument("--prefill-chunk", type=positive, metavar="N", help="read prompts N tokens at a time (at once)")
-    parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, or the model's own 16 bits")
+    parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, int4, or the model's own 16 bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
@@ -92,6 +92,42 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str |
         stream_from=args.stream_from or plan.stream_from,
         prefill_chunk=args.prefill_chunk or plan.prefill_chunk,
     )
+
+
+def options_between(before: Plan, after: Plan) -> str:
+    """The options that make one stated plan another, to be given beside or instead of its own.
+
+    Returns:
+        Such as ``"--prefill-chunk 512 --kv int8"``; ``""`` where no options do, as for an embedding on the CPU. bf16
+        and fp16 count as one: a recipe's name brings the one it has.
+    """
+    made, words = before, []
+    if _formats(after) != _formats(before):
+        recipes = {name: Plan.uniform(before.spec, name, context=after.context) for name in (*RECIPES, "nf4")}
+        recipe = next((name for name, plan in recipes.items() if _formats(plan) == _formats(after)), None)
+        if recipe is None:
+            return ""
+        made, words = recipes[recipe], [f"--format {recipe}"]
+    made = replace(made, context=after.context, prefill_chunk=after.prefill_chunk, stream_from=before.stream_from)
+    words += [f"--context {after.context}"] if after.context != before.context else []
+    if (layers := after.layer_devices().count("gpu")) != made.layer_devices().count("gpu"):
+        words.append(f"--gpu-layers {layers}")
+        made = made.with_gpu_layers(layers)
+    words += [f"--prefill-chunk {after.prefill_chunk}"] if after.prefill_chunk != before.prefill_chunk else []
+    if after.kv_format in ("int8", "int4") and after.kv_format != made.kv_format:
+        words.append(f"--kv {after.kv_format}")
+        made = replace(made, kv_format=after.kv_format)
+    return " ".join(words) if _says(made) == _says(replace(after, threads=made.threads)) else ""
+
+
+def _formats(plan: Plan) -> list[str]:
+    return [assignment.format.replace("fp16", "bf16") for assignment in plan.modules.values()]
+
+
+def _says(plan: Plan) -> tuple:
+    devices = [assignment.device for assignment in plan.modules.values()]
+    kv_format = plan.kv_format.replace("fp16", "bf16")
+    return _formats(plan), devices, kv_format, plan.context, plan.prefill_chunk, plan.stream_from, plan.threads
 
 
 def chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):

@@ -139,6 +139,21 @@ def test_forecast_json_has_the_promised_keys(capsys):
     assert found["suggestions"], "something must be said to help"
 
 
+@pytest.mark.parametrize("base", [["--context", 1024], ["--context", 1024, "--format", "int8", "--kv", "bf16"]])
+def test_the_options_of_a_suggestion_make_it_fit(capsys, base):
+    words = ["forecast", "smollm2-135m", "--gpu", "150MiB", *base]
+    _, out, _ = run(capsys, *words, "--json")
+    suggestions = [each for each in json.loads(out)["suggestions"] if each["options"]]
+    assert suggestions
+    for suggestion in suggestions:
+        _, out, _ = run(capsys, *words, *suggestion["options"].split(), "--json")
+        found = json.loads(out)
+        assert found["fits"], suggestion
+        assert found["peak_allocated_bytes"] == suggestion["peak_allocated_bytes"]
+    _, out, _ = run(capsys, *words)
+    assert all(f"({each['options']})" in out for each in suggestions)
+
+
 def test_forecast_draws_and_finds_the_longest_context(capsys, tmp_path):
     picture = tmp_path / "timeline.png"
     words = ["forecast", "smollm2-135m", "--gpu", "256MiB", "--context", 128, "--format", "int8", "--kv", "int8"]

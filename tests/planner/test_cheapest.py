@@ -1,0 +1,121 @@
+"""The planner's search held to an exhaustive one: every combination of moves in order of cost, the first that fits."""
+
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from lowvram_lab.errors import BudgetError
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner import auto
+from lowvram_lab.planner.auto import RECIPES
+from lowvram_lab.planner.constraints import ram_bytes
+from lowvram_lab.planner.forecast import _until_it_fails as until_it_fails
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.moves import PREFILL_CHUNKS, cost, head_modules, kv_formats
+from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.search import least_bytes
+from lowvram_lab.units import MiB
+from tests.helpers.machines import Made, stand_in
+from tests.helpers.tiny import tiny_config
+
+LAYERS = 2
+SIZES = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": LAYERS, "vocab_size": 2048}
+MODELS = {
+    "tied": ("llama", SIZES),
+    "untied": ("qwen2", SIZES),
+    "multi-head": ("qwen2", {**SIZES, "num_key_value_heads": 4, "vocab_size": 4096}),
+    "heads of 48": ("llama", {**SIZES, "hidden_size": 192, "num_key_value_heads": 4}),  # no int4 KV cache
+}
+UNLIMITED = replace(GpuBudget.parse("1TiB"), kernels="cpu")  # within a budget weights are not fused
+
+
+@functools.cache
+def spec_of(name: str) -> ModelSpec:
+    kind, sizes = MODELS[name]
+    return ModelSpec.from_config(tiny_config(kind, **sizes), f"model {name}")
+
+
+@functools.cache
+def combinations(name: str, context: int) -> list[Plan]:
+    """Every plan that the moves can make."""
+    spec, found = spec_of(name), []
+    for recipe in RECIPES:
+        base = Plan.uniform(spec, recipe, context=context)
+        ends = [(), head_modules(spec)]
+        if not spec.tied:
+            ends += [(spec.embedding,), (spec.embedding, spec.head)]
+        for away, layers in itertools.product(ends, range(LAYERS + 1)):
+            split = base.with_gpu_layers(layers)
+            split = split.with_modules(*away, device="cpu") if away else split
+            for kv_format, chunk in itertools.product(kv_formats(spec, base.dtype), PREFILL_CHUNKS):
+                if chunk is None or chunk < context:
+                    found.append(replace(split, kv_format=kv_format, prefill_chunk=chunk))
+    return found
+
+
+@functools.cache
+def fits(plan: Plan, budget: GpuBudget) -> bool:
+    """Whether every piece of the longest prompt fits; the replay ends where it does not, which is most of the time."""
+    if least_bytes(plan) > budget.usable_bytes:
+        return False
+    return until_it_fails(plan, budget, Workload.full_context(plan.context), None) is not None
+
+
+def cheapest_of_all(name: str, context: int, budget: GpuBudget, ram: int | None = None, prefer="balance", layers=None):
+    """The least cost of all plans that fit, by trying them in its order; ``None`` where none does."""
+    plans = combinations(name, context)
+    if layers is not None:
+        plans = [plan for plan in plans if plan.layer_devices().count("gpu") == layers]
+    for plan in sorted(plans, key=lambda plan: cost(plan, prefer, layers)):
+        if (ram is None or ram_bytes(plan) <= ram) and fits(plan, budget):
+            return plan
+    return None
+
+
+def chosen(name, context, budget, **options):
+    try:
+        return auto.auto_plan(spec_of(name), budget, context, machine=Made(), **options)
+    except BudgetError:
+        return None
+
+
+def budgets(name: str, context: int, count: int) -> list[GpuBudget]:
+    """From what takes hardly anything to what holds all of it in 16 bits."""
+    base = Plan.uniform(spec_of(name), "bf16", context=context)
+    most = forecast(base, UNLIMITED).peak_reserved_bytes
+    return [stand_in(round(MiB + (most - MiB) * (step + 1) / count)) for step in range(count)]
+
+
+def check(name, context, budget, **options):
+    best = cheapest_of_all(name, context, budget, options.get("ram"), options.get("prefer", "balance"),
+                           options.get("gpu_layers"))  # fmt: skip
+    found = chosen(name, context, budget, **options)
+    assert (best is None) == (found is None), (best, found)
+    if found is None:
+        return None
+    order = (options.get("prefer", "balance"), options.get("gpu_layers"))
+    assert cost(found.plan, *order) == cost(best, *order), (found.plan.summary(), best.summary())
+    assert found.forecast.fits
+    assert forecast(found.plan, budget).fits
+    assert 0 < len(found.why) <= 5
+    return found.plan
+
+
+CASES = [(name, 600, 4) for name in MODELS]
+MORE = [(name, context, 20) for name in MODELS for context in (300, 900, 1024)]
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "count"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
+def test_no_combination_that_fits_is_cheaper(name, context, count):
+    found = [check(name, context, budget) for budget in budgets(name, context, count)]
+    costs = [cost(plan) for plan in found if plan]
+    assert costs == sorted(costs, reverse=True)  # more budget is never worse
+    assert len({(plan.kv_format, plan.prefill_chunk) for plan in found if plan}) > 1
+    assert found[-1].layer_devices().count("gpu") == LAYERS
