@@ -1,6 +1,7 @@
-"""auto_plan: searches format x placement x KV format x context x threads for a plan that fits GPU, RAM and disk.
+"""auto_plan: the plan of least cost that fits GPU, RAM and disk, of all that the engine can do.
 
-Whether a plan fits is what its forecast says, how fast it is what the measured rates of this machine say.
+It searches formats x KV formats x pieces of a prompt x places of embedding, head and layers, and threads. Whether a plan
+fits is what its forecast says; what it costs is ``moves.cost``, and how fast it is what this machine's rates say.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """
@@ -83,13 +84,15 @@ def auto_plan(
             that, and so on, where nothing fits). Fewer layers on the GPU (``gpu_layers=``) leave room for more.
         ram: What the CPU's part may take; by default no limit.
         disk: What of the CPU's part may lie on disk where RAM is too small; by default nothing.
-        prefer: ``"balance"``: the most precise recipe that fits whole, with the embedding on the CPU and the KV cache
-            in int8 if need be; if none does, the smallest recipe, split. ``"fidelity"``: the most precise recipe,
-            however many layers must go to the CPU. ``"speed"``: the fastest by this machine's rates, which are
-            measured if they are not known.
+        prefer: ``"balance"``: of the plans whose layers and head are all on the GPU the one that loses least, formats
+            and KV cache together, and of those the one of least time: the embedding on the CPU and prompts read in
+            pieces come before any loss. If none fits, the one that leaves least for the CPU to compute: the smallest
+            recipe, split. ``"fidelity"``: the most precise recipe, however much must go to the CPU; an int4 KV cache
+            only where nothing else fits. ``"speed"``: the fastest by this machine's rates, which are measured if they
+            are not known. ``moves.py`` has the order and its figures.
         recipes: Recipes to try, the most precise first; by default ``RECIPES``, or what a converted model holds.
         gpu_layers: Keep to so many layers on the GPU, and choose the rest.
-        kv_format: Keep to this, ``"int8"`` or the plan's dtype.
+        kv_format: Keep to this, ``"int8"``, ``"int4"`` or the plan's dtype.
         threads: CPU threads for the plan; by default torch's number, for ``"speed"`` the fastest of one, half, all.
         machine: Rates for ``"speed"`` and for weights that travel; by default this machine's.
 

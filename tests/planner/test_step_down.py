@@ -17,6 +17,7 @@ from lowvram_lab.engine.placement import Placement
 from lowvram_lab.errors import BudgetError, CheckpointError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.moves import cost
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.step_down import smaller_plans
 from tests.helpers.tiny import (
@@ -125,23 +126,29 @@ def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
     assert model.lowvram.plan == tiny_plan("qwen2")
 
 
-def test_each_smaller_plan_takes_less():
+def test_each_smaller_plan_takes_less_and_costs_more():
     plan = tiny_plan("qwen2", context=1024)
-    taken, texts, (first, *smaller_ones) = [], [], smaller_plans(plan)
-    assert first == ("prompts read 256 tokens at a time", replace(plan, prefill_chunk=256))
-    for text, smaller in smaller_ones:
-        texts.append(text)
-        taken.append(smaller.weight_bytes("gpu") + smaller.kv_bytes(smaller.context))
+    texts, plans = zip(*smaller_plans(plan), strict=True)
+    assert plans[1] == replace(plans[0], prefill_chunk=256)
+    taken = [each.weight_bytes("gpu") + each.kv_bytes(each.context) for each in plans]
     assert taken == sorted(taken, reverse=True)
-    assert len(set(taken)) == len(taken)
-    assert texts[:3] == [
+    assert texts[:4] == (
+        "embedding to the CPU",
+        "prompts read 256 tokens at a time",
         "KV cache in int8",
+        "KV cache in int4",
+    )
+    at_full_context = [cost(each) for each in plans if each.context == 1024]
+    assert at_full_context[2:] == sorted(at_full_context[2:])  # the same table: what auto_plan would rather give up
+    assert at_full_context[1][:2] == (0, 0)
+    assert sorted(texts[4:7]) == [
         "1 more layer on the CPU, 2 left on the GPU",
         "2 more layers on the CPU, 0 left on the GPU",
+        "head to the CPU",
     ]
     four = replace(plan, kv_format="int4")
     assert all(smaller.kv_format == "int4" for _, smaller in smaller_plans(four))  # int8 would be more
-    assert texts[3:] == [f"a context of {n} tokens" for n in (768, 576, 432, 324, 256)]
+    assert list(texts[7:]) == [f"a context of {n} tokens" for n in (768, 576, 432, 324, 256)]
 
 
 @pytest.mark.parametrize("at", ["_wrap", "_device_name"])
@@ -199,7 +206,7 @@ def test_buffers_for_travelling_weights_are_the_first_to_go():
     plan = replace(tiny_plan("qwen2").with_gpu_layers(2, disk=1), stream_from=16)
     texts, plans = zip(*smaller_plans(plan), strict=True)
     assert texts[0] == "long prompts computed where the layers are"
-    assert texts[2] == "KV cache in int8"
+    assert texts[3] == "KV cache in int8"
     assert plans[0] == replace(plan, stream_from=None)
     assert all(each.layer_devices()[0] == "disk" for each in plans)
 
