@@ -117,8 +117,7 @@ def check_settings(
         raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {dtype!r}")
     if kv_format not in (dtype, "int8", "int4"):
         raise PlanError(f"expected kv_format {dtype} (the plan's dtype), int8 or int4, found {kv_format!r}")
-    odd = [held.value_dim for held in spec.kv_layers if held and held.value_dim % INT4_GROUP]
-    if kv_format == "int4" and odd:
+    if kv_format == "int4" and (odd := odd_for_int4(spec)):
         raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {odd[0]}; take int8")
     _check_context(spec, context)
     if threads is not None:
@@ -132,6 +131,11 @@ def check_settings(
                 f"weights travel for {stream_from} tokens or more (stream_from), found a prefill_chunk of "
                 f"{prefill_chunk}; give chunks of {stream_from} or more"
             )
+
+
+def odd_for_int4(spec: ModelSpec) -> list[int]:
+    """Features of the heads that an int4 KV cache cannot hold: no whole groups. Empty where it can hold all."""
+    return [held.value_dim for held in spec.kv_layers if held and held.value_dim % INT4_GROUP]
 
 
 def _check_context(spec: ModelSpec, context: int) -> None:

@@ -1,7 +1,7 @@
 """auto_plan: the plan of least cost that fits GPU, RAM and disk, of all that the engine can do.
 
-It searches formats x KV formats x pieces of a prompt x places of embedding, head and layers, and threads. Whether a plan
-fits is what its forecast says; what it costs is ``moves.cost``, and how fast it is what this machine's rates say.
+It searches formats x KV formats x pieces of a prompt x places of embedding, head and layers, and threads. Whether a
+plan fits is what its forecast says; what it costs is ``moves.cost``, how fast it is what this machine's rates say.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """

@@ -11,6 +11,7 @@ import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lowvram_lab.errors import PlanError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.constraints import Room
 from lowvram_lab.planner.forecast import forecast_if_fits, is_whole, sketch_if_fits
@@ -38,6 +39,7 @@ class Cheapest:
     def __init__(self, room: Room, asked_layers: int | None = None):
         self.room, self.asked_layers = room, asked_layers
         self._sketches: dict[Plan, MemoryProfile | None] = {}
+        self._refused: PlanError | None = None
         self._forecasts: dict[Plan, MemoryProfile | None] = {}
 
     def of(self, bases: list[Plan], refused: list[Plan] | None = None) -> Found | None:
@@ -47,13 +49,19 @@ class Cheapest:
             bases: Plans to start from, one for each pair of weights' formats and KV format, all on the GPU (or with
                 ``asked_layers`` there) and prompts read at once.
             refused: Takes those of them that do not fit without layers or head on the CPU, in the order tried.
+
+        Raises:
+            PlanError: Nothing fits, and not every plan could be replayed.
         """
         for base in sorted(bases, key=forecast_loss):
             if found := self._placed(base):
                 return found
             if refused is not None:
                 refused.append(self.gentlest(base))
-        return self._computed_by_both(bases)
+        found = self._computed_by_both(bases)
+        if found is None and self._refused is not None:
+            raise self._refused
+        return found
 
     def gentlest(self, base: Plan) -> Plan:
         """The plan with all moves that leave layers and head where they are."""
@@ -65,7 +73,10 @@ class Cheapest:
         if least_bytes(plan) > self.room.budget.usable_bytes:
             return False
         if plan not in self._sketches:
-            self._sketches[plan] = sketch_if_fits(plan, self.room.budget)
+            try:
+                self._sketches[plan] = sketch_if_fits(plan, self.room.budget)
+            except PlanError as error:  # a move that this architecture does not bear; or none of its plans runs
+                self._sketches[plan], self._refused = None, error
         return self._sketches[plan] is not None
 
     def _may_fit(self, plan: Plan) -> bool:

@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from lowvram_lab.engine.cache_layers import FixedLayer
 from lowvram_lab.engine.decode import Decoder
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.loaded import loaded
@@ -70,7 +71,8 @@ def _pass_over(decoder: Decoder, tokens: int, last_pieces: int) -> int:
         return 0
     held = max(0, -(-tokens // chunk) - last_pieces) * chunk
     for layer in decoder.cache.layers:
-        layer.tokens = held
+        if isinstance(layer, FixedLayer):  # others read another layer's keys and values
+            layer.tokens = held
     return held
 
 

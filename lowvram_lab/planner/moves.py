@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan, compute_place
-from lowvram_lab.model.rules import INT4_KEYS
+from lowvram_lab.model.rules import odd_for_int4
 from lowvram_lab.model.spec import ModelSpec
 
 KV_LOSS = {"int8": 0.0007, "int4": 0.018}
@@ -138,7 +138,7 @@ def cost(plan: Plan, prefer: str = "balance", asked_layers: int | None = None) -
 
 def kv_formats(spec: ModelSpec, dtype: str) -> tuple[str, ...]:
     """The KV formats that a model's heads allow, the most precise first."""
-    return (dtype, "int8") if spec.head_dim % INT4_KEYS else (dtype, "int8", "int4")
+    return (dtype, "int8") if odd_for_int4(spec) else (dtype, "int8", "int4")
 
 
 def head_modules(spec: ModelSpec) -> tuple[str, ...]:
