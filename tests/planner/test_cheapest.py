@@ -14,7 +14,7 @@ from lowvram_lab.planner import auto
 from lowvram_lab.planner.auto import RECIPES
 from lowvram_lab.planner.constraints import ram_bytes
 from lowvram_lab.planner.forecast import _until_it_fails as until_it_fails
-from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.forecast import forecast, forecast_if_fits, is_whole, sketch
 from lowvram_lab.planner.moves import PREFILL_CHUNKS, cost, head_modules, kv_formats
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.search import least_bytes
@@ -119,3 +119,24 @@ def test_no_combination_that_fits_is_cheaper(name, context, count):
     assert costs == sorted(costs, reverse=True)  # more budget is never worse
     assert len({(plan.kv_format, plan.prefill_chunk) for plan in found if plan}) > 1
     assert found[-1].layer_devices().count("gpu") == LAYERS
+
+
+@pytest.mark.parametrize("options", [{"prefer": "fidelity"}, {"gpu_layers": 1}, {"ram": 4 * MiB}])
+def test_nor_is_one_cheaper_within_what_is_asked_for(options):
+    found = [check("untied", 600, budget, **options) for budget in budgets("untied", 600, 4)[:3]]
+    assert any(found)
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
+def test_a_sketch_takes_what_the_forecast_of_all_pieces_takes(kv_format):
+    plan = replace(Plan.uniform(spec_of("untied"), "int8", context=1024), kv_format=kv_format, prefill_chunk=128)
+    whole = forecast(plan, UNLIMITED)
+    assert not is_whole(plan, whole.workload)
+    sketched = sketch(plan, UNLIMITED)
+    assert sketched.peak_allocated_bytes == pytest.approx(whole.peak_allocated_bytes, rel=0.01)
+    for spare in (-MiB, 0, MiB):
+        budget = stand_in(whole.peak_reserved_bytes + spare)
+        expected = forecast(plan, budget)
+        found = forecast_if_fits(plan, budget)
+        assert (found is not None) == expected.fits
+        assert found is None or found.phases == expected.phases

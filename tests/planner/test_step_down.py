@@ -302,7 +302,8 @@ def test_a_history_cut_by_its_owner_is_a_new_beginning():
 
 @SIMULATED
 def test_where_nothing_helps_the_error_passes_and_the_history_is_as_before():
-    plan = replace(tiny_plan("qwen2", "fp32", context=256), kv_format="int8").with_gpu_layers(0)
+    plan = replace(tiny_plan("qwen2", "fp32", context=256), kv_format="int4").with_gpu_layers(0)
+    plan = plan.with_modules("model.embed_tokens", "lm_head", device="cpu")
     model = load_tiny("qwen2", plan, open_gpu("16MiB"), letters_state())
     session = ChatSession(model, tiny_tokenizer(), max_new_tokens=12)
     session.ask("hi")
