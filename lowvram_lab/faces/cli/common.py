@@ -4,8 +4,10 @@ import argparse
 import json
 import sys
 
+from lowvram_lab.errors import UnitError
 from lowvram_lab.files import cache_dir, writable
 from lowvram_lab.model.source import find_source
+from lowvram_lab.units import parse_tokens
 
 
 def positive(text: str) -> int:
@@ -13,6 +15,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above zero, found {text!r}")
     return int(text)
+
+
+def tokens(text: str) -> int:
+    """An argument that is a number of tokens, as ``4096`` or ``4k``."""
+    try:
+        return parse_tokens(text)
+    except UnitError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def share(text: str) -> float:

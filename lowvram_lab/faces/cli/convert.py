@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, share, spec_of
+from lowvram_lab.faces.cli.common import print_json, prose, share, spec_of, tokens
 from lowvram_lab.faces.cli.evaluate import stated_format
 from lowvram_lab.model.text import windows_in_words
 from lowvram_lab.planner.card_recipe import CardBudget
@@ -23,7 +23,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--gpu", metavar="SIZE", help="the card that weights, KV cache and workspace are to share")
     size.add_argument("--format", metavar="NAME", help="one format for the whole model, e.g. int4")
     size.add_argument("--plan", metavar="FILE", help="formats from a plan's JSON")
-    parser.add_argument("--context", type=positive, metavar="N", help="tokens to plan for, with --gpu (2048)")
+    parser.add_argument("--context", type=tokens, metavar="N", help="tokens to plan for, with --gpu (2048)")
     parser.add_argument("--formats", metavar="A,B", help="choose among these only, e.g. int8,int4,int4-g128")
     parser.add_argument(
         "--own-formats",

@@ -8,7 +8,7 @@ import re
 import sys
 
 from lowvram_lab import __version__
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.errors import LowvramError, UnitError
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -30,11 +30,12 @@ COMMANDS = {
 """Name → the file beside this one with its ``add_NAME`` (arguments) and ``run_NAME``, and what it does."""
 
 
+SIZE_OPTIONS = ("--gpu", "--ram", "--disk", "--cuda-context", "--weight-bytes")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of argparse's usage block."""
-        if re.search(r"unrecognized arguments: [KMGT]i?B\b", message):
-            message += "; write a size in one word, e.g. 4GiB"
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -46,7 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     """
     _quiet_other_libraries()
     try:
-        args = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
+        words = sys.argv[1:] if arguments is None else arguments
+        _refuse_sizes_in_two_words(words)
+        args = _parser(words).parse_args(words)
         return args.run(args)
     except LowvramError as error:
         return _complain(str(error))
@@ -68,6 +71,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _complain(message: str, status: int = EXIT_USAGE) -> int:
     print(f"lowvram: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+def _refuse_sizes_in_two_words(words: list[str]) -> None:
+    """Before the second word is taken for a model's name."""
+    for option, number, unit in zip(words, words[1:], words[2:], strict=False):
+        is_size = re.fullmatch(r"[0-9]+([.,][0-9]+)?", number) and re.fullmatch(r"[KMGT](i?B)?", unit, re.IGNORECASE)
+        if option in SIZE_OPTIONS and is_size:
+            raise UnitError(f"{option} {number} {unit}: expected a size in one word; write {option} {number}{unit}")
 
 
 def _quiet_other_libraries() -> None:
