@@ -65,7 +65,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def _budget(args: argparse.Namespace):
     """What makes the recipe within --gpu, --weight-bytes or --reduce."""
-    formats = tuple(args.formats.split(",")) if args.formats else None
+    formats = tuple(name.strip() for name in args.formats.split(",")) if args.formats else None
     stock = not args.own_formats
     if args.gpu:
         return CardBudget(args.gpu, context=args.context, formats=formats, stock=stock)
