@@ -190,7 +190,7 @@ def _save(loaded: PreTrainedModel, config: PretrainedConfig, header: GgufHeader,
         fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.tie_weights()
-    token_ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
+    token_ids = {name: getattr(config, name, None) for name in ("bos_token_id", "pad_token_id")}
     fresh.generation_config = GenerationConfig(eos_token_id=_stop_ids(header), **token_ids)
     fresh.save_pretrained(directory, max_shard_size="2GB")
 
