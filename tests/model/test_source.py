@@ -856,6 +856,33 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert cache.cache_dir() == tmp_path / "local" / "lowvram_lab"
 
 
+def test_without_a_home_nothing_is_kept_and_that_is_said(monkeypatch, tmp_path, caplog):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LOWVRAM_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    for platform in ("linux", "darwin", "win32"):
+        monkeypatch.setattr("sys.platform", platform)
+        assert cache.cache_dir().name == "lowvram_lab"
+
+
+def test_what_cannot_be_kept_is_said_once(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "file" / "cache"))
+    for name in ("a", "b"):
+        cache.remember(cache.cache_dir() / name / "x.json", "{}")
+        assert "set LOWVRAM_CACHE" in cache.not_kept(cache.cache_dir() / name)
+    (line,) = caplog.messages
+    assert "not kept" in line and str(tmp_path / "file" / "cache") in line
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "new" / "cache"))
+    assert cache.not_kept(cache.cache_dir() / "compiled") == ""
+    assert not (tmp_path / "new").exists()
+    cache.remember(cache.cache_dir() / "x.json", "{}")
+    assert (tmp_path / "new" / "cache" / "x.json").read_text() == "{}"
+
+
 def test_hash_is_taken_again_when_the_file_changes(tmp_path):
     path = tmp_path / "x"
     path.write_bytes(b"one")

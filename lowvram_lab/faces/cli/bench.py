@@ -6,7 +6,7 @@ import sys
 import torch
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of, tokens
+from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of, tokens
 from lowvram_lab.faces.cli.plan import LONGEST, add_plan_options, chosen_plan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.dry_run import DryRunGpu
@@ -34,8 +34,7 @@ def run_bench(args: argparse.Namespace) -> int:
             "--context longest is for plan, chat and complete: bench needs room for its own prompt and answer"
         )
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
-    require_cache()
-    source, spec = spec_of(args.model)
+    source, spec = spec_of(args.model, runs=True)
     settings = BenchSettings(args.prompt_tokens, args.new_tokens, args.rounds, args.threads)
     if not args.plan:
         args.context = args.context or settings.context

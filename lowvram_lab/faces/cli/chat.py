@@ -12,7 +12,7 @@ from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.load import load
 from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import print_json, prose, require_cache, spec_of, tokens
+from lowvram_lab.faces.cli.common import print_json, prose, spec_of, tokens
 from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.units import format_bytes
@@ -68,9 +68,8 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
     """A session of that kind with the model that was asked for; what can be refused is refused before it is loaded."""
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
     StopStrings(args.stop)
-    require_cache()
     gpu = open_gpu(args.gpu, args.cuda_context)
-    source, spec = spec_of(args.model)
+    source, spec = spec_of(args.model, runs=True)
     if kind is ChatSession:
         source.require_chat_template()
     plan, profile, _ = chosen_plan(args, spec, gpu)

@@ -172,7 +172,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(args: argparse.Namespace) -> int:
     """Tells the story; exit status 1 where the validation failed."""
-    require_cache()
+    require_cache(find_source(args.model))
     result = tell_story(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
     if args.json:
         print_json(result)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, require_cache, spec_of, tokens
+from lowvram_lab.faces.cli.common import positive, print_json, spec_of, tokens
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
@@ -177,9 +177,8 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def run_tune(args: argparse.Namespace) -> int:
     """``lowvram tune``."""
-    require_cache()
     gpu = open_gpu(args.gpu, args.cuda_context)
-    _, spec = spec_of(args.model)
+    _, spec = spec_of(args.model, runs=True)
     plan, *_ = chosen_plan(args, spec, gpu)
     threads = [args.threads] if args.threads else None
     table = tune(plan, gpu, threads=threads, progress=sys.stderr.isatty())

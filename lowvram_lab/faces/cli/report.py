@@ -11,6 +11,7 @@ from lowvram_lab.chat.effects import effects
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import print_json, prose, require_cache, tokens
 from lowvram_lab.files import write_atomically
+from lowvram_lab.model.source import find_source
 
 ENDINGS = (".md", ".html", ".json")
 
@@ -28,7 +29,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 def run_report(args: argparse.Namespace) -> int:
     """Forecasts, measures, prints the table, and writes it where that is asked for."""
     output = _output(args.output)
-    require_cache()
+    require_cache(find_source(args.model))
 
     report = effects(
         args.model,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.helpers.commands import run_command as run
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import tiny_config, tiny_stock, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -213,13 +213,40 @@ def test_commands_that_keep_nothing_do_without_a_cache_folder(capsys, tmp_path, 
     assert (status, err) == (0, "")
 
 
-def test_a_prepared_cache_folder_may_be_read_only(monkeypatch, tmp_path):
-    from lowvram_lab.faces.cli.common import require_cache
+def test_a_directory_chats_without_a_cache_folder_and_says_what_is_not_kept(
+    capsys, caplog, monkeypatch, tmp_path, unwritable
+):
+    from lowvram_lab.engine import lean
 
-    (tmp_path / "compiled").mkdir()
-    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
+    lean._warn_once.cache_clear()
+    tiny_stock("qwen2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["chat", tmp_path / "model", "--gpu", "64MiB", "--format", "bf16", "--context", "64", "--prompt", "hi"]
+    status, out, _ = run(capsys, *words, "--max-new-tokens", "2", "--json")
+    assert status == 0 and json.loads(out)["engine"].startswith("the lean decoder")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "without compiled layers" in line and f"{tmp_path}/file/cache" in line and "set LOWVRAM_CACHE" in line
+
+
+def test_a_model_that_lies_in_a_read_only_cache_folder_is_not_refused(monkeypatch, tmp_path):
+    from lowvram_lab.faces.cli.common import require_cache
+    from lowvram_lab.model.source import Source
+
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: pytest.fail("nothing has to be written"))
-    require_cache()
+    monkeypatch.setattr("lowvram_lab.model.builtin.default_is_cached", lambda: True)
+    monkeypatch.setattr("lowvram_lab.model.gguf.is_converted", lambda path: path.name == "converted.gguf")
+    (tmp_path / "converted.gguf").touch()
+    for source in (
+        Source("smollm2-135m", "builtin"),
+        Source(str(tmp_path / "converted.gguf"), "gguf"),
+        Source("owner/name", "hub"),  # the hub's own cache is another folder
+        Source(str(tmp_path), "directory"),
+    ):
+        require_cache(source)
+    (tmp_path / "other.gguf").touch()
+    assert Source(str(tmp_path / "other.gguf"), "gguf").needs_cache()
+    assert Source("owner/name-GGUF:Q4_K_M", "gguf").needs_cache()
 
 
 def test_models_and_doctor_print_json(capsys):
