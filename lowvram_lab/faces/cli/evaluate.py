@@ -36,6 +36,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     shown = sys.stderr.isatty()
     text = read_text(args.text) if args.text else sample_text()
     source, spec = spec_of(args.model)
+    source.require_tokenizer()
     if spec.stored and not args.reference:
         raise LowvramError(f"{args.model} holds quantised weights alone: name its original with --reference")
     _, original = spec_of(args.reference) if args.reference else (source, spec)
