@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -286,6 +287,56 @@ def test_chat_answers_one_prompt(capsys):
     found = json.loads(out)
     assert status == 0 and "Paris" in found["text"] and found["peak_bytes"] < found["budget_bytes"]
     assert {"ttft_s", "tokens_per_s"} <= set(found)
+
+
+def doing(monkeypatch, action):
+    """Has ``lowvram doctor`` do something else."""
+    monkeypatch.setattr("lowvram_lab.faces.cli.doctor.run_doctor", lambda args: action())
+
+
+def library_function(code):
+    """A function of another package."""
+    names = {"__name__": "somelib.module"}
+    exec(compile(code, "/env/somelib/module.py", "exec"), names)
+    return names["function"]
+
+
+@pytest.mark.parametrize("kind", ["DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"])
+def test_a_deprecation_of_another_package_is_no_error(capsys, monkeypatch, kind):
+    code = f"import warnings\ndef function():\n    warnings.warn('old', {kind})\n    return 0"
+    doing(monkeypatch, library_function(code))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        assert run(capsys, "doctor") == (0, "", "")
+        assert warnings.filters == before
+
+
+def test_a_deprecation_of_ours_is_an_error_to_those_who_ask_for_errors(capsys, monkeypatch):
+    def ours():
+        warnings.warn_explicit("old", DeprecationWarning, "engine.py", 1, module="lowvram_lab.engine.load")
+
+    doing(monkeypatch, ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, _, err = run(capsys, "doctor")
+    assert status == 2 and "unexpected DeprecationWarning" in err
+
+
+@pytest.mark.parametrize(
+    "error", ["IndexError('list index')", "RuntimeError('a\\nb')", "AssertionError()", "KeyError('k')"]
+)
+def test_what_nobody_foresaw_is_one_line_and_how_to_see_more(capsys, monkeypatch, error):
+    doing(monkeypatch, library_function(f"def function():\n    raise {error}"))
+    monkeypatch.delenv("LOWVRAM_TRACEBACK", raising=False)
+    status, out, err = run(capsys, "doctor")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    kind = error.partition("(")[0]
+    assert f"unexpected {kind} in somelib/module.py, line 2: " in err and "LOWVRAM_TRACEBACK=1" in err
+    monkeypatch.setenv("LOWVRAM_TRACEBACK", "1")
+    with pytest.raises(Exception, match=".*") as raised:
+        run(capsys, "doctor")
+    assert type(raised.value).__name__ == kind
 
 
 def test_help_waits_for_no_library():
