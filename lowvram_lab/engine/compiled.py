@@ -139,7 +139,7 @@ def _start(scratch: Path, log: IO[str]) -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,
-        env=os.environ | places,
+        env=os.environ | places | {"PYTHONWARNINGS": "ignore"},  # torch deprecates what its compiler itself calls
         start_new_session=True,  # Ctrl-C is this process's to handle, and the compiler is ended with its parent
     )
 

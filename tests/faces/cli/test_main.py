@@ -56,6 +56,17 @@ MISTAKES = {
     "max context without a card": (["forecast", "smollm2-135m", "--max-context"], "--gpu"),
     "a picture of no known kind": (["forecast", "smollm2-135m", "--plot", "x.gif"], ".png"),
     "a size in two words": (["forecast", "smollm2-135m", "--gpu", "4", "GiB"], "one word"),
+    "a size in two words, the model behind": (["forecast", "--gpu", "4", "gb", "smollm2-135m"], "write --gpu 4gb"),
+    "RAM in two words": (["plan", "smollm2-135m", "--gpu", "4G", "--ram", "8,5", "G"], "write --ram 8,5G"),
+    "MiB without a unit": (["forecast", "smollm2-135m", "--gpu", "4096"], "did you mean 4096MiB?"),
+    "a device": (["forecast", "smollm2-135m", "--gpu", "cuda:0"], "CUDA_VISIBLE_DEVICES chooses the card"),
+    "a card's name": (["plan", "smollm2-135m", "--gpu", "RTX3050"], "expected the card's memory, e.g. 4GiB"),
+    "tokens of no known unit": (["forecast", "smollm2-135m", "--context", "4x"], "such as 4096 or 4k"),
+    "longest where nothing is chosen": (["forecast", "smollm2-135m", "--context", "longest"], "--max-context"),
+    "thousands of tokens beyond the model": (["forecast", "smollm2-135m", "--context", "128k"], "131072 is beyond"),
+    "llama.cpp's format": (["forecast", "smollm2-135m", "--format", "Q4_K_M"], "the nearest is int4-g32"),
+    "ollama's name": (["plan", "qwen2.5:3b", "--gpu", "4G"], "did you mean qwen2.5-3b?"),
+    "a release nobody knows": (["forecast", "Qwen/Qwen3-4B-Instruct-2507"], "qwen3-4b is known"),
     "an unknown KV format": (["plan", "smollm2-135m", "--gpu", "1GiB", "--kv", "int7"], "kv_format bf16"),
     "no such plan file": (["forecast", "smollm2-135m", "--plan", "missing.json"], "missing.json"),
     "temperature": (["chat", "smollm2-135m", "--gpu", "192MiB", "--prompt", "x", "--temperature", "-1"], "temperature"),
@@ -138,6 +149,16 @@ def test_forecast_json_has_the_promised_keys(capsys):
     assert status == 0 and set(promised.split()) <= set(found)
     assert found["fits"] is False and found["first_oom"]["phase"] == "load"
     assert found["suggestions"], "something must be said to help"
+
+
+def test_what_people_type_is_what_they_mean(capsys):
+    plain = run(capsys, "forecast", "smollm2-135m", "--gpu", "4GiB", "--format", "int8", "--context", "1024", "--json")
+    typed = run(capsys, "forecast", "SmolLM2-135M", "--gpu", "4 gb", "--format", "8bit", "--context", "1k", "--json")
+    assert plain == typed and json.loads(plain[1])["budget_bytes"] == 4 * 2**30
+    page = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/tree/main"
+    status, out, _ = run(capsys, "forecast", page, "--gpu", "4096M", "--format", "INT8", "--context", "1K", "--json")
+    found, expected = json.loads(out), json.loads(plain[1])
+    assert status == 0 and found["phases"] == expected["phases"] and found["budget_bytes"] == expected["budget_bytes"]
 
 
 def test_forecast_draws_and_finds_the_longest_context(capsys, tmp_path):
