@@ -16,16 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram_lab import names
 from lowvram_lab.errors import CheckpointError, SourceError, first_line
 from lowvram_lab.files import writable
-from lowvram_lab.model import builtin, chat_template, hub, names
+from lowvram_lab.model import builtin, chat_template, hub
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.model.tokenizer_files import require_libraries
 from lowvram_lab.packaged import packaged_config, packaged_facts
+from lowvram_lab.tokenizer_files import require_libraries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
