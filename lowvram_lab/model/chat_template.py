@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from lowvram_lab import hub
 from lowvram_lab.errors import SourceError
-from lowvram_lab.model import hub
 
 FILES = ["tokenizer_config.json", "chat_template*"]
 """What a hub repository is asked for: a few kilobytes."""

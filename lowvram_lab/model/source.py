@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram_lab import names
+from lowvram_lab import hub, names
 from lowvram_lab.errors import CheckpointError, SourceError, first_line
 from lowvram_lab.files import writable
-from lowvram_lab.model import builtin, chat_template, hub
+from lowvram_lab.model import builtin, chat_template
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.quiet import quiet_transformers

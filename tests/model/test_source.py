@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowvram_lab import files as cache
-from lowvram_lab import tokenizer_files
+from lowvram_lab import hub, tokenizer_files
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
-from lowvram_lab.model import builtin, hub
+from lowvram_lab.model import builtin
 from lowvram_lab.model import gguf as gguf_convert
 from lowvram_lab.model import source as source_module
 from lowvram_lab.model.builtin import builtin_names
