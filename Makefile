@@ -61,7 +61,7 @@ gpu-check: $(STAMP) ## tests that need CUDA; forecast, splits and engine measure
 	$(BIN)/python benchmarks/speed_forecast.py --model qwen1.5-0.5b --random --runs 1
 
 architectures: $(STAMP) ## every model type of the installed transformers beside stock; writes docs/architectures.md
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.sweep --processes 2
+	LOWVRAM_COMPILE=0 OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.sweep --processes 2
 
 notebooks: $(STAMP) ## run the notebooks in place, keeping outputs
 	$(if $(NOTEBOOKS),$(BIN)/jupyter nbconvert --to notebook --execute --inplace $(NOTEBOOKS))

@@ -1,26 +1,23 @@
 """From a chat to token ids by the model's own template, or from a text as it is; from generated text to where it stops.
 
 Nothing a user types becomes a control token: ``<|im_end|>`` in a message is spelt out in ordinary tokens.
+Which tokens those are says ``control``, how a template takes a chat ``template``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import re
-import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
+from lowvram_lab.chat.control import END_OF_TURN_TOKENS, ControlTokens
+from lowvram_lab.chat.template import chat_template
 from lowvram_lab.errors import LowvramError, SourceError
 from lowvram_lab.model.text import first_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-END_OF_TURN_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>")
-"""Checkpoints disagree on ``eos_token_id`` (Qwen1.5's chat and base models do): stop at any of these."""
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -34,29 +31,26 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(found)
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids of a chat, messages with ``role`` and ``content``, ready for the assistant's answer.
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    template_arguments: Mapping[str, object] | None = None,
+) -> list[int]:
+    """Token ids of a chat, ready for the assistant's answer.
+
+    They are ``apply_chat_template``'s, but for control tokens that somebody typed, and where the template would leave
+    out a system message, or refuses it (see ``ChatTemplate``).
+
+    Args:
+        tokenizer: With a chat template.
+        messages: Each with ``role`` and ``content``.
+        template_arguments: What the template takes beside them.
 
     Raises:
+        LowvramError: The template does not know these arguments.
         SourceError: The template refuses these messages, or fails.
     """
-    control = _control_tokens(tokenizer)
-    if not control or not any(control.search(message["content"]) for message in messages):
-        return _render(tokenizer, messages, tokenize=True)["input_ids"]
-    mark, spelt = secrets.token_hex(8), []
-
-    def hide(match: re.Match) -> str:
-        spelt.append(match.group())
-        return f"\ue000{mark}:{len(spelt) - 1}\ue001"
-
-    hidden = [{**message, "content": control.sub(hide, message["content"])} for message in messages]
-    ids: list[int] = []
-    for piece in re.split(f"(\ue000{mark}:\\d+\ue001)", _render(tokenizer, hidden, tokenize=False)):
-        if piece.startswith(f"\ue000{mark}:"):
-            ids += _spelt_out(tokenizer, spelt[int(piece[len(mark) + 2 : -1])])
-        else:
-            ids += tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
-    return ids
+    return chat_template(tokenizer, template_arguments).ids(messages)
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -66,18 +60,22 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         tokenizer: With or without a chat template.
         text: Control tokens in it are spelt out.
     """
-    first = first_ids(tokenizer)
     control = _control_tokens(tokenizer)
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    if control is None or not any(map(control.fullmatch, tokenizer.convert_ids_to_tokens(ids))):
-        return first + ids
-    ids = []  # of control tokens that are not special
-    for place, piece in enumerate(re.split(f"({control.pattern})", text)):
-        if place % 2:
-            ids += _spelt_out(tokenizer, piece)
-        elif piece:
-            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-    return first + ids
+    ids, typed = control.read(text)
+    return first_ids(tokenizer) + (control.read_as_text(text, []) if typed else ids)
+
+
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
+    """With those of a chat template, where there is one that a chat can go by; a text needs none."""
+    if getattr(tokenizer, "chat_template", None):
+        with contextlib.suppress(SourceError):
+            return chat_template(tokenizer).control
+    return _untemplated(tokenizer, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=4)  # a vocabulary takes a tenth of a second to look through
+def _untemplated(tokenizer: PreTrainedTokenizerBase, tokens: int) -> ControlTokens:
+    return ControlTokens(tokenizer)
 
 
 def checked_text(text: str, what: str) -> str:
@@ -95,35 +93,6 @@ def checked_text(text: str, what: str) -> str:
             f"expected {what} in UTF-8, found bytes that are not; check the terminal's encoding"
         ) from error
     return text
-
-
-def _spelt_out(tokenizer: PreTrainedTokenizerBase, control: str) -> list[int]:
-    """A control token as the ordinary tokens of its letters; one that is not special is split only by hand."""
-    ids: list[int] = []
-    for part in filter(None, (control[:1], control[1:])):
-        ids += tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids
-
-
-@functools.lru_cache(maxsize=4)  # a vocabulary takes a tenth of a second to look through
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern | None:
-    vocabulary = tokenizer.get_vocab()
-    names = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    names |= {token for token in END_OF_TURN_TOKENS if token in vocabulary}
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))) if names else None
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], tokenize: bool):
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize
-        )
-    except (TemplateError, TypeError, KeyError, ValueError) as error:  # what Python raises inside a template, too
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        roles = ", ".join(message["role"] for message in messages)
-        raise SourceError(
-            f"the model's chat template refuses this chat ({reason[0]}); it was given messages of {roles}"
-        ) from error
 
 
 class StopStrings:

@@ -3,15 +3,19 @@
 Derived in: notebooks/09_validated_chat.ipynb
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.answer import Answer, Session
 from lowvram_lab.chat.prompt import chat_ids, checked_text
+from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.model.chat_template import base_model
+
+logger = logging.getLogger(__name__)
 
 History = list[dict[str, str]]
 
@@ -28,23 +32,37 @@ class ChatSession(Session[History]):
     Args:
         model: From ``load``.
         tokenizer: Its tokenizer, with a chat template.
-        system: System message, or ``None`` for the template's own.
+        system: System message, or ``None`` for the template's own. Where the template refuses the role, or leaves such
+            a message out, it goes before the first user message, and a warning says so.
+        template_arguments: What the chat template takes beside messages, such as ``{"enable_thinking": False}``.
         **options: See ``Session``: ``max_new_tokens``, ``sampling``, ``stop``, ``compiled``, ``progress``.
 
     Attributes:
         history: Messages so far, each with ``role`` and ``content``.
+        template_arguments: As given; what is changed holds from the next turn on.
         turns: What each answer took.
         dropped_turns: How many of the oldest turns the model no longer sees, for want of context; ``history`` has them.
 
     Raises:
-        SourceError: The tokenizer has no chat template (``Source.require_chat_template`` says so before it is loaded).
+        LowvramError: The template does not know these arguments.
+        SourceError: The tokenizer has no chat template, or one that no chat can go by
+            (``Source.require_chat_template`` says so before the model is loaded, as far as small files tell).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, **options
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        template_arguments: Mapping[str, object] | None = None,
+        **options,
     ):
         if not getattr(tokenizer, "chat_template", None):
             raise base_model(loaded(model).plan.model)
+        self.template_arguments = dict(template_arguments or {})
+        if chat_template(tokenizer, template_arguments).folds_system and system:
+            logger.warning("the chat template takes no system message; it goes before the first user message")
         self.history: History = [] if system is None else [{"role": "system", "content": system}]
         self.dropped_turns = 0
         super().__init__(model, tokenizer, **options)
@@ -113,7 +131,7 @@ class ChatSession(Session[History]):
         dropped = min(self.dropped_turns, (len(history) - first - 1) // 2)  # history may have been cut by its owner
         while True:
             seen = history[:first] + history[first + 2 * dropped :]
-            prompt = chat_ids(self.tokenizer, seen)
+            prompt = chat_ids(self.tokenizer, seen, self.template_arguments)
             wanted = max(1, min(self.max_new_tokens, answered + context // 4))
             if len(prompt) + wanted <= context:
                 return prompt, dropped

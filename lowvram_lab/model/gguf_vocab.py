@@ -12,6 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import SourceError
+from lowvram_lab.gguf_files.tokenizer import (
+    BYTE,
+    CONTROL,
+    DIGITS,
+    GPT2_PATTERN,
+    NORMAL,
+    NORMALISED,
+    PRE_TOKENIZERS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+)
 from lowvram_lab.model.gguf import read_gguf_header
 from lowvram_lab.model.source import Source
 from lowvram_lab.model.spec import ModelSpec
@@ -23,21 +35,6 @@ logger = logging.getLogger(__name__)
 
 Refuse = Callable[[str], SourceError]
 """What was found → the error that says so, with the model's name."""
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-
-_ONE_DIGIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_THREE_DIGITS = _ONE_DIGIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
-# what is done before the merges, and whether a word that is a token skips them → llama.cpp's name for it
-_PRE_TOKENIZERS = {
-    (("GPT-2's pattern",), False): "gpt-2",
-    (("digits", "GPT-2's pattern"), False): "smollm",
-    ((_ONE_DIGIT,), False): "qwen2",
-    ((_THREE_DIGITS,), True): "llama-bpe",
-    ((_THREE_DIGITS,), False): "smaug-bpe",
-}
 
 
 def vocabulary(source: Source, spec: ModelSpec, directory: Path) -> dict:
@@ -60,17 +57,19 @@ def vocabulary(source: Source, spec: ModelSpec, directory: Path) -> dict:
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if model.get("type") != "BPE" or not model["merges"] or odd:
         raise refuse(f"expected byte-pair merges, found {', '.join(odd) or model.get('type', 'no tokenizer.json')}")
-    placed = {index: (token, _NORMAL) for token, index in model["vocab"].items()}
+    placed = {index: (token, NORMAL) for token, index in model["vocab"].items()}
     for added in facts["added_tokens"]:
-        placed[added["id"]] = added["content"], _CONTROL if added["special"] else _USER_DEFINED
+        placed[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+        if taken := [key for key in ("lstrip", "rstrip", "single_word") if added[key]]:
+            raise refuse(f"expected tokens to be found as they are, found {added['content']!r} with {', '.join(taken)}")
     if (highest := max(placed)) >= spec.vocab_size:
         raise refuse(f"token {highest} has no row among the embedding's {spec.vocab_size}")
-    rows = [placed.get(i, (f"[PAD{i}]", _UNUSED)) for i in range(spec.vocab_size)]
+    rows = [placed.get(i, (f"[PAD{i}]", UNUSED)) for i in range(spec.vocab_size)]
     tokens, types = [token for token, _ in rows], [kind for _, kind in rows]
     merges = [tuple(pair) for pair in model["merges"]]
     if model["byte_fallback"]:
         unknown = tokenizer.unk_token_id or 0
-        types[unknown] = _UNKNOWN
+        types[unknown] = UNKNOWN
         found = _sentencepiece(facts, tokens, types, merges, refuse) | {"model": "llama", "unknown_token_id": unknown}
     else:
         found = {"model": "gpt2", "pre": _pre(facts, refuse), "merges": [" ".join(pair) for pair in merges]}
@@ -84,26 +83,30 @@ def vocabulary(source: Source, spec: ModelSpec, directory: Path) -> dict:
 def _pre(facts: dict, refuse: Refuse) -> str:
     """llama.cpp's name for what splits text before the merges, read off the tokenizer's own steps and patterns.
 
-    Unicode normalisation (NFC, which Qwen's tokenizers ask for) has no place in GGUF and is lost.
+    Unicode normalisation (NFC) has no place in GGUF: it is taken for granted with Qwen's pattern, and only there.
     """
-    normal = facts["normalizer"] or {}
-    if normal.get("type") not in (None, "NFC"):
-        raise refuse(f"expected text to be split as it is, found the normalizer {normal['type']}")
+    normal = (facts["normalizer"] or {}).get("type")
+    if normal not in (None, "NFC"):
+        raise refuse(f"expected text to be split as it is, found the normalizer {normal}")
     steps = []
     for step in _flat(facts["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "ByteLevel" and not step.get("add_prefix_space"):
-            steps += ["GPT-2's pattern"] * step.get("use_regex", True)
+            steps += [GPT2_PATTERN] * step.get("use_regex", True)
         elif step["type"] == "Digits" and step.get("individual_digits"):
-            steps.append("digits")
+            steps.append(DIGITS)
         elif step["type"] == "Split" and (step["behavior"], step["invert"]) == ("Isolated", False):
             steps.append(step["pattern"].get("Regex", "plain text"))
         else:
             steps.append(step["type"])
-    name = _PRE_TOKENIZERS.get((tuple(steps), bool(facts["model"].get("ignore_merges"))))
+    name = PRE_TOKENIZERS.get((tuple(steps), bool(facts["model"].get("ignore_merges"))))
     if name is None:
         raise refuse(
-            f"expected a pre-tokenizer of {', '.join(_PRE_TOKENIZERS.values())}, found {' then '.join(steps) or 'none'}"
+            f"expected a pre-tokenizer of {', '.join(PRE_TOKENIZERS.values())}, found {' then '.join(steps) or 'none'}"
             + " (ignore_merges)" * bool(facts["model"].get("ignore_merges"))
+        )
+    if (normal == "NFC") != (name in NORMALISED):
+        raise refuse(
+            f"expected the normalizer NFC with the pre-tokenizer {', '.join(NORMALISED)} alone, found {normal}"
         )
     return name
 
@@ -118,7 +121,7 @@ def _sentencepiece(facts: dict, tokens: list[str], types: list[int], merges: lis
     for token in (f"<0x{byte:02X}>" for byte in range(256)):
         if token not in place:
             raise refuse(f"expected a token for every byte, found no {token}")
-        types[place[token]] = _BYTE
+        types[place[token]] = BYTE
     rank = {}
     spread = set()
     last = ""
@@ -129,7 +132,7 @@ def _sentencepiece(facts: dict, tokens: list[str], types: list[int], merges: lis
             spread.add(token)
         rank.setdefault(token, number)
         last = token
-    plain = {token for token, kind in zip(tokens, types, strict=True) if kind == _NORMAL}
+    plain = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
     for token in plain:
         halves = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
         if any(a in plain and b in plain and (a, b) not in listed for a, b in halves):

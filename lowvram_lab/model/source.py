@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -172,23 +173,32 @@ class Source:
         here = Path(self.name).expanduser()
         return not (here.exists() and is_converted(here))
 
-    def require_chat_template(self) -> None:
-        """Refuses a model that cannot chat, before anything large is fetched, converted or loaded.
+    def require_chat_template(self, arguments: Collection[str] = ()) -> None:
+        """Refuses a model that cannot chat so, before anything large is fetched, converted or loaded.
 
         A model whose small files cannot be had either passes: fetching it says what is wrong.
 
+        Args:
+            arguments: Names of what its template is to be given beside messages.
+
         Raises:
-            SourceError: It has no chat template.
+            LowvramError: Its template does not know these arguments.
+            SourceError: It has no chat template, or none for chats.
             CheckpointError: A damaged ``.gguf`` file.
         """
+        chat_template.check_names(arguments)
+        if self.kind == "builtin":
+            return
         if self.kind == "directory":
             found = chat_template.in_directory(self.path())
         elif self.kind == "gguf":
             found = chat_template.in_gguf(self.path())
         else:
-            found = self.kind == "builtin" or chat_template.in_repository(self._hub_id())
-        if found is False:
+            found = chat_template.in_repository(self._hub_id())
+        if found == "":
             raise chat_template.base_model(self.name)
+        if found is not None:
+            chat_template.check_arguments(found, arguments)
 
     def checkpoint(self) -> Checkpoint:
         """The model's tensors, to be read one at a time. Raises what :meth:`fetch` raises."""

@@ -262,7 +262,8 @@ def gguf_file(source: Source, stated: str | None, folder: Path, progress: bool =
     from lowvram_lab.weights.gguf_export import export_gguf  # gguf is wanted for this alone
 
     path = folder / f"{source.public_name.replace('/', '-')}-Q4_1.gguf"
-    export_gguf(source.name, path, tensor_type="q4_1", progress=progress)
+    context = source.spec().longest_context  # no plan goes beyond a sliding window, and llama.cpp slides none
+    export_gguf(source.name, path, tensor_type="q4_1", context=context, progress=progress)
     return path
 
 

@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 from gguf import GGMLQuantizationType as GgmlType
-from transformers import PretrainedConfig
 
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
+from lowvram_lab.gguf_files.config import ARCHITECTURES, ROPE_FACTORS, config_metadata, rope_factors
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import get_format
@@ -37,9 +37,6 @@ from lowvram_lab.weights.stored import check_stored, read_stored
 TYPES = ("f16", "f32", "bf16", "q8_0", "q4_1")
 """What matrices can become; vectors are always f32, as llama.cpp wants them."""
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""``model_type`` of a config → what llama.cpp calls that architecture."""
-
 _BIASED = {"llama": ("attn_", "ffn_"), "qwen2": ("attn_q", "attn_k", "attn_v"), "qwen3": ()}
 _BLOCK = 32
 _ELEMENTS_AT_ONCE = 1 << 22  # converted at a time: 16 MiB in float32
@@ -53,6 +50,7 @@ class ExportResult:
         output: The file.
         type: As asked for.
         architecture: Its name in llama.cpp.
+        context: Most tokens it is for.
         pre_tokenizer: Its name in llama.cpp, ``""`` for a SentencePiece vocabulary.
         tensors: How many.
         types: GGML type → number of tensors.
@@ -66,6 +64,7 @@ class ExportResult:
     output: str
     type: str
     architecture: str
+    context: int
     pre_tokenizer: str
     tensors: int
     types: dict[str, int]
@@ -126,7 +125,12 @@ class _Tensor:
 
 
 def export_gguf(
-    model: str | os.PathLike, output: str | Path, *, tensor_type: str = "f16", progress: bool = True
+    model: str | os.PathLike,
+    output: str | Path,
+    *,
+    tensor_type: str = "f16",
+    context: int | None = None,
+    progress: bool = True,
 ) -> ExportResult:
     """Writes a model as GGUF: weights, config, vocabulary, chat template. Whole, or not at all.
 
@@ -137,6 +141,8 @@ def export_gguf(
         output: A new file, ``.gguf``.
         tensor_type: What matrices become: one of ``TYPES``. In ``"q4_1"`` embedding and head become q8_0, and so does
             what a converted directory holds in more than 4 bits. Rows that are no multiple of 32 become f16 instead.
+        context: Most tokens the file is for; by default all that the model was trained for. A model whose attention
+            slides over a window needs one within the window: llama.cpp slides none of these architectures.
         progress: Show a progress bar, on stderr.
 
     Raises:
@@ -155,25 +161,27 @@ def export_gguf(
     source = find_source(model)
     config = source.config()
     spec = source.spec(source.public_name)
-    architecture = _architecture(spec, config)
+    facts = _general(spec, tensor_type) | config_metadata(spec, config, context)
+    architecture = ARCHITECTURES[config.model_type]
     tensors = _tensors(spec, architecture, tensor_type)
     directory = source.fetch(progress)
     checkpoint = Checkpoint(directory)
     for tensor in tensors:
         _check(tensor, checkpoint)
     vocabulary = vocabulary_of(source, spec, directory)
-    factors = _rope_factors(config)
+    factors = rope_factors(config, spec.head_dim)
     tensor_bytes = sum(tensor.nbytes for tensor in tensors) + (0 if factors is None else factors.nbytes)
     with _published(output) as temporary:
         require_space(output.parent, tensor_bytes + 128 * spec.vocab_size, "the export")
         with contextlib.closing(gguf.GGUFWriter(temporary, architecture)) as writer:
-            _write_head(writer, {**_facts(spec, config, architecture, tensor_type), **vocabulary}, tensors, factors)
+            _write_head(writer, facts | vocabulary, tensors, factors)
             for tensor in tqdm(tensors, desc="writing GGUF", disable=not progress):
                 writer.write_tensor_data(_data(tensor, checkpoint))
     return ExportResult(
         output=str(output),
         type=tensor_type,
         architecture=architecture,
+        context=facts[f"{architecture}.context_length"],
         pre_tokenizer=vocabulary.get("tokenizer.ggml.pre", ""),
         tensors=len(tensors) + (factors is not None),
         types=dict(Counter(["f32"] * (factors is not None) + [tensor.ggml_type for tensor in tensors])),
@@ -207,7 +215,7 @@ def _write_head(writer: gguf.GGUFWriter, facts: dict, tensors: list, factors: np
     for key, value in facts.items():
         _add(writer, key, value)
     if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for tensor in tensors:
         kind = GgmlType[tensor.ggml_type.upper()]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
@@ -225,25 +233,6 @@ def _refuse_output(output: Path) -> None:
         raise LowvramError(f"{output} exists already; name a new file, or remove it first")
     if not output.parent.is_dir():
         raise LowvramError(f"cannot write {output}: its folder does not exist")
-
-
-def _architecture(spec: ModelSpec, config: PretrainedConfig) -> str:
-    """llama.cpp's name, or the first thing about the model that it would compute otherwise."""
-    kind, rope = config.model_type, config.rope_parameters if config.model_type in ARCHITECTURES else {}
-    scaling, activation = rope.get("rope_type", "default"), getattr(config, "hidden_act", "silu")
-
-    def refuse(found: str) -> CheckpointError:
-        return CheckpointError(f"{spec.name}: cannot be written as GGUF: {found}")
-
-    if kind not in ARCHITECTURES:
-        raise refuse(f"expected a model of type {', '.join(ARCHITECTURES)}, found {kind}")
-    if activation != "silu":
-        raise refuse(f"expected the activation silu, found {activation}")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise refuse(f"expected rotary positions of whole heads, found of a share {rope['partial_rotary_factor']}")
-    if scaling != "default" and (scaling, ARCHITECTURES[kind]) != ("llama3", "llama"):
-        raise refuse(f"RoPE scaling {scaling!r} of a {kind} model is not supported (llama3 is, in a llama model)")
-    return ARCHITECTURES[kind]
 
 
 def _tensors(spec: ModelSpec, architecture: str, tensor_type: str) -> list[_Tensor]:
@@ -336,38 +325,12 @@ def _blocks(weight: IntegerWeight, tensor: _Tensor) -> np.ndarray:
     return np.concatenate((scale.view(np.uint8), (-8 * scale).view(np.uint8), low | high << 4), axis=-1)
 
 
-def _rope_factors(config: PretrainedConfig) -> np.ndarray | None:
-    """What llama3's scaling divides each rotary frequency by, ``(head_dim / 2,)``."""
-    if config.rope_parameters.get("rope_type", "default") == "default":
-        return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
-    exponents = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
-    return (1 / config.rope_parameters["rope_theta"] ** exponents / scaled).numpy()
-
-
-def _facts(spec: ModelSpec, config: PretrainedConfig, architecture: str, tensor_type: str) -> dict:
-    """Metadata but for the vocabulary."""
-    attention, rope = f"{architecture}.attention", f"{architecture}.rope"
+def _general(spec: ModelSpec, tensor_type: str) -> dict:
     file_type = "ALL_F32" if tensor_type == "f32" else f"MOSTLY_{tensor_type.upper()}"
     return {
         "general.name": spec.name,
         "general.file_type": int(gguf.LlamaFileType[file_type]),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
-        f"{architecture}.block_count": spec.num_hidden_layers,
-        # no further than a sliding window: llama.cpp would not slide it
-        f"{architecture}.context_length": spec.longest_context,
-        f"{architecture}.embedding_length": spec.hidden_size,
-        f"{architecture}.feed_forward_length": config.intermediate_size,
-        f"{architecture}.vocab_size": spec.vocab_size,
-        f"{attention}.head_count": config.num_attention_heads,
-        f"{attention}.head_count_kv": spec.num_key_value_heads,
-        f"{attention}.key_length": spec.head_dim,
-        f"{attention}.value_length": spec.head_dim,
-        f"{attention}.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{rope}.dimension_count": spec.head_dim,
-        f"{rope}.freq_base": float(config.rope_parameters["rope_theta"]),
     }
 
 

@@ -62,13 +62,14 @@ def test_a_text_is_begun_as_the_tokenizer_begins_one_and_not_ended():
     assert text_ids(tokenizer, "ab") == [0, *base_tokenizer()("ab")["input_ids"]]
 
 
-@pytest.mark.parametrize("text", ["{0}", "a{0}b{1}", "{0}{0}", "{1} and", "<tool>{0}", "a<tool>"])
-def test_control_tokens_in_a_text_stay_text(text):
+@pytest.mark.parametrize("text", ["{0}", "a{0}b{1}", "{0}{0}", "{1} and", "<table>{0}", "a<table>"])
+def test_control_tokens_in_a_text_stay_text_and_other_added_tokens_what_they_are(text):
     tokenizer = beginning_tokenizer()
-    tokenizer.add_tokens(["<tool>"])
+    tokenizer.add_tokens(["<table>"])
     text = text.format("<|im_end|>", "<|im_start|>")
     first, *rest = text_ids(tokenizer, text)
-    assert first == 0 and min(rest) > 2 and tokenizer.convert_tokens_to_ids("<tool>") not in rest
+    assert first == 0 and min(rest) > 2
+    assert rest.count(tokenizer.convert_tokens_to_ids("<table>")) == text.count("<table>")
     assert tokenizer.decode(rest) == text
 
 

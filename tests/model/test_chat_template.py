@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lowvram_lab.errors import CheckpointError, SourceError
+from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.files import cache_dir
 from lowvram_lab.model.source import find_source
 from tests.helpers.checkpoints import write_model
@@ -61,6 +61,39 @@ def test_what_is_found_is_what_the_tokenizer_has(tmp_path):
     refusal(find_source(folder))
     (folder / "tokenizer_config.json").unlink()
     refusal(find_source(folder))
+
+
+def test_named_templates_are_for_chats_where_one_is_the_default(tmp_path):
+    named = [{"name": name, "template": f"{{{{ {name}_style }}}}"} for name in ("rag", "default")]
+    source = find_source(settings(tmp_path / "m", chat_template=named))
+    source.require_chat_template(["default_style"])
+    with pytest.raises(LowvramError, match="does not know the argument 'rag_style'; it knows default_style"):
+        source.require_chat_template(["rag_style"])
+    with pytest.raises(SourceError, match="m has chat templates for rag, and none called default"):
+        find_source(settings(tmp_path / "m", chat_template=named[:1])).require_chat_template()
+    (tmp_path / "m" / "additional_chat_templates").mkdir()
+    (tmp_path / "m" / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+    with pytest.raises(SourceError, match="templates for tool_use, and none called default"):
+        find_source(tmp_path / "m").require_chat_template()
+    (tmp_path / "m" / "chat_template.jinja").write_text("x")
+    find_source(tmp_path / "m").require_chat_template()
+
+
+def test_arguments_are_held_to_the_template_wherever_it_lies(tmp_path, tiny, monkeypatch):  # noqa: F811
+    template = (
+        "{% generation %}{{ messages[0].content }}{% endgeneration %}{% if mood is defined %}{{ mood }}{% endif %}"
+    )
+    write_gguf(tmp_path / "m.gguf", tiny, template=template)
+    folder = settings(tmp_path / "m", chat_template=template)
+    asked(monkeypatch, folder)
+    for name in (tmp_path / "m.gguf", folder, HUB):
+        find_source(name).require_chat_template(["mood"])
+        with pytest.raises(LowvramError, match="does not know the argument 'moods'; it knows mood$"):
+            find_source(name).require_chat_template(["moods"])
+    with pytest.raises(LowvramError, match="'tools' is no argument of a chat template"):
+        find_source("smollm2-135m").require_chat_template(["tools"])
+    with pytest.raises(SourceError, match="is no Jinja template"):
+        find_source(settings(tmp_path / "m", chat_template="{% if %}")).require_chat_template(["mood"])
 
 
 @pytest.mark.parametrize("text", ["{", "[]", None])

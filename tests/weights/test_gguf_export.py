@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.faces.cli import export as cli_export
+from lowvram_lab.gguf_files.header import read_gguf_header
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.formats import get_format
-from lowvram_lab.model.gguf import read_gguf_header
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.weights import gguf_export
@@ -130,7 +130,9 @@ KINDS = {
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"head_dim": 48, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
-PLAIN = ["llama", "mistral", "qwen2", "qwen2-tied", "qwen3"]  # what transformers reads back whole
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 512}
+LONGROPE |= {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
 
 
 def make_config(kind: str, **changes):
@@ -140,13 +142,15 @@ def make_config(kind: str, **changes):
     return AutoConfig.for_model(values.pop("model_type", kind), **values)
 
 
-def make_model(folder: Path, kind: str = "llama", tokenizer: Tokenizer | None = None, state=None, **changes) -> Path:
+def make_model(
+    folder: Path, kind: str = "llama", tokenizer: Tokenizer | None = None, state=None, rounded=True, **changes
+) -> Path:
     """A directory with random weights (bfloat16 values, stored in float32) and a tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     config = make_config(kind, **changes)
     config.save_pretrained(folder)
-    state = state or float_state(config)
+    state = state or float_state(config, rounded)
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
     tokenizer = tokenizer or byte_level("qwen2" if "qwen" in kind else "gpt-2")
     names = ("<s>", "</s>", "<unk>") if tokenizer.token_to_id("<s>") else (*SPECIAL[:2], None)
@@ -158,12 +162,12 @@ def make_model(folder: Path, kind: str = "llama", tokenizer: Tokenizer | None = 
     return folder
 
 
-def float_state(config) -> dict[str, torch.Tensor]:
+def float_state(config, rounded: bool = True) -> dict[str, torch.Tensor]:
     """Random weights that move far enough from the embedding that a greedy answer wanders."""
     state = random_state(ModelSpec.from_config(config, "tiny"))
     for name in state:
         state[name] *= 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1
-    return {name: value.to(torch.bfloat16).float() for name, value in state.items()}
+    return {name: value.to(torch.bfloat16).float() for name, value in state.items()} if rounded else state
 
 
 def exported(path: Path, config) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -221,9 +225,9 @@ def test_float32_is_the_model(tmp_path, kind):
     assert made.file_bytes == (tmp_path / "m.gguf").stat().st_size
 
 
-@pytest.mark.parametrize("kind", PLAIN)
+@pytest.mark.parametrize("kind", KINDS)
 def test_reads_back_as_the_model(tmp_path, kind):
-    """By the other direction, which is transformers' code: weights, config and chat template."""
+    """By the other direction: weights, config and chat template."""
     model = make_model(tmp_path / "m", kind)
     export_gguf(model, tmp_path / "m.gguf", tensor_type="f32", progress=False)
     back, config, expected = (
@@ -239,7 +243,7 @@ def test_reads_back_as_the_model(tmp_path, kind):
         "eos_token_id",
     ):
         assert getattr(config, key) == getattr(expected, key), key
-    assert config.rope_parameters["rope_theta"] == expected.rope_parameters["rope_theta"]
+    assert config.rope_parameters == expected.rope_parameters
     assert config.tie_word_embeddings == expected.tie_word_embeddings
     assert getattr(config, "head_dim", 32) == getattr(expected, "head_dim", 32)
     original, read = Checkpoint(model), back.checkpoint()
@@ -354,10 +358,26 @@ def test_pieces_make_the_same_file(tmp_path, monkeypatch, elements):
     assert (tmp_path / "whole.gguf").read_bytes() == (tmp_path / "pieces.gguf").read_bytes()
 
 
-def test_a_sliding_window_ends_the_context(tmp_path):
-    model = make_model(tmp_path / "m", "mistral", sliding_window=256)
-    export_gguf(model, tmp_path / "m.gguf", progress=False)
-    assert read_gguf_header(tmp_path / "m.gguf").metadata["llama.context_length"] == 256
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "qwen3"])
+def test_a_sliding_window_is_refused_beyond_itself(tmp_path, kind):
+    slides = {} if kind == "mistral" else {"use_sliding_window": True, "max_window_layers": 2}
+    model = make_model(tmp_path / "m", kind, sliding_window=256, **slides)
+    options = {"progress": False, "error": CheckpointError, "match": "sliding window of 256 .*--context 256"}
+    for context in (None, 257):
+        refused(export_gguf, model, tmp_path / "m.gguf", context=context, **options)
+    assert list(tmp_path.iterdir()) == [model]
+    made = export_gguf(model, tmp_path / "m.gguf", context=256, progress=False)
+    header = read_gguf_header(tmp_path / "m.gguf")
+    assert header.metadata[f"{header.architecture}.context_length"] == made.context == 256
+    assert find_source(tmp_path / "m.gguf").spec().longest_context == 256
+
+
+def test_a_context_of_no_effect(tmp_path):
+    model = make_model(tmp_path / "m", "mistral", sliding_window=1024)
+    assert export_gguf(model, tmp_path / "m.gguf", progress=False).context == 1024
+    for context in (0, 1025):
+        says = f"context of 1 to 1024 tokens, found {context}"
+        refused(export_gguf, model, tmp_path / "n.gguf", context=context, error=CheckpointError, match=says)
 
 
 # ---- vocabulary ----
@@ -401,7 +421,6 @@ def test_sentencepiece_scores_follow_the_merges(tmp_path):
 
 
 def test_a_gguf_keeps_its_own_pre_tokenizer(tmp_path):
-    """The directory that a GGUF file is converted to has lost it: smollm's digits are parted, gpt-2's are not."""
     model = make_model(tmp_path / "m", tokenizer=byte_level("smollm"))
     export_gguf(model, tmp_path / "a.gguf", progress=False)
     export_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", progress=False)
@@ -435,6 +454,12 @@ def changed(tokenizer: Tokenizer, **changes) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(facts))
 
 
+def with_spaces(tokenizer: Tokenizer) -> Tokenizer:
+    """With a token that takes the spaces after it."""
+    tokenizer.add_tokens([AddedToken("<odd>", rstrip=True)])
+    return tokenizer
+
+
 SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", "invert": False}
 
 
@@ -449,6 +474,12 @@ SPLIT = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated", 
         (lambda: changed(byte_level("gpt-2"), model__dropout=0.1), "dropout"),
         (lambda: changed(byte_level("gpt-2"), model__merges=[]), "expected byte-pair merges"),
         (lambda: Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")), "found WordLevel"),
+        (
+            lambda: changed(byte_level("llama-bpe"), normalizer={"type": "NFC"}),
+            "NFC with the pre-tokenizer qwen2 alone",
+        ),
+        (lambda: changed(byte_level("qwen2"), normalizer=None), "NFC with the pre-tokenizer qwen2 alone"),
+        (lambda: with_spaces(byte_level("gpt-2")), "'<odd>' with rstrip"),
         (lambda: byte_level("gpt-2", bos=True), ""),
     ],
 )
@@ -503,9 +534,18 @@ def test_output_refused(tmp_path, monkeypatch):
         ("llama", {"hidden_act": "gelu"}, "activation silu, found gelu"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "RoPE scaling 'linear'",
+            {"rope_parameters": LONGROPE},
+            "RoPE scaling 'longrope'",
         ),
+        ("qwen2", {"head_dim": 48}, "expected heads of 32, found of 48"),
+        (
+            "llama",
+            {"rope_parameters": KINDS["llama-llama3"]["rope_parameters"] | {"rope_theta": 2.0}},
+            "no frequency of a head of 32 is scaled by llama3's whole factor 8.0",
+        ),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 16.0}}, "YaRN with beta_fast = 16.0, expected 32"),
+        ("mistral", {"rope_parameters": YARN | {"attention_factor": 1.5}}, "YaRN with attention_factor = 1.5"),
+        ("qwen3", {"head_dim": 32, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "mscale = 1.0"),
         ("qwen2", KINDS["llama-llama3"] | {"model_type": "qwen2"}, "RoPE scaling 'llama3' of a qwen2"),
         ("qwen3", {"attention_bias": True}, r"q_proj.bias has no place in a GGUF of a qwen3 model"),
     ],
@@ -570,10 +610,16 @@ def run_command(*words):
 
 def test_command(tmp_path, capsys):
     model = make_converted(tmp_path / "m")
-    assert run_command(model, "--to", "gguf", "--output", tmp_path / "m.gguf", "--type", "q4_1", "--json") == 0
+    assert (
+        run_command(
+            model, "--to", "gguf", "--output", tmp_path / "m.gguf", "--type", "q4_1", "--context", 100, "--json"
+        )
+        == 0
+    )
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["types"] == {"q8_0": 7, "q4_1": 15, "f32": 7} and found["kept_codes"] == 22
+    assert found["context"] == 100
     assert "kept their integers" in captured.err and str(tmp_path / "m.gguf") in captured.err
     with pytest.raises(SystemExit):
         run_command(model, "--to", "onnx", "--output", tmp_path / "n.gguf")
@@ -590,7 +636,7 @@ def test_result(tmp_path):
 
 def open_in_llama_cpp(path: Path, **options):
     llama_cpp = pytest.importorskip("llama_cpp")
-    return llama_cpp.Llama(str(path), n_threads=1, verbose=False, **options)
+    return llama_cpp.Llama(str(path), n_threads=1, n_threads_batch=1, verbose=False, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

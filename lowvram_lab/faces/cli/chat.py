@@ -1,6 +1,7 @@
 """``lowvram chat`` and ``lowvram complete``: an answer, a conversation or the rest of a text, inside a GPU budget."""
 
 import argparse
+import json
 import sys
 
 import torch
@@ -9,6 +10,7 @@ from lowvram_lab.chat.answer import Session, TurnStats
 from lowvram_lab.chat.completion import CompletionSession
 from lowvram_lab.chat.prompt import StopStrings, checked_text
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.load import load
 from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import LowvramError
@@ -23,6 +25,14 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     add_plan_options(parser, budget_required=False)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument(
+        "--template-argument",
+        type=_template_argument,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="what the chat template takes beside messages, e.g. enable_thinking=false (repeatable)",
+    )
     _add_answer_options(parser)
 
 
@@ -46,6 +56,25 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
 
 
+def _template_argument(text: str) -> tuple[str, object]:
+    """``NAME=VALUE``; the value is read as JSON where it is JSON, else as the text that it is."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"expected NAME=VALUE, e.g. enable_thinking=false, found {text!r}")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
+
+
+def _template_arguments(args: argparse.Namespace) -> dict[str, object]:
+    arguments = dict(args.template_argument)
+    if len(arguments) < len(args.template_argument):
+        twice = next(name for name in arguments if [given for given, _ in args.template_argument].count(name) > 1)
+        raise LowvramError(f"expected one value for the template argument {twice}, found several")
+    return arguments
+
+
 def run_chat(args: argparse.Namespace) -> int:
     """Answers one prompt, or converses."""
     if args.prompt is not None and not args.prompt.strip():
@@ -54,7 +83,9 @@ def run_chat(args: argparse.Namespace) -> int:
         raise LowvramError("chat --json needs --prompt: a conversation is not one JSON document")
     if args.prompt is not None:
         checked_text(args.prompt, "a prompt")
-    session = _open(args, ChatSession, system=args.system)
+    if args.system:
+        checked_text(args.system, "a system message")
+    session = _open(args, ChatSession, system=args.system, template_arguments=_template_arguments(args))
     return _converse(session) if args.prompt is None else _answer(session, args)
 
 
@@ -72,13 +103,17 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
     source, spec = spec_of(args.model, runs=True)
     source.require_tokenizer()
     if kind is ChatSession:
-        source.require_chat_template()
+        source.require_chat_template(options["template_arguments"])
     plan, profile, _ = chosen_plan(args, spec, gpu)
     print(f"{plan.summary()}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
+    source.fetch(progress=sys.stderr.isatty())
+    tokenizer = source.tokenizer()
+    if kind is ChatSession:
+        chat_template(tokenizer, options["template_arguments"])
     model = load(plan, gpu, progress=sys.stderr.isatty())
     session = kind(
         model,
-        source.tokenizer(),
+        tokenizer,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         stop=args.stop,

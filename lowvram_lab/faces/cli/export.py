@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from lowvram_lab.faces.cli.common import print_json, prose
+from lowvram_lab.faces.cli.common import positive, print_json, prose
 from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.gguf_export import TYPES, export_gguf
 
@@ -14,11 +14,13 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, choices=("gguf",), help="the kind of file: gguf, which llama.cpp opens")
     parser.add_argument("--output", required=True, metavar="FILE", help="a new file, .gguf")
     parser.add_argument("--type", default="f16", choices=TYPES, help="what matrices become (f16)")
+    parser.add_argument("--context", type=positive, metavar="N", help="most tokens the file is for (all the model can)")
 
 
 def run_export(args: argparse.Namespace) -> int:
     """Exports, and prints what is in the file."""
-    made = export_gguf(args.model, args.output, tensor_type=args.type, progress=sys.stderr.isatty())
+    options = {"tensor_type": args.type, "context": args.context}
+    made = export_gguf(args.model, args.output, **options, progress=sys.stderr.isatty())
     say = prose(args)
     held = ", ".join(f"{count} in {name}" for name, count in made.types.items())
     say(f"{made.output}: {format_bytes(made.file_bytes)}, {made.tensors} tensors ({held})")

@@ -113,6 +113,74 @@ def test_a_prompt_of_a_chat_is_checked_before_anything_is_loaded(capsys, tmp_pat
     assert (status, out, len(err.splitlines())) == (2, "", 1) and "UTF-8" in err
 
 
+def thinking_model(folder):
+    """Its template takes an argument, and no system message."""
+    model = write_model(folder, "qwen2", letters_state())
+    template = (model / "chat_template.jinja").read_text()
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    wish = "{% if thinking is defined %}{{ thinking | tojson }}{% endif %}"
+    (model / "chat_template.jinja").write_text(refusal + template + wish)
+    return model
+
+
+WRONG_ARGUMENTS = {
+    "no value": (("thinking",), "expected NAME=VALUE, e.g. enable_thinking=false, found 'thinking'"),
+    "no name": (("=3",), "expected NAME=VALUE"),
+    "no name of a variable": (("a b=3",), "expected NAME=VALUE"),
+    "transformers' own": (("tokenize=false",), "'tokenize' is no argument of a chat template"),
+    "unknown": (("thinking=1", "enable_thinking=1"), "does not know the argument 'enable_thinking'; it knows thinking"),
+    "twice": (("thinking=1", "thinking=2"), "expected one value for the template argument thinking, found several"),
+}
+
+
+@pytest.mark.parametrize("words, expected", WRONG_ARGUMENTS.values(), ids=WRONG_ARGUMENTS)
+def test_a_wrong_template_argument_is_one_line_before_anything_is_fetched(
+    capsys, tmp_path, nothing_fetched, words, expected
+):
+    given = [word for argument in words for word in ("--template-argument", argument)]
+    status, out, err = run(capsys, "chat", thinking_model(tmp_path / "m"), *CARD, "--prompt", "hi", *given)
+    assert (status, out, len(err.splitlines())) == (2, "", 1) and expected in err
+
+
+@pytest.mark.parametrize(
+    "value, written", [("false", "false"), ("3", "3"), ('{"a": [1]}', '{"a": [1]}'), ("low", '"low"'), ("", '""')]
+)
+def test_a_template_argument_is_json_or_text(capsys, tmp_path, value, written):
+    words = ("chat", thinking_model(tmp_path / "m"), *CARD, "--prompt", "hi", "--json", "--max-new-tokens", 2)
+    _, without, _ = run(capsys, *words)
+    status, out, _ = run(capsys, *words, "--template-argument", f"thinking={value}")
+    added = json.loads(out)["prompt_tokens"] - json.loads(without)["prompt_tokens"]
+    assert status == 0 and added == len(written)  # a token a byte
+
+
+def test_a_system_message_that_a_template_refuses_goes_to_the_user_and_is_said_once(capsys, caplog, tmp_path):
+    words = ("chat", thinking_model(tmp_path / "m"), *CARD, "--json", "--max-new-tokens", 2, "--prompt")
+    _, asked, _ = run(capsys, *words, "Be brief.\n\nhi")
+    status, out, _ = run(capsys, *words, "hi", "--system", "Be brief.")
+    assert status == 0 and json.loads(out)["prompt_tokens"] == json.loads(asked)["prompt_tokens"]
+    assert [r.getMessage() for r in caplog.records].count(
+        "the chat template takes no system message; it goes before the first user message"
+    ) == 1
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        ("{{ raise_exception('never') }}", "refuses this chat (never)"),
+        ("hello", "leaves out what the user says"),
+        ("{% if %}", "refuses this chat"),
+    ],
+)
+def test_a_template_that_no_chat_can_go_by_is_refused_before_weights_are_loaded(
+    capsys, monkeypatch, tmp_path, template, expected
+):
+    model = write_model(tmp_path / "m")
+    (model / "chat_template.jinja").write_text(template)
+    monkeypatch.setattr("lowvram_lab.faces.cli.chat.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    status, out, err = run(capsys, "chat", model, *CARD, "--prompt", "hi")
+    assert (status, out) == (2, "") and expected in err.splitlines()[-1]
+
+
 def options(add) -> set[str]:
     parser = _Parser()
     add(parser)
@@ -120,7 +188,7 @@ def options(add) -> set[str]:
 
 
 def test_complete_takes_what_chat_takes():
-    assert options(add_complete) == options(add_chat) - {"--system"}
+    assert options(add_complete) == options(add_chat) - {"--system", "--template-argument"}
 
 
 def test_a_model_with_a_chat_template_can_go_on_with_a_text_too(capsys, tmp_path):

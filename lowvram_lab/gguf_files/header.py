@@ -1,0 +1,149 @@
+"""The header of a ``.gguf`` file: its metadata, and where its tensors lie.
+
+Parsed here rather than with ``gguf.GGUFReader``, which takes seconds over a vocabulary and meets tensor data that runs
+past the end of the file only when it is used.
+
+Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lowvram_lab.errors import CheckpointError
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_GGML_F32, _GGML_F16 = 0, 1
+_STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Metadata by key; of each tensor its shape (outermost dimension first), and its GGML type and first byte."""
+
+    metadata: dict
+    tensors: dict[str, tuple[int, ...]]
+    places: dict[str, tuple[int, int]]
+
+    @property
+    def architecture(self) -> str:
+        """Such as ``"llama"`` or ``"qwen2"``."""
+        return self.metadata["general.architecture"]
+
+    @property
+    def dtype(self) -> str:
+        """What holds its matrices exactly where they are floats; bfloat16 where some are quantised."""
+        kinds = {self.places[name][0] for name, shape in self.tensors.items() if len(shape) > 1}
+        if kinds == {_GGML_F16}:
+            return "float16"
+        return "float32" if kinds <= {_GGML_F32, _GGML_F16} else "bfloat16"
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """Reads metadata and the tensor table, and checks that every tensor lies within the file.
+
+    Raises:
+        CheckpointError: Not a GGUF file, an unknown version, truncated, or damaged.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(data)
+    except (OSError, ValueError, KeyError, struct.error, OverflowError) as error:
+        raise CheckpointError(
+            f"{path}: damaged or truncated GGUF ({error or 'unreadable'}); download the file again"
+        ) from error
+
+
+def read_gguf_tensor(path: Path, header: GgufHeader, name: str) -> np.ndarray:
+    """A small tensor of a file, in float32, shaped as in its header."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    shape, (kind, start) = header.tensors[name], header.places[name]
+    data = np.fromfile(path, np.uint8, _tensor_bytes(name, shape, kind), offset=start)
+    return dequantize(data, GGMLQuantizationType(kind)).reshape(shape)
+
+
+def _parse(data: mmap.mmap) -> GgufHeader:
+    magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", data, 0)
+    if magic != b"GGUF":
+        raise ValueError(f"expected the letters GGUF at its start, found {magic!r}")
+    if version not in (2, 3):
+        raise ValueError(f"expected GGUF version 2 or 3, little-endian, found {version}")
+    metadata, tensors = {}, {}
+    position = 24
+    for _ in range(key_count):
+        key, position = _string(data, position)
+        (kind,) = struct.unpack_from("<I", data, position)
+        metadata[key], position = _value(data, position + 4, kind)
+    if not isinstance(metadata.get("general.architecture"), str):
+        raise ValueError("no general.architecture in its metadata")
+    for _ in range(tensor_count):
+        name, position = _string(data, position)
+        (rank,) = struct.unpack_from("<I", data, position)
+        *shape, kind, offset = struct.unpack_from(f"<{rank}QIQ", data, position + 4)
+        position += 4 + 8 * rank + 12
+        if name in tensors:
+            raise ValueError(f"tensor {name} appears twice")
+        tensors[name] = (tuple(reversed(shape)), kind, offset)
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment is {alignment!r}")
+    start = -(-position // alignment) * alignment
+    for name, (shape, kind, offset) in tensors.items():
+        if (end := start + offset + _tensor_bytes(name, shape, kind)) > len(data):
+            raise ValueError(f"tensor {name} ends at byte {end:,}, the file at {len(data):,}")
+    places = {name: (kind, start + offset) for name, (_, kind, offset) in tensors.items()}
+    return GgufHeader(metadata, {name: shape for name, (shape, _, _) in tensors.items()}, places)
+
+
+def _tensor_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if kind not in GGMLQuantizationType.__members__.values():
+        raise ValueError(f"tensor {name} has the unknown type {kind}")
+    block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    return math.prod(shape) // block_elements * block_bytes
+
+
+def _string(data: mmap.mmap, position: int) -> tuple[str, int]:
+    (length,) = struct.unpack_from("<Q", data, position)
+    end = position + 8 + length
+    if end > len(data):
+        raise ValueError(f"a string of {length:,} bytes runs past its end")
+    return data[position + 8 : end].decode("utf-8", errors="replace"), end
+
+
+def _value(data: mmap.mmap, position: int, kind: int):
+    if kind == _STRING:
+        return _string(data, position)
+    if kind == _ARRAY:
+        element, count = struct.unpack_from("<IQ", data, position)
+        position += 12
+        if element == _STRING:
+            values = []
+            for _ in range(count):
+                text, position = _string(data, position)
+                values.append(text)
+            return values, position
+        code = f"<{count}{_scalar(element)}"
+        if position + struct.calcsize(code) > len(data):
+            raise ValueError(f"an array of {count:,} values runs past its end")
+        return list(struct.unpack_from(code, data, position)), position + struct.calcsize(code)
+    code = "<" + _scalar(kind)
+    (value,) = struct.unpack_from(code, data, position)
+    # a float32 such as 1e-5 is stored as 9.999999747e-06: its shortest decimal is what the model's author wrote
+    value = float(str(np.float32(value))) if kind == _FLOAT32 else value
+    return value, position + struct.calcsize(code)
+
+
+def _scalar(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"a value of the unknown type {kind}")
+    return _SCALARS[kind]
