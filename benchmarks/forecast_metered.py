@@ -17,7 +17,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 import lowvram_lab as lab
 from lowvram_lab.machine import facts
-from lowvram_lab.model.checkpoint import RandomWeights
+from lowvram_lab.planner.measure_rates import RandomWeights
 
 RESULTS = Path(__file__).parent / "results" / "forecast_metered.json"
 CONFIGS = {

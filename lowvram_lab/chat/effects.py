@@ -267,6 +267,7 @@ def fetch(case: Case) -> None:
     """Weights and tokenizer."""
     marker = read_marker(case.source.fetch(case.progress)) or {}
     case.checkpoint, case.tokenizer = case.source.checkpoint(), case.source.tokenizer()
+    case.spec = case.source.spec(case.spec.name)  # the files decide, now that they are here
     case.weights_from = marker.get("source", case.source.public_name)
 
 

@@ -20,18 +20,19 @@ from lowvram_lab.engine.layers import import_kernels
 from lowvram_lab.engine.loaded import Loaded, Weights, loaded
 from lowvram_lab.engine.placement import Placement, block_devices
 from lowvram_lab.engine.room import check_room_in_ram, check_room_on_disk
-from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
+from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.memory.recording import Recording
 from lowvram_lab.memory.timeline import Timeline
-from lowvram_lab.model.checkpoint import ShapesOnly
+from lowvram_lab.model.checkpoint import ShapesOnly, check_tensor
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec, build_on_meta
+from lowvram_lab.model.tensor_names import refuse_differing_ties
 from lowvram_lab.weights.stored import check_stored
 
 logger = logging.getLogger(__name__)
@@ -210,16 +211,13 @@ def _read_generation_config(model: PreTrainedModel, directory: Path | None) -> N
 
 
 def _check_names_and_shapes(spec: ModelSpec, checkpoint: Weights) -> None:
+    refuse_differing_ties(spec, checkpoint)
     for module in spec.modules:
         for key, shape in module.own.items():
             if key == "weight" and module.name in spec.stored and not isinstance(checkpoint, ShapesOnly):
                 check_stored(module, get_format(spec.stored[module.name]), checkpoint)
-                continue
-            name = f"{module.name}.{key}"
-            if name not in checkpoint:
-                raise CheckpointError(f"expected a tensor {name} in the checkpoint of {spec.name}, found none")
-            if tuple(checkpoint.shape(name)) != tuple(shape):
-                raise CheckpointError(f"{name}: expected shape {tuple(shape)}, found {tuple(checkpoint.shape(name))}")
+            else:
+                check_tensor(f"{module.name}.{key}", shape, checkpoint)
 
 
 def _device_name(device: str, gpu: Gpu) -> str:

@@ -1,6 +1,9 @@
 """Read safetensors one tensor at a time. Headers are checked on opening; nothing is ever unpickled."""
 
+import copy
+import functools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +35,8 @@ class ShapesOnly:
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_SHARD_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+_TILE_ELEMENTS = 2**22  # compared at once: 16 MiB in float32
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors' own header check names the file's defect, not the file; these are the ways reading it can fail
 _READ_ERRORS = (SafetensorError, OSError, ValueError, KeyError, TypeError)
@@ -55,27 +60,31 @@ _DTYPES = {
 
 
 class Checkpoint:
-    """The tensors of a directory of safetensors files, read by name.
+    """The tensors of a directory of safetensors files, read by name: the files' own, until they are ``renamed``.
 
     Attributes:
         directory: Where the files lie.
         files: The safetensors files in use, in the order of their names.
+        unknown: Names of tensors that were left out when it was renamed.
     """
 
     def __init__(self, directory: Path):
         """Reads the index and the headers, no weights.
 
         Args:
-            directory: Holds ``model.safetensors``, or shards with ``model.safetensors.index.json``, or other
-                ``*.safetensors`` files.
+            directory: Holds ``model.safetensors``, or else shards with ``model.safetensors.index.json`` (this order is
+                transformers' own), or else other ``*.safetensors`` files.
 
         Raises:
             CheckpointError: No weights, a missing shard, a truncated or damaged file, a name held twice.
             SourceError: Only pickled weights.
         """
         self.directory = Path(directory)
-        index = _read_index(self.directory)
+        self.unknown: tuple[str, ...] = ()
+        index = None if (self.directory / SINGLE_NAME).is_file() else _read_index(self.directory)
         self.files = _find_files(self.directory, index)
+        self._stored_names: dict[str, str] = {}
+        self._stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in self.files)
         self._file_of: dict[str, Path] = {}
         self._facts: dict[str, dict] = {}
         for file in self.files:
@@ -121,6 +130,29 @@ class Checkpoint:
             raise CheckpointError(f"{self._file_of[name]}: tensor {name} has dtype {stored}, which torch cannot hold")
         return _DTYPES[stored]
 
+    def renamed(self, stored_names: dict[str, str], unknown: tuple[str, ...] = ()) -> "Checkpoint":
+        """The same files under other names.
+
+        Args:
+            stored_names: New name → present name; tensors that it does not name are left out.
+            unknown: The names of those left out that deserve to be told.
+        """
+        renamed = copy.copy(self)
+        renamed.unknown = unknown
+        renamed._stored_names = {new: self._stored_names.get(old, old) for new, old in stored_names.items()}
+        order = {name: at for at, name in enumerate(self._facts)}
+        pairs = sorted(stored_names.items(), key=lambda pair: order[pair[1]])
+        renamed._facts = {new: self._facts[old] for new, old in pairs}
+        renamed._file_of = {new: self._file_of[old] for new, old in pairs}
+        return renamed
+
+    def same_values(self, name: str, other: str) -> bool:
+        """Whether two tensors are equal in shape and in every value, whatever their dtypes; read a tile at a time."""
+        if self.shape(name) != self.shape(other):
+            return False
+        first, second = ((self._file_of[one], self._stored_names.get(one, one)) for one in (name, other))
+        return first == second or _same_values(first, second, self._stamps)
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, in its stored dtype.
 
@@ -130,17 +162,8 @@ class Checkpoint:
         Raises:
             CheckpointError: No such tensor, or the file was damaged since it was opened.
         """
-        file = self._file_of[name] if name in self else None
         self._fact(name)
-        # Opened anew for each tensor. Measured over 8 tensors of 64 MiB (safetensors 0.8): with one handle kept open
-        # the mapping keeps every page it touched (RssFile grew to 592 MiB); reopened, RSS peaks at one tensor and
-        # falls back (RssFile 80 -> 144 -> 80 MiB, RssAnon +0); with .clone() two copies live at once (peak +64 MiB).
-        # Reading into a torch buffer peaks the same, but as anonymous memory, which the system cannot take back.
-        try:
-            with safe_open(file, framework="pt", device="cpu") as handle:
-                return handle.get_tensor(name)
-        except _READ_ERRORS as error:
-            raise CheckpointError(f"{file}: cannot read tensor {name}: {error}; download the file again") from error
+        return _read_tensor(self._file_of[name], self._stored_names.get(name, name))
 
     def _fact(self, name: str) -> dict:
         try:
@@ -149,7 +172,31 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: no tensor named {name} among its {len(self)}") from None
 
 
+def check_tensor(name: str, shape: tuple[int, ...], weights: object) -> None:
+    """Checks that a parameter is there, in its shape.
+
+    Args:
+        name: Of the parameter.
+        shape: As the checkpoint is to store it.
+        weights: A ``Checkpoint``, or what stands for one.
+
+    Raises:
+        CheckpointError: It is not; what the files hold instead is said.
+    """
+    if name not in weights:
+        where, unknown = getattr(weights, "directory", "checkpoint"), getattr(weights, "unknown", ())
+        hint = "transformers would fill it with random numbers; download it again, or name a complete checkpoint"
+        if unknown:
+            hint = f"{len(unknown)} of its tensors have names that are none of this model's, as {unknown[0]}"
+        raise CheckpointError(f"{where}: expected a tensor {name}, found none; {hint}")
+    if tuple(weights.shape(name)) != tuple(shape):
+        raise CheckpointError(f"{name}: expected shape {tuple(shape)}, found {tuple(weights.shape(name))}")
+
+
 def _find_files(directory: Path, index: dict[str, str] | None) -> list[Path]:
+    if ranks := sorted(file.name for file in directory.glob("shard-*-model-*-of-*.safetensors")):
+        why = f"one file a training process ({ranks[0]}), which transformers loads in place of any other"
+        raise CheckpointError(f"{directory}: holds {why}; save the whole model with save_pretrained first")
     if index is not None:
         files = [directory / name for name in sorted(set(index.values()))]
         if missing := [file.name for file in files if not file.is_file()]:
@@ -160,11 +207,21 @@ def _find_files(directory: Path, index: dict[str, str] | None) -> list[Path]:
     if (directory / SINGLE_NAME).is_file():
         return [directory / SINGLE_NAME]
     if files := sorted(directory.glob("*.safetensors")):
+        _refuse_lost_shards(directory, [file.name for file in files])
         return files
     found = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else []
     if pickled := [name for name in found if name.endswith(PICKLE_SUFFIXES)]:
         raise SourceError(refuse_pickle(f"{directory} holds only pickled weights ({', '.join(pickled)})"))
     raise CheckpointError(f"{directory}: expected *.safetensors, found {', '.join(found[:8]) or 'nothing'}")
+
+
+def _refuse_lost_shards(directory: Path, names: list[str]) -> None:
+    """Without an index their own names still count the shards."""
+    for stem, count in {found.groups() for name in names if (found := _SHARD_NAME.fullmatch(name))}:
+        expected = [f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+        if missing := [name for name in expected if name not in names]:
+            lost = f"expected {len(expected)} shards by their names, missing {', '.join(missing[:4])}"
+            raise CheckpointError(f"{directory}: {lost}; download them again")
 
 
 def refuse_pickle(found: str) -> str:
@@ -225,13 +282,22 @@ def _pointer_hint(file: Path) -> str:
     return ""
 
 
-class RandomWeights(ShapesOnly):
-    """A checkpoint of small random weights."""
+def _read_tensor(file: Path, name: str) -> torch.Tensor:
+    # Opened anew for each tensor. Measured over 8 tensors of 64 MiB (safetensors 0.8): with one handle kept open
+    # the mapping keeps every page it touched (RssFile grew to 592 MiB); reopened, RSS peaks at one tensor and
+    # falls back (RssFile 80 -> 144 -> 80 MiB, RssAnon +0); with .clone() two copies live at once (peak +64 MiB).
+    # Reading into a torch buffer peaks the same, but as anonymous memory, which the system cannot take back.
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            return handle.get_tensor(name)
+    except _READ_ERRORS as error:
+        raise CheckpointError(f"{file}: cannot read tensor {name}: {error}; download the file again") from error
 
-    def __init__(self, spec: ModelSpec):
-        super().__init__(spec)
-        self._generator = torch.Generator().manual_seed(0)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Normal values of standard deviation 0.02, in bf16."""
-        return (torch.randn(self.shape(name), generator=self._generator) * 0.02).bfloat16()
+@functools.lru_cache(maxsize=64)  # of tables of half a GiB, asked for whenever a spec is
+def _same_values(first: tuple[Path, str], second: tuple[Path, str], _stamps: tuple) -> bool:
+    one, other = (_read_tensor(*place).flatten() for place in (first, second))
+    tiles = zip(one.split(_TILE_ELEMENTS), other.split(_TILE_ELEMENTS), strict=True)
+    if one.dtype == other.dtype and one.dtype.itemsize > 1:
+        return all(torch.equal(tile, its_twin) for tile, its_twin in tiles)
+    return all(torch.equal(tile.double(), its_twin.double()) for tile, its_twin in tiles)

@@ -105,7 +105,7 @@ def kv_layers_of(model: PreTrainedModel, layers: int) -> tuple[KVLayer | None, .
     """Runs a model on meta, and reads what its cache holds then.
 
     Args:
-        model: All of it on meta.
+        model: All of it on meta; it is of no other use afterwards.
         layers: How many decoder layers it has.
 
     Returns:
@@ -120,6 +120,9 @@ def kv_layers_of(model: PreTrainedModel, layers: int) -> tuple[KVLayer | None, .
     for held in cache.layers:
         _refuse_states(held, kind)
     ids = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":  # would ask the positions whether they are beyond training
+            module.rope_type = "default"
     try:
         with torch.no_grad(), unpadded(), quiet_transformers(), _AttentionLeftOut():
             model(input_ids=ids, past_key_values=cache, use_cache=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab import hub, names
-from lowvram_lab.errors import CheckpointError, SourceError, first_line
+from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import writable
 from lowvram_lab.model import builtin, chat_template
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
@@ -26,6 +26,7 @@ from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.model.tensor_names import differing_ties, with_model_names
 from lowvram_lab.packaged import packaged_config, packaged_facts
 from lowvram_lab.tokenizer_files import require_libraries
 
@@ -93,10 +94,22 @@ class Source:
     def spec(self, name: str = "") -> ModelSpec:
         """The model on paper. Raises what :meth:`config` raises.
 
+        The config's word counts, but for a head that it ties to the embedding and that lies on this machine as another
+        tensor: it is untied, with a line that says so. Weights that are not here yet are not asked for.
+
         Args:
             name: What to call it; by default the source's own name.
         """
-        return ModelSpec.from_config(self.config(), name or self.name)
+        config = self.config()
+        spec = ModelSpec.from_config(config, name or self.name)
+        shares = any(module.tied_to or module.shared for module in spec.modules)
+        checkpoint = self._checkpoint_here() if shares else None
+        differing = differing_ties(spec, with_model_names(spec, checkpoint)) if checkpoint else []
+        if not differing:
+            return spec
+        _say_untied(self.name, *differing[0])
+        config.tie_word_embeddings = False
+        return ModelSpec.from_config(config, spec.name)
 
     def fetch(self, progress: bool = True) -> Path:
         """A finished local directory: ``config.json``, ``*.safetensors`` and the tokenizer's files.
@@ -200,9 +213,35 @@ class Source:
         if found is not None:
             chat_template.check_arguments(found, arguments)
 
-    def checkpoint(self) -> Checkpoint:
-        """The model's tensors, to be read one at a time. Raises what :meth:`fetch` raises."""
-        return Checkpoint(self.fetch())
+    def checkpoint(self, progress: bool = True) -> Checkpoint:
+        """The model's tensors, to be read one at a time by the names of its parameters, as transformers renames them.
+
+        Those of an architecture that has no spec here bear the names in the files.
+
+        Args:
+            progress: Show what is going on, on stderr.
+
+        Raises:
+            CheckpointError: As :meth:`fetch`; or a tensor would have to be computed from several stored ones.
+            SourceError: As :meth:`fetch`.
+        """
+        checkpoint, config = Checkpoint(self.fetch(progress)), self.config()
+        _refuse_other_files(config, checkpoint)
+        try:
+            spec = ModelSpec.from_config(config, self.name)
+        except CheckpointError:
+            return checkpoint
+        return with_model_names(spec, checkpoint)
+
+    def _checkpoint_here(self) -> Checkpoint | None:
+        """The files of a model whose config may err, where all of them are on this machine."""
+        if self.kind in ("builtin", "gguf"):
+            return None
+        try:
+            directory = self.path() if self.kind == "directory" else _fetch_hub(self._hub_id(), False, local_only=True)
+            return Checkpoint(directory)
+        except LowvramError:
+            return None
 
     @property
     def public_name(self) -> str:
@@ -388,6 +427,23 @@ def _older_spelling(values: dict, config_class: type[PretrainedConfig], name: st
     except Exception:  # a size that is none of the model's own can break a check: then nothing has overruled it
         return None
     return None if found == _NO_SIZE else found
+
+
+def _refuse_other_files(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
+    """What transformers would load beside the files in use, or in their place."""
+    directory = checkpoint.directory
+    stated = getattr(config, "transformers_weights", None)
+    if stated and [directory / stated] != checkpoint.files:
+        raise CheckpointError(f"{directory}: its config has transformers load {stated}; expected the usual file names")
+    if (directory / "adapter_config.json").is_file():
+        logger.warning("%s: the adapter beside the model is not applied; merge it into the weights first", directory)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_untied(model: str, sharing: str, owner: str) -> None:
+    """One line a model, however often its spec is asked for."""
+    pair = f"{sharing} to {owner}"
+    logger.warning("%s: its config ties %s, but its files hold two that differ: not tied, as in stock", model, pair)
 
 
 def _fetch_default(progress: bool) -> Path:

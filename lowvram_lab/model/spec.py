@@ -20,6 +20,7 @@ from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.geometry import KVLayer, kv_layers_of
 from lowvram_lab.model.kinds import kind_of
+from lowvram_lab.model.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -325,7 +326,8 @@ def _config_from_dict(values: dict):
     from transformers import AutoConfig
 
     values = copy.deepcopy(values)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    with quiet_transformers():  # what it says of odd values, it said when the file was read
+        return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def _find_layers(model: PreTrainedModel, count: int) -> str:

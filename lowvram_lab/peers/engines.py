@@ -20,7 +20,6 @@ from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -174,7 +173,7 @@ class Ours(Engine):
         spec = task.spec()
         plan = Plan.from_json(task.plan, spec)
         self._counting = False
-        self.model = load(plan, task.gpu(), checkpoint=Checkpoint(Path(task.directory)), progress=False)
+        self.model = load(plan, task.gpu(), checkpoint=find_source(Path(task.directory)).checkpoint(), progress=False)
         self.weight_bytes = self.read_bytes = plan.weight_bytes()
         if not spec.tied:
             self.read_bytes -= plan.module_bytes(spec.module(spec.embedding))

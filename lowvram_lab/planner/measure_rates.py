@@ -39,7 +39,7 @@ from lowvram_lab.files import cache_dir, remember, writable
 from lowvram_lab.machine import cpu_threads, processor_name
 from lowvram_lab.memory.cuda import CudaGpu
 from lowvram_lab.memory.gpu import StandInGpu
-from lowvram_lab.model.checkpoint import RandomWeights
+from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
@@ -84,6 +84,18 @@ FEW, MANY = 2, 6
 DEEP = 96
 """Layers of the tiny model that decodes: so many that their weights come from memory, as a real model's do, and not
 from a cache; else subtracting what their products take would leave nothing."""
+
+
+class RandomWeights(ShapesOnly):
+    """A checkpoint of small random weights."""
+
+    def __init__(self, spec: ModelSpec):
+        super().__init__(spec)
+        self._generator = torch.Generator().manual_seed(0)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Normal values of standard deviation 0.02, in bf16."""
+        return (torch.randn(self.shape(name), generator=self._generator) * 0.02).bfloat16()
 
 
 class Machine:

@@ -116,8 +116,8 @@ def convert(
     if spec.stored:
         raise LowvramError(f"{model} is a converted model already; convert the 16-bit original it was made from")
     recipe = _known_recipe(plan, spec)
-    directory = source.fetch(progress)
-    tokenizer, checkpoint = source.tokenizer(), source.checkpoint()
+    checkpoint, tokenizer = source.checkpoint(progress), source.tokenizer()
+    directory = checkpoint.directory
     text = calibration_text(calibration)
     ids = calibration_windows(tokenizer, text, calibration_tokens, spec.max_position_embeddings)
     # the library's small text, which is not in its calibration text
@@ -259,6 +259,7 @@ def _finish(
         formats.pop(spec.head, None)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config.pop("torch_dtype", None)
+    config["tie_word_embeddings"] = spec.tied  # which the files decided
     config["dtype"] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[plan.dtype]
     if formats:
         config["quantization_config"] = quantization_config(formats)

@@ -24,11 +24,12 @@ from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
 from lowvram_lab.gguf_files.config import ARCHITECTURES, ROPE_FACTORS, config_metadata, rope_factors
 from lowvram_lab.memory.host import peak_rss_bytes
-from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
+from lowvram_lab.model.tensor_names import refuse_differing_ties
 from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.solvers import is_finite
@@ -164,11 +165,11 @@ def export_gguf(
     facts = _general(spec, tensor_type) | config_metadata(spec, config, context)
     architecture = ARCHITECTURES[config.model_type]
     tensors = _tensors(spec, architecture, tensor_type)
-    directory = source.fetch(progress)
-    checkpoint = Checkpoint(directory)
+    checkpoint = source.checkpoint(progress)
+    refuse_differing_ties(spec, checkpoint)
     for tensor in tensors:
         _check(tensor, checkpoint)
-    vocabulary = vocabulary_of(source, spec, directory)
+    vocabulary = vocabulary_of(source, spec, checkpoint.directory)
     factors = rope_factors(config, spec.head_dim)
     tensor_bytes = sum(tensor.nbytes for tensor in tensors) + (0 if factors is None else factors.nbytes)
     with _published(output) as temporary:
@@ -273,11 +274,9 @@ def _check(tensor: _Tensor, checkpoint: Checkpoint) -> None:
     if tensor.stored:
         return check_stored(tensor.module, get_format(tensor.stored), checkpoint)
     name = tensor.source
-    if name not in checkpoint:
-        raise CheckpointError(f"{checkpoint.directory}: expected a tensor {name}, found none")
-    shape, dtype = checkpoint.shape(name), checkpoint.dtype(name)
-    if shape != tensor.shape or not dtype.is_floating_point:
-        raise CheckpointError(f"{name}: expected floats of shape {tensor.shape}, found {dtype} of {shape}")
+    check_tensor(name, tensor.shape, checkpoint)
+    if not (dtype := checkpoint.dtype(name)).is_floating_point:
+        raise CheckpointError(f"{name}: expected floats, found {dtype}")
 
 
 def _data(tensor: _Tensor, checkpoint: Checkpoint) -> np.ndarray:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.spec import ModelSpec, build_on_meta
+from lowvram_lab.model.tensor_names import refuse_differing_ties
 from lowvram_lab.weights.solvers import is_finite
 
 TOKENS_AT_ONCE = 1024
@@ -36,6 +37,7 @@ class LayerByLayer:
     def __init__(self, spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
         if spec.stored:
             raise LowvramError(f"{spec.name} holds quantised weights alone; expected the 16-bit original")
+        refuse_differing_ties(spec, checkpoint)
         self.spec = spec
         self.checkpoint = checkpoint
         self.dtype = dtype

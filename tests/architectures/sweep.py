@@ -40,7 +40,8 @@ PROMPT, NEW, CONTEXT = 40, 12, 64
 VERDICTS = ("right", "wrong", "crash", "refused", "stock cannot")
 TOLERANCE = 2e-5
 """Of the largest logit, float32: another order of summation."""
-INT8_TOLERANCE = 0.25
+INT8_TOLERANCE = 0.35
+"""With an int8 KV cache, of random weights: a hundred times a trained model's error; it tells apart what is broken."""
 
 SIZES = {
     "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,

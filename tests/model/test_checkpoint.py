@@ -121,6 +121,60 @@ def test_unknown_tensor(single):
             call("lm_head.weight")
 
 
+def test_one_file_counts_before_an_index(sharded):
+    save_file({"a": torch.ones(2)}, sharded / "model.safetensors")
+    assert Checkpoint(sharded).keys() == ["a"]
+    (sharded / "model.safetensors.index.json").write_text("{")  # not even read
+    assert Checkpoint(sharded).keys() == ["a"]
+
+
+def test_shards_without_an_index_are_counted_by_their_names(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    assert len(Checkpoint(sharded)) == len(WEIGHTS)
+    (sharded / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"2 shards by their names, missing model-00001-of-00002\.safetensors"):
+        Checkpoint(sharded)
+
+
+def test_one_file_a_training_process_is_refused(single):
+    save_file({"a": torch.ones(2)}, single / "shard-00001-model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match="one file a training process"):
+        Checkpoint(single)
+
+
+def test_renamed(sharded):
+    checkpoint = Checkpoint(sharded)
+    names = {"norm": "model.norm.weight", "again": "model.norm.weight", "embed": "model.embed_tokens.weight"}
+    renamed = checkpoint.renamed(names, ("scalar",))
+    assert renamed.keys() == ["embed", "norm", "again"]  # as they lie on disk
+    assert "model.norm.weight" not in renamed and renamed.unknown == ("scalar",)
+    for new, old in names.items():
+        assert torch.equal(renamed.read(new), WEIGHTS[old])
+        assert (renamed.shape(new), renamed.dtype(new)) == (checkpoint.shape(old), checkpoint.dtype(old))
+    assert torch.equal(renamed.renamed({"last": "norm"}).read("last"), WEIGHTS["model.norm.weight"])
+    assert renamed.same_values("norm", "again") and len(checkpoint) == len(WEIGHTS)
+
+
+def test_same_values(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowvram_lab.model.checkpoint._TILE_ELEMENTS", 4)
+    table = torch.randn(3, 3).to(torch.bfloat16)
+    last = table.clone()
+    last[2, 2] += 1
+    tensors = {
+        "table": table,
+        "copy": table.clone(),
+        "wide": table.double(),
+        "last": last,
+        "flat": table.flatten().clone(),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    assert [name for name in tensors if checkpoint.same_values("table", name)] == ["table", "copy", "wide"]
+    assert not checkpoint.same_values("wide", "last")
+    save_file({**tensors, "copy": last.clone()}, tmp_path / "model.safetensors")  # a file of the same size
+    assert not Checkpoint(tmp_path).same_values("table", "copy")
+
+
 def test_missing_shard(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"missing model-00002-of-00002\.safetensors"):

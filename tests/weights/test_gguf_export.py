@@ -572,7 +572,7 @@ def test_weights_refused_leave_nothing(tmp_path, value, type, says):
 def test_missing_and_misshapen_tensors(tmp_path):
     state = float_state(make_config("llama"))
     name = "model.layers.2.mlp.up_proj.weight"
-    for number, (value, says) in enumerate([(None, "found none"), (state[name][:5], "of shape .*found")]):
+    for number, (value, says) in enumerate([(None, "found none"), (state[name][:5], "expected shape .*found")]):
         some = {**state, name: value} if value is not None else {k: v for k, v in state.items() if k != name}
         model = make_model(tmp_path / str(number), state=some)
         refused(export_gguf, model, tmp_path / "m.gguf", progress=False, error=CheckpointError, match=says)

@@ -105,6 +105,9 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
     if kind is ChatSession:
         source.require_chat_template(options["template_arguments"])
     plan, profile, _ = chosen_plan(args, spec, gpu)
+    source.fetch(sys.stderr.isatty())
+    if (of_files := source.spec()).fingerprint != spec.fingerprint:  # a head of its own, where the config ties it
+        plan, profile, _ = chosen_plan(args, of_files, gpu)
     print(f"{plan.summary()}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
     source.fetch(progress=sys.stderr.isatty())
     tokenizer = source.tokenizer()

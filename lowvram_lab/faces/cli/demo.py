@@ -44,15 +44,15 @@ def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., 
     source = find_source(model_name)
     source.require_chat_template()
     spec = source.spec()
-    naive = Plan.uniform(spec, "fp16", context=context)
 
     say(f"1. Forecast: {spec.name} in fp16 on a {format_bytes(gpu.budget.total_bytes)} GPU, from its config alone")
-    say(f"   {forecast(naive, gpu).summary()}\n")
+    say(f"   {forecast(Plan.uniform(spec, 'fp16', context=context), gpu).summary()}\n")
 
     say("2. Try it anyway")
     weights_from = _fetched_from(source, say, progress)
     checkpoint = source.checkpoint()
-    oom = _provoke_oom(naive, gpu_size, checkpoint, progress)
+    spec = source.spec()  # the files decide, now that they are here
+    oom = _provoke_oom(Plan.uniform(spec, "fp16", context=context), gpu_size, checkpoint, progress)
     say(f"   {oom['type']}: {oom['message']}\n" if oom else "   it fits: no need to compress\n")
 
     say("3. Plan")
