@@ -5,6 +5,7 @@ temporary name beside the target, write a marker that lists the size of each fil
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -30,12 +31,20 @@ def cache_dir() -> Path:
     if override := os.environ.get("LOWVRAM_CACHE"):
         return Path(override).expanduser()
     if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = _home() / "Library" / "Caches"
     elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
     return base / "lowvram_lab"
+
+
+def _home() -> Path:
+    """The user's; one without a home gets a folder that nothing can be written to, which is then said."""
+    try:
+        return Path.home()
+    except RuntimeError:  # neither HOME nor an entry in the system's list of users, as in some containers
+        return Path("/nonexistent")
 
 
 def writable(folder: Path) -> Path:
@@ -49,17 +58,42 @@ def writable(folder: Path) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        raise LowvramError(
-            f"cannot write to the cache folder {folder}: {error.strerror}; set LOWVRAM_CACHE to a folder that can be "
-            "written to"
-        ) from error
+        raise LowvramError(_not_writable(folder, error)) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> str:
+    return (
+        f"cannot write to the cache folder {folder}: {error.strerror}; set LOWVRAM_CACHE to a folder that can be "
+        "written to"
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def not_kept(folder: Path) -> str:
+    """Why nothing can be kept in a folder of the cache, or ``""``. Makes none; one that is there may be read-only."""
+    try:
+        if folder.is_dir():
+            return ""
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            return ""
+    except OSError as error:
+        return _not_writable(folder, error)
 
 
 def remember(path: Path, text: str) -> None:
     """Keeps a small result in the cache folder; where that cannot be written to, it is found anew the next time."""
-    with contextlib.suppress(LowvramError):
+    try:
         writable(path.parent)
         write_atomically(path, text)
+    except LowvramError:
+        _say_not_kept(cache_dir())
+
+
+@functools.lru_cache(maxsize=64)
+def _say_not_kept(folder: Path) -> None:
+    """One line, however much would be kept."""
+    logger.warning("what is measured here is not kept for the next time: cannot write to the cache folder %s", folder)
 
 
 def read_marker(directory: Path) -> dict | None:

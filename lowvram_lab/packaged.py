@@ -18,7 +18,11 @@ def data_path(*parts: str) -> Traversable:
 
 @cache
 def packaged_facts() -> dict[str, dict]:
-    """For each packaged model its ``hub_id``, ``license``, ``parameters`` (count) and ``source`` note."""
+    """For each packaged model its ``hub_id``, ``license``, ``parameters`` (count) and ``source`` note.
+
+    ``same_sizes`` lists the hub ids of its other releases that differ in weights and control tokens alone: what is
+    forecast for one holds for the others.
+    """
     files = (file.name for file in data_path("configs").iterdir())
     names = sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
     return {name: _read_config(name)["lowvram"] for name in names}

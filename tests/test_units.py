@@ -6,13 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowvram_lab.errors import LowvramError, UnitError
-from lowvram_lab.units import GiB, KiB, MiB, format_bytes, parse_bytes
+from lowvram_lab.units import GiB, KiB, MiB, format_bytes, parse_bytes, parse_tokens
 
-FACTORS = (
-    {"B": 1}
-    | {f"{p}iB": 1024**i for i, p in enumerate("KMGT", 1)}
-    | {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
-)
+FACTORS = {"B": 1} | {
+    spelling: 1024**power
+    for power, letter in enumerate("KMGT", 1)
+    for tail in ("", "B", "iB")
+    for spelling in (letter + tail, letter.lower() + tail, (letter + tail).lower(), (letter + tail).upper())
+    if not spelling[:1].isupper() or not spelling.endswith("b")
+}
 
 sizes = st.integers(min_value=1, max_value=1 << 50)
 units = st.sampled_from(sorted(FACTORS))
@@ -26,12 +28,12 @@ def test_whole_bytes_pass_unchanged(size):
 
 @given(
     whole=st.integers(0, 10**20),
-    tail=st.from_regex(r"\A(\.[0-9]{1,12})?\Z"),
+    tail=st.from_regex(r"\A([.,][0-9]{1,12})?\Z").filter(lambda tail: not re.fullmatch(",[0-9]{3}", tail)),
     unit=units,
     space=st.sampled_from(["", " ", "  "]),
 )
 def test_parse_is_exact_and_rounds_down(whole, tail, unit, space):
-    exact = int(Fraction(f"{whole}{tail}") * FACTORS[unit])
+    exact = int(Fraction(f"{whole}{tail}".replace(",", ".")) * FACTORS[unit])
     text = f"{whole}{tail}{space}{unit}"
     if exact == 0:
         with pytest.raises(UnitError):
@@ -70,8 +72,16 @@ def test_a_negative_difference_is_the_same_with_a_sign(size):
         ("4GiB", 4 * GiB),
         ("4 gib", 4 * GiB),
         (" 4GIB ", 4 * GiB),
-        ("4GB", 4 * 1000**3),
-        ("4gb", 4 * 1000**3),
+        ("4GB", 4 * GiB),  # a card sold as 4 GB
+        ("4gb", 4 * GiB),
+        ("4 GB", 4 * GiB),
+        ("4G", 4 * GiB),
+        ("4g", 4 * GiB),
+        ("4096MiB", 4 * GiB),
+        ("4096MB", 4 * GiB),
+        ("4096M", 4 * GiB),
+        ("4,5GiB", 4 * GiB + 512 * MiB),
+        ("4.125GiB", 4 * GiB + 128 * MiB),
         ("192 MiB", 192 * MiB),
         ("1.5KiB", 1536),
         ("+1KiB", 1024),
@@ -101,7 +111,8 @@ def test_refused_texts(bad, pad):
 
 
 @pytest.mark.parametrize(
-    "bad", ["4XB", "4GiBs", "4GGB", "4 G B", "4,5GiB", "1_000MB", "٤GiB", "4G", "0x4GiB", "4ib", "4GiB 2MiB", ".5GiB"]
+    "bad",
+    ["4XB", "4GiBs", "4GGB", "4 G B", "1_000MB", "٤GiB", "0x4GiB", "4ib", "4GiB 2MiB", ".5GiB", "4,5,6GiB", "1.5,2GB"],
 )
 def test_refused_units_and_numbers(bad):
     with pytest.raises(UnitError, match="expected"):
@@ -119,13 +130,50 @@ def test_bits_are_refused_with_both_ways_out():
         parse_bytes("4Gb")
     message = str(refusal.value)
     assert "4GiB" in message and "4GB" in message
-    assert "4 Gbit" in message and format_bytes(4 * 1000**3 // 8) in message  # how it was read
+    assert "4 Gbit" in message and format_bytes(4 * GiB // 8) in message  # how it was read
 
 
-@pytest.mark.parametrize("bad", ["4", "4096", "4294967296"])
-def test_a_bare_number_is_told_its_units(bad):
-    with pytest.raises(UnitError, match=f"{bad}GiB.*{bad}B"):
+@pytest.mark.parametrize(
+    ("bad", "meant"),
+    [("4", "4GiB"), ("1.5", "1.5GiB"), ("4,5", "4,5GiB"), ("4096", "4096MiB"), ("4294967296", "4294967296B")],
+)
+def test_a_bare_number_is_told_its_likely_unit(bad, meant):
+    with pytest.raises(UnitError, match=rf"expected a unit.*did you mean {meant}\?"):
         parse_bytes(bad)
+    assert parse_bytes(meant) > 0
+
+
+@pytest.mark.parametrize("bad", ["4,096MiB", "1,024GB", "4,096"])
+def test_a_comma_that_may_be_either_is_refused(bad):
+    with pytest.raises(UnitError, match="expected .* or .* without a comma"):
+        parse_bytes(bad)
+
+
+@given(tokens=st.integers(1, 10**9), unit=st.sampled_from(["", "k", "K", "m", "M"]))
+def test_tokens_are_exact(tokens, unit):
+    assert parse_tokens(f"{tokens}{unit}") == tokens * {"": 1, "k": 1024, "m": 1024**2}[unit.lower()]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("4k", 4096), ("32k", 32768), ("128K", 131072), ("1M", 1048576), (" 4 k ", 4096), ("0.5k", 512), ("1,5k", 1536)],
+)
+def test_contexts_as_they_are_typed(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+@given(st.text(max_size=8) | st.from_regex(r"\A[+-]?[0-9]{1,40}([.,][0-9]{1,4})?\s*[A-Za-z]{0,2}\Z"))
+def test_any_text_gives_a_number_of_tokens_or_one_clear_error(text):
+    try:
+        assert parse_tokens(text) >= 1
+    except UnitError as refusal:
+        assert "expected" in str(refusal) and "\n" not in str(refusal)
+
+
+@pytest.mark.parametrize("bad", ["", "k", "0", "0k", "-4k", "1.5", "4kb", "4kk", "longest", "٤", "4g", "32,768"])
+def test_contexts_that_are_none(bad):
+    with pytest.raises(UnitError, match="expected"):
+        parse_tokens(bad)
 
 
 @given(st.text(max_size=12) | st.from_regex(r"\A[+-]?[0-9]{1,400}(\.[0-9]{1,30})?\s*[A-Za-z]{0,4}\Z"))
@@ -133,4 +181,4 @@ def test_any_text_gives_a_size_or_one_clear_error(text):
     try:
         assert parse_bytes(text) >= 1
     except LowvramError as refusal:
-        assert re.search(r"[0-9][KMGT]?i?B\b", str(refusal))  # says what to write instead
+        assert re.search(r"[0-9][KMGT]?i?B\b|without a comma", str(refusal))  # says what to write instead

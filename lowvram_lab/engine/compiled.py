@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from lowvram_lab.engine import cache_layers, compiling, llama_layer
 from lowvram_lab.engine.compiling import DIGEST, LIBRARY, OPTIONS, Library
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.files import cache_dir, discard_partial, is_finished, sha256_file, writable, write_atomically
+from lowvram_lab.files import cache_dir, discard_partial, is_finished, not_kept, sha256_file, writable, write_atomically
 from lowvram_lab.machine import fresh_python, instruction_set, why_ended
 
 LONGEST_S = 900
@@ -39,20 +39,19 @@ logger = logging.getLogger(__name__)
 
 
 def compiler() -> str | None:
-    """The C++ compiler that would be used, or ``None``: there is none, or ``LOWVRAM_COMPILE=0`` says not to compile."""
-    return _command() if not _switched_off() and shutil.which(_command().split()[0]) else None
+    """The C++ compiler that would be used; ``None`` without one, without a cache folder or with LOWVRAM_COMPILE=0."""
+    there = os.environ.get("LOWVRAM_COMPILE") != "0" and shutil.which(_command().split()[0])
+    return _command() if there and not not_kept(cache_dir() / "compiled") else None
 
 
 def without_compiler() -> str:
-    """What to do where there is no C++ compiler, in words; nothing where there is one or nobody wants it."""
-    if _switched_off() or compiler():
+    """What to do where nothing can be compiled, in words; nothing where it can, or nobody wants it."""
+    if os.environ.get("LOWVRAM_COMPILE") == "0" or compiler():
         return ""
+    if shutil.which(_command().split()[0]):
+        return not_kept(cache_dir() / "compiled")
     install = "run xcode-select --install" if sys.platform == "darwin" else "install one (apt-get install g++)"
     return f"found no C++ compiler {_command()!r}; {install}, or name yours in CXX"
-
-
-def _switched_off() -> bool:
-    return os.environ.get("LOWVRAM_COMPILE") == "0"
 
 
 def _command() -> str:
@@ -140,7 +139,7 @@ def _start(scratch: Path, log: IO[str]) -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,
-        env=os.environ | places,
+        env=os.environ | places | {"PYTHONWARNINGS": "ignore"},  # torch deprecates what its compiler itself calls
         start_new_session=True,  # Ctrl-C is this process's to handle, and the compiler is ended with its parent
     )
 

@@ -12,13 +12,13 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lowvram_lab import hub
 from lowvram_lab.chat.prompt import chat_ids, stop_ids, text_ids
 from lowvram_lab.engine.decode import generate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.model import hub
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec

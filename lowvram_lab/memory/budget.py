@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from lowvram_lab.errors import BudgetError
+from lowvram_lab.errors import BudgetError, UnitError
 from lowvram_lab.units import GiB, MiB, format_bytes, parse_bytes
 
 CUDA_CONTEXT_BYTES = 384 * MiB
@@ -33,7 +33,7 @@ class GpuBudget:
 
     @classmethod
     def parse(cls, size: "str | int | GpuBudget", cuda_context: str | int | None = None) -> "GpuBudget":
-        """Reads a budget such as ``"4GiB"``.
+        """Reads a budget such as ``"4GiB"``; a card sold as 4GB is the same (see ``parse_bytes``).
 
         Args:
             size: The card's memory.
@@ -45,7 +45,7 @@ class GpuBudget:
         """
         if isinstance(size, GpuBudget):
             return size
-        total = parse_bytes(size)
+        total = _card_bytes(size)
         if cuda_context is None:
             context = CUDA_CONTEXT_BYTES if total >= SMALLEST_CARD else 0
         else:
@@ -64,3 +64,12 @@ class GpuBudget:
     def usable_bytes(self) -> int:
         """What tensors may take."""
         return self.total_bytes - self.context_bytes
+
+
+def _card_bytes(size: str | int) -> int:
+    """The memory of a card; who names the card itself is told to say its memory."""
+    if isinstance(size, str) and re.match(r"\s*[A-Za-z]", size):
+        device = re.fullmatch(r"\s*(cuda|gpu)?(:?[0-9]+)?\s*", size, re.IGNORECASE)
+        which = "CUDA_VISIBLE_DEVICES chooses the card" if device else "nvidia-smi says what a card has"
+        raise UnitError(f"expected the card's memory, e.g. 4GiB, found {size!r}; {which}")
+    return parse_bytes(size)

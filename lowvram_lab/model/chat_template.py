@@ -5,8 +5,8 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
+from lowvram_lab import hub
 from lowvram_lab.errors import LowvramError, SourceError, first_line
-from lowvram_lab.model import hub
 
 FILES = ["tokenizer_config.json", "chat_template*"]
 """What a hub repository is asked for: a few kilobytes."""

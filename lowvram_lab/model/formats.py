@@ -6,7 +6,9 @@ knows nothing about models or kernels.
 Sources: nf4, Dettmers et al. 2023, arXiv:2305.14314; group-wise integer weights, Frantar et al. 2022, arXiv:2210.17323.
 """
 
+import difflib
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,30 @@ KERNEL_GROUP_SIZES = (32, 64, 128, 256)
 
 SCALE_DTYPE = torch.bfloat16
 """torch's CPU int4 and int8 kernels want scales in bfloat16; the solvers round the scale *before* they choose codes."""
+
+
+_SPELLINGS = {
+    "float32": "fp32",
+    "f32": "fp32",
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "f16": "fp16",
+    "half": "fp16",
+}
+_NEAREST = {
+    "fp8": "int8",
+    "mxfp8": "int8",
+    "fp4": "nf4",
+    "mxfp4": "nf4",
+    "nvfp4": "nf4",
+    "gptq": "int4-g128",
+    "awq": "int4-g128",
+}
+"""Formats of other tools, and what is nearest to each here."""
+
+_USUAL = ("int8", "int4", "nf4")
+_LLAMA_CPP = re.compile(r"(?:iq|q|tq)([1-8])_[a-z0-9_]+")
+_BITS = re.compile(r"(?:q|int-)([2-8])|([2-8])-?bits?")
 
 
 @dataclass(frozen=True)
@@ -130,12 +156,46 @@ FORMATS = _table()
 
 
 def get_format(name: str) -> Format:
-    """Looks a format up by name.
+    """Looks a format up by name, in any case and in the spellings that :func:`canonical_name` reads.
 
     Raises:
-        PlanError: There is no such format; the message lists those there are.
+        PlanError: There is no such format; the message names the three nearest, or the one nearest to what another tool
+            calls by that name.
     """
-    found = FORMATS.get(name) if isinstance(name, str) else None
+    found = FORMATS.get(canonical_name(name)) if isinstance(name, str) else None
     if found is None:
-        raise PlanError(f"unknown format {name!r}; the formats are {', '.join(FORMATS)}")
+        raise PlanError(f"unknown format {name!r}; {_nearest(name)}")
     return found
+
+
+def canonical_name(text: str) -> str:
+    """A format's name in the one spelling that plans hold, for example of ``"INT8"``, ``"8bit"`` or ``"q8"``.
+
+    Returns:
+        The name; what is no format comes back as it is.
+    """
+    if not isinstance(text, str) or text in FORMATS:
+        return text
+    name = text.strip().lower().replace("_", "-")
+    if bits := _BITS.fullmatch(name):
+        name = f"int{bits[1] or bits[2]}"
+    name = _SPELLINGS.get(name, name).removesuffix("-g64")  # 64 is the size that a name leaves out
+    return name if name in FORMATS else text
+
+
+def _nearest(name: object) -> str:
+    """What to write instead of an unknown name."""
+    text = name.strip().lower() if isinstance(name, str) else ""
+    if theirs := _LLAMA_CPP.fullmatch(text):
+        bits = theirs[1] if theirs[1] in "234568" else "2" if theirs[1] == "1" else "8"
+        near = "int8" if bits == "8" else f"int{bits}-g32"
+        return f"that is llama.cpp's name for about {theirs[1]} bits a weight in small blocks; the nearest is {near}"
+    if text in _NEAREST:
+        return f"the nearest to it is {_NEAREST[text]}"
+    if group := re.fullmatch(r"int([2-6])-g([0-9]{1,9})", text):
+        same_bits = [fmt for fmt in FORMATS.values() if fmt.group_size and fmt.name.startswith(f"int{group[1]}")]
+        near = [fmt.name for fmt in sorted(same_bits, key=lambda fmt: abs(fmt.group_size - int(group[2])))]
+    else:
+        near = difflib.get_close_matches(text, FORMATS, n=3, cutoff=0.5)
+        near += [usual for usual in _USUAL if usual not in near]
+    return f"the nearest are {', '.join(near[:3])} (bf16, fp16, int8 and groups of 2 to 6 bits such as int4-g128)"

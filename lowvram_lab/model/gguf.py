@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowvram_lab.errors import CheckpointError, LowvramError, first_line
-from lowvram_lab.files import build_directory, cache_dir, known_sha256, recorded_sha256, writable
+from lowvram_lab.files import build_directory, cache_dir, is_finished, known_sha256, recorded_sha256, writable
 from lowvram_lab.gguf_files.config import ROPE_FACTORS, check_keys, complete, config_values, is_read_here
 from lowvram_lab.gguf_files.header import GgufHeader, read_gguf_header, read_gguf_tensor
 from lowvram_lab.gguf_files.tokenizer import check_reopens, read_tokenizer
@@ -69,6 +69,12 @@ def fetch_gguf(path: Path, progress: bool = True) -> Path:
         lambda directory: convert_gguf(path, directory, progress),
         source=str(path.absolute()),
     )
+
+
+def is_converted(path: Path) -> bool:
+    """Whether :func:`fetch_gguf` would return at once."""
+    digest = recorded_sha256(path)
+    return bool(digest) and is_finished(converted_path(path.stem, digest), converted_identity(digest))
 
 
 def converted_path(stem: str, sha256: str) -> Path:
@@ -146,7 +152,7 @@ def _save(loaded: PreTrainedModel, config: PretrainedConfig, header: GgufHeader,
         fresh = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     fresh.load_state_dict(loaded.state_dict(), assign=True)
     fresh.tie_weights()
-    token_ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id")}
+    token_ids = {name: getattr(config, name, None) for name in ("bos_token_id", "pad_token_id")}
     fresh.generation_config = GenerationConfig(eos_token_id=_stop_ids(header), **token_ids)
     fresh.save_pretrained(directory, max_shard_size="2GB")
 

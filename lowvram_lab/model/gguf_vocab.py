@@ -44,7 +44,7 @@ def vocabulary(source: Source, spec: ModelSpec, directory: Path) -> dict:
         SourceError: Something about it that llama.cpp has no name for, in words.
     """
     if source.kind == "gguf":
-        metadata = read_gguf_header(Path(source.name).expanduser()).metadata
+        metadata = read_gguf_header(source.path()).metadata
         return {key: value for key, value in metadata.items() if key.startswith("tokenizer.")}
     tokenizer = source.tokenizer()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
-from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.formats import DTYPES, canonical_name, get_format
 from lowvram_lab.model.geometry import KVLayer
 from lowvram_lab.model.rules import Assignment, check_modules, check_settings, is_whole_number, whole_number
 from lowvram_lab.model.source import find_source
@@ -63,6 +63,8 @@ class Plan:
     asked: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("dtype", "kv_format"):
+            object.__setattr__(self, name, canonical_name(getattr(self, name)))
         check_modules(self.spec, self.modules, self.dtype)
         check_settings(
             self.spec,
@@ -95,6 +97,7 @@ class Plan:
         Raises:
             PlanError: Unknown recipe, or a context the model does not have.
         """
+        recipe = "stored" if str(recipe).lower() == "stored" else get_format(recipe).name
         if recipe == "stored":
             dtype = dtype or "bf16"
             formats = {m.name: spec.stored.get(m.name, dtype) for m in spec.modules}

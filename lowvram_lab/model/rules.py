@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowvram_lab.errors import LowvramError, PlanError
-from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.formats import DTYPES, canonical_name, get_format
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 
 DEVICES = ("gpu", "cpu", "disk")
@@ -26,6 +26,9 @@ class Assignment:
 
     format: str
     device: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", canonical_name(self.format))
 
 
 def is_whole_number(value: object, least: int, most: int | None = None) -> bool:

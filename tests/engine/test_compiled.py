@@ -47,6 +47,7 @@ def folders(tmp_path, monkeypatch):
     (tmp_path / "scratch").mkdir()
     monkeypatch.setenv("LOWVRAM_COMPILE", "1")
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONWARNINGS", "error")  # a deprecation in torch's compiler is no reason not to compile
     monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
     monkeypatch.setattr("tempfile.tempdir", None)  # it remembers the first answer
 
@@ -67,7 +68,7 @@ def compile_it(tmp_path, before: str = "") -> subprocess.Popen:
     command = [sys.executable, "-c", before + COMPILE, str(tmp_path / "result.pt")]
     return subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": ""},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background job
     )
 

@@ -1,5 +1,7 @@
 """The table of formats against what solvers and layers allocate, against published sizes, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,10 +9,10 @@ from hypothesis import strategies as st
 
 from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
 from lowvram_lab.errors import PlanError
-from lowvram_lab.model.formats import DTYPES, FORMATS, TensorSpec, get_format
+from lowvram_lab.model.formats import DTYPES, FORMATS, TensorSpec, canonical_name, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.units import GiB
-from tests.helpers.tiny import packaged_spec
+from tests.helpers.tiny import packaged_spec, tiny_spec
 
 QUANTISED = [name for name, fmt in FORMATS.items() if fmt.kind != "float"]
 TABLES = [name for name in QUANTISED if name != "nf4"]
@@ -136,9 +138,86 @@ def test_what_is_not_refused(name, kind, shape):
     assert get_format(name).refuse(kind, shape) is None
 
 
-@pytest.mark.parametrize("name", ["int7", "int3-g16", "INT8", "", None, 8, ["int8"]])
-def test_an_unknown_format_is_named_beside_those_there_are(name):
+UNKNOWN = {
+    "int7": "int8, int6, int5",
+    "int3-g16": "int3-g32, int3, int3-g96",
+    "int4-g512": "int4-g256, int4-g192, int4-g128",
+    "nf8": "nf4, int8, int4",
+    "fp64": "fp16, nf4, fp32",
+    "banana": "int8, int4, nf4",
+    "": "int8, int4, nf4",
+    None: "int8, int4, nf4",
+    8: "int8, int4, nf4",
+    ("int8",): "int8, int4, nf4",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_format_is_answered_with_the_three_nearest(name):
     with pytest.raises(PlanError) as error:
         get_format(name)
     assert repr(name) in str(error.value)
-    assert "int4-g128" in str(error.value)
+    assert f"the nearest are {UNKNOWN[name]} (" in str(error.value)
+
+
+THEIRS = {
+    "Q4_K_M": "int4-g32",
+    "q4_0": "int4-g32",
+    "Q5_K_S": "int5-g32",
+    "Q6_K": "int6-g32",
+    "Q8_0": "int8",
+    "IQ3_XXS": "int3-g32",
+    "IQ1_S": "int2-g32",
+    "fp8": "int8",
+    "MXFP4": "nf4",
+    "AWQ": "int4-g128",
+    "gptq": "int4-g128",
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_what_other_tools_call_a_format_is_answered_with_the_nearest(name):
+    with pytest.raises(PlanError, match=f"unknown format '{name}'.* the nearest (to it )?is {THEIRS[name]}$"):
+        get_format(name)
+    get_format(THEIRS[name])
+
+
+SPELLINGS = {
+    "INT8": "int8",
+    "8bit": "int8",
+    "8-bit": "int8",
+    "q8": "int8",
+    "4bit": "int4",
+    "Q4": "int4",
+    " int4-g64 ": "int4",
+    "INT4_G128": "int4-g128",
+    "NF4": "nf4",
+    "float16": "fp16",
+    "half": "fp16",
+    "BFloat16": "bf16",
+    "float32": "fp32",
+}
+
+
+@pytest.mark.parametrize("text", SPELLINGS)
+def test_a_plan_holds_the_one_spelling(text):
+    spec, name = tiny_spec("llama"), SPELLINGS[text]
+    plan = Plan.uniform(spec, context=64)
+    assert get_format(text) is FORMATS[name]
+    assert Plan.uniform(spec, text, context=64) == Plan.uniform(spec, name, context=64)
+    if name in TABLES:  # layers of 128 inputs
+        changed = plan.with_modules("*.o_proj", format=text)
+        assert changed == plan.with_modules("*.o_proj", format=name)
+    if name in ("int8", "int4"):
+        assert replace(plan, kv_format=text).kv_format == name
+    if name in DTYPES:
+        assert Plan.uniform(spec, "int8", context=64, dtype=text).dtype == name
+
+
+@given(st.text(max_size=10) | st.from_regex(r"\A(int|q|iq|fp)[0-9]{0,3}([-_][a-z0-9]{0,6})?\Z"))
+def test_any_text_is_a_format_or_one_clear_error(text):
+    assert canonical_name(canonical_name(text)) == canonical_name(text)
+    try:
+        assert get_format(text).name in FORMATS
+    except PlanError as refusal:
+        assert str(refusal).startswith(f"unknown format {text!r}; ") and len(str(refusal)) < 200 + len(repr(text))

@@ -17,15 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowvram_lab import files as cache
+from lowvram_lab import hub, tokenizer_files
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
-from lowvram_lab.model import builtin, hub
+from lowvram_lab.model import builtin
 from lowvram_lab.model import gguf as gguf_convert
+from lowvram_lab.model import source as source_module
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.source import Source, find_source, read_config
-from lowvram_lab.packaged import packaged_config, packaged_facts
+from lowvram_lab.names import choose_gguf
+from lowvram_lab.packaged import packaged_config, packaged_facts, sample_text
 
 LLAMA = {
     "model_type": "llama",
@@ -75,10 +80,30 @@ def test_builtin_names_lead_with_the_default():
         ("SmolLM2-135M", Source("smollm2-135m", "builtin")),
         ("Qwen1.5-4B", Source("qwen1.5-4b", "config")),
         ("Qwen/Qwen1.5-4B-Chat", Source("Qwen/Qwen1.5-4B-Chat", "hub")),
+        ("qwen/qwen2.5-3b-instruct", Source("Qwen/Qwen2.5-3B-Instruct", "hub")),
+        ("Qwen2.5-3B-Instruct", Source("Qwen/Qwen2.5-3B-Instruct", "hub")),
+        ("qwen/QWEN1.5-4b", Source("Qwen/Qwen1.5-4B", "hub")),
+        ("owner/Name-1.0/", Source("owner/Name-1.0", "hub")),
+        (" owner/name ", Source("owner/name", "hub")),
+        ("https://huggingface.co/Qwen/Qwen2.5-3B-Instruct", Source("Qwen/Qwen2.5-3B-Instruct", "hub")),
+        ("https://huggingface.co/owner/name/tree/main?not-for-all-audiences=true", Source("owner/name", "hub")),
+        ("http://www.huggingface.co/owner/name/#usage", Source("owner/name", "hub")),
+        ("huggingface.co/owner/name/blob/main/config.json", Source("owner/name", "hub")),
+        ("https://hf.co/owner/name", Source("owner/name", "hub")),
+        ("hf://owner/name", Source("owner/name", "hub")),
+        ("hf.co/owner/name-GGUF:Q4_K_M", Source("owner/name-GGUF:Q4_K_M", "gguf")),
+        ("owner/name:Q8_0", Source("owner/name:Q8_0", "gguf")),
+        ("owner/name-GGUF", Source("owner/name-GGUF", "gguf")),
+        ("hf.co/owner/name-GGUF:latest", Source("owner/name-GGUF", "gguf")),
+        (
+            "https://huggingface.co/o/n-GGUF/resolve/main/n.Q4_0.gguf?download=true",
+            Source("o/n-GGUF:n.Q4_0.gguf", "gguf"),
+        ),
     ],
 )
 def test_names(name, expected):
     assert find_source(name) == expected
+    assert find_source(find_source(name).name) == expected  # what a plan's file says of it
 
 
 def test_paths(tmp_path, monkeypatch):
@@ -96,6 +121,18 @@ def test_paths(tmp_path, monkeypatch):
     [
         ("smollm2-136m", "did you mean smollm2-135m"),
         ("xyzzy", "built-in models are smollm2-135m"),
+        ("Qwen2.5-7B", "did you mean qwen2.5-3b or qwen1.5-7b or qwen1.5-4b? on the hub .* in front: Qwen/Qwen2.5-7B"),
+        ("Llama-3.2-1B", "built-in models are .* on the hub a name has its owner in front: OWNER/Llama-3.2-1B"),
+        ("qwen2.5:3b", "did you mean qwen2.5-3b"),
+        ("llama3.2:1b", "owner/name"),
+        ("https://huggingface.co/owner/name/tree/v1.0", "names revision v1.0"),
+        ("https://huggingface.co/o/n/blob/main/folder/x.gguf", "a file in a folder"),
+        ("https://huggingface.co/datasets/owner/name", "expected a model's page"),
+        ("https://huggingface.co/owner/name/discussions/3", "expected a model's page"),
+        ("https://example.org/owner/name", "no such file or directory"),
+        (r"C:\models\Qwen2.5-3B", "a path of Windows, in WSL /mnt/c/models/Qwen2.5-3B"),
+        ("D:/models/model.gguf", "a path of Windows, in WSL /mnt/d/models/model.gguf"),
+        (r"models\model.gguf", "did you mean models/model.gguf"),
         ("", "expected a model name"),
         (b"bytes", "expected a model name"),
         ("./nowhere", "no such file or directory"),
@@ -107,7 +144,55 @@ def test_paths(tmp_path, monkeypatch):
     ],
 )
 def test_unknown_names(name, says):
-    assert says in refused(find_source, name, error=SourceError)
+    assert re.search(says.replace("?", r"\?"), refused(find_source, name, error=SourceError))
+
+
+@given(st.text(max_size=30) | st.from_regex(r"\A(https://)?(huggingface|hf)?(\.co)?/?[\w.-]{0,5}/[\w.:/-]{0,12}\Z"))
+def test_any_text_names_a_source_or_is_refused_in_one_line(text):
+    try:
+        found = find_source(text)
+    except SourceError as refusal:
+        assert "\n" not in str(refusal) or "\n" in text
+    else:
+        assert found.kind in ("builtin", "config", "hub", "directory", "gguf")
+
+
+GGUF_FILES = [
+    "README.md",
+    "mmproj-model-f16.gguf",
+    "m-IQ4_XS.gguf",
+    "m-Q4_K_M.gguf",
+    "m-Q4_K_S.gguf",
+    "m-UD-Q4_K_M.gguf",
+    "m-Q8_0-00001-of-00002.gguf",
+    "m-Q8_0-00002-of-00002.gguf",
+    "m-f16.gguf",
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "file"),
+    [
+        ("Q4_K_M", "m-Q4_K_M.gguf"),
+        ("q4_k_s", "m-Q4_K_S.gguf"),
+        ("UD-Q4_K_M", "m-UD-Q4_K_M.gguf"),
+        ("iq4_xs", "m-IQ4_XS.gguf"),
+        ("F16", "m-f16.gguf"),
+        ("m-Q4_K_M.gguf", "m-Q4_K_M.gguf"),
+    ],
+)
+def test_a_quantisation_names_one_file(wanted, file):
+    assert choose_gguf("o/m", GGUF_FILES, wanted) == file
+    assert choose_gguf("o/m", [file], "") == file
+
+
+def test_a_quantisation_that_names_no_file_is_answered_with_those_there_are():
+    for wanted in ("Q4_0", "M", "x"):
+        said = refused(choose_gguf, "o/m", GGUF_FILES, wanted, error=SourceError, match=f"files for .{wanted}.")
+        assert "o/m:IQ4_XS" in said and "(it has IQ4_XS, Q4_K_M, Q4_K_S, Q8_0, UD-Q4_K_M, f16)" in said
+    refused(choose_gguf, "o/m", GGUF_FILES, "", error=SourceError, match="found several; write o/m:IQ4_XS")
+    refused(choose_gguf, "o/m", GGUF_FILES, "Q8_0", error=SourceError, match="one part of a split GGUF")
+    refused(choose_gguf, "o/m", ["model.safetensors"], "Q8_0", error=SourceError, match="found none; leave out ':Q8_0'")
 
 
 def test_directories_and_files_that_are_no_model(tmp_path):
@@ -157,11 +242,42 @@ def test_packaged_config(name):
     assert config.dtype == torch.bfloat16
     stated = packaged_config(name)
     assert config.rope_parameters["rope_theta"] == stated["rope_parameters"]["rope_theta"]
-    assert {"hub_id", "license", "parameters", "source"} == set(packaged_facts()[name])
+    assert {"hub_id", "same_sizes", "license", "parameters", "source"} == set(packaged_facts()[name])
 
 
 def test_a_packaged_hub_id_needs_no_network():
     assert find_source("Qwen/Qwen1.5-4B-Chat").config().num_hidden_layers == 40
+
+
+@pytest.fixture
+def said(caplog):
+    """What is logged; what is said once a process may be said again."""
+    for once in (source_module._say_known, source_module._say_ignored):
+        once.cache_clear()
+    return caplog
+
+
+def test_the_sizes_of_another_release_are_known_without_a_network(said):
+    source = find_source("Qwen/Qwen1.5-4B")
+    spec = source.spec()
+    assert (spec.name, spec.num_parameters) == ("Qwen/Qwen1.5-4B", PARAMETERS["qwen1.5-4b"])
+    source.config()
+    (line,) = said.messages
+    assert line.startswith("Qwen/Qwen1.5-4B: ") and "known (those of qwen1.5-4b)" in line
+    refused(source.fetch, error=SourceError, match="Qwen/Qwen1.5-4B: not in the hub's cache")
+
+
+def test_the_config_on_the_hub_goes_before_the_sizes_of_another_release(monkeypatch, tmp_path, said):
+    values = {**packaged_config("qwen1.5-4b"), "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr(hub, "snapshot", lambda *_, **__: tmp_path)
+    assert find_source("Qwen/Qwen1.5-4B").config().num_hidden_layers == 3
+    assert said.messages == []
+
+
+def test_an_unknown_release_is_answered_with_the_nearest_known():
+    refused(find_source("Qwen/Qwen3-4B-Instruct-2507").config, error=SourceError, match="; qwen3-4b is known")
+    assert "is known" not in refused(find_source("meta-llama/Llama-3.2-1B").config, error=SourceError)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +300,7 @@ def test_a_packaged_hub_id_needs_no_network():
         ({"quantization_config": {"quant_method": "gptq"}}, "already quantised .gptq.*16-bit original"),
         ({"model_type": "gpt2"}, "lacks n_embd, n_layer"),
         ({"model_type": "gemma3"}, "lacks hidden_size, num_hidden_layers, num_attention_heads;"),
+        ({"model_type": "bloom"}, "lacks hidden_size, n_layer, n_head;"),
     ],
 )
 def test_config_refusals(tmp_path, change, says):
@@ -191,17 +308,97 @@ def test_config_refusals(tmp_path, change, says):
         text = change
     else:
         values = {key: value for key, value in {**LLAMA, **change}.items() if value is not None}
-        if change.get("model_type") in ("gpt2", "gemma3"):
+        if change.get("model_type") in ("gpt2", "gemma3", "bloom"):
             values = {"model_type": change["model_type"], "vocab_size": 10}
         text = json.dumps(values)
     (tmp_path / "config.json").write_text(text)
     assert str(tmp_path) in refused(find_source(tmp_path).config, match=says)
 
 
-def test_other_spellings_count(tmp_path):
-    values = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 10}
+SPELLED_OTHERWISE = {
+    "gpt2": {"n_embd": 8, "n_layer": 1, "n_head": 2},
+    "gptj": {"n_embd": 8, "n_layer": 1, "n_head": 2},
+    "gpt_bigcode": {"n_embd": 8, "n_layer": 1, "n_head": 2, "multi_query": True},
+    "bloom": {"n_embed": 8, "n_layer": 1, "n_head": 2},
+    "bloom as on the hub": {"n_embed": 8, "n_layer": 1, "num_attention_heads": 2},
+    "falcon": {"n_embed": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "multi_query": True},
+    "mpt": {"d_model": 8, "n_layers": 1, "n_heads": 2},
+    "gpt_neo": {
+        "hidden_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "intermediate_size": None,
+        "attention_types": [[["global"], 1]],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SPELLED_OTHERWISE)
+def test_other_spellings_count(tmp_path, kind):
+    values = {"model_type": kind.split()[0], "vocab_size": 10, **SPELLED_OTHERWISE[kind]}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    assert read_config(tmp_path).hidden_size == 8
+    config = read_config(tmp_path)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (8, 1, 2)
+    for left_out in ("n_embd", "n_embed", "d_model", "hidden_size"):
+        if left_out in values:
+            (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if k != left_out}))
+            refused(read_config, tmp_path, error=CheckpointError, match="lacks (n_embd|hidden_size|d_model);")
+
+
+@pytest.mark.parametrize("pad", [None, 0, 9, 10, 50256, -1])
+def test_gpt2_may_pad_with_any_token(tmp_path, pad):
+    values = {"model_type": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 2, "vocab_size": 10, "pad_token_id": pad}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    spec = find_source(tmp_path).spec()
+    assert spec.num_parameters == 10 * 8 + 1024 * 8 + 12 * 8 * 8 + 13 * 8 + 2 * 8  # tables, layer, last norm
+
+
+PHI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    **{**LLAMA, "model_type": "phi3"},
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"architectures": None}, {"auto_map": {"AutoModelForCausalLM": "modeling_x.Other"}}, {"auto_map": {}}],
+)
+def test_code_beside_a_native_implementation_is_ignored_and_said_so(tmp_path, changes, said):
+    (tmp_path / "config.json").write_text(json.dumps({**PHI, **changes}))
+    (tmp_path / "modeling_phi3.py").write_text("raise SystemExit('code ran')")
+    source = find_source(tmp_path)
+    assert source.spec().num_hidden_layers == 2
+    assert not hasattr(source.config(), "auto_map")
+    (line,) = said.messages
+    assert str(tmp_path) in line and "not run" in line
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["Phi3SmallForCausalLM"]},
+        {"architectures": None, "auto_map": {"AutoModelForCausalLM": "modeling_x.Other"}},
+        {"architectures": None, "auto_map": {"AutoConfig": "other--repository.OtherConfig"}},
+        {"model_type": "phi3small"},
+        {"model_type": "vit", "architectures": ["ViTModel"]},
+        {"model_type": None},
+    ],
+)
+def test_code_that_nothing_else_implements_is_refused(tmp_path, changes):
+    (tmp_path / "config.json").write_text(json.dumps({**PHI, **changes}))
+    refused(read_config, tmp_path, error=SourceError, match="own code .*, which is refused")
+
+
+def test_several_towers_are_refused_by_that_name(tmp_path):
+    values = {"model_type": "gemma3", "text_config": {"hidden_size": 64, "num_hidden_layers": 2}, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    refused(find_source(tmp_path).spec, error=CheckpointError, match="more than one tower")
 
 
 def test_directory_without_config(tmp_path):
@@ -242,6 +439,64 @@ def test_tokenizer_with_its_own_code(tmp_path, tiny):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tok", None]}}))
     (tmp_path / "evil.py").write_text("raise SystemExit('code ran')")
     refused(find_source(tmp_path).tokenizer, error=SourceError)
+
+
+def sentencepiece_alone(directory, tiny):
+    tiny.save_pretrained(directory)
+    (directory / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    return find_source(directory)
+
+
+@pytest.mark.parametrize("missing", [("sentencepiece",), ("protobuf",), ("sentencepiece", "protobuf")])
+def test_a_sentencepiece_file_alone_names_the_packages_that_read_it(monkeypatch, tmp_path, tiny, missing):
+    source = sentencepiece_alone(tmp_path, tiny)
+    modules = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    absent = {modules[package] for package in missing}
+    monkeypatch.setattr(tokenizer_files, "_installed", lambda module: module not in absent)
+    for call in (source.require_tokenizer, source.tokenizer):
+        said = refused(call, error=SourceError, match=f"pip install {' '.join(missing)} ")
+        assert "tokenizer.model alone" in said and "lowvram-lab[sentencepiece]" in said
+    monkeypatch.setattr(hub, "snapshot", lambda *_, **__: tmp_path)
+    refused(find_source("owner/name").require_tokenizer, error=SourceError, match="tokenizer.model alone")
+
+
+def test_other_tokenizers_need_no_such_package(monkeypatch, tmp_path, tiny):
+    monkeypatch.setattr(tokenizer_files, "_installed", lambda module: False)
+    source = sentencepiece_alone(tmp_path, tiny)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    source.require_tokenizer()
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # tiktoken's form
+    source.require_tokenizer()
+    find_source("nobody/nothing").require_tokenizer()  # fetching says what is wrong
+
+
+def test_a_sentencepiece_file_is_read_where_the_packages_are(tmp_path, tiny):
+    """Ids against SentencePiece itself. Needs the extra: pip install lowvram-lab[sentencepiece]."""
+    import io
+
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    trained, text = io.BytesIO(), sample_text()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.splitlines()),
+        model_writer=trained,
+        vocab_size=1500,
+        model_type="bpe",
+        character_coverage=0.98,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    source = sentencepiece_alone(tmp_path, tiny)
+    (tmp_path / "tokenizer.model").write_bytes(trained.getvalue())
+    original = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    tokenizer = source.tokenizer()
+    for line in text.splitlines()[:6]:
+        assert tokenizer(line, add_special_tokens=False).input_ids == original.encode(line)
 
 
 # ---- the hub ----
@@ -313,6 +568,54 @@ def test_hub_repository_without_safetensors(monkeypatch, tmp_path):
     refused(find_source("some/model").fetch, error=SourceError, match="no config.json")
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     refused(find_source("some/model").fetch, error=SourceError, match="pickled weights alone")
+
+
+class FakeHub:
+    """A hub with one repository of GGUF files: what is asked for is copied into the snapshot."""
+
+    def __init__(self, monkeypatch, folder, files):
+        self.folder, self.files, self.listed, self.fetched, self.offline = folder, files, 0, [], False
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.info)
+        monkeypatch.setattr(hub, "offline", lambda: self.offline)
+
+    def info(self, repo_id, timeout):
+        from types import SimpleNamespace
+
+        self.listed += 1
+        assert timeout <= 5
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in (*self.files, "sub/x-Q4_0.gguf")])
+
+    def download(self, repo_id, allow_patterns, ignore_patterns, local_files_only, **_):
+        from huggingface_hub.utils import filter_repo_objects
+
+        if not local_files_only:
+            wanted = filter_repo_objects(self.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+            for name in wanted:
+                shutil.copy(self.files[name], self.folder / name)
+                self.fetched.append(name)
+        return str(self.folder)
+
+
+def test_a_gguf_file_of_a_repository(monkeypatch, tmp_path, tiny):
+    write_gguf(tmp_path / "a.gguf", tiny)
+    (tmp_path / "snapshot").mkdir()
+    files = {name: tmp_path / "a.gguf" for name in ("t-Q4_K_M.gguf", "t-Q8_0.gguf", "mmproj-f16.gguf")}
+    served = FakeHub(monkeypatch, tmp_path / "snapshot", files)
+    source = find_source("hf.co/owner/tiny-GGUF:q4_k_m")
+    assert source.spec().num_hidden_layers == 2
+    assert source.public_name == "owner/tiny-GGUF:q4_k_m"
+    source.require_chat_template()
+    assert read_config(source.fetch(progress=False)).hidden_size == 64
+    assert (served.listed, served.fetched) == (1, ["t-Q4_K_M.gguf"])
+    served.offline = True
+    assert source.config().hidden_size == 64
+    assert served.listed == 1
+    refused(
+        find_source("owner/tiny-GGUF:Q8_0").config, error=SourceError, match="owner/tiny-GGUF: not in the hub's cache"
+    )
+    served.offline = False
+    refused(find_source("owner/tiny-GGUF:Q5_0").config, error=SourceError, match=r"Q5_0.*\(it has Q4_K_M, Q8_0\)")
 
 
 # ---- GGUF ----
@@ -773,6 +1076,33 @@ def test_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
     assert cache.cache_dir() == tmp_path / "local" / "lowvram_lab"
+
+
+def test_without_a_home_nothing_is_kept_and_that_is_said(monkeypatch, tmp_path, caplog):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LOWVRAM_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    for platform in ("linux", "darwin", "win32"):
+        monkeypatch.setattr("sys.platform", platform)
+        assert cache.cache_dir().name == "lowvram_lab"
+
+
+def test_what_cannot_be_kept_is_said_once(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "file" / "cache"))
+    for name in ("a", "b"):
+        cache.remember(cache.cache_dir() / name / "x.json", "{}")
+        assert "set LOWVRAM_CACHE" in cache.not_kept(cache.cache_dir() / name)
+    (line,) = caplog.messages
+    assert "not kept" in line and str(tmp_path / "file" / "cache") in line
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "new" / "cache"))
+    assert cache.not_kept(cache.cache_dir() / "compiled") == ""
+    assert not (tmp_path / "new").exists()
+    cache.remember(cache.cache_dir() / "x.json", "{}")
+    assert (tmp_path / "new" / "cache" / "x.json").read_text() == "{}"
 
 
 def test_hash_is_taken_again_when_the_file_changes(tmp_path):

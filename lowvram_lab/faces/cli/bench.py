@@ -6,7 +6,7 @@ import sys
 import torch
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of
+from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of, tokens
 from lowvram_lab.faces.cli.plan import LONGEST, add_plan_options, chosen_plan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.dry_run import DryRunGpu
@@ -21,8 +21,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="of transformers, accelerate, bitsandbytes and llama.cpp (those installed); none for ours alone",
     )
-    parser.add_argument("--prompt-tokens", type=positive, default=64, metavar="N", help="length of the prompt (64)")
-    parser.add_argument("--new-tokens", type=positive, default=64, metavar="N", help="tokens decoded after it (64)")
+    parser.add_argument("--prompt-tokens", type=tokens, default=64, metavar="N", help="length of the prompt (64)")
+    parser.add_argument("--new-tokens", type=tokens, default=64, metavar="N", help="tokens decoded after it (64)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each engine (5)")
     parser.add_argument("--gguf", metavar="FILE", help="the file for llama.cpp (the model's own, or an export in Q4_1)")
 
@@ -34,8 +34,7 @@ def run_bench(args: argparse.Namespace) -> int:
             "--context longest is for plan, chat and complete: bench needs room for its own prompt and answer"
         )
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
-    require_cache()
-    source, spec = spec_of(args.model)
+    source, spec = spec_of(args.model, runs=True)
     settings = BenchSettings(args.prompt_tokens, args.new_tokens, args.rounds, args.threads)
     if not args.plan:
         args.context = args.context or settings.context

@@ -14,7 +14,7 @@ from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.load import load
 from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache, spec_of
+from lowvram_lab.faces.cli.common import print_json, prose, spec_of, tokens
 from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.units import format_bytes
@@ -44,7 +44,7 @@ def add_complete(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="longest answer (256)")
+    parser.add_argument("--max-new-tokens", type=tokens, default=256, metavar="N", help="longest answer (256)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (0)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="of the K most likely tokens only (0: all)")
@@ -99,9 +99,9 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
     """A session of that kind with the model that was asked for; what can be refused is refused before it is loaded."""
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
     StopStrings(args.stop)
-    require_cache()
     gpu = open_gpu(args.gpu, args.cuda_context)
-    source, spec = spec_of(args.model)
+    source, spec = spec_of(args.model, runs=True)
+    source.require_tokenizer()
     if kind is ChatSession:
         source.require_chat_template(options["template_arguments"])
     plan, profile, _ = chosen_plan(args, spec, gpu)

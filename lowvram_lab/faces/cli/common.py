@@ -4,8 +4,10 @@ import argparse
 import json
 import sys
 
+from lowvram_lab.errors import UnitError
 from lowvram_lab.files import cache_dir, writable
-from lowvram_lab.model.source import find_source
+from lowvram_lab.model.source import Source, find_source
+from lowvram_lab.units import parse_tokens
 
 
 def positive(text: str) -> int:
@@ -13,6 +15,14 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above zero, found {text!r}")
     return int(text)
+
+
+def tokens(text: str) -> int:
+    """An argument that is a number of tokens, as ``4096`` or ``4k``."""
+    try:
+        return parse_tokens(text)
+    except UnitError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def share(text: str) -> float:
@@ -36,19 +46,19 @@ def prose(args: argparse.Namespace):
     return lambda text="", end="\n": print(text, end=end, flush=True, file=sys.stderr if args.json else sys.stdout)
 
 
-def require_cache() -> None:
-    """Refuses to begin where nothing can be kept: the converted model, the compiled layers.
-
-    A folder that cannot be written to is good enough if it was prepared, that is if libraries lie in it.
+def require_cache(source: Source) -> None:
+    """Refuses to begin where a model has yet to be fetched into the cache folder and nothing can be written there.
 
     Raises:
         LowvramError: Says which folder, and what to set.
     """
-    if not (cache_dir() / "compiled").is_dir():
+    if source.needs_cache():
         writable(cache_dir())
 
 
-def spec_of(name: str):
-    """Source and spec of the model that a user named."""
+def spec_of(name: str, runs: bool = False):
+    """Source and spec of the model that a user named; one that is to run is refused where it cannot be fetched."""
     source = find_source(name)
+    if runs:
+        require_cache(source)
     return source, source.spec()

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, share, spec_of
+from lowvram_lab.faces.cli.common import print_json, prose, share, spec_of, tokens
 from lowvram_lab.faces.cli.evaluate import stated_format
 from lowvram_lab.model.text import windows_in_words
 from lowvram_lab.planner.card_recipe import CardBudget
@@ -23,7 +23,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--gpu", metavar="SIZE", help="the card that weights, KV cache and workspace are to share")
     size.add_argument("--format", metavar="NAME", help="one format for the whole model, e.g. int4")
     size.add_argument("--plan", metavar="FILE", help="formats from a plan's JSON")
-    parser.add_argument("--context", type=positive, metavar="N", help="tokens to plan for, with --gpu (2048)")
+    parser.add_argument("--context", type=tokens, metavar="N", help="tokens to plan for, with --gpu (2048)")
     parser.add_argument("--formats", metavar="A,B", help="choose among these only, e.g. int8,int4,int4-g128")
     parser.add_argument(
         "--own-formats",
@@ -41,10 +41,12 @@ def run_convert(args: argparse.Namespace) -> int:
         raise LowvramError("--context goes with --gpu: bytes of weights do not depend on it")
     if args.formats and (args.format or args.plan):
         raise LowvramError("--formats goes with a size (--reduce, --weight-bytes, --gpu): a plan has its formats")
+    source, spec = spec_of(args.model)
+    source.require_tokenizer()
     made = convert(
         args.model,
         args.output,
-        plan=stated_format(args, spec_of(args.model)[1]) or _budget(args),
+        plan=stated_format(args, spec) or _budget(args),
         calibration=args.calibration,
         solver=args.solver,
         progress=sys.stderr.isatty(),
@@ -65,7 +67,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def _budget(args: argparse.Namespace):
     """What makes the recipe within --gpu, --weight-bytes or --reduce."""
-    formats = tuple(args.formats.split(",")) if args.formats else None
+    formats = tuple(name.strip() for name in args.formats.split(",")) if args.formats else None
     stock = not args.own_formats
     if args.gpu:
         return CardBudget(args.gpu, context=args.context, formats=formats, stock=stock)

@@ -14,7 +14,7 @@ from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.validation import ValidationReport, validate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache
+from lowvram_lab.faces.cli.common import print_json, prose, require_cache, tokens
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import describe_holders
@@ -167,12 +167,12 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``demo``."""
     parser.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default smollm2-135m")
     parser.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")
-    parser.add_argument("--context", type=positive, default=1024, metavar="N", help="tokens to plan for (1024)")
+    parser.add_argument("--context", type=tokens, default=1024, metavar="N", help="tokens to plan for (1024)")
 
 
 def run_demo(args: argparse.Namespace) -> int:
     """Tells the story; exit status 1 where the validation failed."""
-    require_cache()
+    require_cache(find_source(args.model))
     result = tell_story(args.model, args.gpu, args.context, prose(args), progress=sys.stderr.isatty())
     if args.json:
         print_json(result)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lowvram_lab.chat.fidelity import check_room, fidelity, load_reference, reference_plan
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of
+from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of, tokens
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
@@ -24,9 +24,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--format", metavar="NAME", help="quantise while loading: int8, int4, nf4 …")
     how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
     parser.add_argument("--text", metavar="FILE", help="what to read (the library's own small text)")
-    parser.add_argument("--tokens", type=positive, metavar="N", help="score the first N tokens only")
-    parser.add_argument("--window", type=positive, default=512, metavar="N", help="tokens together, with BOS (512)")
-    parser.add_argument("--stride", type=positive, metavar="N", help="tokens of text from window to window (all of it)")
+    parser.add_argument("--tokens", type=tokens, metavar="N", help="score the first N tokens only")
+    parser.add_argument("--window", type=tokens, default=512, metavar="N", help="tokens together, with BOS (512)")
+    parser.add_argument("--stride", type=tokens, metavar="N", help="tokens of text from window to window (all of it)")
     parser.add_argument("--dtype", default="bf16", metavar="NAME", help="activations: bf16 or fp32 (bf16)")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
@@ -36,6 +36,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     shown = sys.stderr.isatty()
     text = read_text(args.text) if args.text else sample_text()
     source, spec = spec_of(args.model)
+    source.require_tokenizer()
     if spec.stored and not args.reference:
         raise LowvramError(f"{args.model} holds quantised weights alone: name its original with --reference")
     _, original = spec_of(args.reference) if args.reference else (source, spec)

@@ -6,9 +6,12 @@ import logging
 import os
 import re
 import sys
+import traceback
+import warnings
+from pathlib import Path
 
 from lowvram_lab import __version__
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.errors import LowvramError, UnitError, first_line
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
@@ -30,11 +33,12 @@ COMMANDS = {
 """Name → the file beside this one with its ``add_NAME`` (arguments) and ``run_NAME``, and what it does."""
 
 
+SIZE_OPTIONS = ("--gpu", "--ram", "--disk", "--cuda-context", "--weight-bytes")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         """One line instead of argparse's usage block."""
-        if re.search(r"unrecognized arguments: [KMGT]i?B\b", message):
-            message += "; write a size in one word, e.g. 4GiB"
         self.exit(EXIT_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -42,11 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the words after ``lowvram``, by default ``sys.argv``'s.
 
     Returns:
-        Exit status: 0 done, 1 a validation that failed, 2 a mistake explained in one line, 130 interrupted.
+        Exit status: 0 done, 1 a validation that failed, 2 a mistake or a fault explained in one line, 130 interrupted.
     """
-    _quiet_other_libraries()
+    with warnings.catch_warnings():
+        _quiet_other_libraries()
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(words: list[str]) -> int:
     try:
-        args = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
+        _refuse_sizes_in_two_words(words)
+        args = _parser(words).parse_args(words)
         return args.run(args)
     except LowvramError as error:
         return _complain(str(error))
@@ -57,12 +67,27 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(f"{error.filename or 'input/output'}: {error.strerror or error}")
     except KeyboardInterrupt:
         return _complain("interrupted", EXIT_INTERRUPTED)
-    except RuntimeError as error:
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError):
+    except Exception as error:
+        if _is_out_of_memory(error):
+            return _complain(str(error))
+        if os.environ.get("LOWVRAM_TRACEBACK"):
             raise
-        return _complain(str(error))
+        return _complain(_unexpected(error))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _unexpected(error: Exception) -> str:
+    """What to say of a fault that nobody foresaw, ours or a library's: what, where, and how to see more."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    file = "/".join(Path(place.filename).parts[-2:])
+    return (
+        f"unexpected {type(error).__name__} in {file}, line {place.lineno}: {first_line(error)[:300]}; "
+        "LOWVRAM_TRACEBACK=1 shows the way there"
+    )
 
 
 def _complain(message: str, status: int = EXIT_USAGE) -> int:
@@ -70,9 +95,20 @@ def _complain(message: str, status: int = EXIT_USAGE) -> int:
     return status
 
 
+def _refuse_sizes_in_two_words(words: list[str]) -> None:
+    """Before the second word is taken for a model's name."""
+    for option, number, unit in zip(words, words[1:], words[2:], strict=False):
+        is_size = re.fullmatch(r"[0-9]+([.,][0-9]+)?", number) and re.fullmatch(r"[KMGT](i?B)?", unit, re.IGNORECASE)
+        if option in SIZE_OPTIONS and is_size:
+            raise UnitError(f"{option} {number} {unit}: expected a size in one word; write {option} {number}{unit}")
+
+
 def _quiet_other_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels it could not download
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        # other packages' are theirs to mend: no line, and no error where Python was told to make errors of warnings
+        warnings.filterwarnings("ignore", category=category, module=r"(?!lowvram_lab)")
 
 
 def _parser(arguments: list[str]) -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, require_cache, spec_of
+from lowvram_lab.faces.cli.common import positive, print_json, spec_of, tokens
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
@@ -39,9 +39,9 @@ def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, 
     longest = ", or longest: all that then fit" if chooses else ""
     parser.add_argument(
         "--context",
-        type=_context if chooses else positive,
+        type=_context if chooses else _stated_context,
         metavar="N",
-        help=f"tokens, prompt and answer (2048){longest}",
+        help=f"tokens, prompt and answer, as 4096 or 4k (2048){longest}",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
@@ -52,17 +52,25 @@ def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, 
     parser.add_argument("--disk-layers", type=int, metavar="N", help="of the rest, the first N stay on disk")
     parser.add_argument(
         "--stream-from",
-        type=positive,
+        type=tokens,
         metavar="N",
         help="from N tokens on, a prompt brings CPU layers' weights to the GPU",
     )
-    parser.add_argument("--prefill-chunk", type=positive, metavar="N", help="read prompts N tokens at a time (at once)")
+    parser.add_argument("--prefill-chunk", type=tokens, metavar="N", help="read prompts N tokens at a time (at once)")
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, int4, or the model's own 16 bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
 def _context(text: str) -> int | str:
-    return text if text == LONGEST else positive(text)
+    return LONGEST if text.lower() == LONGEST else tokens(text)
+
+
+def _stated_context(text: str) -> int:
+    if text.lower() == LONGEST:
+        raise argparse.ArgumentTypeError(
+            "longest is for the planner (lowvram plan); --max-context says the longest that fits"
+        )
+    return tokens(text)
 
 
 def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str | None = None):
@@ -205,9 +213,8 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def run_tune(args: argparse.Namespace) -> int:
     """``lowvram tune``."""
-    require_cache()
     gpu = open_gpu(args.gpu, args.cuda_context)
-    _, spec = spec_of(args.model)
+    _, spec = spec_of(args.model, runs=True)
     plan, *_ = chosen_plan(args, spec, gpu)
     threads = [args.threads] if args.threads else None
     table = tune(plan, gpu, threads=threads, progress=sys.stderr.isatty())

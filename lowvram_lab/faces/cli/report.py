@@ -9,8 +9,9 @@ from pathlib import Path
 from lowvram_lab.chat.effect_report import EffectReport
 from lowvram_lab.chat.effects import effects
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, require_cache
+from lowvram_lab.faces.cli.common import print_json, prose, require_cache, tokens
 from lowvram_lab.files import write_atomically
+from lowvram_lab.model.source import find_source
 
 ENDINGS = (".md", ".html", ".json")
 
@@ -19,7 +20,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``report``."""
     parser.add_argument("model", metavar="MODEL", help="a 16-bit model: name, hub id, directory or .gguf file")
     parser.add_argument("--gpu", required=True, metavar="SIZE", help="the card to be, e.g. 4GiB")
-    parser.add_argument("--context", type=positive, metavar="N", help="tokens to plan for (2048)")
+    parser.add_argument("--context", type=tokens, metavar="N", help="tokens to plan for (2048)")
     parser.add_argument("--medium", metavar="DIR", help="measure this directory from lowvram convert --reduce 60%%")
     parser.add_argument("--deep", metavar="DIR", help="the same from lowvram convert --reduce 70%%")
     parser.add_argument("--output", metavar="FILE", help="write the table into a .md, .html or .json file")
@@ -28,7 +29,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
 def run_report(args: argparse.Namespace) -> int:
     """Forecasts, measures, prints the table, and writes it where that is asked for."""
     output = _output(args.output)
-    require_cache()
+    require_cache(find_source(args.model))
 
     report = effects(
         args.model,

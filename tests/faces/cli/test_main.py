@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from tests.helpers.commands import run_command as run
-from tests.helpers.tiny import tiny_config
+from tests.helpers.tiny import tiny_config, tiny_stock, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,17 @@ MISTAKES = {
     "max context without a card": (["forecast", "smollm2-135m", "--max-context"], "--gpu"),
     "a picture of no known kind": (["forecast", "smollm2-135m", "--plot", "x.gif"], ".png"),
     "a size in two words": (["forecast", "smollm2-135m", "--gpu", "4", "GiB"], "one word"),
+    "a size in two words, the model behind": (["forecast", "--gpu", "4", "gb", "smollm2-135m"], "write --gpu 4gb"),
+    "RAM in two words": (["plan", "smollm2-135m", "--gpu", "4G", "--ram", "8,5", "G"], "write --ram 8,5G"),
+    "MiB without a unit": (["forecast", "smollm2-135m", "--gpu", "4096"], "did you mean 4096MiB?"),
+    "a device": (["forecast", "smollm2-135m", "--gpu", "cuda:0"], "CUDA_VISIBLE_DEVICES chooses the card"),
+    "a card's name": (["plan", "smollm2-135m", "--gpu", "RTX3050"], "expected the card's memory, e.g. 4GiB"),
+    "tokens of no known unit": (["forecast", "smollm2-135m", "--context", "4x"], "such as 4096 or 4k"),
+    "longest where nothing is chosen": (["forecast", "smollm2-135m", "--context", "longest"], "--max-context"),
+    "thousands of tokens beyond the model": (["forecast", "smollm2-135m", "--context", "128k"], "131072 is beyond"),
+    "llama.cpp's format": (["forecast", "smollm2-135m", "--format", "Q4_K_M"], "the nearest is int4-g32"),
+    "ollama's name": (["plan", "qwen2.5:3b", "--gpu", "4G"], "did you mean qwen2.5-3b?"),
+    "a release nobody knows": (["forecast", "Qwen/Qwen3-4B-Instruct-2507"], "qwen3-4b is known"),
     "an unknown KV format": (["plan", "smollm2-135m", "--gpu", "1GiB", "--kv", "int7"], "kv_format bf16"),
     "no such plan file": (["forecast", "smollm2-135m", "--plan", "missing.json"], "missing.json"),
     "temperature": (["chat", "smollm2-135m", "--gpu", "192MiB", "--prompt", "x", "--temperature", "-1"], "temperature"),
@@ -155,6 +167,16 @@ def test_the_options_of_a_suggestion_make_it_fit(capsys, base):
     assert all(f"({each['options']})" in out for each in suggestions)
 
 
+def test_what_people_type_is_what_they_mean(capsys):
+    plain = run(capsys, "forecast", "smollm2-135m", "--gpu", "4GiB", "--format", "int8", "--context", "1024", "--json")
+    typed = run(capsys, "forecast", "SmolLM2-135M", "--gpu", "4 gb", "--format", "8bit", "--context", "1k", "--json")
+    assert plain == typed and json.loads(plain[1])["budget_bytes"] == 4 * 2**30
+    page = "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct/tree/main"
+    status, out, _ = run(capsys, "forecast", page, "--gpu", "4096M", "--format", "INT8", "--context", "1K", "--json")
+    found, expected = json.loads(out), json.loads(plain[1])
+    assert status == 0 and found["phases"] == expected["phases"] and found["budget_bytes"] == expected["budget_bytes"]
+
+
 def test_forecast_draws_and_finds_the_longest_context(capsys, tmp_path):
     picture = tmp_path / "timeline.png"
     words = ["forecast", "smollm2-135m", "--gpu", "256MiB", "--context", 128, "--format", "int8", "--kv", "int8"]
@@ -229,13 +251,40 @@ def test_commands_that_keep_nothing_do_without_a_cache_folder(capsys, tmp_path, 
     assert (status, err) == (0, "")
 
 
-def test_a_prepared_cache_folder_may_be_read_only(monkeypatch, tmp_path):
-    from lowvram_lab.faces.cli.common import require_cache
+def test_a_directory_chats_without_a_cache_folder_and_says_what_is_not_kept(
+    capsys, caplog, monkeypatch, tmp_path, unwritable
+):
+    from lowvram_lab.engine import lean
 
-    (tmp_path / "compiled").mkdir()
-    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
+    lean._warn_once.cache_clear()
+    tiny_stock("qwen2").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    words = ["chat", tmp_path / "model", "--gpu", "64MiB", "--format", "bf16", "--context", "64", "--prompt", "hi"]
+    status, out, _ = run(capsys, *words, "--max-new-tokens", "2", "--json")
+    assert status == 0 and json.loads(out)["engine"].startswith("the lean decoder")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "without compiled layers" in line and f"{tmp_path}/file/cache" in line and "set LOWVRAM_CACHE" in line
+
+
+def test_a_model_that_lies_in_a_read_only_cache_folder_is_not_refused(monkeypatch, tmp_path):
+    from lowvram_lab.faces.cli.common import require_cache
+    from lowvram_lab.model.source import Source
+
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: pytest.fail("nothing has to be written"))
-    require_cache()
+    monkeypatch.setattr("lowvram_lab.model.builtin.default_is_cached", lambda: True)
+    monkeypatch.setattr("lowvram_lab.model.gguf.is_converted", lambda path: path.name == "converted.gguf")
+    (tmp_path / "converted.gguf").touch()
+    for source in (
+        Source("smollm2-135m", "builtin"),
+        Source(str(tmp_path / "converted.gguf"), "gguf"),
+        Source("owner/name", "hub"),  # the hub's own cache is another folder
+        Source(str(tmp_path), "directory"),
+    ):
+        require_cache(source)
+    (tmp_path / "other.gguf").touch()
+    assert Source(str(tmp_path / "other.gguf"), "gguf").needs_cache()
+    assert Source("owner/name-GGUF:Q4_K_M", "gguf").needs_cache()
 
 
 def test_models_and_doctor_print_json(capsys):
@@ -275,6 +324,56 @@ def test_chat_answers_one_prompt(capsys):
     found = json.loads(out)
     assert status == 0 and "Paris" in found["text"] and found["peak_bytes"] < found["budget_bytes"]
     assert {"ttft_s", "tokens_per_s"} <= set(found)
+
+
+def doing(monkeypatch, action):
+    """Has ``lowvram doctor`` do something else."""
+    monkeypatch.setattr("lowvram_lab.faces.cli.doctor.run_doctor", lambda args: action())
+
+
+def library_function(code):
+    """A function of another package."""
+    names = {"__name__": "somelib.module"}
+    exec(compile(code, "/env/somelib/module.py", "exec"), names)
+    return names["function"]
+
+
+@pytest.mark.parametrize("kind", ["DeprecationWarning", "PendingDeprecationWarning", "FutureWarning"])
+def test_a_deprecation_of_another_package_is_no_error(capsys, monkeypatch, kind):
+    code = f"import warnings\ndef function():\n    warnings.warn('old', {kind})\n    return 0"
+    doing(monkeypatch, library_function(code))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        assert run(capsys, "doctor") == (0, "", "")
+        assert warnings.filters == before
+
+
+def test_a_deprecation_of_ours_is_an_error_to_those_who_ask_for_errors(capsys, monkeypatch):
+    def ours():
+        warnings.warn_explicit("old", DeprecationWarning, "engine.py", 1, module="lowvram_lab.engine.load")
+
+    doing(monkeypatch, ours)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        status, _, err = run(capsys, "doctor")
+    assert status == 2 and "unexpected DeprecationWarning" in err
+
+
+@pytest.mark.parametrize(
+    "error", ["IndexError('list index')", "RuntimeError('a\\nb')", "AssertionError()", "KeyError('k')"]
+)
+def test_what_nobody_foresaw_is_one_line_and_how_to_see_more(capsys, monkeypatch, error):
+    doing(monkeypatch, library_function(f"def function():\n    raise {error}"))
+    monkeypatch.delenv("LOWVRAM_TRACEBACK", raising=False)
+    status, out, err = run(capsys, "doctor")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    kind = error.partition("(")[0]
+    assert f"unexpected {kind} in somelib/module.py, line 2: " in err and "LOWVRAM_TRACEBACK=1" in err
+    monkeypatch.setenv("LOWVRAM_TRACEBACK", "1")
+    with pytest.raises(Exception, match=".*") as raised:
+        run(capsys, "doctor")
+    assert type(raised.value).__name__ == kind
 
 
 def test_help_waits_for_no_library():

@@ -1,10 +1,13 @@
 """Fetch from the Hugging Face hub: chosen files only, no retries that hang, every failure one clear line."""
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from lowvram_lab.errors import SourceError, first_line
+from lowvram_lab.names import choose_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +44,9 @@ def snapshot(repo_id: str, patterns: list[str], progress: bool = True, local_onl
     Raises:
         SourceError: Unreachable, no such repository, or no permission.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    def refuse(why: str, then: str):
-        return SourceError(f"{repo_id}: {why}; {then}")
-
-    elsewhere = "name a local directory, a .gguf file, or a built-in model (lowvram models)"
-    try:
+    with _one_line(repo_id):
         return Path(
             snapshot_download(
                 repo_id,
@@ -58,6 +57,43 @@ def snapshot(repo_id: str, patterns: list[str], progress: bool = True, local_onl
                 tqdm_class=None if progress else _silent_bar(),
             )
         )
+
+
+def gguf_file(repo_id: str, wanted: str, progress: bool = True) -> Path:
+    """One of a repository's GGUF files, in the hub's own cache; one that is there already is not asked for again.
+
+    Args:
+        repo_id: ``owner/name``.
+        wanted: A quantisation such as ``"Q4_K_M"``, a file's name, or ``""`` for the only file.
+        progress: Show progress bars, on stderr.
+
+    Raises:
+        SourceError: Unreachable, no such repository, or not one file of that name.
+    """
+    from huggingface_hub import HfApi, errors
+
+    with contextlib.suppress(SourceError):
+        here = snapshot(repo_id, ["*.gguf"], progress=False, local_only=True)
+        return here / choose_gguf(repo_id, [file.name for file in here.glob("*.gguf")], wanted)
+    with _one_line(repo_id):
+        if offline():
+            raise errors.OfflineModeIsEnabled("the repository's files are not listed")
+        found = HfApi().model_info(repo_id, timeout=_ETAG_TIMEOUT_S).siblings or []
+    name = choose_gguf(repo_id, [file.rfilename for file in found if "/" not in file.rfilename], wanted)
+    return snapshot(repo_id, [name], progress) / name
+
+
+@contextlib.contextmanager
+def _one_line(repo_id: str) -> Iterator[None]:
+    """Makes one clear line of whatever the hub's client raises."""
+    from huggingface_hub import errors
+
+    def refuse(why: str, then: str):
+        return SourceError(f"{repo_id}: {why}; {then}")
+
+    elsewhere = "name a local directory, a .gguf file, or a built-in model (lowvram models)"
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise refuse(
             "gated on the hub", "accept its licence on its page, then run 'hf auth login', or " + elsewhere
