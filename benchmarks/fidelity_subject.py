@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from lowvram_lab.chat.fidelity import Fidelity
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.model.text import begins_with, equal_windows, first_ids, plain_ids
 from lowvram_lab.packaged import calibration_text
+from lowvram_lab.repository.text import begins_with, equal_windows, first_ids, plain_ids
 from lowvram_lab.weights.calibration import calibration_windows, evenly
 from lowvram_lab.weights.convert import CALIBRATION_TOKENS
 

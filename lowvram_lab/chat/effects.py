@@ -29,13 +29,13 @@ from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.model.text import windows_in_words
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.planner.auto import DEFAULT_CONTEXT, PlanChoice, auto_plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed, run_workload, where_it_runs
 from lowvram_lab.planner.profile import STAND_IN, MemoryProfile, Workload
 from lowvram_lab.planner.speed import forecast_speed
+from lowvram_lab.repository.text import windows_in_words
 from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.calibration import calibration_windows
 from lowvram_lab.weights.recipe import recipe

@@ -22,8 +22,8 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.model.text import begins_with, first_ids, plain_ids, windows_in_words
 from lowvram_lab.packaged import sample_text
+from lowvram_lab.repository.text import begins_with, first_ids, plain_ids, windows_in_words
 from lowvram_lab.units import format_bytes
 
 WINDOW = 128

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from lowvram_lab.chat.control import END_OF_TURN_TOKENS, ControlTokens
 from lowvram_lab.chat.template import chat_template
 from lowvram_lab.errors import LowvramError, SourceError
-from lowvram_lab.model.text import first_ids
+from lowvram_lab.repository.text import first_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

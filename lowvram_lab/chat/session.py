@@ -13,7 +13,7 @@ from lowvram_lab.chat.prompt import chat_ids, checked_text
 from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError
-from lowvram_lab.model.chat_template import base_model
+from lowvram_lab.repository.chat_template import base_model
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 
 from lowvram_lab.chat.control import ControlTokens, Mask
 from lowvram_lab.errors import LowvramError, SourceError, first_line
-from lowvram_lab.model.chat_template import check_arguments
+from lowvram_lab.repository.chat_template import check_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

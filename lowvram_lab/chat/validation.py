@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from lowvram_lab.chat.fidelity import Fidelity, fidelity, repetition
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.model.text import windows_in_words
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
+from lowvram_lab.repository.text import windows_in_words
 from lowvram_lab.units import format_bytes
 
 

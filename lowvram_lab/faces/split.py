@@ -12,7 +12,6 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowvram_lab import hub
 from lowvram_lab.chat.prompt import chat_ids, stop_ids, text_ids
 from lowvram_lab.engine.decode import generate
 from lowvram_lab.engine.lean import decoder_for
@@ -29,6 +28,7 @@ from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
+from lowvram_lab.repository import hub
 from lowvram_lab.units import format_bytes
 
 AS_LOADED = "as loaded"

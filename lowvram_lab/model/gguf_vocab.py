@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import SourceError
-from lowvram_lab.gguf_files.tokenizer import (
+from lowvram_lab.model.gguf import read_gguf_header
+from lowvram_lab.model.source import Source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.repository.gguf_tokenizer import (
     BYTE,
     CONTROL,
     DIGITS,
@@ -24,9 +27,6 @@ from lowvram_lab.gguf_files.tokenizer import (
     UNUSED,
     USER_DEFINED,
 )
-from lowvram_lab.model.gguf import read_gguf_header
-from lowvram_lab.model.source import Source
-from lowvram_lab.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowvram_lab import hub, names
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import writable
-from lowvram_lab.model import builtin, chat_template
+from lowvram_lab.model import builtin
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.quiet import quiet_transformers
@@ -28,7 +27,8 @@ from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.model.tensor_names import differing_ties, with_model_names
 from lowvram_lab.packaged import packaged_config, packaged_facts
-from lowvram_lab.tokenizer_files import require_libraries
+from lowvram_lab.repository import chat_template, hub, names
+from lowvram_lab.repository.tokenizer_files import require_libraries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.model.text import equal_windows, first_ids, plain_ids
+from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 
 LEAST_TOKENS = 2048
 """Below this GPTQ fits its own sample: with 640 tokens it was worse than a clip search that needs 50 numbers."""

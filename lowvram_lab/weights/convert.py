@@ -18,15 +18,15 @@ import torch
 from lowvram_lab import __version__
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, known_sha256, refuse_occupied, remember, require_space
-from lowvram_lab.hub import TOKENIZER
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.model.text import begins_with, equal_windows, first_ids, plain_ids
 from lowvram_lab.packaged import calibration_text, sample_text
+from lowvram_lab.repository.hub import TOKENIZER
+from lowvram_lab.repository.text import begins_with, equal_windows, first_ids, plain_ids
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
 from lowvram_lab.weights.layer_quantizer import LayerQuantizer
 from lowvram_lab.weights.layerwise import LayerByLayer

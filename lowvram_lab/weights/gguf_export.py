@@ -22,7 +22,6 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
-from lowvram_lab.gguf_files.config import ARCHITECTURES, ROPE_FACTORS, config_metadata, rope_factors
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.formats import get_format
@@ -30,6 +29,7 @@ from lowvram_lab.model.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.model.tensor_names import refuse_differing_ties
+from lowvram_lab.repository.gguf_config import ARCHITECTURES, ROPE_FACTORS, config_metadata, rope_factors
 from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.solvers import is_finite

@@ -5,7 +5,7 @@ from collections import Counter
 
 from lowvram_lab import __version__
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.model.text import windows_in_words
+from lowvram_lab.repository.text import windows_in_words
 from lowvram_lab.units import format_bytes
 
 

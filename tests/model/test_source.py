@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowvram_lab import files as cache
-from lowvram_lab import hub, tokenizer_files
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.model import builtin
 from lowvram_lab.model import gguf as gguf_convert
@@ -29,8 +28,9 @@ from lowvram_lab.model import source as source_module
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.source import Source, find_source, read_config
-from lowvram_lab.names import choose_gguf
 from lowvram_lab.packaged import packaged_config, packaged_facts, sample_text
+from lowvram_lab.repository import hub, tokenizer_files
+from lowvram_lab.repository.names import choose_gguf
 
 LLAMA = {
     "model_type": "llama",

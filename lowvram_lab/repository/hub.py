@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowvram_lab.errors import SourceError, first_line
-from lowvram_lab.names import choose_gguf
+from lowvram_lab.repository.names import choose_gguf
 
 logger = logging.getLogger(__name__)
 

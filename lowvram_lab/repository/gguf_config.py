@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-    from lowvram_lab.gguf_files.header import GgufHeader
+    from lowvram_lab.repository.gguf_header import GgufHeader
 
 logger = logging.getLogger(__name__)
 

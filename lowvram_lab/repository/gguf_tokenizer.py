@@ -18,7 +18,7 @@ from lowvram_lab.errors import CheckpointError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lowvram_lab.gguf_files.header import GgufHeader
+    from lowvram_lab.repository.gguf_header import GgufHeader
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import json
 from collections.abc import Collection
 from pathlib import Path
 
-from lowvram_lab import hub
 from lowvram_lab.errors import LowvramError, SourceError, first_line
+from lowvram_lab.repository import hub
 
 FILES = ["tokenizer_config.json", "chat_template*"]
 """What a hub repository is asked for: a few kilobytes."""
@@ -117,7 +117,7 @@ def in_gguf(path: Path) -> str:
     Raises:
         CheckpointError: Damaged file.
     """
-    from lowvram_lab.model.gguf import read_gguf_header
+    from lowvram_lab.repository.gguf_header import read_gguf_header
 
     return read_gguf_header(path).metadata.get("tokenizer.chat_template") or ""
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from lowvram_lab.model.text import begins_with, equal_windows, first_ids, plain_ids, windows_in_words
+from lowvram_lab.repository.text import begins_with, equal_windows, first_ids, plain_ids, windows_in_words
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows
 from tests.helpers.tiny import tiny_tokenizer
 from tests.helpers.trained import TRAINED, write_tokenizer
