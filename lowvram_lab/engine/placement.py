@@ -8,6 +8,7 @@ exception is a long prompt, for which a plan may say that weights travel after a
 import functools
 import inspect
 import weakref
+from collections import UserDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -164,7 +165,7 @@ def _owned_forward(path: str, gpu: Gpu, original: Callable, *args, **kwargs):
 def _shared(value: object, place: str, moved: dict[tuple[int, str], tuple], here: Callable) -> object:
     """Keyword inputs (mask, rotary tables) are the same for every layer: moved once a forward, not once a layer."""
     if not isinstance(value, torch.Tensor | tuple):
-        return value
+        return here(value)
     key = (id(value), place)
     if key not in moved:
         moved[key] = (value, here(value))  # the original is kept too, so that its id stays its own
@@ -176,4 +177,6 @@ def _to_place(value: object, place: str, gpu: Gpu) -> object:
         return gpu.move(value, place)
     if isinstance(value, tuple):
         return tuple(_to_place(item, place, gpu) for item in value)
+    if isinstance(value, UserDict):  # keys and values that layers read from one another: transformers' KVSharingDict
+        value.update({key: _to_place(item, place, gpu) for key, item in value.items()})
     return value

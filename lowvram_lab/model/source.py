@@ -348,7 +348,8 @@ def config_from_values(values: dict, where: str):
     config_class = CONFIG_MAPPING[model_type]
     _check_sizes(values, config_class, where)
     try:
-        return config_class.from_dict(dict(values))
+        with quiet_transformers():  # its advice is for who wrote the file
+            return config_class.from_dict(dict(values))
     except Exception as error:  # config classes validate with assertions, type errors and their own exceptions
         raise CheckpointError(f"{where}: not a valid {model_type} config ({first_line(error)[:160]})") from error
 
@@ -410,7 +411,9 @@ def _check_sizes(values: dict, config_class: type[PretrainedConfig], where: str)
             # GPT-2, for one, has no intermediate_size, GPT-Neo None: it is four times the hidden size
             if name != "intermediate_size" or any(getattr(config_class, word, None) for word in spellings):
                 missing.append(spellings[-1])
-        elif not is_whole_number(stated, 1):
+        elif not all(
+            is_whole_number(size, 1) for size in (stated if isinstance(stated, list) and stated else [stated])
+        ):
             raise CheckpointError(f"{where}: {name}: expected a positive whole number, found {stated!r}")
     if missing:
         raise CheckpointError(f"{where}: lacks {', '.join(missing)}; expected a complete transformers config.json")

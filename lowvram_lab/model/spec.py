@@ -218,7 +218,17 @@ def build_on_meta(config: PretrainedConfig):
     for part in model.modules():
         if isinstance(part, PreTrainedModel):  # it would read a prompt's ends back from the card at every step
             part.warn_if_padding_and_no_attention_mask = _do_not_look_for_padding
+        if getattr(part, "rope_type", None) == "longrope":
+            _make_long_frequencies(part)
     return model.eval()
+
+
+def _make_long_frequencies(rotary: torch.nn.Module) -> None:
+    """Makes now what transformers makes in the first forward, from lists of Python's, whose place no meter knows."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    trained = rotary.config.rope_parameters["original_max_position_embeddings"]
+    rotary.long_inv_freq, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, "cpu", seq_len=trained + 1)
 
 
 def _do_not_look_for_padding(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
