@@ -27,7 +27,8 @@ class ChatSession(Session[History]):
     answer; an answer that fills the context all by itself ends there (``TurnStats.stopped`` is false).
 
     Where the GPU is full in spite of the plan (another process took memory, say), the session goes on with a smaller
-    plan: KV cache in int8, then layers on the CPU, then a shorter context. ``TurnStats.given_up`` and a warning say so.
+    plan: prompts in pieces, KV cache in int8 or int4, layers on the CPU, a shorter context. ``TurnStats.given_up`` and
+    a warning say so.
 
     Args:
         model: From ``load``.

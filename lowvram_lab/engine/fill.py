@@ -104,17 +104,13 @@ def must_be_mapped(module: ModuleSpec, plan: Plan, weights: Weights) -> bool:
 
 
 def place_buffers(model: torch.nn.Module, devices: dict[str, str], gpu: Gpu) -> None:
-    """Rotary frequencies, masks and the like: made by a constructor on the CPU, wanted where their block computes.
-
-    Some classes (GPT-J) keep them as plain attributes, of which ``named_buffers`` knows nothing.
-    """
+    """Rotary frequencies, masks and the like: made by a constructor on the CPU, wanted where their block computes."""
     for path, module in model.named_modules():
         blocks = [block for block in devices if block in ("", path) or path.startswith(f"{block}.")]
         if not blocks:
             continue
         place = compute_place(devices[max(blocks, key=len)])
-        for held in (module._buffers, vars(module)):
-            for key, tensor in held.items():
-                if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                    with gpu.meter.scope(owner=path):
-                        held[key] = gpu.move(gpu.own(tensor), place)
+        for key, tensor in module._buffers.items():
+            if tensor is not None and not tensor.is_meta:
+                with gpu.meter.scope(owner=path):
+                    module._buffers[key] = gpu.move(gpu.own(tensor), place)

@@ -45,10 +45,8 @@ class PreallocatedCache(Cache):
         layers = []
         with self.gpu.noting_oom(state), self.gpu.active(), self.gpu.meter.scope(owner="kv cache", category="kv"):
             for kv, place in zip(spec.kv_layers, plan.layer_places(), strict=True):
-                if kv is None:  # it reads another layer's
-                    layers.append(DummyLayer())
-                    continue
-                layers.append(held_as(self.gpu, place, kv.room(batch_size, self.max_tokens), DTYPES[plan.dtype]))
+                room = kv and kv.room(batch_size, self.max_tokens)  # or it reads another layer's
+                layers.append(held_as(self.gpu, place, room, DTYPES[plan.dtype]) if room else DummyLayer())
         super().__init__(layers=layers)
         self._held = [layer for layer in layers if isinstance(layer, FixedLayer)]
 

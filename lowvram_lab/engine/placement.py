@@ -76,12 +76,15 @@ class Placement:
         home = compute_place(devices[f"{spec.layers_path}.0"])
         ids_stay = not any(spec.embedding.startswith(f"{path}.") for path in devices)
         route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model), home, ids_stay)
+        outside = {m.name for m in spec.modules if m.kind == "linear" and m.layer is None and m.name != spec.head}
         try:
             for path, device in devices.items():
                 if any(other.startswith(path + ".") for other in devices):
                     continue  # it holds other blocks, and runs no code that a place would matter to
                 block, is_layer = model.get_submodule(path), path.startswith(f"{spec.layers_path}.")
-                self._wrap(block, functools.partial(_block_forward, path, compute_place(device), is_layer, route))
+                behind = plan.layer_places()[-1] if path in outside else None
+                around = functools.partial(_block_forward, path, compute_place(device), is_layer, behind, route)
+                self._wrap(block, around)
                 if gpu.simulated:  # the meter is on anyway: let it name the very module; on CUDA ``watch`` does
                     for name, inner in block.named_modules(prefix=path):
                         if inner is not block:
@@ -128,14 +131,17 @@ def _model_forward(route: _Route, original: Callable, *args, **kwargs):
             route.moved.clear()
 
 
-def _block_forward(path: str, place: str, is_layer: bool, route: _Route, original: Callable, *args, **kwargs):
+def _block_forward(
+    path: str, place: str, is_layer: bool, behind: str | None, route: _Route, original: Callable, *args, **kwargs
+):
     route.before_layers = route.before_layers and not is_layer
     if path in route.weights:
         with route.weights.visiting(path, _cache_among(args, kwargs)):
             return _compute(path, "gpu", route, original, args, kwargs)
     result = _compute(path, route.weights.place(path, place), route, original, args, kwargs)
-    # what comes before the layers (embeddings, of positions too, their norm) hands over where the masks are made
-    return _to_place(result, route.first, route.gpu) if route.before_layers else result
+    # what comes before the layers hands over where masks are made; products behind, where the last layer left its own
+    wanted = route.first if route.before_layers else behind
+    return result if wanted is None else _to_place(result, wanted, route.gpu)
 
 
 def _compute(path: str, place: str, route: _Route, original: Callable, args: tuple, kwargs: dict):

@@ -43,9 +43,9 @@ class _Travelling:
         # weakly: what ``Placement`` wraps around a block must not hold it, or a deleted model would keep its memory
         self._quantised = [weakref.ref(module) for module in block.modules() if isinstance(module, QuantizedLinear)]
         for module in block.modules():
-            for held in (module._parameters, module._buffers, vars(module)):
+            for held in (module._parameters, module._buffers):
                 for key, tensor in held.items():
-                    if isinstance(tensor, torch.Tensor):
+                    if tensor is not None:
                         self.slots.append((held, key, self.size_bytes))
                         self.size_bytes += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -122,7 +122,7 @@ class TravellingWeights:
         self._order = list(self._layers.values())
         tables = {path: model.get_submodule(path) for path, device in devices.items() if device == "cpu"}
         self._tables = {
-            path: block._buffers for path, block in tables.items() if not any(True for _ in block.parameters())
+            path: block._buffers for path, block in tables.items() if not any(block.parameters(recurse=False))
         }
 
     def __contains__(self, path: str) -> bool:

@@ -189,7 +189,7 @@ class Gpu:
 
     def _out_of_memory(self, event: OomEvent) -> None:
         self.recording.first_oom = self.recording.first_oom or event
-        if self.goes_on:  # without a limit: a forecast wants the whole peak
+        if self.goes_on:  # a forecast wants the whole peak
             return
         raise StandInOutOfMemoryError(oom_message(event, self.budget), OutOfMemory(event, self))
 

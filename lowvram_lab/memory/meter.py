@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
+from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size, segment_size
 from lowvram_lab.memory.recording import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import Event, Timeline
 
@@ -66,7 +66,7 @@ class Meter(TorchDispatchMode):
         by_device: Take a tensor's place from its device (CUDA) instead of from its inputs (stand-in, dry run).
         allocator: Model of the GPU's allocator, asked for every GPU block.
         on_oom: Called with an ``OomEvent`` when the allocator is out of capacity. If it returns, the run goes on
-            without a limit: that is how a forecast sees past the first failure.
+            as if there were just so much more: that is how a forecast sees past the first failure.
 
     Attributes:
         allocated: Place → live bytes.
@@ -253,7 +253,8 @@ class Meter(TorchDispatchMode):
             event = self.oom_event(round_size(size))
             if self.on_oom:
                 self.on_oom(event)
-            self.allocator.capacity = None
+            # the card grows by just what it lacks: one without a limit would never give back what it has cached
+            self.allocator.capacity = self.allocator.reserved + segment_size(round_size(size))
             return self.allocator.allocate(size)
         finally:
             self._taking = False

@@ -160,9 +160,11 @@ def _layer_of(held: object, kind: str) -> KVLayer | None:
     keys, values = getattr(held, "keys", None), getattr(held, "values", None)
     if keys is None or values is None:
         raise _unsupported(kind, "a layer that leaves transformers' cache empty")
+    window = getattr(held, "sliding_window", None)
+    kept = min(TOKENS, window - 1) if window else TOKENS  # what the next token will see
     for states in (keys, values):
-        if states.dim() != 4 or states.shape[0] != 1 or states.shape[2] != TOKENS:
+        if states.dim() != 4 or states.shape[0] != 1 or states.shape[2] not in (TOKENS, kept):
             raise _unsupported(kind, f"a cache of shape {tuple(states.shape)} after {TOKENS} tokens")
     if keys.shape[1] != values.shape[1]:
         raise _unsupported(kind, f"a cache of {keys.shape[1]} heads of keys and {values.shape[1]} of values")
-    return KVLayer(keys.shape[1], keys.shape[3], values.shape[3], getattr(held, "sliding_window", None))
+    return KVLayer(keys.shape[1], keys.shape[3], values.shape[3], window)

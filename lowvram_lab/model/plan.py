@@ -232,8 +232,9 @@ class Plan:
         """The matrices of decoder layers that the recipe asked for cannot hold."""
         if self.asked in (None, "stored") or get_format(self.asked).kind == "float":
             return ()
+        asked = get_format(self.asked)
         in_layers = (m for m in self.spec.modules if m.layer is not None and len(m.weight_shape) > 1)
-        return tuple(m for m in in_layers if self.modules[m.name].format != self.asked)
+        return tuple(m for m in in_layers if asked.refuse(m.kind, m.weight_shape))
 
     @property
     def digest(self) -> str:

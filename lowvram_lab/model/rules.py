@@ -81,6 +81,13 @@ def _check_module(module: ModuleSpec, assignment: Assignment, modules: Mapping[s
         raise PlanError(f"{module.name}: {reason}")
     if chosen.kind == "float" and assignment.format != dtype:
         raise PlanError(f"{module.name}: an unquantised module has the plan's dtype {dtype}, found {assignment.format}")
+    for parameter in module.shared.values():
+        owner = parameter.rpartition(".")[0]
+        if owner in modules and modules[owner].device != assignment.device:
+            raise PlanError(
+                f"{module.name} shares {parameter}: both need one device, found {assignment.device} and "
+                f"{modules[owner].device}"
+            )
     if module.tied_to and assignment != modules.get(module.tied_to):
         raise PlanError(
             f"{module.name} shares its weight with {module.tied_to}: "
@@ -129,6 +136,12 @@ def check_settings(
         whole_number("prefill_chunk", prefill_chunk, 1)
     if stream_from is not None:
         whole_number("stream_from", stream_from, 2)
+        if kv_format == "int4" or None in spec.kv_layers:
+            what = "in int4" if kv_format == "int4" else "that layers share"
+            raise PlanError(
+                f"weights travel only beside keys and values that can go with them, found a KV cache {what}; leave "
+                f"stream_from out{', or take int8' if kv_format == 'int4' else ''}"
+            )
         if prefill_chunk is not None and prefill_chunk < stream_from:
             raise PlanError(
                 f"weights travel for {stream_from} tokens or more (stream_from), found a prefill_chunk of "

@@ -220,6 +220,10 @@ def build_on_meta(config: PretrainedConfig):
             part.warn_if_padding_and_no_attention_mask = _do_not_look_for_padding
         if getattr(part, "rope_type", None) == "longrope":
             _make_long_frequencies(part)
+        for name, value in list(vars(part).items()):  # as GPT-J has its tables: buffers have a place, and travel
+            if isinstance(value, torch.Tensor):
+                delattr(part, name)
+                part.register_buffer(name, value, persistent=False)
     return model.eval()
 
 
@@ -260,7 +264,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
         kv_layers=kv_layers_of(model.to("meta"), layers),
         num_attention_heads=_stated(text, "num_attention_heads"),
         vocab_size=_stated(text, "vocab_size"),
-        max_position_embeddings=getattr(text, "max_position_embeddings", 0) or 0,
+        max_position_embeddings=_positions(model, text),
         layers_path=layers_path,
         embedding=names[id(embedding)],
         head=names[id(head)],
@@ -305,9 +309,17 @@ def _facts(module: ModuleSpec) -> list:
     return [*facts, odd] if odd else facts
 
 
+def _positions(model: PreTrainedModel, text: PretrainedConfig) -> int:
+    """Most tokens by the config, without the rows of a position table before the first token's (RoBERTa's padding)."""
+    stated = getattr(text, "max_position_embeddings", 0) or getattr(text, "max_seq_len", 0) or 0
+    tables = (m for m in model.modules() if isinstance(m, torch.nn.Embedding) and m is not model.get_input_embeddings())
+    lost = [m.padding_idx + 1 for m in tables if m.num_embeddings == stated and m.padding_idx is not None]
+    return max(0, stated - max(lost, default=0))
+
+
 def _stated(text: PretrainedConfig, name: str) -> int:
     value = getattr(text, name, None)
-    if not isinstance(value, int):
+    if not isinstance(value, int) or value < 1:
         raise CheckpointError(f"{text.model_type}: expected a config with {name}, found {value!r}; it is not supported")
     return value
 

@@ -237,7 +237,8 @@ def _chosen(
     """The cheapest of some plans, see ``moves.cost``; notes in ``why`` what would be more precise and does not fit."""
     refused: list[Plan] = []
     found = Cheapest(room, gpu_layers).of(plans, refused)
-    names = {_formats(options[0]): recipe for recipe, options in bases.items()}
+    # of recipes that come to the same, a model whose sizes no group fits, the most precise names it
+    names = {_formats(options[0]): recipe for recipe, options in reversed(bases.items())}
     recipe = names[_formats(found.plan)] if found else ""
     tried = {names[_formats(plan)]: plan for plan in refused}  # of each recipe the last, which takes least
     for name, plan in tried.items():

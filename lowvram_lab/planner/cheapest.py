@@ -15,9 +15,12 @@ from lowvram_lab.errors import PlanError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.constraints import Room
 from lowvram_lab.planner.forecast import forecast_if_fits, is_whole, sketch_if_fits
-from lowvram_lab.planner.moves import PREFILL_CHUNKS, cost, forecast_loss, head_modules, off_card_seconds
+from lowvram_lab.planner.moves import chunk_sizes, cost, forecast_loss, head_modules, off_card_seconds
 from lowvram_lab.planner.profile import MemoryProfile, Workload
-from lowvram_lab.planner.search import largest_sketched, least_bytes
+from lowvram_lab.planner.search import largest_sketched, last_that_holds, least_bytes
+
+SINGLE_STEPS = 3
+"""Layers that are taken off the card one by one before the steps grow."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +170,14 @@ class Cheapest:
             least = 1 + split.last(lambda plan: self._rough_cost(plan) > beaten[:2])
         if least > most or (best and not self._fits_gpu(split.at(least))):
             return None
-        fitting = largest_sketched(lambda count: (split.at(count), None), least, most, budget)
+        try:
+            fitting = largest_sketched(lambda count: (split.at(count), None), least, most, budget)
+        except PlanError as error:
+            self._refused = error
+            return None
         if fitting is None:
             return None
-        for count in range(fitting.number, least - 1, -1):
+        for count in _fewer_and_fewer(fitting.number, least):
             plan = split.at(count)
             if self.room.within_ram(plan) is None:
                 break  # fewer layers on the GPU take more RAM
@@ -200,11 +207,19 @@ class Split:
 
     def last(self, holds) -> int:
         """The largest count for which a condition holds that holds for all smaller ones; ``least - 1`` for none."""
-        counts = range(self.least, self.most + 1)
-        return self.least - 1 + bisect.bisect_left(counts, True, key=lambda count: not holds(self.at(count)))
+        return last_that_holds(lambda count: holds(self.at(count)), self.least, self.most)
+
+
+def _fewer_and_fewer(most: int, least: int) -> Iterator[int]:
+    """One less a few times, as where an allocator's gaps decide; then in longer and longer steps."""
+    count, step = most, 1
+    while count >= least:
+        yield count
+        if most - count >= SINGLE_STEPS:
+            step *= 2
+        count -= step
 
 
 def _chunks(plan: Plan) -> list[int | None]:
     """Sizes of pieces that differ for the plan's longest prompt, the largest first."""
-    longest = Workload.full_context(plan.context).prompt_tokens
-    return [chunk for chunk in PREFILL_CHUNKS if chunk is None or chunk < longest]
+    return chunk_sizes(Workload.full_context(plan.context).prompt_tokens)

@@ -42,10 +42,10 @@ FORMAT_LOSS = {"int8": 0.0043, "nf4": 0.41, "int6": 0.028, "int5": 0.11, "int4":
 larger model loses less, in the same order, which is all that is taken from here; groups of other sizes count as 64."""
 
 PREFILL_CHUNKS = (None, 2048, 1024, 512, 256)
-"""Pieces that a prompt may be read in, the largest first."""
+"""Pieces that a prompt may be read in, the largest first; the shortest are still enough for products at full speed."""
 
-SHORT_CHUNK = 256
-"""Tokens of the shortest piece: still enough for matrix products to run at full speed."""
+MOST_PIECES = 64
+"""Of one prompt. The weights are read once a piece, and beside keys and values of so long a text a piece is small."""
 
 NEXT_TO_NOTHING = 0.001
 """A KL that ``prefer="fidelity"`` gives up for a layer on the card: that of a KV cache in int8 is below it."""
@@ -142,8 +142,9 @@ def kv_formats(spec: ModelSpec, dtype: str) -> tuple[str, ...]:
 
 
 def head_modules(spec: ModelSpec) -> tuple[str, ...]:
-    """The modules that the head shares its weight with, and itself: they move together."""
-    return (spec.embedding, spec.head) if spec.tied else (spec.head,)
+    """The modules that the head shares parameters with, and itself: they move together."""
+    owners = {parameter.rpartition(".")[0] for parameter in spec.module(spec.head).shared.values()}
+    return (*([spec.embedding] if spec.tied else []), *sorted(owners), spec.head)
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,17 @@ def moves(plan: Plan) -> list[Move]:
         found.append(Move(words, lambda p: replace(p, stream_from=None)))
     if not spec.tied and plan.modules[spec.embedding].device == "gpu":
         found.append(Move("embedding to the CPU", lambda p: p.with_modules(spec.embedding, device="cpu")))
-    if (plan.prefill_chunk or plan.context) > SHORT_CHUNK:
-        found.append(in_pieces(SHORT_CHUNK))
+    shortest = chunk_sizes(plan.context)[-1]
+    if shortest is not None and (plan.prefill_chunk or plan.context) > shortest:
+        found.append(in_pieces(shortest))
     order = kv_formats(spec, plan.dtype)
     return found + [_in_kv_format(kv_format) for kv_format in order[order.index(plan.kv_format) + 1 :]]
+
+
+def chunk_sizes(tokens: int) -> list[int | None]:
+    """Sizes of pieces that differ for a prompt of so many tokens, the largest first; ``None`` is all of it at once."""
+    sizes = [chunk for chunk in PREFILL_CHUNKS if chunk and chunk < tokens]
+    return [None, *(chunk for chunk in sizes if chunk == sizes[0] or tokens <= MOST_PIECES * chunk)]
 
 
 def in_pieces(tokens: int) -> Move:
@@ -189,7 +197,8 @@ def head_to_cpu(plan: Plan) -> Move | None:
 
 
 def _in_kv_format(kv_format: str) -> Move:
-    return Move(f"KV cache in {kv_format}", lambda p: replace(p, kv_format=kv_format))
+    stays = {"stream_from": None} if kv_format == "int4" else {}  # beside such keys and values no weights travel
+    return Move(f"KV cache in {kv_format}", lambda p: replace(p, kv_format=kv_format, **stays))
 
 
 def _exchange(plan: Plan) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lowvram_lab.errors import BudgetError
+from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
@@ -120,7 +120,10 @@ def forecast_if_possible(plan: Plan, budget: GpuBudget) -> MemoryProfile | None:
     """The forecast of a plan that fits, else ``None``; skips the replay where the bound already says so."""
     if least_bytes(plan) > budget.usable_bytes:
         return None
-    return forecast_if_fits(plan, budget)
+    try:
+        return forecast_if_fits(plan, budget)
+    except PlanError:  # a place or a length that this architecture does not bear
+        return None
 
 
 def largest_fitting(
@@ -150,24 +153,31 @@ def largest_sketched(
     budget: GpuBudget,
 ) -> Fitting | None:
     """See ``largest_fitting``; of plans that read prompts in pieces the forecast is a sketch."""
-    best = None
+    best = refused = None
     factor = 1.0
     probes = 0
 
     def may_fit(number: int) -> bool:
         return least_bytes(*at(number)) * factor <= budget.usable_bytes
 
-    high = _last(may_fit, low, high)
+    high = last_that_holds(may_fit, low, high)
     while low <= high:
-        guess = _last(may_fit, low, high) if probes < GUIDED_PROBES else (low + high + 1) // 2
+        guess = last_that_holds(may_fit, low, high) if probes < GUIDED_PROBES else (low + high + 1) // 2
         guess = max(guess, low)
         plan, workload = at(guess)
-        profile = sketch(plan, budget, workload)
+        try:
+            profile = sketch(plan, budget, workload)
+        except PlanError as error:  # a place that this architecture does not bear
+            refused, high = error, guess - 1
+            continue
+        refused = None
         factor, probes = profile.peak_reserved_bytes / max(least_bytes(plan, workload), 1), probes + 1
         if profile.fits:
             best, low = Fitting(guess, plan, profile), guess + 1
         else:
             high = guess - 1
+    if refused and best is None:
+        raise refused
     return best
 
 
@@ -184,6 +194,6 @@ def _in_full(
     return None
 
 
-def _last(holds: Callable[[int], bool], low: int, high: int) -> int:
+def last_that_holds(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The last number in ``low … high`` for which a monotone condition holds, or ``low - 1``."""
     return low - 1 + bisect.bisect(range(low, high + 1), False, key=lambda number: not holds(number))

@@ -5,11 +5,12 @@ Derived in: notebooks/01_analyze_the_oom.ipynb
 
 from dataclasses import dataclass, replace
 
+from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.moves import PREFILL_CHUNKS, SHORT_CHUNK, Move, cost, head_to_cpu, in_pieces, moves
+from lowvram_lab.planner.moves import Move, chunk_sizes, cost, head_to_cpu, in_pieces, moves
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.planner.search import budget_of, forecast_if_possible, largest_fitting, least_bytes
 from lowvram_lab.units import format_bytes
@@ -122,8 +123,9 @@ def _with_fewest(start: Plan, made: list[str], taken: list[Move], budget: GpuBud
         if forecast_if_possible(_after(start, fewer), budget):
             taken = fewer
     plan, profile = _after(start, taken), None
-    for tokens in (size for size in PREFILL_CHUNKS if size and size < (start.prefill_chunk or start.context)):
-        larger = [in_pieces(tokens) if move.words == in_pieces(SHORT_CHUNK).words else move for move in taken]
+    sizes = [size for size in chunk_sizes(start.context) if size]
+    for tokens in (size for size in sizes if size < (start.prefill_chunk or start.context)):
+        larger = [in_pieces(tokens) if move.words == in_pieces(sizes[-1]).words else move for move in taken]
         if larger != taken and (profile := forecast_if_possible(_after(start, larger), budget)):
             plan, taken = _after(start, larger), larger
             break
@@ -160,7 +162,7 @@ def _with_recipe(plan: Plan, recipe: str) -> Plan:
     fresh = Plan.uniform(plan.spec, recipe, context=plan.context, dtype=dtype)
     modules = {name: replace(new, device=plan.modules[name].device) for name, new in fresh.modules.items()}
     kv_format = dtype if plan.kv_format == plan.dtype else plan.kv_format
-    return replace(plan, modules=modules, dtype=dtype, kv_format=kv_format)
+    return replace(plan, modules=modules, dtype=dtype, kv_format=kv_format, asked=recipe)
 
 
 def _lower_recipes(plan: Plan) -> tuple[str, ...]:
@@ -199,7 +201,10 @@ def _computed_by_both(plan: Plan, made: list[str], budget: GpuBudget) -> list[Su
 def _fewer_layers(plan: Plan, made: list[str], budget: GpuBudget) -> list[Suggestion]:
     total, workload = plan.spec.num_hidden_layers, Workload.full_context(plan.context)
     on_gpu = plan.layer_devices().count("gpu")
-    best = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, on_gpu - 1, budget)
+    try:
+        best = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, on_gpu - 1, budget)
+    except PlanError:  # an architecture that bears no split
+        return []
     if best is None:
         return []
     text = " + ".join([*made, f"{total - best.number} of {total} layers to the CPU"])

@@ -13,7 +13,7 @@ WINDOW = 512
 
 
 def calibration_windows(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, longest: int) -> torch.Tensor:
-    """Tokens of a text in windows of equal length, each begun as the model was trained (``model/text.py``).
+    """Tokens of a text in windows of equal length, each begun as the model was trained (``repository/text.py``).
 
     Args:
         tokenizer: The model's.

@@ -129,7 +129,11 @@ class LayerByLayer:
         """``(windows, tokens, hidden)`` through one layer, with whatever autograd mode is on."""
         step = max(1, TOKENS_AT_ONCE // hidden.shape[1])
         positional, by_name = self._arguments
-        pieces = [layer(piece, *positional, **by_name) for piece in hidden.split(step)]
+        pieces = []
+        for piece in hidden.split(step):
+            beside = [_for_all(value, len(piece)) for value in positional]
+            named = {name: _for_all(value, len(piece)) for name, value in by_name.items()}
+            pieces.append(layer(piece, *beside, **named))
         pieces = [piece[0] if isinstance(piece, tuple) else piece for piece in pieces]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -178,6 +182,12 @@ def _oddity(spec: ModelSpec, config: PretrainedConfig, norms: list[str]) -> str 
     if transposed := [m.name for m in spec.modules if m.transposed]:
         return f"a weight that is stored transposed, {transposed[0]}"
     return None if len(norms) == 1 else f"{len(norms)} norms outside the layers"
+
+
+def _for_all(value: object, windows: int) -> object:
+    """What a layer is given beside the hidden states of one window (a mask), for so many windows of its length."""
+    one = isinstance(value, torch.Tensor) and value.dim() > 2 and value.shape[0] == 1
+    return value.expand(windows, *value.shape[1:]) if one else value
 
 
 class _CaughtError(Exception):

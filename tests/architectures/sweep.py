@@ -197,7 +197,8 @@ def _ours(folder: Path, expected: torch.Tensor, greedy: list[int], generated: li
         row["forecast"][name], model = _forecast_error(low, load)
     row["int8"] = error(model)
     try:
-        row["split"] = error(load(plan.with_gpu_layers(spec.num_hidden_layers // 2), StandInGpu(GpuBudget(2**31))))
+        counts = (0, spec.num_hidden_layers // 2)
+        row["split"] = max(error(load(plan.with_gpu_layers(n), StandInGpu(GpuBudget(2**31)))) for n in counts)
         half = Plan.uniform(spec, "bf16", context=CONTEXT).with_gpu_layers(spec.num_hidden_layers // 2)
         row["forecast"]["bf16, split"] = _forecast_error(half, load)[0]
     except LowvramError as refused:
@@ -212,11 +213,11 @@ def _layer_by_layer(spec, checkpoint, expected: torch.Tensor) -> float | str:
         stream = LayerByLayer(spec, checkpoint)
     except LowvramError as refused:
         return f"refused: {refused}"
-    hidden = stream.embed(_ids())
+    hidden = stream.embed(_ids().repeat(2, 1))
     for index in range(len(stream)):
         with stream.layer(index) as layer:
             stream.run_in_place(layer, hidden)
-    logits = stream.norm(hidden) @ stream.weight(spec.head).T
+    logits = stream.norm(hidden[1:]) @ stream.weight(spec.head).T
     bias = stream.bias(spec.head)
     logits = logits if bias is None else logits + bias
     return round(float((logits - expected).abs().max() / expected.abs().max()), 7)

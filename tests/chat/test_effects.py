@@ -447,7 +447,7 @@ def test_bad_arguments_are_said_at_once(folder, converted, tmp_path):
         ({"converted": {"deep": tmp_path / "nothing"}}, "no such file"),
         ({"model": str(other), "converted": {"deep": converted}}, "352 words, found 320"),
         ({"context": 5000}, "5000"),
-        ({"gpu": "many"}, "size such as"),
+        ({"gpu": "many"}, "expected the card's memory, e.g. 4GiB, found 'many'"),
         ({"model": "no-such-model"}, "no-such-model"),
     ):
         with pytest.raises(LowvramError, match=re.escape(expected)):
@@ -471,6 +471,7 @@ def measured(monkeypatch, report):
         return report
 
     monkeypatch.setattr(cli_report, "effects", pretend)
+    monkeypatch.setattr(cli_report, "find_source", lambda name: find_source("smollm2-135m"))
     return calls
 
 

@@ -27,7 +27,7 @@ from tests.helpers.checkpoints import write_model
 from tests.helpers.commands import run_command
 from tests.helpers.machines import LINK, Card, Made, stand_in
 from tests.helpers.tiny import TINY, load_tiny, random_ids, tiny_config, tiny_plan, tiny_spec
-from tests.planner.test_auto import CONTEXT, LAYERS, auto_plan, forecast, needed, small_spec
+from tests.planner.test_auto import CONTEXT, LAYERS, auto_plan, forecast, least_on_gpu, needed, small_spec
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])
@@ -107,7 +107,9 @@ def test_the_rate_of_the_disk_is_measured_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kind", TINY)
 def test_what_ram_has_no_room_for_goes_to_disk_and_no_more(kind):
-    spec, budget = small_spec(kind), needed(kind, "int4", 1)
+    spec = small_spec(kind)
+    least = replace(least_on_gpu(kind), kv_format="bf16").with_gpu_layers(1)
+    budget = forecast(least).peak_reserved_bytes
     given = {"recipes": ("int4",), "kv_format": "bf16"}
     free = auto_plan(spec, budget, CONTEXT, **given).plan
     taken = auto.ram_bytes(free)
@@ -153,9 +155,10 @@ def test_the_longest_context_fits_and_is_the_longest(kind):
 
 def test_the_longest_context_keeps_to_the_ram():
     spec, budget = small_spec("qwen2"), needed("qwen2", "int4", 1)
-    free = auto_plan(spec, budget, 512, recipes=("int4",), gpu_layers=0)
+    given = {"recipes": ("int4",), "gpu_layers": 0, "kv_format": "bf16"}
+    free = auto_plan(spec, budget, 512, **given)
     ram = auto.ram_bytes(free.plan) + 100 * free.plan.kv_bytes(1, "cpu")
-    found = auto_plan(spec, budget, None, recipes=("int4",), gpu_layers=0, ram=ram)
+    found = auto_plan(spec, budget, None, ram=ram, **given)
     assert 512 < found.plan.context <= 612
     assert auto.ram_bytes(found.plan) <= ram
 
@@ -190,8 +193,9 @@ class ManyCores(Card):
 def test_speed_finds_the_number_of_threads(best, monkeypatch):
     monkeypatch.setattr(auto.os, "cpu_count", lambda: 8)
     spec, options = small_spec("llama"), {"prefer": "speed", "machine": ManyCores(best)}
-    assert auto_plan(spec, needed("llama", "int4", 2), CONTEXT, recipes=("int4",), **options).plan.threads == best
-    assert auto_plan(spec, needed("llama", "int4", 2), CONTEXT, threads=2, **options).plan.threads == 2
+    budget = forecast(least_on_gpu("llama").with_gpu_layers(2)).peak_reserved_bytes
+    assert auto_plan(spec, budget, CONTEXT, recipes=("int4",), **options).plan.threads == best
+    assert auto_plan(spec, budget, CONTEXT, threads=2, **options).plan.threads == 2
     assert auto_plan(spec, "1GiB", CONTEXT, **options).plan.threads is None  # nothing computes on the CPU
 
 
@@ -270,9 +274,9 @@ def folder(tmp_path, monkeypatch):
         (["--disk-layers", "1"], "go with --format or --plan"),
         (["--stream-from", "8"], "go with --format or --plan"),
         (["--format", "int8", "--stream-from", "1"], "expected stream_from of 2 or more"),
-        (["--format", "int8", "--stream-from", "none"], "expected a whole number above zero, found 'none'"),
+        (["--format", "int8", "--stream-from", "none"], "expected a whole number of tokens above zero, such as 4096"),
         (["--format", "int8", "--context", "longest"], "--context longest is for the planner"),
-        (["--context", "short"], "expected a whole number above zero, found 'short'"),
+        (["--context", "short"], "expected a whole number of tokens above zero, such as 4096 or 4k, found 'short'"),
         (["--format", "int8", "--disk", "1GiB"], "--prefer and --disk are for the planner"),
         (["--disk", "much", "--ram", "1GiB"], "much"),
         (["--disk", "1GiB"], "give --ram as well"),

@@ -37,7 +37,7 @@ MISTAKES = {
     "context beyond the model": (["forecast", "qwen1.5-4b", "--context", "40000"], "32768"),
     "context zero": (["forecast", "qwen1.5-4b", "--context", "0"], "above zero"),
     "unknown format": (["forecast", "qwen1.5-4b", "--format", "int9"], "int8"),
-    "budget too small for any plan": (["plan", "smollm2-135m", "--gpu", "20MiB"], "no plan"),
+    "budget too small for any plan": (["plan", "smollm2-135m", "--gpu", "1MiB"], "no plan"),
     "CUDA context takes all": (
         ["forecast", "smollm2-135m", "--gpu", "1GiB", "--cuda-context", "1GiB"],
         "leaves nothing",
@@ -137,7 +137,7 @@ def test_a_truncated_gguf_is_one_line(capsys, tmp_path):
 
 def test_a_refused_plan_writes_no_file(capsys, tmp_path):
     target = tmp_path / "plan.json"
-    status, _, _ = run(capsys, "plan", "smollm2-135m", "--gpu", "20MiB", "--output", target)
+    status, _, _ = run(capsys, "plan", "smollm2-135m", "--gpu", "1MiB", "--output", target)
     assert status == 2 and list(tmp_path.iterdir()) == []
 
 
