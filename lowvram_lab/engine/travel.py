@@ -122,7 +122,9 @@ class TravellingWeights:
         self._order = list(self._layers.values())
         tables = {path: model.get_submodule(path) for path, device in devices.items() if device == "cpu"}
         self._tables = {
-            path: block._buffers for path, block in tables.items() if not any(block.parameters(recurse=False))
+            path: block._buffers
+            for path, block in tables.items()
+            if not any(True for _ in block.parameters(recurse=False))
         }
 
     def __contains__(self, path: str) -> bool:
