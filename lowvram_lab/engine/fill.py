@@ -107,10 +107,8 @@ def place_buffers(model: torch.nn.Module, devices: dict[str, str], gpu: Gpu) -> 
     """Rotary frequencies, masks and the like: made by a constructor on the CPU, wanted where their block computes."""
     for path, module in model.named_modules():
         blocks = [block for block in devices if block in ("", path) or path.startswith(f"{block}.")]
-        if not blocks:
-            continue
-        place = compute_place(devices[max(blocks, key=len)])
-        for key, tensor in module._buffers.items():
+        for key, tensor in module._buffers.items() if blocks else ():
             if tensor is not None and not tensor.is_meta:
                 with gpu.meter.scope(owner=path):
+                    place = compute_place(devices[max(blocks, key=len)])
                     module._buffers[key] = gpu.move(gpu.own(tensor), place)
