@@ -19,10 +19,10 @@ from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.host_bytes import in_flight_bytes, weights_in_ram
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import sample_text
+from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository.text import begins_with, first_ids, plain_ids, windows_in_words
 from lowvram_lab.units import format_bytes
 

@@ -47,9 +47,14 @@ def chat_ids(
         template_arguments: What the template takes beside them.
 
     Raises:
-        LowvramError: The template does not know these arguments.
+        LowvramError: The template does not know these arguments, or the messages are none.
         SourceError: The template refuses these messages, or fails.
     """
+    for message in messages:
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            raise LowvramError(f"expected messages with role and content as text, found {message!r}"[:200])
+    if not messages:
+        raise LowvramError("expected a chat of one message or more, found none")
     return chat_template(tokenizer, template_arguments).ids(messages)
 
 

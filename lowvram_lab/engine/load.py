@@ -29,10 +29,10 @@ from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.model.checkpoint import ShapesOnly, check_tensor
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec, build_on_meta
 from lowvram_lab.model.tensor_names import refuse_differing_ties
+from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.weights.stored import check_stored
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.errors import CheckpointError, first_line
-from lowvram_lab.model.quiet import quiet_transformers
+from lowvram_lab.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,7 +13,7 @@ import torch
 
 from lowvram_lab.errors import CheckpointError, LowvramError, first_line
 from lowvram_lab.files import build_directory, cache_dir, is_finished, known_sha256, recorded_sha256, writable
-from lowvram_lab.model.quiet import quiet_transformers
+from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository.gguf_config import ROPE_FACTORS, check_keys, complete, config_values, is_read_here
 from lowvram_lab.repository.gguf_header import GgufHeader, read_gguf_header, read_gguf_tensor
 from lowvram_lab.repository.gguf_tokenizer import check_reopens, read_tokenizer

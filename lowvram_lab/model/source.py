@@ -22,11 +22,11 @@ from lowvram_lab.files import writable
 from lowvram_lab.model import builtin
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
-from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.model.tensor_names import differing_ties, with_model_names
 from lowvram_lab.packaged import packaged_config, packaged_facts
+from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository import chat_template, hub, names
 from lowvram_lab.repository.tokenizer_files import require_libraries
 
@@ -369,7 +369,7 @@ def _without_code(values: dict, where: str) -> dict:
             f"{where}: auto_map asks to run the repository's own code ({code}), which is refused; "
             "pick a model that transformers implements itself"
         )
-    _say_ignored(where, code)
+    _say_ignored(where, values["model_type"])
     return {key: value for key, value in values.items() if key != "auto_map"}
 
 
@@ -392,9 +392,9 @@ def _named_classes(values: dict) -> set[str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _say_ignored(where: str, code: str) -> None:
+def _say_ignored(where: str, model_type: str) -> None:
     """One line a config, however often it is read."""
-    logger.warning("%s: auto_map names code (%s), which is not run: transformers' own implementation is", where, code)
+    logger.warning("%s: the repository's own code (auto_map) is not run, transformers has %s itself", where, model_type)
 
 
 def _check_sizes(values: dict, config_class: type[PretrainedConfig], where: str) -> None:

@@ -20,7 +20,7 @@ from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.geometry import KVLayer, kv_layers_of
 from lowvram_lab.model.kinds import kind_of
-from lowvram_lab.model.quiet import quiet_transformers
+from lowvram_lab.quiet import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -250,6 +250,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     _refuse_experts(model)
     layers = _stated(text, "num_hidden_layers")
     layers_path = _find_layers(model, layers)
+    _refuse_other_layers(model, layers_path)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): path for path, module in model.named_modules()}
     if head is None or embedding is None:
@@ -334,6 +335,15 @@ def _refuse_towers(config: PretrainedConfig, text: PretrainedConfig) -> None:
         raise _unsupported(config.model_type, "an encoder-decoder model")
     if text is not config:
         raise _unsupported(config.model_type, "a model with more than one tower (text beside vision or audio)")
+
+
+def _refuse_other_layers(model: PreTrainedModel, layers_path: str) -> None:
+    """A list of blocks with products of their own, beside the decoder layers, is another tower: an image's, say."""
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and not f"{path}.".startswith(f"{layers_path}."):
+            inner = (part for block in module for part in block.modules() if part is not block)
+            if any(isinstance(part, torch.nn.Linear) for part in inner):
+                raise _unsupported(model.config.model_type, f"a model with more than one tower ({path})")
 
 
 def _refuse_experts(model: PreTrainedModel) -> None:

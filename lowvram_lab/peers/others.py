@@ -16,9 +16,9 @@ from lowvram_lab.files import build_directory, cache_dir
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import process_bytes
 from lowvram_lab.model import builtin
-from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.source import Source
 from lowvram_lab.peers.engines import Engine, Modules, Ours, Task
+from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.units import format_bytes
 
 WORKSPACE_SHARE = 0.15

@@ -45,7 +45,7 @@ def check_names(arguments: Collection[str]) -> None:
     for name in arguments:
         if name in own:
             raise LowvramError(
-                f"{name!r} is no argument of a chat template: the library says it to transformers itself; "
+                f"{name!r} is transformers' own argument, not one of the chat template's, and cannot be given here; "
                 "name one that the template knows (enable_thinking, say)"
             )
 

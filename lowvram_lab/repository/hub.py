@@ -14,7 +14,10 @@ logger = logging.getLogger(__name__)
 # root of the repository only, and nothing that can carry code
 WEIGHTS = ["*.safetensors", "model.safetensors.index.json"]
 SETTINGS = ["config.json", "generation_config.json"]
-TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*"]
+TOKENIZER = [
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
+    "chat_template*",
+]
 NEVER = ["*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.model.v*", "consolidated*"]
 _ETAG_TIMEOUT_S = 4
 
@@ -72,9 +75,10 @@ def gguf_file(repo_id: str, wanted: str, progress: bool = True) -> Path:
     """
     from huggingface_hub import HfApi, errors
 
-    with contextlib.suppress(SourceError):
-        here = snapshot(repo_id, ["*.gguf"], progress=False, local_only=True)
-        return here / choose_gguf(repo_id, [file.name for file in here.glob("*.gguf")], wanted)
+    if wanted or offline():  # without a name, what lies here may be one of several
+        with contextlib.suppress(SourceError):
+            here = snapshot(repo_id, ["*.gguf"], progress=False, local_only=True)
+            return here / choose_gguf(repo_id, [file.name for file in here.glob("*.gguf")], wanted)
     with _one_line(repo_id):
         if offline():
             raise errors.OfflineModeIsEnabled("the repository's files are not listed")

@@ -28,8 +28,8 @@ from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.planner.profile import Workload
+from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.weights.layerwise import LayerByLayer
 
 KINDS = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))

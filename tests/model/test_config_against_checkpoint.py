@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from lowvram_lab import Plan, convert, export_gguf, find_source, load, open_gpu
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.model.quiet import quiet_transformers
+from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository import hub
 from lowvram_lab.weights.layerwise import LayerByLayer
 from tests.helpers.checkpoints import write_model

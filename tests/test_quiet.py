@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, mo
 from transformers.utils import logging as chatter
 
 from lowvram_lab.model.gguf import convert_gguf
-from lowvram_lab.model.quiet import quiet_transformers
 from lowvram_lab.model.source import find_source
+from lowvram_lab.quiet import quiet_transformers
 from tests.helpers.checkpoints import write_model
 from tests.helpers.tiny import tiny_config
 from tests.model.test_source import LLAMA, write_gguf
