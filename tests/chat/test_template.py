@@ -265,7 +265,7 @@ def test_arguments_reach_the_template():
     "name", ["tokenize", "add_generation_prompt", "chat_template", "tools", "messages", "conversation", "bos_token"]
 )
 def test_arguments_that_are_not_the_templates_are_refused_by_name(name):
-    with pytest.raises(LowvramError, match=f"'{name}' is no argument of a chat template"):
+    with pytest.raises(LowvramError, match=f"'{name}' is transformers' own argument"):
         chat_ids(tokenizer_with(THINKING), user("hi"), {name: 1})
 
 

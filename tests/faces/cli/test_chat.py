@@ -127,7 +127,7 @@ WRONG_ARGUMENTS = {
     "no value": (("thinking",), "expected NAME=VALUE, e.g. enable_thinking=false, found 'thinking'"),
     "no name": (("=3",), "expected NAME=VALUE"),
     "no name of a variable": (("a b=3",), "expected NAME=VALUE"),
-    "transformers' own": (("tokenize=false",), "'tokenize' is no argument of a chat template"),
+    "transformers' own": (("tokenize=false",), "'tokenize' is transformers' own argument"),
     "unknown": (("thinking=1", "enable_thinking=1"), "does not know the argument 'enable_thinking'; it knows thinking"),
     "twice": (("thinking=1", "thinking=2"), "expected one value for the template argument thinking, found several"),
 }
