@@ -253,13 +253,21 @@ class Meter(TorchDispatchMode):
             event = self.oom_event(round_size(size))
             if self.on_oom:
                 self.on_oom(event)
-            # the card grows by just what it lacks: one without a limit would never give back what it has cached
-            self.allocator.capacity = self.allocator.reserved + segment_size(round_size(size))
-            return self.allocator.allocate(size)
+            return self._take_beyond(size)
         finally:
             self._taking = False
             while self._died:
                 self._release(self._died.pop())
+
+    def _take_beyond(self, size: int):
+        """The card grows by just what it lacks: one without a limit would never give back what it has cached."""
+        more = segment_size(round_size(size))
+        while True:
+            self.allocator.capacity = self.allocator.reserved + more
+            try:
+                return self.allocator.allocate(size)
+            except OutOfCapacity:  # expandable segments are mapped page by page
+                more *= 2
 
     def oom_event(self, requested_bytes: int | None = None) -> OomEvent:
         """Who asks now, in which phase, and who holds the memory."""
