@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size, segment_size
+from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
 from lowvram_lab.memory.recording import OomEvent, PhaseMemory
 from lowvram_lab.memory.timeline import Event, Timeline
 
@@ -66,7 +66,7 @@ class Meter(TorchDispatchMode):
         by_device: Take a tensor's place from its device (CUDA) instead of from its inputs (stand-in, dry run).
         allocator: Model of the GPU's allocator, asked for every GPU block.
         on_oom: Called with an ``OomEvent`` when the allocator is out of capacity. If it returns, the run goes on
-            as if there were just so much more: that is how a forecast sees past the first failure.
+            without a limit: that is how a forecast sees past the first failure.
 
     Attributes:
         allocated: Place → live bytes.
@@ -253,21 +253,12 @@ class Meter(TorchDispatchMode):
             event = self.oom_event(round_size(size))
             if self.on_oom:
                 self.on_oom(event)
-            return self._take_beyond(size)
+            self.allocator.capacity = None
+            return self.allocator.allocate(size)
         finally:
             self._taking = False
             while self._died:
                 self._release(self._died.pop())
-
-    def _take_beyond(self, size: int):
-        """The card grows by just what it lacks: one without a limit would never give back what it has cached."""
-        more = segment_size(round_size(size))
-        while True:
-            self.allocator.capacity = self.allocator.reserved + more
-            try:
-                return self.allocator.allocate(size)
-            except OutOfCapacity:  # expandable segments are mapped page by page
-                more *= 2
 
     def oom_event(self, requested_bytes: int | None = None) -> OomEvent:
         """Who asks now, in which phase, and who holds the memory."""

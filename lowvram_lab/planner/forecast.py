@@ -43,7 +43,7 @@ def forecast(
 
     Returns:
         A profile with origin ``"forecast"``. ``first_oom`` is the first allocation that would fail; the figures go on
-        as if the card were just as much larger as each of them lacks.
+        as if the card had no limit.
 
     Raises:
         PlanError: The plan does not fit the model, the workload is longer than the plan's context, or an operator of
