@@ -163,8 +163,7 @@ def _least(plan: Plan, room: Room, gpu_layers: int | None) -> Plan:
     least = Cheapest(room, gpu_layers).gentlest(plan if gpu_layers is not None else plan.with_gpu_layers(0))
     least = least.with_modules(*head_modules(room.spec), device="cpu")
     if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
-        most = replace(room, ram_bytes=None).most_layers(least)
-        least = most[1] if most else least
+        least = replace(room, ram_bytes=None).most_layers(least) or least
     return least
 
 

@@ -23,12 +23,6 @@ class Room:
     disk_bytes: int | None
     kv_format: str | None
 
-    def fit(self, plan: Plan) -> tuple[Plan, MemoryProfile] | None:
-        """A plan that fits the GPU, with as much of it on disk as RAM has no room for, and its forecast."""
-        plan = self.within_ram(plan)
-        profile = plan and forecast_if_possible(plan, self.budget)
-        return (plan, profile) if profile else None
-
     def within_ram(self, plan: Plan) -> Plan | None:
         """The plan, or with the least of its CPU part on disk that makes the rest fit; ``None`` where nothing does."""
         if not self.lacks_ram(plan):
@@ -53,13 +47,13 @@ class Room:
         """Whether the CPU's part is more than the RAM."""
         return self.ram_bytes is not None and ram_bytes(plan) > self.ram_bytes
 
-    def most_layers(self, plan: Plan) -> tuple[int, Plan, MemoryProfile] | None:
-        """The plan with as many layers on the GPU as fit, but not all."""
+    def most_layers(self, plan: Plan) -> Plan | None:
+        """The plan with as many layers on the GPU as fit, but not all, and on disk what RAM has no room for."""
         workload = Workload.full_context(plan.context)
         high = self.spec.num_hidden_layers - 1
         found = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, high, self.budget)
-        fitting = found and self.fit(found.plan)
-        return (found.number, *fitting) if fitting else None
+        fitting = found and self.within_ram(found.plan)
+        return fitting if fitting and forecast_if_possible(fitting, self.budget) else None
 
 
 def ram_bytes(plan: Plan) -> int:
