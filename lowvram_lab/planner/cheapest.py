@@ -160,7 +160,7 @@ class Cheapest:
         for plan, most in ((base, high - 1), (with_head, high)):
             lookups = self._lookups(plan)
             for placed in lookups if self.room.ram_bytes is not None else lookups[:1]:
-                yield Split(placed, low, most)
+                yield Split(placed, low, most, lookup=plan.modules[plan.spec.embedding].device)
 
     def _best_split(self, split: "Split", most: int, best: Found | None) -> Found | None:
         """A split's cheapest plan that fits, where it can be cheaper than the best so far."""
@@ -181,7 +181,9 @@ class Cheapest:
             plan = split.at(count)
             if self.room.within_ram(plan) is None:
                 break  # fewer layers on the GPU take more RAM
-            if found := self._placed(replace(plan, prefill_chunk=None)) or self._confirmed(plan):
+            # pieces of a prompt and the embedding's place are open again
+            gentle = replace(plan.with_modules(plan.spec.embedding, device=split.lookup), prefill_chunk=None)
+            if found := self._placed(gentle) or self._confirmed(plan):
                 return found
         return None
 
@@ -200,6 +202,7 @@ class Split:
     base: Plan
     least: int
     most: int
+    lookup: str  # where the embedding is in the plan that it comes from; the base has it on the CPU where that is less
 
     def at(self, count: int) -> Plan:
         """The plan with so many layers on the GPU."""

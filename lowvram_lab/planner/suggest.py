@@ -69,31 +69,49 @@ def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
     if forecast_if_possible(plan, budget):
         return []
     found = [*_expandable(plan, budget)]
-    spared, made, fitting = _moved_cheaply(plan, [], budget)
-    found += fitting
-    solved = bool(fitting)
-    found += _fewer_tokens(*((plan, []) if solved else (spared, made)), budget)
-    last = None
-    bases = [] if solved else [(spared, made)]
+    as_it_is = Start(plan)
+    cheaply = _moved_cheaply(as_it_is, budget)
+    found += [cheaply] if cheaply else []
+    found += _fewer_tokens(as_it_is, [] if cheaply else _cheap_moves(plan), budget)
+    start, starts = as_it_is, [] if cheaply else [as_it_is]
     for recipe in _lower_recipes(plan) if not plan.spec.stored else ():
-        fitting, last = _in_recipe(plan, recipe, budget)
-        found += fitting
-        if fitting:
+        start = Start(_with_recipe(plan, recipe), f"{recipe} weights")
+        if fitting := _in_recipe(start, budget):
+            found.append(fitting)
             break
     else:  # no format is small enough, not even with all cheap moves
-        bases = [last, *bases] if bases and last else bases
-    for base, moves_made in bases:
-        found += _computed_by_both(base, moves_made, budget)
+        starts = [start, *starts] if starts and start is not as_it_is else starts
+    for start in starts:
+        found += _computed_by_both(start, budget)
     return found
 
 
-def _in_recipe(plan: Plan, recipe: str, budget: GpuBudget) -> tuple[list[Suggestion], tuple[Plan, list[str]]]:
-    """The plan in a lower format, with cheap moves where those are needed; and what all of them make of it."""
-    smaller, made = _with_recipe(plan, recipe), [f"{recipe} weights"]
-    if profile := forecast_if_possible(smaller, budget):
-        return [Suggestion(made[0], smaller, profile)], (smaller, made)
-    smaller, made, fitting = _moved_cheaply(smaller, made, budget)
-    return fitting, (smaller, made)
+@dataclass(frozen=True)
+class Start:
+    """A plan that moves are made from, and the words for what was done to come to it."""
+
+    plan: Plan
+    words: str = ""
+
+    def after(self, taken: list[Move]) -> Plan:
+        """The plan after some moves."""
+        plan = self.plan
+        for move in taken:
+            plan = move.change(plan)
+        return plan
+
+    def text(self, taken: list[Move]) -> str:
+        """All that was done, in words; of two formats of the KV cache the one that it has."""
+        words = [move.words for move in taken]
+        made = [text for text in words if text != "KV cache in int8" or "KV cache in int4" not in words]
+        return " + ".join([self.words, *made] if self.words else made)
+
+
+def _in_recipe(start: Start, budget: GpuBudget) -> Suggestion | None:
+    """The plan in a lower format, with cheap moves where those are needed."""
+    if profile := forecast_if_possible(start.plan, budget):
+        return Suggestion(start.words, start.plan, profile)
+    return _moved_cheaply(start, budget)
 
 
 def _expandable(plan: Plan, budget: GpuBudget) -> list[Suggestion]:
@@ -104,44 +122,31 @@ def _expandable(plan: Plan, budget: GpuBudget) -> list[Suggestion]:
     return [Suggestion(f"set {EXPANDABLE}", plan, profile, EXPANDABLE)] if profile.fits else []
 
 
-def _moved_cheaply(plan: Plan, made: list[str], budget: GpuBudget) -> tuple[Plan, list[str], list[Suggestion]]:
-    """The plan with one cheap move after the other until it fits, all moves made, and the suggestion where it does.
-
-    Of the suggestion's moves those are left out that are not needed beside the last, and pieces are as large as fit.
-    """
-    start, taken = plan, []
-    for move in _cheap_moves(plan):
-        plan, taken = move.change(plan), [*taken, move]
-        if forecast_if_possible(plan, budget):
-            return plan, [*made, *_words(taken)], [_with_fewest(start, made, taken, budget)]
-    return plan, [*made, *_words(taken)], []
+def _moved_cheaply(start: Start, budget: GpuBudget) -> Suggestion | None:
+    """The plan with one cheap move after the other until it fits."""
+    taken = []
+    for move in _cheap_moves(start.plan):
+        taken = [*taken, move]
+        if forecast_if_possible(start.after(taken), budget):
+            return _with_fewest(start, taken, budget)
+    return None
 
 
-def _with_fewest(start: Plan, made: list[str], taken: list[Move], budget: GpuBudget) -> Suggestion:
+def _with_fewest(start: Start, taken: list[Move], budget: GpuBudget) -> Suggestion:
+    """Moves after which a plan fits, without those that are not needed beside the last, in pieces as large as fit."""
     for needless in reversed(taken[:-1]):  # what costs most first
         fewer = [move for move in taken if move is not needless]
-        if forecast_if_possible(_after(start, fewer), budget):
+        if forecast_if_possible(start.after(fewer), budget):
             taken = fewer
-    plan, profile = _after(start, taken), None
-    sizes = [size for size in chunk_sizes(start.context) if size]
-    for tokens in (size for size in sizes if size < (start.prefill_chunk or start.context)):
+    profile = None
+    sizes = [size for size in chunk_sizes(start.plan.context) if size]
+    for tokens in (size for size in sizes if size < (start.plan.prefill_chunk or start.plan.context)):
         larger = [in_pieces(tokens) if move.words == in_pieces(sizes[-1]).words else move for move in taken]
-        if larger != taken and (profile := forecast_if_possible(_after(start, larger), budget)):
-            plan, taken = _after(start, larger), larger
+        if larger != taken and (profile := forecast_if_possible(start.after(larger), budget)):
+            taken = larger
             break
-    return Suggestion(" + ".join([*made, *_words(taken)]), plan, profile or forecast(plan, budget))
-
-
-def _words(taken: list[Move]) -> list[str]:
-    """What was done; of two formats of the KV cache the one it has."""
-    words = [move.words for move in taken]
-    return [text for text in words if text != "KV cache in int8" or "KV cache in int4" not in words]
-
-
-def _after(plan: Plan, taken: list[Move]) -> Plan:
-    for move in taken:
-        plan = move.change(plan)
-    return plan
+    plan = start.after(taken)
+    return Suggestion(start.text(taken), plan, profile or forecast(plan, budget))
 
 
 def _cheap_moves(plan: Plan) -> list[Move]:
@@ -172,7 +177,9 @@ def _lower_recipes(plan: Plan) -> tuple[str, ...]:
     return ("int4",) if formats <= {plan.dtype, "int8"} else ()
 
 
-def _fewer_tokens(plan: Plan, made: list[str], budget: GpuBudget) -> list[Suggestion]:
+def _fewer_tokens(start: Start, taken: list[Move], budget: GpuBudget) -> list[Suggestion]:
+    plan = start.after(taken)
+
     def at(sixteenths: int) -> tuple[Plan, Workload]:
         context = plan.context * sixteenths // 16
         return replace(plan, context=context), Workload.full_context(context)
@@ -181,31 +188,37 @@ def _fewer_tokens(plan: Plan, made: list[str], budget: GpuBudget) -> list[Sugges
     best = largest_fitting(at, least, 15, budget)
     if best is None:
         return []
-    return [Suggestion(" + ".join([*made, f"context {best.plan.context}"]), best.plan, best.forecast)]
+    context = best.plan.context
+    shorter = Move(f"context {context}", lambda p: replace(p, context=context))
+    return [_with_fewest(start, [*taken, shorter], budget)]
 
 
-def _computed_by_both(plan: Plan, made: list[str], budget: GpuBudget) -> list[Suggestion]:
+def _computed_by_both(start: Start, budget: GpuBudget) -> list[Suggestion]:
     """Layers or the head to the CPU, whichever costs less; both where neither alone is enough."""
-    head = head_to_cpu(plan)
-    found = _fewer_layers(plan, made, budget)
-    if head:
-        base, words = head.change(plan), [*made, head.words]
-        whole = forecast_if_possible(base, budget)
-        other = [Suggestion(" + ".join(words), base, whole)] if whole else []
-        if not found:
-            other = other or _fewer_layers(base, words, budget)
-        found += other
-    return sorted(found, key=lambda suggestion: cost(suggestion.plan))[:1]
+    taken = _cheap_moves(start.plan)
+    plan = start.after(taken)
+    ways = [[layers]] if (layers := _fewer_layers(plan, budget)) else []
+    if head := head_to_cpu(plan):
+        without = head.change(plan)
+        if forecast_if_possible(without, budget):
+            ways.append([head])
+        elif not ways and (layers := _fewer_layers(without, budget)):
+            ways.append([head, layers])
+    if not ways:
+        return []
+    cheapest = min(ways, key=lambda way: cost(start.after([*taken, *way])))
+    return [_with_fewest(start, [*taken, *cheapest], budget)]
 
 
-def _fewer_layers(plan: Plan, made: list[str], budget: GpuBudget) -> list[Suggestion]:
+def _fewer_layers(plan: Plan, budget: GpuBudget) -> Move | None:
+    """The fewest layers to the CPU after which a plan fits."""
     total, workload = plan.spec.num_hidden_layers, Workload.full_context(plan.context)
     on_gpu = plan.layer_devices().count("gpu")
     try:
         best = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, on_gpu - 1, budget)
     except PlanError:  # an architecture that bears no split
-        return []
+        return None
     if best is None:
-        return []
-    text = " + ".join([*made, f"{total - best.number} of {total} layers to the CPU"])
-    return [Suggestion(text, best.plan, best.forecast)]
+        return None
+    number = best.number
+    return Move(f"{total - number} of {total} layers to the CPU", lambda p: p.with_gpu_layers(number))

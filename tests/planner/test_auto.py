@@ -268,6 +268,17 @@ def test_what_auto_plan_does_not_understand():
         auto_plan(spec, "1GiB", CONTEXT, recipes=())
 
 
+def without_one_change(changed, plan):
+    """The changed plan with each of its changes that cost something taken back by itself."""
+    for name in ("kv_format", "prefill_chunk"):
+        if getattr(changed, name) != getattr(plan, name):
+            yield replace(changed, **{name: getattr(plan, name)})
+    spec = plan.spec
+    moved = changed.modules[spec.embedding].device != plan.modules[spec.embedding].device
+    if moved and not spec.tied:
+        yield changed.with_modules(spec.embedding, device="gpu")
+
+
 @pytest.mark.parametrize("short_by", [0, 2])
 @pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "nf4"])
 @pytest.mark.parametrize("kind", TINY)
@@ -290,7 +301,22 @@ def test_every_suggestion_is_true(kind, recipe, short_by):
         assert ("embedding" in suggestion.text.replace("embedding in", "")) == moved
         if body_formats(suggestion.plan) != body_formats(plan):
             assert body_formats(suggestion.plan).pop() in suggestion.text
+        for smaller in without_one_change(suggestion.plan, plan):
+            assert not forecast(smaller, budget).fits, (suggestion.text, smaller.summary())
     assert len({suggestion.text for suggestion in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe", "budget"), [("llama", "int8", 8), ("qwen2", "int8", 10), ("qwen2", "int4", 6)]
+)
+def test_layers_on_the_cpu_leave_no_other_change_needless(kind, recipe, budget):
+    plan, budget = Plan.uniform(small_spec(kind), recipe, context=1024), stand_in(budget * MiB - 1)
+    split = [suggestion for suggestion in suggest(plan, budget) if "layers to the CPU" in suggestion.text]
+    assert split
+    for suggestion in split:
+        assert suggestion.forecast.fits
+        for smaller in without_one_change(suggestion.plan, plan):
+            assert not forecast(smaller, budget).fits, (suggestion.text, smaller.summary())
 
 
 @pytest.mark.parametrize("budget", [4, 6, 8, 10, 24])
