@@ -18,11 +18,10 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.cheapest import Cheapest
 from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, shortage
-from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import KV_LOSS, NEXT_TO_NOTHING, head_modules, kv_formats, off_card_seconds
-from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
-from lowvram_lab.planner.search import budget_of, forecast_if_possible, max_context
+from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
+from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 from lowvram_lab.units import format_bytes, parse_bytes
@@ -81,7 +80,8 @@ def auto_plan(
         spec: The model.
         gpu: A budget such as ``"4GiB"``, an opened GPU, or accelerate's ``max_memory``: ``{0: "4GiB", "cpu": "8GiB"}``.
         context: Tokens to plan for; ``None`` for as many as fit the plan that is preferred at 2048 (or at half of
-            that, and so on, where nothing fits). Fewer layers on the GPU (``gpu_layers=``) leave room for more.
+            that, and so on, where nothing fits), if need be with its embedding on the CPU and prompts read in pieces.
+            Fewer layers on the GPU (``gpu_layers=``) leave room for more, and so does a smaller ``kv_format=``.
         ram: What the CPU's part may take; by default no limit.
         disk: What of the CPU's part may lie on disk where RAM is too small; by default nothing.
         prefer: ``"balance"``: of the plans whose layers and head are all on the GPU the one that loses least, formats
@@ -101,7 +101,8 @@ def auto_plan(
 
     Raises:
         BudgetError: No plan fits; the message says what is short and what would help.
-        PlanError: The context is beyond the model's, or a recipe or preference is unknown.
+        PlanError: The context is beyond the model's, a recipe or preference is unknown, or no plan fits of those that
+            this architecture bears.
     """
     if isinstance(gpu, dict):
         gpu, ram, disk = _budgets(gpu, ram, disk)
@@ -168,24 +169,35 @@ def _least(plan: Plan, room: Room, gpu_layers: int | None) -> Plan:
 
 
 def _at_longest_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
-    """What is preferred at a usual context, with as many tokens as then fit GPU and RAM."""
+    """What is preferred at a usual context, with as many tokens as then fit GPU and RAM by moves that lose nothing."""
     try:
         choice = _at_context(context, room, wishes)
     except BudgetError:
         if context // 2 < SHORTEST_CONTEXT:
             raise
         return _at_longest_context(context // 2, room, wishes)
-    plan = choice.plan
-    tokens = (longest := max_context(plan, room.budget)).value
+    plan, search = choice.plan, Cheapest(room, wishes.gpu_layers)
+
+    def at(step: int) -> tuple[Plan, Workload]:
+        longer = search.gentlest(replace(plan, context=step * CONTEXT_STEP))
+        if room.lacks_ram(longer):  # of an embedding
+            longer = replace(longer, modules=plan.modules)
+        return longer, Workload.full_context(longer.context)
+
+    most = room.spec.longest_context // CONTEXT_STEP
+    longest = largest_fitting(at, plan.context // CONTEXT_STEP + 1, most, room.budget)
+    if longest is None:
+        return choice
+    tokens = longest.plan.context
     if (on_cpu := plan.kv_bytes(1, "cpu")) and room.ram_bytes is not None:
         spare = room.ram_bytes - ram_bytes(plan)
         tokens = min(tokens, plan.context + spare // on_cpu)
-    if tokens <= plan.context:
+    found = search.placed(replace(plan, context=tokens)) if tokens > plan.context else None
+    if found is None:
         return choice
-    plan = replace(plan, context=tokens)
-    profile = longest.forecast if tokens == longest.value else forecast(plan, room.budget)
-    text = f"context {tokens} is the longest that fits it: {margin(profile)}"
-    return _changed(choice, plan, profile, text, room, wishes.machine)
+    moved = _moved(found.plan)
+    text = f"context {tokens} is the longest that fits it{moved and ' with ' + moved}: {margin(found.forecast)}"
+    return _changed(choice, found.plan, found.forecast, text, room, wishes.machine)
 
 
 def _changed(

@@ -57,7 +57,7 @@ class Cheapest:
             PlanError: Nothing fits, and not every plan could be replayed.
         """
         for base in sorted(bases, key=forecast_loss):
-            if found := self._placed(base):
+            if found := self.placed(base):
                 return found
             if refused is not None:
                 refused.append(self.gentlest(base))
@@ -105,7 +105,7 @@ class Cheapest:
             return [base]
         return [base.with_modules(spec.embedding, device="cpu"), base]
 
-    def _placed(self, base: Plan) -> Found | None:
+    def placed(self, base: Plan) -> Found | None:
         """The cheapest place of the embedding and size of pieces with which a plan fits."""
         if not any(least_bytes(plan) <= self.room.budget.usable_bytes for plan in self._lookups(base)):
             return None
@@ -183,7 +183,7 @@ class Cheapest:
                 break  # fewer layers on the GPU take more RAM
             # pieces of a prompt and the embedding's place are open again
             gentle = replace(plan.with_modules(plan.spec.embedding, device=split.lookup), prefill_chunk=None)
-            if found := self._placed(gentle) or self._confirmed(plan):
+            if found := self.placed(gentle) or self._confirmed(plan):
                 return found
         return None
 

@@ -16,6 +16,7 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import RECIPES, auto_plan
 from lowvram_lab.planner.constraints import ram_bytes
 from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.moves import head_modules
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.planner.tune import tune
 from lowvram_lab.units import format_bytes, parse_bytes
@@ -49,6 +50,11 @@ def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, 
     )
     how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
     parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
+    parser.add_argument(
+        "--on-cpu",
+        choices=("embedding", "head", "both"),
+        help="an end of the model on the CPU: where both are one weight, both",
+    )
     parser.add_argument("--disk-layers", type=int, metavar="N", help="of the rest, the first N stay on disk")
     parser.add_argument(
         "--stream-from",
@@ -84,15 +90,18 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str |
     elif args.format or default_format:
         recipe = args.format or ("stored" if spec.stored else default_format)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048)
-    elif args.disk_layers is not None or args.stream_from is not None or args.prefill_chunk is not None:
+    elif any(value is not None for value in (args.disk_layers, args.stream_from, args.prefill_chunk, args.on_cpu)):
         raise LowvramError(
-            "--disk-layers, --stream-from and --prefill-chunk go with --format or --plan: the planner chooses by itself"
+            "--disk-layers, --stream-from, --prefill-chunk and --on-cpu go with --format or --plan: the planner "
+            "chooses by itself"
         )
     else:
         return None
     if args.gpu_layers is not None or args.disk_layers is not None:
         on_gpu = plan.layer_devices().count("gpu") if args.gpu_layers is None else args.gpu_layers
         plan = plan.with_gpu_layers(on_gpu, args.disk_layers)
+    if args.on_cpu:
+        plan = plan.with_modules(*_ends(spec, args.on_cpu), device="cpu")
     return replace(
         plan,
         threads=args.threads or plan.threads,
@@ -102,12 +111,18 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str |
     )
 
 
+def _ends(spec: ModelSpec, name: str) -> set[str]:
+    """The modules of ``--on-cpu``, and those that share a weight with them."""
+    embedding = {*head_modules(spec)} if spec.tied else {spec.embedding}
+    return {"embedding": embedding, "head": {*head_modules(spec)}, "both": embedding | {*head_modules(spec)}}[name]
+
+
 def options_between(before: Plan, after: Plan) -> str:
     """The options that make one stated plan another, to be given beside or instead of its own.
 
     Returns:
-        Such as ``"--prefill-chunk 512 --kv int8"``; ``""`` where no options do, as for an embedding on the CPU. bf16
-        and fp16 count as one: a recipe's name brings the one it has.
+        Such as ``"--prefill-chunk 512 --kv int8"``; ``""`` where no options do, as for a head alone in int8. bf16 and
+        fp16 count as one: a recipe's name brings the one it has.
     """
     made, words = before, []
     if _formats(after) != _formats(before):
@@ -121,6 +136,11 @@ def options_between(before: Plan, after: Plan) -> str:
     if (layers := after.layer_devices().count("gpu")) != made.layer_devices().count("gpu"):
         words.append(f"--gpu-layers {layers}")
         made = made.with_gpu_layers(layers)
+    for name in ("embedding", "head", "both"):
+        moved = made.with_modules(*_ends(before.spec, name), device="cpu")
+        if moved != made and _devices(moved) == _devices(after):
+            words.append(f"--on-cpu {name}")
+            made = moved
     words += [f"--prefill-chunk {after.prefill_chunk}"] if after.prefill_chunk != before.prefill_chunk else []
     if after.kv_format in ("int8", "int4") and after.kv_format != made.kv_format:
         words.append(f"--kv {after.kv_format}")
@@ -132,10 +152,13 @@ def _formats(plan: Plan) -> list[str]:
     return [assignment.format.replace("fp16", "bf16") for assignment in plan.modules.values()]
 
 
+def _devices(plan: Plan) -> list[str]:
+    return [assignment.device for assignment in plan.modules.values()]
+
+
 def _says(plan: Plan) -> tuple:
-    devices = [assignment.device for assignment in plan.modules.values()]
     kv_format = plan.kv_format.replace("fp16", "bf16")
-    return _formats(plan), devices, kv_format, plan.context, plan.prefill_chunk, plan.stream_from, plan.threads
+    return _formats(plan), _devices(plan), kv_format, plan.context, plan.prefill_chunk, plan.stream_from, plan.threads
 
 
 def chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):

@@ -1,0 +1,50 @@
+"""The options that a suggestion names make its plan, whatever was moved."""
+
+import argparse
+from dataclasses import replace
+
+import pytest
+
+from lowvram_lab.faces.cli.plan import add_plan_options, options_between, stated_plan
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.planner.moves import head_modules
+from tests.helpers.tiny import tiny_spec
+
+
+def typed(spec, *words):
+    parser = argparse.ArgumentParser()
+    add_plan_options(parser, budget_required=False)
+    return stated_plan(parser.parse_args(["a model", "--format", "int8", "--context", "64", *words]), spec)
+
+
+def moved(kind, ends, **changes):
+    spec = tiny_spec(kind)
+    plan = replace(Plan.uniform(spec, "int8", context=64), **changes)
+    modules = {"embedding": [spec.embedding], "head": head_modules(spec), "both": [spec.embedding, *head_modules(spec)]}
+    return plan.with_modules(*modules[ends], device="cpu") if ends else plan
+
+
+@pytest.mark.parametrize("layers", [None, 0, 1])
+@pytest.mark.parametrize("changes", [{}, {"kv_format": "int8", "prefill_chunk": 16, "context": 48}])
+@pytest.mark.parametrize(
+    ("kind", "ends"), [("qwen2", "embedding"), ("qwen2", "head"), ("qwen2", "both"), ("llama", "both"), ("qwen2", "")]
+)
+def test_the_options_of_a_suggestion_make_its_plan(kind, ends, changes, layers):
+    spec = tiny_spec(kind)
+    after = moved(kind, ends, **changes)
+    after = after if layers is None else after.with_gpu_layers(layers)
+    words = options_between(Plan.uniform(spec, "int8", context=64), after).split()
+    assert ("--on-cpu" in words) == bool(ends)
+    assert typed(spec, *words) == after
+
+
+def test_one_end_of_a_tied_model_brings_the_other():
+    spec = tiny_spec("llama")
+    assert typed(spec, "--on-cpu", "embedding") == typed(spec, "--on-cpu", "head") == moved("llama", "both")
+    assert typed(spec, "--on-cpu", "head").modules[spec.embedding].device == "cpu"
+
+
+def test_a_suggestion_without_options_names_none():
+    spec = tiny_spec("qwen2")
+    plan = Plan.uniform(spec, "bf16", context=64)
+    assert options_between(plan, plan.with_modules(spec.head, format="int8")) == ""
