@@ -7,8 +7,8 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model.host_bytes import forecast_load_bytes
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.profile import MemoryProfile, Workload
-from lowvram_lab.planner.search import forecast_if_possible, largest_fitting, least_bytes
+from lowvram_lab.planner.profile import MemoryProfile
+from lowvram_lab.planner.search import forecast_if_possible, least_bytes, most_layers
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT, suggest
 from lowvram_lab.units import format_bytes
 
@@ -49,9 +49,7 @@ class Room:
 
     def most_layers(self, plan: Plan) -> Plan | None:
         """The plan with as many layers on the GPU as fit, but not all, and on disk what RAM has no room for."""
-        workload = Workload.full_context(plan.context)
-        high = self.spec.num_hidden_layers - 1
-        found = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, high, self.budget)
+        found = most_layers(plan, self.spec.num_hidden_layers - 1, self.budget)
         fitting = found and self.within_ram(found.plan)
         return fitting if fitting and forecast_if_possible(fitting, self.budget) else None
 

@@ -170,13 +170,7 @@ class Machine:
         return self._rates(PromptRates, name, threads, lambda: _prompt(kv_format, dtype, place, plain))
 
     def token(
-        self,
-        engine: str,
-        fmt: str,
-        kv_format: str,
-        dtype: str = "bf16",
-        place: str = "cpu",
-        threads: int | None = None,
+        self, engine: str, fmt: str, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None
     ) -> TokenRates:
         """Rates of everything in decoding a token but products and attention.
 

@@ -62,11 +62,8 @@ def max_context(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> Largest:
 
 def max_layers_on_gpu(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> Largest:
     """The most decoder layers that fit on the GPU, the others computing on the CPU. Arguments as ``max_context``."""
-
-    def at(layers: int) -> tuple[Plan, Workload]:
-        return plan.with_gpu_layers(layers), Workload.full_context(plan.context)
-
-    return _largest(at, 0, plan.spec.num_hidden_layers, gpu, "the embeddings alone")
+    total, workload = plan.spec.num_hidden_layers, Workload.full_context(plan.context)
+    return _largest(lambda count: (plan.with_gpu_layers(count), workload), 0, total, gpu, "the embeddings alone")
 
 
 def _largest(
@@ -146,11 +143,14 @@ def largest_fitting(
     return _in_full(largest_sketched(at, low, high, budget), at, low, budget)
 
 
+def most_layers(plan: Plan, most: int, budget: GpuBudget) -> Fitting | None:
+    """The plan with as many layers on the GPU as fit, at most so many."""
+    workload = Workload.full_context(plan.context)
+    return largest_fitting(lambda count: (plan.with_gpu_layers(count), workload), 0, most, budget)
+
+
 def largest_sketched(
-    at: Callable[[int], tuple[Plan, Workload | None]],
-    low: int,
-    high: int,
-    budget: GpuBudget,
+    at: Callable[[int], tuple[Plan, Workload | None]], low: int, high: int, budget: GpuBudget
 ) -> Fitting | None:
     """See ``largest_fitting``; of plans that read prompts in pieces the forecast is a sketch."""
     best = refused = None

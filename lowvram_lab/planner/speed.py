@@ -28,10 +28,7 @@ FEW_TOKENS = 64
 
 
 def forecast_speed(
-    plan: Plan,
-    workload: Workload | None = None,
-    machine: Machine | None = None,
-    ram: int | None = None,
+    plan: Plan, workload: Workload | None = None, machine: Machine | None = None, ram: int | None = None
 ) -> SpeedProfile:
     """Forecasts first-token latency and decoding speed of a plan on this machine, without loading it.
 

@@ -12,7 +12,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.moves import Move, chunk_sizes, cost, head_to_cpu, in_pieces, moves
 from lowvram_lab.planner.profile import MemoryProfile, Workload
-from lowvram_lab.planner.search import budget_of, forecast_if_possible, largest_fitting, least_bytes
+from lowvram_lab.planner.search import budget_of, forecast_if_possible, largest_fitting, least_bytes, most_layers
 from lowvram_lab.units import format_bytes
 
 SHORTEST_CONTEXT = 256
@@ -76,7 +76,7 @@ def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
     start, starts = as_it_is, [] if cheaply else [as_it_is]
     for recipe in _lower_recipes(plan) if not plan.spec.stored else ():
         start = Start(_with_recipe(plan, recipe), f"{recipe} weights")
-        if fitting := _in_recipe(start, budget):
+        if fitting := _moved_cheaply(start, budget):
             found.append(fitting)
             break
     else:  # no format is small enough, not even with all cheap moves
@@ -107,13 +107,6 @@ class Start:
         return " + ".join([self.words, *made] if self.words else made)
 
 
-def _in_recipe(start: Start, budget: GpuBudget) -> Suggestion | None:
-    """The plan in a lower format, with cheap moves where those are needed."""
-    if profile := forecast_if_possible(start.plan, budget):
-        return Suggestion(start.words, start.plan, profile)
-    return _moved_cheaply(start, budget)
-
-
 def _expandable(plan: Plan, budget: GpuBudget) -> list[Suggestion]:
     """The caching allocator's other mode wastes less; it exists on CUDA only, and changes nothing in the plan."""
     if budget.kernels != "cuda" or least_bytes(plan) > budget.usable_bytes:
@@ -123,12 +116,11 @@ def _expandable(plan: Plan, budget: GpuBudget) -> list[Suggestion]:
 
 
 def _moved_cheaply(start: Start, budget: GpuBudget) -> Suggestion | None:
-    """The plan with one cheap move after the other until it fits."""
-    taken = []
-    for move in _cheap_moves(start.plan):
-        taken = [*taken, move]
-        if forecast_if_possible(start.after(taken), budget):
-            return _with_fewest(start, taken, budget)
+    """The plan with one cheap move after the other until it fits; in another format perhaps with none."""
+    found = _cheap_moves(start.plan)
+    for count in range(0 if start.words else 1, len(found) + 1):
+        if forecast_if_possible(start.after(found[:count]), budget):
+            return _with_fewest(start, found[:count], budget)
     return None
 
 
@@ -212,13 +204,11 @@ def _computed_by_both(start: Start, budget: GpuBudget) -> list[Suggestion]:
 
 def _fewer_layers(plan: Plan, budget: GpuBudget) -> Move | None:
     """The fewest layers to the CPU after which a plan fits."""
-    total, workload = plan.spec.num_hidden_layers, Workload.full_context(plan.context)
-    on_gpu = plan.layer_devices().count("gpu")
     try:
-        best = largest_fitting(lambda n: (plan.with_gpu_layers(n), workload), 0, on_gpu - 1, budget)
+        best = most_layers(plan, plan.layer_devices().count("gpu") - 1, budget)
     except PlanError:  # an architecture that bears no split
         return None
     if best is None:
         return None
-    number = best.number
+    number, total = best.number, plan.spec.num_hidden_layers
     return Move(f"{total - number} of {total} layers to the CPU", lambda p: p.with_gpu_layers(number))
