@@ -120,9 +120,7 @@ def kv_layers_of(model: PreTrainedModel, layers: int) -> tuple[KVLayer | None, .
     for held in cache.layers:
         _refuse_states(held, kind)
     ids = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
-    for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic":  # would ask the positions whether they are beyond training
-            module.rope_type = "default"
+    keep_frequencies(model)
     try:
         with torch.no_grad(), unpadded(), quiet_transformers(), _AttentionLeftOut():
             model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -135,6 +133,19 @@ def kv_layers_of(model: PreTrainedModel, layers: int) -> tuple[KVLayer | None, .
     if len(found) > layers:
         raise CheckpointError(f"{kind}: expected keys and values of {layers} layers, found {len(found)} in its cache")
     return (*found, *[None] * (layers - len(found)))
+
+
+def keep_frequencies(model: PreTrainedModel) -> None:
+    """Lets a model on meta not ask its positions whether they are beyond the context: no plan's are.
+
+    Up to there the frequencies of dynamic NTK scaling are those that its constructor has made.
+    """
+    for module in model.modules():
+        found = getattr(module, "rope_type", None)
+        if isinstance(found, dict):  # one for each kind of layer, as Gemma 3 has them
+            module.rope_type = {layers: "default" if "dynamic" in kind else kind for layers, kind in found.items()}
+        elif isinstance(found, str) and "dynamic" in found:
+            module.rope_type = "default"
 
 
 def _unsupported(kind: str, what: str) -> CheckpointError:
