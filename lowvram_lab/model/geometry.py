@@ -148,8 +148,9 @@ def keep_frequencies(model: PreTrainedModel) -> None:
             module.rope_type = "default"
 
 
-def _unsupported(kind: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{kind}: {what} is not supported; name a model whose layers keep keys and values")
+def unsupported(kind: str, what: str) -> CheckpointError:
+    """The error that names what of a model type is not supported, and a model that is."""
+    return CheckpointError(f"{kind}: {what} is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
 
 
 def _refuse_states(held: object, kind: str) -> None:
@@ -157,9 +158,9 @@ def _refuse_states(held: object, kind: str) -> None:
     from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionCacheLayerMixin
 
     if isinstance(held, LinearAttentionCacheLayerMixin):
-        raise _unsupported(kind, "linear attention (a state of fixed size)")
+        raise unsupported(kind, "linear attention (a state of fixed size)")
     if isinstance(held, DynamicIndexedLayer):
-        raise _unsupported(kind, "attention that picks its keys by an index")
+        raise unsupported(kind, "attention that picks its keys by an index")
 
 
 def _layer_of(held: object, kind: str) -> KVLayer | None:
@@ -170,12 +171,12 @@ def _layer_of(held: object, kind: str) -> KVLayer | None:
     _refuse_states(held, kind)
     keys, values = getattr(held, "keys", None), getattr(held, "values", None)
     if keys is None or values is None:
-        raise _unsupported(kind, "a layer that leaves transformers' cache empty")
+        raise unsupported(kind, "a layer that leaves transformers' cache empty")
     window = getattr(held, "sliding_window", None)
     kept = min(TOKENS, window - 1) if window else TOKENS  # what the next token will see
     for states in (keys, values):
         if states.dim() != 4 or states.shape[0] != 1 or states.shape[2] not in (TOKENS, kept):
-            raise _unsupported(kind, f"a cache of shape {tuple(states.shape)} after {TOKENS} tokens")
+            raise unsupported(kind, f"a cache of shape {tuple(states.shape)} after {TOKENS} tokens")
     if keys.shape[1] != values.shape[1]:
-        raise _unsupported(kind, f"a cache of {keys.shape[1]} heads of keys and {values.shape[1]} of values")
+        raise unsupported(kind, f"a cache of {keys.shape[1]} heads of keys and {values.shape[1]} of values")
     return KVLayer(keys.shape[1], keys.shape[3], values.shape[3], window)

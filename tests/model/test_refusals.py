@@ -55,6 +55,8 @@ def test_what_is_not_forecast_is_named(kind):
         ModelSpec.from_config(config(), kind)
     assert kind in one_line(error)
     assert why in str(error.value)
+    if why:
+        assert str(error.value).endswith("is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
 
 
 def test_a_config_no_model_can_be_built_from():
