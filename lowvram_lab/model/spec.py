@@ -76,7 +76,7 @@ class ModelSpec:
         num_attention_heads: Heads of queries in a layer.
         kv_layers: What each decoder layer keeps of every token, or ``None`` where it reads another's keys and values.
         vocab_size: Tokens in the vocabulary.
-        max_position_embeddings: Longest text it was trained for, or 0 where its config does not say.
+        max_position_embeddings: Most tokens by its config, or 0 where that does not say.
         layers_path: Path of the list of decoder layers.
         embedding: Path of the embedding table.
         head: Path of the head.
