@@ -252,7 +252,7 @@ def forecast_16_bits(case: Case) -> Effect:
     profile = forecast(case.naive, case.budget)
     case.bytes_in_16_bits = profile.device_peak_bytes
     oom = profile.first_oom
-    note = f"out of memory in {oom.phase}, at {oom.module}" if oom else "it fits"
+    note = f"what it would take without a limit: out of memory in {oom.phase}, at {oom.module}" if oom else "it fits"
     return case.memory("before", "GPU memory, 16 bits", profile, "forecast", note)
 
 
@@ -388,13 +388,14 @@ def _foretold(case: Case, claim: str) -> Effect:
         if saved >= CLAIMS[claim].saved:
             break
     profile = forecast(plan, case.budget)
+    verdict = "fits" if profile.fits else "does not fit, so the peak is without a limit"
     return judged(
         claim,
         CLAIMS[claim].name,
         f"{NOT_HERE}; {-saved:.1%} weights: peak {format_bytes(profile.device_peak_bytes)}",
         [],
         how="forecast",
-        note=f"all {name}, on the GPU whole: {'fits' if profile.fits else 'does not fit'}; loss unknown",
+        note=f"all {name}, on the GPU whole: {verdict}; loss unknown",
         unchecked=case.lost["fetch"],
         figures={"peak_bytes": profile.device_peak_bytes, "saved": saved},
     )

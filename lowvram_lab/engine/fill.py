@@ -47,7 +47,7 @@ class Filler:
         fmt = get_format(self.plan.modules[module.name].format)
         layer = self._empty_layer(module)
         if module.tied_to:
-            for key, buffer in self._owner(module).named_buffers(recurse=False):
+            for key, buffer in self.model.get_submodule(module.tied_to).named_buffers(recurse=False):
                 layer.register_buffer(key, buffer)
         elif module.name in self.plan.spec.stored and not self.gpu.meta:
             layer.fill(stored_tensors(module.name, fmt, self.weights), self._mover(module))
@@ -66,10 +66,6 @@ class Filler:
             return quantized_embedding(rows, columns, fmt, DTYPES[self.plan.dtype], module.scale)
         kernels = self.gpu.kernels_of(compute_place(assignment.device))
         return quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
-
-    def _owner(self, module: ModuleSpec) -> torch.nn.Module:
-        """The module whose weight this one shares."""
-        return self.model.get_submodule(module.tied_to)
 
     def _parameter(self, module: ModuleSpec, key: str) -> torch.nn.Parameter:
         """A parameter in the plan's dtype at its place, or the one that it shares."""

@@ -28,6 +28,7 @@ from lowvram_lab.memory.recording import Recording
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.model.checkpoint import ShapesOnly, check_tensor
 from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.geometry import keep_frequencies
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec, build_on_meta
@@ -75,6 +76,8 @@ def load(
     config = spec.pretrained_config()
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
+    if gpu.meta:
+        keep_frequencies(model)
     import_kernels({assignment.format for assignment in plan.modules.values()})
     gpu.recording = recording = Recording()
     if timeline:

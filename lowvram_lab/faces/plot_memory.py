@@ -46,7 +46,8 @@ def plot_profiles(
 ) -> Axes:
     """Stacked bars: the breakdown of each profile when its allocator held most, against the card.
 
-    The figure above a bar is CUDA context + reserved: what the card must have.
+    The figure above a bar is CUDA context + reserved: what the card must have. Of a forecast that does not fit it is
+    what it would be without a limit.
 
     Args:
         profiles: Forecast or measured, on one budget.
@@ -57,11 +58,11 @@ def plot_profiles(
     names = labels or [f"{p.model}\n{p.origin}" for p in profiles]
     unit, tops = _draw_stacks(ax, names, [p.breakdown for p in profiles], profiles[0].budget)
     for position, (profile, top) in enumerate(zip(profiles, tops, strict=True)):
-        verdict = "" if profile.fits else "\ndoes not fit"
+        verdict = "" if profile.fits else "\nwithout a limit:\ndoes not fit"
         colour = "black" if profile.fits else BUDGET_COLOUR
         label_point(ax, f"{in_unit(top, unit)}{verdict}", (position, top / unit), colour)
     ax.set_ylabel(f"GPU memory at the peak, {unit_name(unit)}")
-    ax.margins(y=0.18)
+    ax.margins(y=0.24)
     return legend(ax)
 
 
@@ -231,7 +232,7 @@ def new_axes(width: float = 6.4, height: float = 3.6) -> Axes:
 
 
 def _title(profile: MemoryProfile) -> str:
-    where = f" on {profile.gpu}" if profile.origin == "measured" else ""
+    where = f" on {profile.gpu}" if profile.origin == "measured" else "" if profile.fits else ", without a limit"
     return f"{profile.model}, {profile.origin}{where}"
 
 

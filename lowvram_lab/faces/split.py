@@ -86,8 +86,8 @@ class SplitResult:
             free = format_bytes(budget.total_bytes - taken)
             return f"fits: takes {format_bytes(taken)} of {format_bytes(budget.total_bytes)}, {free} to spare"
         return (
-            f"out of memory in {oom.phase} at {oom.module or 'the model'}: does not fit, needs {format_bytes(taken)} "
-            f"where the card has {format_bytes(budget.total_bytes)}"
+            f"out of memory in {oom.phase} at {oom.module or 'the model'}: does not fit, would take "
+            f"{format_bytes(taken)} on a card without a limit; this one has {format_bytes(budget.total_bytes)}"
         )
 
     def to_dict(self) -> dict:

@@ -123,11 +123,15 @@ class Checkpoint:
         """Shape of a tensor, from the header alone."""
         return tuple(self._fact(name)["shape"])
 
+    def where(self, name: str) -> str:
+        """The file that holds a tensor and the tensor's name there, in words."""
+        return f"{self._file_of[name]}: tensor {self._stored_names.get(name, name)}"
+
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor, from the header alone."""
         stored = self._fact(name)["dtype"]
         if stored not in _DTYPES:
-            raise CheckpointError(f"{self._file_of[name]}: tensor {name} has dtype {stored}, which torch cannot hold")
+            raise CheckpointError(f"{self.where(name)} has dtype {stored}, which torch cannot hold")
         return _DTYPES[stored]
 
     def renamed(self, stored_names: dict[str, str], unknown: tuple[str, ...] = ()) -> "Checkpoint":
@@ -190,7 +194,15 @@ def check_tensor(name: str, shape: tuple[int, ...], weights: object) -> None:
             hint = f"{len(unknown)} of its tensors have names that are none of this model's, as {unknown[0]}"
         raise CheckpointError(f"{where}: expected a tensor {name}, found none; {hint}")
     if tuple(weights.shape(name)) != tuple(shape):
-        raise CheckpointError(f"{name}: expected shape {tuple(shape)}, found {tuple(weights.shape(name))}")
+        raise misfit(name, weights, f"shape {tuple(shape)}, found {tuple(weights.shape(name))}")
+
+
+def misfit(name: str, weights: object, expected: str) -> CheckpointError:
+    """The error of a tensor that is not what the config says: the file that holds it, both shapes, and what to do."""
+    where = weights.where(name) if isinstance(weights, Checkpoint) else name
+    return CheckpointError(
+        f"{where}: expected {expected}; config.json and the weights are not of one model: take both from one repository"
+    )
 
 
 def _find_files(directory: Path, index: dict[str, str] | None) -> list[Path]:
@@ -212,7 +224,12 @@ def _find_files(directory: Path, index: dict[str, str] | None) -> list[Path]:
     found = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else []
     if pickled := [name for name in found if name.endswith(PICKLE_SUFFIXES)]:
         raise SourceError(refuse_pickle(f"{directory} holds only pickled weights ({', '.join(pickled)})"))
-    raise CheckpointError(f"{directory}: expected *.safetensors, found {', '.join(found[:8]) or 'nothing'}")
+    hint = ""
+    if "config.json" in found:
+        without = f"lowvram forecast {directory} and lowvram plan {directory} --gpu SIZE"
+        hint = f"; put them beside config.json ({without} work without weights)"
+    listed = ", ".join(found[:8]) or "nothing"
+    raise CheckpointError(f"{directory}: no weights: expected *.safetensors, found {listed}{hint}")
 
 
 def _refuse_lost_shards(directory: Path, names: list[str]) -> None:

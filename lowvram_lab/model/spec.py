@@ -18,7 +18,7 @@ import torch
 
 from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
-from lowvram_lab.model.geometry import KVLayer, kv_layers_of
+from lowvram_lab.model.geometry import KVLayer, kv_layers_of, unsupported
 from lowvram_lab.model.kinds import kind_of
 from lowvram_lab.quiet import quiet_transformers
 
@@ -76,7 +76,7 @@ class ModelSpec:
         num_attention_heads: Heads of queries in a layer.
         kv_layers: What each decoder layer keeps of every token, or ``None`` where it reads another's keys and values.
         vocab_size: Tokens in the vocabulary.
-        max_position_embeddings: Longest text it was trained for, or 0 where its config does not say.
+        max_position_embeddings: Most tokens by its config, or 0 where that does not say.
         layers_path: Path of the list of decoder layers.
         embedding: Path of the embedding table.
         head: Path of the head.
@@ -325,16 +325,12 @@ def _stated(text: PretrainedConfig, name: str) -> int:
     return value
 
 
-def _unsupported(kind: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{kind}: {what} is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
-
-
 def _refuse_towers(config: PretrainedConfig, text: PretrainedConfig) -> None:
     """Names what is more than the one stack of decoder layers that a plan places."""
     if getattr(config, "is_encoder_decoder", False):
-        raise _unsupported(config.model_type, "an encoder-decoder model")
+        raise unsupported(config.model_type, "an encoder-decoder model")
     if text is not config:
-        raise _unsupported(config.model_type, "a model with more than one tower (text beside vision or audio)")
+        raise unsupported(config.model_type, "a model with more than one tower (text beside vision or audio)")
 
 
 def _refuse_other_layers(model: PreTrainedModel, layers_path: str) -> None:
@@ -343,7 +339,7 @@ def _refuse_other_layers(model: PreTrainedModel, layers_path: str) -> None:
         if isinstance(module, torch.nn.ModuleList) and not f"{path}.".startswith(f"{layers_path}."):
             inner = (part for block in module for part in block.modules() if part is not block)
             if any(isinstance(part, torch.nn.Linear) for part in inner):
-                raise _unsupported(model.config.model_type, f"a model with more than one tower ({path})")
+                raise unsupported(model.config.model_type, f"a model with more than one tower ({path})")
 
 
 def _refuse_experts(model: PreTrainedModel) -> None:
@@ -351,7 +347,7 @@ def _refuse_experts(model: PreTrainedModel) -> None:
     for module in model.modules():
         fused = any(parameter.dim() > 2 for parameter in module.parameters(recurse=False))
         if fused and "expert" in type(module).__name__.lower():
-            raise _unsupported(model.config.model_type, "a mixture of experts")
+            raise unsupported(model.config.model_type, "a mixture of experts")
 
 
 def _config_from_dict(values: dict):

@@ -331,7 +331,7 @@ def config_metadata(spec: Sizes, config: PretrainedConfig, context: int | None =
     Args:
         spec: The model's sizes.
         config: Its config.
-        context: Most tokens the file is for; ``None`` for all that the model was trained for.
+        context: Most tokens the file is for; ``None`` for all that the config states.
 
     Raises:
         CheckpointError: What llama.cpp would compute otherwise, named.

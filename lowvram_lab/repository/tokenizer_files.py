@@ -9,14 +9,22 @@ _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf
 """What transformers reads a SentencePiece file with: packages, and the modules they bring."""
 
 
-def require_libraries(directory: Path) -> None:
-    """Refuses a tokenizer that is a SentencePiece file alone where the packages that read it are missing.
+_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "tekken.json")
+"""What a tokenizer's files are called."""
+
+
+def require_tokenizer_files(directory: Path) -> None:
+    """Refuses weights without any tokenizer's file, and a SentencePiece file alone whose packages are missing.
+
+    A directory without weights passes: fetching it says that there are none.
 
     Raises:
-        SourceError: Names them, and how to install them.
+        SourceError: Says what was found and what to do, or names the packages and how to install them.
     """
     if (directory / "tokenizer.json").is_file():
         return
+    if any(directory.glob("*.safetensors")) and not any(path for name in _FILES for path in directory.glob(name)):
+        raise cannot_open(directory)
     alone = [path.name for path in sorted(directory.glob("*.model")) if _is_sentencepiece(path)]
     missing = [package for package, module in _SENTENCEPIECE.items() if not _installed(module)]
     if alone and missing:
@@ -25,6 +33,17 @@ def require_libraries(directory: Path) -> None:
             f"{directory}: its tokenizer is {alone[0]} alone, a SentencePiece file: reading it needs "
             f"{' and '.join(missing)}; run {install}"
         )
+
+
+def cannot_open(directory: Path, reason: str = "") -> SourceError:
+    """The error that says, in one whole line, that a directory's tokenizer cannot be opened; ``reason`` may be why."""
+    found = sorted(path.name for path in directory.iterdir())
+    listed = ", ".join(found[:6]) + (", …" if len(found) > 6 else "")
+    why = f" ({reason[:160]})" if reason and not reason.rstrip().endswith(":") else ""  # a list's heading says nothing
+    return SourceError(
+        f"{directory}: cannot open its tokenizer{why}: expected tokenizer.json or the model's vocabulary files beside "
+        f"config.json, found {listed}; copy them there from the model's own repository"
+    )
 
 
 def _is_sentencepiece(path: Path) -> bool:

@@ -142,7 +142,7 @@ def export_gguf(
         output: A new file, ``.gguf``.
         tensor_type: What matrices become: one of ``TYPES``. In ``"q4_1"`` embedding and head become q8_0, and so does
             what a converted directory holds in more than 4 bits. Rows that are no multiple of 32 become f16 instead.
-        context: Most tokens the file is for; by default all that the model was trained for. A model whose attention
+        context: Most tokens the file is for; by default all that the config states. A model whose attention
             slides over a window needs one within the window: llama.cpp slides none of these architectures.
         progress: Show a progress bar, on stderr.
 

@@ -13,7 +13,7 @@ import torch
 from transformers import PretrainedConfig
 
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.spec import ModelSpec, build_on_meta
 from lowvram_lab.model.tensor_names import refuse_differing_ties
 from lowvram_lab.weights.solvers import is_finite
@@ -155,10 +155,7 @@ class LayerByLayer:
 
     def stored(self, name: str) -> torch.Tensor:
         """A checked tensor of the checkpoint, as it is: of a large table only the rows that are touched take RAM."""
-        if name not in self.checkpoint:
-            raise CheckpointError(f"expected a tensor {name} in the checkpoint of {self.spec.name}, found none")
-        if tuple(self.checkpoint.shape(name)) != self._shapes[name]:
-            raise CheckpointError(f"{name}: expected shape {self._shapes[name]}, found {self.checkpoint.shape(name)}")
+        check_tensor(name, self._shapes[name], self.checkpoint)
         tensor = self.checkpoint.read(name)
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
             raise CheckpointError(f"{name}: expected a 16- or 32-bit float weight, found {tensor.dtype}")

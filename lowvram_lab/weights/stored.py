@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.checkpoint import Checkpoint, misfit
 from lowvram_lab.model.formats import SCALE_DTYPE, Format
 from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight, pack, unpack
@@ -47,7 +47,7 @@ def check_stored(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> Non
             raise CheckpointError(f"expected a tensor {name} for {module.name} in {fmt.name}, found none")
         found = tuple(checkpoint.shape(name)), checkpoint.dtype(name)
         if found != (shape, dtype or found[1]):
-            raise CheckpointError(f"{name}: expected shape {shape} of {dtype}, found {found[0]} of {found[1]}")
+            raise misfit(name, checkpoint, f"shape {shape} of {dtype}, found {found[0]} of {found[1]}")
 
 
 def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> IntegerWeight:

@@ -386,7 +386,7 @@ def test_the_articles_own_model_is_judged_by_forecast():
     before, after = rows_of(case, "forecast", "plan")
     assert before.held is (before.figures["peak_bytes"] >= CLAIMS["before"].limit)
     assert after.held is (after.figures["peak_bytes"] <= CLAIMS["after"].limit)
-    assert "out of memory in load, at model.layers." in before.note
+    assert "what it would take without a limit: out of memory in load, at model.layers." in before.note
     assert after.figures["fits"]
     assert open_case("qwen1.5-4b", "6GiB", None, None).other
     assert not case.other

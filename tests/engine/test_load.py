@@ -9,12 +9,15 @@ import torch
 from lowvram_lab.engine.decode import ModuleDecoder, generate, prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.lean import decoder_for
-from lowvram_lab.engine.load import replan
+from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
 from lowvram_lab.units import MiB
+from lowvram_lab.weights.layerwise import LayerByLayer
+from tests.helpers.checkpoints import write_model
 from tests.helpers.tiny import (
     PLACEMENTS,
     TINY,
@@ -211,6 +214,21 @@ def test_a_bad_tensor_is_named(change, words, recipe):
     with pytest.raises(CheckpointError, match=words) as error:
         load_tiny("qwen2", tiny_plan("qwen2", recipe), state=spoilt(change))
     assert UP in str(error.value)
+
+
+def test_a_tensor_of_another_shape_is_named_with_its_file_and_what_to_do(tmp_path):
+    folder = write_model(tmp_path / "model", "qwen2", spoilt(lambda state: state.update({UP: torch.zeros(192, 64)})))
+    source = find_source(folder)
+    for call in (
+        lambda: load(Plan.uniform(source.spec(), "int8", context=64), open_gpu("100MiB"), progress=False),
+        lambda: LayerByLayer(source.spec(), source.checkpoint()).stored(UP),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            call()
+        assert str(error.value) == (
+            f"{folder / 'model.safetensors'}: tensor {UP}: expected shape (192, 128), found (192, 64); config.json and "
+            "the weights are not of one model: take both from one repository"
+        )
 
 
 @pytest.mark.parametrize("name", [UP, "model.layers.1.self_attn.q_proj.bias"])

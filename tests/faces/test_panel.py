@@ -160,7 +160,8 @@ def test_too_small_a_card_is_said_in_red_before_anything_is_loaded(monkeypatch):
     panel = a_panel("24MiB")  # a matrix product on CUDA reserves 20 MiB, however small it is
     assert BUDGET_COLOUR in panel.verdict.value
     oom = panel.forecast.first_oom
-    assert f"out of memory in {oom.phase} at {oom.module}: does not fit" in panel.verdict.value
+    assert f"out of memory in {oom.phase} at {oom.module}: does not fit, would take" in panel.verdict.value
+    assert "on a card without a limit; this one has" in panel.verdict.value
     panel.state = replace(panel.state, gpu_layers=0, recipe="int4")
     assert panel.forecast.fits
     assert FITS_COLOUR in panel.verdict.value

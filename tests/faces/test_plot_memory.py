@@ -125,7 +125,10 @@ def test_a_profile_that_does_not_fit_says_so():
     narrow = GpuBudget(3 * MiB)
     fitting, failing = a_forecast("int8", GpuBudget(100 * MiB)), a_forecast("bf16", narrow)
     assert fitting.fits and not failing.fits
-    assert [("does not fit" in text) for text in texts(plot_profiles([fitting, failing]))] == [False, True]
+    said = texts(plot_profiles([fitting, failing]))
+    assert [("without a limit:\ndoes not fit" in text) for text in said] == [False, True]
+    titles = [plot(each).get_title() for plot in (plot_phases, plot_breakdown) for each in (fitting, failing)]
+    assert [title.endswith(", without a limit") for title in titles] == [False, True] * 2
 
 
 def test_profiles_are_named_as_asked():

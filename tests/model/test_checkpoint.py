@@ -236,6 +236,14 @@ def test_no_weights_and_no_directory(tmp_path):
         Checkpoint(tmp_path / "absent")
 
 
+def test_a_config_without_weights_says_what_works_so(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no weights: expected .*safetensors, found config.json") as error:
+        Checkpoint(tmp_path)
+    assert f"lowvram forecast {tmp_path} and lowvram plan {tmp_path} --gpu SIZE work without" in str(error.value)
+    one_line(error)
+
+
 def test_git_lfs_pointer(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):

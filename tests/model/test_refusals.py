@@ -55,6 +55,8 @@ def test_what_is_not_forecast_is_named(kind):
         ModelSpec.from_config(config(), kind)
     assert kind in one_line(error)
     assert why in str(error.value)
+    if why:
+        assert str(error.value).endswith("is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
 
 
 def test_a_config_no_model_can_be_built_from():
@@ -127,6 +129,7 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
     "rope_scaling": {"rope_type": "longrope", "short_factor": [1.1] * 16, "long_factor": [1.7] * 16},
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
 OTHERS = [
     ("qwen3", "int8", True, {}),
     ("phi3", "int8", True, {}),
@@ -138,6 +141,14 @@ OTHERS = [
     ("gpt2", "int8", True, {}),
     ("gpt_bigcode", "int8", True, {}),
     ("phi3", "bf16", True, LONGROPE),  # rotary tables that depend on the length
+    ("llama", "int8", False, {"rope_parameters": DYNAMIC, "max_position_embeddings": 128}),  # all that it may see
+    ("qwen2", "bf16", True, {"rope_parameters": DYNAMIC}),
+    (
+        "gemma3_text",  # asks its positions once for each kind of layer
+        "bf16",
+        False,
+        {"head_dim": 32, "rope_parameters": {"full_attention": DYNAMIC, "sliding_attention": DYNAMIC}},
+    ),
 ]
 
 

@@ -424,7 +424,19 @@ def test_directory(tmp_path, tiny):
     assert found.fetch() == tmp_path
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(found.checkpoint().read(name), tiny.state_dict()[name])
-    refused(found.tokenizer, error=SourceError, match="cannot open its tokenizer")
+    for call in (found.tokenizer, found.require_tokenizer):
+        said = refused(call, error=SourceError, match="cannot open its tokenizer: expected tokenizer.json")
+        assert "found config.json, generation_config.json, model.safetensors; copy them there from" in said
+
+
+def test_a_tokenizer_that_lacks_its_vocabulary_is_one_whole_line(tmp_path, tiny):
+    """transformers' own first line ends in a colon."""
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    find_source(tmp_path).require_tokenizer()  # it may be a kind that needs no more
+    said = refused(find_source(tmp_path).tokenizer, error=SourceError, match="cannot open its tokenizer")
+    assert ": )" not in said and "one of:" not in said
+    assert said.endswith("tokenizer_config.json; copy them there from the model's own repository")
 
 
 def test_directory_with_pickles_alone(tmp_path):

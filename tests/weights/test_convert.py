@@ -590,7 +590,7 @@ def with_nan(tensor):
 
 
 SPOILT = {
-    "missing": (None, "expected a tensor {name} .*found none|no tensor named {name}"),
+    "missing": (None, "expected a tensor {name}, found none|no tensor named {name}"),
     "NaN": (with_nan, "{name}: expected finite weights"),
     "fp8": (lambda t: t.to(torch.float8_e4m3fn), "{name}: expected a 16- or 32-bit float weight, found torch.float8"),
     "integers": (lambda t: t.to(torch.int32), "{name}: expected a 16- or 32-bit float weight, found torch.int32"),

@@ -7,7 +7,8 @@ import sys
 from lowvram_lab.errors import UnitError
 from lowvram_lab.files import cache_dir, writable
 from lowvram_lab.model.source import Source, find_source
-from lowvram_lab.units import parse_tokens
+from lowvram_lab.planner.profile import MemoryProfile
+from lowvram_lab.units import format_bytes, parse_tokens
 
 
 def positive(text: str) -> int:
@@ -44,6 +45,22 @@ def print_json(values: dict) -> None:
 def prose(args: argparse.Namespace):
     """A function that prints where prose goes: on stdout, or on stderr if stdout is for JSON."""
     return lambda text="", end="\n": print(text, end=end, flush=True, file=sys.stderr if args.json else sys.stdout)
+
+
+def table_note(profile: MemoryProfile) -> str:
+    """What the figures of a forecast's table are: a plan's summary above it counts the weights by their tensors."""
+    exact = format_bytes(profile.weights_bytes)
+    return (
+        f"(MiB in the allocator's blocks, which hold somewhat more than the tensors in them, {exact} of weights; "
+        "reserved is the simulated CUDA allocator's)"
+    )
+
+
+def memory_line(profile: MemoryProfile) -> str:
+    """A forecast's summary; of what does not fit it says that the figures go on beyond the card."""
+    if profile.fits:
+        return profile.summary()
+    return f"{profile.summary()}; its peaks are what it would take and reserve on a card without a limit"
 
 
 def require_cache(source: Source) -> None:

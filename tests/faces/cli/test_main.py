@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -126,6 +127,40 @@ def test_bad_weights_are_one_line(capsys, tmp_path, kind):
     complaints = [line for line in err.splitlines() if line.startswith("lowvram:")]
     assert (status, out, len(complaints)) == (2, "", 1), err
     assert "Traceback" not in err
+
+
+def test_a_config_alone_is_forecast_and_planned_and_a_chat_says_so(capsys, tmp_path):
+    directory = directory_with(tmp_path)
+    card = ("--gpu", "192MiB", "--context", 64)
+    for command in ("chat", "complete"):
+        status, out, err = run(capsys, command, directory, *card, "--prompt", "x")
+        assert (status, out, len(err.splitlines())) == (2, "", 1)
+        assert "no weights" in err and f"lowvram forecast {directory} and lowvram plan {directory} --gpu SIZE" in err
+    for command in ("forecast", "plan"):
+        assert run(capsys, command, directory, *card)[0] == 0
+
+
+def test_a_context_beyond_the_model_says_who_states_it(capsys, tmp_path):
+    """A GGUF file may state less than the model was trained for (``lowvram export --context``)."""
+    status, _, err = run(capsys, "forecast", directory_with(tmp_path, max_position_embeddings=96), "--context", 97)
+    assert status == 2 and "trained" not in err
+    assert f"context 97 is beyond the 96 positions that {tmp_path} states; ask for 96 or less" in err
+
+
+def test_a_table_says_that_its_weights_are_blocks(capsys):
+    """The plan's summary above it counts the tensors."""
+    for words in (["forecast", "smollm2-135m", "--format", "int8"], ["plan", "smollm2-135m", "--explain"]):
+        _, out, _ = run(capsys, *words, "--gpu", "1GiB", "--context", 512)
+        exact = re.search(r"context 512: ([\d.]+ MiB) GPU", out).group(1)
+        assert f"in the allocator's blocks, which hold somewhat more than the tensors in them, {exact} of w" in out
+
+
+def test_what_does_not_fit_is_said_to_be_without_a_limit(capsys):
+    words = ("forecast", "smollm2-135m", "--context", 512, "--format", "fp32")
+    limit = "its peaks are what it would take and reserve on a card without a limit"
+    lines = run(capsys, *words, "--gpu", "192MiB")[1].splitlines()
+    assert [line.endswith(limit) for line in lines if "does not fit in" in line] == [True]
+    assert limit not in run(capsys, *words, "--gpu", "2GiB")[1]
 
 
 def test_a_truncated_gguf_is_one_line(capsys, tmp_path):
