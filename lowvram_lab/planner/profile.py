@@ -179,14 +179,13 @@ class MemoryProfile:
 
     def summary(self) -> str:
         """One line: fits or not, peak against budget, and the first failure."""
-        line = (
-            f"{self.model}: peak {format_bytes(self.peak_allocated_bytes)} in {self.peak.name}, "
-            f"{format_bytes(self.peak_reserved_bytes)} reserved"
-        )
+        peak, held = format_bytes(self.peak_allocated_bytes), format_bytes(self.peak_reserved_bytes)
+        line = f"{self.model}: peak {peak} in {self.peak.name}, {held} reserved"
         if self.budget:
             context = f" + {format_bytes(self.overhead_bytes)} CUDA context" if self.overhead_bytes else ""
             verdict = "fits" if self.fits else "does not fit"
-            line += f"{context}: {verdict} in {format_bytes(self.budget.total_bytes)}"
+            beyond = "" if self.fits or self.origin == "measured" else " without a limit"
+            line += f"{context}{beyond}: {verdict} in {format_bytes(self.budget.total_bytes)}"
         if self.first_oom:
             line += f" (first out of memory in {self.first_oom.phase}, at {self.first_oom.module})"
         return line

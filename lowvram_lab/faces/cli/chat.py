@@ -14,7 +14,7 @@ from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.load import load
 from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import memory_line, print_json, prose, spec_of, tokens
+from lowvram_lab.faces.cli.common import print_json, prose, spec_of, tokens
 from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.units import format_bytes
@@ -108,7 +108,7 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
     source.fetch(sys.stderr.isatty())
     if (of_files := source.spec()).fingerprint != spec.fingerprint:  # a head of its own, where the config ties it
         plan, profile, _ = chosen_plan(args, of_files, gpu)
-    print(f"{plan.summary()}; on {gpu.name}\n{memory_line(profile)}", file=sys.stderr)
+    print(f"{plan.summary()}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
     source.fetch(progress=sys.stderr.isatty())
     tokenizer = source.tokenizer()
     if kind is ChatSession:

@@ -56,13 +56,6 @@ def table_note(profile: MemoryProfile) -> str:
     )
 
 
-def memory_line(profile: MemoryProfile) -> str:
-    """A forecast's summary; of what does not fit it says that the figures go on beyond the card."""
-    if profile.fits:
-        return profile.summary()
-    return f"{profile.summary()}; its peaks are what it would take and reserve on a card without a limit"
-
-
 def require_cache(source: Source) -> None:
     """Refuses to begin where a model has yet to be fetched into the cache folder and nothing can be written there.
 

@@ -14,7 +14,7 @@ from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.validation import ValidationReport, validate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.faces.cli.common import memory_line, print_json, prose, require_cache, tokens
+from lowvram_lab.faces.cli.common import print_json, prose, require_cache, tokens
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import describe_holders
@@ -46,7 +46,7 @@ def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., 
     spec = source.spec()
 
     say(f"1. Forecast: {spec.name} in fp16 on a {format_bytes(gpu.budget.total_bytes)} GPU, from its config alone")
-    say(f"   {memory_line(forecast(Plan.uniform(spec, 'fp16', context=context), gpu))}\n")
+    say(f"   {forecast(Plan.uniform(spec, 'fp16', context=context), gpu).summary()}\n")
 
     say("2. Try it anyway")
     weights_from = _fetched_from(source, say, progress)
@@ -156,7 +156,7 @@ def _running_case(say: Callable[..., None]) -> dict:
     spec = source.spec(name)
     say(f"6. The same for {name} on a {size} card, from its config alone, context {context}")
     naive = forecast(Plan.uniform(spec, "fp16", context=context), size)
-    say(f"   fp16: {memory_line(naive)}")
+    say(f"   fp16: {naive.summary()}")
     choice = auto_plan(spec, size, context)
     say(f"   plan: {choice.plan.summary()}")
     say(f"   {choice.forecast.summary()}")

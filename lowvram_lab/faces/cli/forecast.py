@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import memory_line, positive, print_json, prose, spec_of, table_note
+from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of, table_note
 from lowvram_lab.faces.cli.plan import add_plan_options, options_between, stated_plan
 from lowvram_lab.files import write_atomically
 from lowvram_lab.memory.budget import GpuBudget
@@ -52,7 +52,7 @@ def run_forecast(args: argparse.Namespace) -> int:
     say(plan.summary())
     say(profile.table().to_string(index=False))
     say(table_note(profile))
-    say(memory_line(profile))
+    say(profile.summary())
     for suggestion, said in zip(found, suggestions, strict=True):
         options = said["options"]
         say(f"would fit: {suggestion}{options and f' ({options})'}")

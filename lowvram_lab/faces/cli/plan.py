@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.faces.cli.common import memory_line, positive, print_json, spec_of, table_note, tokens
+from lowvram_lab.faces.cli.common import positive, print_json, spec_of, table_note, tokens
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
@@ -221,7 +221,7 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.explain:
         print(profile.table().to_string(index=False))
         print(table_note(profile))
-    print(memory_line(profile))
+    print(profile.summary())
     print(speed.summary())
     if args.explain:
         for part, seconds in sorted(speed.parts.items(), key=lambda item: -item[1]):
