@@ -5,9 +5,11 @@ takes a fused kernel that allocates its output and a row of log-sum-exps. The or
 ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``, on the CPU of ``transformers/sdp_utils_cpp.cpp``.
 
 A decoder's layers are alike: of some ten thousand operator calls in a forecast a few hundred differ. torch works each
-of them out in Python (about 0.1 ms); what it returned is remembered by shape, and costs a fraction of that.
+of them out in Python (0.1 to 1 ms); what it returned is remembered by shape, for the forecasts that follow too: a
+search makes a hundred of one model.
 """
 
+import functools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -119,7 +121,7 @@ class DryRunGpu(Gpu):
         if expandable_segments:
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
-        self._results = MetaResults()
+        self._results = _results_of(torch.get_default_dtype())
         self._workspace = self._of_graphs = None
 
     def _new_workspace(self) -> torch.Tensor:
@@ -162,36 +164,74 @@ class DryRunGpu(Gpu):
         return torch.empty_like(tensor, device="meta")
 
 
+MOST_REMEMBERED = 100_000
+"""Calls that are remembered, some 1 KiB each; then all are forgotten."""
+
+
 class MetaResults:
     """Runs operators over meta tensors, answering repeated calls from memory.
 
-    Only results with storage of their own are remembered. Views and in-place operators say so in their schema; one
-    (``_unsafe_view``) does not, so the storages are compared too.
+    Remembered are results with storage of their own, and that an in-place operator gave its first argument back as it
+    was. Views say so in their schema; one (``_unsafe_view``) does not, so the storages are compared too.
     """
 
     def __init__(self):
-        self._layouts: dict[tuple, list[tuple] | tuple] = {}
-        self._fresh: dict[object, bool] = {}
+        self._known: dict[torch._ops.OpOverload, tuple[str, dict]] = {}
+        self._count = 0
 
     def __call__(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
         """The operator's result: equal in shape, strides and dtype to what ``func(*args, **kwargs)`` gives on meta."""
-        fresh = self._fresh.get(func)
-        if fresh is None:
-            fresh = self._fresh[func] = _returns_fresh_tensors(func)
-        key = (func, _signature(args), _signature(tuple(sorted(kwargs.items())))) if fresh else None
-        layout = self._layouts.get(key) if key else None
+        kind, layouts = self._known.get(func) or self._known.setdefault(func, (_kind_of(func), {}))
+        if kind == "other":
+            return func(*args, **kwargs)
+        key = (_signature(args), _signature(sorted(kwargs.items())) if kwargs else ())
+        layout = layouts.get(key)
         if layout is None:
             result = func(*args, **kwargs)
-            if key and (layout := _layout(result)) is not None and not _shares_storage(result, args):
-                self._layouts[key] = layout
+            if (layout := _remembered(kind, args, result)) is not None:
+                self._remember(layouts, key, layout)
             return result
+        if layout is _ITS_FIRST_ARGUMENT:
+            return args[0]
         return _empty(layout) if isinstance(layout, tuple) else tuple(_empty(one) for one in layout)
 
+    def _remember(self, layouts: dict, key: tuple, layout: object) -> None:
+        if self._count >= MOST_REMEMBERED:
+            self._known.clear()
+            self._count = 0
+        layouts[key] = layout
+        self._count += 1
 
-def _returns_fresh_tensors(func: torch._ops.OpOverload) -> bool:
+
+_ITS_FIRST_ARGUMENT = object()
+
+
+@functools.cache
+def _results_of(default_dtype: torch.dtype) -> MetaResults:
+    """What is remembered in this process; a result may depend on the default dtype, which no argument says."""
+    return MetaResults()
+
+
+def _kind_of(func: torch._ops.OpOverload) -> str:
+    """``"fresh"`` for an operator that returns new tensors, ``"in place"`` for one that writes its first argument."""
     schema = func._schema
-    aliases = any(a.alias_info is not None for a in (*schema.arguments, *schema.returns))
-    return not aliases and all(str(r.type) == "Tensor" for r in schema.returns)
+    written = [a.alias_info is not None for a in schema.arguments]
+    returned = [r.alias_info is not None for r in schema.returns]
+    if not all(str(r.type) == "Tensor" for r in schema.returns):
+        return "other"
+    if not any(written + returned):
+        return "fresh"
+    one = len(returned) == 1 and returned[0] and schema.returns[0].alias_info.is_write
+    in_place = one and written[0] and not any(written[1:]) and torch.Tag.inplace_view not in func.tags
+    return "in place" if in_place else "other"
+
+
+def _remembered(kind: str, args: tuple, result: object) -> object | None:
+    """What stands for an operator's result from here on; ``None`` where only the operator itself can make it."""
+    if kind == "in place":
+        same = args and result is args[0] and result.is_meta
+        return _ITS_FIRST_ARGUMENT if same else None
+    return None if _shares_storage(result, args) else _layout(result)
 
 
 def _signature(value: object) -> tuple:

@@ -93,6 +93,7 @@ class Meter(TorchDispatchMode):
         self.windows: list[Window] = []
         self._phase: PhaseMemory | None = None
         self._live: dict[int, _Live] = {}
+        self._simple: set[torch._ops.OpOverload] = set()
         self._taking, self._died = False, []
         self._categories = Counter()
         self._owner = ""
@@ -176,11 +177,12 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operator, then counts each storage among its results that was not there before."""
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # composite operators arrive whole here; look inside them
-            with self:
+        if torch.is_inference_mode_enabled() and func not in self._simple:
+            with self:  # composite operators arrive whole here; look inside them
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+            self._simple.add(func)
         place = None if self.by_device else self._place_for(func, args, kwargs)
         try:
             result = self.run(func, args, kwargs) if self.run else func(*args, **kwargs)

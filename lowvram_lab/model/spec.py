@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
@@ -207,7 +208,7 @@ def build_on_meta(config: PretrainedConfig):
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), _WithoutDraws():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a config can break a constructor in any way; the user needs one line, not which
         raise CheckpointError(
@@ -225,6 +226,22 @@ def build_on_meta(config: PretrainedConfig):
                 delattr(part, name)
                 part.register_buffer(name, value, persistent=False)
     return model.eval()
+
+
+_DRAWS = {"normal_", "uniform_", "kaiming_uniform_"}
+
+
+class _WithoutDraws(TorchFunctionMode):
+    """Leaves parameters on meta as they are where a constructor draws numbers: that would take most of its time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        """Passes over draws into tensors on meta, and everything else on."""
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWS:  # transformers puts its own in the place of torch's
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 def _make_long_frequencies(rotary: torch.nn.Module) -> None:

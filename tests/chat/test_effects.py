@@ -29,6 +29,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.units import GiB
 from lowvram_lab.weights.convert import convert
 from tests.helpers.checkpoints import write_model
+from tests.helpers.machines import Made
 from tests.helpers.tiny import letters_state, tiny_spec, tiny_tokenizer
 
 module = importlib.import_module("lowvram_lab.chat.effects")  # the package gives the function of that name
@@ -53,6 +54,7 @@ def small():
         patch.setattr(module, "ANSWER_TOKENS", 6)
         patch.setattr("lowvram_lab.chat.fidelity.sample_text", lambda: TEXT)
         patch.setattr(module, "auto_plan", planned_once())
+        patch.setattr("lowvram_lab.planner.speed.Machine", Made)  # to measure its rates is for tests/planner to check
         patch.setattr(module, "gc", SimpleNamespace(collect=lambda: None))  # a quarter of a second, ten times a report
         patch.setattr("lowvram_lab.machine.facts", functools.cache(machine.facts))
         yield

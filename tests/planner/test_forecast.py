@@ -13,10 +13,11 @@ import torch
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError, PlanError, UnitError
+from lowvram_lab.memory import dry_run
 from lowvram_lab.memory.allocator import round_size
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention, cublas_workspace_bytes
+from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention, MetaResults, cublas_workspace_bytes
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
@@ -140,6 +141,26 @@ def test_figures_hang_together(kind, recipe):
     assert "fits in" in profile.summary()
     with pytest.raises(KeyError):
         profile.phase("training")
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+def test_what_earlier_forecasts_worked_out_changes_no_figure(kernels, monkeypatch):
+    budget = replace(GpuBudget.parse("1GiB"), kernels=kernels)
+    plans = [replace(tiny_plan("qwen2", recipe, "half"), kv_format="int4") for recipe in RECIPES]
+    known = [forecast(plan, budget, workload=WORKLOAD) for _ in range(2) for plan in plans][len(plans) :]
+    monkeypatch.setattr(dry_run, "_results_of", lambda dtype: MetaResults())
+    assert known == [forecast(plan, budget, workload=WORKLOAD) for plan in plans]
+    monkeypatch.setattr(dry_run, "_results_of", lambda dtype: lambda func, args, kwargs: func(*args, **kwargs))
+    assert known == [forecast(plan, budget, workload=WORKLOAD) for plan in plans]
+
+
+def test_what_is_remembered_has_a_bound(monkeypatch):
+    monkeypatch.setattr(dry_run, "MOST_REMEMBERED", 20)
+    monkeypatch.setattr(dry_run, "_results_of", lambda dtype: MetaResults())
+    plan = tiny_plan("llama", "int8")
+    found = forecast(plan, workload=WORKLOAD)
+    monkeypatch.undo()
+    assert found == forecast(plan, workload=WORKLOAD)
 
 
 def test_kv_and_transfers_follow_the_split():
