@@ -188,7 +188,9 @@ class MetaResults:
         layout = layouts.get(key)
         if layout is None:
             result = func(*args, **kwargs)
-            if (layout := _remembered(kind, args, result)) is not None:
+            layout = _remembered(kind, args, result)
+            in_the_key = all(tensor.is_meta for tensor in _tensors((*args, *kwargs.values())))  # values are not
+            if layout is not None and in_the_key and (kind == "fresh" or _signature(result) == key[0][0]):
                 self._remember(layouts, key, layout)
             return result
         if layout is _ITS_FIRST_ARGUMENT:

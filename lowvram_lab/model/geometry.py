@@ -150,7 +150,8 @@ def keep_frequencies(model: PreTrainedModel) -> None:
 
 def unsupported(kind: str, what: str) -> CheckpointError:
     """The error that names what of a model type is not supported, and a model that is."""
-    return CheckpointError(f"{kind}: {what} is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
+    other = "a dense decoder-only model whose layers keep keys and values (Llama, Qwen2, …)"
+    return CheckpointError(f"{kind}: {what} is not supported; name {other}")
 
 
 def _refuse_states(held: object, kind: str) -> None:

@@ -192,7 +192,7 @@ def _at_longest_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice
     if (on_cpu := plan.kv_bytes(1, "cpu")) and room.ram_bytes is not None:
         spare = room.ram_bytes - ram_bytes(plan)
         tokens = min(tokens, plan.context + spare // on_cpu)
-    found = search.placed(replace(plan, context=tokens)) if tokens > plan.context else None
+    found = search.placed(replace(plan, context=tokens, prefill_chunk=None)) if tokens > plan.context else None
     if found is None:
         return choice
     moved = _moved(found.plan)
@@ -258,7 +258,9 @@ def _chosen(
             why.append(f"{name} does not fit: {shortage(plan, room)}{done and ', even with ' + done}")
     if not found:
         return None
-    text = f"{recipe}{_words(found.plan, gpu_layers)}{_on_disk(found.plan)} fits: {margin(found.forecast)}"
+    away = found.plan.weight_bytes("disk")
+    on_disk = f", {format_bytes(away)} on disk" if away else ""
+    text = f"{recipe}{_words(found.plan, gpu_layers)}{on_disk} fits: {margin(found.forecast)}"
     return PlanChoice(found.plan, found.forecast, (*why[1 - MOST_REASONS :], text), recipe)
 
 
@@ -336,8 +338,3 @@ def _with_threads(choice: PlanChoice, room: Room, machine: Machine) -> PlanChoic
     speeds = [forecast_speed(plan, machine=machine, ram=room.ram_bytes) for plan in plans]
     best = max(range(len(plans)), key=lambda index: speeds[index].decode_tokens_per_s)
     return replace(choice, plan=plans[best], speed=speeds[best])
-
-
-def _on_disk(plan: Plan) -> str:
-    on_disk = plan.weight_bytes("disk")
-    return f", {format_bytes(on_disk)} on disk" if on_disk else ""

@@ -62,7 +62,8 @@ def ram_bytes(plan: Plan) -> int:
 def margin(profile: MemoryProfile) -> str:
     """How much a forecast leaves, in words."""
     free = profile.budget.usable_bytes - profile.peak_reserved_bytes
-    return f"peak {format_bytes(profile.peak_allocated_bytes)}, {format_bytes(free)} to spare"
+    held = format_bytes(profile.peak_reserved_bytes)
+    return f"peak {format_bytes(profile.peak_allocated_bytes)}, {held} reserved, {format_bytes(free)} to spare"
 
 
 def shortage(plan: Plan, room: Room) -> str:
@@ -74,7 +75,7 @@ def shortage(plan: Plan, room: Room) -> str:
     weights, least = plan.weight_bytes("gpu"), least_bytes(plan)
     beyond = least - room.budget.usable_bytes
     tail = f", {format_bytes(beyond)} too much" if beyond > 0 else " before activations and fragmentation"
-    return f"{format_bytes(weights)} of weights + {format_bytes(least - weights)} of KV{tail}"
+    return f"{format_bytes(weights)} of weights + {format_bytes(least - weights)} of {plan.kv_format} KV{tail}"
 
 
 def refusal(plan: Plan, room: Room) -> BudgetError:
@@ -91,11 +92,8 @@ def refusal(plan: Plan, room: Room) -> BudgetError:
             f"{format_bytes(room.ram_bytes)} of RAM: {_ram_refusal(plan, room)}, a larger GPU or a smaller model"
         )
     helps = suggest(plan, budget)
-    if helps:
-        return BudgetError(f"{message}; what would help: {helps[0].text}")
-    return BudgetError(
-        f"{message}; not even a context of {SHORTEST_CONTEXT} helps: give it a larger GPU or a smaller model"
-    )
+    beyond = f"not even a context of {SHORTEST_CONTEXT} helps: give it a larger GPU or a smaller model"
+    return BudgetError(f"{message}; {'what would help: ' + helps[0].text if helps else beyond}")
 
 
 def _ram_refusal(plan: Plan, room: Room) -> str:

@@ -104,6 +104,7 @@ class Machine:
     Args:
         remember: Whether to keep rates in the cache folder.
         anew: Whether to measure again what is known.
+        on_measure: Is told the name of a rate before it is measured, which takes seconds, or a minute with a compiler.
 
     Attributes:
         name: What it is, in words: the CPU, and the GPU if there is one.
@@ -111,7 +112,8 @@ class Machine:
         asked: Circumstances of the rates that were asked for, by name.
     """
 
-    def __init__(self, remember: bool = True, anew: bool = False):
+    def __init__(self, remember: bool = True, anew: bool = False, on_measure: Callable[[str], None] | None = None):
+        self.on_measure = on_measure
         self.cuda = torch.cuda.is_available()
         self.name = processor_name() + (f" + {torch.cuda.get_device_name()}" if self.cuda else "")
         facts = [VERSION, self.name, os.cpu_count(), torch.__version__, psutil.virtual_memory().total >> 30]
@@ -247,6 +249,8 @@ class Machine:
 
     def _rates(self, kind: type, name: str, threads: int, measure: Callable[[], tuple[object, Circumstances]]):
         if name not in self._known:
+            if self.on_measure:
+                self.on_measure(name)
             try:
                 with cpu_threads(threads), torch.no_grad():
                     rates, measured = measure()

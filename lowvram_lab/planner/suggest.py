@@ -128,7 +128,8 @@ def _with_fewest(start: Start, taken: list[Move], budget: GpuBudget) -> Suggesti
     """Moves after which a plan fits, without those that are not needed beside the last, in pieces as large as fit."""
     for needless in reversed(taken[:-1]):  # what costs most first
         fewer = [move for move in taken if move is not needless]
-        if forecast_if_possible(start.after(fewer), budget):
+        other = start.after(fewer)  # the same where another move brings it along: then it stays, and is said
+        if other != start.after(taken) and forecast_if_possible(other, budget):
             taken = fewer
     profile = None
     sizes = [size for size in chunk_sizes(start.plan.context) if size]

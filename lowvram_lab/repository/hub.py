@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowvram_lab.errors import SourceError, first_line
 from lowvram_lab.repository.names import choose_gguf
+from lowvram_lab.repository.tokenizer_files import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -15,8 +16,8 @@ logger = logging.getLogger(__name__)
 WEIGHTS = ["*.safetensors", "model.safetensors.index.json"]
 SETTINGS = ["config.json", "generation_config.json"]
 TOKENIZER = [
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model"),
-    "chat_template*",
+    *TOKENIZER_FILES,
+    *("special_tokens_map.json", "added_tokens.json", "chat_template*"),
 ]
 NEVER = ["*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.model.v*", "consolidated*"]
 _ETAG_TIMEOUT_S = 4

@@ -8,8 +8,7 @@ from lowvram_lab.errors import SourceError
 _SENTENCEPIECE = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 """What transformers reads a SentencePiece file with: packages, and the modules they bring."""
 
-
-_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "tekken.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "tekken.json")
 """What a tokenizer's files are called."""
 
 
@@ -23,7 +22,9 @@ def require_tokenizer_files(directory: Path) -> None:
     """
     if (directory / "tokenizer.json").is_file():
         return
-    if any(directory.glob("*.safetensors")) and not any(path for name in _FILES for path in directory.glob(name)):
+    if any(directory.glob("*.safetensors")) and not any(
+        path for name in TOKENIZER_FILES for path in directory.glob(name)
+    ):
         raise cannot_open(directory)
     alone = [path.name for path in sorted(directory.glob("*.model")) if _is_sentencepiece(path)]
     missing = [package for package, module in _SENTENCEPIECE.items() if not _installed(module)]
@@ -37,9 +38,14 @@ def require_tokenizer_files(directory: Path) -> None:
 
 def cannot_open(directory: Path, reason: str = "") -> SourceError:
     """The error that says, in one whole line, that a directory's tokenizer cannot be opened; ``reason`` may be why."""
+    why = f" ({reason[:160]})" if reason and not reason.rstrip().endswith(":") else ""  # a list's heading says nothing
+    if (directory / "tokenizer.json").is_file():
+        return SourceError(
+            f"{directory}: cannot open its tokenizer{why}: expected a whole tokenizer.json of this model, found one "
+            "that is damaged or needs more files; copy the tokenizer's files anew from the model's own repository"
+        )
     found = sorted(path.name for path in directory.iterdir())
     listed = ", ".join(found[:6]) + (", …" if len(found) > 6 else "")
-    why = f" ({reason[:160]})" if reason and not reason.rstrip().endswith(":") else ""  # a list's heading says nothing
     return SourceError(
         f"{directory}: cannot open its tokenizer{why}: expected tokenizer.json or the model's vocabulary files beside "
         f"config.json, found {listed}; copy them there from the model's own repository"

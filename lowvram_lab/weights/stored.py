@@ -47,7 +47,8 @@ def check_stored(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> Non
             raise CheckpointError(f"expected a tensor {name} for {module.name} in {fmt.name}, found none")
         found = tuple(checkpoint.shape(name)), checkpoint.dtype(name)
         if found != (shape, dtype or found[1]):
-            raise misfit(name, checkpoint, f"shape {shape} of {dtype}, found {found[0]} of {found[1]}")
+            of = f" of {dtype}" if dtype else ""
+            raise misfit(name, checkpoint, f"shape {shape}{of}, found {found[0]} of {found[1]}")
 
 
 def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> IntegerWeight:

@@ -56,7 +56,7 @@ def test_what_is_not_forecast_is_named(kind):
     assert kind in one_line(error)
     assert why in str(error.value)
     if why:
-        assert str(error.value).endswith("is not supported; name a dense decoder-only model (Llama, Qwen2, …)")
+        assert str(error.value).endswith("whose layers keep keys and values (Llama, Qwen2, …)")
 
 
 def test_a_config_no_model_can_be_built_from():

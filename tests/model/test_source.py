@@ -439,6 +439,13 @@ def test_a_tokenizer_that_lacks_its_vocabulary_is_one_whole_line(tmp_path, tiny)
     assert said.endswith("tokenizer_config.json; copy them there from the model's own repository")
 
 
+def test_a_damaged_tokenizer_is_not_asked_for_as_if_it_were_missing(tmp_path, tiny):
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    said = refused(find_source(tmp_path).tokenizer, error=SourceError, match="cannot open its tokenizer")
+    assert "found one that is damaged or needs more files; copy the tokenizer's files anew" in said
+
+
 def test_directory_with_pickles_alone(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")

@@ -319,6 +319,17 @@ def test_layers_on_the_cpu_leave_no_other_change_needless(kind, recipe, budget):
             assert not forecast(smaller, budget).fits, (suggestion.text, smaller.summary())
 
 
+@pytest.mark.parametrize("share", [0.7, 0.85])
+def test_a_suggestion_says_that_weights_travel_no_more(share):
+    plan = Plan.uniform(small_spec("qwen2"), "bf16", context=1024).with_gpu_layers(2)
+    plan = replace(plan, stream_from=300)
+    found = suggest(plan, stand_in(round(forecast(plan, stand_in()).peak_reserved_bytes * share)))
+    assert any(suggestion.plan.stream_from is None for suggestion in found)
+    for suggestion in found:
+        said = "long prompts computed where the layers are" in suggestion.text
+        assert said == (suggestion.plan.stream_from is None), suggestion.text
+
+
 @pytest.mark.parametrize("budget", [4, 6, 8, 10, 24])
 @pytest.mark.parametrize("what", ["layers", "context"])
 def test_largest_fitting_is_the_largest(what, budget):

@@ -154,6 +154,19 @@ def test_what_earlier_forecasts_worked_out_changes_no_figure(kernels, monkeypatc
     assert known == [forecast(plan, budget, workload=WORKLOAD) for plan in plans]
 
 
+def test_a_result_that_the_arguments_layouts_do_not_say_is_not_remembered():
+    """A size that follows from values, and an operator in place that changes its argument's shape."""
+    known, meta = MetaResults(), torch.empty(3, 5, device="meta")
+    for mask in ([True, False, False], [True, True, True]):
+        found = known(torch.ops.aten.index.Tensor, (meta, [torch.tensor(mask)]), {})
+        assert found.shape == (sum(mask), 5)
+    for _ in range(2):
+        assert known(torch.ops.prims.resize.default, (torch.empty(4, device="meta"), [8]), {}).shape == (8,)
+    for _ in range(2):  # while one that leaves it as it was is
+        assert known(torch.ops.aten.add_.Tensor, (meta, meta), {}) is meta
+    assert known._count == 1
+
+
 def test_what_is_remembered_has_a_bound(monkeypatch):
     monkeypatch.setattr(dry_run, "MOST_REMEMBERED", 20)
     monkeypatch.setattr(dry_run, "_results_of", lambda dtype: MetaResults())

@@ -152,12 +152,15 @@ def _answer(session: Session, args: argparse.Namespace) -> int:
 
 
 def _converse(session: Session) -> int:
-    print("Type a message; Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
+    typed = sys.stdin.isatty()
+    if typed:
+        print("Type a message; Ctrl-C stops an answer, Ctrl-D ends the chat.", file=sys.stderr)
     while True:
         try:
-            text = input("> ").strip()
+            text = input("> " if typed else "").strip()
         except (EOFError, KeyboardInterrupt):
-            print()
+            if typed:
+                print()
             return 0
         if not text:
             continue

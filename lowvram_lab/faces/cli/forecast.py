@@ -46,7 +46,7 @@ def run_forecast(args: argparse.Namespace) -> int:
     profile = forecast(plan, gpu, workload=workload, timeline=bool(args.plot))
     found = suggest(plan, gpu) if budget and not profile.fits else []
     profile = replace(profile, suggestions=tuple(map(str, found)))
-    suggestions = [_as_dict(plan, suggestion) for suggestion in found]
+    suggestions = [_as_dict(plan, suggestion, bool(args.plan)) for suggestion in found]
     result = {**profile.to_dict(), "plan": plan.digest, "suggestions": suggestions}
     say = prose(args)
     say(plan.summary())
@@ -70,8 +70,8 @@ def run_forecast(args: argparse.Namespace) -> int:
     return 0
 
 
-def _as_dict(plan: Plan, suggestion: Suggestion) -> dict:
-    return {**suggestion.to_dict(), "options": options_between(plan, suggestion.plan)}
+def _as_dict(plan: Plan, suggestion: Suggestion, from_file: bool) -> dict:
+    return {**suggestion.to_dict(), "options": options_between(plan, suggestion.plan, from_file)}
 
 
 def _compare(plan: Plan, gpu: Gpu, profile: MemoryProfile, say: Callable[..., None]) -> dict:

@@ -16,12 +16,16 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import RECIPES, auto_plan
 from lowvram_lab.planner.constraints import ram_bytes
 from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import head_modules
+from lowvram_lab.planner.profile import SpeedProfile
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.planner.tune import tune
 from lowvram_lab.units import format_bytes, parse_bytes
 
 LONGEST = "longest"
+CHOSEN = ("disk_layers", "stream_from", "prefill_chunk", "on_cpu")
+"""Options of a stated plan that the planner chooses by itself."""
 
 
 def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, chooses: bool = True) -> None:
@@ -90,10 +94,10 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str |
     elif args.format or default_format:
         recipe = args.format or ("stored" if spec.stored else default_format)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048)
-    elif any(value is not None for value in (args.disk_layers, args.stream_from, args.prefill_chunk, args.on_cpu)):
+    elif given := [f"--{name.replace('_', '-')}" for name in CHOSEN if getattr(args, name) is not None]:
+        verb = "goes" if len(given) == 1 else "go"
         raise LowvramError(
-            "--disk-layers, --stream-from, --prefill-chunk and --on-cpu go with --format or --plan: the planner "
-            "chooses by itself"
+            f"{' and '.join(given)} {verb} with --format or --plan: without them the planner chooses that by itself"
         )
     else:
         return None
@@ -117,14 +121,21 @@ def _ends(spec: ModelSpec, name: str) -> set[str]:
     return {"embedding": embedding, "head": {*head_modules(spec)}, "both": embedding | {*head_modules(spec)}}[name]
 
 
-def options_between(before: Plan, after: Plan) -> str:
+def options_between(before: Plan, after: Plan, from_file: bool = False) -> str:
     """The options that make one stated plan another, to be given beside or instead of its own.
+
+    Args:
+        before: The stated plan.
+        after: Another of the same model.
+        from_file: Whether ``before`` was stated by ``--plan``, which goes with no ``--format``.
 
     Returns:
         Such as ``"--prefill-chunk 512 --kv int8"``; ``""`` where no options do, as for a head alone in int8. bf16 and
         fp16 count as one: a recipe's name brings the one it has.
     """
     made, words = before, []
+    if after.stream_from != before.stream_from or (from_file and _formats(after) != _formats(before)):
+        return ""
     if _formats(after) != _formats(before):
         recipes = {name: Plan.uniform(before.spec, name, context=after.context) for name in (*RECIPES, "nf4")}
         recipe = next((name for name, plan in recipes.items() if _formats(plan) == _formats(after)), None)
@@ -136,11 +147,12 @@ def options_between(before: Plan, after: Plan) -> str:
     if (layers := after.layer_devices().count("gpu")) != made.layer_devices().count("gpu"):
         words.append(f"--gpu-layers {layers}")
         made = made.with_gpu_layers(layers)
-    for name in ("embedding", "head", "both"):
+    for name in ("both", "embedding", "head") if _devices(made) != _devices(after) else ():
         moved = made.with_modules(*_ends(before.spec, name), device="cpu")
-        if moved != made and _devices(moved) == _devices(after):
+        if _devices(moved) == _devices(after):  # one option says it all, whatever it said before
             words.append(f"--on-cpu {name}")
             made = moved
+            break
     words += [f"--prefill-chunk {after.prefill_chunk}"] if after.prefill_chunk != before.prefill_chunk else []
     if after.kv_format in ("int8", "int4") and after.kv_format != made.kv_format:
         words.append(f"--kv {after.kv_format}")
@@ -208,10 +220,10 @@ def run_plan(args: argparse.Namespace) -> int:
     budget = GpuBudget.parse(args.gpu, args.cuda_context)
     _, spec = spec_of(args.model)
     plan, profile, why = chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
-    speed = forecast_speed(plan, ram=parse_bytes(args.ram) if args.ram else None)
     if args.output:
         plan.to_json(Path(args.output))
     if args.json:
+        speed = _speed(plan, args.ram)
         print_json({"plan": plan.to_dict(), "forecast": profile.to_dict(), "speed": speed.to_dict(), "why": why})
         return 0
     for line in why:
@@ -221,12 +233,25 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.explain:
         print(profile.table().to_string(index=False))
         print(table_note(profile))
-    print(profile.summary())
+    print(profile.summary(), flush=True)
+    speed = _speed(plan, args.ram)
     print(speed.summary())
     if args.explain:
         for part, seconds in sorted(speed.parts.items(), key=lambda item: -item[1]):
             print(f"  {seconds * 1000:8.2f} ms a token: {part}")
     return 0
+
+
+def _speed(plan: Plan, ram: str | None) -> SpeedProfile:
+    """The plan's forecast speed; says once that rates are measured for it, where they are not known yet."""
+    told = []
+
+    def tell(name: str) -> None:
+        if not told:
+            print("measuring how fast this machine is, for the speed: minutes the first time ...", file=sys.stderr)
+        told.append(name)
+
+    return forecast_speed(plan, machine=Machine(on_measure=tell), ram=parse_bytes(ram) if ram else None)
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:

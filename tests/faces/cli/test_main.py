@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from lowvram_lab.faces.cli import plan as plan_command
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.planner.speed import forecast_speed
 from tests.helpers.commands import run_command as run
+from tests.helpers.machines import Made
 from tests.helpers.tiny import packaged_spec, tiny_config, tiny_stock, tiny_tokenizer
 
 
@@ -154,6 +157,24 @@ def test_a_table_says_that_its_weights_are_blocks(capsys):
         _, out, _ = run(capsys, *words, "--gpu", "1GiB", "--context", 512)
         exact = re.search(r"context 512: ([\d.]+ MiB) GPU", out).group(1)
         assert f"in the allocator's blocks, which hold somewhat more than the tensors in them, {exact} of w" in out
+
+
+def test_a_plan_comes_before_its_speed_is_measured(capsys, monkeypatch):
+    """Measuring takes minutes the first time, which is said once."""
+    shown = []
+
+    def speed(plan, machine, ram):
+        shown.append(capsys.readouterr().out)
+        for name in ("one rate", "another"):
+            machine.on_measure(name)
+        return forecast_speed(plan, machine=Made(), ram=ram)
+
+    monkeypatch.setattr(plan_command, "forecast_speed", speed)
+    status, out, err = run(capsys, "plan", "smollm2-135m", "--gpu", "1GiB", "--context", 512, "--format", "int8")
+    assert status == 0 and "int8 weights" in shown[0] and "fits in" in shown[0]
+    assert "tokens/s" in out and err.splitlines() == [
+        "measuring how fast this machine is, for the speed: minutes the first time ..."
+    ]
 
 
 def test_what_does_not_fit_is_said_to_be_without_a_limit(capsys):

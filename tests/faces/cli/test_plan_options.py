@@ -38,6 +38,26 @@ def test_the_options_of_a_suggestion_make_its_plan(kind, ends, changes, layers):
     assert typed(spec, *words) == after
 
 
+@pytest.mark.parametrize("before", ["embedding", "head"])
+def test_an_end_that_is_on_the_cpu_already_stays_there(before):
+    spec, typed_before = tiny_spec("qwen2"), ["--on-cpu", before]
+    words = options_between(moved("qwen2", before), moved("qwen2", "both")).split()
+    assert typed(spec, *typed_before, *words) == moved("qwen2", "both")
+    assert options_between(moved("qwen2", before), moved("qwen2", before, prefill_chunk=16)) == "--prefill-chunk 16"
+
+
+def test_weights_that_travel_no_more_have_no_option():
+    before = replace(moved("qwen2", "").with_gpu_layers(1), stream_from=32)
+    assert options_between(before, replace(before, stream_from=None, prefill_chunk=16)) == ""
+    assert options_between(before, replace(before, kv_format="int8")) == "--kv int8"
+
+
+def test_a_plan_file_goes_with_no_format():
+    before, after = (Plan.uniform(tiny_spec("qwen2"), recipe, context=48) for recipe in ("bf16", "int8"))
+    assert options_between(before, after) == "--format int8"
+    assert options_between(before, after, from_file=True) == ""
+
+
 def test_one_end_of_a_tied_model_brings_the_other():
     spec = tiny_spec("llama")
     assert typed(spec, "--on-cpu", "embedding") == typed(spec, "--on-cpu", "head") == moved("llama", "both")
