@@ -38,7 +38,8 @@ class Suggestion:
     environment: str = ""
 
     def __str__(self) -> str:
-        return f"{self.text}: peak {format_bytes(self.forecast.peak_allocated_bytes)}, fits"
+        spare = format_bytes(self.forecast.budget.usable_bytes - self.forecast.peak_reserved_bytes)
+        return f"{self.text}: peak {format_bytes(self.forecast.peak_allocated_bytes)}, fits with {spare} to spare"
 
     def to_dict(self) -> dict:
         """The change and the bytes of its verified forecast."""
@@ -126,7 +127,7 @@ def _moved_cheaply(start: Start, budget: GpuBudget) -> Suggestion | None:
 
 def _with_fewest(start: Start, taken: list[Move], budget: GpuBudget) -> Suggestion:
     """Moves after which a plan fits, without those that are not needed beside the last, in pieces as large as fit."""
-    for needless in reversed(taken[:-1]):  # what costs most first
+    for needless in 2 * taken[-2::-1]:  # what costs most first; twice, as an allocator's gaps may want another gone
         fewer = [move for move in taken if move is not needless]
         other = start.after(fewer)  # the same where another move brings it along: then it stays, and is said
         if other != start.after(taken) and forecast_if_possible(other, budget):

@@ -18,7 +18,7 @@ from lowvram_lab.planner.moves import cost, forecast_loss, off_card_seconds
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.search import largest_fitting, least_bytes
 from lowvram_lab.planner.suggest import suggest
-from lowvram_lab.units import GiB, MiB
+from lowvram_lab.units import GiB, MiB, format_bytes
 from tests.helpers.machines import Flat, stand_in
 from tests.helpers.tiny import TINY, packaged_spec, tiny_config
 
@@ -293,7 +293,8 @@ def test_every_suggestion_is_true(kind, recipe, short_by):
         again = forecast(suggestion.plan, budget)
         assert again.fits
         assert suggestion.to_dict()["peak_allocated_bytes"] == again.peak_allocated_bytes
-        assert str(suggestion).endswith("fits")
+        spare = again.budget.usable_bytes - again.peak_reserved_bytes
+        assert str(suggestion).endswith(f"fits with {format_bytes(spare)} to spare")
         on_cpu = suggestion.plan.layer_devices().count("cpu")
         assert (f"{on_cpu} of {LAYERS} layers to the CPU" in suggestion.text) == (on_cpu > 0)
         assert (f"context {suggestion.plan.context}" in suggestion.text) == (suggestion.plan.context < CONTEXT)
