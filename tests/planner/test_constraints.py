@@ -273,8 +273,8 @@ def folder(tmp_path, monkeypatch):
     [
         (["--format", "int8", "--gpu-layers", "4"], "expected GPU layers for"),
         (["--format", "int8", "--gpu-layers", "1", "--disk-layers", "3"], "expected disk layers for"),
-        (["--disk-layers", "1"], "go with --format or --plan"),
-        (["--stream-from", "8"], "go with --format or --plan"),
+        (["--disk-layers", "1"], "--disk-layers goes with --format or --plan"),
+        (["--stream-from", "8", "--on-cpu", "head"], "--stream-from and --on-cpu go with --format or --plan"),
         (["--format", "int8", "--stream-from", "1"], "expected stream_from of 2 or more"),
         (["--format", "int8", "--stream-from", "none"], "expected a whole number of tokens above zero, such as 4096"),
         (["--format", "int8", "--context", "longest"], "--context longest is for the planner"),
@@ -307,5 +307,5 @@ def test_more_threads_than_cores_get_one_line_from_chat(folder, capsys):
 
 def test_the_command_plans_the_longest_context(folder, capsys):
     status, out, err = run_command(capsys, "plan", folder, "--gpu", "64MiB", "--context", "longest", "--explain")
-    assert (status, err) == (0, "")
+    assert status == 0 and err.count("\n") == err.count("measuring how fast this machine is")  # unless that is known
     assert "context 1024" in out
