@@ -1,9 +1,10 @@
 """The size of a card, and what of it is left for tensors."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowvram_lab.errors import BudgetError, UnitError
+from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.units import GiB, MiB, format_bytes, parse_bytes
 
 CUDA_CONTEXT_BYTES = 384 * MiB
@@ -21,11 +22,13 @@ class GpuBudget:
         total_bytes: The card's memory.
         context_bytes: CUDA context, not available to tensors.
         kernels: Whose kernels run there, with their temporaries: ``"cuda"``, or ``"cpu"`` on the stand-in.
+        card: What decides which of CUDA's kernels; by default this machine's card, or an RTX 3050 where there is none.
     """
 
     total_bytes: int
     context_bytes: int = 0
     kernels: str = "cuda"
+    card: Card = field(default_factory=this_card)
 
     def __post_init__(self) -> None:
         if self.kernels not in ("cuda", "cpu"):

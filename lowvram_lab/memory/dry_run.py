@@ -10,15 +10,18 @@ search makes a hundred of one model.
 """
 
 import functools
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.units import KiB, MiB
@@ -40,34 +43,105 @@ class ImitateAttention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Intercepts attention; passes everything else on."""
         kwargs = kwargs or {}
-        is_attention = func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta
-        if is_attention and self._has_fused_kernel(*args[:3], enable_gqa=kwargs.get("enable_gqa", False)):
-            return self._attention(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func is not torch.nn.functional.scaled_dot_product_attention or not args[0].is_meta:
+            return func(*args, **kwargs)
+        on_cuda = self.gpu.kernels_of(self.gpu.meter.place_of(args[0])) == "cuda"
+        return (self._on_cuda if on_cuda else _on_the_cpu)(*args, **kwargs)
 
-    def _has_fused_kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enable_gqa: bool) -> bool:
-        """Whether the real run takes one: not for heads that only broadcast (multi-query), nor for odd values."""
-        if q.shape[1] != k.shape[1] and not enable_gqa:
-            return False
-        return v.shape[-1] == q.shape[-1] or self.gpu.kernels_of(self.gpu.meter.place_of(q)) == "cuda"
-
-    def _attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    def _on_cuda(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        """The first kernel that takes these: flash, efficient, math."""
+        card = self.gpu.card
+        shares = q.shape[1] != k.shape[1]  # heads: only flash attention has them share keys
+        fuses = q.dtype != torch.bfloat16 or card.fuses_bf16
+        flashes = q.dtype != torch.float32 and card.capability >= (8, 0) and q.shape[-1] == v.shape[-1] <= 256
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = _additive(attn_mask, q.dtype)
-        if self.gpu.kernels_of(self.gpu.meter.place_of(q)) == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] == v.shape[-1] <= 256:
-            output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # kernel's layout: (batch, tokens, heads, dim)
-            q.new_empty(q.shape[:3], dtype=torch.float32)  # log-sum-exp, dropped with the call
-            return output
-        if enable_gqa:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if attn_mask is None and flashes and (enable_gqa or not shares):
+            return _flash(q, k, card.multiprocessors)
+        if shares or not fuses:
+            return _math(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+        if attn_mask is not None and attn_mask.shape[-1] % MASK_COLUMNS:
+            columns = -(-attn_mask.shape[-1] // MASK_COLUMNS) * MASK_COLUMNS
+            attn_mask = attn_mask.new_empty((*attn_mask.shape[:-1], columns))[..., : k.shape[2]]
         return aten._scaled_dot_product_efficient_attention(
             q, k, v, attn_mask, False, dropout_p, is_causal, scale=scale
         )[0]
+
+
+def _on_the_cpu(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """Not fused are heads that only broadcast (multi-query), and values of another size."""
+    if (q.shape[1] != k.shape[1] and not enable_gqa) or v.shape[-1] != q.shape[-1]:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = _additive(attn_mask, q.dtype)
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+    )[0]
+
+
+def _math(q, k, v, attn_mask, is_causal, scale, enable_gqa):
+    """Attention without a fused kernel: ``_scaled_dot_product_attention_math`` in ATen's attention.cpp.
+
+    It computes in float32, adds the mask in place and looks for rows that are masked altogether. (On meta torch's own
+    would add it out of place, and hide what its softmax takes.)
+    """
+    dtype, root = q.dtype, (scale or q.shape[-1] ** -0.5) ** 0.5
+    q, k, v = wide = q.float(), k.float(), v.float()  # these are held to the end
+    scaled = q * root
+    if is_causal:
+        attn_mask = _additive(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), q.dtype)
+    if enable_gqa and q.shape[1] != k.shape[1]:
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = scaled @ (k.transpose(-2, -1) * root)
+    if attn_mask is not None:
+        scores.add_(attn_mask)
+    weights = scores.softmax(-1)
+    masked = scores.isneginf()
+    weights.masked_fill_(masked.all(-1, keepdim=True), torch.zeros((), dtype=weights.dtype, device=q.device))
+    del masked, scores
+    narrow = weights.to(dtype)  # returned beside the result, and dropped
+    result = (weights @ v).to(dtype)
+    del narrow, wide
+    return result
+
+
+MASK_COLUMNS = 16
+"""A mask's rows are copied to a multiple of so many columns (``pad_bias`` in ATen's native attention.cpp)."""
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, multiprocessors: int) -> torch.Tensor:
+    """What flash attention allocates, and its output (``mha_fwd`` in ATen's flash_api.cpp)."""
+    output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # kernel's layout: (batch, tokens, heads, dim)
+    held = [q.new_empty(q.shape[:3], dtype=torch.float32)]  # log-sum-exp, dropped with the call
+    if (splits := _splits(q, k, multiprocessors)) > 1:
+        held.append(q.new_empty((splits, *q.shape[:3]), dtype=torch.float32))
+        held.append(q.new_empty((splits, *q.shape[:3], -(-q.shape[-1] // 32) * 32), dtype=torch.float32))
+    held += [q.new_empty(2, dtype=torch.int64), q.new_empty(1, dtype=torch.int64)]  # seed and offset of dropout
+    return output
+
+
+def _splits(q: torch.Tensor, k: torch.Tensor, multiprocessors: int) -> int:
+    """In how many parts flash attention reads the keys, so that few queries fill all multiprocessors.
+
+    ``num_splits_heuristic`` and ``set_params_splitkv`` in ATen's flash_api.cpp: the fewest parts that keep the
+    multiprocessors 85 % as busy as the best number does.
+    """
+    batch, heads, queries, size = q.shape
+    if queries == 1 and heads > k.shape[1]:
+        queries, heads = heads // k.shape[1], k.shape[1]  # query heads that share keys become rows
+    columns = 256 if size <= 64 else 128 if size <= 128 else 64
+    blocks, work, slots = -(-k.shape[2] // columns), batch * heads * -(-queries // 64), 2 * multiprocessors
+    if work >= 0.8 * slots:
+        return 1
+    busy = {}
+    for parts in range(1, min(128, slots, blocks) + 1):
+        if parts == 1 or -(-blocks // parts) != -(-blocks // (parts - 1)):
+            waves = work * parts / slots
+            busy[parts] = waves / math.ceil(waves)
+    return next(parts for parts, share in busy.items() if share >= 0.85 * max(busy.values()))
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -81,17 +155,16 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 _MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
-def cublas_workspace_bytes() -> int:
+def cublas_workspace_bytes(card: Card) -> int:
     """What the first matrix product on CUDA allocates for good (``parseChosenWorkspaceSize`` in ATen's CUDABlas.cpp).
 
-    32 MiB on Hopper and Blackwell, 2 x 4096 + 8 x 16 KiB on other cards, which is assumed where there is none; what
+    32 MiB on Hopper and on Blackwell's data centre cards, 2 x 4096 + 8 x 16 KiB on others; what
     ``CUBLAS_WORKSPACE_CONFIG`` says comes first.
     """
     stated = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
     if stated:
         return sum(int(size) * int(count) for size, count in stated) * KiB
-    large = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-    return 32 * MiB if large else (2 * 4096 + 8 * 16) * KiB
+    return 32 * MiB if card.capability in ((9, 0), (10, 0)) else (2 * 4096 + 8 * 16) * KiB
 
 
 class DryRunGpu(Gpu):
@@ -124,19 +197,30 @@ class DryRunGpu(Gpu):
         self._results = _results_of(torch.get_default_dtype())
         self._workspace = self._of_graphs = None
 
+    @property
+    def card(self) -> Card:
+        """What decides which of CUDA's kernels run."""
+        return self.budget.card if self.budget else this_card()
+
     def _new_workspace(self) -> torch.Tensor:
         with self.meter.scope(owner="cuBLAS", category="workspace"):
-            workspace = torch.empty(cublas_workspace_bytes(), dtype=torch.uint8, device="meta")
-            self.meter.count(workspace, "gpu")
-            return workspace
+            return self._hold(torch.uint8, cublas_workspace_bytes(self.card))
+
+    def _hold(self, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
+        """A tensor that the meter counts on the GPU, for what torch allocates by itself."""
+        held = torch.empty(count, dtype=dtype, device="meta")
+        self.meter.count(held, "gpu")
+        return held
 
     def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
-        """Runs an operator on meta; before the first matrix product on CUDA, cuBLAS' workspace is there."""
+        """Runs an operator on meta; the first matrix product on CUDA takes cuBLAS' workspace after its result."""
         wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
-        if wanted and self.meter.place_of(args[-1]) == "gpu":
-            self._workspace = self._new_workspace()
         try:
-            return self._results(func, args, kwargs)
+            result = self._results(func, args, kwargs)
+            if wanted and self.meter.place_of(args[-1]) == "gpu":
+                self.meter.count(result, "gpu")
+                self._workspace = self._new_workspace()
+            return result
         except (RuntimeError, NotImplementedError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = self.meter.owner or "the model"
@@ -150,9 +234,12 @@ class DryRunGpu(Gpu):
         """
         outside, allocator = self._workspace, self.meter.allocator
         if self._of_graphs is None:
+            with self.meter.scope(owner="CUDA graphs", category="workspace"):
+                # seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp)
+                seeds = [self._hold(torch.int64) for _ in range(2)]
             with allocator.own_pool():
-                self._of_graphs = self._new_workspace()
-        self._workspace = self._of_graphs
+                self._of_graphs = [self._new_workspace(), *seeds]
+        self._workspace = self._of_graphs[0]
         try:
             with allocator.own_pool():
                 yield
