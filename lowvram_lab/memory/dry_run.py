@@ -49,16 +49,19 @@ class ImitateAttention(TorchFunctionMode):
         return (self._on_cuda if on_cuda else _on_the_cpu)(*args, **kwargs)
 
     def _on_cuda(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        """The first kernel that takes these: flash, efficient, math."""
-        card = self.gpu.card
-        shares = q.shape[1] != k.shape[1]  # heads: only flash attention has them share keys
-        fuses = q.dtype != torch.bfloat16 or card.fuses_bf16
-        flashes = q.dtype != torch.float32 and card.capability >= (8, 0) and q.shape[-1] == v.shape[-1] <= 256
+        """The first kernel that takes these: cuDNN's, flash, efficient, math."""
+        card, sizes = self.gpu.card, (q.shape[-1], v.shape[-1])
+        narrow = q.dtype != torch.float32
+        aligned = all(size % (8 if narrow else 4) == 0 for size in sizes)
+        shares = q.shape[1] != k.shape[1]  # heads that share keys
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = _additive(attn_mask, q.dtype)
-        if attn_mask is None and flashes and (enable_gqa or not shares):
-            return _flash(q, k, card.multiprocessors)
-        if shares or not fuses:
+        if narrow and aligned and max(sizes) <= CUDNN_HEADS.get(card.capability[0], 0) and (enable_gqa or not shares):
+            return _cudnn(q, v)
+        flashes = attn_mask is None and narrow and card.capability >= (8, 0) and sizes[0] == sizes[1] <= 256
+        if flashes and (enable_gqa or not shares):
+            return _flash(q, k, v, card.multiprocessors)
+        if shares or not aligned or (q.dtype == torch.bfloat16 and not card.fuses_bf16):
             return _math(q, k, v, attn_mask, is_causal, scale, enable_gqa)
         if attn_mask is not None and attn_mask.shape[-1] % MASK_COLUMNS:
             columns = -(-attn_mask.shape[-1] // MASK_COLUMNS) * MASK_COLUMNS
@@ -108,19 +111,34 @@ def _math(q, k, v, attn_mask, is_causal, scale, enable_gqa):
     return result
 
 
-MASK_COLUMNS = 16
+CUDNN_HEADS = {9: 256, 10: 128}
+"""By major capability: the largest heads that cuDNN's attention, preferred there, takes (``check_prefer_cudnn``)."""
+
+MASK_COLUMNS = 8
 """A mask's rows are copied to a multiple of so many columns (``pad_bias`` in ATen's native attention.cpp)."""
 
 
-def _flash(q: torch.Tensor, k: torch.Tensor, multiprocessors: int) -> torch.Tensor:
+def _cudnn(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """What cuDNN's attention allocates through torch, and its output; cuDNN's own workspace is not known."""
+    held = [q.new_empty(1, dtype=torch.int64) for _ in range(2)]  # seed and offset of dropout
+    output = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[-1])).transpose(1, 2)
+    del held
+    return output
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, multiprocessors: int) -> torch.Tensor:
     """What flash attention allocates, and its output (``mha_fwd`` in ATen's flash_api.cpp)."""
+    size = q.shape[-1]
+    if size % 8:
+        q, k, v = (F.pad(each, (0, -size % 8)) for each in (q, k, v))
     output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # kernel's layout: (batch, tokens, heads, dim)
     held = [q.new_empty(q.shape[:3], dtype=torch.float32)]  # log-sum-exp, dropped with the call
     if (splits := _splits(q, k, multiprocessors)) > 1:
         held.append(q.new_empty((splits, *q.shape[:3]), dtype=torch.float32))
         held.append(q.new_empty((splits, *q.shape[:3], -(-q.shape[-1] // 32) * 32), dtype=torch.float32))
     held += [q.new_empty(2, dtype=torch.int64), q.new_empty(1, dtype=torch.int64)]  # seed and offset of dropout
-    return output
+    del held
+    return output[..., :size]
 
 
 def _splits(q: torch.Tensor, k: torch.Tensor, multiprocessors: int) -> int:
@@ -158,13 +176,13 @@ _MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 def cublas_workspace_bytes(card: Card) -> int:
     """What the first matrix product on CUDA allocates for good (``parseChosenWorkspaceSize`` in ATen's CUDABlas.cpp).
 
-    32 MiB on Hopper and on Blackwell's data centre cards, 2 x 4096 + 8 x 16 KiB on others; what
+    32 MiB on Hopper and Blackwell, 2 x 4096 + 8 x 16 KiB on others; what
     ``CUBLAS_WORKSPACE_CONFIG`` says comes first.
     """
     stated = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
     if stated:
         return sum(int(size) * int(count) for size, count in stated) * KiB
-    return 32 * MiB if card.capability in ((9, 0), (10, 0)) else (2 * 4096 + 8 * 16) * KiB
+    return 32 * MiB if card.capability >= (9, 0) else (2 * 4096 + 8 * 16) * KiB
 
 
 class DryRunGpu(Gpu):
