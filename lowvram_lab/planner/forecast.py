@@ -10,8 +10,9 @@ import torch
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import PlanError, first_line
+from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention
+from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.geometry import unpadded
