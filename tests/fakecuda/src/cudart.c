@@ -80,7 +80,9 @@ static void read_settings(void) {
     card.shared_optin = model->optin_kib << 10;
     card.l2 = model->l2_mib << 20;
     const char *name = getenv("FAKE_CUDA_NAME");
-    snprintf(card.name, sizeof card.name, "%s", name && *name ? name : "fake CUDA (no arithmetic)");
+    const char *arithmetic = getenv("FAKE_CUDA_ARITHMETIC");
+    const char *usual = arithmetic && !strcmp(arithmetic, "1") ? "fake CUDA" : "fake CUDA (no arithmetic)";
+    snprintf(card.name, sizeof card.name, "%s", name && *name ? name : usual);
     card.report = getenv("FAKE_CUDA_REPORT");
     if (card.report) atexit(write_report);
     size_t host = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
