@@ -141,7 +141,7 @@ $(CUDA_VENV)/.installed: pyproject.toml constraints.txt
 	echo "Installing torch's CUDA build into $(CUDA_VENV) (once; 3 GB) ..."; \
 	python3 -m venv --clear $(CUDA_VENV) || exit 1; \
 	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-	  "$$(grep '^torch==' constraints.txt)" || exit 1; \
+	  "$$(grep '^torch==' constraints.txt)" 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' || exit 1; \
 	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' || exit 1; \
 	touch $@; \
 	} >&2

@@ -31,10 +31,10 @@ case "$torch:$cuda_version" in
     *) refuse "expected torch 2.13 or 2.14 for CUDA 13, found torch $torch for CUDA $cuda_version" ;;
 esac
 include=$site/nvidia/cu13/include
-[ -f "$include/cuda_runtime_api.h" ] || include=${CUDA_HOME:-/usr/local/cuda}/include
-for header in cuda.h cuda_runtime_api.h driver_types.h cublas_v2.h cufft.h; do
+[ -f "$include/crt/host_defines.h" ] || [ ! -d "${CUDA_HOME:-/usr/local/cuda}/include" ] || include=${CUDA_HOME:-/usr/local/cuda}/include
+for header in cuda.h cuda_runtime_api.h crt/host_defines.h nv/target cublas_v2.h cufft.h; do
     [ -f "$include/$header" ] || refuse "expected the header $header in the CUDA wheels or in CUDA_HOME, found none" \
-        "in $include: pip install cuda-toolkit[cudart,cublas,cufft,crt]==${cuda_version}.*"
+        "in $include: $python -m pip install nvidia-cuda-crt==$cuda_version.* nvidia-cuda-cccl==$cuda_version.*"
 done
 
 rm -rf "$out"
