@@ -3,6 +3,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 DRIVER := $(VENV)/.installed-playwright
+# The environment of the fake CUDA runtime: torch's CUDA build, some 5 GB. CUDA_PYTHON=… names one that is there already.
+CUDA_VENV   := .venv-cuda
+CUDA_PYTHON ?= $(CUDA_VENV)/bin/python
+FAKE_BUILD  := $(CURDIR)/$(CUDA_VENV)/fakecuda
+FAKE        := FAKE_CUDA_BUILD=$(FAKE_BUILD) tests/fakecuda/fakecuda $(CUDA_PYTHON)
 ARGS   ?=
 # Two workers of one thread each: a thread that finds the other core busy waits longer than it saves.
 WORKERS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
@@ -18,7 +23,7 @@ STRIP     := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser lab lint format gpu-check architectures notebooks coverage dist publish-links clean
+.PHONY: help demo test test-all browser lab lint format gpu-check fake-cuda architectures notebooks coverage dist publish-links clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +64,15 @@ gpu-check: $(STAMP) ## tests that need CUDA; forecast, splits and engine measure
 	$(BIN)/python benchmarks/split_parity.py
 	$(BIN)/python benchmarks/engine_cuda.py
 	$(BIN)/python benchmarks/speed_forecast.py --model qwen1.5-0.5b --random --runs 1
+
+fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## the gpu tests and the forecast's accuracy on CUDA without a card (tests/fakecuda)
+	FAKE_CUDA_BUILD=$(FAKE_BUILD) FAKE_CUDA_ARITHMETIC=1 tests/fakecuda/fakecuda $(CUDA_PYTHON) tests/fakecuda/check.py
+	FAKE_CUDA_ARITHMETIC=1 $(FAKE) -m pytest -m gpu --assert=plain $(ARGS)
+	for capability in 7.5 9.0 12.0; do \
+	  FAKE_CUDA_CC=$$capability $(FAKE) -m pytest -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
+	    -k 'attention or forecast' $(ARGS) || exit 1; \
+	done
+	$(FAKE) benchmarks/forecast_accuracy.py
 
 architectures: $(STAMP) ## every model type of the installed transformers beside stock; writes docs/architectures.md
 	LOWVRAM_COMPILE=0 OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.sweep --processes 2
@@ -120,6 +134,21 @@ $(STAMP): pyproject.toml constraints.txt
 	test $$status -eq 0 || exit $$status; \
 	touch $@; \
 	} >&2
+
+# torch's CUDA build comes from PyPI alone: another index may hold a build without CUDA under the same version.
+$(CUDA_VENV)/.installed: pyproject.toml constraints.txt
+	@{ \
+	echo "Installing torch's CUDA build into $(CUDA_VENV) (once; 3 GB) ..."; \
+	python3 -m venv --clear $(CUDA_VENV) || exit 1; \
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	  "$$(grep '^torch==' constraints.txt)" 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' || exit 1; \
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' || exit 1; \
+	touch $@; \
+	} >&2
+
+$(FAKE_BUILD)/libcupti.so.13: $(if $(filter $(CUDA_VENV)/%,$(CUDA_PYTHON)),$(CUDA_VENV)/.installed) \
+  $(wildcard tests/fakecuda/src/*) tests/fakecuda/build.sh
+	FAKE_CUDA_BUILD=$(FAKE_BUILD) tests/fakecuda/build.sh $(CUDA_PYTHON)
 
 # The `browser` extra. Where it cannot be had the browser test is skipped, and the next run asks for it again.
 $(DRIVER): $(STAMP)

@@ -1,8 +1,9 @@
 """Forecast against measured GPU memory, case by case, for random weights in the shapes of real models.
 
 On CUDA the measured side is PyTorch's own counters (``max_memory_allocated``, ``max_memory_reserved``), capped to the
-case's budget for real. Without CUDA the same cases run small on the simulated stand-in: that checks that replay and run
-agree, not that CUDA would; the results say so.
+case's budget for real; on the fake CUDA runtime (``make fake-cuda``) as well, and the results name it. Without CUDA the
+same cases run small on the simulated stand-in: that checks that replay and run agree, not that CUDA would; the results
+say so.
 
     python benchmarks/forecast_accuracy.py [--small] [--only PATTERN] [--output FILE]
 """
@@ -245,24 +246,35 @@ def row_text(row: dict) -> str:
     return f"{row['name']:42} {format_bytes(peak) if peak else '–':>11} {shown}  {verdict} ({row['seconds']} s)"
 
 
+def runtime() -> str:
+    """Where the measured side runs: a card, the fake CUDA runtime of ``tests/fakecuda``, or the stand-in."""
+    if not torch.cuda.is_available():
+        return "stand-in (simulated)"
+    return "fake CUDA" if torch.cuda.get_device_name().startswith("fake CUDA") else "cuda"
+
+
+NOTES = {
+    "cuda": "Measured with CUDA's own counters.",
+    "fake CUDA": "No card: measured with the counters of PyTorch's real CUDA build on the fake CUDA runtime of "
+    "tests/fakecuda, which runs no kernels. What NVIDIA's libraries allocate by themselves is not in it.",
+    "stand-in (simulated)": "CUDA was not measured: this machine has none. Both sides are this library's: the forecast "
+    "on meta, and a real run in RAM metered by the same rules; fp16 cases ran in bf16. Equal figures show that the "
+    "replay is faithful, not what CUDA's kernels and allocator add.",
+}
+
+
 def report(rows: list[dict], small: bool) -> dict:
     """The results with all that is needed to read them later."""
-    cuda = torch.cuda.is_available()
     scaled = (
         f"Cases are scaled down: widths kept, {SMALL_LAYERS} layers, a vocabulary of {SMALL_VOCABULARY}, context "
         f"divided by {SMALL_CONTEXT}, the cap as tight for the small peak as 4 GiB is for the real one. "
     )
-    simulated = (
-        "CUDA was not measured: this machine has none. Both sides are this library's: the forecast on meta, and a real "
-        "run in RAM metered by the same rules; fp16 cases ran in bf16. Equal figures show that the replay is faithful, "
-        "not what CUDA's kernels and allocator add."
-    )
     done = [row for row in rows if "failed" not in row]
     return {
         "benchmark": "forecast_accuracy",
-        "mode": "cuda" if cuda else "stand-in (simulated)",
+        "mode": runtime(),
         "small": small,
-        "note": (scaled if small else "") + ("Measured with CUDA's own counters." if cuda else simulated),
+        "note": (scaled if small else "") + NOTES[runtime()],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
@@ -313,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [case for case in CASES if fnmatch.fnmatch(case.name, options.only)]
     print(f"{'case':42} {'peak':>11} {'allocated':>11} {'reserved':>11}  (forecast - measured, worst phase)")
     results = report(run_all(cases, small), small)
-    kind = "cuda" if results["mode"] == "cuda" else "cpu"
+    kind = {"cuda": "cuda", "fake CUDA": "fake_cuda"}.get(results["mode"], "cpu")
     path = options.output or RESULTS / f"forecast_accuracy_{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".partial")

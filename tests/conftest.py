@@ -1,6 +1,7 @@
 """Test runs are offline, and the `gpu` tests are skipped where there is no CUDA. Markers: pyproject.toml."""
 
 import os
+import traceback
 
 import pytest
 
@@ -17,3 +18,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs CUDA")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """A failed test's traceback holds its locals, and so its model: on a card no later test would have the room."""
+    report = yield
+    error = call.excinfo.value if call.excinfo and item.get_closest_marker("gpu") else None
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            frame.f_locals  # noqa: B018  (before Python 3.13 a frame keeps the copy that pytest looked at until asked anew)
+        error = error.__cause__ or error.__context__
+    return report

@@ -1,9 +1,10 @@
 """The size of a card, and what of it is left for tensors."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowvram_lab.errors import BudgetError, UnitError
+from lowvram_lab.memory.card import Card, find_card, this_card
 from lowvram_lab.units import GiB, MiB, format_bytes, parse_bytes
 
 CUDA_CONTEXT_BYTES = 384 * MiB
@@ -21,27 +22,32 @@ class GpuBudget:
         total_bytes: The card's memory.
         context_bytes: CUDA context, not available to tensors.
         kernels: Whose kernels run there, with their temporaries: ``"cuda"``, or ``"cpu"`` on the stand-in.
+        card: What decides which of CUDA's kernels; by default this machine's card, or an RTX 3050 where there is none.
     """
 
     total_bytes: int
     context_bytes: int = 0
     kernels: str = "cuda"
+    card: Card = field(default_factory=this_card)
 
     def __post_init__(self) -> None:
         if self.kernels not in ("cuda", "cpu"):
             raise BudgetError(f"expected kernels cuda or cpu, found {self.kernels!r}")
 
     @classmethod
-    def parse(cls, size: "str | int | GpuBudget", cuda_context: str | int | None = None) -> "GpuBudget":
+    def parse(
+        cls, size: "str | int | GpuBudget", cuda_context: str | int | None = None, card: str | None = None
+    ) -> "GpuBudget":
         """Reads a budget such as ``"4GiB"``; a card sold as 4GB is the same (see ``parse_bytes``).
 
         Args:
             size: The card's memory.
             cuda_context: Bytes of the CUDA context; by default 384 MiB, and 0 for a card under 1 GiB.
+            card: Name or capability (``"t4"``, ``"sm_86"``, see ``find_card``); by default as ``GpuBudget.card``.
 
         Raises:
             UnitError: A size cannot be read.
-            BudgetError: Nothing is left for tensors.
+            BudgetError: Nothing is left for tensors, or the card is not known.
         """
         if isinstance(size, GpuBudget):
             return size
@@ -58,7 +64,7 @@ class GpuBudget:
                 f"the CUDA context ({format_bytes(context)}) leaves nothing of a {format_bytes(total)} GPU; "
                 "give a larger budget"
             )
-        return cls(total, context)
+        return cls(total, context, card=find_card(card) if card else this_card())
 
     @property
     def usable_bytes(self) -> int:

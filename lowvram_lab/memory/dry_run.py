@@ -1,9 +1,5 @@
 """A GPU of meta tensors, for forecasts: every operator is counted as the real run would allocate, nothing is computed.
 
-On meta, torch decomposes ``scaled_dot_product_attention`` into the math path, with a full score matrix. The real run
-takes a fused kernel that allocates its output and a row of log-sum-exps. The order of preference on CUDA is that of
-``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``, on the CPU of ``transformers/sdp_utils_cpp.cpp``.
-
 A decoder's layers are alike: of some ten thousand operator calls in a forecast a few hundred differ. torch works each
 of them out in Python (0.1 to 1 ms); what it returned is remembered by shape, for the forecasts that follow too: a
 search makes a hundred of one model.
@@ -16,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.units import KiB, MiB
@@ -26,72 +22,19 @@ from lowvram_lab.units import KiB, MiB
 aten = torch.ops.aten
 
 
-class ImitateAttention(TorchFunctionMode):
-    """Replaces attention on meta tensors by the fused kernel of the place it runs at.
-
-    Args:
-        gpu: The dry-run GPU; says which place a tensor is at and whose kernels run there.
-    """
-
-    def __init__(self, gpu: Gpu):
-        super().__init__()
-        self.gpu = gpu
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        """Intercepts attention; passes everything else on."""
-        kwargs = kwargs or {}
-        is_attention = func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta
-        if is_attention and self._has_fused_kernel(*args[:3], enable_gqa=kwargs.get("enable_gqa", False)):
-            return self._attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _has_fused_kernel(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, enable_gqa: bool) -> bool:
-        """Whether the real run takes one: not for heads that only broadcast (multi-query), nor for odd values."""
-        if q.shape[1] != k.shape[1] and not enable_gqa:
-            return False
-        return v.shape[-1] == q.shape[-1] or self.gpu.kernels_of(self.gpu.meter.place_of(q)) == "cuda"
-
-    def _attention(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = _additive(attn_mask, q.dtype)
-        if self.gpu.kernels_of(self.gpu.meter.place_of(q)) == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        if attn_mask is None and q.dtype != torch.float32 and q.shape[-1] == v.shape[-1] <= 256:
-            output = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)  # kernel's layout: (batch, tokens, heads, dim)
-            q.new_empty(q.shape[:3], dtype=torch.float32)  # log-sum-exp, dropped with the call
-            return output
-        if enable_gqa:
-            groups = q.shape[1] // k.shape[1]
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        return aten._scaled_dot_product_efficient_attention(
-            q, k, v, attn_mask, False, dropout_p, is_causal, scale=scale
-        )[0]
-
-
-def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as torch's own attention turns it into one to add (``convert_boolean_attn_mask``)."""
-    zero, minus_infinity = (
-        torch.scalar_tensor(value, dtype=dtype, device=mask.device) for value in (0.0, float("-inf"))
-    )
-    return torch.where(mask, zero, minus_infinity)
-
-
 _MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
-def cublas_workspace_bytes() -> int:
+def cublas_workspace_bytes(card: Card) -> int:
     """What the first matrix product on CUDA allocates for good (``parseChosenWorkspaceSize`` in ATen's CUDABlas.cpp).
 
-    32 MiB on Hopper and Blackwell, 2 x 4096 + 8 x 16 KiB on other cards, which is assumed where there is none; what
+    32 MiB on Hopper and Blackwell, 2 x 4096 + 8 x 16 KiB on others; what
     ``CUBLAS_WORKSPACE_CONFIG`` says comes first.
     """
     stated = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
     if stated:
         return sum(int(size) * int(count) for size, count in stated) * KiB
-    large = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
-    return 32 * MiB if large else (2 * 4096 + 8 * 16) * KiB
+    return 32 * MiB if card.capability >= (9, 0) else (2 * 4096 + 8 * 16) * KiB
 
 
 class DryRunGpu(Gpu):
@@ -124,19 +67,30 @@ class DryRunGpu(Gpu):
         self._results = _results_of(torch.get_default_dtype())
         self._workspace = self._of_graphs = None
 
+    @property
+    def card(self) -> Card:
+        """What decides which of CUDA's kernels run."""
+        return self.budget.card if self.budget else this_card()
+
     def _new_workspace(self) -> torch.Tensor:
         with self.meter.scope(owner="cuBLAS", category="workspace"):
-            workspace = torch.empty(cublas_workspace_bytes(), dtype=torch.uint8, device="meta")
-            self.meter.count(workspace, "gpu")
-            return workspace
+            return self._hold(torch.uint8, cublas_workspace_bytes(self.card))
+
+    def _hold(self, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
+        """A tensor that the meter counts on the GPU, for what torch allocates by itself."""
+        held = torch.empty(count, dtype=dtype, device="meta")
+        self.meter.count(held, "gpu")
+        return held
 
     def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
-        """Runs an operator on meta; before the first matrix product on CUDA, cuBLAS' workspace is there."""
+        """Runs an operator on meta; the first matrix product on CUDA takes cuBLAS' workspace after its result."""
         wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
-        if wanted and self.meter.place_of(args[-1]) == "gpu":
-            self._workspace = self._new_workspace()
         try:
-            return self._results(func, args, kwargs)
+            result = self._results(func, args, kwargs)
+            if wanted and self.meter.place_of(args[-1]) == "gpu":
+                self.meter.count(result, "gpu")
+                self._workspace = self._new_workspace()
+            return result
         except (RuntimeError, NotImplementedError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = self.meter.owner or "the model"
@@ -150,9 +104,12 @@ class DryRunGpu(Gpu):
         """
         outside, allocator = self._workspace, self.meter.allocator
         if self._of_graphs is None:
+            with self.meter.scope(owner="CUDA graphs", category="workspace"):
+                # seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp)
+                seeds = [self._hold(torch.int64) for _ in range(2)]
             with allocator.own_pool():
-                self._of_graphs = self._new_workspace()
-        self._workspace = self._of_graphs
+                self._of_graphs = [self._new_workspace(), *seeds]
+        self._workspace = self._of_graphs[0]
         try:
             with allocator.own_pool():
                 yield

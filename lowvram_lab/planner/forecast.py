@@ -10,8 +10,9 @@ import torch
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import PlanError, first_line
+from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention
+from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.geometry import unpadded
@@ -53,10 +54,8 @@ def forecast(
     workload = workload or Workload.full_context(plan.context)
     if workload.tokens > plan.context:
         raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
-    if isinstance(gpu, Gpu):
-        dry = DryRunGpu(gpu.budget, gpu.kernels, expandable_segments)
-    else:
-        dry = DryRunGpu(None if gpu is None else GpuBudget.parse(gpu), expandable_segments=expandable_segments)
+    budget = gpu.budget if isinstance(gpu, Gpu) else None if gpu is None else GpuBudget.parse(gpu)
+    dry = DryRunGpu(budget, gpu.kernels if isinstance(gpu, Gpu) else None, expandable_segments)
     return _replay(plan, dry, workload, timeline=timeline)
 
 

@@ -15,9 +15,11 @@ from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError, PlanError, UnitError
 from lowvram_lab.memory import dry_run
 from lowvram_lab.memory.allocator import round_size
+from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.card import this_card
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.memory.dry_run import DryRunGpu, ImitateAttention, MetaResults, cublas_workspace_bytes
+from lowvram_lab.memory.dry_run import DryRunGpu, MetaResults, cublas_workspace_bytes
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
@@ -293,7 +295,7 @@ def test_two_decoders_of_a_dry_run_share_the_workspace_of_graphs():
         with ImitateAttention(gpu):
             decoder_for(model, 64)
         held.append(gpu.meter.category_bytes("workspace"))
-    assert held[0] == held[1] >= cublas_workspace_bytes()
+    assert held[0] == held[1] >= cublas_workspace_bytes(this_card())
 
 
 @pytest.mark.parametrize("kernels", ["gpu", "CUDA", "", None])

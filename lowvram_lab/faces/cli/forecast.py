@@ -10,7 +10,7 @@ from pathlib import Path
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of, table_note
-from lowvram_lab.faces.cli.plan import add_plan_options, options_between, stated_plan
+from lowvram_lab.faces.cli.plan import add_card_option, add_plan_options, options_between, stated_plan
 from lowvram_lab.files import write_atomically
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
@@ -27,6 +27,7 @@ from lowvram_lab.planner.suggest import Suggestion, suggest
 def add_forecast(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``forecast``."""
     add_plan_options(parser, budget_required=False, chooses=False)
+    add_card_option(parser)
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
     parser.add_argument("--max-context", action="store_true", help="also find the longest context that fits --gpu")
     parser.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")
@@ -37,7 +38,9 @@ def run_forecast(args: argparse.Namespace) -> int:
     """Says what a model will take of a GPU."""
     if args.max_context and not args.gpu:
         raise LowvramError("--max-context needs --gpu: without a card every context fits")
-    budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
+    if args.card and (args.compare or not args.gpu):
+        raise LowvramError("--card goes with --gpu and without --compare: a run is on the card that is here")
+    budget = GpuBudget.parse(args.gpu, args.cuda_context, args.card) if args.gpu else None
     _check_picture(args.plot)
     _, spec = spec_of(args.model)
     plan = stated_plan(args, spec, "fp16")

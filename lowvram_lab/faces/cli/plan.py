@@ -71,6 +71,16 @@ def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, 
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
+def add_card_option(parser: argparse.ArgumentParser) -> None:
+    """For what is forecast alone: a run is on the card that is there."""
+    parser.add_argument(
+        "--card",
+        metavar="NAME",
+        help="which card, as t4, rtx3050 or sm_86: it decides which kernels run, and what they take (this machine's, "
+        "or rtx3050)",
+    )
+
+
 def _context(text: str) -> int | str:
     return LONGEST if text.lower() == LONGEST else tokens(text)
 
@@ -211,13 +221,14 @@ def _check_ram(ram: str | None, plan: Plan) -> None:
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``plan``."""
     add_plan_options(parser, budget_required=True)
+    add_card_option(parser)
     parser.add_argument("--explain", action="store_true", help="also say where bytes and seconds go")
     parser.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """``lowvram plan``."""
-    budget = GpuBudget.parse(args.gpu, args.cuda_context)
+    budget = GpuBudget.parse(args.gpu, args.cuda_context, args.card)
     _, spec = spec_of(args.model)
     plan, profile, why = chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
     if args.output:

@@ -60,6 +60,8 @@ MISTAKES = {
     "no split fits": (["tune", "smollm2-135m", "--gpu", "8MiB", "--format", "bf16"], "fits"),
     "max context without a card": (["forecast", "smollm2-135m", "--max-context"], "--gpu"),
     "a picture of no known kind": (["forecast", "smollm2-135m", "--plot", "x.gif"], ".png"),
+    "an unknown card": (["forecast", "smollm2-135m", "--gpu", "1GiB", "--card", "t5"], "such as t4"),
+    "a card without its memory": (["forecast", "smollm2-135m", "--card", "t4"], "--card goes with --gpu"),
     "a size in two words": (["forecast", "smollm2-135m", "--gpu", "4", "GiB"], "one word"),
     "a size in two words, the model behind": (["forecast", "--gpu", "4", "gb", "smollm2-135m"], "write --gpu 4gb"),
     "RAM in two words": (["plan", "smollm2-135m", "--gpu", "4G", "--ram", "8,5", "G"], "write --ram 8,5G"),
@@ -175,6 +177,12 @@ def test_a_plan_comes_before_its_speed_is_measured(capsys, monkeypatch):
     assert "tokens/s" in out and err.splitlines() == [
         "measuring how fast this machine is, for the speed: minutes the first time ..."
     ]
+
+
+def test_a_card_without_fused_bf16_takes_more(capsys):
+    words = ("forecast", "smollm2-135m", "--gpu", "1GiB", "--context", 1024, "--format", "int8", "--json")
+    peaks = [json.loads(run(capsys, *words, "--card", card)[1])["peak_allocated_bytes"] for card in ("rtx3050", "t4")]
+    assert peaks[1] > peaks[0] + 4 * 9 * 1024**2  # a matrix of scores in float32, for nine heads
 
 
 def test_what_does_not_fit_is_said_to_be_without_a_limit(capsys):
