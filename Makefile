@@ -66,10 +66,10 @@ gpu-check: $(STAMP) ## tests that need CUDA; forecast, splits and engine measure
 	$(BIN)/python benchmarks/speed_forecast.py --model qwen1.5-0.5b --random --runs 1
 
 fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## the gpu tests and the forecast's accuracy on CUDA without a card (tests/fakecuda)
-	FAKE_CUDA_BUILD=$(FAKE_BUILD) FAKE_CUDA_ARITHMETIC=1 tests/fakecuda/fakecuda $(CUDA_PYTHON) tests/fakecuda/check.py
+	FAKE_CUDA_ARITHMETIC=1 $(FAKE) tests/fakecuda/check.py
 	FAKE_CUDA_ARITHMETIC=1 $(FAKE) -m pytest -m gpu --assert=plain $(ARGS)
 	for capability in 7.5 9.0 12.0; do \
-	  FAKE_CUDA_CC=$$capability $(FAKE) -m pytest -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
+	  FAKE_CUDA_CC=$$capability FAKE_CUDA_ARITHMETIC=1 $(FAKE) -m pytest -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
 	    -k 'attention or forecast' $(ARGS) || exit 1; \
 	done
 	$(FAKE) benchmarks/forecast_accuracy.py

@@ -83,13 +83,14 @@ def _clean() -> None:
 
 
 def assert_near(dry, real, slack=0):
-    """Allocated within 2 %, reserved within 5 % in every phase: the acceptance of issue 3."""
+    """Allocated within 2 %, reserved within 5 % in every phase; on the fake CUDA runtime to the byte."""
     assert [phase.name for phase in dry.phases] == [phase.name for phase in real.phases]
+    exact = torch.cuda.get_device_name().startswith("fake CUDA")
     for mine, theirs in zip(dry.phases, real.phases, strict=True):
         for figure, share in SHARES.items():
             a, b = getattr(mine, figure), getattr(theirs, figure)
             room = slack + (20 * MiB if slack and "reserved" in figure else 0)  # a segment more or less
-            assert abs(a - b) <= share * b + room, (theirs.name, figure, a, b)
+            assert abs(a - b) <= (0 if exact else share * b + room), (theirs.name, figure, a, b)
 
 
 @pytest.mark.parametrize("placement", ["gpu", "half"])

@@ -96,9 +96,8 @@ def _multiplies(small: nn.Module, weight: torch.Tensor) -> bool:
 def _as_embedding(module: nn.Module) -> Kind | None:
     small = _small(module, _ROWS, _COLUMNS, 0)
     small.padding_idx = None
-    ids = torch.tensor(
-        [[3, 0, 4, 4, 1]]
-    )  # in no order, lest a table of positions that passes them over be taken for one
+    # in no order, lest a table of positions that passes them over be taken for one
+    ids = torch.tensor([[3, 0, 4, 4, 1]])
     found, rows = small(ids), small.weight[ids]
     small._parameters["weight"] = nn.Parameter(torch.ones(_ROWS, _COLUMNS))
     scale = float(small(ids).flatten()[0])

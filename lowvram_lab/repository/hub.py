@@ -15,10 +15,7 @@ logger = logging.getLogger(__name__)
 # root of the repository only, and nothing that can carry code
 WEIGHTS = ["*.safetensors", "model.safetensors.index.json"]
 SETTINGS = ["config.json", "generation_config.json"]
-TOKENIZER = [
-    *TOKENIZER_FILES,
-    *("special_tokens_map.json", "added_tokens.json", "chat_template*"),
-]
+TOKENIZER = [*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template*"]
 NEVER = ["*/*", "*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.model.v*", "consolidated*"]
 _ETAG_TIMEOUT_S = 4
 
