@@ -90,7 +90,12 @@ class CachingAllocator:
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.segments: dict[int, int] = {}
         self._numbers = itertools.count()
-        self._pool = self._new_pool()
+        self._pool = self.new_pool()
+
+    @property
+    def pool(self) -> Pool:
+        """Where blocks come from now."""
+        return self._pool
 
     @property
     def fragmentation(self) -> int:
@@ -139,15 +144,20 @@ class CachingAllocator:
                     self.reserved -= self.segments.pop(block.segment)
 
     @contextmanager
-    def own_pool(self) -> Iterator[None]:
-        """What is allocated inside lies in segments that nothing outside is given: another stream's, a CUDA graph's."""
-        outside, self._pool = self._pool, self._new_pool()
+    def own_pool(self, pool: Pool | None = None) -> Iterator[None]:
+        """What is allocated inside lies in segments that nothing outside is given: another stream's, a CUDA graph's.
+
+        Args:
+            pool: One that ``new_pool`` made, to come back to it; a new one by itself.
+        """
+        outside, self._pool = self._pool, pool or self.new_pool()
         try:
             yield
         finally:
             self._pool = outside
 
-    def _new_pool(self) -> Pool:
+    def new_pool(self) -> Pool:
+        """A pool without segments."""
         return Pool()
 
     def _best_fit(self, size: int, small: bool) -> Block | None:

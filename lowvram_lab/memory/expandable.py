@@ -26,7 +26,8 @@ ADDRESS_SPACE = 1 << 50
 class ExpandableAllocator(CachingAllocator):
     """See ``CachingAllocator``; ``segments`` holds the mapped bytes of each pool's two."""
 
-    def _new_pool(self) -> Pool:
+    def new_pool(self) -> Pool:
+        """See ``CachingAllocator``: one segment for small blocks, one for large."""
         pool = Pool()
         for small in (False, True):
             number = next(self._numbers)
