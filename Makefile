@@ -58,12 +58,8 @@ format: $(STAMP) ## ruff, mend in place
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-gpu-check: $(STAMP) ## tests that need CUDA; forecast, splits and engine measured on it
-	$(BIN)/pytest -m gpu $(ARGS)
-	$(BIN)/python benchmarks/forecast_accuracy.py
-	$(BIN)/python benchmarks/split_parity.py
-	$(BIN)/python benchmarks/engine_cuda.py
-	$(BIN)/python benchmarks/speed_forecast.py --model qwen1.5-0.5b --random --runs 1
+gpu-check: $(STAMP) ## all that only a CUDA card can answer, in nine minutes, into one JSON
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## the gpu tests and the forecast's accuracy on CUDA without a card (tests/fakecuda)
 	FAKE_CUDA_ARITHMETIC=1 $(FAKE) tests/fakecuda/check.py

@@ -139,9 +139,11 @@ def bitsandbytes(args, way: str) -> dict:
 
 
 def write_weights(model: str, folder: Path) -> None:
-    """A directory of random 16-bit weights that ``from_pretrained`` opens, one file a module."""
+    """A directory of random 16-bit weights that ``from_pretrained`` opens, one file a module; once a folder."""
     from safetensors.torch import save_file
 
+    if (folder / "config.json").exists():  # written last
+        return
     config = find_source(model).config()
     spec = ModelSpec.from_config(config, model)
     checkpoint, index = RandomCheckpoint(spec), {}
@@ -164,8 +166,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="keeps the random weights here, for another run")
+    parser.add_argument("--output", type=Path, default=RESULTS / "engine_cuda.json", help="where the JSON goes")
     parser.add_argument("--way", help=argparse.SUPPRESS)
-    parser.add_argument("--weights", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("engine_cuda.py: no CUDA here, so nothing was measured")
@@ -176,10 +179,11 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        folder = args.weights or Path(folder)
         if any("bitsandbytes" in way for way in args.ways):
-            write_weights(args.model, Path(folder))
+            write_weights(args.model, folder)
         for way in args.ways:
-            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--weights", folder]
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--weights", str(folder)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 rows.append({"way": way, "failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:300]})
@@ -189,9 +193,7 @@ def main() -> None:
     print(pandas.DataFrame(rows).to_string(index=False))
     asked = {"model": args.model, "gpu_budget": args.gpu, "context": args.context, "rows": rows}
     made = {"machine": facts(), "date": datetime.now(UTC).date().isoformat()}
-    path = RESULTS / "engine_cuda.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**kept, "capped": {**asked, **made}}, indent=1) + "\n")
+    args.output.write_text(json.dumps({**asked, **made}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ case's budget for real; on the fake CUDA runtime (``make fake-cuda``) as well, a
 same cases run small on the simulated stand-in: that checks that replay and run agree, not that CUDA would; the results
 say so.
 
-    python benchmarks/forecast_accuracy.py [--small] [--only PATTERN] [--output FILE]
+    python benchmarks/forecast_accuracy.py [--small] [--only PATTERN] [--deadline SECONDS] [--output FILE]
 """
 
 import argparse
@@ -156,7 +156,7 @@ def _plan(case: Case, spec: ModelSpec, context: int) -> tuple[Plan, Workload]:
 def run_case(case: Case, small: bool) -> dict:
     """Forecasts a case, runs it, and puts the two side by side."""
     spec, plan, workload, budget = prepare(case, small)
-    _clean()
+    clean()
     gpu = open_gpu(budget)
     dry = forecast(plan, gpu, workload=workload)
     started, oom = time.perf_counter(), None
@@ -201,11 +201,17 @@ def _errors(mine, theirs) -> dict:
     }
 
 
+def phase_bytes(phase) -> dict[str, int]:
+    """Peaks and end of a phase."""
+    names = ("peak_allocated_bytes", "end_allocated_bytes", "peak_reserved_bytes")
+    return {name: getattr(phase, name) for name in names}
+
+
 def _worst(phases: dict, key: str) -> float | None:
     return max((phase[key] for phase in phases.values()), key=abs, default=None)
 
 
-def _clean() -> None:
+def clean() -> None:
     """Frees the last case, cuBLAS' workspace included: the forecast begins before the first product."""
     gc.collect()
     if torch.cuda.is_available():
@@ -215,11 +221,11 @@ def _clean() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def run_all(cases, small: bool) -> list[dict]:
+def run_all(cases, small: bool, deadline_s: float = DEADLINE_S) -> list[dict]:
     """Every case; one that fails is a row that says so."""
     started, rows = time.perf_counter(), []
     for case in cases:
-        if time.perf_counter() - started > DEADLINE_S:
+        if time.perf_counter() - started > deadline_s:
             rows.append({"name": case.name, "case": asdict(case), "failed": "not run: out of time"})
         else:
             try:
@@ -320,11 +326,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="few layers and short contexts; implied without CUDA")
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only cases whose name matches")
     parser.add_argument("--output", type=Path, help="where the JSON goes; by default under benchmarks/results/")
+    parser.add_argument("--deadline", type=float, default=DEADLINE_S, help="seconds after which no case is begun")
     options = parser.parse_args(arguments)
     small = options.small or not torch.cuda.is_available()
     cases = [case for case in CASES if fnmatch.fnmatch(case.name, options.only)]
     print(f"{'case':42} {'peak':>11} {'allocated':>11} {'reserved':>11}  (forecast - measured, worst phase)")
-    results = report(run_all(cases, small), small)
+    results = report(run_all(cases, small, options.deadline), small)
     kind = {"cuda": "cuda", "fake CUDA": "fake_cuda"}.get(results["mode"], "cpu")
     path = options.output or RESULTS / f"forecast_accuracy_{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

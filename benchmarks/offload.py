@@ -6,6 +6,7 @@ Without CUDA the "GPU" is this CPU, so accelerate's weights are copied within RA
 would see, its speed is not. Figures are medians over rounds; in each round all ways run once, in alternation.
 
     python benchmarks/offload.py [--model smollm2-135m] [--format int4] [--prompt 128] [--tokens 24] [--repeats 3]
+    python benchmarks/offload.py --model qwen1.5-0.5b --weights DIR       # random weights: nothing is fetched
 """
 
 import argparse
@@ -21,6 +22,8 @@ import accelerate.hooks
 import pandas
 import torch
 from accelerate.hooks import attach_align_device_hook
+from engine_cuda import write_weights
+from forecast_accuracy import RandomCheckpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lowvram_lab.engine.lean import decoder_for
@@ -128,18 +131,26 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--shares", type=float, nargs="+", default=(0.0, *SHARES), help="of the layers, off the GPU")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="random weights, kept here for another run")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; by default under benchmarks/results/")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     source = find_source(args.model)
     spec = source.spec()
-    workload, checkpoint = Workload(args.prompt, args.tokens), source.checkpoint()
+    workload = Workload(args.prompt, args.tokens)
+    if args.weights:
+        write_weights(args.model, args.weights)
+    checkpoint = RandomCheckpoint(spec) if args.weights else source.checkpoint()
     context = args.prompt + args.tokens
     formats = list(dict.fromkeys(("bf16", args.format)))
-    ways = [Ours(spec, checkpoint, fmt, context, args.threads) for fmt in formats] + [Accelerate(source.fetch())]
+    ways = [Ours(spec, checkpoint, fmt, context, args.threads) for fmt in formats] + [
+        Accelerate(args.weights or source.fetch())
+    ]
     rows = []
-    for share in (0.0, *SHARES):
+    for share in args.shares:
         off = round(share * spec.num_hidden_layers)
         for way in ways:
             way.place(off)
@@ -159,6 +170,7 @@ def main() -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": facts(),
         "model": args.model,
+        "random_weights": bool(args.weights),
         "threads": args.threads,
         "prompt_tokens": args.prompt,
         "new_tokens": args.tokens,
@@ -166,8 +178,7 @@ def main() -> None:
         "rows": table.to_dict("records"),
     }
     name = "offload_cuda.json" if torch.cuda.is_available() else "offload_cpu.json"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.output or RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.json:
         print(json.dumps(result, indent=1))
         return

@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--random", action="store_true", help="random weights of the model's shape")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="where the JSON goes; by default under benchmarks/results/")
     parser.add_argument("--once", action="store_true", help="one run in this process; prints JSON")
     options = parser.parse_args()
     if options.once:
@@ -122,7 +123,8 @@ def main() -> None:
     asked = {"model": options.model, "random_weights": options.random, "threads": options.threads}
     made = {"machine": facts(), "date": datetime.now(UTC).date().isoformat(), **asked, "runs": runs}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    (RESULTS / f"speed_forecast_{kind}.json").write_text(json.dumps(made, indent=1) + "\n")
+    path = options.output or RESULTS / f"speed_forecast_{kind}.json"
+    path.write_text(json.dumps(made, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -82,6 +82,7 @@ def main() -> None:
     """Measures, prints a table, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--output", type=Path, help="where the JSON goes; by default under benchmarks/results/")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     cases = [(name, fmt) for name in MODELS for fmt in args.formats.split(",")]
@@ -98,8 +99,7 @@ def main() -> None:
         "rows": rows,
     }
     name = "split_parity_cuda.json" if torch.cuda.is_available() else "split_parity_cpu.json"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.output or RESULTS / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if args.json:
         print(json.dumps(result, indent=1))
         return
