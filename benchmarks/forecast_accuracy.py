@@ -31,7 +31,7 @@ from transformers import AutoConfig
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.memory.gpu import Gpu, StandInGpu
+from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec

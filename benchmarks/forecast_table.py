@@ -29,7 +29,6 @@ from tqdm import tqdm
 from transformers import LlamaConfig, MistralConfig
 
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -175,7 +174,9 @@ def run_row(row: Row) -> dict:
     torch.cuda.memory._set_allocator_settings(f"expandable_segments:{row.segments == 'expandable'}")
     small, plan, workload, budget = prepare(row)
     found = side_by_side(small, plan, workload, budget, row.segments == "expandable")
-    phases = {name: [value for key, value in phase.items() if "bytes" in key] for name, phase in found["phases"].items()}
+    phases = {
+        name: [value for key, value in phase.items() if "bytes" in key] for name, phase in found["phases"].items()
+    }
     return {
         **asdict(row),
         "cap_bytes": budget.total_bytes,
@@ -279,7 +280,7 @@ def one_line_a_row(kept: dict) -> str:
     for capability, card in kept["cards"].items():
         head = json.dumps({key: value for key, value in card.items() if key != "rows"})
         inside = ",\n".join("  " + json.dumps(row) for row in card["rows"])
-        lines.append(f"  {json.dumps(capability)}: {head[:-1]}, \"rows\": [\n{inside}\n  ]}}")
+        lines.append(f'  {json.dumps(capability)}: {head[:-1]}, "rows": [\n{inside}\n  ]}}')
     joined = ",\n".join(lines)
     return text.replace('"cards": {}', f'"cards": {{\n{joined}\n }}') + "\n"
 
@@ -298,8 +299,15 @@ def main(arguments: list[str] | None = None) -> int:
     done = run_all([row for row in rows(10 * major + minor) if fnmatch.fnmatch(row.name, options.only)])
     print(table(done).to_string(index=False))
     for row in done:
-        if "failed" in row or row["forecast_oom"] != row["measured_oom"] or any(e["allocated_bytes"] or e["reserved_percent"] for e in errors(row)):
-            print(Row(**{key: row[key] for key in Row.__dataclass_fields__}).name, row.get("failed") or [row["forecast_oom"], row["measured_oom"], errors(row)])
+        if (
+            "failed" in row
+            or row["forecast_oom"] != row["measured_oom"]
+            or any(e["allocated_bytes"] or e["reserved_percent"] for e in errors(row))
+        ):
+            print(
+                Row(**{key: row[key] for key in Row.__dataclass_fields__}).name,
+                row.get("failed") or [row["forecast_oom"], row["measured_oom"], errors(row)],
+            )
     found = keep(done, options.output)
     print(f"{runtime()}, capability {major}.{minor}, {time.perf_counter() - started:.0f} s: {found}")
     print(f"written to {options.output}")

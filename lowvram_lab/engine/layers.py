@@ -196,7 +196,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
             self.layout = "nibbles"
 
     def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
-        """See ``Quantized``. CUDA packs after the move: its packing runs only there, and for a moment both are there."""
+        """See ``Quantized``. CUDA packs after the move, where its packing runs: for a moment both are there."""
         codes = tensors.get("codes")
         if codes is None:  # a dry run's
             packed = move(tensors["packed"])

@@ -13,10 +13,12 @@ from contextlib import contextmanager
 
 import torch
 
+from lowvram_lab.memory.allocator import Pool
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.recording import OomEvent
 from lowvram_lab.units import KiB, MiB
 
 aten = torch.ops.aten
@@ -65,7 +67,7 @@ class DryRunGpu(Gpu):
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
-        self._workspace = self._of_graphs = None
+        self._workspace, self._capturing = None, False
 
     @property
     def card(self) -> Card:
@@ -96,29 +98,58 @@ class DryRunGpu(Gpu):
             where = self.meter.owner or "the model"
             raise RuntimeError(f"{where} needs data: {func} on meta says: {reason}") from error
 
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """See ``Gpu``: the block's allocations are the graph's own pool, beside a cuBLAS workspace of its stream.
+    def graphs(self) -> "DryGraphs":
+        """See ``Gpu``."""
+        return DryGraphs(self)
 
-        What the runs before capturing have taken on that stream is given back (``GraphedStep``).
-        """
-        outside, allocator = self._workspace, self.meter.allocator
-        if self._of_graphs is None:
-            with self.meter.scope(owner="CUDA graphs", category="workspace"):
-                # seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp)
-                seeds = [self._hold(torch.int64) for _ in range(2)]
-            with allocator.own_pool():
-                self._of_graphs = [self._new_workspace(), *seeds]
-        self._workspace = self._of_graphs[0]
-        try:
-            with allocator.own_pool():
-                yield
-        finally:
-            self._workspace = outside
+    def _out_of_memory(self, event: OomEvent) -> None:
+        if self._capturing:  # whoever captures can do without a graph: no failure of the run
+            raise torch.OutOfMemoryError("no room for a CUDA graph")
+        super()._out_of_memory(event)
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""
         return torch.empty_like(tensor, device="meta")
+
+
+class DryGraphs:
+    """Counts what capturing allocates; see ``CudaGraphs``, which allocates it."""
+
+    def __init__(self, gpu: DryRunGpu):
+        self._gpu, allocator = gpu, gpu.meter.allocator
+        self._stream, self._pool = allocator.new_pool(), allocator.new_pool(kept=True)
+        self._workspace, self._seeds = None, []
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """See ``CudaGraphs``."""
+        try:
+            with self._on_its_stream(self._stream):
+                yield
+        finally:
+            self._gpu.meter.allocator.empty_cache()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """See ``CudaGraphs``."""
+        self._gpu.meter.allocator.empty_cache()
+        with self._gpu.meter.scope(category="workspace"):
+            # each graph's seed and offset of random numbers, on the usual stream (``register_graph`` in ATen's
+            # CUDAGeneratorImpl.cpp)
+            self._seeds += [self._gpu._hold(torch.int64) for _ in range(2)]
+        with self._on_its_stream(self._pool):
+            yield
+
+    @contextmanager
+    def _on_its_stream(self, pool: Pool) -> Iterator[None]:
+        """Allocates in a pool, beside a cuBLAS workspace of the graphs' own stream."""
+        gpu = self._gpu
+        outside, gpu._workspace, gpu._capturing = gpu._workspace, self._workspace, True
+        try:
+            with gpu.meter.allocator.inside(pool):
+                yield
+        finally:
+            self._workspace, gpu._workspace, gpu._capturing = gpu._workspace, outside, False
 
 
 MOST_REMEMBERED = 100_000
