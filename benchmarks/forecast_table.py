@@ -42,6 +42,12 @@ PLACEMENTS = ("whole", "split", "travelling")
 SEGMENTS = ("default", "expandable")
 CAPS_GIB = (2, 4, 6, 8)
 STREAM_FROM = 256
+PEAKS = (
+    "forecast_allocated_bytes",
+    "measured_allocated_bytes",
+    "forecast_reserved_bytes",
+    "measured_reserved_bytes",
+)
 
 OTHER_MODELS = {
     # sizes of meta-llama/Llama-3.2-1B and mistralai/Mistral-7B-v0.3, as their config.json on the hub has them
@@ -174,14 +180,12 @@ def run_row(row: Row) -> dict:
     torch.cuda.memory._set_allocator_settings(f"expandable_segments:{row.segments == 'expandable'}")
     small, plan, workload, budget = prepare(row)
     found = side_by_side(small, plan, workload, budget, row.segments == "expandable")
-    phases = {
-        name: [value for key, value in phase.items() if "bytes" in key] for name, phase in found["phases"].items()
-    }
+    peaks = {name: [phase[key] for key in PEAKS] for name, phase in found["phases"].items()}
     return {
         **asdict(row),
         "cap_bytes": budget.total_bytes,
         "decoder": found["decoder"],
-        "phases": phases,
+        "phases": peaks,
         "forecast_oom": found["forecast_oom"],
         "measured_oom": found["measured_oom"],
     }
@@ -233,6 +237,17 @@ def summary(done: list[dict]) -> dict:
     }
 
 
+def what_is_wrong(row: dict) -> str:
+    """A line on a row that failed, whose memory ran out elsewhere, or that is a byte off; else nothing."""
+    name = Row(*(row[key] for key in Row.__dataclass_fields__)).name
+    if "failed" in row:
+        return f"{name}: {row['failed'].splitlines()[0]}"
+    if row["forecast_oom"] != row["measured_oom"]:
+        return f"{name}: out of memory forecast {row['forecast_oom']}, met {row['measured_oom']}"
+    off = [error for error in errors(row) if error["allocated_bytes"] or error["reserved_percent"]]
+    return f"{name}: {off}" if off else ""
+
+
 def _worst(phases: list[dict], key: str) -> float | None:
     return round(max((error[key] for error in phases), key=abs), 4) if phases else None
 
@@ -255,7 +270,7 @@ def keep(done: list[dict], path: Path) -> dict:
         "benchmark": "forecast_table",
         "scaled": f"Widths are kept; {LAYERS} layers and a small vocabulary. A cap is as tight for the small model's "
         "peak as cap_gib, less the CUDA context, is for the real one's.",
-        "phases": "forecast allocated, measured allocated, forecast reserved, measured reserved: peaks in bytes",
+        "phases": PEAKS,
     }
     kept["cards"][capability] = {
         "mode": runtime(),
@@ -294,22 +309,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("forecast_table.py: expected CUDA, found none; tests/fakecuda/README.md says how to do without a card")
         return 2
-    started = time.perf_counter()
     major, minor = torch.cuda.get_device_capability()
     done = run_all([row for row in rows(10 * major + minor) if fnmatch.fnmatch(row.name, options.only)])
     print(table(done).to_string(index=False))
     for row in done:
-        if (
-            "failed" in row
-            or row["forecast_oom"] != row["measured_oom"]
-            or any(e["allocated_bytes"] or e["reserved_percent"] for e in errors(row))
-        ):
-            print(
-                Row(**{key: row[key] for key in Row.__dataclass_fields__}).name,
-                row.get("failed") or [row["forecast_oom"], row["measured_oom"], errors(row)],
-            )
+        if said := what_is_wrong(row):
+            print(said)
     found = keep(done, options.output)
-    print(f"{runtime()}, capability {major}.{minor}, {time.perf_counter() - started:.0f} s: {found}")
+    print(f"{runtime()}, capability {major}.{minor}, {time.process_time():.0f} s of processor time: {found}")
     print(f"written to {options.output}")
     return int(bool(found["failed"] or found["oom_disagrees"]))
 
