@@ -10,6 +10,7 @@ say so.
 
 import argparse
 import fnmatch
+import functools
 import gc
 import json
 import os
@@ -30,7 +31,7 @@ from transformers import AutoConfig
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.memory.gpu import Gpu, StandInGpu
+from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -103,7 +104,7 @@ class RandomCheckpoint:
 
     def __init__(self, spec: ModelSpec):
         self._shapes = {f"{m.name}.{key}": tuple(shape) for m in spec.modules for key, shape in m.parameters.items()}
-        self._block = torch.randn(self.BLOCK, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+        self._twice = _random_block(self.BLOCK).repeat(2)
 
     def __contains__(self, name):
         return name in self._shapes
@@ -114,17 +115,20 @@ class RandomCheckpoint:
     def read(self, name):
         shape = self._shapes[name]
         noise, start = torch.empty(shape, dtype=torch.bfloat16), zlib.crc32(name.encode()) % self.BLOCK
-        flat = noise.view(-1)
-        for position in range(0, flat.numel(), self.BLOCK):
-            piece = flat[position : position + self.BLOCK]
-            piece.copy_(self._block.roll(start)[: piece.numel()])
+        for piece in noise.view(-1).split(self.BLOCK):
+            piece.copy_(self._twice[start : start + piece.numel()])
         return noise.add_(1) if "norm" in name else noise
 
 
-def small_spec(spec: ModelSpec) -> ModelSpec:
+@functools.cache
+def _random_block(count: int) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+
+
+def small_spec(spec: ModelSpec, layers: int = SMALL_LAYERS) -> ModelSpec:
     """The same widths (hidden, heads, feed-forward) with few layers and a small vocabulary."""
     values = {key: value for key, value in spec.config.items() if key not in ("layer_types", "transformers_version")}
-    values |= {"num_hidden_layers": SMALL_LAYERS, "vocab_size": SMALL_VOCABULARY}
+    values |= {"num_hidden_layers": layers, "vocab_size": SMALL_VOCABULARY}
     values |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return ModelSpec.from_config(AutoConfig.for_model(values.pop("model_type"), **values), f"small-{spec.name}")
 
@@ -156,36 +160,47 @@ def _plan(case: Case, spec: ModelSpec, context: int) -> tuple[Plan, Workload]:
 def run_case(case: Case, small: bool) -> dict:
     """Forecasts a case, runs it, and puts the two side by side."""
     spec, plan, workload, budget = prepare(case, small)
-    clean()
-    gpu = open_gpu(budget)
-    dry = forecast(plan, gpu, workload=workload)
-    started, oom = time.perf_counter(), None
-    try:
-        measured = run_workload(load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False), workload).phases
-    except torch.OutOfMemoryError as error:
-        event = error.lowvram.event if hasattr(error, "lowvram") else None
-        oom = {"phase": event.phase, "module": event.module} if event else {"phase": None, "module": None}
-        measured = _completed(gpu, oom["phase"])
-    expected = dry.first_oom and {"phase": dry.first_oom.phase, "module": dry.first_oom.module}
-    phases = {phase.name: _errors(dry.phase(phase.name), phase) for phase in measured}
+    started = time.perf_counter()
+    found = side_by_side(spec, plan, workload, budget)
     return {
         "name": case.name,
         "case": asdict(case),
         "run": plan.summary(),
         "workload": asdict(workload),
         "budget_bytes": budget.total_bytes if budget else None,
-        "phases": phases,
-        "forecast_oom": expected,
-        "measured_oom": oom,
-        "oom_agrees": (expected and expected["phase"]) == (oom and oom["phase"]),
-        "worst_allocated_percent": _worst(phases, "allocated_percent"),
-        "worst_reserved_percent": _worst(phases, "reserved_percent"),
+        **found,
+        "worst_allocated_percent": worst(found["phases"], "allocated_percent"),
+        "worst_reserved_percent": worst(found["phases"], "reserved_percent"),
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def _completed(gpu: Gpu, failed: str | None):
-    return [phase for phase in gpu.recording.phases if phase.name != failed]
+def side_by_side(
+    spec: ModelSpec, plan: Plan, workload: Workload, budget: GpuBudget | None, expandable_segments: bool = False
+) -> dict:
+    """A plan's forecast and its run: the peaks of each phase that ended, where memory ran out, and who decoded.
+
+    ``expandable_segments`` is for the forecast; the run has what the allocator was set to.
+    """
+    clean()
+    gpu = open_gpu(budget)
+    dry = forecast(plan, gpu, workload=workload, expandable_segments=expandable_segments)
+    oom, decoder = None, None
+    try:
+        profile = run_workload(load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False), workload)
+        measured, decoder = profile.phases, profile.engine
+    except torch.OutOfMemoryError as error:
+        event = error.lowvram.event if hasattr(error, "lowvram") else None
+        oom = {"phase": event.phase, "module": event.module} if event else {"phase": None, "module": None}
+        measured = [phase for phase in gpu.recording.phases if phase.name != oom["phase"]]
+    expected = dry.first_oom and {"phase": dry.first_oom.phase, "module": dry.first_oom.module}
+    return {
+        "decoder": decoder or dry.engine,
+        "phases": {phase.name: _errors(dry.phase(phase.name), phase) for phase in measured},
+        "forecast_oom": expected,
+        "measured_oom": oom,
+        "oom_agrees": expected == oom,
+    }
 
 
 def _errors(mine, theirs) -> dict:
@@ -207,7 +222,8 @@ def phase_bytes(phase) -> dict[str, int]:
     return {name: getattr(phase, name) for name in names}
 
 
-def _worst(phases: dict, key: str) -> float | None:
+def worst(phases: dict, key: str) -> float | None:
+    """The largest error of any phase, with its sign."""
     return max((phase[key] for phase in phases.values()), key=abs, default=None)
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 
 from lowvram_lab.engine.llama_layer import LayerShape, Masked, llama_layer
+from lowvram_lab.memory.cuda import CudaGraphs
+from lowvram_lab.memory.dry_run import DryGraphs
 
 SHORTEST = 256
 """Fewest places a graph looks at."""
@@ -26,7 +28,11 @@ class GraphedStep:
         sin: The same; its first half negative.
         batch_size: Sequences.
         hidden_size: Features.
-        capture: Whether to capture; without, the same is run operation by operation, which any device can.
+        graphs: What to capture with (``Gpu.graphs``); without, the same is run operation by operation, which any device
+            can. A dry run's counts what capturing allocates.
+
+    Attributes:
+        capture: Whether there are graphs: not where they found no room.
     """
 
     def __init__(
@@ -37,14 +43,14 @@ class GraphedStep:
         sin: torch.Tensor,
         batch_size: int,
         hidden_size: int,
-        capture: bool = True,
+        graphs: CudaGraphs | DryGraphs | None,
     ):
-        self.layers, self.head, self.cos, self.sin, self.capture = layers, head, cos, sin, capture
+        self.layers, self.head, self.cos, self.sin, self._capturer = layers, head, cos, sin, graphs
+        self.capture = graphs is not None
         self._places = torch.arange(cos.shape[0], device=cos.device)
         self._hidden = torch.zeros(batch_size, hidden_size, device=cos.device)
         self._at = torch.zeros(1, dtype=torch.long, device=cos.device)
         self._graphs: dict[int, tuple] = {}
-        self._pool = self._stream = None
 
     def __call__(self, hidden: torch.Tensor, position: int) -> torch.Tensor:
         """Decodes one token of each sequence.
@@ -63,23 +69,20 @@ class GraphedStep:
         if not self.capture:  # the temporaries of one layer at a time need less than a graph's pool
             return self._run(length)
         graph, logits = self._graphs[length]
-        graph.replay()
+        if graph is not None:  # a dry run's holds nothing to replay
+            graph.replay()
         return logits
 
     def prepare(self) -> None:
-        """Captures the longest graph; on meta, allocates what that does. Its logits are the graph's own."""
-        if self.capture:
-            self._prepare(len(self._places))
-        else:
-            one_of_each = list(dict(self.layers).items())  # those of one shape take the same, one after the other
-            self._logits = self._run(len(self._places), one_of_each)
+        """Captures the longest graph."""
+        self._prepare(len(self._places))
 
     def _prepare(self, length: int) -> None:
         if self.capture and length not in self._graphs:
             try:
                 self._graphs[length] = self._captured(length)
             except torch.OutOfMemoryError:
-                self.capture, self._graphs, self._pool = False, {}, None
+                self.capture, self._graphs, self._capturer = False, {}, None
 
     def _run(self, length: int, layers: list[tuple[LayerShape, list]] | None = None) -> torch.Tensor:
         cos, sin = (table.index_select(0, self._at)[0] for table in (self.cos, self.sin))
@@ -90,18 +93,13 @@ class GraphedStep:
         return self.head(hidden)
 
     def _captured(self, length: int) -> tuple:
-        """Runs a few times first, on a stream of its own, as capturing asks for; each run writes what replay writes."""
-        self._stream = self._stream or torch.cuda.Stream(self._hidden.device)  # one: each has a cuBLAS workspace
-        self._stream.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(self._stream):
-                for _ in range(_WARM_UPS):
-                    self._run(length)
-        finally:
-            torch.cuda.current_stream().wait_stream(self._stream)
-            torch.cuda.empty_cache()  # the runs' own blocks are of no use to any other stream
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            logits = self._run(length)
-        self._pool = self._pool or graph.pool()
+        """Runs a few times first; each run writes what replay writes."""
+        layers = self.layers
+        if self._hidden.is_meta:  # those of one shape take the same, one after the other
+            layers = list(dict(layers).items())
+        with self._capturer.warming_up():
+            for _ in range(_WARM_UPS):
+                self._run(length, layers)
+        with self._capturer.capturing() as graph:
+            logits = self._run(length, layers)
         return graph, logits

@@ -196,20 +196,16 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
             self.layout = "nibbles"
 
     def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
-        """See ``Quantized``. CUDA packs after the move: its packing runs only there."""
-        if "codes" not in tensors:  # a dry run's
-            super().fill(tensors, move)
-            if self.layout == "cuda":  # repacked on the card: for a moment both copies are there
-                self.packed = self.packed.clone()
-            return
-        codes = tensors["codes"]
-        if self.layout == "cpu":
-            packed = move(pack_for_cpu(codes))
+        """See ``Quantized``. CUDA packs after the move, where its packing runs: for a moment both are there."""
+        codes = tensors.get("codes")
+        if codes is None:  # a dry run's
+            packed = move(tensors["packed"])
+            packed = packed.clone() if self.layout == "cuda" else packed
+        elif self.layout == "cuda":  # tinygemm wants the even column in the high nibble
+            packed = move(two_per_byte(codes, high_first=True))
+            packed = torch.ops.aten._convert_weight_to_int4pack(packed, CUDA_INNER_K_TILES)
         else:
-            high_first = self.layout == "cuda"  # tinygemm wants the even column in the high nibble
-            packed = move(two_per_byte(codes, high_first))
-            if high_first:
-                packed = torch.ops.aten._convert_weight_to_int4pack(packed, CUDA_INNER_K_TILES)
+            packed = move(pack_for_cpu(codes) if self.layout == "cpu" else two_per_byte(codes, high_first=False))
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", move(tensors["scale_and_zero"]))
 

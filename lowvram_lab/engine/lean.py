@@ -132,7 +132,7 @@ class LeanDecoder(Decoder):
     def name(self) -> str:
         """See ``Decoder``."""
         if self._graphed is not None:
-            return NAMES[GRAPHS if self._graphed.capture or self._gpu.meta else LEAN]
+            return NAMES[GRAPHS if self._graphed.capture else LEAN]
         return NAMES[COMPILED if self.compiled else LEAN]
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,11 @@ class LeanDecoder(Decoder):
             raise LowvramError("expected a prompt in the cache, found none: call prefill first")
         if position >= self.cache.max_tokens:
             raise BudgetError(f"the KV cache of {position} tokens is full; plan a longer context")
-        if not self._gpu.meta:
+        if self._gpu.meta:
+            if self._graphed:  # a shorter graph is captured when it is first wanted
+                with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
+                    self._logits.copy_(self._run(token, position))
+        else:
             with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
                 self._logits.copy_(self._run(token, position))
         if self._gpu.simulated:
@@ -190,9 +194,8 @@ class LeanDecoder(Decoder):
         sizes = self.batch_size, self._spec.hidden_size
         with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
             by_modules = partial(_modules_head, self.model)
-            graphed = GraphedStep(bound, by_modules, *self._tables["gpu"], *sizes, capture=not self._gpu.meta)
-            with self._gpu.capturing():
-                graphed.prepare()
+            graphed = GraphedStep(bound, by_modules, *self._tables["gpu"], *sizes, self._gpu.graphs())
+            graphed.prepare()
             return graphed
 
     def _may_compile(self, wanted: bool | None) -> bool:

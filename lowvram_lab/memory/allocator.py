@@ -64,10 +64,12 @@ class Pool:
     Attributes:
         free: Free blocks by size, the small ones (``True``) and the large ones.
         first: The lowest block of either kind, in an allocator whose segments grow.
+        kept: Whether emptying the cache leaves it alone: a graph writes there whenever it is replayed.
     """
 
     free: dict[bool, list[tuple[int, int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
     first: dict[bool, Block] = field(default_factory=dict)
+    kept: bool = False
 
 
 class OutOfCapacity(Exception):  # noqa: N818  (a signal between simulator and GPU, not an error users meet)
@@ -90,6 +92,7 @@ class CachingAllocator:
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.segments: dict[int, int] = {}
         self._numbers = itertools.count()
+        self._pools: list[Pool] = []
         self._pool = self.new_pool()
 
     @property
@@ -135,30 +138,32 @@ class CachingAllocator:
         self._put(block)
 
     def empty_cache(self) -> None:
-        """Gives back every segment that is wholly free (``release_cached_blocks``)."""
+        """Gives back every segment that is wholly free, of all streams (``release_cached_blocks``)."""
+        for pool in self._pools:
+            if not pool.kept:
+                self._empty(pool)
+
+    def _empty(self, pool: Pool) -> None:
         for small in (True, False):
-            for entry in list(self._pool.free[small]):
+            for entry in list(pool.free[small]):
                 block = entry[-1]
                 if block.whole:
                     self._take(block)
                     self.reserved -= self.segments.pop(block.segment)
 
     @contextmanager
-    def own_pool(self, pool: Pool | None = None) -> Iterator[None]:
-        """What is allocated inside lies in segments that nothing outside is given: another stream's, a CUDA graph's.
-
-        Args:
-            pool: One that ``new_pool`` made, to come back to it; a new one by itself.
-        """
-        outside, self._pool = self._pool, pool or self.new_pool()
+    def inside(self, pool: Pool) -> Iterator[None]:
+        """What is allocated here lies in a pool's segments: another stream's, a CUDA graph's."""
+        outside, self._pool = self._pool, pool
         try:
             yield
         finally:
             self._pool = outside
 
-    def new_pool(self) -> Pool:
-        """A pool without segments."""
-        return Pool()
+    def new_pool(self, kept: bool = False) -> Pool:
+        """A pool whose segments are nobody else's; for ``kept`` see ``Pool``."""
+        self._pools.append(pool := Pool(kept=kept))
+        return pool
 
     def _best_fit(self, size: int, small: bool) -> Block | None:
         pool = self._pool.free[small]

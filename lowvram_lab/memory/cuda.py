@@ -133,6 +133,10 @@ class CudaGpu(Gpu):
         """See ``Gpu``."""
         torch.cuda.current_stream(self.device).wait_event(mark)
 
+    def graphs(self) -> "CudaGraphs":
+        """See ``Gpu``."""
+        return CudaGraphs(self.device)
+
     def settle(self, wait: bool = False) -> None:
         """See ``Gpu``."""
         if self._side_stream is not None:
@@ -142,6 +146,36 @@ class CudaGpu(Gpu):
 
     def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         return tensor.to(self.device if place == "gpu" else "cpu")
+
+
+class CudaGraphs:
+    """Where a decoder's CUDA graphs are captured: a stream of their own, and one memory pool for all of them.
+
+    Args:
+        device: The card.
+    """
+
+    def __init__(self, device: torch.device):
+        self._stream, self._pool = torch.cuda.Stream(device), None  # one stream: each has a cuBLAS workspace
+
+    @contextmanager
+    def warming_up(self):
+        """Runs what will be captured on the graphs' stream, as capturing asks for."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.empty_cache()  # the runs' own blocks are of no use to any other stream
+
+    @contextmanager
+    def capturing(self):
+        """Captures what is run inside; yields the graph, whose ``replay`` runs it again."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            yield graph
+        self._pool = self._pool or graph.pool()
 
 
 def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int | None = None) -> Gpu:

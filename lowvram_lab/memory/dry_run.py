@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +18,7 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.recording import OomEvent
 from lowvram_lab.memory.torch_release import torch_release
 from lowvram_lab.units import KiB, MiB
 
@@ -41,14 +41,6 @@ def cublas_workspace_bytes(card: Card) -> int:
     if stated:
         return sum(int(size) * int(count) for size, count in stated) * KiB
     return 32 * MiB if card.capability >= (9, 0) else (2 * 4096 + 8 * 16) * KiB
-
-
-@dataclass
-class _Stream:
-    """A CUDA stream: where its blocks lie, and what stays allocated there for good, by who asked for it."""
-
-    pool: Pool
-    held: dict[str, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
 
 
 class DryRunGpu(Gpu):
@@ -79,7 +71,7 @@ class DryRunGpu(Gpu):
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
-        self._stream, self._of_graphs = _Stream(self.meter.allocator.pool), None
+        self._held, self._capturing = {}, False
 
     @property
     def card(self) -> Card:
@@ -91,10 +83,9 @@ class DryRunGpu(Gpu):
         sizes = {"cuBLAS": cublas_workspace_bytes(self.card)}
         if func is aten.addmm.default and torch_release() < (2, 12):
             sizes["cuBLASLt"] = CUBLASLT_WORKSPACE
-        stream, allocator = self._stream, self.meter.allocator
-        for owner in sizes.keys() - stream.held:
-            with self.meter.scope(owner=owner, category="workspace"), allocator.own_pool(stream.pool):
-                stream.held[owner] = self._hold(torch.uint8, sizes[owner])
+        for owner in sizes.keys() - self._held:
+            with self.meter.scope(owner=owner, category="workspace"):
+                self._held[owner] = self._hold(torch.uint8, sizes[owner])
 
     def _hold(self, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
         """A tensor that the meter counts on the GPU, for what torch allocates by itself."""
@@ -116,30 +107,67 @@ class DryRunGpu(Gpu):
             where = self.meter.owner or "the model"
             raise RuntimeError(f"{where} needs data: {func} on meta says: {reason}") from error
 
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """See ``Gpu``: the block's allocations are the graph's own pool, beside a cuBLAS workspace of its stream.
+    def graphs(self) -> "DryGraphs":
+        """See ``Gpu``."""
+        return DryGraphs(self)
 
-        What the runs before capturing have taken on that stream is given back (``GraphedStep``).
-        """
-        outside, allocator = self._stream, self.meter.allocator
-        if self._of_graphs is None:
-            self._of_graphs = _Stream(allocator.new_pool())
-            with self.meter.scope(owner="CUDA graphs", category="workspace", place="gpu"):
-                # before torch 2.12 on the stream that captures
-                pool = self._of_graphs.pool if torch_release() < (2, 12) else outside.pool
-                with allocator.own_pool(pool):
-                    self._of_graphs.held["seed, offset"] = [self._hold(torch.int64) for _ in range(2)]
-        self._stream = self._of_graphs
-        try:
-            with allocator.own_pool():
-                yield
-        finally:
-            self._stream = outside
+    def _out_of_memory(self, event: OomEvent) -> None:
+        if self._capturing:  # whoever captures can do without a graph: no failure of the run
+            raise torch.OutOfMemoryError("no room for a CUDA graph")
+        super()._out_of_memory(event)
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""
         return torch.empty_like(tensor, device="meta")
+
+
+class DryGraphs:
+    """Counts what capturing allocates; see ``CudaGraphs``, which allocates it."""
+
+    def __init__(self, gpu: DryRunGpu):
+        self._gpu, allocator = gpu, gpu.meter.allocator
+        self._stream, self._pool = allocator.new_pool(), allocator.new_pool(kept=True)
+        self._held, self._seeds = {}, []
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """See ``CudaGraphs``."""
+        try:
+            with self._on_its_stream(self._stream):
+                yield
+        finally:
+            self._gpu.meter.allocator.empty_cache()
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        """See ``CudaGraphs``."""
+        self._gpu.meter.allocator.empty_cache()
+        self._take_seeds()
+        with self._on_its_stream(self._pool):
+            yield
+
+    def _take_seeds(self) -> None:
+        """Seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp).
+
+        Each graph has its own, on the usual stream; before torch 2.12 all had one pair, on the stream that captures.
+        """
+        shared, allocator = torch_release() < (2, 12), self._gpu.meter.allocator
+        if shared and self._seeds:
+            return
+        scope = self._gpu.meter.scope(category="workspace", place="gpu")
+        with scope, allocator.inside(self._stream if shared else allocator.pool):
+            self._seeds += [self._gpu._hold(torch.int64) for _ in range(2)]
+
+    @contextmanager
+    def _on_its_stream(self, pool: Pool) -> Iterator[None]:
+        """Allocates in a pool, beside what NVIDIA's libraries keep for the graphs' own stream."""
+        gpu = self._gpu
+        outside, gpu._held, gpu._capturing = gpu._held, self._held, True
+        try:
+            with gpu.meter.allocator.inside(pool):
+                yield
+        finally:
+            gpu._held, gpu._capturing = outside, False
 
 
 MOST_REMEMBERED = 100_000

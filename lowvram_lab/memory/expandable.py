@@ -26,20 +26,20 @@ ADDRESS_SPACE = 1 << 50
 class ExpandableAllocator(CachingAllocator):
     """See ``CachingAllocator``; ``segments`` holds the mapped bytes of each pool's two."""
 
-    def new_pool(self) -> Pool:
-        """See ``CachingAllocator``: one segment for small blocks, one for large."""
-        pool = Pool()
+    def new_pool(self, kept: bool = False) -> Pool:
+        """See ``CachingAllocator``."""
+        pool = super().new_pool(kept)
         for small in (False, True):
             number = next(self._numbers)
             pool.first[small] = Block(number, 0, ADDRESS_SPACE, small, free=True, mapped=False, pool=pool)
             self.segments[number] = 0
         return pool
 
-    def empty_cache(self) -> None:
+    def _empty(self, pool: Pool) -> None:
         """Unmaps every page that lies wholly in free blocks (``unmap_block``)."""
         for small in (True, False):
             page = _page(small)
-            for entry in list(self._pool.free[small]):
+            for entry in list(pool.free[small]):
                 block = entry[-1]
                 start, stop = -(-block.offset // page) * page, (block.offset + block.size) // page * page
                 if start < stop:

@@ -154,10 +154,8 @@ class Gpu:
             self.recording.transfers["cpu", "gpu"] += source.nbytes
             target.copy_(source)
 
-    @contextmanager
-    def capturing(self) -> Iterator[None]:
-        """Where a CUDA graph is captured; a dry run counts what that allocates."""
-        yield
+    def graphs(self) -> object | None:
+        """What a decoder's CUDA graphs are captured with (``CudaGraphs``), where there are any."""
 
     def mark(self) -> object:
         """A mark behind all work given to the GPU so far."""

@@ -96,7 +96,7 @@ def test_a_fixed_number_of_places_and_a_mask_give_the_same(name, batch, kv_forma
     expected = decoded(decoder, ids, 3)
     bound = [bind_layer(model, *both) for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     tables = decoder._tables["gpu"]
-    decoder._graphed = GraphedStep(bound, decoder._head, *tables, batch, model.config.hidden_size, False)
+    decoder._graphed = GraphedStep(bound, decoder._head, *tables, batch, model.config.hidden_size, None)
     decoder.cache.keep(3)
     for held in decoder.cache.layers:
         held.keys[:, :, 3:] = 100  # left over from before: hidden by the mask

@@ -37,14 +37,16 @@ def test_before_2_12_a_product_with_a_bias_keeps_a_second_workspace(monkeypatch,
     assert _held_by_products(release, monkeypatch, bias=True) - alone == (MiB if release < (2, 12) else 0)
 
 
-@pytest.mark.parametrize(("release", "small_segments"), [((2, 11), 2), ((2, 13), 1)])
-def test_before_2_12_a_graphs_seeds_lie_on_the_stream_that_captures(monkeypatch, release, small_segments):
+@pytest.mark.parametrize(("release", "seeds", "small_segments"), [((2, 11), 2, 2), ((2, 13), 4, 1)])
+def test_before_2_12_graphs_share_their_seeds_on_the_stream_that_captures(monkeypatch, release, seeds, small_segments):
     monkeypatch.setattr(dry_run, "torch_release", lambda: release)
     gpu = dry_run.DryRunGpu(None)
     with gpu.active():
         weights = gpu.zeros((16,), torch.float16, "gpu")
-        with gpu.capturing():
-            pass
+        graphs = gpu.graphs()
+        for _ in range(2):
+            with graphs.capturing():
+                pass
     allocator = gpu.meter.allocator
-    assert allocator.allocated == 3 * MIN_BLOCK, weights
+    assert allocator.allocated == weights.nbytes // 32 * MIN_BLOCK + seeds * MIN_BLOCK
     assert allocator.reserved == small_segments * 2 * MiB
