@@ -33,10 +33,10 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.units import GiB
 
-LAYERS = 4
+LAYERS = 3
 FORMATS = ("fp16", "int8", "int4", "nf4")
 PLACEMENTS = ("whole", "split", "travelling")
 SEGMENTS = ("default", "expandable")
@@ -148,8 +148,8 @@ def rows(turn: int = 0) -> list[Row]:
     return found
 
 
-def prepare(row: Row) -> tuple[ModelSpec, Plan, Workload, GpuBudget]:
-    """What a row runs: a small model of the real one's widths, and a cap as tight for it.
+def prepare(row: Row) -> tuple[ModelSpec, Plan, Workload, GpuBudget, MemoryProfile]:
+    """What a row runs: a small model of the real one's widths, and a cap as tight for it; and its forecast.
 
     Activations do not grow with the number of layers: the real model's peak is its weights and KV cache, and the small
     one's activations.
@@ -157,29 +157,32 @@ def prepare(row: Row) -> tuple[ModelSpec, Plan, Workload, GpuBudget]:
     other = OTHER_MODELS.get(row.model)
     spec = ModelSpec.from_config(other, row.model) if other else find_source(row.model).spec()
     small, workload = small_spec(spec, LAYERS), WORKLOADS[row.placement][row.workload]
-    plan = _plan(row, small, workload)
-    peak = forecast(plan, workload=workload).peak_reserved_bytes
-    tokens = workload.tokens * workload.batch_size
+    plan, expandable = _plan(row, small, workload), row.segments == "expandable"
+    dry = forecast(plan, workload=workload, expandable_segments=expandable)
+    peak, tokens = dry.peak_reserved_bytes, workload.tokens * workload.batch_size
     held, real = (p.weight_bytes("gpu") + p.kv_bytes(tokens, "gpu") for p in (plan, _plan(row, spec, workload)))
     usable = GpuBudget.parse(row.cap_gib * GiB).usable_bytes
-    return small, plan, workload, GpuBudget(usable * peak // (peak - held + real))
+    budget = GpuBudget(usable * peak // (peak - held + real))
+    if budget.usable_bytes < peak:  # else a limit changes nothing
+        dry = forecast(plan, budget, workload=workload, expandable_segments=expandable)
+    return small, plan, workload, budget, dry
 
 
 def _plan(row: Row, spec: ModelSpec, workload: Workload) -> Plan:
     plan = Plan.uniform(spec, row.format, context=workload.tokens)
     layers = spec.num_hidden_layers
     if row.placement == "split":
-        return plan.with_gpu_layers(layers // 2)
+        return plan.with_gpu_layers((layers + 1) // 2)
     if row.placement == "travelling":
-        return replace(plan.with_gpu_layers(layers // 4, disk=layers // 4), stream_from=STREAM_FROM)
+        return replace(plan.with_gpu_layers(layers // 3, disk=layers // 3), stream_from=STREAM_FROM)
     return plan
 
 
 def run_row(row: Row) -> dict:
     """Forecasts a row, runs it, and puts the two side by side, in few words."""
     torch.cuda.memory._set_allocator_settings(f"expandable_segments:{row.segments == 'expandable'}")
-    small, plan, workload, budget = prepare(row)
-    found = side_by_side(small, plan, workload, budget, row.segments == "expandable")
+    spec, plan, workload, budget, dry = prepare(row)
+    found = side_by_side(spec, plan, workload, budget, dry)
     peaks = {name: [phase[key] for key in PEAKS] for name, phase in found["phases"].items()}
     return {
         **asdict(row),

@@ -67,7 +67,8 @@ class DryRunGpu(Gpu):
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
-        self._workspace, self._capturing = None, False
+        self._workspace = self._graphs_workspace = None
+        self._graphs_stream, self._capturing = self.meter.allocator.new_pool(), False
 
     @property
     def card(self) -> Card:
@@ -116,15 +117,14 @@ class DryGraphs:
     """Counts what capturing allocates; see ``CudaGraphs``, which allocates it."""
 
     def __init__(self, gpu: DryRunGpu):
-        self._gpu, allocator = gpu, gpu.meter.allocator
-        self._stream, self._pool = allocator.new_pool(), allocator.new_pool(kept=True)
-        self._workspace, self._seeds = None, []
+        self._gpu, self._pool = gpu, gpu.meter.allocator.new_pool(kept=True)
+        self._seeds = []
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
         """See ``CudaGraphs``."""
         try:
-            with self._on_its_stream(self._stream):
+            with self._on_its_stream(self._gpu._graphs_stream):
                 yield
         finally:
             self._gpu.meter.allocator.empty_cache()
@@ -142,14 +142,14 @@ class DryGraphs:
 
     @contextmanager
     def _on_its_stream(self, pool: Pool) -> Iterator[None]:
-        """Allocates in a pool, beside a cuBLAS workspace of the graphs' own stream."""
+        """Allocates in a pool, beside a cuBLAS workspace that is the stream's, and outlives the graphs."""
         gpu = self._gpu
-        outside, gpu._workspace, gpu._capturing = gpu._workspace, self._workspace, True
+        outside, gpu._workspace, gpu._capturing = gpu._workspace, gpu._graphs_workspace, True
         try:
             with gpu.meter.allocator.inside(pool):
                 yield
         finally:
-            self._workspace, gpu._workspace, gpu._capturing = gpu._workspace, outside, False
+            gpu._graphs_workspace, gpu._workspace, gpu._capturing = gpu._workspace, outside, False
 
 
 MOST_REMEMBERED = 100_000
