@@ -7,7 +7,8 @@ the stated one is for the real one.
 
     python benchmarks/forecast_table.py [--only PATTERN] [--output FILE]
 
-Wants CUDA: a card, or the fake CUDA runtime (tests/fakecuda). The rows of each card are kept side by side in one file.
+Wants CUDA: a card, or the fake CUDA runtime (tests/fakecuda; ``make forecast-table``). The rows of each capability are
+kept side by side in one file, which comes with the package: notebook 02 draws it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from statistics import median
 
 import pandas as pd
 import torch
-from forecast_accuracy import NOTES, RESULTS, machine, runtime, side_by_side, small_spec
+from forecast_accuracy import NOTES, machine, runtime, side_by_side, small_spec
 from tqdm import tqdm
 from transformers import LlamaConfig, MistralConfig
 
@@ -36,6 +37,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.units import GiB
 
+KEPT = Path(__file__).parents[1] / "data" / "forecast_table.json"
 LAYERS = 3
 FORMATS = ("fp16", "int8", "int4", "nf4")
 PLACEMENTS = ("whole", "split", "travelling")
@@ -231,7 +233,7 @@ def summary(done: list[dict]) -> dict:
         "rows": len(done),
         "failed": len(done) - len(ran),
         "phases": len(phases),
-        "by_graphs": sum("graphs" in row["decoder"] for row in ran),
+        "decoded_by_graphs": sum("graphs" in row["decoder"] and "decode" in row["phases"] for row in ran),
         "ran_out_of_memory": sum(row["measured_oom"] is not None for row in ran),
         "oom_disagrees": sum(row["forecast_oom"] != row["measured_oom"] for row in ran),
         "median_allocated_bytes": median(abs(error["allocated_bytes"]) for error in phases) if phases else None,
@@ -307,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the rows for the card at hand; exit status 1 if one failed or memory ran out elsewhere than forecast."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only rows whose name matches")
-    parser.add_argument("--output", type=Path, default=RESULTS / "forecast_table.json", help="where the JSON is kept")
+    parser.add_argument("--output", type=Path, default=KEPT, help="where the JSON is kept")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("forecast_table.py: expected CUDA, found none; tests/fakecuda/README.md says how to do without a card")
