@@ -182,7 +182,7 @@ def _plan(row: Row, spec: ModelSpec, workload: Workload) -> Plan:
 
 def run_row(row: Row) -> dict:
     """Forecasts a row, runs it, and puts the two side by side, in few words."""
-    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{row.segments == 'expandable'}")
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{row.segments == 'expandable'}")
     spec, plan, workload, budget, dry = prepare(row)
     found = side_by_side(spec, plan, workload, budget, dry)
     peaks = {name: [phase[key] for key in PEAKS] for name, phase in found["phases"].items()}

@@ -41,8 +41,8 @@ def forecast_table() -> dict:
     """Forecasts beside PyTorch's own counters, as ``benchmarks/forecast_table.py`` keeps them.
 
     Returns:
-        ``cards``: compute capability → ``mode`` (where it was measured), ``summary`` and ``rows``. A row has its settings
-        and ``phases``: name → bytes, in the order that the key ``phases`` beside ``cards`` says.
+        ``cards``: compute capability → ``mode`` (where it was measured), ``summary`` and ``rows``. A row has its
+        settings and ``phases``: name → bytes, in the order that the key ``phases`` beside ``cards`` says.
 
     Derived in: notebooks/02_watch_memory.ipynb
     """

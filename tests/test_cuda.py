@@ -149,10 +149,10 @@ def test_forecast_and_counters_of_other_workloads(changes):
 @pytest.fixture(params=[False, True], ids=["default segments", "expandable segments"])
 def expandable(request):
     """The allocator's mode, set while nothing is reserved."""
-    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{request.param}")
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{request.param}")
     yield request.param
     _clean()
-    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
 
 
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])

@@ -24,6 +24,7 @@ from lowvram_lab.units import KiB, MiB
 aten = torch.ops.aten
 
 
+_CUBLAS = "cuBLAS"
 _MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 
@@ -68,6 +69,7 @@ class DryRunGpu(Gpu):
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
         self._workspace = self._graphs_workspace = None
+        self._multiplying = ""
         self._graphs_stream, self._capturing = self.meter.allocator.new_pool(), False
 
     @property
@@ -76,7 +78,8 @@ class DryRunGpu(Gpu):
         return self.budget.card if self.budget else this_card()
 
     def _new_workspace(self) -> torch.Tensor:
-        with self.meter.scope(owner="cuBLAS", category="workspace"):
+        self._multiplying = self.meter.owner
+        with self.meter.scope(owner=_CUBLAS, category="workspace"):
             return self._hold(torch.uint8, cublas_workspace_bytes(self.card))
 
     def _hold(self, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
@@ -90,14 +93,14 @@ class DryRunGpu(Gpu):
         wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
         try:
             result = self._results(func, args, kwargs)
-            if wanted and self.meter.place_of(args[-1]) == "gpu":
-                self.meter.count(result, "gpu")
-                self._workspace = self._new_workspace()
-            return result
         except (RuntimeError, NotImplementedError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = self.meter.owner or "the model"
             raise RuntimeError(f"{where} needs data: {func} on meta says: {reason}") from error
+        if wanted and self.meter.place_of(args[-1]) == "gpu":
+            self.meter.count(result, "gpu")
+            self._workspace = self._new_workspace()
+        return result
 
     def graphs(self) -> "DryGraphs":
         """See ``Gpu``."""
@@ -106,6 +109,8 @@ class DryRunGpu(Gpu):
     def _out_of_memory(self, event: OomEvent) -> None:
         if self._capturing:  # whoever captures can do without a graph: no failure of the run
             raise torch.OutOfMemoryError("no room for a CUDA graph")
+        if event.module == _CUBLAS:
+            event.module = self._multiplying
         super()._out_of_memory(event)
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
