@@ -23,7 +23,7 @@ STRIP     := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser lab lint format gpu-check fake-cuda architectures notebooks coverage dist publish-links clean
+.PHONY: help demo test test-all browser lab lint format gpu-check fake-cuda forecast-table architectures notebooks coverage dist publish-links clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,11 @@ fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## the gpu tests and the forecast's accu
 	    -k 'attention or forecast' $(ARGS) || exit 1; \
 	done
 	$(FAKE) benchmarks/forecast_accuracy.py
+
+forecast-table: $(FAKE_BUILD)/libcupti.so.13 ## forecast against PyTorch's counters on the fake cards; half an hour, writes data/forecast_table.json
+	for capability in 7.5 8.6 9.0 12.0; do \
+	  FAKE_CUDA_CC=$$capability OMP_NUM_THREADS=1 $(FAKE) benchmarks/forecast_table.py $(ARGS) || exit 1; \
+	done
 
 architectures: $(STAMP) ## every model type of the installed transformers beside stock; writes docs/architectures.md
 	LOWVRAM_COMPILE=0 OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures.sweep --processes 2

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pandas
 import torch
-from forecast_accuracy import RandomCheckpoint
+from forecast_accuracy import RandomCheckpoint, runtime
 
 from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.engine.lean import decoder_for
@@ -192,7 +192,7 @@ def main() -> None:
             print(rows[-1], flush=True)
     print(pandas.DataFrame(rows).to_string(index=False))
     asked = {"model": args.model, "gpu_budget": args.gpu, "context": args.context, "rows": rows}
-    made = {"machine": facts(), "date": datetime.now(UTC).date().isoformat()}
+    made = {"mode": runtime(), "machine": facts(), "date": datetime.now(UTC).date().isoformat()}
     args.output.write_text(json.dumps({**asked, **made}, indent=1) + "\n")
 
 

@@ -37,7 +37,7 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
-from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.units import GiB, format_bytes
 
 RESULTS = Path(__file__).parent / "results"
@@ -176,15 +176,15 @@ def run_case(case: Case, small: bool) -> dict:
 
 
 def side_by_side(
-    spec: ModelSpec, plan: Plan, workload: Workload, budget: GpuBudget | None, expandable_segments: bool = False
+    spec: ModelSpec, plan: Plan, workload: Workload, budget: GpuBudget | None, dry: MemoryProfile | None = None
 ) -> dict:
     """A plan's forecast and its run: the peaks of each phase that ended, where memory ran out, and who decoded.
 
-    ``expandable_segments`` is for the forecast; the run has what the allocator was set to.
+    ``dry`` is the forecast, where it was made before.
     """
     clean()
     gpu = open_gpu(budget)
-    dry = forecast(plan, gpu, workload=workload, expandable_segments=expandable_segments)
+    dry = dry or forecast(plan, gpu, workload=workload)
     oom, decoder = None, None
     try:
         profile = run_workload(load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False), workload)

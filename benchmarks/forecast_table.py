@@ -7,7 +7,8 @@ the stated one is for the real one.
 
     python benchmarks/forecast_table.py [--only PATTERN] [--output FILE]
 
-Wants CUDA: a card, or the fake CUDA runtime (tests/fakecuda). The rows of each card are kept side by side in one file.
+Wants CUDA: a card, or the fake CUDA runtime (tests/fakecuda; ``make forecast-table``). The rows of each capability are
+kept side by side in one file, which comes with the package: notebook 02 draws it.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from statistics import median
 
 import pandas as pd
 import torch
-from forecast_accuracy import NOTES, RESULTS, machine, runtime, side_by_side, small_spec
+from forecast_accuracy import NOTES, machine, runtime, side_by_side, small_spec
 from tqdm import tqdm
 from transformers import LlamaConfig, MistralConfig
 
@@ -33,10 +34,11 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.profile import Workload
+from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.units import GiB
 
-LAYERS = 4
+KEPT = Path(__file__).parents[1] / "data" / "forecast_table.json"
+LAYERS = 3
 FORMATS = ("fp16", "int8", "int4", "nf4")
 PLACEMENTS = ("whole", "split", "travelling")
 SEGMENTS = ("default", "expandable")
@@ -148,8 +150,8 @@ def rows(turn: int = 0) -> list[Row]:
     return found
 
 
-def prepare(row: Row) -> tuple[ModelSpec, Plan, Workload, GpuBudget]:
-    """What a row runs: a small model of the real one's widths, and a cap as tight for it.
+def prepare(row: Row) -> tuple[ModelSpec, Plan, Workload, GpuBudget, MemoryProfile]:
+    """What a row runs: a small model of the real one's widths, and a cap as tight for it; and its forecast.
 
     Activations do not grow with the number of layers: the real model's peak is its weights and KV cache, and the small
     one's activations.
@@ -157,29 +159,32 @@ def prepare(row: Row) -> tuple[ModelSpec, Plan, Workload, GpuBudget]:
     other = OTHER_MODELS.get(row.model)
     spec = ModelSpec.from_config(other, row.model) if other else find_source(row.model).spec()
     small, workload = small_spec(spec, LAYERS), WORKLOADS[row.placement][row.workload]
-    plan = _plan(row, small, workload)
-    peak = forecast(plan, workload=workload).peak_reserved_bytes
-    tokens = workload.tokens * workload.batch_size
+    plan, expandable = _plan(row, small, workload), row.segments == "expandable"
+    dry = forecast(plan, workload=workload, expandable_segments=expandable)
+    peak, tokens = dry.peak_reserved_bytes, workload.tokens * workload.batch_size
     held, real = (p.weight_bytes("gpu") + p.kv_bytes(tokens, "gpu") for p in (plan, _plan(row, spec, workload)))
     usable = GpuBudget.parse(row.cap_gib * GiB).usable_bytes
-    return small, plan, workload, GpuBudget(usable * peak // (peak - held + real))
+    budget = GpuBudget(usable * peak // (peak - held + real))
+    if budget.usable_bytes < peak:  # else a limit changes nothing
+        dry = forecast(plan, budget, workload=workload, expandable_segments=expandable)
+    return small, plan, workload, budget, dry
 
 
 def _plan(row: Row, spec: ModelSpec, workload: Workload) -> Plan:
     plan = Plan.uniform(spec, row.format, context=workload.tokens)
     layers = spec.num_hidden_layers
     if row.placement == "split":
-        return plan.with_gpu_layers(layers // 2)
+        return plan.with_gpu_layers((layers + 1) // 2)
     if row.placement == "travelling":
-        return replace(plan.with_gpu_layers(layers // 4, disk=layers // 4), stream_from=STREAM_FROM)
+        return replace(plan.with_gpu_layers(layers // 3, disk=layers // 3), stream_from=STREAM_FROM)
     return plan
 
 
 def run_row(row: Row) -> dict:
     """Forecasts a row, runs it, and puts the two side by side, in few words."""
-    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{row.segments == 'expandable'}")
-    small, plan, workload, budget = prepare(row)
-    found = side_by_side(small, plan, workload, budget, row.segments == "expandable")
+    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{row.segments == 'expandable'}")
+    spec, plan, workload, budget, dry = prepare(row)
+    found = side_by_side(spec, plan, workload, budget, dry)
     peaks = {name: [phase[key] for key in PEAKS] for name, phase in found["phases"].items()}
     return {
         **asdict(row),
@@ -228,7 +233,7 @@ def summary(done: list[dict]) -> dict:
         "rows": len(done),
         "failed": len(done) - len(ran),
         "phases": len(phases),
-        "by_graphs": sum("graphs" in row["decoder"] for row in ran),
+        "decoded_by_graphs": sum("graphs" in row["decoder"] and "decode" in row["phases"] for row in ran),
         "ran_out_of_memory": sum(row["measured_oom"] is not None for row in ran),
         "oom_disagrees": sum(row["forecast_oom"] != row["measured_oom"] for row in ran),
         "median_allocated_bytes": median(abs(error["allocated_bytes"]) for error in phases) if phases else None,
@@ -304,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the rows for the card at hand; exit status 1 if one failed or memory ran out elsewhere than forecast."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="*", metavar="PATTERN", help="only rows whose name matches")
-    parser.add_argument("--output", type=Path, default=RESULTS / "forecast_table.json", help="where the JSON is kept")
+    parser.add_argument("--output", type=Path, default=KEPT, help="where the JSON is kept")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("forecast_table.py: expected CUDA, found none; tests/fakecuda/README.md says how to do without a card")

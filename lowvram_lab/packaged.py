@@ -37,6 +37,18 @@ def _read_config(name: str) -> dict:
     return json.loads(data_path("configs", f"{name}.json").read_text(encoding="utf-8"))
 
 
+def forecast_table() -> dict:
+    """Forecasts beside PyTorch's own counters, as ``benchmarks/forecast_table.py`` keeps them.
+
+    Returns:
+        ``cards``: compute capability → ``mode`` (where it was measured), ``summary`` and ``rows``. A row has its
+        settings and ``phases``: name → bytes, in the order that the key ``phases`` beside ``cards`` says.
+
+    Derived in: notebooks/02_watch_memory.ipynb
+    """
+    return json.loads(data_path("forecast_table.json").read_text(encoding="utf-8"))
+
+
 def sample_text() -> str:
     """The library's own small English and Chinese text."""
     return data_path("bilingual.txt").read_text(encoding="utf-8")

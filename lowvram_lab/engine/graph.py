@@ -95,8 +95,9 @@ class GraphedStep:
     def _captured(self, length: int) -> tuple:
         """Runs a few times first; each run writes what replay writes."""
         layers = self.layers
-        if self._hidden.is_meta:  # those of one shape take the same, one after the other
-            layers = list(dict(layers).items())
+        if self._hidden.is_meta:  # those of one shape take the same, one after the other's result
+            kinds = {shape: [layer for layer in layers if layer[0] == shape] for shape, _ in layers}
+            layers = [layer for alike in kinds.values() for layer in alike[:2]]
         with self._capturer.warming_up():
             for _ in range(_WARM_UPS):
                 self._run(length, layers)

@@ -37,9 +37,9 @@ class _Route:
     before_layers: bool = True  # in this pass, so far
     moved: dict[tuple[int, str], tuple] = field(default_factory=dict)
 
-    def noting_oom(self) -> AbstractContextManager[None]:
+    def noting_oom(self, block: str = "") -> AbstractContextManager[None]:
         """Says on an out-of-memory error whose it is, while the block's name is still known."""
-        return self.gpu.noting_oom(getattr(self.model(), "lowvram", None))
+        return self.gpu.noting_oom(getattr(self.model(), "lowvram", None), block)
 
 
 def block_devices(model: torch.nn.Module, plan: Plan) -> dict[str, str]:
@@ -154,7 +154,7 @@ def _compute(path: str, place: str, route: _Route, original: Callable, args: tup
         shape, args = args[0].shape, (args[0].reshape(-1, args[0].shape[-1]),)
         original, rows = (lambda x: rows(x).view(*shape[:-1], -1)), original
     kwargs = {key: _shared(value, place, route.moved, here) for key, value in kwargs.items()}
-    with route.gpu.meter.scope(owner=path, place=place), route.noting_oom():
+    with route.gpu.meter.scope(owner=path, place=place), route.noting_oom(path):
         return original(*args, **kwargs)
 
 

@@ -40,7 +40,7 @@ class CudaGpu(Gpu):
         super().__init__(budget)
         self.meter = Meter(by_device=True)
         self.device = self._tensor_device = torch.device("cuda", torch.cuda.current_device())
-        self._side_stream = None
+        self._side_stream = self._graphs_stream = None
         self.name = torch.cuda.get_device_name(self.device)
         card_bytes = torch.cuda.mem_get_info(self.device)[1]
         if budget and budget.total_bytes > card_bytes:
@@ -135,7 +135,9 @@ class CudaGpu(Gpu):
 
     def graphs(self) -> "CudaGraphs":
         """See ``Gpu``."""
-        return CudaGraphs(self.device)
+        if self._graphs_stream is None:  # one for all decoders: each stream keeps a cuBLAS workspace for good
+            self._graphs_stream = torch.cuda.Stream(self.device)
+        return CudaGraphs(self._graphs_stream)
 
     def settle(self, wait: bool = False) -> None:
         """See ``Gpu``."""
@@ -149,14 +151,14 @@ class CudaGpu(Gpu):
 
 
 class CudaGraphs:
-    """Where a decoder's CUDA graphs are captured: a stream of their own, and one memory pool for all of them.
+    """Where a decoder's CUDA graphs are captured: one memory pool for all of them.
 
     Args:
-        device: The card.
+        stream: Any but the usual one.
     """
 
-    def __init__(self, device: torch.device):
-        self._stream, self._pool = torch.cuda.Stream(device), None  # one stream: each has a cuBLAS workspace
+    def __init__(self, stream: torch.cuda.Stream):
+        self._stream, self._pool = stream, None
 
     @contextmanager
     def warming_up(self):

@@ -25,6 +25,7 @@ from lowvram_lab.units import KiB, MiB
 aten = torch.ops.aten
 
 
+_CUBLAS, _CUBLASLT = "cuBLAS", "cuBLASLt"
 _MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 CUBLASLT_WORKSPACE = 1 * MiB
@@ -71,7 +72,9 @@ class DryRunGpu(Gpu):
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
-        self._held, self._capturing = {}, False
+        self._held, self._held_of_graphs = {}, {}
+        self._multiplying = ""
+        self._graphs_stream, self._capturing = self.meter.allocator.new_pool(), False
 
     @property
     def card(self) -> Card:
@@ -80,10 +83,11 @@ class DryRunGpu(Gpu):
 
     def _take_workspaces(self, func: torch._ops.OpOverload) -> None:
         """What a stream's first product allocates for good, on that stream."""
-        sizes = {"cuBLAS": cublas_workspace_bytes(self.card)}
+        sizes = {_CUBLAS: cublas_workspace_bytes(self.card)}
         if func is aten.addmm.default and torch_release() < (2, 12):
-            sizes["cuBLASLt"] = CUBLASLT_WORKSPACE
-        for owner in sizes.keys() - self._held:
+            sizes[_CUBLASLT] = CUBLASLT_WORKSPACE
+        self._multiplying = self.meter.owner
+        for owner in [owner for owner in sizes if owner not in self._held]:
             with self.meter.scope(owner=owner, category="workspace"):
                 self._held[owner] = self._hold(torch.uint8, sizes[owner])
 
@@ -98,14 +102,14 @@ class DryRunGpu(Gpu):
         multiplies = self.kernels == "cuda" and func in _MATRIX_PRODUCTS
         try:
             result = self._results(func, args, kwargs)
-            if multiplies and self.meter.place_of(args[-1]) == "gpu":
-                self.meter.count(result, "gpu")
-                self._take_workspaces(func)
-            return result
         except (RuntimeError, NotImplementedError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             where = self.meter.owner or "the model"
             raise RuntimeError(f"{where} needs data: {func} on meta says: {reason}") from error
+        if multiplies and self.meter.place_of(args[-1]) == "gpu":
+            self.meter.count(result, "gpu")
+            self._take_workspaces(func)
+        return result
 
     def graphs(self) -> "DryGraphs":
         """See ``Gpu``."""
@@ -114,6 +118,8 @@ class DryRunGpu(Gpu):
     def _out_of_memory(self, event: OomEvent) -> None:
         if self._capturing:  # whoever captures can do without a graph: no failure of the run
             raise torch.OutOfMemoryError("no room for a CUDA graph")
+        if event.module in (_CUBLAS, _CUBLASLT):
+            event.module = self._multiplying
         super()._out_of_memory(event)
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -125,15 +131,14 @@ class DryGraphs:
     """Counts what capturing allocates; see ``CudaGraphs``, which allocates it."""
 
     def __init__(self, gpu: DryRunGpu):
-        self._gpu, allocator = gpu, gpu.meter.allocator
-        self._stream, self._pool = allocator.new_pool(), allocator.new_pool(kept=True)
-        self._held, self._seeds = {}, []
+        self._gpu, self._pool = gpu, gpu.meter.allocator.new_pool(kept=True)
+        self._seeds = []
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
         """See ``CudaGraphs``."""
         try:
-            with self._on_its_stream(self._stream):
+            with self._on_its_stream(self._gpu._graphs_stream):
                 yield
         finally:
             self._gpu.meter.allocator.empty_cache()
@@ -155,14 +160,14 @@ class DryGraphs:
         if shared and self._seeds:
             return
         scope = self._gpu.meter.scope(category="workspace", place="gpu")
-        with scope, allocator.inside(self._stream if shared else allocator.pool):
+        with scope, allocator.inside(self._gpu._graphs_stream if shared else allocator.pool):
             self._seeds += [self._gpu._hold(torch.int64) for _ in range(2)]
 
     @contextmanager
     def _on_its_stream(self, pool: Pool) -> Iterator[None]:
-        """Allocates in a pool, beside what NVIDIA's libraries keep for the graphs' own stream."""
+        """Allocates in a pool, beside what NVIDIA's libraries keep for the stream, which outlives the graphs."""
         gpu = self._gpu
-        outside, gpu._held, gpu._capturing = gpu._held, self._held, True
+        outside, gpu._held, gpu._capturing = gpu._held, gpu._held_of_graphs, True
         try:
             with gpu.meter.allocator.inside(pool):
                 yield

@@ -5,6 +5,7 @@ Out of memory is said in words: who asked for how much, what was free, and who h
 """
 
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -171,16 +172,19 @@ class Gpu:
         return tensor
 
     @contextmanager
-    def noting_oom(self, loaded: object = None) -> Iterator[None]:
+    def noting_oom(self, loaded: object = None, block: str = "") -> Iterator[None]:
         """Puts on an out-of-memory error that passes what ``explain_oom`` needs: the state of the model that runs.
 
-        It keeps what is said of it first, nearest to where it happened.
+        It keeps what is said of it first, nearest to where it happened. Of a ``block`` that runs inside, the very
+        module is named, which on CUDA nobody counts.
         """
         try:
             yield
         except torch.OutOfMemoryError as error:
             if not hasattr(error, "lowvram"):
                 error.lowvram = OutOfMemory(self.meter.oom_event())
+            if error.lowvram.event.module == block:
+                error.lowvram.event.module = ".".join(filter(None, (block, _module_in(error))))
             error.lowvram.gpu = self
             error.lowvram.loaded = error.lowvram.loaded or loaded
             raise
@@ -196,6 +200,14 @@ class StandInGpu(Gpu):
     """RAM that counts as a GPU: metered, and out of memory where CUDA's allocator would be. Always *simulated*."""
 
     name = "stand-in GPU (simulated)"
+
+
+def _module_in(error: BaseException) -> str:
+    """Path of the module whose forward raised, from the first whose forward is in the traceback; or nothing."""
+    frames = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+    modules = [module for module in frames if isinstance(module, torch.nn.Module)]
+    first, last = (modules[0], modules[-1]) if modules else (torch.nn.Module(), None)
+    return next((path for path, module in first.named_modules() if module is last), "")
 
 
 def oom_message(event: OomEvent, budget: GpuBudget) -> str:

@@ -275,3 +275,18 @@ def test_a_loaded_model_has_its_tied_table_once(name):
     with torch.no_grad():
         expected = tiny_stock("llama", dequantised_state("llama", plan))(ids).logits
         assert relative_error(model(ids).logits, expected) < 1e-5  # another order of summation
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "cuda"])
+def test_a_dry_run_moves_what_a_real_load_does_in_the_same_order(kernels, monkeypatch):
+    monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda packed, tiles: packed.clone())
+    fmt, moved = get_format("int4"), {"cpu": [], "meta": []}
+    for device, seen in moved.items():
+
+        def note(tensor, seen=seen):
+            seen.append((tensor.nbytes, tensor.dtype if tensor.dtype != torch.uint8 else "codes"))
+            return tensor
+
+        quantized_linear(256, 64, fmt, kernels).store(torch.ones(64, 256, device=device), note)
+    assert moved["cpu"] == moved["meta"]
+    assert [what for _, what in moved["meta"]] == ["codes", torch.bfloat16]

@@ -153,3 +153,17 @@ def test_what_a_pool_of_its_own_holds_is_given_to_nobody_else(kind):
     allocator.free(kept)  # back to its own pool, whichever is in use
     assert allocator.allocated == 8 * 3 * MiB
     assert sum(allocator.segments.values()) == allocator.reserved
+
+
+@pytest.mark.parametrize("kind", [CachingAllocator, ExpandableAllocator])
+def test_emptying_the_cache_reaches_every_stream_and_leaves_what_graphs_write_to(kind):
+    allocator = kind()
+    sizes = {}
+    for name, pool in {"stream": allocator.new_pool(), "graphs": allocator.new_pool(kept=True)}.items():
+        before = allocator.reserved
+        with allocator.inside(pool):
+            allocator.free(allocator.allocate(30 * MiB))
+        sizes[name] = allocator.reserved - before
+    assert min(sizes.values()) >= 30 * MiB
+    allocator.empty_cache()  # called outside both
+    assert allocator.reserved == sizes["graphs"]
