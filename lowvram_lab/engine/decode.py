@@ -12,9 +12,9 @@ import torch
 
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.model.plan import compute_place
+from lowvram_lab.sampling import Sampling, choose
 
 
 def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
