@@ -106,7 +106,7 @@ class LeanDecoder(Decoder):
         self._head_place = compute_place(self._plan.modules[self._spec.head].device)
         self._crossed_bytes = self._crossings()
         self._layers, self._head = [], partial(_modules_head, model)
-        self._looked_up_on, self._normed_on = (_device(part) for part in (model.model.embed_tokens, model.model.norm))
+        self._normed_on = model.model.norm.weight.device
         self._positions = torch.arange(self.cache.max_tokens)
         self._on_card = self._places_on_card()
         with self._gpu.noting_oom(state), self._gpu.active(), torch.no_grad():
@@ -145,7 +145,10 @@ class LeanDecoder(Decoder):
         if position >= self.cache.max_tokens:
             raise BudgetError(f"the KV cache of {position} tokens is full; plan a longer context")
         logits = self._graphed.result if self._logits is None else self._logits
-        if not self._gpu.meta:
+        if self._gpu.meta:
+            if self._gpu.kernels == "cuda" and not (self._graphed and self._graphed.lookup):
+                self._embedded(token)  # the one thing on a card that is in no graph
+        else:
             with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
                 found = self._run(token, position)
                 logits = found if self._logits is None else self._logits.copy_(found)
@@ -157,7 +160,7 @@ class LeanDecoder(Decoder):
     def _run(self, token: torch.Tensor, position: int) -> torch.Tensor:
         """Logits of a token, in order: the lookup, layers off the card, those on it, those off it behind them, head."""
         graphed, on_card = self._graphed, self._on_card
-        hidden = token if graphed and graphed.lookup else _lookup(self.model, token.to(self._looked_up_on))
+        hidden = token if graphed and graphed.lookup else self._embedded(token)
         hidden = self._by_layers(hidden, range(on_card.start), position)
         if graphed:
             hidden = graphed(hidden, position)
@@ -165,6 +168,11 @@ class LeanDecoder(Decoder):
                 return hidden
         hidden = self._by_layers(hidden, range(on_card.stop, len(self._places)), position)
         return self._head(hidden.to(self._normed_on))
+
+    def _embedded(self, token: torch.Tensor) -> torch.Tensor:
+        """Hidden states of a token, where the embedding is."""
+        with self._gpu.meter.scope(place=self.reads_ids_at):
+            return _lookup(self.model, self._gpu.move(token, self.reads_ids_at))
 
     def _by_layers(self, hidden: torch.Tensor, indices: range, position: int) -> torch.Tensor:
         seen = self._positions[: position + 1]
@@ -175,12 +183,9 @@ class LeanDecoder(Decoder):
 
     def _places_on_card(self) -> range:
         """Which layers a CUDA card computes; they lie side by side (``why_not``). None on the stand-in."""
-        found = [index for index, place in enumerate(self._places) if place == "gpu"]
-        return (
-            range(found[0], found[-1] + 1)
-            if found and self._gpu.kernels == "cuda"
-            else range(len(self._places), len(self._places))
-        )
+        count = len(self._places)
+        on_gpu = [index for index in range(count) if self._places[index] == "gpu" and self._gpu.kernels == "cuda"]
+        return range(on_gpu[0], on_gpu[-1] + 1) if on_gpu else range(count, count)
 
     def _crossings(self) -> Counter:
         """Bytes of hidden states that one token takes from place to place; the stand-in only counts them."""
@@ -283,10 +288,6 @@ class LeanDecoder(Decoder):
             *_, run = runs
             self._head = lambda hidden: run([hidden, *head[1]])[0]
         return True
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(tensor for tensors in (module.parameters(), module.buffers()) for tensor in tensors).device
 
 
 def _lookup(model: nn.Module, token: torch.Tensor) -> torch.Tensor:
