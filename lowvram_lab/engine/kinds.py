@@ -48,8 +48,6 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
         return f"its attention slides over {window} tokens"
     if plan.kv_format == "int4":
         return "its KV cache is in int4, which the modules read"
-    if plan.stream_from is not None:
-        return "its plan lets weights travel for long prompts"
     return _format_without_kernel(plan, kernels)
 
 
