@@ -1,6 +1,7 @@
 """The lean decoder on a CUDA card: its logits are the CPU's, and what a token asks of the card is counted."""
 
 import functools
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -71,11 +72,12 @@ def load_wide(plan: Plan):
     return load(plan, open_gpu(), checkpoint=DictCheckpoint(wide_state(kind)), progress=False)
 
 
-@pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("kv_format", ["16 bits", "int8", "int4"])
 @pytest.mark.parametrize("recipe", ["bf16", "fp16", "int8", "int4", "nf4"])
 @pytest.mark.parametrize("kind", TINY)
 def test_logits_are_the_cpus(kind, recipe, kv_format):
-    plan = replace(Plan.uniform(wide_spec(kind), recipe, context=64), kv_format=kv_format)
+    plan = Plan.uniform(wide_spec(kind), recipe, context=64)
+    plan = plan if kv_format == "16 bits" else replace(plan, kv_format=kv_format)
     ids = random_ids(18)
     on_card = decoder_for(load_wide(plan))
     on_cpu = decoder_for(load_wide(plan.with_modules("*", device="cpu")), compiled=False)
@@ -85,21 +87,22 @@ def test_logits_are_the_cpus(kind, recipe, kv_format):
     else:
         assert on_card.name == GRAPHS
     # of a cache in codes, a value that is rounded the other way is a whole step off
-    steps = {"bf16": 0.0, "int8": 0.01, "int4": 0.1}[kv_format]
+    steps = {"16 bits": 0.0, "int8": 0.01, "int4": 0.1}[kv_format]
     assert relative_error(found, expected) < KERNELS + steps
 
 
-@pytest.mark.parametrize("placed", PLACED)
+TIED_APART = ("llama", "split, embedding off")  # its head would be off the card with it, behind layers that are on it
+
+
+@pytest.mark.parametrize(("kind", "placed"), [case for case in itertools.product(TINY, PLACED) if case != TIED_APART])
 @pytest.mark.parametrize("recipe", ["bf16", "int4"])
-@pytest.mark.parametrize("kind", TINY)
 def test_wherever_the_parts_lie(kind, recipe, placed, monkeypatch):
     monkeypatch.setattr("lowvram_lab.engine.graph.SHORTEST", 16)  # several lengths, hence several graphs
     plan = PLACED[placed](tiny_plan(kind, recipe, context=64))
     model, ids = load_tiny(kind, plan), random_ids(40)
     decoder = decoder_for(model)
     on_cpu = decoder_for(load_tiny(kind, plan.with_modules("*", device="cpu")), compiled=False)
-    on_cpu_ids = torch.cat((ids, ids.flip(1)), dim=1)[:, :46]
-    found, expected = decoded(decoder, ids, 13), decoded(on_cpu, on_cpu_ids[:, :40], 13)
+    found, expected = decoded(decoder, ids, 13), decoded(on_cpu, ids, 13)
     assert decoder.name == GRAPHS
     assert relative_error(found, expected) < KERNELS
     for each in (decoder, on_cpu):  # a second turn, after a part was forgotten
