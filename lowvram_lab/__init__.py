@@ -117,7 +117,7 @@ _PUBLIC = {
     # 09 validated chat
     "ChatSession": "chat.session",
     "CompletionSession": "chat.completion",
-    "Sampling": "engine.sampling",
+    "Sampling": "sampling",
     "fidelity": "chat.fidelity",
     "load_reference": "chat.fidelity",
     "repetition": "chat.fidelity",

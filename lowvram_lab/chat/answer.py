@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.chat.prompt import StopStrings, stop_ids
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.engine.sampling import Sampling
+from lowvram_lab.sampling import Sampling
 
 Question = TypeVar("Question")
 """What a session is asked: a chat's messages, or a text's ids."""

@@ -15,10 +15,10 @@ from lowvram_lab.engine.decode import Decoder, generate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import replan
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.step_down import smaller_plans
+from lowvram_lab.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 

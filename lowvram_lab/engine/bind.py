@@ -99,6 +99,8 @@ def _fused(projections: list[nn.Module], state: Loaded, name: str) -> dict | Non
     So do those mapped from disk.
     """
     device, gpu = state.plan.modules[name].device, state.gpu
+    if state.plan.stream_from is not None:  # they lie side by side already, in the order in which they travel
+        return None
     # unmetered, the stand-in would not know the common weight for one of its own
     in_ram = device == "cpu" or (device == "gpu" and gpu.kernels == "cpu" and gpu.budget is None and gpu.moves)
     if not in_ram:

@@ -12,8 +12,9 @@ import torch
 
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.model.plan import compute_place
+from lowvram_lab.sampling import Sampling, choose
 
 
 def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
@@ -53,6 +54,7 @@ class Decoder:
         model: The model.
         cache: The ``PreallocatedCache`` that prompt and answer are in.
         released: Whether the model was planned anew since; then it decodes no more.
+        reads_ids_at: Where token ids are looked up, ``"gpu"`` or ``"cpu"``: a token that is there need not be moved.
         name: What it is, in words.
     """
 
@@ -61,6 +63,8 @@ class Decoder:
     def __init__(self, model: torch.nn.Module, max_tokens: int | None = None, batch_size: int = 1, why: str = ""):
         self.model, self.batch_size, self.why, self.released = model, batch_size, why, False
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
+        plan = loaded(model).plan
+        self.reads_ids_at = compute_place(plan.modules[plan.spec.embedding].device)
         loaded(model).decoders.add(self)
 
     @property
@@ -95,6 +99,21 @@ class Decoder:
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def choose(
+        self,
+        logits: torch.Tensor,
+        sampling: Sampling,
+        generator: torch.Generator | None = None,
+        seen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The next token after logits of this decoder, see ``choose``; the next ``decode`` may write over it."""
+        likeliest = self._likeliest(logits) if sampling.takes_the_likeliest else None
+        return choose(logits, sampling, generator, seen) if likeliest is None else likeliest
+
+    def _likeliest(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """The likeliest tokens after logits, where they are known already."""
+        return None
 
     def release(self) -> None:
         """Lets go of the weights, which are about to be others; ``replan`` calls this."""
@@ -151,8 +170,10 @@ def generate(
         seen = gpu.move(ids if seen is None else seen, gpu.meter.place_of(logits))
     for produced in range(1, max_new_tokens + 1):
         with gpu.active():
-            token = choose(logits, sampling, generator, seen)
+            token = decoder.choose(logits, sampling, generator, seen)
             seen = torch.cat((seen, token), dim=-1) if remember else None
+        # read once: where the embedding is off the card, what was read is what it looks up
+        token = token.cpu() if decoder.reads_ids_at == "cpu" else token
         value = int(token)
         if value in stop_ids:
             return

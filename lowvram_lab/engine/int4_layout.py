@@ -63,8 +63,9 @@ def cpu_block_rows() -> int:
 
 def _unpack_blocks(packed: torch.Tensor, block: int, columns: int) -> torch.Tensor:
     """Blocks of rows, a column's codes side by side within each: byte and nibble of a row from ``_places``."""
-    # filled where the weight is, so that a meter sees them there
-    byte, shift = (packed.new_empty(block, dtype=table.dtype).copy_(table) for table in _places(block))
+    # filled where the weight is, so that a meter sees them there; nobody waits for that, as the tables never change
+    tables = _places(block)
+    byte, shift = (packed.new_empty(block, dtype=table.dtype).copy_(table, non_blocking=True) for table in tables)
     codes = (packed.reshape(-1, columns, block // 2).index_select(-1, byte) >> shift) & 15
     return codes.transpose(1, 2).reshape(-1, columns)
 

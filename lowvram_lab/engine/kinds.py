@@ -41,17 +41,21 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
     rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if "dynamic" in rope or rope == "longrope":
         return f"its rotary positions ({rope}) depend on the length"
-    places = {*plan.layer_places(), compute_place(plan.modules[plan.spec.head].device)}
-    if kernels == "cuda" and "gpu" in plan.layer_places() and places != {"gpu"}:
-        return "its layers are on both sides of a CUDA card"
+    if kernels == "cuda" and not _side_by_side(plan):
+        return "its layers on the card do not lie side by side, with the head behind them"
     slides = kind == "mistral" or "sliding_attention" in (config.get("layer_types") or ())
     if window and slides and (max_tokens or plan.context) > window:
         return f"its attention slides over {window} tokens"
     if plan.kv_format == "int4":
         return "its KV cache is in int4, which the modules read"
-    if plan.stream_from is not None:
-        return "its plan lets weights travel for long prompts"
     return _format_without_kernel(plan, kernels)
+
+
+def _side_by_side(plan: Plan) -> bool:
+    """Whether what a card computes is one graph: layers one after the other, and the head only behind the last."""
+    places = [*plan.layer_places(), compute_place(plan.modules[plan.spec.head].device)]
+    changes = sum(here != there for here, there in zip(places, places[1:], strict=False))
+    return "gpu" not in places[:-1] or changes - (places[0] == "cpu") < 2
 
 
 def _format_without_kernel(plan: Plan, kernels: str) -> str:
@@ -72,8 +76,10 @@ def engine_of(plan: Plan, kernels: str) -> tuple[str, str]:
     reason = why_not(plan, kernels)
     if reason:
         return MODULES, module_decoder_name(reason)
-    if kernels == "cuda" and "gpu" in plan.layer_places():
-        kind = GRAPHS
-    else:
-        kind = COMPILED if compiler() is not None and plan.context >= LEAST_ROOM else LEAN
+    kind = GRAPHS if kernels == "cuda" and "gpu" in plan.layer_places() else off_card(plan)
     return kind, NAMES[kind]
+
+
+def off_card(plan: Plan) -> str:
+    """The kind of lean decoder that runs layers which are not on a CUDA card."""
+    return COMPILED if compiler() is not None and plan.context >= LEAST_ROOM else LEAN

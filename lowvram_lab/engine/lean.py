@@ -105,23 +105,23 @@ class LeanDecoder(Decoder):
         self._places = self._plan.layer_places()
         self._head_place = compute_place(self._plan.modules[self._spec.head].device)
         self._crossed_bytes = self._crossings()
-        self._layers, self._head = [], None
+        self._layers, self._head = [], partial(_modules_head, model)
+        self._normed_on = model.model.norm.weight.device
         self._positions = torch.arange(self.cache.max_tokens)
-        on_card = self._gpu.kernels == "cuda" and "gpu" in self._places
+        self._on_card = self._places_on_card()
         with self._gpu.noting_oom(state), self._gpu.active(), torch.no_grad():
             self._tables = self._rotary()
             bound = [bind_layer(model, *both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
-            self._graphed = self._graph(bound) if on_card else None
-            self.compiled = not on_card and self._may_compile(compiled)
+            self._graphed = self._graph(bound) if self._on_card else None
+            self.compiled = len(self._on_card) < len(bound) and self._may_compile(compiled)
             self._reserve(bound)
-        if not on_card and not self._gpu.meta:
+        if len(self._on_card) < len(bound) and not self._gpu.meta:
             if self.compiled and not self._compile(bound, progress, must=bool(compiled)):
                 self.compiled = False
                 with self._gpu.active():
                     self._reserve(bound)
             if not self.compiled:
                 self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
-                self._head = partial(_modules_head, model)
 
     def release(self) -> None:
         """See ``Decoder``."""
@@ -135,34 +135,65 @@ class LeanDecoder(Decoder):
             return NAMES[GRAPHS if self._graphed.capture else LEAN]
         return NAMES[COMPILED if self.compiled else LEAN]
 
+    def _likeliest(self, logits: torch.Tensor) -> torch.Tensor | None:
+        return self._graphed.likeliest if self._graphed and logits is self._graphed.result else None
+
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
         position = self.tokens
         if position == 0:
             raise LowvramError("expected a prompt in the cache, found none: call prefill first")
         if position >= self.cache.max_tokens:
             raise BudgetError(f"the KV cache of {position} tokens is full; plan a longer context")
+        logits = self._graphed.result if self._logits is None else self._logits
         if self._gpu.meta:
-            if self._graphed:  # a shorter graph is captured when it is first wanted
-                with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
-                    self._logits.copy_(self._run(token, position))
+            self._foresee(token, position)
         else:
             with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
-                self._logits.copy_(self._run(token, position))
-        if self._gpu.simulated:
-            self._gpu.recording.transfers.update(self._crossed_bytes)
+                found = self._run(token, position)
+                logits = found if self._logits is None else self._logits.copy_(found)
+        self._gpu.recording.transfers.update(self._crossed_bytes)
         for held in self.cache.layers:
             held.tokens = position + 1
-        return self._logits
+        return logits
 
     def _run(self, token: torch.Tensor, position: int) -> torch.Tensor:
-        hidden = self.model.model.embed_tokens(token)[:, 0].float()
+        """Logits of a token, in order: the lookup, layers off the card, those on it, those off it behind them, head."""
+        graphed, on_card = self._graphed, self._on_card
+        hidden = token if graphed and graphed.lookup else self._embedded(token)
+        hidden = self._by_layers(hidden, range(on_card.start), position)
+        if graphed:
+            hidden = graphed(hidden, position)
+            if graphed.head:
+                return hidden
+        hidden = self._by_layers(hidden, range(on_card.stop, len(self._places)), position)
+        return self._head(hidden.to(self._normed_on))
+
+    def _foresee(self, token: torch.Tensor, position: int) -> None:
+        """Allocates what a token does on a card: its lookup, if in no graph, and a graph of a length that is new."""
+        if self._gpu.kernels != "cuda":
+            return
+        given = token if self._graphed and self._graphed.lookup else self._embedded(token)
         if self._graphed:
-            return self._graphed(hidden, position)
+            with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
+                self._graphed(given, position)
+
+    def _embedded(self, token: torch.Tensor) -> torch.Tensor:
+        """Hidden states of a token, where the embedding is."""
+        with self._gpu.meter.scope(place=self.reads_ids_at):
+            return _lookup(self.model, self._gpu.move(token, self.reads_ids_at))
+
+    def _by_layers(self, hidden: torch.Tensor, indices: range, position: int) -> torch.Tensor:
         seen = self._positions[: position + 1]
-        for (run, tensors), place in zip(self._layers, self._places, strict=True):
-            cos, sin = self._tables[place]
-            hidden = run([hidden, cos[position], sin[position], seen, *tensors])[0]
-        return self._head(hidden)
+        for index in indices:
+            (run, tensors), (cos, sin) = self._layers[index], self._tables[self._places[index]]
+            hidden = run([hidden.to(cos.device), cos[position], sin[position], seen, *tensors])[0]
+        return hidden
+
+    def _places_on_card(self) -> range:
+        """Which layers a CUDA card computes; they lie side by side (``why_not``). None on the stand-in."""
+        count = len(self._places)
+        on_gpu = [index for index in range(count) if self._places[index] == "gpu" and self._gpu.kernels == "cuda"]
+        return range(on_gpu[0], on_gpu[-1] + 1) if on_gpu else range(count, count)
 
     def _crossings(self) -> Counter:
         """Bytes of hidden states that one token takes from place to place; the stand-in only counts them."""
@@ -191,10 +222,18 @@ class LeanDecoder(Decoder):
             return tables
 
     def _graph(self, bound: list) -> GraphedStep:
-        sizes = self.batch_size, self._spec.hidden_size
+        first, behind = self._on_card.start, self._on_card.stop
+        looks_up = first == 0 and self.reads_ids_at == "gpu"
         with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
-            by_modules = partial(_modules_head, self.model)
-            graphed = GraphedStep(bound, by_modules, *self._tables["gpu"], *sizes, self._gpu.graphs())
+            graphed = GraphedStep(
+                bound[first:behind],
+                partial(_lookup, self.model) if looks_up else None,
+                partial(_modules_head, self.model) if self._head_place == "gpu" else None,
+                self._tables["gpu"],
+                self.batch_size,
+                self._spec.hidden_size,
+                self._gpu.graphs(),
+            )
             graphed.prepare()
             return graphed
 
@@ -219,12 +258,14 @@ class LeanDecoder(Decoder):
         return max(found, default=0)
 
     def _reserve(self, bound: list) -> None:
-        """Takes what decoding will need beside the cache: logits, and a token's workspace."""
+        """Takes what decoding will need beside the cache: logits, if no graph has them, and a token's workspace."""
         gpu, meter = self._gpu, self._gpu.meter
         self.workspace_bytes = self._workspace(bound)
+        self._logits = self._reserved = None
+        if self._graphed and self._graphed.head:
+            return
         with meter.scope(owner="logits"):
             self._logits = gpu.zeros((self.batch_size, self._spec.vocab_size), self.model.dtype, self._head_place)
-        self._reserved = None
         if self.workspace_bytes:
             with meter.scope(owner="workspace of a token"):
                 self._reserved = gpu.buffer(self.workspace_bytes)
@@ -232,9 +273,10 @@ class LeanDecoder(Decoder):
     def _compile(self, bound: list, progress: bool, must: bool) -> bool:
         """Opens the libraries of all layers and of the head; whether that could be done."""
         hidden = torch.zeros(self.batch_size, self._spec.hidden_size)
-        cos, sin = self._tables[self._places[0]]
+        indices = [index for index in range(len(bound)) if index not in self._on_card]
+        cos, sin = self._tables[self._places[indices[0]]]
         first = [hidden, cos[0], sin[0], self._positions[:2]]
-        wanted = [Library.called_with(shape, first + tensors) for shape, tensors in bound]
+        wanted = [Library.called_with(bound[index][0], first + bound[index][1]) for index in indices]
         head = bind_head(self.model)
         if head is not None:
             wanted.append(Library.called_with(head[0], [hidden, *head[1]]))
@@ -247,12 +289,16 @@ class LeanDecoder(Decoder):
                 raise LowvramError(f"the layer could not be compiled: {reason}; leave compiled=True out") from error
             logger.warning("decoding without compiled layers, which is slower: %s", reason)
             return False
-        self._layers = [(run, tensors) for run, (_, tensors) in zip(runs, bound, strict=False)]
-        self._head = partial(_modules_head, self.model)
+        opened = dict(zip(indices, runs, strict=False))
+        self._layers = [(opened.get(index), tensors) for index, (_, tensors) in enumerate(bound)]
         if head is not None:
             *_, run = runs
             self._head = lambda hidden: run([hidden, *head[1]])[0]
         return True
+
+
+def _lookup(model: nn.Module, token: torch.Tensor) -> torch.Tensor:
+    return model.model.embed_tokens(token)[:, 0].float()
 
 
 def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

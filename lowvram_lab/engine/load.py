@@ -13,7 +13,6 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from lowvram_lab.engine.disk import WeightsOnDisk
 from lowvram_lab.engine.fill import Filler, must_be_mapped, place_buffers
 from lowvram_lab.engine.fuse import separate
 from lowvram_lab.engine.layers import import_kernels
@@ -23,6 +22,7 @@ from lowvram_lab.engine.room import check_room_in_ram, check_room_on_disk
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.disk import WeightsOnDisk
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.memory.recording import Recording
 from lowvram_lab.memory.timeline import Timeline

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 
-from lowvram_lab.engine.disk import WeightsOnDisk
 from lowvram_lab.engine.placement import Placement
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.memory.disk import WeightsOnDisk
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.memory.recording import Recording
 from lowvram_lab.model.plan import Plan

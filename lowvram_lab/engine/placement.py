@@ -34,7 +34,7 @@ class _Route:
     model: weakref.ref
     first: str  # masks and rotary tables are made once, where the first layer computes in this pass
     ids_stay: bool  # whether the embedding alone reads the token ids, and fetches them itself
-    before_layers: bool = True  # in this pass, so far
+    before_layers: bool = False  # in this pass, so far
     moved: dict[tuple[int, str], tuple] = field(default_factory=dict)
 
     def noting_oom(self, block: str = "") -> AbstractContextManager[None]:
@@ -128,6 +128,7 @@ def _model_forward(route: _Route, original: Callable, *args, **kwargs):
             with route.noting_oom(), gpu.meter.scope(owner="model", place=route.first):
                 return original(*args, **kwargs)
         finally:
+            route.before_layers = False
             route.moved.clear()
 
 

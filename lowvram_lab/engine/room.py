@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 import psutil
 
-from lowvram_lab.engine.disk import scratch_folder
 from lowvram_lab.errors import BudgetError, CheckpointError
+from lowvram_lab.memory.disk import scratch_folder
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.host_bytes import in_flight_bytes, weights_in_ram
 from lowvram_lab.model.plan import Plan

@@ -147,7 +147,10 @@ class CudaGpu(Gpu):
                 self._side_stream.synchronize()
 
     def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
-        return tensor.to(self.device if place == "gpu" else "cpu")
+        if place == "cpu":
+            return tensor.cpu()
+        # CUDA has read pageable memory when the call returns; page-locked memory may be written over before it is read
+        return tensor.to(self.device, non_blocking=not tensor.is_pinned())
 
 
 class CudaGraphs:

@@ -16,13 +16,13 @@ import torch
 from lowvram_lab.engine.decode import Decoder, ModuleDecoder
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.sampling import Sampling, choose
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Ours(Engine):
                 times.append(time.perf_counter())
                 if len(tokens) == count:
                     return tokens, times
-                token = choose(self.decoder.decode(token), Sampling())
+                token = self.decoder.choose(self.decoder.decode(token), Sampling())
 
     def likeliest(self, ids: list[int], answer: list[int]):
         """See ``Engine``."""

@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lowvram_lab.engine.kinds import engine_of
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
@@ -224,8 +223,6 @@ def _with_streaming(choice: PlanChoice, room: Room, machine: Machine) -> PlanCho
         return choice
     if not profile:
         return choice
-    if engine_of(plan, "cuda")[0] != engine_of(choice.plan, "cuda")[0]:
-        return choice  # every decoded token would pay for what a long prompt gains
     text = f"prompts of {tokens} tokens or more are faster with weights that travel to the GPU: {margin(profile)}"
     return _changed(choice, plan, profile, text, room, machine)
 

@@ -8,9 +8,9 @@ from lowvram_lab.engine.cache_layers import FixedLayer
 from lowvram_lab.engine.decode import Decoder
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.profile import STAND_IN, MemoryProfile, SpeedProfile, Workload
+from lowvram_lab.sampling import Sampling, choose
 
 
 def run_workload(model: torch.nn.Module, workload: Workload, last_pieces: int | None = None) -> MemoryProfile:
@@ -37,12 +37,12 @@ def run_workload(model: torch.nn.Module, workload: Workload, last_pieces: int | 
         token = _read(decoder, workload.prompt_tokens - passed_over, workload.batch_size)
     with gpu.phase("decode"):
         for _ in range(workload.new_tokens):
-            token = choose(decoder.decode(token), Sampling())
+            token = decoder.choose(decoder.decode(token), Sampling())
     if workload.follow_up_tokens:
         with gpu.phase("second turn"):
             decoder.cache.keep(max(0, workload.tokens - workload.follow_up_tokens - 1))
             token = _read(decoder, workload.follow_up_tokens, workload.batch_size)
-            choose(decoder.decode(token), Sampling())
+            decoder.choose(decoder.decode(token), Sampling())
     timeline = gpu.meter.timeline
     if timeline is state.recording.timeline:  # begun by load: what is freed from here on is not the run's
         gpu.meter.timeline = None
@@ -105,7 +105,7 @@ def run_speed(model: torch.nn.Module, workload: Workload, decoder: Decoder | Non
         int(token)  # waits for the device
         first = time.perf_counter()
         for _ in range(workload.new_tokens):
-            token = choose(decoder.decode(token), Sampling())
+            token = decoder.choose(decoder.decode(token), Sampling())
             int(token)
         ended = time.perf_counter()
     return SpeedProfile(

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import psutil
 
-from lowvram_lab.engine.kinds import MODULES, engine_of
+from lowvram_lab.engine.kinds import GRAPHS, MODULES, engine_of, off_card
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
@@ -151,11 +151,9 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
     spec = plan.spec
     parts: Counter = Counter()
     places = plan.layer_places()
-    queries, keys = _query_features(spec), _key_features(spec)
-    formats: dict[int, list[str]] = defaultdict(list)
-    for module in spec.modules:
-        if module.kind != "linear":
-            continue
+    engines = {"gpu": engine, "cpu": off_card(plan) if engine == GRAPHS else engine}
+    keys, formats = _key_features(spec), defaultdict(list)
+    for module in (each for each in spec.modules if each.kind == "linear"):
         assignment, (rows, columns) = plan.modules[module.name], module.weight_shape
         place = compute_place(assignment.device)
         if module.layer is not None:
@@ -165,15 +163,18 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
             rates = machine.kernel(assignment.format, place, plan.threads, bool(module.tied_to))
             seconds = rates.seconds(rows * columns)
         else:
-            seconds = machine.product(engine, assignment.format, columns, place, plan.threads).weight_s * rows * columns
+            product = machine.product(engines[place], assignment.format, columns, place, plan.threads)
+            seconds = product.weight_s * rows * columns
         parts[_label(module, assignment.format, place, spec)] += seconds
     around = 0.0
     for index, place in enumerate(places):
         for fmt, count in Counter(formats[index]).items():
-            rates = machine.token(engine, fmt, plan.kv_format, plan.dtype, place, plan.threads)
+            rates = machine.token(engines[place], fmt, plan.kv_format, plan.dtype, place, plan.threads)
             parts["small operations"] += rates.layer_s * count / len(formats[index])
-        attention = machine.attention(engine, plan.kv_format, plan.dtype, place, plan.threads, formats[index][0])
-        parts["attention"] += cached * (attention.query_s * queries + attention.key_s * keys[index])
+        attention = machine.attention(
+            engines[place], plan.kv_format, plan.dtype, place, plan.threads, formats[index][0]
+        )
+        parts["attention"] += cached * (attention.query_s * _query_features(spec) + attention.key_s * keys[index])
         around = around or rates.model_s
     parts["small operations"] += around
     parts["crossing"] += _crossing_seconds(plan, machine, places, 1)

@@ -9,9 +9,9 @@ from tokenizers import decoders, processors
 from lowvram_lab.chat.completion import CompletionSession
 from lowvram_lab.chat.prompt import text_ids
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import BudgetError, LowvramError, SourceError
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.sampling import Sampling
 from tests.chat.test_session import TEXT, letters_model, scripted_model
 from tests.helpers.tiny import tiny_tokenizer
 

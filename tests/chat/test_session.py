@@ -9,8 +9,8 @@ import torch
 from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.chat.prompt import stop_ids
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.errors import BudgetError, SourceError
+from lowvram_lab.sampling import Sampling
 from tests.helpers.tiny import letters_state, load_tiny, tiny_plan, tiny_tokenizer
 
 TEXT = "naïve 日本語 🙂🙃 end"

@@ -7,10 +7,10 @@ import transformers
 from lowvram_lab.engine.decode import generate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
-from lowvram_lab.engine.sampling import Sampling
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.sampling import Sampling
 from tests.helpers.tiny import SIZES, TOLERANCES, DictCheckpoint, decoded, random_ids, random_state, relative_error
 
 ARCHITECTURES = {

@@ -19,12 +19,12 @@ from lowvram_lab.engine.decode import ModuleDecoder, generate, prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import replan
-from lowvram_lab.engine.sampling import Sampling, choose
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
+from lowvram_lab.sampling import Sampling, choose
 from tests.helpers.tiny import TOLERANCES, load_tiny, random_ids, relative_error, tiny_plan, tiny_stock
 
 

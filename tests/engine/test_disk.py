@@ -8,13 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowvram_lab.engine import disk, room
+from lowvram_lab.engine import room
 from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.layers import INT8_ALIGNMENT, quantized_linear
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.files import cache_dir
+from lowvram_lab.memory import disk
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
@@ -174,6 +175,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from lowvram_lab.engine.load import load
+from lowvram_lab.memory import disk
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.plan import Plan

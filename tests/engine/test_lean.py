@@ -96,7 +96,8 @@ def test_a_fixed_number_of_places_and_a_mask_give_the_same(name, batch, kv_forma
     expected = decoded(decoder, ids, 3)
     bound = [bind_layer(model, *both) for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     tables = decoder._tables["gpu"]
-    decoder._graphed = GraphedStep(bound, decoder._head, *tables, batch, model.config.hidden_size, None)
+    decoder._graphed = GraphedStep(bound, None, decoder._head, tables, batch, model.config.hidden_size, None)
+    decoder._on_card = range(len(bound))
     decoder.cache.keep(3)
     for held in decoder.cache.layers:
         held.keys[:, :, 3:] = 100  # left over from before: hidden by the mask
@@ -365,6 +366,11 @@ def test_what_it_does_not_know_is_refused_by_name():
         assert why_not(replace(plan, spec=other), "cpu") == reason
     split = plan.with_gpu_layers(1)
     assert why_not(split, "cpu") == ""
-    assert why_not(split, "cuda") == "its layers are on both sides of a CUDA card"
+    assert why_not(split, "cuda") == ""
+    torn = plan.with_modules("model.layers.1.*", device="cpu")
+    apart = "its layers on the card do not lie side by side, with the head behind them"
+    assert (why_not(torn, "cpu"), why_not(torn, "cuda")) == ("", apart)
+    assert why_not(plan.with_modules("model.layers.2.*", device="cpu"), "cuda") == apart
+    assert why_not(plan.with_modules("lm_head", device="cpu"), "cuda") == ""
     assert "int4, which the modules read" in why_not(replace(plan, kv_format="int4"), "cpu")
-    assert "lets weights travel" in why_not(replace(split, stream_from=16), "cpu")
+    assert why_not(replace(split, stream_from=16), "cpu") == why_not(replace(split, stream_from=16), "cuda") == ""

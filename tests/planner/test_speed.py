@@ -82,9 +82,13 @@ def test_the_parts_add_up_to_the_sum_made_by_hand(kind, layers):
 def test_hidden_states_that_cross_cost_the_link():
     link = LinkRates(9e9, 2e10, 8e9, 2e10, 2e-5)
     plan = tiny_plan("llama").with_gpu_layers(2)  # embedding gpu, one layer cpu, two gpu: there and back
-    found = forecast_speed(plan, Workload(100, 20), Made(link))
-    by_modules = by_hand(plan, 100, 20, link, lean=False)  # its layers are on both sides of a card
-    assert (found.ttft_s, 1 / found.decode_tokens_per_s) == pytest.approx(by_modules)
+    torn = tiny_plan("llama").with_modules("model.layers.1.*", device="cpu")  # no one graph: by modules
+    for each, lean in ((plan, True), (torn, False)):
+        machine = Made(link)
+        found = forecast_speed(each, Workload(100, 20), machine)
+        assert (found.ttft_s, 1 / found.decode_tokens_per_s) == pytest.approx(by_hand(each, 100, 20, link, lean))
+        decoders = {(entry[1], entry[5]) for entry in machine.asked if entry[0] == "token"}
+        assert decoders == {("lean" if lean else "modules", "cpu"), ("graphs" if lean else "modules", "gpu")}
     assert found.where == "an imagined machine"
     whole = forecast_speed(tiny_plan("llama"), Workload(100, 20), Made(link))
     assert "crossing" in found.parts

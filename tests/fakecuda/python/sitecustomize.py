@@ -1,5 +1,6 @@
 """With FAKE_CUDA_ARITHMETIC=1 (the launcher puts this on the path): arithmetic from when torch is imported."""
 
+import importlib.util
 import os
 import sys
 
@@ -7,20 +8,23 @@ import sys
 class _AfterTorch:
     """Finds torch as everyone does, and runs ``enable`` when it is loaded."""
 
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        """Wraps the loader of ``torch``; knows nothing else."""
-        if name != "torch":
-            return None
-        finder = next(f for f in sys.meta_path if isinstance(f, type) and f.__name__ == "_AfterTorch")
-        sys.meta_path.remove(finder)
-        from importlib.util import find_spec
+    looking = False
 
-        spec = find_spec(name)
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        """Wraps the loader of ``torch``; knows nothing else. (Some only ask whether there is a torch.)"""
+        if name != "torch" or cls.looking:
+            return None
+        cls.looking = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            cls.looking = False
         load = spec.loader.exec_module
 
         def exec_module(module):
             load(module)
+            sys.meta_path.remove(cls)
             import fakecuda_arithmetic
 
             fakecuda_arithmetic.enable()

@@ -150,7 +150,7 @@ const char *cudaGetErrorString(cudaError_t error) {
 static long long counters[N_COUNTERS];
 static const char *const COUNTER_NAMES[N_COUNTERS] = {
     "launches", "library_calls", "graph_launches", "captured_nodes", "mallocs", "frees", "ooms", "host_allocs",
-    "host_frees", "streams", "events", "syncs", "memsets", "stubs",
+    "host_frees", "streams", "events", "syncs", "memsets", "stubs", "graph_kernels",
     "h2d", "d2h", "d2d", "h2h", "h2d_bytes", "d2h_bytes", "d2d_bytes", "h2h_bytes", "h2d_pinned_bytes",
     "d2h_pinned_bytes", "device_bytes", "device_peak_bytes", "host_bytes", "host_peak_bytes",
 };
@@ -753,11 +753,11 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 }
 cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream) { (void)exec, (void)stream; return cudaSuccess; }
 
-static cudaError_t do_copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind);
-static cudaError_t do_set(void *to, int value, size_t bytes);
+static cudaError_t do_copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, bool really);
+static cudaError_t do_set(void *to, int value, size_t bytes, bool really);
 
 static int graph_copies = 1;
-void fakecuda_graph_copies(int on) { graph_copies = on; } /* off: somebody else does a graph's copies, with its kernels */
+void fakecuda_graph_copies(int on) { graph_copies = on; } /* off: a graph's are counted; who does its kernels does them */
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     struct graph *g = (struct graph *)exec;
@@ -771,10 +771,13 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
         switch (node->kind) {
         case G_KERNEL:
             fakecuda_count(N_LAUNCH, 1);
+            fakecuda_count(N_GRAPH_KERNEL, 1);
             __atomic_add_fetch(&node->kernel->launches, 1, __ATOMIC_RELAXED);
             break;
-        case G_COPY: if (graph_copies) error = do_copy(node->to, node->from, node->bytes, (enum cudaMemcpyKind)node->value); break;
-        case G_SET: if (graph_copies) error = do_set(node->to, node->value, node->bytes); break;
+        case G_COPY:
+            error = do_copy(node->to, node->from, node->bytes, (enum cudaMemcpyKind)node->value, graph_copies);
+            break;
+        case G_SET: error = do_set(node->to, node->value, node->bytes, graph_copies); break;
         case G_HOST: node->call(node->to); break;
         }
         if (error) return fail(error);
@@ -1017,13 +1020,13 @@ static enum side side_of(const void *pointer, size_t bytes) {
     return DEVICE;
 }
 
-static cudaError_t do_copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
+static cudaError_t do_copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, bool really) {
     if (!bytes) return cudaSuccess;
     enum side target = side_of(to, bytes), source = side_of(from, bytes);
     if (target == BEYOND || source == BEYOND) return cudaErrorInvalidValue;
     if ((kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice) && target == OUTSIDE) return cudaErrorInvalidValue;
     if ((kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice) && source == OUTSIDE) return cudaErrorInvalidValue;
-    memmove(to, from, bytes);
+    if (really) memmove(to, from, bytes);
     bool there = target == DEVICE, here = source == DEVICE;
     enum counter n = here ? (there ? N_D2D : N_D2H) : (there ? N_H2D : N_H2H);
     fakecuda_count(n, 1);
@@ -1032,20 +1035,21 @@ static cudaError_t do_copy(void *to, const void *from, size_t bytes, enum cudaMe
     if (n == N_D2H && target == PINNED) fakecuda_count(B_D2H_PINNED, (long long)bytes);
     return cudaSuccess;
 }
-static cudaError_t do_set(void *to, int value, size_t bytes) {
+static cudaError_t do_set(void *to, int value, size_t bytes, bool really) {
     if (!bytes) return cudaSuccess;
     if (side_of(to, bytes) == BEYOND || side_of(to, bytes) == OUTSIDE) return cudaErrorInvalidValue;
     struct region r;
     fakecuda_region_find((uintptr_t)to, &r);
-    memset(to, value, bytes);
+    if (really) memset(to, value, bytes);
     fakecuda_count(N_MEMSET, 1);
     return cudaSuccess;
 }
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
     init();
+    fakecuda_count(N_SYNC, 1);
     cudaError_t error = unsafe();
-    return fail(error ? error : do_copy(to, from, bytes, kind));
+    return fail(error ? error : do_copy(to, from, bytes, kind, true));
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t stream) {
     init();
@@ -1053,7 +1057,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaM
     if (!s) return fail(cudaErrorInvalidResourceHandle);
     if (s->capture)
         return fail(add_node(s, (struct node){.kind = G_COPY, .to = to, .from = from, .bytes = bytes, .value = (int)kind}));
-    return fail(do_copy(to, from, bytes, kind));
+    return fail(do_copy(to, from, bytes, kind, true));
 }
 cudaError_t cudaMemcpyPeer(void *to, int a, const void *from, int b, size_t bytes) {
     (void)a, (void)b;
@@ -1077,14 +1081,14 @@ cudaError_t cudaMemcpy2D(void *to, size_t to_pitch, const void *from, size_t fro
 cudaError_t cudaMemset(void *to, int value, size_t bytes) {
     init();
     cudaError_t error = unsafe();
-    return fail(error ? error : do_set(to, value, bytes));
+    return fail(error ? error : do_set(to, value, bytes, true));
 }
 cudaError_t cudaMemsetAsync(void *to, int value, size_t bytes, cudaStream_t stream) {
     init();
     struct stream *s = stream_of(stream);
     if (!s) return fail(cudaErrorInvalidResourceHandle);
     if (s->capture) return fail(add_node(s, (struct node){.kind = G_SET, .to = to, .bytes = bytes, .value = value}));
-    return fail(do_set(to, value, bytes));
+    return fail(do_set(to, value, bytes, true));
 }
 cudaError_t cudaMemPrefetchAsync(const void *p, size_t n, struct cudaMemLocation where, unsigned flags, cudaStream_t s) {
     (void)p, (void)n, (void)where, (void)flags, (void)s;

@@ -42,6 +42,11 @@ class Sampling:
             found = self.repetition_penalty
             raise LowvramError(f"expected a repetition_penalty from 0.01 to 100 (1 for none), found {found}")
 
+    @property
+    def takes_the_likeliest(self) -> bool:
+        """Whether the choice is the largest logit, as it is."""
+        return self.temperature <= 0 and self.repetition_penalty == 1
+
 
 def choose(
     logits: torch.Tensor,
@@ -49,7 +54,7 @@ def choose(
     generator: torch.Generator | None = None,
     seen: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The next token, in float32 as transformers' ``generate`` does.
+    """The next token, in float32 as transformers' ``generate`` does; see also ``Decoder.choose``.
 
     Args:
         logits: ``(batch, vocab)``.
@@ -60,6 +65,8 @@ def choose(
     Returns:
         ``(batch, 1)`` int64.
     """
+    if sampling.takes_the_likeliest:
+        return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float()
     if sampling.repetition_penalty != 1 and seen is not None:
         found = logits.gather(-1, seen)
