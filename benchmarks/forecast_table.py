@@ -257,13 +257,12 @@ def _worst(phases: list[dict], key: str) -> float | None:
     return round(max((error[key] for error in phases), key=abs), 4) if phases else None
 
 
-def table(done: list[dict]) -> pd.DataFrame:
+def groups(done: list[dict]) -> list[dict]:
     """The summary of each placement and format."""
-    groups = {}
+    found = {}
     for row in done:
-        groups.setdefault((row["placement"], row["format"]), []).append(row)
-    shown = [{"placement": place, "format": fmt, **summary(group)} for (place, fmt), group in sorted(groups.items())]
-    return pd.DataFrame(shown)
+        found.setdefault((row["placement"], row["format"]), []).append(row)
+    return [{"placement": place, "format": fmt, **summary(rows)} for (place, fmt), rows in sorted(found.items())]
 
 
 def keep(done: list[dict], path: Path) -> dict:
@@ -284,6 +283,7 @@ def keep(done: list[dict], path: Path) -> dict:
         "torch": torch.__version__,
         "machine": machine(),
         "summary": found,
+        "groups": groups(done),
         "rows": done,
     }
     kept["cards"] = dict(sorted(kept["cards"].items(), key=lambda card: float(card[0])))
@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     major, minor = torch.cuda.get_device_capability()
     done = run_all([row for row in rows(10 * major + minor) if fnmatch.fnmatch(row.name, options.only)])
-    print(table(done).to_string(index=False))
+    print(pd.DataFrame(groups(done)).to_string(index=False))
     for row in done:
         if said := what_is_wrong(row):
             print(said)

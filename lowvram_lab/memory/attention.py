@@ -72,27 +72,31 @@ def _on_the_cpu(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=N
 def _math(q, k, v, attn_mask, is_causal, scale, enable_gqa):
     """Attention without a fused kernel: ``_scaled_dot_product_attention_math`` in ATen's attention.cpp.
 
-    It computes in float32, adds the mask in place and looks for rows that are masked altogether. (On meta torch's own
-    would add it out of place, and hide what its softmax takes.)
+    It computes in float32 and looks for rows that are masked altogether. What it holds goes in the order of C++: what
+    came last first, and at the very end what it returns beside the result. (On meta torch's own would hide what its
+    softmax takes.)
     """
     dtype, root = q.dtype, (scale or q.shape[-1] ** -0.5) ** 0.5
-    q, k, v = wide = q.float(), k.float(), v.float()  # these are held to the end
-    scaled = q * root
+    wide_q, wide_k, wide_v = q.float(), k.float(), v.float()
+    scaled = wide_q * root
     if is_causal:
-        attn_mask = _additive(q.new_ones((q.shape[-2], k.shape[-2]), dtype=torch.bool).tril(), q.dtype)
+        attn_mask = _additive(scaled.new_ones((q.shape[-2], k.shape[-2]), dtype=torch.bool).tril(), scaled.dtype)
+    shared_k, shared_v = wide_k, wide_v
     if enable_gqa and q.shape[1] != k.shape[1]:
         groups = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = scaled @ (k.transpose(-2, -1) * root)
+        shared_k, shared_v = wide_k.repeat_interleave(groups, 1), wide_v.repeat_interleave(groups, 1)
+    scores = scaled @ (shared_k.transpose(-2, -1) * root)
     if attn_mask is not None:
-        scores.add_(attn_mask)
+        scores = scores + attn_mask  # in place where nobody watches; under a meter's dispatch mode as here
     weights = scores.softmax(-1)
     masked = scores.isneginf()
-    weights.masked_fill_(masked.all(-1, keepdim=True), weights.new_zeros(()))
-    del masked, scores
-    narrow = weights.to(dtype)  # returned beside the result, and dropped
-    result = (weights @ v).to(dtype)
-    del narrow, wide
+    rows, zero = masked.all(-1, keepdim=True), weights.new_zeros(())
+    weights.masked_fill_(rows, zero)
+    del zero, rows, masked, scores
+    narrow = weights.to(dtype)
+    result = (weights @ shared_v).to(dtype)
+    del weights, shared_v, shared_k, scaled, attn_mask, wide_v, wide_k, wide_q
+    del narrow
     return result
 
 
@@ -159,4 +163,6 @@ def _splits(q: torch.Tensor, k: torch.Tensor, multiprocessors: int) -> int:
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A boolean mask as torch's own attention turns it into one to add (``convert_boolean_attn_mask``)."""
     zero, minus_infinity = (mask.new_full((), value, dtype=dtype) for value in (0.0, -math.inf))
-    return torch.where(mask, zero, minus_infinity)
+    found = torch.where(mask, zero, minus_infinity)
+    del zero, minus_infinity  # before the mask, which a caller may let go of
+    return found
