@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size, segment_size
+from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
 from lowvram_lab.memory.expandable import ADDRESS_SPACE, ExpandableAllocator
 from lowvram_lab.units import KiB, MiB
 
