@@ -30,6 +30,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, MistralConfig
 
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -133,6 +134,11 @@ class Row:
         return "-".join((*list(asdict(self).values())[:4], f"{self.cap_gib}GiB", self.workload))
 
 
+def settings(row: dict) -> Row:
+    """Which row a result is of."""
+    return Row(*(row[key] for key in Row.__dataclass_fields__))
+
+
 def rows(turn: int = 0) -> list[Row]:
     """The covering design: every model, format and placement together, the other settings such that all pairs occur.
 
@@ -166,7 +172,7 @@ def prepare(row: Row) -> tuple[ModelSpec, Plan, Workload, GpuBudget, MemoryProfi
     usable = GpuBudget.parse(row.cap_gib * GiB).usable_bytes
     budget = GpuBudget(usable * peak // (peak - held + real))
     if budget.usable_bytes < peak:  # else a limit changes nothing
-        dry = forecast(plan, budget, workload=workload, expandable_segments=expandable)
+        dry = forecast(plan, open_gpu(budget), workload=workload, expandable_segments=expandable)
     return small, plan, workload, budget, dry
 
 
@@ -244,7 +250,7 @@ def summary(done: list[dict]) -> dict:
 
 def what_is_wrong(row: dict) -> str:
     """A line on a row that failed, whose memory ran out elsewhere, or that is a byte off; else nothing."""
-    name = Row(*(row[key] for key in Row.__dataclass_fields__)).name
+    name = settings(row).name
     if "failed" in row:
         return f"{name}: {row['failed'].splitlines()[0]}"
     if row["forecast_oom"] != row["measured_oom"]:
@@ -266,9 +272,11 @@ def groups(done: list[dict]) -> list[dict]:
 
 
 def keep(done: list[dict], path: Path) -> dict:
-    """Writes one card's rows beside the others' in a file; returns the summary."""
+    """Writes one card's rows beside the others' in a file, in place of its earlier ones; returns the summary."""
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"cards": {}}
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    earlier = kept["cards"].get(capability, {}).get("rows", [])
+    done = list({settings(row): row for row in earlier + done}.values())
     found = summary(done)
     kept |= {
         "benchmark": "forecast_table",

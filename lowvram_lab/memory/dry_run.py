@@ -51,6 +51,7 @@ class DryRunGpu(Gpu):
         budget: The card, or ``None`` for no limit.
         kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's); by default the budget's, or CUDA's.
         expandable_segments: Imitate the allocator's other mode.
+        capped: Whether the budget is a cap on a larger card (``ExpandableAllocator``), not the card itself.
         goes_on: Whether to go on after the first OOM, or to raise it.
     """
 
@@ -64,12 +65,13 @@ class DryRunGpu(Gpu):
         kernels: str | None = None,
         expandable_segments: bool = False,
         goes_on: bool = True,
+        capped: bool = False,
     ):
         self.goes_on = goes_on
         self.kernels = kernels or (budget.kernels if budget else "cuda")
         super().__init__(budget)
         if expandable_segments:
-            self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
+            self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity, capped)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
         self._held, self._held_of_graphs = {}, {}

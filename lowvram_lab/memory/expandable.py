@@ -24,7 +24,17 @@ ADDRESS_SPACE = 1 << 50
 
 
 class ExpandableAllocator(CachingAllocator):
-    """See ``CachingAllocator``; ``segments`` holds the mapped bytes of each pool's two."""
+    """See ``CachingAllocator``; ``segments`` holds the mapped bytes of each pool's two.
+
+    Args:
+        capacity: See ``CachingAllocator``.
+        capped: Whether the capacity is a process's cap on a larger card. PyTorch compares a cap with what a fixed-size
+            segment would take and then maps whole pages beyond it; a card that is full maps none.
+    """
+
+    def __init__(self, capacity: int | None = None, capped: bool = False):
+        self.capped = capped
+        super().__init__(capacity)
 
     def new_pool(self, kept: bool = False) -> Pool:
         """See ``CachingAllocator``."""
@@ -67,8 +77,8 @@ class ExpandableAllocator(CachingAllocator):
             return self._grow(size, small)
 
     def _grow(self, size: int, small: bool) -> Block:
-        # alloc_block compares the cap with the segment a fixed-size pool would have asked for, also in this mode
-        self._check(segment_size(size))
+        if self.capped:  # alloc_block
+            self._check(segment_size(size))
         block = self._find_room(size, small)
         if not block.mapped:
             block = self._map(block, min(block.size, size))
@@ -97,7 +107,8 @@ class ExpandableAllocator(CachingAllocator):
     def _map(self, block: Block, size: int) -> Block:
         page = _page(block.small)
         size = min(-(-size // page) * page, block.size)
-        self._check(size)
+        if not self.capped:
+            self._check(size)
         if size < block.size:
             rest = _piece(block, block.offset + size, block.size - size, mapped=False)
             rest.before, rest.after = block, block.after

@@ -54,8 +54,9 @@ def forecast(
     workload = workload or Workload.full_context(plan.context)
     if workload.tokens > plan.context:
         raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
-    budget = gpu.budget if isinstance(gpu, Gpu) else None if gpu is None else GpuBudget.parse(gpu)
-    dry = DryRunGpu(budget, gpu.kernels if isinstance(gpu, Gpu) else None, expandable_segments)
+    capped = isinstance(gpu, Gpu)
+    budget = gpu.budget if capped else None if gpu is None else GpuBudget.parse(gpu)
+    dry = DryRunGpu(budget, gpu.kernels if capped else None, expandable_segments, capped=capped)
     return _replay(plan, dry, workload, timeline=timeline)
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size, segment_size
+from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity, round_size
 from lowvram_lab.memory.expandable import ADDRESS_SPACE, ExpandableAllocator
 from lowvram_lab.units import KiB, MiB
 
@@ -67,7 +67,7 @@ def test_the_books_balance_after_any_steps(steps, capacity):
             except OutOfCapacity:
                 size = round_size(step)
                 page = PAGES[size <= MiB]
-                assert reserved + max(segment_size(size), -(-size // page) * page) > capacity
+                assert reserved + -(-size // page) * page > capacity
             else:
                 assert block.size == round_size(step)  # whatever is left over is split off
                 live.append(block)
@@ -190,3 +190,16 @@ def test_it_fits_where_fixed_segments_do_not():
     growing_cache(ExpandableAllocator(capacity=640 * MiB), **sizes)
     with pytest.raises(OutOfCapacity):
         growing_cache(CachingAllocator(capacity=640 * MiB), **sizes)
+
+
+def test_a_cap_is_compared_with_a_fixed_segment_while_pages_go_beyond_it():
+    """As PyTorch with ``set_per_process_memory_fraction``; a card that has no more maps no page."""
+    card, cap = ExpandableAllocator(435 * MiB), ExpandableAllocator(435 * MiB, capped=True)
+    for allocator in (card, cap):
+        allocator.allocate(380 * MiB)
+    cap.allocate(47 * MiB)  # 380 + 48 are within the cap, three pages of 20 are not
+    assert cap.reserved == 440 * MiB
+    with pytest.raises(OutOfCapacity):
+        card.allocate(47 * MiB)
+    with pytest.raises(OutOfCapacity):
+        cap.allocate(20 * MiB)
