@@ -152,7 +152,8 @@ class LeanDecoder(Decoder):
             with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
                 found = self._run(token, position)
                 logits = found if self._logits is None else self._logits.copy_(found)
-        self._gpu.recording.transfers.update(self._crossed_bytes)
+        if self._gpu.moves:
+            self._gpu.recording.transfers.update(self._crossed_bytes)
         for held in self.cache.layers:
             held.tokens = position + 1
         return logits
