@@ -20,6 +20,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("needs CUDA")
 
 
+@pytest.fixture(autouse=True)
+def clean_card(request: pytest.FixtureRequest):
+    """A gpu test finds the card with nothing reserved, whatever ran before, and leaves it so."""
+    if not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    from tests.helpers.card import clean
+
+    clean()
+    yield
+    clean()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     """A failed test's traceback holds its locals, and so its model: on a card no later test would have the room."""

@@ -4,7 +4,6 @@ Skipped where there is none (`make gpu-check` runs these). Every model is random
 """
 
 import functools
-import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +28,7 @@ from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, MiB
 from lowvram_lab.weights.solvers import dequantize, quantize
+from tests.helpers.card import clean
 from tests.helpers.checkpoints import RandomCheckpoint
 from tests.helpers.tiny import (
     PLACEMENTS,
@@ -62,24 +62,6 @@ def mid_spec(kind: str) -> ModelSpec:
 def load_mid(plan, gpu):
     spec = mid_spec(plan.model.removeprefix("mid-"))
     return load(plan, gpu, checkpoint=RandomCheckpoint(spec), progress=False)
-
-
-@pytest.fixture(autouse=True)
-def clean_card():
-    """Each test begins with nothing reserved, cuBLAS' workspace included, and ends without a cap."""
-    _clean()
-    yield
-    _clean()
-
-
-def _clean() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch._C._cuda_clearCublasWorkspaces()  # kept for good otherwise; the forecast begins before the first product
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.reset_peak_memory_stats()
 
 
 def on_the_fake() -> bool:
@@ -253,7 +235,7 @@ def test_an_oom_is_explained_and_a_suggestion_really_fits():
     applied = [suggestion for suggestion in found.suggestions if not suggestion.environment]
     assert applied
     for suggestion in applied:
-        _clean()
+        clean()
         model = load_mid(suggestion.plan, open_gpu(budget))
         profile = run_workload(model, Workload.full_context(suggestion.plan.context))
         del model
@@ -266,7 +248,7 @@ def test_nothing_stays_when_a_model_goes():
     run_workload(model, Workload(50, 2))
     assert torch.cuda.memory_allocated() > before
     del model
-    _clean()
+    clean()
     assert torch.cuda.memory_allocated() == before
 
 

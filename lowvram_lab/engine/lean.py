@@ -151,7 +151,8 @@ class LeanDecoder(Decoder):
             with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
                 found = self._run(token, position)
                 logits = found if self._logits is None else self._logits.copy_(found)
-        self._gpu.recording.transfers.update(self._crossed_bytes)
+        if self._gpu.moves:
+            self._gpu.recording.transfers.update(self._crossed_bytes)
         for held in self.cache.layers:
             held.tokens = position + 1
         return logits
@@ -160,13 +161,14 @@ class LeanDecoder(Decoder):
         """Logits of a token, in order: the lookup, layers off the card, those on it, those off it behind them, head."""
         graphed, on_card = self._graphed, self._on_card
         hidden = token if graphed and graphed.lookup else self._embedded(token)
-        hidden = self._by_layers(hidden, range(on_card.start), position)
-        if graphed:
-            hidden = graphed(hidden, position)
-            if graphed.head:
-                return hidden
-        hidden = self._by_layers(hidden, range(on_card.stop, len(self._places)), position)
-        return self._head(hidden.to(self._normed_on))
+        seen = self._positions[: position + 1]
+        for index, place in enumerate(self._places):
+            if index in on_card:  # all of them at once
+                hidden = graphed(hidden, position) if index == on_card.start else hidden
+                continue
+            (run, tensors), (cos, sin) = self._layers[index], self._tables[place]
+            hidden = run([hidden.to(cos.device), cos[position], sin[position], seen, *tensors])[0]
+        return hidden if graphed and graphed.head else self._head(hidden.to(self._normed_on))
 
     def _foresee(self, token: torch.Tensor, position: int) -> None:
         """Allocates what a token does on a card: its lookup, if in no graph, and a graph of a length that is new."""
@@ -181,13 +183,6 @@ class LeanDecoder(Decoder):
         """Hidden states of a token, where the embedding is."""
         with self._gpu.meter.scope(place=self.reads_ids_at):
             return _lookup(self.model, self._gpu.move(token, self.reads_ids_at))
-
-    def _by_layers(self, hidden: torch.Tensor, indices: range, position: int) -> torch.Tensor:
-        seen = self._positions[: position + 1]
-        for index in indices:
-            (run, tensors), (cos, sin) = self._layers[index], self._tables[self._places[index]]
-            hidden = run([hidden.to(cos.device), cos[position], sin[position], seen, *tensors])[0]
-        return hidden
 
     def _places_on_card(self) -> range:
         """Which layers a CUDA card computes; they lie side by side (``why_not``). None on the stand-in."""
@@ -298,7 +293,8 @@ class LeanDecoder(Decoder):
 
 
 def _lookup(model: nn.Module, token: torch.Tensor) -> torch.Tensor:
-    return model.model.embed_tokens(token)[:, 0].float()
+    table = model.model.embed_tokens
+    return type(table).forward(table, token)[:, 0].float()  # its own: called by itself it would hand over its result
 
 
 def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:

@@ -28,13 +28,14 @@ class _Route:
 
     home: str
     head: str
+    embedding: str
     threads: int | None
     gpu: Gpu
     weights: TravellingWeights
     model: weakref.ref
     first: str  # masks and rotary tables are made once, where the first layer computes in this pass
     ids_stay: bool  # whether the embedding alone reads the token ids, and fetches them itself
-    before_layers: bool = False  # in this pass, so far
+    before_layers: bool | None = None  # in this pass, so far; outside of one, neither
     moved: dict[tuple[int, str], tuple] = field(default_factory=dict)
 
     def noting_oom(self, block: str = "") -> AbstractContextManager[None]:
@@ -75,7 +76,9 @@ class Placement:
         self._weights = TravellingWeights(model, devices, plan, gpu)
         home = compute_place(devices[f"{spec.layers_path}.0"])
         ids_stay = not any(spec.embedding.startswith(f"{path}.") for path in devices)
-        route = _Route(home, spec.head, plan.threads, gpu, self._weights, weakref.ref(model), home, ids_stay)
+        route = _Route(
+            home, spec.head, spec.embedding, plan.threads, gpu, self._weights, weakref.ref(model), home, ids_stay
+        )
         outside = {m.name for m in spec.modules if m.kind == "linear" and m.layer is None and m.name != spec.head}
         try:
             for path, device in devices.items():
@@ -128,7 +131,7 @@ def _model_forward(route: _Route, original: Callable, *args, **kwargs):
             with route.noting_oom(), gpu.meter.scope(owner="model", place=route.first):
                 return original(*args, **kwargs)
         finally:
-            route.before_layers = False
+            route.before_layers = None
             route.moved.clear()
 
 
@@ -141,7 +144,8 @@ def _block_forward(
             return _compute(path, "gpu", route, original, args, kwargs)
     result = _compute(path, route.weights.place(path, place), route, original, args, kwargs)
     # what comes before the layers hands over where masks are made; products behind, where the last layer left its own
-    wanted = route.first if route.before_layers else behind
+    by_itself = route.before_layers is None and path == route.embedding
+    wanted = route.first if route.before_layers or by_itself else behind
     return result if wanted is None else _to_place(result, wanted, route.gpu)
 
 
