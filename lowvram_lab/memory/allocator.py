@@ -1,18 +1,19 @@
 """PyTorch's CUDA caching allocator as a small simulator: what ``reserved`` will be, and when it runs out.
 
-Sizes and rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13; functions named in the comments).
-One stream, default settings; ``expandable.py`` has the other mode. Knows nothing about tensors: callers say
-``allocate`` and ``free``.
+Sizes and rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13 and 2.14; functions named in the
+comments). Default settings; ``expandable.py`` has the other mode. Knows nothing about tensors: callers say ``allocate``
+and ``free``. Recorded traces of the real one, replayed, are its test (tests/memory/test_recorded_traces.py).
 
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
 import bisect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from lowvram_lab.memory.torch_release import TIES_BY_AGE
 from lowvram_lab.units import MiB
 
 MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
@@ -62,10 +63,12 @@ class Pool:
     """Where blocks come from and go back to; each stream has one, and each CUDA graph.
 
     Attributes:
+        private: Whether it is a CUDA graph's: nothing in it is given back while the graph lives.
         free: Free blocks by size, the small ones (``True``) and the large ones.
         first: The lowest block of either kind, in an allocator whose segments grow.
     """
 
+    private: bool = False
     free: dict[bool, list[tuple[int, int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
     first: dict[bool, Block] = field(default_factory=dict)
 
@@ -77,20 +80,26 @@ class OutOfCapacity(Exception):  # noqa: N818  (a signal between simulator and G
 class CachingAllocator:
     """Replays allocations and frees; reports what CUDA would report.
 
+    Args:
+        capacity: See the attribute.
+        addresses: Where the segments to come lie. They decide between free blocks equal in size before torch 2.14. By
+            default a later segment lies higher.
+
     Attributes:
-        capacity: Bytes ``cudaMalloc`` may hand out in all, or ``None`` for no limit.
+        capacity: Bytes the card may hand out in all, or ``None`` for no limit.
         allocated: Bytes in blocks in use (``torch.cuda.memory_allocated``).
         reserved: Bytes in segments (``torch.cuda.memory_reserved``).
         peak_allocated: Highest ``allocated`` so far.
         peak_reserved: Highest ``reserved`` so far.
     """
 
-    def __init__(self, capacity: int | None = None):
+    def __init__(self, capacity: int | None = None, addresses: Iterable[int] | None = None):
         self.capacity = capacity
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.segments: dict[int, int] = {}
-        self._numbers = itertools.count()
-        self._pool = self._new_pool()
+        self._numbers = itertools.count() if addresses is None or TIES_BY_AGE else iter(addresses)
+        self._pools: list[Pool] = []
+        self._pool = self.new_pool()
 
     @property
     def fragmentation(self) -> int:
@@ -105,7 +114,7 @@ class CachingAllocator:
         """
         size = round_size(size)
         small = size <= SMALL_SIZE
-        block = self._best_fit(size, small) or self._new_segment(size, small)
+        block = self._best_fit(size, small) or self._take_memory(size, small)
         remaining = block.size - size
         if self._should_split(remaining, small):
             rest = Block(block.segment, block.offset + size, remaining, small, free=True, pool=block.pool)
@@ -130,25 +139,26 @@ class CachingAllocator:
         self._put(block)
 
     def empty_cache(self) -> None:
-        """Gives back every segment that is wholly free (``release_cached_blocks``)."""
-        for small in (True, False):
-            for entry in list(self._pool.free[small]):
-                block = entry[-1]
-                if block.whole:
-                    self._take(block)
-                    self.reserved -= self.segments.pop(block.segment)
+        """Gives back every segment that is wholly free, the graphs' excepted (``release_cached_blocks``)."""
+        for small in (False, True):
+            for pool in self._pools:
+                if not pool.private:
+                    self._give_back([entry[-1] for entry in pool.free[small]])
+
+    def new_pool(self, private: bool = False) -> Pool:
+        """A pool for ``using``: another stream's, or a CUDA graph's (``private``)."""
+        pool = Pool(private)
+        self._pools.append(pool)
+        return pool
 
     @contextmanager
-    def own_pool(self) -> Iterator[None]:
-        """What is allocated inside lies in segments that nothing outside is given: another stream's, a CUDA graph's."""
-        outside, self._pool = self._pool, self._new_pool()
+    def using(self, pool: Pool) -> Iterator[None]:
+        """What is allocated inside lies in segments of this pool, from which nothing outside is given."""
+        outside, self._pool = self._pool, pool
         try:
             yield
         finally:
             self._pool = outside
-
-    def _new_pool(self) -> Pool:
-        return Pool()
 
     def _best_fit(self, size: int, small: bool) -> Block | None:
         pool = self._pool.free[small]
@@ -158,17 +168,41 @@ class CachingAllocator:
     def _should_split(self, remaining: int, small: bool) -> bool:
         return remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE
 
-    def _new_segment(self, size: int, small: bool) -> Block:
-        size = segment_size(size)
-        if self.capacity is not None and self.reserved + size > self.capacity:
+    def _take_memory(self, size: int, small: bool) -> Block:
+        """Memory from the card; where it has no more, once again after what is cached was given back (``malloc``)."""
+        try:
+            return self._from_card(size, small)
+        except OutOfCapacity:
+            if self._pool.private:  # while a graph is captured, nothing is given back
+                raise
             self.empty_cache()
-            if self.reserved + size > self.capacity:
-                raise OutOfCapacity
-        number = next(self._numbers)
-        self.segments[number] = size
+            return self._from_card(size, small)
+
+    def _from_card(self, size: int, small: bool) -> Block:
+        """A new segment (``alloc_block``)."""
+        size = segment_size(size)
+        self._check(size)
+        block = Block(next(self._numbers), 0, size, small, pool=self._pool)
+        self._count(block, size)
+        return block
+
+    def _give_back(self, blocks: list[Block]) -> None:
+        """Those of these free blocks that are whole segments (``release_blocks``)."""
+        for block in blocks:
+            if block.whole:
+                self._take(block)
+                self._count(block, -block.size)
+                del self.segments[block.segment]
+
+    def _check(self, more: int) -> None:
+        if self.capacity is not None and self.reserved + more > self.capacity:
+            raise OutOfCapacity
+
+    def _count(self, block: Block, size: int) -> None:
+        """Notes memory that the card gave for a block, or took back (less than 0)."""
         self.reserved += size
+        self.segments[block.segment] = self.segments.get(block.segment, 0) + size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        return Block(number, 0, size, small, pool=self._pool)
 
     def _put(self, block: Block) -> None:
         bisect.insort(block.pool.free[block.small], (block.size, block.segment, block.offset, block))

@@ -107,11 +107,11 @@ class DryRunGpu(Gpu):
             with self.meter.scope(owner="CUDA graphs", category="workspace"):
                 # seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp)
                 seeds = [self._hold(torch.int64) for _ in range(2)]
-            with allocator.own_pool():
+            with allocator.using(allocator.new_pool()):
                 self._of_graphs = [self._new_workspace(), *seeds]
         self._workspace = self._of_graphs[0]
         try:
-            with allocator.own_pool():
+            with allocator.using(allocator.new_pool(private=True)):
                 yield
         finally:
             self._workspace = outside

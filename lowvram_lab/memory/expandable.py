@@ -2,7 +2,7 @@
 
 Virtual address space is reserved once; physical pages (2 MiB in the small pool, 20 MiB in the large one) are mapped at
 its end as needed and unmapped when the cache is emptied. Functions named in comments are those of
-``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13).
+``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13 and 2.14).
 """
 
 import bisect
@@ -24,26 +24,36 @@ ADDRESS_SPACE = 1 << 50
 
 
 class ExpandableAllocator(CachingAllocator):
-    """See ``CachingAllocator``; ``segments`` holds the mapped bytes of each pool's two."""
+    """See ``CachingAllocator``; ``segments`` holds the mapped bytes of each pool's two.
 
-    def _new_pool(self) -> Pool:
-        pool = Pool()
+    Args:
+        capacity: See ``CachingAllocator``.
+        card_bytes: What the card has for pages. ``set_per_process_memory_fraction`` looks at each request beforehand,
+            not at the pages that it takes: under a cap on a larger card somewhat more than the cap is mapped. By
+            default the capacity: a card of just that size.
+    """
+
+    def __init__(self, capacity: int | None = None, card_bytes: int | None = None):
+        super().__init__(capacity)
+        self.card_bytes = capacity if card_bytes is None else card_bytes
+
+    def new_pool(self, private: bool = False) -> Pool:
+        """See ``CachingAllocator``."""
+        pool = super().new_pool(private)
         for small in (False, True):
             number = next(self._numbers)
             pool.first[small] = Block(number, 0, ADDRESS_SPACE, small, free=True, mapped=False, pool=pool)
             self.segments[number] = 0
         return pool
 
-    def empty_cache(self) -> None:
-        """Unmaps every page that lies wholly in free blocks (``unmap_block``)."""
-        for small in (True, False):
-            page = _page(small)
-            for entry in list(self._pool.free[small]):
-                block = entry[-1]
-                start, stop = -(-block.offset // page) * page, (block.offset + block.size) // page * page
-                if start < stop:
-                    self._take(block)
-                    self._unmap(block, start, stop)
+    def _give_back(self, blocks: list[Block]) -> None:
+        """Every page that lies wholly in these free blocks (``unmap_block``)."""
+        for block in blocks:
+            page = _page(block.small)
+            start, stop = -(-block.offset // page) * page, (block.offset + block.size) // page * page
+            if start < stop:
+                self._take(block)
+                self._unmap(block, start, stop)
 
     def _should_split(self, remaining: int, small: bool) -> bool:
         return remaining >= MIN_BLOCK
@@ -58,14 +68,8 @@ class ExpandableAllocator(CachingAllocator):
             index += 1
         return pool.pop(index)[-1]
 
-    def _new_segment(self, size: int, small: bool) -> Block:
-        try:
-            return self._grow(size, small)
-        except OutOfCapacity:
-            self.empty_cache()
-            return self._grow(size, small)
-
-    def _grow(self, size: int, small: bool) -> Block:
+    def _from_card(self, size: int, small: bool) -> Block:
+        """Room at the lowest place, with pages mapped where there are none (``try_allocate_expandable_block``)."""
         # alloc_block compares the cap with the segment a fixed-size pool would have asked for, also in this mode
         self._check(segment_size(size))
         block = self._find_room(size, small)
@@ -75,10 +79,6 @@ class ExpandableAllocator(CachingAllocator):
             block = self._map(block.after, min(size - block.size, block.after.size))
         self._take(block)
         return block
-
-    def _check(self, more: int) -> None:
-        if self.capacity is not None and self.reserved + more > self.capacity:
-            raise OutOfCapacity
 
     def _find_room(self, size: int, small: bool) -> Block:
         """The lowest run of free and unmapped blocks with room for ``size`` (``find_expandable_block``)."""
@@ -96,7 +96,8 @@ class ExpandableAllocator(CachingAllocator):
     def _map(self, block: Block, size: int) -> Block:
         page = _page(block.small)
         size = min(-(-size // page) * page, block.size)
-        self._check(size)
+        if self.card_bytes is not None and self.reserved + size > self.card_bytes:
+            raise OutOfCapacity
         if size < block.size:
             rest = _piece(block, block.offset + size, block.size - size, mapped=False)
             rest.before, rest.after = block, block.after
@@ -152,11 +153,6 @@ class ExpandableAllocator(CachingAllocator):
         if block.before is first and first.free and first.mapped:  # it will be joined to this block
             block.pool.first[block.small] = block
         super().free(block)
-
-    def _count(self, block: Block, size: int) -> None:
-        self.reserved += size
-        self.segments[block.segment] += size
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
 
 
 def _piece(block: Block, offset: int, size: int, mapped: bool = True) -> Block:
