@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from lowvram_lab.memory.torch_release import TIES_BY_AGE
+from lowvram_lab.memory.torch_release import torch_release
 from lowvram_lab.units import MiB
 
 MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
@@ -22,6 +22,10 @@ SMALL_SEGMENT = 2 * MiB  # kSmallBuffer: a small-pool segment
 LARGE_SEGMENT = 20 * MiB  # kLargeBuffer: a large-pool segment for requests below kMinLargeAlloc
 MIN_LARGE = 10 * MiB  # kMinLargeAlloc: from here a request gets a segment of its own size
 ROUND_LARGE = 2 * MiB  # kRoundLarge: ... rounded up to a multiple of this
+
+TIES_BY_AGE = (2, 13)
+"""From this release of torch on, of free blocks equal in size the one in the oldest segment is taken; before, the one at
+the lowest address. Source: https://github.com/pytorch/pytorch/pull/183591."""
 
 
 def round_size(size: int) -> int:
@@ -82,7 +86,7 @@ class CachingAllocator:
 
     Args:
         capacity: See the attribute.
-        addresses: Where the segments to come lie. They decide between free blocks equal in size before torch 2.14. By
+        addresses: Where the segments to come lie. They decide between free blocks equal in size before torch 2.13. By
             default a later segment lies higher.
 
     Attributes:
@@ -97,9 +101,15 @@ class CachingAllocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.segments: dict[int, int] = {}
-        self._numbers = itertools.count() if addresses is None or TIES_BY_AGE else iter(addresses)
+        by_age = addresses is None or torch_release() >= TIES_BY_AGE
+        self._numbers = itertools.count() if by_age else iter(addresses)
         self._pools: list[Pool] = []
         self._pool = self.new_pool()
+
+    @property
+    def pool(self) -> Pool:
+        """Where blocks come from now."""
+        return self._pool
 
     @property
     def fragmentation(self) -> int:
@@ -146,15 +156,19 @@ class CachingAllocator:
                     self._give_back([entry[-1] for entry in pool.free[small]])
 
     def new_pool(self, private: bool = False) -> Pool:
-        """A pool for ``using``: another stream's, or a CUDA graph's (``private``)."""
+        """A pool without segments: another stream's, or a CUDA graph's (``private``)."""
         pool = Pool(private)
         self._pools.append(pool)
         return pool
 
     @contextmanager
-    def using(self, pool: Pool) -> Iterator[None]:
-        """What is allocated inside lies in segments of this pool, from which nothing outside is given."""
-        outside, self._pool = self._pool, pool
+    def own_pool(self, pool: Pool | None = None) -> Iterator[None]:
+        """What is allocated inside lies in segments that nothing outside is given: another stream's, a CUDA graph's.
+
+        Args:
+            pool: One that ``new_pool`` made, to come back to it; by default a new one, a graph's.
+        """
+        outside, self._pool = self._pool, pool or self.new_pool(private=True)
         try:
             yield
         finally:

@@ -10,19 +10,25 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
+from lowvram_lab.memory.allocator import Pool
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.torch_release import torch_release
 from lowvram_lab.units import KiB, MiB
 
 aten = torch.ops.aten
 
 
 _MATRIX_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+
+CUBLASLT_WORKSPACE = 1 * MiB
+"""What products with a bias kept beside it before torch 2.12 (``_parseChosenWorkspaceSize``, cuBLASLt's, there)."""
 
 
 def cublas_workspace_bytes(card: Card) -> int:
@@ -35,6 +41,14 @@ def cublas_workspace_bytes(card: Card) -> int:
     if stated:
         return sum(int(size) * int(count) for size, count in stated) * KiB
     return 32 * MiB if card.capability >= (9, 0) else (2 * 4096 + 8 * 16) * KiB
+
+
+@dataclass
+class _Stream:
+    """A CUDA stream: where its blocks lie, and what stays allocated there for good, by who asked for it."""
+
+    pool: Pool
+    held: dict[str, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
 
 
 class DryRunGpu(Gpu):
@@ -65,16 +79,22 @@ class DryRunGpu(Gpu):
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
-        self._workspace = self._of_graphs = None
+        self._stream, self._of_graphs = _Stream(self.meter.allocator.pool), None
 
     @property
     def card(self) -> Card:
         """What decides which of CUDA's kernels run."""
         return self.budget.card if self.budget else this_card()
 
-    def _new_workspace(self) -> torch.Tensor:
-        with self.meter.scope(owner="cuBLAS", category="workspace"):
-            return self._hold(torch.uint8, cublas_workspace_bytes(self.card))
+    def _take_workspaces(self, func: torch._ops.OpOverload) -> None:
+        """What a stream's first product allocates for good, on that stream."""
+        sizes = {"cuBLAS": cublas_workspace_bytes(self.card)}
+        if func is aten.addmm.default and torch_release() < (2, 12):
+            sizes["cuBLASLt"] = CUBLASLT_WORKSPACE
+        stream, allocator = self._stream, self.meter.allocator
+        for owner in sizes.keys() - stream.held:
+            with self.meter.scope(owner=owner, category="workspace"), allocator.own_pool(stream.pool):
+                stream.held[owner] = self._hold(torch.uint8, sizes[owner])
 
     def _hold(self, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
         """A tensor that the meter counts on the GPU, for what torch allocates by itself."""
@@ -84,12 +104,12 @@ class DryRunGpu(Gpu):
 
     def _run(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict):
         """Runs an operator on meta; the first matrix product on CUDA takes cuBLAS' workspace after its result."""
-        wanted = self.kernels == "cuda" and self._workspace is None and func in _MATRIX_PRODUCTS
+        multiplies = self.kernels == "cuda" and func in _MATRIX_PRODUCTS
         try:
             result = self._results(func, args, kwargs)
-            if wanted and self.meter.place_of(args[-1]) == "gpu":
+            if multiplies and self.meter.place_of(args[-1]) == "gpu":
                 self.meter.count(result, "gpu")
-                self._workspace = self._new_workspace()
+                self._take_workspaces(func)
             return result
         except (RuntimeError, NotImplementedError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -102,19 +122,20 @@ class DryRunGpu(Gpu):
 
         What the runs before capturing have taken on that stream is given back (``GraphedStep``).
         """
-        outside, allocator = self._workspace, self.meter.allocator
+        outside, allocator = self._stream, self.meter.allocator
         if self._of_graphs is None:
-            with self.meter.scope(owner="CUDA graphs", category="workspace"):
-                # seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp)
-                seeds = [self._hold(torch.int64) for _ in range(2)]
-            with allocator.using(allocator.new_pool()):
-                self._of_graphs = [self._new_workspace(), *seeds]
-        self._workspace = self._of_graphs[0]
+            self._of_graphs = _Stream(allocator.new_pool())
+            with self.meter.scope(owner="CUDA graphs", category="workspace", place="gpu"):
+                # before torch 2.12 on the stream that captures
+                pool = self._of_graphs.pool if torch_release() < (2, 12) else outside.pool
+                with allocator.own_pool(pool):
+                    self._of_graphs.held["seed, offset"] = [self._hold(torch.int64) for _ in range(2)]
+        self._stream = self._of_graphs
         try:
-            with allocator.using(allocator.new_pool(private=True)):
+            with allocator.own_pool():
                 yield
         finally:
-            self._workspace = outside
+            self._stream = outside
 
     def own(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's shape and dtype on meta."""

@@ -38,7 +38,7 @@ class ExpandableAllocator(CachingAllocator):
         self.card_bytes = capacity if card_bytes is None else card_bytes
 
     def new_pool(self, private: bool = False) -> Pool:
-        """See ``CachingAllocator``."""
+        """See ``CachingAllocator``: one segment for small blocks, one for large."""
         pool = super().new_pool(private)
         for small in (False, True):
             number = next(self._numbers)

@@ -24,11 +24,11 @@ PYTHON
 ) || refuse "expected an interpreter with torch's CUDA build, found $python"
 set -- $found
 site=$1 torch=$2 cuda_version=$3
-# The symbols that torch calls, and the order in which it does, are of a release: these two were looked through.
+# The symbols that torch calls, and the order in which it does, are of a release: these were looked through.
 case "$torch:$cuda_version" in
-    2.13.*:13.* | 2.14.*:13.*) ;;
+    2.1[1-4].*:13.*) ;;
     *:None) refuse "expected torch's CUDA build, found torch $torch for the CPU alone in $site" ;;
-    *) refuse "expected torch 2.13 or 2.14 for CUDA 13, found torch $torch for CUDA $cuda_version" ;;
+    *) refuse "expected torch 2.11 to 2.14 for CUDA 13, found torch $torch for CUDA $cuda_version" ;;
 esac
 include=$site/nvidia/cu13/include
 [ -f "$include/crt/host_defines.h" ] || [ ! -d "${CUDA_HOME:-/usr/local/cuda}/include" ] || include=${CUDA_HOME:-/usr/local/cuda}/include

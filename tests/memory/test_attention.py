@@ -38,7 +38,9 @@ def arguments(place, dtype, heads, sizes, tokens, mask):
 def forecast(card, *case):
     """Bytes at the peak and after one call, beyond its arguments."""
     gpu = DryRunGpu(GpuBudget(2**40, card=card), "cuda")
-    gpu._workspace = gpu._new_workspace()
+    with gpu.active():
+        square = gpu.zeros((16, 16), torch.float32, "gpu")
+        square @ square  # cuBLAS has its workspace now
     tensors, options = arguments("meta", *case)
     with torch.no_grad(), gpu.phase("a call"), ImitateAttention(gpu):
         for tensor in (*tensors, *options.values()):

@@ -139,14 +139,14 @@ def replay_trace(trace: list[dict], capacity: int | None = None, card_bytes: int
         addresses = [entry["addr"] for entry in trace if entry["action"] == "segment_alloc"]
         limits = [limit for limit in (capacity, card_bytes) if limit is not None]
         allocator = _logging(CachingAllocator)(min(limits, default=None), _numbered(addresses))
-    pools, live = {(0, NO_GRAPH): allocator._pool}, {}
+    pools, live = {(0, NO_GRAPH): allocator.pool}, {}
     for entry in trace:
         action, address, size = entry["action"], entry.get("addr"), entry.get("size", 0)
         if action in ("alloc", "oom"):
             key = entry.get("stream", 0), tuple(entry.get("pool_id", NO_GRAPH))
             if key not in pools:
                 pools[key] = allocator.new_pool(private=key[1] != NO_GRAPH)
-            with allocator.using(pools[key]):
+            with allocator.own_pool(pools[key]):
                 live[address] = allocator.asked(size)
         elif action == "free_completed":
             block = live.pop(address)
