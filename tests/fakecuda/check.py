@@ -50,6 +50,13 @@ with torch.cuda.stream(stream):
 torch.cuda.current_stream().wait_event(done)
 assert counter("h2d_pinned_bytes") - before == pinned.nbytes and there.cpu().sum() == 1 << 20
 
+torch.cuda.empty_cache()
+torch.cuda.memory._set_allocator_settings("expandable_segments:True")  # a tensor over several mapped pages
+many = torch.arange(50 << 20, dtype=torch.uint8)
+assert torch.equal(many.cuda().cpu(), many) and counter("device_bytes") >= 3 * 20 << 20
+torch.cuda.empty_cache()
+torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+
 a, b = torch.randn(64, 64), torch.randn(64, 64)
 q = torch.randn(1, 4, 32, 64, dtype=torch.float16)
 with torch.no_grad():

@@ -1009,7 +1009,12 @@ static enum side side_of(const void *pointer, size_t bytes) {
     struct region r;
     if (fakecuda_region_find((uintptr_t)pointer, &r)) return OUTSIDE;
     if (r.kind == R_HOST || r.kind == R_REGISTERED) return PINNED;
-    return (uintptr_t)pointer + bytes > r.base + r.size ? BEYOND : DEVICE;
+    uintptr_t end = (uintptr_t)pointer + bytes;
+    while (end > r.base + r.size) { /* pages of an expandable segment lie side by side, each a region of its own */
+        bool page = !r.mapped;
+        if (!page || fakecuda_region_find(r.base + r.size, &r) || r.kind != R_DEVICE || r.mapped) return BEYOND;
+    }
+    return DEVICE;
 }
 
 static cudaError_t do_copy(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind) {
