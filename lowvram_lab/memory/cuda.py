@@ -140,6 +140,10 @@ class CudaGpu(Gpu):
             if wait:
                 self._side_stream.synchronize()
 
+    def move(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        """See ``Gpu``. One without data, by which temporaries are measured beforehand, has no place."""
+        return tensor if tensor.is_meta else super().move(tensor, place)
+
     def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         return tensor.to(self.device if place == "gpu" else "cpu")
 

@@ -163,7 +163,7 @@ def record_model(seed: int) -> tuple[list[dict], Limits, int, int]:
     plan, workload, spec = random_model(source)
     budget = None
     if source.random() < 0.4:
-        budget = GpuBudget(plan.weight_bytes() + source.randrange(8, 120) * MiB)
+        budget = GpuBudget(int(plan.weight_bytes("gpu") * source.uniform(0.5, 1.1)) + source.randrange(6, 40) * MiB)
         limits.cap = budget.usable_bytes
     with Recorder() as recorder:
         model = None
