@@ -23,9 +23,12 @@ LARGE_SEGMENT = 20 * MiB  # kLargeBuffer: a large-pool segment for requests belo
 MIN_LARGE = 10 * MiB  # kMinLargeAlloc: from here a request gets a segment of its own size
 ROUND_LARGE = 2 * MiB  # kRoundLarge: ... rounded up to a multiple of this
 
-TIES_BY_AGE = (2, 13)
-"""From this release of torch on, of free blocks equal in size the one in the oldest segment is taken; before, the one at
-the lowest address. Source: https://github.com/pytorch/pytorch/pull/183591."""
+# Which of several free blocks equal in size is taken has changed twice. Up to torch 2.11 the one at the lowest address.
+BLOCKS_BY_AGE = (
+    2,
+    12,
+)  # the one made first, by splitting or as a segment: https://github.com/pytorch/pytorch/pull/178362
+SEGMENTS_BY_AGE = (2, 13)  # the one in the oldest segment: https://github.com/pytorch/pytorch/pull/183591
 
 
 def round_size(size: int) -> int:
@@ -44,12 +47,17 @@ def segment_size(size: int) -> int:
 
 @dataclass(eq=False)
 class Block:
-    """A piece of a segment, free or in use, linked to its neighbours in address order."""
+    """A piece of a segment, free or in use, linked to its neighbours in address order.
+
+    Attributes:
+        age: When it was made, where that decides between blocks equal in size; the lower the earlier.
+    """
 
     segment: int
     offset: int
     size: int
     small: bool
+    age: int = 0
     free: bool = False
     mapped: bool = True
     before: "Block | None" = field(default=None, repr=False)
@@ -73,7 +81,7 @@ class Pool:
     """
 
     private: bool = False
-    free: dict[bool, list[tuple[int, int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
+    free: dict[bool, list[tuple[int, int, int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
     first: dict[bool, Block] = field(default_factory=dict)
 
 
@@ -86,7 +94,7 @@ class CachingAllocator:
 
     Args:
         capacity: See the attribute.
-        addresses: Where the segments to come lie. They decide between free blocks equal in size before torch 2.13. By
+        addresses: Where the segments to come lie. They decide between free blocks equal in size before torch 2.12. By
             default a later segment lies higher.
 
     Attributes:
@@ -101,8 +109,10 @@ class CachingAllocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.segments: dict[int, int] = {}
-        by_age = addresses is None or torch_release() >= TIES_BY_AGE
+        release = torch_release()
+        by_age = addresses is None or release >= BLOCKS_BY_AGE
         self._numbers = itertools.count() if by_age else iter(addresses)
+        self._ages = itertools.count() if BLOCKS_BY_AGE <= release < SEGMENTS_BY_AGE else itertools.repeat(0)
         self._pools: list[Pool] = []
         self._pool = self.new_pool()
 
@@ -127,7 +137,8 @@ class CachingAllocator:
         block = self._best_fit(size, small) or self._take_memory(size, small)
         remaining = block.size - size
         if self._should_split(remaining, small):
-            rest = Block(block.segment, block.offset + size, remaining, small, free=True, pool=block.pool)
+            rest = Block(block.segment, block.offset + size, remaining, small, block.age, free=True, pool=block.pool)
+            block.age = next(self._ages)  # the rest is what is left of the block, what is handed out is new
             rest.before, rest.after = block, block.after
             if block.after:
                 block.after.before = rest
@@ -196,7 +207,7 @@ class CachingAllocator:
         """A new segment (``alloc_block``)."""
         size = segment_size(size)
         self._check(size)
-        block = Block(next(self._numbers), 0, size, small, pool=self._pool)
+        block = Block(next(self._numbers), 0, size, small, next(self._ages), pool=self._pool)
         self._count(block, size)
         return block
 
@@ -219,11 +230,16 @@ class CachingAllocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
     def _put(self, block: Block) -> None:
-        bisect.insort(block.pool.free[block.small], (block.size, block.segment, block.offset, block))
+        bisect.insort(block.pool.free[block.small], (*_order(block), block))
 
     def _take(self, block: Block) -> None:
         pool = block.pool.free[block.small]
-        pool.pop(bisect.bisect_left(pool, (block.size, block.segment, block.offset)))
+        pool.pop(bisect.bisect_left(pool, _order(block)))
+
+
+def _order(block: Block) -> tuple[int, int, int, int]:
+    """What free blocks are sorted by (``BlockComparatorSizeCounterAddress``)."""
+    return block.size, block.age, block.segment, block.offset
 
 
 def absorb(block: Block, neighbour: Block) -> None:

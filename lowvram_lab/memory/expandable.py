@@ -99,7 +99,7 @@ class ExpandableAllocator(CachingAllocator):
         if self.card_bytes is not None and self.reserved + size > self.card_bytes:
             raise OutOfCapacity
         if size < block.size:
-            rest = _piece(block, block.offset + size, block.size - size, mapped=False)
+            rest = self._piece(block, block.offset + size, block.size - size, mapped=False)
             rest.before, rest.after = block, block.after
             if block.after:
                 block.after.before = rest
@@ -116,11 +116,11 @@ class ExpandableAllocator(CachingAllocator):
     def _unmap(self, block: Block, start: int, stop: int) -> None:
         end = block.offset + block.size
         if start > block.offset:
-            head = _piece(block, block.offset, start - block.offset)
+            head = self._piece(block, block.offset, start - block.offset)
             head.before, head.after = block.before, block
             self._link_before(block, head)
         if stop < end:
-            tail = _piece(block, stop, end - stop)
+            tail = self._piece(block, stop, end - stop)
             tail.before, tail.after = block, block.after
             if block.after:
                 block.after.before = tail
@@ -154,10 +154,9 @@ class ExpandableAllocator(CachingAllocator):
             block.pool.first[block.small] = block
         super().free(block)
 
-
-def _piece(block: Block, offset: int, size: int, mapped: bool = True) -> Block:
-    """A free part of a block, not linked to its neighbours yet."""
-    return Block(block.segment, offset, size, block.small, free=True, mapped=mapped, pool=block.pool)
+    def _piece(self, block: Block, offset: int, size: int, mapped: bool = True) -> Block:
+        """A free part of a block, not linked to its neighbours yet."""
+        return Block(block.segment, offset, size, block.small, next(self._ages), True, mapped, pool=block.pool)
 
 
 def _page(small: bool) -> int:

@@ -1,8 +1,8 @@
 """A trace of CUDA's allocator, recorded and replayed through the simulator: every block and segment, step by step.
 
-A trace is what ``torch.cuda.memory._snapshot()["device_traces"]`` holds after ``_record_memory_history()``: entries with
-``action``, ``addr``, ``size``, ``stream`` and ``pool_id``, in order. It does not say when the cache was emptied from
-outside (only what that freed, which the allocator also does by itself when memory runs out); ``Recorder`` adds it.
+A trace is what ``torch.cuda.memory._snapshot()["device_traces"]`` holds after ``_record_memory_history()``: entries
+with ``action``, ``addr``, ``size``, ``stream`` and ``pool_id``, in order. It does not say when the cache was emptied
+from outside (only what that freed, which the allocator also does by itself when memory runs out): ``Recorder`` adds it.
 """
 
 import bisect
