@@ -125,10 +125,11 @@ class DryRunGpu(Gpu):
         outside, allocator = self._stream, self.meter.allocator
         if self._of_graphs is None:
             self._of_graphs = _Stream(allocator.new_pool())
-            with self.meter.scope(owner="CUDA graphs", category="workspace", place="gpu"):
-                # before torch 2.12 on the stream that captures
-                pool = self._of_graphs.pool if torch_release() < (2, 12) else outside.pool
-                with allocator.own_pool(pool):
+            # before torch 2.12 on the stream that captures; from 2.14 on only where a graph draws random numbers
+            pool = self._of_graphs.pool if torch_release() < (2, 12) else outside.pool
+            if torch_release() < (2, 14):
+                scope = self.meter.scope(owner="CUDA graphs", category="workspace", place="gpu")
+                with scope, allocator.own_pool(pool):
                     self._of_graphs.held["seed, offset"] = [self._hold(torch.int64) for _ in range(2)]
         self._stream = self._of_graphs
         try:
