@@ -75,14 +75,14 @@ class Pool:
     """Where blocks come from and go back to; each stream has one, and each CUDA graph.
 
     Attributes:
-        private: Whether it is a CUDA graph's: nothing in it is given back while the graph lives.
         free: Free blocks by size, the small ones (``True``) and the large ones.
         first: The lowest block of either kind, in an allocator whose segments grow.
+        kept: Whether emptying the cache leaves it alone: a graph writes there whenever it is replayed.
     """
 
-    private: bool = False
     free: dict[bool, list[tuple[int, int, int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
     first: dict[bool, Block] = field(default_factory=dict)
+    kept: bool = False
 
 
 class OutOfCapacity(Exception):  # noqa: N818  (a signal between simulator and GPU, not an error users meet)
@@ -163,23 +163,18 @@ class CachingAllocator:
         """Gives back every segment that is wholly free, the graphs' excepted (``release_cached_blocks``)."""
         for small in (False, True):
             for pool in self._pools:
-                if not pool.private:
+                if not pool.kept:
                     self._give_back([entry[-1] for entry in pool.free[small]])
 
-    def new_pool(self, private: bool = False) -> Pool:
-        """A pool without segments: another stream's, or a CUDA graph's (``private``)."""
-        pool = Pool(private)
-        self._pools.append(pool)
+    def new_pool(self, kept: bool = False) -> Pool:
+        """A pool whose segments are nobody else's; for ``kept`` see ``Pool``."""
+        self._pools.append(pool := Pool(kept=kept))
         return pool
 
     @contextmanager
-    def own_pool(self, pool: Pool | None = None) -> Iterator[None]:
-        """What is allocated inside lies in segments that nothing outside is given: another stream's, a CUDA graph's.
-
-        Args:
-            pool: One that ``new_pool`` made, to come back to it; by default a new one, a graph's.
-        """
-        outside, self._pool = self._pool, pool or self.new_pool(private=True)
+    def inside(self, pool: Pool) -> Iterator[None]:
+        """What is allocated here lies in a pool's segments: another stream's, a CUDA graph's."""
+        outside, self._pool = self._pool, pool
         try:
             yield
         finally:
@@ -198,7 +193,7 @@ class CachingAllocator:
         try:
             return self._from_card(size, small)
         except OutOfCapacity:
-            if self._pool.private:  # while a graph is captured, nothing is given back
+            if self._pool.kept:  # while a graph is captured, nothing is given back
                 raise
             self.empty_cache()
             return self._from_card(size, small)

@@ -93,7 +93,7 @@ class DryRunGpu(Gpu):
             sizes["cuBLASLt"] = CUBLASLT_WORKSPACE
         stream, allocator = self._stream, self.meter.allocator
         for owner in sizes.keys() - stream.held:
-            with self.meter.scope(owner=owner, category="workspace"), allocator.own_pool(stream.pool):
+            with self.meter.scope(owner=owner, category="workspace"), allocator.inside(stream.pool):
                 stream.held[owner] = self._hold(torch.uint8, sizes[owner])
 
     def _hold(self, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
@@ -129,11 +129,11 @@ class DryRunGpu(Gpu):
             pool = self._of_graphs.pool if torch_release() < (2, 12) else outside.pool
             if torch_release() < (2, 14):
                 scope = self.meter.scope(owner="CUDA graphs", category="workspace", place="gpu")
-                with scope, allocator.own_pool(pool):
+                with scope, allocator.inside(pool):
                     self._of_graphs.held["seed, offset"] = [self._hold(torch.int64) for _ in range(2)]
         self._stream = self._of_graphs
         try:
-            with allocator.own_pool():
+            with allocator.inside(allocator.new_pool(kept=True)):
                 yield
         finally:
             self._stream = outside

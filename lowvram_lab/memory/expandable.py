@@ -37,9 +37,9 @@ class ExpandableAllocator(CachingAllocator):
         super().__init__(capacity)
         self.card_bytes = capacity if card_bytes is None else card_bytes
 
-    def new_pool(self, private: bool = False) -> Pool:
+    def new_pool(self, kept: bool = False) -> Pool:
         """See ``CachingAllocator``: one segment for small blocks, one for large."""
-        pool = super().new_pool(private)
+        pool = super().new_pool(kept)
         for small in (False, True):
             number = next(self._numbers)
             pool.first[small] = Block(number, 0, ADDRESS_SPACE, small, free=True, mapped=False, pool=pool)

@@ -145,8 +145,8 @@ def replay_trace(trace: list[dict], capacity: int | None = None, card_bytes: int
         if action in ("alloc", "oom"):
             key = entry.get("stream", 0), tuple(entry.get("pool_id", NO_GRAPH))
             if key not in pools:
-                pools[key] = allocator.new_pool(private=key[1] != NO_GRAPH)
-            with allocator.own_pool(pools[key]):
+                pools[key] = allocator.new_pool(kept=key[1] != NO_GRAPH)
+            with allocator.inside(pools[key]):
                 live[address] = allocator.asked(size)
         elif action == "free_completed":
             block = live.pop(address)
