@@ -1,18 +1,19 @@
 """PyTorch's CUDA caching allocator as a small simulator: what ``reserved`` will be, and when it runs out.
 
-Sizes and rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13; functions named in the comments).
-One stream, default settings; ``expandable.py`` has the other mode. Knows nothing about tensors: callers say
-``allocate`` and ``free``.
+Sizes and rules are those of ``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13 and 2.14; functions named in the
+comments). Default settings; ``expandable.py`` has the other mode. Knows nothing about tensors: callers say ``allocate``
+and ``free``. Recorded traces of the real one, replayed, are its test (tests/memory/test_recorded_traces.py).
 
 Derived in: notebooks/01_analyze_the_oom.ipynb
 """
 
 import bisect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from lowvram_lab.memory.torch_release import torch_release
 from lowvram_lab.units import MiB
 
 MIN_BLOCK = 512  # kMinBlockSize: every size is rounded up to a multiple of it
@@ -21,6 +22,13 @@ SMALL_SEGMENT = 2 * MiB  # kSmallBuffer: a small-pool segment
 LARGE_SEGMENT = 20 * MiB  # kLargeBuffer: a large-pool segment for requests below kMinLargeAlloc
 MIN_LARGE = 10 * MiB  # kMinLargeAlloc: from here a request gets a segment of its own size
 ROUND_LARGE = 2 * MiB  # kRoundLarge: ... rounded up to a multiple of this
+
+# Which of several free blocks equal in size is taken has changed twice. Up to torch 2.11 the one at the lowest address.
+BLOCKS_BY_AGE = (
+    2,
+    12,
+)  # the one made first, by splitting or as a segment: https://github.com/pytorch/pytorch/pull/178362
+SEGMENTS_BY_AGE = (2, 13)  # the one in the oldest segment: https://github.com/pytorch/pytorch/pull/183591
 
 
 def round_size(size: int) -> int:
@@ -39,12 +47,17 @@ def segment_size(size: int) -> int:
 
 @dataclass(eq=False)
 class Block:
-    """A piece of a segment, free or in use, linked to its neighbours in address order."""
+    """A piece of a segment, free or in use, linked to its neighbours in address order.
+
+    Attributes:
+        age: When it was made, where that decides between blocks equal in size; the lower the earlier.
+    """
 
     segment: int
     offset: int
     size: int
     small: bool
+    age: int = 0
     free: bool = False
     mapped: bool = True
     before: "Block | None" = field(default=None, repr=False)
@@ -67,7 +80,7 @@ class Pool:
         kept: Whether emptying the cache leaves it alone: a graph writes there whenever it is replayed.
     """
 
-    free: dict[bool, list[tuple[int, int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
+    free: dict[bool, list[tuple[int, int, int, int, Block]]] = field(default_factory=lambda: {True: [], False: []})
     first: dict[bool, Block] = field(default_factory=dict)
     kept: bool = False
 
@@ -79,19 +92,27 @@ class OutOfCapacity(Exception):  # noqa: N818  (a signal between simulator and G
 class CachingAllocator:
     """Replays allocations and frees; reports what CUDA would report.
 
+    Args:
+        capacity: See the attribute.
+        addresses: Where the segments to come lie. They decide between free blocks equal in size before torch 2.12. By
+            default a later segment lies higher.
+
     Attributes:
-        capacity: Bytes ``cudaMalloc`` may hand out in all, or ``None`` for no limit.
+        capacity: Bytes the card may hand out in all, or ``None`` for no limit.
         allocated: Bytes in blocks in use (``torch.cuda.memory_allocated``).
         reserved: Bytes in segments (``torch.cuda.memory_reserved``).
         peak_allocated: Highest ``allocated`` so far.
         peak_reserved: Highest ``reserved`` so far.
     """
 
-    def __init__(self, capacity: int | None = None):
+    def __init__(self, capacity: int | None = None, addresses: Iterable[int] | None = None):
         self.capacity = capacity
         self.allocated = self.reserved = self.peak_allocated = self.peak_reserved = 0
         self.segments: dict[int, int] = {}
-        self._numbers = itertools.count()
+        release = torch_release()
+        by_age = addresses is None or release >= BLOCKS_BY_AGE
+        self._numbers = itertools.count() if by_age else iter(addresses)
+        self._ages = itertools.count() if BLOCKS_BY_AGE <= release < SEGMENTS_BY_AGE else itertools.repeat(0)
         self._pools: list[Pool] = []
         self._pool = self.new_pool()
 
@@ -113,10 +134,11 @@ class CachingAllocator:
         """
         size = round_size(size)
         small = size <= SMALL_SIZE
-        block = self._best_fit(size, small) or self._new_segment(size, small)
+        block = self._best_fit(size, small) or self._take_memory(size, small)
         remaining = block.size - size
         if self._should_split(remaining, small):
-            rest = Block(block.segment, block.offset + size, remaining, small, free=True, pool=block.pool)
+            rest = Block(block.segment, block.offset + size, remaining, small, block.age, free=True, pool=block.pool)
+            block.age = next(self._ages)  # the rest is what is left of the block, what is handed out is new
             rest.before, rest.after = block, block.after
             if block.after:
                 block.after.before = rest
@@ -138,18 +160,16 @@ class CachingAllocator:
         self._put(block)
 
     def empty_cache(self) -> None:
-        """Gives back every segment that is wholly free, of all streams (``release_cached_blocks``)."""
-        for pool in self._pools:
-            if not pool.kept:
-                self._empty(pool)
+        """Gives back every segment that is wholly free, the graphs' excepted (``release_cached_blocks``)."""
+        for small in (False, True):
+            for pool in self._pools:
+                if not pool.kept:
+                    self._give_back([entry[-1] for entry in pool.free[small]])
 
-    def _empty(self, pool: Pool) -> None:
-        for small in (True, False):
-            for entry in list(pool.free[small]):
-                block = entry[-1]
-                if block.whole:
-                    self._take(block)
-                    self.reserved -= self.segments.pop(block.segment)
+    def new_pool(self, kept: bool = False) -> Pool:
+        """A pool whose segments are nobody else's; for ``kept`` see ``Pool``."""
+        self._pools.append(pool := Pool(kept=kept))
+        return pool
 
     @contextmanager
     def inside(self, pool: Pool) -> Iterator[None]:
@@ -160,11 +180,6 @@ class CachingAllocator:
         finally:
             self._pool = outside
 
-    def new_pool(self, kept: bool = False) -> Pool:
-        """A pool whose segments are nobody else's; for ``kept`` see ``Pool``."""
-        self._pools.append(pool := Pool(kept=kept))
-        return pool
-
     def _best_fit(self, size: int, small: bool) -> Block | None:
         pool = self._pool.free[small]
         index = bisect.bisect_left(pool, (size,))
@@ -173,24 +188,53 @@ class CachingAllocator:
     def _should_split(self, remaining: int, small: bool) -> bool:
         return remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE
 
-    def _new_segment(self, size: int, small: bool) -> Block:
-        size = segment_size(size)
-        if self.capacity is not None and self.reserved + size > self.capacity:
+    def _take_memory(self, size: int, small: bool) -> Block:
+        """Memory from the card; where it has no more, once again after what is cached was given back (``malloc``)."""
+        try:
+            return self._from_card(size, small)
+        except OutOfCapacity:
+            if self._pool.kept:  # while a graph is captured, nothing is given back
+                raise
             self.empty_cache()
-            if self.reserved + size > self.capacity:
-                raise OutOfCapacity
-        number = next(self._numbers)
-        self.segments[number] = size
+            return self._from_card(size, small)
+
+    def _from_card(self, size: int, small: bool) -> Block:
+        """A new segment (``alloc_block``)."""
+        size = segment_size(size)
+        self._check(size)
+        block = Block(next(self._numbers), 0, size, small, next(self._ages), pool=self._pool)
+        self._count(block, size)
+        return block
+
+    def _give_back(self, blocks: list[Block]) -> None:
+        """Those of these free blocks that are whole segments (``release_blocks``)."""
+        for block in blocks:
+            if block.whole:
+                self._take(block)
+                self._count(block, -block.size)
+                del self.segments[block.segment]
+
+    def _check(self, more: int) -> None:
+        if self.capacity is not None and self.reserved + more > self.capacity:
+            raise OutOfCapacity
+
+    def _count(self, block: Block, size: int) -> None:
+        """Notes memory that the card gave for a block, or took back (less than 0)."""
         self.reserved += size
+        self.segments[block.segment] = self.segments.get(block.segment, 0) + size
         self.peak_reserved = max(self.peak_reserved, self.reserved)
-        return Block(number, 0, size, small, pool=self._pool)
 
     def _put(self, block: Block) -> None:
-        bisect.insort(block.pool.free[block.small], (block.size, block.segment, block.offset, block))
+        bisect.insort(block.pool.free[block.small], (*_order(block), block))
 
     def _take(self, block: Block) -> None:
         pool = block.pool.free[block.small]
-        pool.pop(bisect.bisect_left(pool, (block.size, block.segment, block.offset)))
+        pool.pop(bisect.bisect_left(pool, _order(block)))
+
+
+def _order(block: Block) -> tuple[int, int, int, int]:
+    """What free blocks are sorted by (``BlockComparatorSizeCounterAddress``)."""
+    return block.size, block.age, block.segment, block.offset
 
 
 def absorb(block: Block, neighbour: Block) -> None:

@@ -3,7 +3,7 @@
 On meta, torch decomposes ``scaled_dot_product_attention`` into the math path, with a full score matrix. The real run
 takes a fused kernel where there is one. Which, depends on the card: the order of preference on CUDA is that of
 ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``, on the CPU of ``transformers/sdp_utils_cpp.cpp``. Their
-allocations were read off PyTorch's allocator, kernel by kernel (``tests/fakecuda``), with torch 2.13.
+allocations were read off PyTorch's allocator, kernel by kernel (``tests/fakecuda``), with torch 2.13 and 2.14.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.torch_release import torch_release
 
 aten = torch.ops.aten
 
@@ -38,22 +39,24 @@ class ImitateAttention(TorchFunctionMode):
 
     def _on_cuda(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         """The first kernel that takes these: cuDNN's, flash, efficient, math."""
-        card, sizes = self.gpu.card, (q.shape[-1], v.shape[-1])
+        card, sizes, release = self.gpu.card, (q.shape[-1], v.shape[-1]), torch_release()
         narrow = q.dtype != torch.float32
         aligned = all(size % (8 if narrow else 4) == 0 for size in sizes)
         shares = q.shape[1] != k.shape[1]  # heads that share keys
+        told = enable_gqa or (k.shape[1] == 1 and release >= EFFICIENT_SHARES)
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = _additive(attn_mask, q.dtype)
-        if narrow and aligned and max(sizes) <= CUDNN_HEADS.get(card.capability[0], 0) and (enable_gqa or not shares):
+        if narrow and aligned and max(sizes) <= CUDNN_HEADS.get(card.capability[0], 0) and (told or not shares):
             return _cudnn(q, v)
         flashes = attn_mask is None and narrow and card.capability >= (8, 0) and sizes[0] == sizes[1] <= 256
-        if flashes and (enable_gqa or not shares):
+        if flashes and (told or not shares):
             return _flash(q, k, card.multiprocessors)
-        if shares or not aligned or (q.dtype == torch.bfloat16 and not card.fuses_bf16):
+        fuses = not shares or (told and release >= EFFICIENT_SHARES)
+        if not fuses or not aligned or (q.dtype == torch.bfloat16 and not card.fuses_bf16):
             return _math(q, k, v, attn_mask, is_causal, scale, enable_gqa)
         if attn_mask is not None and attn_mask.shape[-1] % MASK_COLUMNS:
             attn_mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % MASK_COLUMNS))
-        return _efficient(q, v)
+        return _efficient(q, v, seeds=release >= EFFICIENT_SHARES)
 
 
 def _on_the_cpu(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -103,16 +106,23 @@ def _math(q, k, v, attn_mask, is_causal, scale, enable_gqa):
 CUDNN_HEADS = {9: 256, 10: 128}
 """By major capability: the largest heads that cuDNN's attention, preferred there, takes (``check_prefer_cudnn``)."""
 
+EFFICIENT_SHARES = (2, 14)
+"""From this release of torch on memory-efficient attention takes heads that share keys, and one head of keys is shared
+by all without being asked; before, both took the math path. Source: https://github.com/pytorch/pytorch/pull/191085.
+In the same release its seed and offset of dropout are on the card (read off torch 2.14.1)."""
+
 MASK_COLUMNS = 8
 """A mask's rows are copied to a multiple of so many columns (``pad_bias`` in ATen's native attention.cpp)."""
 
 
-def _efficient(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _efficient(q: torch.Tensor, v: torch.Tensor, seeds: bool) -> torch.Tensor:
     """What memory-efficient attention allocates, and its output (``_efficient_attention_forward`` in attention.cu)."""
     shape = q.shape[0], q.shape[2], q.shape[1], v.shape[-1]
+    held = [q.new_empty(1, dtype=torch.int64) for _ in range(2)] if seeds else []
     output = q.new_empty(shape)
     if v.shape[-1] > 128 and q.dtype != torch.float32:  # more than a block keeps: sums are gathered in float32
         q.new_empty(shape, dtype=torch.float32)
+    del held
     return output.transpose(1, 2)
 
 

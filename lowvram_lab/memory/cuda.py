@@ -6,6 +6,7 @@ twice their bytes of RAM that nothing else may use. Whole pages are taken from t
 """
 
 import contextlib
+import functools
 import logging
 import mmap
 import os
@@ -17,6 +18,7 @@ from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu, StandInGpu
 from lowvram_lab.memory.meter import Meter
+from lowvram_lab.memory.odd_cards import no_kernels, remarks, shut_out, why_no_card
 from lowvram_lab.memory.recording import PhaseMemory
 from lowvram_lab.units import format_bytes
 
@@ -42,7 +44,7 @@ class CudaGpu(Gpu):
         self.device = self._tensor_device = torch.device("cuda", torch.cuda.current_device())
         self._side_stream = self._graphs_stream = None
         self.name = torch.cuda.get_device_name(self.device)
-        card_bytes = torch.cuda.mem_get_info(self.device)[1]
+        card_bytes = self.card_bytes = torch.cuda.mem_get_info(self.device)[1]
         if budget and budget.total_bytes > card_bytes:
             raise BudgetError(
                 f"asked for a {format_bytes(budget.total_bytes)} GPU, found {self.name} with "
@@ -50,6 +52,10 @@ class CudaGpu(Gpu):
             )
         if not set_cap:
             return
+        if text := no_kernels():
+            raise BudgetError(text)
+        for text in remarks().values():
+            _say_once(text)
         # the allocator truncates fraction * total to bytes: one more keeps the cap from falling a byte short
         fraction = min(1.0, (budget.usable_bytes + 1) / card_bytes) if budget else 1.0
         torch.cuda.empty_cache()
@@ -146,6 +152,10 @@ class CudaGpu(Gpu):
             if wait:
                 self._side_stream.synchronize()
 
+    def move(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
+        """See ``Gpu``. One without data, by which temporaries are measured beforehand, has no place."""
+        return tensor if tensor.is_meta else super().move(tensor, place)
+
     def _copy(self, tensor: torch.Tensor, place: str) -> torch.Tensor:
         if place == "cpu":
             return tensor.cpu()
@@ -192,10 +202,20 @@ def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int 
 
     Raises:
         UnitError: The size cannot be read.
-        BudgetError: The size is too small, or larger than the card.
+        BudgetError: The size is too small, or larger than the card, or torch has no kernels for the card.
     """
     budget = None if size is None else GpuBudget.parse(size, cuda_context)
-    return CudaGpu(budget) if torch.cuda.is_available() else StandInGpu(budget)
+    if torch.cuda.is_available():
+        return CudaGpu(budget)
+    if shut_out():
+        _say_once(f"the card cannot be used, the GPU is simulated in RAM: {why_no_card()}")
+    return StandInGpu(budget)
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """A card stays as it is: once a process is enough."""
+    logger.warning("%s", text)
 
 
 def process_bytes(device_index: int) -> int | None:
@@ -214,7 +234,8 @@ def process_bytes(device_index: int) -> int | None:
         return None
     try:
         uuid = torch.cuda.get_device_properties(device_index).uuid
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        kind = "MIG" if " MIG " in torch.cuda.get_device_name(device_index) else "GPU"
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"{kind}-{uuid}")
         for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle):
             if process.pid == os.getpid():
                 return process.usedGpuMemory

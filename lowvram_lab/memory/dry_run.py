@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -44,6 +45,14 @@ def cublas_workspace_bytes(card: Card) -> int:
     return 32 * MiB if card.capability >= (9, 0) else (2 * 4096 + 8 * 16) * KiB
 
 
+@dataclass
+class _Stream:
+    """A CUDA stream: where its blocks lie, and what stays allocated there for good, by who asked for it."""
+
+    pool: Pool
+    held: dict[str, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
+
+
 class DryRunGpu(Gpu):
     """A GPU of meta tensors: nothing is computed, everything is counted. It records the first OOM.
 
@@ -51,7 +60,7 @@ class DryRunGpu(Gpu):
         budget: The card, or ``None`` for no limit.
         kernels: Whose kernels to imitate: ``"cuda"`` or ``"cpu"`` (the stand-in's); by default the budget's, or CUDA's.
         expandable_segments: Imitate the allocator's other mode.
-        capped: Whether the budget is a cap on a larger card (``ExpandableAllocator``), not the card itself.
+        card_bytes: Where the budget is a cap on a larger card: what that has (``ExpandableAllocator``).
         goes_on: Whether to go on after the first OOM, or to raise it.
     """
 
@@ -65,13 +74,13 @@ class DryRunGpu(Gpu):
         kernels: str | None = None,
         expandable_segments: bool = False,
         goes_on: bool = True,
-        capped: bool = False,
+        card_bytes: int | None = None,
     ):
         self.goes_on = goes_on
         self.kernels = kernels or (budget.kernels if budget else "cuda")
         super().__init__(budget)
         if expandable_segments:
-            self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity, capped)
+            self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity, card_bytes)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
         self._held, self._held_of_graphs = {}, {}
@@ -156,10 +165,11 @@ class DryGraphs:
     def _take_seeds(self) -> None:
         """Seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp).
 
-        Each graph has its own, on the usual stream; before torch 2.12 all had one pair, on the stream that captures.
+        Each graph has its own, on the usual stream. Before torch 2.12 all had one pair, on the stream that captures;
+        from 2.14 on there are none where no random number is drawn.
         """
         shared, allocator = torch_release() < (2, 12), self._gpu.meter.allocator
-        if shared and self._seeds:
+        if torch_release() >= (2, 14) or (shared and self._seeds):
             return
         scope = self._gpu.meter.scope(category="workspace", place="gpu")
         with scope, allocator.inside(self._gpu._graphs_stream if shared else allocator.pool):

@@ -2,7 +2,7 @@
 
 Virtual address space is reserved once; physical pages (2 MiB in the small pool, 20 MiB in the large one) are mapped at
 its end as needed and unmapped when the cache is emptied. Functions named in comments are those of
-``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13).
+``c10/cuda/CUDACachingAllocator.cpp`` (PyTorch 2.13 and 2.14).
 """
 
 import bisect
@@ -28,16 +28,18 @@ class ExpandableAllocator(CachingAllocator):
 
     Args:
         capacity: See ``CachingAllocator``.
-        capped: Whether the capacity is a process's cap on a larger card. PyTorch compares a cap with what a fixed-size
-            segment would take and then maps whole pages beyond it; a card that is full maps none.
+        card_bytes: Of a capacity that is a cap (``set_per_process_memory_fraction``) on a card with more: what the
+            card has. PyTorch looks at such a cap beforehand, as if for a segment of fixed size, and then maps whole
+            pages: somewhat more than the cap. By default the capacity is the card.
     """
 
-    def __init__(self, capacity: int | None = None, capped: bool = False):
-        self.capped = capped
+    def __init__(self, capacity: int | None = None, card_bytes: int | None = None):
         super().__init__(capacity)
+        self.capped = card_bytes is not None
+        self.card_bytes = card_bytes if self.capped else capacity
 
     def new_pool(self, kept: bool = False) -> Pool:
-        """See ``CachingAllocator``."""
+        """See ``CachingAllocator``: one segment for small blocks, one for large."""
         pool = super().new_pool(kept)
         for small in (False, True):
             number = next(self._numbers)
@@ -45,16 +47,14 @@ class ExpandableAllocator(CachingAllocator):
             self.segments[number] = 0
         return pool
 
-    def _empty(self, pool: Pool) -> None:
-        """Unmaps every page that lies wholly in free blocks (``unmap_block``)."""
-        for small in (True, False):
-            page = _page(small)
-            for entry in list(pool.free[small]):
-                block = entry[-1]
-                start, stop = -(-block.offset // page) * page, (block.offset + block.size) // page * page
-                if start < stop:
-                    self._take(block)
-                    self._unmap(block, start, stop)
+    def _give_back(self, blocks: list[Block]) -> None:
+        """Every page that lies wholly in these free blocks (``unmap_block``)."""
+        for block in blocks:
+            page = _page(block.small)
+            start, stop = -(-block.offset // page) * page, (block.offset + block.size) // page * page
+            if start < stop:
+                self._take(block)
+                self._unmap(block, start, stop)
 
     def _should_split(self, remaining: int, small: bool) -> bool:
         return remaining >= MIN_BLOCK
@@ -69,14 +69,8 @@ class ExpandableAllocator(CachingAllocator):
             index += 1
         return pool.pop(index)[-1]
 
-    def _new_segment(self, size: int, small: bool) -> Block:
-        try:
-            return self._grow(size, small)
-        except OutOfCapacity:
-            self.empty_cache()
-            return self._grow(size, small)
-
-    def _grow(self, size: int, small: bool) -> Block:
+    def _from_card(self, size: int, small: bool) -> Block:
+        """Room at the lowest place, with pages mapped where there are none (``try_allocate_expandable_block``)."""
         if self.capped:  # alloc_block
             self._check(segment_size(size))
         block = self._find_room(size, small)
@@ -86,10 +80,6 @@ class ExpandableAllocator(CachingAllocator):
             block = self._map(block.after, min(size - block.size, block.after.size))
         self._take(block)
         return block
-
-    def _check(self, more: int) -> None:
-        if self.capacity is not None and self.reserved + more > self.capacity:
-            raise OutOfCapacity
 
     def _find_room(self, size: int, small: bool) -> Block:
         """The lowest run of free and unmapped blocks with room for ``size`` (``find_expandable_block``)."""
@@ -107,10 +97,10 @@ class ExpandableAllocator(CachingAllocator):
     def _map(self, block: Block, size: int) -> Block:
         page = _page(block.small)
         size = min(-(-size // page) * page, block.size)
-        if not self.capped:
-            self._check(size)
+        if self.card_bytes is not None and self.reserved + size > self.card_bytes:
+            raise OutOfCapacity
         if size < block.size:
-            rest = _piece(block, block.offset + size, block.size - size, mapped=False)
+            rest = self._piece(block, block.offset + size, block.size - size, mapped=False)
             rest.before, rest.after = block, block.after
             if block.after:
                 block.after.before = rest
@@ -127,11 +117,11 @@ class ExpandableAllocator(CachingAllocator):
     def _unmap(self, block: Block, start: int, stop: int) -> None:
         end = block.offset + block.size
         if start > block.offset:
-            head = _piece(block, block.offset, start - block.offset)
+            head = self._piece(block, block.offset, start - block.offset)
             head.before, head.after = block.before, block
             self._link_before(block, head)
         if stop < end:
-            tail = _piece(block, stop, end - stop)
+            tail = self._piece(block, stop, end - stop)
             tail.before, tail.after = block, block.after
             if block.after:
                 block.after.before = tail
@@ -165,15 +155,9 @@ class ExpandableAllocator(CachingAllocator):
             block.pool.first[block.small] = block
         super().free(block)
 
-    def _count(self, block: Block, size: int) -> None:
-        self.reserved += size
-        self.segments[block.segment] += size
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
-
-
-def _piece(block: Block, offset: int, size: int, mapped: bool = True) -> Block:
-    """A free part of a block, not linked to its neighbours yet."""
-    return Block(block.segment, offset, size, block.small, free=True, mapped=mapped, pool=block.pool)
+    def _piece(self, block: Block, offset: int, size: int, mapped: bool = True) -> Block:
+        """A free part of a block, not linked to its neighbours yet."""
+        return Block(block.segment, offset, size, block.small, next(self._ages), True, mapped, pool=block.pool)
 
 
 def _page(small: bool) -> int:

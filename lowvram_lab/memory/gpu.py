@@ -39,6 +39,7 @@ class Gpu:
     Attributes:
         budget: Total and context bytes, and these kernels; or ``None`` for no limit.
         kernels: Whose kernels GPU modules run: ``"cuda"``, or ``"cpu"`` on the stand-in.
+        card_bytes: Memory of the card that the budget is a cap on; ``None`` where there is none.
         simulated: Whether figures come from a stand-in or a dry run.
         meter: Counts what is live.
         recording: What was measured since the latest model was loaded.
@@ -49,6 +50,7 @@ class Gpu:
     simulated = True
     meta = False
     goes_on = False
+    card_bytes: int | None = None
     _tensor_device: str | torch.device = "cpu"
 
     def __init__(self, budget: GpuBudget | None):

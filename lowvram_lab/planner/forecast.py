@@ -54,9 +54,10 @@ def forecast(
     workload = workload or Workload.full_context(plan.context)
     if workload.tokens > plan.context:
         raise PlanError(f"the workload has {workload.tokens} tokens, the plan a context of {plan.context}")
-    capped = isinstance(gpu, Gpu)
-    budget = gpu.budget if capped else None if gpu is None else GpuBudget.parse(gpu)
-    dry = DryRunGpu(budget, gpu.kernels if capped else None, expandable_segments, capped=capped)
+    opened = gpu if isinstance(gpu, Gpu) else None
+    budget = opened.budget if opened else None if gpu is None else GpuBudget.parse(gpu)
+    of_card = opened.card_bytes if opened else None
+    dry = DryRunGpu(budget, opened.kernels if opened else None, expandable_segments, card_bytes=of_card)
     return _replay(plan, dry, workload, timeline=timeline)
 
 

@@ -143,7 +143,7 @@ def test_the_cache_is_emptied_before_giving_up():
 def test_what_a_pool_of_its_own_holds_is_given_to_nobody_else(kind):
     allocator = kind()
     allocator.free(allocator.allocate(3 * MiB))
-    with allocator.inside(allocator.new_pool()):
+    with allocator.inside(allocator.new_pool(kept=True)):
         kept, gone = allocator.allocate(5 * MiB), allocator.allocate(3 * MiB)
         allocator.free(gone)
     taken = allocator.reserved

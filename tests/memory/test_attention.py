@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lowvram_lab.memory import attention
 from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import CARDS
 from lowvram_lab.memory.dry_run import DryRunGpu
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEADS = ((4, 4), (4, 2), (8, 1), (20, 20))
+HEADS = ((4, 4, True), (4, 2, True), (8, 1, True), (8, 1, False), (20, 20, False))
 SIZES = ((16, 16), (20, 20), (64, 64), (64, 32), (80, 80), (128, 128), (192, 192), (256, 256))
 TOKENS = ((1, 290), (1, 512), (1, 4000), (100, 100), (290, 290), (100, 700), (1500, 1500))
 MASKS = (None, "bool", "added")
@@ -24,11 +25,11 @@ MASKS = (None, "bool", "added")
 
 def arguments(place, dtype, heads, sizes, tokens, mask):
     """Of one call; a mask where not all keys are seen."""
-    (queries, keys), (size, value_size), (new, seen) = heads, sizes, tokens
+    (queries, keys, shared), (size, value_size), (new, seen) = heads, sizes, tokens
     make = {"dtype": dtype, "device": place}
     q = torch.empty(1, queries, new, size, **make)
     k, v = torch.empty(1, keys, seen, size, **make), torch.empty(1, keys, seen, value_size, **make)
-    options = {"is_causal": mask is None and new == seen, "enable_gqa": queries != keys}
+    options = {"is_causal": mask is None and new == seen, "enable_gqa": shared}
     if mask:
         make["dtype"] = torch.bool if mask == "bool" else dtype
         options["attn_mask"] = torch.empty(1, 1, new, seen, **make)
@@ -83,7 +84,7 @@ def test_attention_takes_what_is_forecast(dtype, mask):
     assert not wrong, f"{len(wrong)} of 60, the first: {wrong[:3]}"
 
 
-CALL = (torch.bfloat16, (16, 8), (64, 64), (1500, 1500), None)
+CALL = (torch.bfloat16, (16, 8, True), (64, 64), (1500, 1500), None)
 SCORES = 16 * 1500 * 1500
 
 
@@ -101,8 +102,16 @@ def test_the_card_decides_which_kernel_runs(card, peak):
     assert peak <= found < (3 * peak if card == "t4" else peak + 2048)
 
 
+@pytest.mark.parametrize(("release", "fused"), [((2, 13), False), ((2, 14), True)])
+@pytest.mark.parametrize("heads", [(16, 8, True), (16, 1, False)])
+def test_heads_that_share_keys_are_fused_on_a_t4_from_torch_2_14_on(heads, release, fused, monkeypatch):
+    monkeypatch.setattr(attention, "torch_release", lambda: release)
+    found = forecast(CARDS["t4"], torch.float16, heads, (64, 64), (1500, 1500), None)[0]
+    assert (found < 4 * SCORES) == fused
+
+
 def test_few_queries_are_split_over_the_multiprocessors():
     """A buffer for each part of the keys: more parts on a larger card."""
-    call = (torch.bfloat16, (16, 8), (64, 64), (1, 4000), None)
+    call = (torch.bfloat16, (16, 8, True), (64, 64), (1, 4000), None)
     small, large = (forecast(CARDS[name], *call)[0] for name in ("rtx3050", "rtx3090"))
     assert 0 < small < large

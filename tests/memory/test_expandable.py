@@ -194,7 +194,7 @@ def test_it_fits_where_fixed_segments_do_not():
 
 def test_a_cap_is_compared_with_a_fixed_segment_while_pages_go_beyond_it():
     """As PyTorch with ``set_per_process_memory_fraction``; a card that has no more maps no page."""
-    card, cap = ExpandableAllocator(435 * MiB), ExpandableAllocator(435 * MiB, capped=True)
+    card, cap = ExpandableAllocator(435 * MiB), ExpandableAllocator(435 * MiB, card_bytes=8 << 30)
     for allocator in (card, cap):
         allocator.allocate(380 * MiB)
     cap.allocate(47 * MiB)  # 380 + 48 are within the cap, three pages of 20 are not

@@ -37,8 +37,11 @@ def test_before_2_12_a_product_with_a_bias_keeps_a_second_workspace(monkeypatch,
     assert _held_by_products(release, monkeypatch, bias=True) - alone == (MiB if release < (2, 12) else 0)
 
 
-@pytest.mark.parametrize(("release", "seeds", "small_segments"), [((2, 11), 2, 2), ((2, 13), 4, 1)])
-def test_before_2_12_graphs_share_their_seeds_on_the_stream_that_captures(monkeypatch, release, seeds, small_segments):
+@pytest.mark.parametrize(
+    ("release", "seeds", "small_segments"), [((2, 11), 2, 2), ((2, 12), 4, 1), ((2, 13), 4, 1), ((2, 14), 0, 1)]
+)
+def test_where_the_seeds_of_two_graphs_lie(monkeypatch, release, seeds, small_segments):
+    """Before 2.12 one pair for all, on the stream that captures; from 2.14 on none where nothing random is drawn."""
     monkeypatch.setattr(dry_run, "torch_release", lambda: release)
     gpu = dry_run.DryRunGpu(None)
     with gpu.active():

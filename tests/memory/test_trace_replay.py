@@ -1,18 +1,16 @@
-"""Recorded traces through the simulator. The traces are synthetic, in the format of ``torch.cuda.memory._snapshot()``.
+"""Traces through the simulator: synthetic ones, in the format of ``torch.cuda.memory._snapshot()``.
 
 The rules they follow are written here a second time, naively, so that simulator and reference can disagree.
 """
 
-import json
-import pickle
 import random
 from collections import Counter
 
 import pytest
 
-from lowvram_lab.errors import CheckpointError
+from lowvram_lab.memory import allocator
 from lowvram_lab.units import KiB, MiB
-from tests.memory.trace_replay import read_snapshot, replay_trace
+from tests.memory.trace_replay import emptied_where_freed, replay_trace
 
 A, B, C = 0x7F00_0000_0000, 0x7F00_4000_0000, 0x7F00_8000_0000  # where cudaMalloc put three segments
 
@@ -25,11 +23,7 @@ def freed(address, size):
     return [entry("free_requested", address, size), entry("free_completed", address, size)]
 
 
-def snapshot(*entries):
-    return {"segments": [], "device_traces": [list(entries)]}
-
-
-HAND_WRITTEN = snapshot(
+HAND_WRITTEN = [
     entry("segment_alloc", A, 2 * MiB),
     entry("alloc", A, 1000),  # recorded as asked: the allocator rounds it to 1024
     entry("alloc", A + 1024, 512 * KiB),
@@ -48,129 +42,80 @@ HAND_WRITTEN = snapshot(
     entry("segment_free", C, 34 * MiB),  # torch.cuda.empty_cache()
     entry("segment_alloc", C, 10 * MiB),
     entry("alloc", C, 10 * MiB - 100),
-)
+]
+
+
+def sizes(events, what):
+    return [event.size for event in events if event.what == what]
 
 
 def test_a_trace_written_by_hand():
-    found = replay_trace(HAND_WRITTEN)
-    assert found.agrees
-    assert found.simulated_segments == {2 * MiB: 1, 20 * MiB: 1, 34 * MiB: 1, 10 * MiB: 1}
-    assert found.recorded_reserved_bytes == found.simulated_reserved_bytes == 32 * MiB
-    assert found.peak_reserved_bytes == 56 * MiB
-    assert found.out_of_memory == 0
+    found = replay_trace(emptied_where_freed(HAND_WRITTEN))
+    assert not found.difference
+    assert sizes(found.simulated, "segment") == [2 * MiB, 20 * MiB, 34 * MiB, -34 * MiB, 10 * MiB]
+    assert found.simulated[-1] == ("block", 3, 0, 10 * MiB - 100, 32 * MiB)
+    assert found.peak_reserved == 56 * MiB
 
 
 @pytest.mark.parametrize(
     ("position", "changed"),
     [
         (0, entry("segment_alloc", A, 4 * MiB)),  # another size
+        (2, entry("alloc", A + 2048, 512 * KiB)),  # another place
         (11, entry("alloc", B, 7 * MiB)),  # would have needed a segment more
     ],
 )
 def test_a_recording_by_other_rules_does_not_agree(position, changed):
-    trace = list(HAND_WRITTEN["device_traces"][0])
+    trace = list(HAND_WRITTEN)
     trace[position] = changed
-    assert not replay_trace(snapshot(*trace)).agrees
+    assert replay_trace(emptied_where_freed(trace)).difference
 
 
-def test_expandable_segments_are_compared_by_their_sum():
+def test_a_trace_of_segments_that_grow():
     small, large = A, B
-    found = replay_trace(
-        snapshot(
-            entry("segment_map", small, 2 * MiB),
-            entry("alloc", small, 3000),
-            entry("segment_map", large, 20 * MiB),
-            entry("alloc", large, 15 * MiB),
-            entry("segment_map", large + 20 * MiB, 20 * MiB),
-            entry("alloc", large + 15 * MiB, 15 * MiB),
-            *freed(large + 15 * MiB, 15 * MiB),
-            entry("segment_unmap", large + 20 * MiB, 20 * MiB),
-        )
-    )
-    assert found.agrees
-    assert found.simulated_reserved_bytes == 22 * MiB
-    assert found.peak_reserved_bytes == 42 * MiB
+    trace = [
+        entry("segment_map", small, 2 * MiB),
+        entry("alloc", small, 3000),
+        entry("segment_map", large, 20 * MiB),
+        entry("alloc", large, 15 * MiB),
+        entry("segment_map", large + 20 * MiB, 20 * MiB),
+        entry("alloc", large + 15 * MiB, 15 * MiB),
+        *freed(large + 15 * MiB, 15 * MiB),
+        entry("segment_unmap", large + 20 * MiB, 20 * MiB),
+    ]
+    found = replay_trace(emptied_where_freed(trace))
+    assert not found.difference
+    assert found.simulated[-1] == ("segment", 1, 20 * MiB, -20 * MiB, 22 * MiB)
+    assert found.peak_reserved == 42 * MiB
 
 
-def test_a_limit_of_ones_own():
-    trace = HAND_WRITTEN["device_traces"][0][:14]
-    found = replay_trace(snapshot(*trace), capacity=40 * MiB)
-    assert (found.out_of_memory, found.peak_reserved_bytes) == (1, 22 * MiB)  # the 33 MiB
-    assert not found.agrees
-    again = replay_trace(snapshot(*trace, *freed(C, 33 * MiB)), capacity=40 * MiB)  # what was refused may be freed
-    assert again.out_of_memory == 1
-
-
-def test_a_trace_that_began_too_late():
-    with pytest.raises(CheckpointError, match="frees address 0x7f0000000000, which it never allocated") as error:
-        replay_trace(snapshot(*freed(A, 512)))
-    assert "\n" not in str(error.value)
-
-
-def test_json_goes_round(tmp_path):
-    path = tmp_path / "snapshot.json"
-    path.write_text(json.dumps(HAND_WRITTEN))
-    assert replay_trace(read_snapshot(path)) == replay_trace(HAND_WRITTEN)
-
-
-def test_a_pickle_is_refused(tmp_path):
-    path = tmp_path / "snapshot.pickle"
-    path.write_bytes(pickle.dumps(HAND_WRITTEN))
-    with pytest.raises(CheckpointError, match="pickles are not opened") as error:
-        read_snapshot(path)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "[]",
-        "3",
-        "{}",
-        '{"device_traces": {}}',
-        '{"device_traces": [3]}',
-        '{"device_traces": [[3]]}',
-        '{"device_traces": [[{"addr": 3}]]}',
-        '{"device_traces": [[{"action": "alloc", "addr": 3, "size": "much"}]]}',
-        "[" * 100_000,
-    ],
-)
-def test_other_json_is_refused(tmp_path, text):
-    path = tmp_path / "snapshot.json"
-    path.write_text(text)
-    with pytest.raises(CheckpointError, match="expected a memory snapshot") as error:
-        read_snapshot(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_and_a_missing_device(tmp_path):
-    with pytest.raises(CheckpointError, match="expected a memory snapshot"):
-        read_snapshot(tmp_path / "nowhere.json")
-    with pytest.raises(CheckpointError, match="device 1"):
-        replay_trace(HAND_WRITTEN, device=1)
+def test_a_limit_refuses_and_empties_the_cache_first():
+    trace = [*HAND_WRITTEN[:14], *freed(B + 5 * MiB, 9 * MiB)]
+    found = replay_trace(trace, capacity=40 * MiB)
+    assert found.simulated[-1] == ("refused", 0, 0, 0, 22 * MiB)  # the 33 MiB
+    assert "recorded Event(what='segment', segment=2" in found.difference
 
 
 class Reference:
     """The documented rules once more, over plain lists searched from end to end: slow, obvious, and independent.
 
-    Blocks are ``[address, size, free]`` in lists by segment; ``log`` is the trace in CUDA's format.
+    Blocks are ``[address, size, free]`` in lists by segment, the oldest first; ``log`` is the trace in CUDA's format.
     """
 
-    def __init__(self, addresses):
-        self.addresses, self.segments, self.log = addresses, {}, []
+    def __init__(self, addresses, by_age):
+        self.addresses, self.by_age, self.segments, self.log = addresses, by_age, {}, []
 
     def allocate(self, asked):
         size = max(1, (asked + 511) // 512) * 512
         pool = "small" if size <= MiB else "large"
         fitting = [
-            (block[1], block[0])
-            for (_, kind), blocks in self.segments.items()
+            (block[1], age if self.by_age else 0, block[0])
+            for age, ((_, kind), blocks) in enumerate(self.segments.items())
             for block in blocks
             if kind == pool and block[2] and block[1] >= size
         ]
         if fitting:
-            address = min(fitting)[1]
+            address = min(fitting)[2]
         else:
             room = (
                 2 * MiB
@@ -206,14 +151,18 @@ class Reference:
                 blocks[left : left + 2] = [[blocks[left][0], blocks[left][1] + blocks[left + 1][1], True]]
 
     def empty_cache(self):
-        for key, blocks in list(self.segments.items()):
-            if len(blocks) == 1 and blocks[0][2]:
-                self.log.append(entry("segment_free", key[0], blocks[0][1]))
-                del self.segments[key]
+        free = [
+            (key[1] == "small", blocks[0][1], age if self.by_age else 0, key)
+            for age, (key, blocks) in enumerate(self.segments.items())
+            if len(blocks) == 1 and blocks[0][2]
+        ]
+        for _, size, _, key in sorted(free):  # the large ones first, by size
+            self.log.append(entry("segment_free", key[0], size))
+            del self.segments[key]
 
 
-def random_trace(seed, events, addresses):
-    source, reference, live = random.Random(seed), Reference(addresses), []
+def random_trace(seed, events, addresses, by_age):
+    source, reference, live = random.Random(seed), Reference(addresses, by_age), []
     repeated = [source.randrange(1, 30 * MiB) for _ in range(12)]  # sizes come again, as a model's do: ties
     for _ in range(events):
         draw = source.random()
@@ -224,7 +173,7 @@ def random_trace(seed, events, addresses):
         else:
             new = source.choice(repeated) if source.random() < 0.5 else int(2 ** source.uniform(0, 25))
             live.append(reference.allocate(new))
-    return snapshot(*reference.log)
+    return reference.log
 
 
 def ascending():
@@ -238,14 +187,20 @@ def scattered():
     yield from random.Random(1).sample(range(A, A + (1 << 40), 64 * MiB), 5000)
 
 
+@pytest.mark.parametrize("release", [(2, 11), (2, 13)])
 @pytest.mark.parametrize("addresses", [ascending, scattered])
-@pytest.mark.parametrize("seed", [4, 7, 22])  # with ties taken by age instead of address, all three disagree
-def test_a_long_random_trace_of_the_reference_agrees(seed, addresses):
-    trace = random_trace(seed, 1500, addresses())
-    actions = Counter(e["action"] for e in trace["device_traces"][0])
+@pytest.mark.parametrize("seed", [4, 7, 22])
+def test_a_long_random_trace_of_the_reference_agrees(seed, addresses, release, monkeypatch):
+    monkeypatch.setattr(allocator, "torch_release", lambda: release)
+    trace = random_trace(seed, 1500, addresses(), by_age=release > (2, 11))
+    actions = Counter(e["action"] for e in trace)
     assert actions["alloc"] > 600
     assert actions["segment_alloc"] > 40
     assert actions["segment_free"] > 5
-    found = replay_trace(trace)
-    assert found.simulated_segments == found.recorded_segments
-    assert found.agrees
+    assert not replay_trace(emptied_where_freed(trace)).difference
+
+
+@pytest.mark.parametrize("seed", [4, 7, 22])
+def test_ties_are_taken_as_the_release_does(seed, monkeypatch):
+    monkeypatch.setattr(allocator, "torch_release", lambda: (2, 11))
+    assert replay_trace(emptied_where_freed(random_trace(seed, 1500, scattered(), by_age=True))).difference

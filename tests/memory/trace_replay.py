@@ -1,19 +1,42 @@
-"""Replay a recorded trace of CUDA's allocator through the simulator, and compare segments.
+"""A trace of CUDA's allocator, recorded and replayed through the simulator: every block and segment, step by step.
 
-The trace is that of ``torch.cuda.memory._snapshot()`` after ``_record_memory_history()``, as plain data (JSON; a
-pickled snapshot is refused like any pickle): ``device_traces`` holds, in order, entries with ``action``, ``addr`` and
-``size``.
+A trace is what ``torch.cuda.memory._snapshot()["device_traces"]`` holds after ``_record_memory_history()``: entries
+with ``action``, ``addr``, ``size``, ``stream`` and ``pool_id``, in order. It does not say when the cache was emptied
+from outside (only what that freed, which the allocator also does by itself when memory runs out): ``Recorder`` adds it.
 """
 
-import itertools
-import json
-from collections import Counter
+import bisect
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
-from lowvram_lab.errors import CheckpointError
+import torch
+
 from lowvram_lab.memory.allocator import CachingAllocator, OutOfCapacity
 from lowvram_lab.memory.expandable import ExpandableAllocator
+from lowvram_lab.units import MiB
+
+EMPTIED = {"action": "empty_cache"}
+TAKEN, GIVEN_BACK = ("segment_alloc", "segment_map"), ("segment_free", "segment_unmap")
+NO_GRAPH = (0, 0)
+
+
+class Event(NamedTuple):
+    """Something the allocator did.
+
+    Attributes:
+        what: ``"segment"`` (memory taken from the card or given back), ``"block"`` (handed out), ``"refused"``.
+        segment: Which, by order of creation.
+        offset: Bytes from its start.
+        size: Bytes; below 0 where they were given back. Of a block, as asked.
+        reserved: Bytes held of the card's from here on.
+    """
+
+    what: str
+    segment: int
+    offset: int
+    size: int
+    reserved: int
 
 
 @dataclass(frozen=True)
@@ -21,135 +44,205 @@ class TraceReplay:
     """A recorded trace beside its replay.
 
     Attributes:
-        recorded_segments: Segments the recording allocated, by size in bytes.
-        simulated_segments: Segments the simulator allocated, by size in bytes.
-        recorded_reserved_bytes: Segments allocated minus segments freed, at the end of the recording.
-        simulated_reserved_bytes: The same of the simulator.
-        peak_allocated_bytes: Most bytes in blocks in use, in the simulator.
-        peak_reserved_bytes: Most bytes in segments, in the simulator.
-        out_of_memory: How often the simulator, given a capacity, could not serve a request.
+        recorded: What the real allocator did.
+        simulated: What the simulator did.
+        allocated: Bytes in use at the end, in the simulator.
+        peak_allocated: Most bytes in use.
+        peak_reserved: Most bytes held of the card's.
     """
 
-    recorded_segments: Counter
-    simulated_segments: Counter
-    recorded_reserved_bytes: int
-    simulated_reserved_bytes: int
-    peak_allocated_bytes: int
-    peak_reserved_bytes: int
-    out_of_memory: int
+    recorded: list[Event]
+    simulated: list[Event]
+    allocated: int
+    peak_allocated: int
+    peak_reserved: int
 
     @property
-    def agrees(self) -> bool:
-        """Whether number and size of all segments are equal (of mapped bytes, where segments are expandable)."""
-        return (
-            self.recorded_segments == self.simulated_segments
-            and self.recorded_reserved_bytes == self.simulated_reserved_bytes
-        )
+    def difference(self) -> str:
+        """Where the two part, or nothing."""
+        for step, pair in enumerate(zip(self.recorded, self.simulated, strict=False)):
+            if pair[0] != pair[1]:
+                return f"step {step} of {len(self.recorded)}: recorded {pair[0]}, simulated {pair[1]}"
+        if len(self.recorded) != len(self.simulated):
+            return f"recorded {len(self.recorded)} steps, simulated {len(self.simulated)}"
+        return ""
+
+    def count(self, what: str) -> int:
+        """How many recorded events are of a kind."""
+        return sum(event.what == what for event in self.recorded)
 
 
-class _Counting(CachingAllocator):
-    """A caching allocator that remembers every segment it ever made.
+class Recorder:
+    """Records what PyTorch's allocator does inside its block.
 
-    Its segments lie where the recorded ones do: of free blocks equal in size CUDA takes the one at the lowest address.
+    Attributes:
+        trace: The entries, when the block has ended, with ``EMPTIED`` wherever ``torch.cuda.empty_cache`` was called.
     """
 
-    def __init__(self, capacity, addresses):
-        super().__init__(capacity)
-        self.made: Counter = Counter()
-        self._numbers = zip(itertools.chain(addresses, itertools.repeat(1 << 64)), itertools.count(), strict=False)
+    def __enter__(self):
+        self._emptied, self._empty, self._start = [], torch._C._cuda_emptyCache, self._steps()
+        torch._C._cuda_emptyCache = self._note
+        torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=10_000_000)
+        return self
 
-    def _new_segment(self, size, small):
-        block = super()._new_segment(size, small)
-        self.made[block.size] += 1
-        return block
+    def __exit__(self, *error):
+        torch._C._cuda_emptyCache = self._empty
+        found = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+        torch.cuda.memory._record_memory_history(enabled=None)
+        self.trace, emptied, steps = [], iter(self._emptied), 0
+        following = next(emptied, None)
+        for entry in [*found, {"action": "end"}]:
+            while following is not None and following <= steps and entry["action"] != "free_completed":
+                self.trace.append(EMPTIED)
+                following = next(emptied, None)
+            steps += entry["action"] in ("alloc", "free_requested", "oom")
+            self.trace.append(entry)
+        self.trace.pop()
 
+    def _note(self):
+        self._emptied.append(self._steps() - self._start)
+        self._empty()
 
-def read_snapshot(path: str | Path) -> dict:
-    """Reads a snapshot saved as JSON.
-
-    Raises:
-        CheckpointError: Not JSON (a pickle, say), or without ``device_traces``.
-    """
-    try:
-        snapshot = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: expected a memory snapshot saved as JSON; pickles are not opened. "
-            "Save one with json.dump(torch.cuda.memory._snapshot(), file)"
-        ) from error
-    if not isinstance(snapshot, dict) or not isinstance(snapshot.get("device_traces"), list):
-        raise CheckpointError(f"{path}: expected a memory snapshot with device_traces, found other JSON")
-    for trace in snapshot["device_traces"]:
-        if not isinstance(trace, list) or not all(map(_is_entry, trace)):
-            raise CheckpointError(
-                f"{path}: expected a memory snapshot whose traces hold action, addr and size, found another shape"
-            )
-    return snapshot
+    @staticmethod
+    def _steps() -> int:
+        stats = torch.cuda.memory_stats_as_nested_dict()
+        if not stats:
+            return 0
+        return stats["allocation"]["all"]["allocated"] + stats["allocation"]["all"]["freed"] + stats["num_ooms"]
 
 
-def _is_entry(entry) -> bool:
-    if not isinstance(entry, dict) or not isinstance(entry.get("action"), str):
-        return False
-    return all(isinstance(entry.get(key, 0), int) for key in ("addr", "size"))
+def emptied_where_freed(trace: list[dict]) -> list[dict]:
+    """A trace that was recorded without a limit: then only ``empty_cache`` gives segments back."""
+    marked, before = [], None
+    for entry in trace:
+        if entry["action"] in GIVEN_BACK and before not in GIVEN_BACK:
+            marked.append(EMPTIED)
+        marked.append(entry)
+        before = entry["action"]
+    return marked
 
 
-def replay_trace(snapshot: dict, device: int = 0, capacity: int | None = None) -> TraceReplay:
-    """Replays one device's trace.
+def replay_trace(trace: list[dict], capacity: int | None = None, card_bytes: int | None = None) -> TraceReplay:
+    """Replays a trace.
 
     Args:
-        snapshot: As ``torch.cuda.memory._snapshot()`` returns it; recorded from the process's first allocation on.
-        device: Index of the CUDA device.
-        capacity: Bytes the simulator may reserve, or ``None`` for no limit.
+        trace: Entries; recorded from a state in which nothing was reserved.
+        capacity: Of the recording's cap, or ``None`` where it had none.
+        card_bytes: What the card had left, or ``None`` for more than enough.
 
     Returns:
-        Segments and bytes, recorded beside simulated.
-
-    Raises:
-        CheckpointError: No such device, or a free of an address that was never allocated: the recording began too late.
+        What was done, recorded beside simulated.
     """
-    traces = snapshot["device_traces"]
-    if not 0 <= device < len(traces):
-        raise CheckpointError(f"expected a trace of device {device}, found {len(traces)} traces in the snapshot")
-    trace = traces[device]
-    expandable = any(entry["action"] in ("segment_map", "segment_unmap") for entry in trace)
-    addresses = [entry["addr"] for entry in trace if entry["action"] == "segment_alloc"]
-    allocator = ExpandableAllocator(capacity) if expandable else _Counting(capacity, addresses)
-    recorded, recorded_reserved, live, refused, missed = Counter(), 0, {}, set(), 0
+    if any(entry["action"] == "segment_map" for entry in trace):
+        allocator = _logging(ExpandableAllocator)(capacity, card_bytes or 1 << 60)
+    else:
+        addresses = [entry["addr"] for entry in trace if entry["action"] == "segment_alloc"]
+        limits = [limit for limit in (capacity, card_bytes) if limit is not None]
+        allocator = _logging(CachingAllocator)(min(limits, default=None), _numbered(addresses))
+    pools, live = {(0, NO_GRAPH): allocator.pool}, {}
     for entry in trace:
         action, address, size = entry["action"], entry.get("addr"), entry.get("size", 0)
-        if action == "alloc":
-            try:
-                live[address] = allocator.allocate(size)
-            except OutOfCapacity:
-                missed += 1
-                refused.add(address)
+        if action in ("alloc", "oom"):
+            key = entry.get("stream", 0), tuple(entry.get("pool_id", NO_GRAPH))
+            if key not in pools:
+                pools[key] = allocator.new_pool(kept=key[1] != NO_GRAPH)
+            with allocator.inside(pools[key]):
+                live[address] = allocator.asked(size)
         elif action == "free_completed":
-            if address in refused:
-                refused.discard(address)
-            elif address in live:
-                allocator.free(live.pop(address))
-            else:
-                raise CheckpointError(
-                    f"the trace frees address {address:#x}, which it never allocated: "
-                    "record from the start of the process"
-                )
-        elif action in ("segment_alloc", "segment_map"):
-            recorded[size] += 1
-            recorded_reserved += size
-        elif action in ("segment_free", "segment_unmap"):
-            recorded_reserved -= size
-            if capacity is None:  # without a limit of its own the simulator gives back when the recording did
-                allocator.empty_cache()
-    if expandable:  # pages are mapped in runs of any length: only their sum can be compared
-        recorded = simulated = Counter()
-    else:
-        simulated = allocator.made
+            block = live.pop(address)
+            if block is not None:
+                allocator.free(block)
+        elif action == "empty_cache":
+            allocator.empty_cache()
     return TraceReplay(
-        recorded,
-        simulated,
-        recorded_reserved,
-        allocator.reserved,
-        allocator.peak_allocated,
-        allocator.peak_reserved,
-        missed,
+        list(_recorded(trace)), allocator.log, allocator.allocated, allocator.peak_allocated, allocator.peak_reserved
     )
+
+
+def _numbered(addresses: list[int]) -> Iterator[tuple[int, int]]:
+    """The addresses, each a different key also where two segments had the same one after the other."""
+    number = -1
+    for number, address in enumerate(addresses):
+        yield address, number
+    while True:  # more than were recorded: wherever the two differ by then
+        number += 1
+        yield 1 << 64, number
+
+
+def _logging(kind: type[CachingAllocator]) -> type:
+    class Logging(kind):
+        """An allocator that notes what it does."""
+
+        def __init__(self, *options):
+            self.log, self._ordinals, self._made = [], {}, 0
+            super().__init__(*options)
+
+        def _count(self, block, size):
+            if size > 0 and not self.segments.get(block.segment):
+                self._ordinals[block.segment] = self._made
+                self._made += 1
+            super()._count(block, size)
+            self.log.append(Event("segment", self._ordinals[block.segment], block.offset, size, self.reserved))
+
+        def asked(self, size):
+            """A block, or ``None`` where it was refused."""
+            try:
+                block = self.allocate(size)
+            except OutOfCapacity:
+                self.log.append(Event("refused", 0, 0, 0, self.reserved))
+                return None
+            self.log.append(Event("block", self._ordinals[block.segment], block.offset, size, self.reserved))
+            return block
+
+    return Logging
+
+
+class _Segments:
+    """Where the recorded segments lie."""
+
+    def __init__(self):
+        self.bases, self.ordinals, self.held, self.made, self.growing = [], {}, {}, 0, {}
+
+    def base_of(self, address: int) -> int:
+        """The start of the segment that an address is in."""
+        return self.bases[bisect.bisect_right(self.bases, address) - 1]
+
+    def taken(self, entry: dict) -> int:
+        """Notes memory taken; the start of its segment, which may be new."""
+        if entry["action"] == "segment_map":
+            pool = entry["stream"], tuple(entry.get("pool_id", NO_GRAPH)), entry["size"] == 2 * MiB
+            base = self.growing.setdefault(pool, entry["addr"])
+            if base in self.held:
+                self.held[base] += entry["size"]
+                return base
+        base = entry["addr"]
+        bisect.insort(self.bases, base)
+        self.ordinals[base], self.held[base] = self.made, entry["size"]
+        self.made += 1
+        return base
+
+    def given_back(self, entry: dict) -> int:
+        """Notes memory given back; the start of its segment, which ends with the last of it."""
+        base = self.base_of(entry["addr"])
+        self.held[base] -= entry["size"]
+        if not self.held[base]:
+            self.bases.remove(base)
+            del self.held[base]
+            self.growing = {pool: start for pool, start in self.growing.items() if start != base}
+        return base
+
+
+def _recorded(trace: list[dict]) -> Iterator[Event]:
+    segments, reserved = _Segments(), 0
+    for entry in trace:
+        action, size = entry["action"], entry.get("size", 0)
+        if action in TAKEN or action in GIVEN_BACK:
+            change = size if action in TAKEN else -size
+            base = segments.taken(entry) if action in TAKEN else segments.given_back(entry)
+            reserved += change
+            yield Event("segment", segments.ordinals[base], entry["addr"] - base, change, reserved)
+        elif action == "alloc":
+            base = segments.base_of(entry["addr"])
+            yield Event("block", segments.ordinals[base], entry["addr"] - base, size, reserved)
+        elif action == "oom":
+            yield Event("refused", 0, 0, 0, reserved)

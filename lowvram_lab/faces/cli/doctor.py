@@ -11,6 +11,7 @@ from lowvram_lab.errors import first_line
 from lowvram_lab.faces.cli.common import print_json
 from lowvram_lab.files import cache_dir
 from lowvram_lab.machine import facts
+from lowvram_lab.memory.odd_cards import remarks
 from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.formats import get_format
 
@@ -21,13 +22,14 @@ def examine() -> dict:
     """Examines the machine.
 
     Returns:
-        Plain data: Python and package versions, cores, RAM, GPU, C++ compiler, the cache folder, and per format whether
-        its kernel agrees with a float one.
+        Plain data: Python and package versions, cores, RAM, GPU and what is odd about it, C++ compiler, the cache
+        folder, and per format whether its kernel agrees with a float one.
     """
     places = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     kernels = {f"{name} kernel, {place}": _try_kernel(name, place) for place in places for name in KERNELS}
     cpp = {"cpp_compiler": compiler() or without_compiler() or "not used: LOWVRAM_COMPILE=0"}
-    return {"lowvram_lab": __version__, **facts(), **cpp, "cache": str(cache_dir()), **kernels}
+    gpu = {f"gpu, {kind}": text for kind, text in remarks().items()}
+    return {"lowvram_lab": __version__, **facts(), **gpu, **cpp, "cache": str(cache_dir()), **kernels}
 
 
 def _try_kernel(name: str, kernels: str) -> str:

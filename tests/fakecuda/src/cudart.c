@@ -23,6 +23,7 @@
 static struct {
     size_t total, context;
     int major, minor, sms, threads_per_sm, blocks_per_sm, event_lag, verbose, downward;
+    int devices, driver, mig; /* the driver's version as CUDA writes it: 12.4 is 12040 */
     size_t shared_per_sm, shared_optin, l2;
     const char *report;
     char name[200];
@@ -79,6 +80,12 @@ static void read_settings(void) {
     card.shared_per_sm = model->shared_kib << 10;
     card.shared_optin = model->optin_kib << 10;
     card.l2 = model->l2_mib << 20;
+    card.devices = (int)number_setting("FAKE_CUDA_DEVICES", 1);
+    card.mig = (int)number_setting("FAKE_CUDA_MIG", 0);
+    const char *driver = getenv("FAKE_CUDA_DRIVER");
+    int of_driver = 0, behind_point = 0;
+    card.driver = CUDART_VERSION;
+    if (driver && sscanf(driver, "%d.%d", &of_driver, &behind_point) > 0) card.driver = of_driver * 1000 + behind_point * 10;
     const char *name = getenv("FAKE_CUDA_NAME");
     const char *arithmetic = getenv("FAKE_CUDA_ARITHMETIC");
     const char *usual = arithmetic && !strcmp(arithmetic, "1") ? "fake CUDA" : "fake CUDA (no arithmetic)";
@@ -1121,14 +1128,52 @@ cudaError_t cudaDeviceGraphMemTrim(int d) { (void)d; return cudaSuccess; }
 /* ------------------------------------------------------------------ device */
 
 static __thread int current_device;
-cudaError_t cudaGetDeviceCount(int *out) { init(); *out = 1; return cudaSuccess; }
+
+int fakecuda_devices(void) { init(); return card.devices; }
+int fakecuda_mig(void) { init(); return card.mig; }
+int fakecuda_driver(void) { init(); return card.driver; }
+unsigned char fakecuda_uuid(int device, int at) { return (unsigned char)("fake-cuda-device"[at] + (at == 15 ? device : 0)); }
+
+/* Which cards CUDA_VISIBLE_DEVICES shows: numbers up to the first that is none, or one slice by its name. */
+static int visible[16];
+static int visible_devices(void) {
+    init();
+    const char *text = getenv("CUDA_VISIBLE_DEVICES");
+    int count = 0;
+    if (card.mig) { /* a process sees one slice, the first if it names none */
+        visible[0] = 0;
+        return card.devices && (!text || !strcmp(text, "0") || !strncmp(text, "MIG-", 4));
+    }
+    if (!text)
+        for (; count < card.devices && count < 16; count++) visible[count] = count;
+    for (const char *at = text; at && *at && count < 16;) {
+        char *end;
+        long device = strtol(at, &end, 10);
+        if (end == at || device < 0 || device >= card.devices) break;
+        visible[count++] = (int)device;
+        at = *end == ',' ? end + 1 : NULL;
+    }
+    return count;
+}
+
+cudaError_t cudaGetDeviceCount(int *out) {
+    *out = 0;
+    init();
+    if (card.driver / 1000 < CUDART_VERSION / 1000) return fail(cudaErrorInsufficientDriver);
+    *out = visible_devices();
+    return *out ? cudaSuccess : fail(cudaErrorNoDevice);
+}
 cudaError_t cudaGetDevice(int *out) { *out = current_device; return cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return device ? fail(cudaErrorInvalidDevice) : (init(), cudaSuccess); }
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= visible_devices()) return fail(cudaErrorInvalidDevice);
+    current_device = device;
+    return cudaSuccess;
+}
 cudaError_t cudaInitDevice(int device, unsigned a, unsigned b) { (void)a, (void)b; return cudaSetDevice(device); }
 cudaError_t cudaDeviceReset(void) { return cudaSuccess; }
 cudaError_t cudaSetDeviceFlags(unsigned flags) { (void)flags; return cudaSuccess; }
 cudaError_t cudaGetDeviceFlags(unsigned *flags) { *flags = 0; return cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int *out) { *out = CUDART_VERSION; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int *out) { *out = fakecuda_driver(); return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int *out) { *out = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int *out, int a, int b) { (void)a, (void)b; *out = 0; return cudaSuccess; }
 cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned flags) { (void)peer, (void)flags; return fail(cudaErrorInvalidDevice); }
@@ -1146,10 +1191,11 @@ cudaError_t cudaProfilerStop(void) { return cudaSuccess; }
 
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *out, int device) {
     init();
-    if (device) return fail(cudaErrorInvalidDevice);
+    if (device < 0 || device >= visible_devices()) return fail(cudaErrorInvalidDevice);
     memset(out, 0, sizeof *out);
-    snprintf(out->name, sizeof out->name, "%s", card.name);
-    memcpy(out->uuid.bytes, "fake-cuda-device", 16);
+    device = visible[device];
+    snprintf(out->name, sizeof out->name, device ? "%s, the other" : card.mig ? "%s MIG 1g.5gb" : "%s", card.name);
+    for (int at = 0; at < 16; at++) out->uuid.bytes[at] = (char)fakecuda_uuid(device, at);
     out->totalGlobalMem = card.total;
     out->sharedMemPerBlock = 48 << 10;
     out->sharedMemPerBlockOptin = card.shared_optin;
@@ -1169,7 +1215,7 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *out, int device) {
     out->globalL1CacheSupported = out->localL1CacheSupported = out->managedMemory = 1;
     out->concurrentManagedAccess = out->computePreemptionSupported = out->cooperativeLaunch = 1;
     out->canUseHostPointerForRegisteredMem = out->hostRegisterSupported = out->memoryPoolsSupported = 1;
-    out->pciBusID = 1;
+    out->pciBusID = device + 1;
     out->asyncEngineCount = 2;
     out->memoryBusWidth = 192;
     out->l2CacheSize = (int)card.l2;
