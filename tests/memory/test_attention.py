@@ -15,6 +15,7 @@ from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import CARDS
 from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.memory.meter import Meter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEADS = ((4, 4, True), (4, 2, True), (8, 1, True), (8, 1, False), (20, 20, False))
@@ -63,7 +64,7 @@ def measured(*case):
     tensors, options = arguments("cuda", *case)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad():
+    with torch.no_grad(), Meter(by_device=True):  # as measured phases are: unwatched, torch adds a mask in place
         output = F.scaled_dot_product_attention(*tensors, **options)
     found = torch.cuda.max_memory_allocated() - held, torch.cuda.memory_allocated() - held
     del output
