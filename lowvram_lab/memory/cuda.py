@@ -171,7 +171,7 @@ class CudaGraphs:
     """
 
     def __init__(self, stream: torch.cuda.Stream):
-        self._stream, self._pool = stream, None
+        self._stream, self._pool = stream, torch.cuda.graph_pool_handle()
 
     @contextmanager
     def warming_up(self):
@@ -190,7 +190,6 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             yield graph
-        self._pool = self._pool or graph.pool()
 
 
 def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int | None = None) -> Gpu:

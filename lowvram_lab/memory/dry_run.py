@@ -8,6 +8,7 @@ search makes a hundred of one model.
 import functools
 import os
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -144,6 +145,7 @@ class DryGraphs:
     def __init__(self, gpu: DryRunGpu):
         self._gpu, self._pool = gpu, gpu.meter.allocator.new_pool(kept=True)
         self._seeds = []
+        weakref.finalize(self, setattr, self._pool, "kept", False)  # without its graphs it can be given back
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:

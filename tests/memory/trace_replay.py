@@ -6,6 +6,9 @@ from outside (only what that freed, which the allocator also does by itself when
 """
 
 import bisect
+import math
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -76,32 +79,55 @@ class Recorder:
     """Records what PyTorch's allocator does inside its block.
 
     Attributes:
-        trace: The entries, when the block has ended, with ``EMPTIED`` wherever ``torch.cuda.empty_cache`` was called.
+        trace: The entries, when the block has ended, with ``EMPTIED`` wherever ``torch.cuda.empty_cache`` was called,
+            and ``"graph_gone"`` wherever the last CUDA graph of a pool was let go.
     """
 
     def __enter__(self):
-        self._emptied, self._empty, self._start = [], torch._C._cuda_emptyCache, self._steps()
-        torch._C._cuda_emptyCache = self._note
+        self._notes, self._empty, self._graph = [], torch._C._cuda_emptyCache, torch.cuda.CUDAGraph
+        self._start, self._alive = self._steps(), Counter()
+        torch._C._cuda_emptyCache = self._empty_noted
+        torch.cuda.CUDAGraph = self._noted_graph()
         torch.cuda.memory._record_memory_history(enabled="all", context=None, max_entries=10_000_000)
         return self
 
     def __exit__(self, *error):
-        torch._C._cuda_emptyCache = self._empty
+        torch._C._cuda_emptyCache, torch.cuda.CUDAGraph = self._empty, self._graph
         found = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
         torch.cuda.memory._record_memory_history(enabled=None)
-        self.trace, emptied, steps = [], iter(self._emptied), 0
-        following = next(emptied, None)
+        self.trace, notes, steps = [], iter(self._notes), 0
+        after, note = next(notes, (math.inf, None))
         for entry in [*found, {"action": "end"}]:
-            while following is not None and following <= steps and entry["action"] != "free_completed":
-                self.trace.append(EMPTIED)
-                following = next(emptied, None)
+            while after <= steps and entry["action"] != "free_completed":
+                self.trace.append(note)
+                after, note = next(notes, (math.inf, None))
             steps += entry["action"] in ("alloc", "free_requested", "oom")
             self.trace.append(entry)
         self.trace.pop()
 
-    def _note(self):
-        self._emptied.append(self._steps() - self._start)
+    def _note(self, entry):
+        self._notes.append((self._steps() - self._start, entry))
+
+    def _empty_noted(self):
+        self._note(EMPTIED)
         self._empty()
+
+    def _gone(self, pool: tuple[int, int]):
+        self._alive[pool] -= 1
+        if not self._alive[pool]:
+            self._note({"action": "graph_gone", "pool_id": pool})
+
+    def _noted_graph(self) -> type:
+        recorder = self
+
+        class Graph(self._graph):
+            def capture_begin(self, pool, **options):
+                self.of_pool = tuple(pool)
+                recorder._alive[self.of_pool] += 1
+                weakref.finalize(self, recorder._gone, self.of_pool)
+                super().capture_begin(pool=pool, **options)
+
+        return Graph
 
     @staticmethod
     def _steps() -> int:
@@ -152,6 +178,9 @@ def replay_trace(trace: list[dict], capacity: int | None = None, card_bytes: int
             block = live.pop(address)
             if block is not None:
                 allocator.free(block)
+        elif action == "graph_gone":
+            for (_, pool_id), pool in pools.items():
+                pool.kept = pool.kept and pool_id != entry["pool_id"]
         elif action == "empty_cache":
             allocator.empty_cache()
     return TraceReplay(
