@@ -46,6 +46,7 @@ _PUBLIC = {
     "CachingAllocator": "memory.allocator",
     "ExpandableAllocator": "memory.expandable",
     "OutOfCapacity": "memory.allocator",
+    "forecast_table": "packaged",
     "forecast_load_bytes": "model.host_bytes",
     "run_workload": "planner.measure",
     # 03 know your weights
