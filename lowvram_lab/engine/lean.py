@@ -144,9 +144,9 @@ class LeanDecoder(Decoder):
             raise LowvramError("expected a prompt in the cache, found none: call prefill first")
         if position >= self.cache.max_tokens:
             raise BudgetError(f"the KV cache of {position} tokens is full; plan a longer context")
-        logits = self._graphed.result if self._logits is None else self._logits
         if self._gpu.meta:
             self._foresee(token, position)
+            logits = self._graphed.result if self._logits is None else self._logits
         else:
             with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
                 found = self._run(token, position)

@@ -166,6 +166,10 @@ class CachingAllocator:
                 if not pool.kept:
                     self._give_back([entry[-1] for entry in pool.free[small]])
 
+    def lift_limits(self) -> None:
+        """From here on the card is as large as it takes: who asks for more than it has may want to know how much."""
+        self.capacity = None
+
     def new_pool(self, kept: bool = False) -> Pool:
         """A pool whose segments are nobody else's; for ``kept`` see ``Pool``."""
         self._pools.append(pool := Pool(kept=kept))

@@ -38,6 +38,10 @@ class ExpandableAllocator(CachingAllocator):
         self.capped = card_bytes is not None
         self.card_bytes = card_bytes if self.capped else capacity
 
+    def lift_limits(self) -> None:
+        """See ``CachingAllocator``."""
+        self.capacity = self.card_bytes = None
+
     def new_pool(self, kept: bool = False) -> Pool:
         """See ``CachingAllocator``: one segment for small blocks, one for large."""
         pool = super().new_pool(kept)

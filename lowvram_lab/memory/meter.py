@@ -255,7 +255,7 @@ class Meter(TorchDispatchMode):
             event = self.oom_event(round_size(size))
             if self.on_oom:
                 self.on_oom(event)
-            self.allocator.capacity = None
+            self.allocator.lift_limits()
             return self.allocator.allocate(size)
         finally:
             self._taking = False

@@ -167,3 +167,15 @@ def test_emptying_the_cache_reaches_every_stream_and_leaves_what_graphs_write_to
     assert min(sizes.values()) >= 30 * MiB
     allocator.empty_cache()  # called outside both
     assert allocator.reserved == sizes["graphs"]
+
+
+@pytest.mark.parametrize(
+    "allocator",
+    [CachingAllocator(40 * MiB), ExpandableAllocator(40 * MiB), ExpandableAllocator(40 * MiB, card_bytes=50 * MiB)],
+)
+def test_without_its_limits_it_says_how_much_would_be_taken(allocator):
+    with pytest.raises(OutOfCapacity):
+        allocator.allocate(100 * MiB)
+    allocator.lift_limits()
+    allocator.allocate(100 * MiB)
+    assert allocator.peak_reserved == 100 * MiB
