@@ -13,6 +13,7 @@ from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product
 from lowvram_lab.engine.loaded import Loaded, loaded
+from lowvram_lab.model.plan import compute_place
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 """Of a layer; those in one bracket have a common input."""
@@ -59,8 +60,9 @@ def bind_layer(model: nn.Module, block: nn.Module, held: FixedLayer) -> tuple[La
 def bind_head(model: nn.Module) -> tuple[HeadShape, list[torch.Tensor]] | None:
     """The head's shape, and its tensors as ``head`` wants them; nothing where it is left to its module."""
     last, norm = model.lm_head, model.model.norm
-    product = product_of(last)
-    if product is None:
+    product, state = product_of(last), loaded(model)
+    place = compute_place(state.plan.modules[state.plan.spec.head].device)
+    if product is None or state.gpu.kernels_of(place) == "cuda":  # the layers are in RAM, the head is on a card
         return None
     return HeadShape(product, norm.variance_epsilon), [norm.weight.detach(), *tensors_of(last, model.dtype)]
 

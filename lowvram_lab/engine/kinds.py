@@ -41,8 +41,8 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
     rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if "dynamic" in rope or rope == "longrope":
         return f"its rotary positions ({rope}) depend on the length"
-    if kernels == "cuda" and not _one_graph(plan):
-        return "what is on the card are not layers side by side, with the head behind them or off it"
+    if kernels == "cuda" and not _side_by_side(plan):
+        return "its layers on the card do not lie side by side, with the head behind them"
     slides = kind == "mistral" or "sliding_attention" in (config.get("layer_types") or ())
     if window and slides and (max_tokens or plan.context) > window:
         return f"its attention slides over {window} tokens"
@@ -51,11 +51,11 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
     return _format_without_kernel(plan, kernels)
 
 
-def _one_graph(plan: Plan) -> bool:
-    """Whether what a card computes is one graph, or nothing: layers one after the other, the head only behind them."""
+def _side_by_side(plan: Plan) -> bool:
+    """Whether a card's layers are one graph: one after the other, the head only behind the last; or there are none."""
     places = [*plan.layer_places(), compute_place(plan.modules[plan.spec.head].device)]
     on_card = [index for index, place in enumerate(places) if place == "gpu"]
-    return not on_card or (on_card[0] < plan.spec.num_hidden_layers and on_card[-1] - on_card[0] < len(on_card))
+    return "gpu" not in places[:-1] or on_card[-1] - on_card[0] < len(on_card)
 
 
 def _format_without_kernel(plan: Plan, kernels: str) -> str:

@@ -171,13 +171,17 @@ class LeanDecoder(Decoder):
         return hidden if graphed and graphed.head else self._head(hidden.to(self._normed_on))
 
     def _foresee(self, token: torch.Tensor, position: int) -> None:
-        """Allocates what a token does on a card: its lookup, if in no graph, and a graph of a length that is new."""
+        """Allocates what a token does on a card: lookup and head, if in no graph; a graph of a length that is new."""
         if self._gpu.kernels != "cuda":
             return
-        given = token if self._graphed and self._graphed.lookup else self._embedded(token)
+        hidden = token if self._graphed and self._graphed.lookup else self._embedded(token)
         if self._graphed:
             with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
-                self._graphed(given, position)
+                self._graphed(hidden, position)
+        elif self._head_place == "gpu":
+            hidden = self._gpu.move(hidden, "cpu")  # to the layers, all of them
+            hidden = self._gpu.move(hidden, self._gpu.meter.place_of(self.model.model.norm.weight))
+            self._logits.copy_(self._head(hidden))
 
     def _embedded(self, token: torch.Tensor) -> torch.Tensor:
         """Hidden states of a token, where the embedding is."""

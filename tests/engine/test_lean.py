@@ -368,7 +368,7 @@ def test_what_it_does_not_know_is_refused_by_name():
     assert why_not(split, "cpu") == ""
     assert why_not(split, "cuda") == ""
     torn = plan.with_modules("model.layers.1.*", device="cpu")
-    apart = "what is on the card are not layers side by side, with the head behind them or off it"
+    apart = "its layers on the card do not lie side by side, with the head behind them"
     assert (why_not(torn, "cpu"), why_not(torn, "cuda")) == ("", apart)
     assert why_not(plan.with_modules("model.layers.2.*", device="cpu"), "cuda") == apart
     assert why_not(plan.with_modules("lm_head", device="cpu"), "cuda") == ""
