@@ -14,6 +14,7 @@ from lowvram_lab.memory.attention import ImitateAttention
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import CARDS
 from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.memory.meter import Meter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEADS = ((4, 4), (4, 2), (8, 1), (20, 20))
@@ -53,14 +54,14 @@ def forecast(card, *case):
 
 
 def measured(*case):
-    """The same by PyTorch's counters."""
+    """The same by PyTorch's counters, under a meter as runs are measured: math attention then adds out of place."""
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()  # the size of a block depends on what the allocator keeps
     torch.ones(16, 16, device="cuda") @ torch.ones(16, 16, device="cuda")  # cuBLAS has its workspace now
     tensors, options = arguments("cuda", *case)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad():
+    with torch.no_grad(), Meter(by_device=True):
         output = F.scaled_dot_product_attention(*tensors, **options)
     found = torch.cuda.max_memory_allocated() - held, torch.cuda.memory_allocated() - held
     del output
