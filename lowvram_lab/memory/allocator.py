@@ -47,17 +47,13 @@ def segment_size(size: int) -> int:
 
 @dataclass(eq=False)
 class Block:
-    """A piece of a segment, free or in use, linked to its neighbours in address order.
-
-    Attributes:
-        age: When it was made, where that decides between blocks equal in size; the lower the earlier.
-    """
+    """A piece of a segment, free or in use, linked to its neighbours in address order."""
 
     segment: int
     offset: int
     size: int
     small: bool
-    age: int = 0
+    age: int = 0  # when it was made, where that decides between blocks equal in size: the lower the earlier
     free: bool = False
     mapped: bool = True
     before: "Block | None" = field(default=None, repr=False)

@@ -30,6 +30,14 @@ class Card:
         """Whether there are fused kernels of attention for bf16, and units that multiply it."""
         return self.capability >= (8, 0)
 
+    @property
+    def multiplies_int4(self) -> bool:
+        """Whether torch's int4 kernel runs there: it is compiled from 8.0 on, for bf16 alone (ATen's int4mm.cu)."""
+        return self.capability >= (8, 0)
+
+    def __str__(self) -> str:
+        return f"capability {self.capability[0]}.{self.capability[1]}"
+
 
 CARDS = {
     "t4": Card((7, 5), 40),

@@ -13,9 +13,6 @@ from lowvram_lab.memory.budget import CUDA_CONTEXT_BYTES
 from lowvram_lab.memory.card import this_card
 from lowvram_lab.units import MiB, format_bytes
 
-TINYGEMM = (8, 0)
-"""The capability from which torch's int4 kernel runs, on bf16 alone (``__CUDA_ARCH__ >= 800`` in ATen's int4mm.cu)."""
-
 OTHERS_BYTES = 256 * MiB
 """Beside a CUDA context, whose size is not known beforehand: less is no sign of another process."""
 
@@ -80,10 +77,8 @@ def remarks() -> dict[str, str]:
         found["slice"] = f"{name} is a slice of a card: its {format_bytes(total)} are all there is"
     if others := bytes_of_others():
         found["others"] = f"other processes hold some {format_bytes(others)} of {name}: {format_bytes(free)} are free"
-    capability = this_card().capability
-    if capability < TINYGEMM:
+    if not this_card().multiplies_int4:
         found["formats"] = (
-            f"{name} has capability {capability[0]}.{capability[1]}: no bf16 units and no int4 kernel below 8.0, "
-            "plan fp16 with int8 or nf4"
+            f"{name} has {this_card()}: no bf16 units and no int4 kernel below 8.0, plan fp16 with int8 or nf4"
         )
     return found

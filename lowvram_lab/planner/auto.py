@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.cheapest import Cheapest
@@ -23,10 +24,8 @@ from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
+from lowvram_lab.planner.suited import suited
 from lowvram_lab.units import format_bytes, parse_bytes
-
-RECIPES = ("bf16", "int8", "int4")
-"""From the most precise. nf4 runs well on CUDA only, and leaves both ends in 16 bits: ask for it by name."""
 
 PREFERENCES = ("balance", "fidelity", "speed")
 
@@ -89,7 +88,8 @@ def auto_plan(
             recipe, split. ``"fidelity"``: the most precise recipe, however much must go to the CPU; an int4 KV cache
             only where nothing else fits. ``"speed"``: the fastest by this machine's rates, which are measured if they
             are not known. ``moves.py`` has the order and its figures.
-        recipes: Recipes to try, the most precise first; by default ``RECIPES``, or what a converted model holds.
+        recipes: Recipes to try, the most precise first; by default what ``suited`` finds for the card, or what a
+            converted model holds.
         gpu_layers: Keep to so many layers on the GPU, and choose the rest.
         kv_format: Keep to this, ``"int8"``, ``"int4"`` or the plan's dtype.
         threads: CPU threads for the plan; by default torch's number, for ``"speed"`` the fastest of one, half, all.
@@ -106,8 +106,11 @@ def auto_plan(
     if isinstance(gpu, dict):
         gpu, ram, disk = _budgets(gpu, ram, disk)
     budget = budget_of(gpu)
+    usual, dtype, of_card = (("stored",), None, "") if spec.stored else suited(spec, budget, context)
     if recipes is None:
-        recipes = ("stored",) if spec.stored else RECIPES
+        recipes = usual
+    elif recipes != usual:
+        of_card = ""
     if not recipes:
         raise PlanError("expected one recipe or more to choose from, found none")
     if prefer not in PREFERENCES:
@@ -116,12 +119,13 @@ def auto_plan(
         raise PlanError(f"prefer={prefer!r} chooses the split, found gpu_layers={gpu_layers} as well; give one of them")
     sizes = (None if size is None else parse_bytes(size) for size in (ram, disk))
     room, machine = Room(spec, budget, *sizes, kv_format), machine or Machine()
-    wishes = _Wishes(recipes, prefer, gpu_layers, threads, machine)
+    wishes = _Wishes(recipes, dtype, prefer, gpu_layers, threads, machine)
     if context is not None:
         choice = _at_context(context, room, wishes)
     else:
         choice = _at_longest_context(min(DEFAULT_CONTEXT, spec.longest_context), room, wishes)
-    return _with_streaming(choice, room, machine)
+    choice = _with_streaming(choice, room, machine)
+    return replace(choice, why=(of_card, *choice.why[1 - MOST_REASONS :])) if of_card else choice
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class _Wishes:
     """What ``auto_plan`` is told to prefer and to keep to; see there."""
 
     recipes: tuple[str, ...]
+    dtype: str | None
     prefer: str
     gpu_layers: int | None
     threads: int | None
@@ -151,7 +156,8 @@ def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
 
 def _bases(recipe: str, context: int, room: Room, wishes: _Wishes) -> list[Plan]:
     """A recipe's plans that differ in the KV format, the most precise first."""
-    plan = replace(Plan.uniform(room.spec, recipe, context=context), threads=wishes.threads)
+    dtype = None if recipe in DTYPES else wishes.dtype  # a float recipe is its own
+    plan = replace(Plan.uniform(room.spec, recipe, context=context, dtype=dtype), threads=wishes.threads)
     if wishes.gpu_layers is not None:
         plan = plan.with_gpu_layers(wishes.gpu_layers)
     formats = (room.kv_format,) if room.kv_format else kv_formats(room.spec, plan.dtype)

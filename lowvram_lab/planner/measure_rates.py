@@ -45,7 +45,6 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.rates import (
     AttentionRates,
-    Circumstances,
     DiskRates,
     KernelRates,
     LinkRates,
@@ -53,7 +52,7 @@ from lowvram_lab.planner.rates import (
     PromptRates,
     TokenRates,
 )
-from lowvram_lab.planner.timing import Timing, time_calls
+from lowvram_lab.timing import Circumstances, Timing, time_calls
 from lowvram_lab.units import MiB
 
 VERSION = 8

@@ -107,33 +107,3 @@ class DiskRates:
     """
 
     read: float
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """When rates were measured, and how steadily.
-
-    Attributes:
-        measured_at: Seconds since the epoch.
-        spread: Median round over the least disturbed one, of the least steady timing; 1 is perfectly steady.
-        others: Cores that other work of the machine held meanwhile, on average.
-    """
-
-    measured_at: float
-    spread: float = 1.0
-    others: float = 0.0
-
-    STEADY_SPREAD = 1.25
-    STEADY_OTHERS = 0.25
-
-    @property
-    def steady(self) -> bool:
-        """Whether the figures are the machine's own: rounds agree, and nothing else held its cores."""
-        return self.spread <= self.STEADY_SPREAD and self.others <= self.STEADY_OTHERS
-
-    def words(self, now: float) -> str:
-        """How old and how steady, in words."""
-        age = max(0.0, now - self.measured_at)
-        unit, name = next(((s, n) for s, n in ((86400, "d"), (3600, "h"), (60, "min")) if age >= s), (1, "s"))
-        disturbed = "" if self.steady else f", disturbed: other work held {self.others:.1f} cores"
-        return f"measured {age / unit:.0f} {name} ago, rounds within {self.spread - 1:.0%}{disturbed}"

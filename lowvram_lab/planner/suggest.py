@@ -13,6 +13,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.moves import Move, chunk_sizes, cost, head_to_cpu, in_pieces, moves
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.planner.search import budget_of, forecast_if_possible, largest_fitting, least_bytes, most_layers
+from lowvram_lab.planner.suited import smaller_recipes
 from lowvram_lab.units import format_bytes
 
 SHORTEST_CONTEXT = 256
@@ -75,7 +76,7 @@ def suggest(plan: Plan, gpu: str | int | GpuBudget | Gpu) -> list[Suggestion]:
     found += [cheaply] if cheaply else []
     found += _fewer_tokens(as_it_is, [] if cheaply else _cheap_moves(plan), budget)
     start, starts = as_it_is, [] if cheaply else [as_it_is]
-    for recipe in _lower_recipes(plan) if not plan.spec.stored else ():
+    for recipe in _lower_recipes(plan, budget) if not plan.spec.stored else ():
         start = Start(_with_recipe(plan, recipe), f"{recipe} weights")
         if fitting := _moved_cheaply(start, budget):
             found.append(fitting)
@@ -164,11 +165,12 @@ def _with_recipe(plan: Plan, recipe: str) -> Plan:
     return replace(plan, modules=modules, dtype=dtype, kv_format=kv_format, asked=recipe)
 
 
-def _lower_recipes(plan: Plan) -> tuple[str, ...]:
+def _lower_recipes(plan: Plan, budget: GpuBudget) -> tuple[str, ...]:
     formats = {assignment.format for assignment in plan.modules.values()}
+    smaller = smaller_recipes(budget)
     if formats == {plan.dtype}:
-        return ("int8", "int4")
-    return ("int4",) if formats <= {plan.dtype, "int8"} else ()
+        return smaller
+    return smaller[1:] if formats <= {plan.dtype, "int8"} else ()
 
 
 def _fewer_tokens(start: Start, taken: list[Move], budget: GpuBudget) -> list[Suggestion]:

@@ -6,7 +6,6 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu, StandInGpu
 from lowvram_lab.planner.rates import (
     AttentionRates,
-    Circumstances,
     DiskRates,
     KernelRates,
     LinkRates,
@@ -14,6 +13,7 @@ from lowvram_lab.planner.rates import (
     PromptRates,
     TokenRates,
 )
+from lowvram_lab.timing import Circumstances
 
 
 def stand_in(gpu=None):

@@ -179,3 +179,20 @@ def test_without_its_limits_it_says_how_much_would_be_taken(allocator):
     allocator.lift_limits()
     allocator.allocate(100 * MiB)
     assert allocator.peak_reserved == 100 * MiB
+
+
+@pytest.mark.parametrize("kind", [CachingAllocator, ExpandableAllocator])
+def test_nothing_is_given_back_for_a_graph_that_is_captured(kind):
+    allocator = kind(capacity=50 * MiB)
+    allocator.free(allocator.allocate(20 * MiB))
+    graph, stream = allocator.new_pool(kept=True), allocator.new_pool()
+    with allocator.inside(graph):
+        allocator.free(allocator.allocate(20 * MiB))
+        with pytest.raises(OutOfCapacity):
+            allocator.allocate(40 * MiB)
+    assert allocator.reserved == 40 * MiB
+    with allocator.inside(stream):
+        allocator.allocate(20 * MiB)  # another stream's may: what is cached elsewhere goes, but not the graph's
+    assert allocator.reserved == 40 * MiB
+    allocator.empty_cache()
+    assert allocator.reserved == 40 * MiB

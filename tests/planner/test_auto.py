@@ -13,11 +13,11 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner import auto
 from lowvram_lab.planner import forecast as dry_run
 from lowvram_lab.planner import suggest as levers
-from lowvram_lab.planner.auto import RECIPES
 from lowvram_lab.planner.moves import cost, forecast_loss, off_card_seconds
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.search import largest_fitting, least_bytes
 from lowvram_lab.planner.suggest import suggest
+from lowvram_lab.planner.suited import RECIPES
 from lowvram_lab.units import GiB, MiB, format_bytes
 from tests.helpers.machines import Flat, stand_in
 from tests.helpers.tiny import TINY, packaged_spec, tiny_config

@@ -11,7 +11,6 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner import auto
-from lowvram_lab.planner.auto import RECIPES
 from lowvram_lab.planner.cheapest import Cheapest
 from lowvram_lab.planner.constraints import Room, ram_bytes
 from lowvram_lab.planner.forecast import _until_it_fails as until_it_fails
@@ -19,6 +18,7 @@ from lowvram_lab.planner.forecast import forecast, forecast_if_fits, is_whole, s
 from lowvram_lab.planner.moves import PREFILL_CHUNKS, cost, head_modules, kv_formats
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.search import least_bytes
+from lowvram_lab.planner.suited import RECIPES
 from lowvram_lab.units import MiB
 from tests.helpers.machines import Made, stand_in
 from tests.helpers.tiny import tiny_config

@@ -10,17 +10,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowvram_lab import timing
 from lowvram_lab.engine.bind import product_of
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.model.formats import FORMATS, get_format
-from lowvram_lab.planner import measure_rates, timing
+from lowvram_lab.planner import measure_rates
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.planner.rates import Circumstances, LinkRates
+from lowvram_lab.planner.rates import LinkRates
 from lowvram_lab.planner.speed import forecast_speed
-from lowvram_lab.planner.timing import Timing
+from lowvram_lab.timing import Circumstances, Timing
 from tests.helpers.machines import Made, stand_in
 from tests.helpers.tiny import TINY, load_tiny, tiny_plan, tiny_spec
 

@@ -13,13 +13,14 @@ from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.auto import RECIPES, auto_plan
+from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.constraints import ram_bytes
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import head_modules
 from lowvram_lab.planner.profile import SpeedProfile
 from lowvram_lab.planner.speed import forecast_speed
+from lowvram_lab.planner.suited import RECIPES
 from lowvram_lab.planner.tune import tune
 from lowvram_lab.units import format_bytes, parse_bytes
 

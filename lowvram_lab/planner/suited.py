@@ -1,0 +1,61 @@
+"""What suits a card: which recipes have kernels there, and which 16 bits take and cost less.
+
+Before capability 8.0 (T4, RTX 20, GTX 16) there are no bf16 units, no fused attention for bf16, and no int4 kernel.
+"""
+
+from lowvram_lab.errors import PlanError
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.units import format_bytes
+
+RECIPES = ("bf16", "int8", "int4")
+"""From the most precise. nf4 runs well on CUDA only, and leaves both ends in 16 bits: ask for it by name."""
+
+PROMPT = 2048
+"""Tokens that bf16 and fp16 are compared over, where no context is stated: longer ones differ more, not otherwise."""
+
+
+def smaller_recipes(budget: GpuBudget) -> tuple[str, ...]:
+    """``RECIPES`` below 16 bits; on a card without int4's kernel the smallest is nf4."""
+    return ("int8", "int4" if _has_all(budget) or budget.card.multiplies_int4 else "nf4")
+
+
+def suited(spec: ModelSpec, budget: GpuBudget, context: int | None) -> tuple[tuple[str, ...], str, str]:
+    """Recipes for a card, the most precise first.
+
+    Args:
+        spec: The model.
+        budget: The card.
+        context: Tokens to plan for, or ``None``.
+
+    Returns:
+        The recipes, the activations' dtype, and a line that says what differs from ``RECIPES``, or nothing.
+    """
+    if _has_all(budget):
+        return RECIPES, RECIPES[0], ""
+    dtype, compared = _sixteen_bits(spec, budget, min(context or PROMPT, spec.longest_context))
+    recipes = (dtype, *smaller_recipes(budget))
+    reasons = [f"fp16, not bf16, which has no units there ({compared})"] if dtype == "fp16" else []
+    if recipes[-1] != RECIPES[-1]:
+        reasons.append(f"{recipes[-1]}, not {RECIPES[-1]}, which has no kernel there")
+    return recipes, dtype, f"the card has {budget.card}: {'; '.join(reasons)}"
+
+
+def _has_all(budget: GpuBudget) -> bool:
+    return budget.kernels != "cuda" or (budget.card.fuses_bf16 and budget.card.multiplies_int4)
+
+
+def _sixteen_bits(spec: ModelSpec, budget: GpuBudget, context: int) -> tuple[str, str]:
+    """The dtype of the lower forecast peak; where both take the same, fp16, for its speed. And the peaks in words."""
+    try:
+        peaks = {
+            dtype: forecast(Plan.uniform(spec, "int8", context=context, dtype=dtype), budget).peak_allocated_bytes
+            for dtype in ("fp16", "bf16")
+        }
+    except PlanError as error:  # an architecture that no forecast can replay
+        return "fp16", f"not compared: {error}"
+    low, high = (format_bytes(peaks[dtype]) for dtype in ("fp16", "bf16"))
+    words = "with int8 weights both peak at " + low if low == high else f"with int8 weights a peak of {low}, not {high}"
+    return min(peaks, key=peaks.get), words
