@@ -23,7 +23,7 @@ STRIP     := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser lab lint format gpu-check fake-cuda forecast-table architectures notebooks coverage dist publish-links clean
+.PHONY: help demo test test-all browser lab lint format gpu-check fake-cuda fake-cuda-short forecast-table architectures notebooks coverage dist publish-links clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -61,15 +61,21 @@ format: $(STAMP) ## ruff, mend in place
 gpu-check: $(STAMP) ## all that only a CUDA card can answer, in nine minutes, into one JSON
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
-fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## the gpu tests and the forecast's accuracy on CUDA without a card (tests/fakecuda)
+fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## all gpu tests, accuracy and make gpu-check's script on CUDA without a card (tests/fakecuda)
 	FAKE_CUDA_ARITHMETIC=1 $(FAKE) tests/fakecuda/check.py
 	FAKE_CUDA_ARITHMETIC=1 $(FAKE) -m pytest -m gpu --assert=plain --cov --cov-report= $(ARGS)
 	$(CUDA_PYTHON) tests/fakecuda/cuda_lines.py
 	for capability in 7.5 9.0 12.0; do \
-	  FAKE_CUDA_CC=$$capability FAKE_CUDA_ARITHMETIC=1 $(FAKE) -m pytest -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
+	  FAKE_CUDA_CC=$$capability $(FAKE) -m pytest -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
 	    -k 'attention or forecast' $(ARGS) || exit 1; \
 	done
 	$(FAKE) benchmarks/forecast_accuracy.py
+	$(FAKE) benchmarks/gpu_check.py --small --parts forecast trace speed offload --output $(FAKE_BUILD)/gpu_check.json
+
+# What says something without values, one thread: continuous integration has it in six minutes, the environment included.
+fake-cuda-short: $(FAKE_BUILD)/libcupti.so.13 ## the part of fake-cuda that runs in a few minutes
+	$(FAKE) tests/fakecuda/check.py
+	OMP_NUM_THREADS=1 $(FAKE) -m pytest -q -m gpu --assert=plain tests/memory tests/test_cuda.py -k 'not models' $(ARGS)
 
 forecast-table: $(FAKE_BUILD)/libcupti.so.13 ## forecast against PyTorch's counters on the fake cards; half an hour, writes data/forecast_table.json
 	for capability in 7.5 8.6 9.0 12.0; do \

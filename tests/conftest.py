@@ -33,6 +33,15 @@ def clean_card(request: pytest.FixtureRequest):
     clean()
 
 
+@pytest.fixture
+def values():
+    """Skips a gpu test of what is computed where nothing is."""
+    from tests.helpers.card import computes
+
+    if not computes():
+        pytest.skip("the fake CUDA runtime computes values only with FAKE_CUDA_ARITHMETIC=1")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     """A failed test's traceback holds its locals, and so its model: on a card no later test would have the room."""

@@ -26,7 +26,7 @@ from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, MiB
 from lowvram_lab.weights.solvers import dequantize, quantize
-from tests.helpers.card import clean
+from tests.helpers.card import clean, computes
 from tests.helpers.checkpoints import RandomCheckpoint
 from tests.helpers.tiny import (
     PLACEMENTS,
@@ -110,6 +110,8 @@ def test_weights_that_travel_are_in_the_forecast_and_change_no_answer(recipe):
     model = load_mid(travelling, gpu)
     assert_near(dry, run_workload(model, workload))
     assert all(layer.pinned.locked for layer in model.lowvram.placement._weights._order if layer.pinned)
+    if not computes():
+        return
     ids = random_ids(300)
     with torch.no_grad():
         found = model(ids).logits.cpu()
@@ -154,6 +156,7 @@ def test_decoders_made_one_after_the_other_share_the_workspace_of_graphs():
     assert held[0] == held[1]
 
 
+@pytest.mark.usefixtures("values")
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4", "nf4"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", TINY)
@@ -164,6 +167,7 @@ def test_logits_are_the_cpus(kind, placement, recipe):
     assert relative_error(logits.cpu(), stock_logits(kind, 40)) < TOLERANCES[recipe] + 1e-4
 
 
+@pytest.mark.usefixtures("values")
 @pytest.mark.parametrize("rows", [1, 5, 100])
 @pytest.mark.parametrize("recipe", ["int8", "int4-g32", "int4", "int4-g128", "int4-g256", "nf4"])
 def test_a_quantised_product_is_that_of_the_dequantised_weight(recipe, rows):
@@ -249,6 +253,7 @@ def test_nothing_stays_when_a_model_goes():
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.usefixtures("values")
 def test_generate_answers_as_on_the_cpu():
     ids = random_ids(20)
     for placement in ("gpu", "half"):
@@ -273,6 +278,7 @@ def test_a_budget_beyond_the_card_is_refused():
         open_gpu(GpuBudget(torch.cuda.mem_get_info()[1] + GiB))
 
 
+@pytest.mark.usefixtures("values")
 @pytest.mark.parametrize("kv_format", ["bf16", "int8"])
 @pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "int4-g32", "int3", "nf4"])
 @pytest.mark.parametrize("kind", TINY)
@@ -301,9 +307,10 @@ def test_decoding_by_graphs_allocates_nothing():
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
     per_token = (torch.cuda.memory_stats()["allocation.all.allocated"] - made) / 200
-    assert per_token < 8  # the lookup of a token's embedding; the layers' own are in the graph
+    assert per_token == 0
 
 
+@pytest.mark.usefixtures("values")
 def test_a_chat_on_the_card_is_decoded_by_graphs():
     model = load_tiny("qwen2", tiny_plan("qwen2", "bf16", context=256), None, letters_state())
     session = ChatSession(model, tiny_tokenizer(), max_new_tokens=20)

@@ -31,7 +31,7 @@ from tests.helpers.tiny import (
     tiny_tokenizer,
 )
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("values")]
 GRAPHS = "the lean decoder, as CUDA graphs"
 KERNELS = 2 * TOLERANCES["bf16"]
 """Two paths of bf16 roundings, each some tens of them from ids to logits."""
@@ -47,13 +47,6 @@ PLACED = {
     ),
     "travelling": lambda plan: replace(plan.with_gpu_layers(1, disk=1), stream_from=12),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def values():
-    """Skips where there are none: without arithmetic the fake CUDA runtime leaves results as they were."""
-    if torch.cuda.is_available() and "no arithmetic" in torch.cuda.get_device_name():
-        pytest.skip("the fake CUDA runtime computes values only with FAKE_CUDA_ARITHMETIC=1")
 
 
 @functools.cache

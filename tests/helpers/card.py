@@ -5,6 +5,11 @@ import gc
 import torch
 
 
+def computes() -> bool:
+    """Whether values on this card mean something: without arithmetic the fake CUDA runtime leaves them as they were."""
+    return "no arithmetic" not in torch.cuda.get_device_name()
+
+
 def clean() -> None:
     """Nothing reserved, cuBLAS' workspace included, and no cap."""
     gc.collect()

@@ -13,6 +13,7 @@ from lowvram_lab.memory import cuda
 from lowvram_lab.memory.cuda import CudaGpu, PinnedBlock, open_gpu, process_bytes
 from lowvram_lab.planner import measure_rates
 from lowvram_lab.units import MiB
+from tests.helpers.card import computes
 from tests.helpers.tiny import TOLERANCES, decoded, load_tiny, random_ids, relative_error, tiny_plan
 
 pytestmark = pytest.mark.gpu
@@ -90,13 +91,10 @@ def test_where_no_graph_fits_the_layers_run_one_by_one(monkeypatch):
     decoder = LeanDecoder(model)
     found = decoded(decoder, ids, 10)
     assert decoder.name == "the lean decoder"
-    arithmetic = "no arithmetic" not in torch.cuda.get_device_name()
-    assert not arithmetic or relative_error(found, expected) < TOLERANCES["fp32"]
+    assert not computes() or relative_error(found, expected) < TOLERANCES["fp32"]
 
 
 def test_what_is_no_one_graph_is_left_to_the_modules():
     plan = tiny_plan("qwen2", "bf16", context=64)
     torn = plan.with_modules("model.layers.1.*", device="cpu")
-    alone = plan.with_modules("*", device="cpu").with_modules("lm_head", device="gpu")
-    for each in (torn, alone):
-        assert "are not layers side by side" in decoder_for(load_tiny("qwen2", each)).name
+    assert "do not lie side by side" in decoder_for(load_tiny("qwen2", torn)).name
