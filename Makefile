@@ -23,7 +23,7 @@ STRIP     := $(BIN)/nbstripout --keep-output --keep-count --keep-id \
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all browser lab lint format gpu-check fake-cuda fake-cuda-short forecast-table architectures notebooks coverage dist publish-links clean
+.PHONY: help demo test test-all browser lab lint format gpu-check fake-cuda fake-cuda-build fake-cuda-short forecast-table architectures notebooks coverage dist publish-links clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -72,10 +72,11 @@ fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## all gpu tests, accuracy and make gpu-
 	$(FAKE) benchmarks/forecast_accuracy.py
 	$(FAKE) benchmarks/gpu_check.py --small --parts forecast trace speed offload --output $(FAKE_BUILD)/gpu_check.json
 
-# What says something without values, one thread: continuous integration has it in six minutes, the environment included.
-fake-cuda-short: $(FAKE_BUILD)/libcupti.so.13 ## the part of fake-cuda that runs in a few minutes
+fake-cuda-build: $(FAKE_BUILD)/libcupti.so.13 ## the fake CUDA runtime and its environment alone
+
+fake-cuda-short: $(FAKE_BUILD)/libcupti.so.13 ## the part of fake-cuda that needs no values: bytes, in a few minutes
 	$(FAKE) tests/fakecuda/check.py
-	OMP_NUM_THREADS=1 $(FAKE) -m pytest -q -m gpu --assert=plain tests/memory tests/test_cuda.py -k 'not models' $(ARGS)
+	OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -q -m gpu --assert=plain tests/memory tests/test_cuda.py $(ARGS)
 
 forecast-table: $(FAKE_BUILD)/libcupti.so.13 ## forecast against PyTorch's counters on the fake cards; half an hour, writes data/forecast_table.json
 	for capability in 7.5 8.6 9.0 12.0; do \
