@@ -31,10 +31,10 @@ def run(folder: Path, mark: str) -> str:
     root = Path(__file__).parents[1]
     test = folder / "test_let_go.py"
     test.write_text(FAILS.replace("MARK", mark))
-    # torch is not asked whether there is a card: a stand-in says so
+    # torch is not asked whether there is a card: a stand-in says so, and yes to whatever else
     (folder / "sitecustomize.py").write_text(
-        "import sys, types\ncuda = types.SimpleNamespace(is_available=lambda: True)\n"
-        "sys.modules['torch'] = types.SimpleNamespace(cuda=cuda)\n"
+        "import sys, types\nclass Card:\n    def __getattr__(self, name): return lambda *options: True\n"
+        "sys.modules['torch'] = types.SimpleNamespace(cuda=Card(), _C=Card())\n"
     )
     words = [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-c", os.devnull, "-m", "", str(test)]
     paths = os.pathsep.join((str(folder), str(root)))

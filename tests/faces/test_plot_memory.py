@@ -229,7 +229,7 @@ def test_the_failing_allocation_is_marked_with_its_module(expandable):
 
 
 def test_every_phase_of_a_timeline_is_drawn_to_its_end():
-    profile = a_forecast(timeline=True)
+    profile = a_forecast(card=GpuBudget(100 * MiB, kernels="cpu"), timeline=True)
     assert profile.timeline.table()["phase"].eq("decode").sum() < 100  # few events: an end left out would be seen
     ax = plot_timeline(profile)
     for area in ax.collections:
