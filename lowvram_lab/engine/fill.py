@@ -65,7 +65,7 @@ class Filler:
         if module.kind == "embedding":
             return quantized_embedding(rows, columns, fmt, DTYPES[self.plan.dtype], module.scale)
         kernels = self.gpu.kernels_of(compute_place(assignment.device))
-        return quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None)
+        return quantized_linear(columns, rows, fmt, kernels, shared=module.tied_to is not None, card=self.gpu.card)
 
     def _parameter(self, module: ModuleSpec, key: str) -> torch.nn.Parameter:
         """A parameter in the plan's dtype at its place, or the one that it shares."""

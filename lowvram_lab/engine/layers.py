@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lowvram_lab.engine.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
+from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.units import MiB
 from lowvram_lab.weights.codes import INT4_OFFSET, unpack
@@ -89,11 +90,20 @@ class QuantizedLinear(Quantized):
         fmt: The format.
         kernels: ``"cpu"`` or ``"cuda"``: whose kernels the layer runs, or imitates on meta.
         shared: Whether an embedding reads rows of the same buffers.
+        card: Which of CUDA's there are; by default those of this machine's card.
 
     Shapes: x ``(..., in_features)``, result ``(..., out_features)`` in x's dtype.
     """
 
-    def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fmt: Format,
+        kernels: str,
+        shared: bool = False,
+        card: Card | None = None,
+    ):
         super().__init__()
         self.in_features, self.out_features, self.format, self.kernels = in_features, out_features, fmt, kernels
         self.bias = None
@@ -186,11 +196,20 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
     whose rows an embedding can read.
     """
 
-    def __init__(self, in_features: int, out_features: int, fmt: Format, kernels: str, shared: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        fmt: Format,
+        kernels: str,
+        shared: bool = False,
+        card: Card | None = None,
+    ):
         super().__init__(in_features, out_features, fmt, kernels, shared)
+        in_tiles = in_features % _CUDA_INT4_K == 0 and out_features % 8 == 0
         if not shared and kernels == "cpu" and out_features % 16 == 0:
             self.layout, self.tile_rows = "cpu", cpu_block_rows() or 1
-        elif not shared and kernels == "cuda" and not (in_features % _CUDA_INT4_K or out_features % 8) and _ampere():
+        elif not shared and kernels == "cuda" and in_tiles and (card or this_card()).multiplies_int4:
             self.layout = "cuda"
         else:
             self.layout = "nibbles"
@@ -307,10 +326,16 @@ def import_kernels(formats: set[str]) -> None:
 
 
 def quantized_linear(
-    in_features: int, out_features: int, fmt: Format, kernels: str, *, shared: bool = False
+    in_features: int,
+    out_features: int,
+    fmt: Format,
+    kernels: str,
+    *,
+    shared: bool = False,
+    card: Card | None = None,
 ) -> QuantizedLinear:
     """An empty layer of a format, to be given its weight by ``store`` or ``fill``; see ``QuantizedLinear``."""
-    return _LINEARS[fmt.kind](in_features, out_features, fmt, kernels, shared)
+    return _LINEARS[fmt.kind](in_features, out_features, fmt, kernels, shared, card)
 
 
 def quantized_embedding(
@@ -318,8 +343,3 @@ def quantized_embedding(
 ) -> QuantizedEmbedding:
     """An empty table of a format; see ``quantized_linear``."""
     return _EMBEDDINGS[fmt.kind](num_embeddings, embedding_dim, fmt, dtype, scale)
-
-
-def _ampere() -> bool:
-    # A forecast made without a card assumes Ampere or later; a Turing card has no bf16 and takes the nibbles layout.
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)

@@ -16,6 +16,7 @@ import torch
 
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.card import this_card
 from lowvram_lab.memory.gpu import Gpu, StandInGpu
 from lowvram_lab.memory.meter import Meter
 from lowvram_lab.memory.odd_cards import no_kernels, remarks, shut_out, why_no_card
@@ -49,6 +50,11 @@ class CudaGpu(Gpu):
             raise BudgetError(
                 f"asked for a {format_bytes(budget.total_bytes)} GPU, found {self.name} with "
                 f"{format_bytes(card_bytes)}; give a smaller budget"
+            )
+        if budget and budget.card.capability != this_card().capability:
+            raise BudgetError(
+                f"asked for a card with {budget.card}, found {self.name} with {this_card()}; "
+                "another card can be forecast, not run"
             )
         if not set_cap:
             return

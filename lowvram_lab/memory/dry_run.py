@@ -90,7 +90,7 @@ class DryRunGpu(Gpu):
 
     @property
     def card(self) -> Card:
-        """What decides which of CUDA's kernels run."""
+        """See ``Gpu``: also one that this machine has not."""
         return self.budget.card if self.budget else this_card()
 
     def _take_workspaces(self, func: torch._ops.OpOverload) -> None:

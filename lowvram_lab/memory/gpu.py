@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from lowvram_lab.memory.allocator import CachingAllocator
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.memory.meter import Meter, OutOfMemory
 from lowvram_lab.memory.recording import OomEvent, Recording
 from lowvram_lab.units import format_bytes
@@ -61,6 +62,11 @@ class Gpu:
         self._paused = False
         capacity = budget.usable_bytes if budget else None
         self.meter = Meter(allocator=CachingAllocator(capacity), on_oom=self._out_of_memory)
+
+    @property
+    def card(self) -> Card:
+        """What decides which of CUDA's kernels run: this machine's card."""
+        return this_card()
 
     def kernels_of(self, place: str) -> str:
         """Whose kernels run modules at a place: ``"cuda"`` or ``"cpu"``."""

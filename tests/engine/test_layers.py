@@ -10,11 +10,27 @@ from hypothesis import strategies as st
 from lowvram_lab.engine import int4_layout
 from lowvram_lab.engine import layers as linear
 from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
+from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.card import find_card
+from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import FORMATS, get_format
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.weights.codes import unpack
 from lowvram_lab.weights.solvers import dequantize, quantize, search_clip
-from tests.helpers.tiny import dequantised_state, load_tiny, random_ids, relative_error, seeded, tiny_plan, tiny_stock
+from tests.helpers.tiny import (
+    dequantised_state,
+    load_tiny,
+    random_ids,
+    relative_error,
+    seeded,
+    tiny_config,
+    tiny_plan,
+    tiny_stock,
+)
 
 INTEGERS = [name for name, fmt in FORMATS.items() if fmt.kind in ("int8", "int4", "packed")]
 COLUMNS = 768  # a multiple of every group size
@@ -290,3 +306,14 @@ def test_a_dry_run_moves_what_a_real_load_does_in_the_same_order(kernels, monkey
         quantized_linear(256, 64, fmt, kernels).store(torch.ones(64, 256, device=device), note)
     assert moved["cpu"] == moved["meta"]
     assert [what for _, what in moved["meta"]] == ["codes", torch.bfloat16]
+
+
+@pytest.mark.parametrize(("name", "layout"), [("t4", "nibbles"), ("rtx3050", "cuda")])
+def test_int4_lies_as_the_card_reads_it(name, layout):
+    """Of a forecast: the card that it is for, not this machine's."""
+    card = find_card(name)
+    assert quantized_linear(1024, 64, get_format("int4"), "cuda", card=card).layout == layout
+    gpu = DryRunGpu(GpuBudget(8 << 30, card=card))
+    wide = Plan.uniform(ModelSpec.from_config(tiny_config("qwen2", intermediate_size=256), "wide"), "int4", context=64)
+    model = load(wide, gpu, checkpoint=ShapesOnly(wide.spec), progress=False)
+    assert model.model.layers[0].mlp.down_proj.layout == layout
