@@ -265,6 +265,14 @@ def test_generate_answers_as_on_the_cpu():
         assert answer.tolist() == again.tolist()
 
 
+@pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])
+def test_forecast_and_counters_of_a_head_alone_on_the_card(recipe):
+    gpu, plan = open_gpu(), tiny_plan("llama", recipe).with_gpu_layers(0)
+    workload = Workload(290, 3, follow_up_tokens=20)
+    dry = forecast(plan, gpu, workload=workload)
+    assert_near(dry, run_workload(load_tiny("llama", plan, gpu), workload), SLACK)
+
+
 def test_a_head_alone_on_the_card():
     """Its temporaries are measured on meta, through the modules that move what comes from the CPU."""
     plan = tiny_plan("qwen2", "int8").with_gpu_layers(0)

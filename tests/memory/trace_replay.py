@@ -121,7 +121,8 @@ class Recorder:
         recorder = self
 
         class Graph(self._graph):
-            def capture_begin(self, pool, **options):
+            def capture_begin(self, pool=None, **options):
+                pool = pool or torch.cuda.graph_pool_handle()
                 self.of_pool = tuple(pool)
                 recorder._alive[self.of_pool] += 1
                 weakref.finalize(self, recorder._gone, self.of_pool)
