@@ -286,6 +286,14 @@ def test_a_budget_beyond_the_card_is_refused():
         open_gpu(GpuBudget(torch.cuda.mem_get_info()[1] + GiB))
 
 
+def test_another_card_is_forecast_and_not_run():
+    other = "t4" if torch.cuda.get_device_capability() != (7, 5) else "rtx3050"
+    budget = GpuBudget.parse("1GiB", card=other)
+    assert forecast(tiny_plan("qwen2", "int4"), budget).fits
+    with pytest.raises(BudgetError, match="another card can be forecast, not run"):
+        open_gpu(budget)
+
+
 @pytest.mark.usefixtures("values")
 @pytest.mark.parametrize("kv_format", ["bf16", "int8"])
 @pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "int4-g32", "int3", "nf4"])
