@@ -108,6 +108,10 @@ class QuantizedLinear(Quantized):
         self.in_features, self.out_features, self.format, self.kernels = in_features, out_features, fmt, kernels
         self.bias = None
         self.tile_rows = 1  # rows of the weight that can be dequantised only together
+        self._lay_out(shared, card)
+
+    def _lay_out(self, shared: bool, card: Card | None) -> None:
+        """Chooses how the codes lie, in formats where there is a choice."""
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -196,16 +200,8 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
     whose rows an embedding can read.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        fmt: Format,
-        kernels: str,
-        shared: bool = False,
-        card: Card | None = None,
-    ):
-        super().__init__(in_features, out_features, fmt, kernels, shared)
+    def _lay_out(self, shared: bool, card: Card | None) -> None:
+        in_features, out_features, kernels = self.in_features, self.out_features, self.kernels
         in_tiles = in_features % _CUDA_INT4_K == 0 and out_features % 8 == 0
         if not shared and kernels == "cpu" and out_features % 16 == 0:
             self.layout, self.tile_rows = "cpu", cpu_block_rows() or 1

@@ -11,7 +11,6 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
@@ -46,14 +45,6 @@ def cublas_workspace_bytes(card: Card) -> int:
     return 32 * MiB if card.capability >= (9, 0) else (2 * 4096 + 8 * 16) * KiB
 
 
-@dataclass
-class _Stream:
-    """A CUDA stream: where its blocks lie, and what stays allocated there for good, by who asked for it."""
-
-    pool: Pool
-    held: dict[str, torch.Tensor | list[torch.Tensor]] = field(default_factory=dict)
-
-
 class DryRunGpu(Gpu):
     """A GPU of meta tensors: nothing is computed, everything is counted. It records the first OOM.
 
@@ -85,7 +76,7 @@ class DryRunGpu(Gpu):
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
         self._held, self._held_of_graphs = {}, {}
-        self._multiplying = ""
+        self._multiplying, self._keeps_lt = "", torch_release() < (2, 12)
         self._graphs_stream, self._capturing = self.meter.allocator.new_pool(), False
 
     @property
@@ -95,13 +86,15 @@ class DryRunGpu(Gpu):
 
     def _take_workspaces(self, func: torch._ops.OpOverload) -> None:
         """What a stream's first product allocates for good, on that stream."""
-        sizes = {_CUBLAS: cublas_workspace_bytes(self.card)}
-        if func is aten.addmm.default and torch_release() < (2, 12):
-            sizes[_CUBLASLT] = CUBLASLT_WORKSPACE
+        if _CUBLAS not in self._held:
+            self._keep(_CUBLAS, cublas_workspace_bytes(self.card))
+        if self._keeps_lt and func is aten.addmm.default and _CUBLASLT not in self._held:
+            self._keep(_CUBLASLT, CUBLASLT_WORKSPACE)
+
+    def _keep(self, library: str, size: int) -> None:
         self._multiplying = self.meter.owner
-        for owner in [owner for owner in sizes if owner not in self._held]:
-            with self.meter.scope(owner=owner, category="workspace"):
-                self._held[owner] = self._hold(torch.uint8, sizes[owner])
+        with self.meter.scope(owner=library, category="workspace"):
+            self._held[library] = self._hold(torch.uint8, size)
 
     def _hold(self, dtype: torch.dtype, count: int = 1) -> torch.Tensor:
         """A tensor that the meter counts on the GPU, for what torch allocates by itself."""

@@ -15,8 +15,11 @@ import torch
 RANDOM, MODELS = 230, 20  # times four: 1,000 traces
 
 
-def record(request, what: str, first: int, count: int, expandable: bool, addresses: str) -> dict:
+def record(request, what: str, count: int, expandable: bool, addresses: str) -> dict:
     """Counts of what the traces held; see ``record_traces``."""
+    if addresses == "down" and not torch.cuda.get_device_name().startswith("fake CUDA"):
+        pytest.skip("a card chooses its addresses itself")
+    first = 1000 * (2 * expandable + (addresses == "down"))
     settings = {"PYTORCH_CUDA_ALLOC_CONF": f"expandable_segments:{expandable}", "FAKE_CUDA_ADDRESSES": addresses}
     command = [sys.executable, "-m", "tests.memory.record_traces", what, str(first), str(first + count)]
     ended = subprocess.run(
@@ -30,10 +33,7 @@ def record(request, what: str, first: int, count: int, expandable: bool, address
 @pytest.mark.parametrize("addresses", ["up", "down"])
 @pytest.mark.parametrize("expandable", [False, True])
 def test_random_traces_are_replayed_step_by_step(expandable, addresses, request):
-    if addresses == "down" and not torch.cuda.get_device_name().startswith("fake CUDA"):
-        pytest.skip("a card chooses its addresses itself")
-    first = 1000 * (2 * expandable + (addresses == "down"))
-    found = record(request, "random", first, RANDOM, expandable, addresses)
+    found = record(request, "random", RANDOM, expandable, addresses)
     assert found["traces"] == RANDOM
     assert found["blocks"] > 80 * RANDOM
     assert found["refused"] > RANDOM  # the cache was emptied for these, and it was not enough
@@ -44,10 +44,7 @@ def test_random_traces_are_replayed_step_by_step(expandable, addresses, request)
 @pytest.mark.parametrize("addresses", ["up", "down"])
 @pytest.mark.parametrize("expandable", [False, True])
 def test_model_runs_are_replayed_step_by_step(expandable, addresses, request):
-    if addresses == "down" and not torch.cuda.get_device_name().startswith("fake CUDA"):
-        pytest.skip("a card chooses its addresses itself")
-    first = 1000 * (2 * expandable + (addresses == "down"))
-    found = record(request, "models", first, MODELS, expandable, addresses)
+    found = record(request, "models", MODELS, expandable, addresses)
     assert found["traces"] == MODELS
     assert found["blocks"] > 300 * MODELS
     assert found["refused"] > 0
