@@ -174,13 +174,19 @@ class LeanDecoder(Decoder):
         """Allocates what a token does on a card: lookup and head, if in no graph; a graph of a length that is new."""
         if self._gpu.kernels != "cuda":
             return
-        hidden = token if self._graphed and self._graphed.lookup else self._embedded(token)
+        meter = self._gpu.meter
+        if self._graphed and self._graphed.lookup:
+            hidden = token
+        else:
+            hidden = self._embedded(token)
+            with meter.scope(place="cpu", force=True):
+                hidden = hidden.clone()  # what layers off the card make of it
         if self._graphed:
-            with self._gpu.meter.scope(owner="CUDA graphs", place="gpu"):
+            with meter.scope(owner="CUDA graphs", place="gpu"), self._gpu.unwatched():
                 self._graphed(hidden, position)
         elif self._head_place == "gpu":
-            hidden = self._gpu.move(hidden, "cpu")  # to the layers, all of them
-            hidden = self._gpu.move(hidden, self._gpu.meter.place_of(self.model.model.norm.weight))
+            with meter.scope(place="gpu", force=True):
+                hidden = hidden.clone()
             self._logits.copy_(self._head(hidden))
 
     def _embedded(self, token: torch.Tensor) -> torch.Tensor:
@@ -233,7 +239,8 @@ class LeanDecoder(Decoder):
                 self._spec.hidden_size,
                 self._gpu.graphs(),
             )
-            graphed.prepare()
+            with self._gpu.unwatched():
+                graphed.prepare()
             return graphed
 
     def _may_compile(self, wanted: bool | None) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.torch_release import torch_release
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ class ImitateAttention(TorchFunctionMode):
         gpu: The dry-run GPU; says which place a tensor is at and whose kernels run there.
     """
 
-    def __init__(self, gpu: Gpu):
+    def __init__(self, gpu: DryRunGpu):
         super().__init__()
         self.gpu = gpu
 
@@ -53,7 +53,7 @@ class ImitateAttention(TorchFunctionMode):
             return _flash(q, k, card.multiprocessors)
         fuses = not shares or (told and release >= EFFICIENT_SHARES)
         if not fuses or not aligned or (q.dtype == torch.bfloat16 and not card.fuses_bf16):
-            return _math(q, k, v, attn_mask, is_causal, scale, enable_gqa)
+            return _math(q, k, v, attn_mask, is_causal, scale, enable_gqa, self.gpu.watched)
         if attn_mask is not None and attn_mask.shape[-1] % MASK_COLUMNS:
             attn_mask = F.pad(attn_mask, (0, -attn_mask.shape[-1] % MASK_COLUMNS))
         return _efficient(q, v, seeds=release >= EFFICIENT_SHARES)
@@ -72,10 +72,11 @@ def _on_the_cpu(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=N
     )[0]
 
 
-def _math(q, k, v, attn_mask, is_causal, scale, enable_gqa):
+def _math(q, k, v, attn_mask, is_causal, scale, enable_gqa, watched):
     """Attention without a fused kernel: ``_scaled_dot_product_attention_math`` in ATen's attention.cpp.
 
-    It computes in float32 and looks for rows that are masked altogether. What it holds goes in the order of C++: what
+    It computes in float32 and looks for rows that are masked altogether; where a dispatch mode watches, as in a
+    measured run, it does not write a mask over the scores. What it holds goes in the order of C++: what
     came last first, and at the very end what it returns beside the result. (On meta torch's own would hide what its
     softmax takes.)
     """
@@ -90,7 +91,7 @@ def _math(q, k, v, attn_mask, is_causal, scale, enable_gqa):
         shared_k, shared_v = wide_k.repeat_interleave(groups, 1), wide_v.repeat_interleave(groups, 1)
     scores = scaled @ (shared_k.transpose(-2, -1) * root)
     if attn_mask is not None:
-        scores = scores + attn_mask  # in place where nobody watches; under a meter's dispatch mode as here
+        scores = scores + attn_mask if watched else scores.add_(attn_mask)
     weights = scores.softmax(-1)
     masked = scores.isneginf()
     rows, zero = masked.all(-1, keepdim=True), weights.new_zeros(())

@@ -10,6 +10,8 @@ import functools
 import logging
 import mmap
 import os
+import weakref
+from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +45,7 @@ class CudaGpu(Gpu):
         super().__init__(budget)
         self.meter = Meter(by_device=True)
         self.device = self._tensor_device = torch.device("cuda", torch.cuda.current_device())
-        self._side_stream = self._graphs_stream = None
+        self._side_stream = None
         self.name = torch.cuda.get_device_name(self.device)
         card_bytes = self.card_bytes = torch.cuda.mem_get_info(self.device)[1]
         if budget and budget.total_bytes > card_bytes:
@@ -147,9 +149,7 @@ class CudaGpu(Gpu):
 
     def graphs(self) -> "CudaGraphs":
         """See ``Gpu``."""
-        if self._graphs_stream is None:  # one for all decoders: each stream keeps a cuBLAS workspace for good
-            self._graphs_stream = torch.cuda.Stream(self.device)
-        return CudaGraphs(self._graphs_stream)
+        return CudaGraphs(self.device)
 
     def settle(self, wait: bool = False) -> None:
         """See ``Gpu``."""
@@ -169,15 +169,26 @@ class CudaGpu(Gpu):
         return tensor.to(self.device, non_blocking=not tensor.is_pinned())
 
 
+_idle_streams = defaultdict(list)
+"""By device: streams that no graphs use any more. Before torch 2.12 each keeps a cuBLAS workspace for good."""
+
+
 class CudaGraphs:
-    """Where a decoder's CUDA graphs are captured: one memory pool for all of them.
+    """Where a decoder's CUDA graphs are captured: one memory pool for all of them, and a stream of their own.
+
+    A stream is not shared with another decoder's graphs. All that are captured on one look at the same cuBLAS
+    workspace, and the first graph to go gives it back, whoever else still uses it (torch 2.12 and later;
+    https://github.com/pytorch/pytorch/issues/193402).
 
     Args:
-        stream: Any but the usual one.
+        device: The card.
     """
 
-    def __init__(self, stream: torch.cuda.Stream):
-        self._stream, self._pool = stream, torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device):
+        idle, self._graphs = _idle_streams[device], []
+        self._stream = idle.pop() if idle else torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        weakref.finalize(self, _leave, self._graphs, self._stream, idle).atexit = False
 
     @contextmanager
     def warming_up(self):
@@ -196,6 +207,14 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             yield graph
+        self._graphs.append(graph)
+
+
+def _leave(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream, idle: list[torch.cuda.Stream]) -> None:
+    """Gives a stream back once no graph on it can take the next one's workspace away."""
+    for graph in graphs:
+        graph.reset()
+    idle.append(stream)
 
 
 def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int | None = None) -> Gpu:

@@ -54,6 +54,9 @@ class DryRunGpu(Gpu):
         expandable_segments: Imitate the allocator's other mode.
         card_bytes: Where the budget is a cap on a larger card: what that has (``ExpandableAllocator``).
         goes_on: Whether to go on after the first OOM, or to raise it.
+
+    Attributes:
+        watched: Whether the run that is forecast is one that a meter watches.
     """
 
     name = "dry run"
@@ -75,9 +78,10 @@ class DryRunGpu(Gpu):
             self.meter.allocator = ExpandableAllocator(self.meter.allocator.capacity, card_bytes)
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
-        self._held, self._held_of_graphs = {}, {}
+        self._held, self._idle_streams = {}, []
         self._multiplying, self._keeps_lt = "", torch_release() < (2, 12)
-        self._graphs_stream, self._capturing = self.meter.allocator.new_pool(), False
+        self._capturing = False
+        self.watched = True
 
     @property
     def card(self) -> Card:
@@ -116,6 +120,15 @@ class DryRunGpu(Gpu):
             self._take_workspaces(func)
         return result
 
+    @contextmanager
+    def unwatched(self):
+        """See ``Gpu``: everything is counted, as it is allocated where nobody counts."""
+        earlier, self.watched = self.watched, False
+        try:
+            yield
+        finally:
+            self.watched = earlier
+
     def graphs(self) -> "DryGraphs":
         """See ``Gpu``."""
         return DryGraphs(self)
@@ -136,15 +149,17 @@ class DryGraphs:
     """Counts what capturing allocates; see ``CudaGraphs``, which allocates it."""
 
     def __init__(self, gpu: DryRunGpu):
-        self._gpu, self._pool = gpu, gpu.meter.allocator.new_pool(kept=True)
-        self._seeds = []
-        weakref.finalize(self, setattr, self._pool, "kept", False)  # without its graphs it can be given back
+        self._gpu, self._pool, self._seeds = gpu, gpu.meter.allocator.new_pool(kept=True), []
+        self._begun = []  # a word for each graph
+        idle = gpu._idle_streams
+        self._stream, self._held = idle.pop() if idle else (gpu.meter.allocator.new_pool(), {})
+        weakref.finalize(self, _leave, self._begun, self._pool, self._stream, self._held, idle)
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
         """See ``CudaGraphs``."""
         try:
-            with self._on_its_stream(self._gpu._graphs_stream):
+            with self._on_its_stream(self._stream):
                 yield
         finally:
             self._gpu.meter.allocator.empty_cache()
@@ -154,6 +169,7 @@ class DryGraphs:
         """See ``CudaGraphs``."""
         self._gpu.meter.allocator.empty_cache()
         self._take_seeds()
+        self._begun.append("graph")
         with self._on_its_stream(self._pool):
             yield
 
@@ -167,19 +183,30 @@ class DryGraphs:
         if torch_release() >= (2, 14) or (shared and self._seeds):
             return
         scope = self._gpu.meter.scope(category="workspace", place="gpu")
-        with scope, allocator.inside(self._gpu._graphs_stream if shared else allocator.pool):
+        with scope, allocator.inside(self._stream if shared else allocator.pool):
             self._seeds += [self._gpu._hold(torch.int64) for _ in range(2)]
 
     @contextmanager
     def _on_its_stream(self, pool: Pool) -> Iterator[None]:
-        """Allocates in a pool, beside what NVIDIA's libraries keep for the stream, which outlives the graphs."""
+        """Allocates in a pool, beside what NVIDIA's libraries keep for the stream."""
         gpu = self._gpu
-        outside, gpu._held, gpu._capturing = gpu._held, gpu._held_of_graphs, True
+        outside, gpu._held, gpu._capturing = gpu._held, self._held, True
         try:
             with gpu.meter.allocator.inside(pool):
                 yield
         finally:
             gpu._held, gpu._capturing = outside, False
+
+
+def _leave(begun: list, pool: Pool, stream: Pool, held: dict, idle: list) -> None:
+    """A decoder's graphs go: their pool can be given back, and another decoder's may use the stream.
+
+    What NVIDIA's libraries kept for it goes with the first graph (``CUDAGraph::reset`` in ATen), from torch 2.12 on.
+    """
+    pool.kept = False
+    if begun and torch_release() >= (2, 12):
+        held.clear()
+    idle.append((stream, held))
 
 
 MOST_REMEMBERED = 100_000

@@ -93,6 +93,13 @@ class Gpu:
         finally:
             self._paused = earlier
 
+    def unwatched(self):
+        """A context for what decodes: a measured run allocates in it what a chat does, which no meter watches.
+
+        Some of torch's operators write over their argument only where no dispatch mode looks on.
+        """
+        return self.unmetered()
+
     def watching(self):
         """A context in which the meter sees everything, also where it is not needed to count (CUDA)."""
         return self.active()

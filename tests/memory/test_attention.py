@@ -5,6 +5,7 @@ On the fake CUDA runtime ``FAKE_CUDA_CC`` chooses the card, and with it the kern
 
 import itertools
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -37,13 +38,14 @@ def arguments(place, dtype, heads, sizes, tokens, mask):
     return (q, k, v), options
 
 
-def forecast(card, *case):
+def forecast(card, *case, watched=True):
     """Bytes at the peak and after one call, beyond its arguments."""
     gpu = DryRunGpu(GpuBudget(2**40, card=card), "cuda")
     with gpu.active():
         square = gpu.zeros((16, 16), torch.float32, "gpu")
         square @ square  # cuBLAS has its workspace now
     tensors, options = arguments("meta", *case)
+    gpu.watched = watched
     with torch.no_grad(), gpu.phase("a call"), ImitateAttention(gpu):
         for tensor in (*tensors, *options.values()):
             if isinstance(tensor, torch.Tensor):
@@ -56,15 +58,15 @@ def forecast(card, *case):
     return found
 
 
-def measured(*case):
-    """The same by PyTorch's counters."""
+def measured(*case, watched=True):
+    """The same by PyTorch's counters, under a meter as measured phases are, or without as a chat is."""
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()  # the size of a block depends on what the allocator keeps
     torch.ones(16, 16, device="cuda") @ torch.ones(16, 16, device="cuda")  # cuBLAS has its workspace now
     tensors, options = arguments("cuda", *case)
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad(), Meter(by_device=True):  # as measured phases are: unwatched, torch adds a mask in place
+    with torch.no_grad(), Meter(by_device=True) if watched else nullcontext():
         output = F.scaled_dot_product_attention(*tensors, **options)
     found = torch.cuda.max_memory_allocated() - held, torch.cuda.memory_allocated() - held
     del output
@@ -73,13 +75,14 @@ def measured(*case):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mask", MASKS)
-def test_attention_takes_what_is_forecast(dtype, mask):
+@pytest.mark.parametrize(("mask", "watched"), [*((mask, True) for mask in MASKS), ("bool", False), ("added", False)])
+def test_attention_takes_what_is_forecast(dtype, mask, watched):
     major, minor = torch.cuda.get_device_capability()
     cases = list(itertools.product([dtype], HEADS, SIZES, TOKENS, [mask]))
     wrong = []
     for case in random.Random(f"{major}.{minor}").sample(cases, 60):
-        found, expected = forecast(GpuBudget(2**40).card, *case), measured(*case)
+        found = forecast(GpuBudget(2**40).card, *case, watched=watched)
+        expected = measured(*case, watched=watched)
         if found != expected:
             wrong.append((case, found, expected))
     assert not wrong, f"{len(wrong)} of 60, the first: {wrong[:3]}"
