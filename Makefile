@@ -63,10 +63,10 @@ gpu-check: $(STAMP) ## all that only a CUDA card can answer, in nine minutes, in
 
 fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## all gpu tests, accuracy and make gpu-check's script on CUDA without a card (tests/fakecuda)
 	FAKE_CUDA_ARITHMETIC=1 $(FAKE) tests/fakecuda/check.py
-	FAKE_CUDA_ARITHMETIC=1 $(FAKE) -m pytest -m gpu --assert=plain --cov --cov-config=tests/fakecuda/coveragerc --cov-report= $(ARGS)
+	FAKE_CUDA_ARITHMETIC=1 OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -m gpu --assert=plain --cov --cov-config=tests/fakecuda/coveragerc --cov-report= $(ARGS)
 	$(CUDA_PYTHON) tests/fakecuda/cuda_lines.py
 	for capability in 7.5 9.0 12.0; do \
-	  FAKE_CUDA_CC=$$capability $(FAKE) -m pytest -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
+	  FAKE_CUDA_CC=$$capability OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
 	    -k 'attention or forecast' $(ARGS) || exit 1; \
 	done
 	$(FAKE) benchmarks/forecast_accuracy.py

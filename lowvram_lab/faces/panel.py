@@ -51,6 +51,7 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
+from lowvram_lab.planner.suited import RECIPES, suited
 from lowvram_lab.units import format_bytes
 
 CONTEXT = 2048
@@ -135,6 +136,10 @@ class LayerSplitPanel:
             raise LowvramError("expected a GPU budget beside a name or a spec, found none; give one, e.g. gpu='4GiB'")
         self._gpu = gpu if isinstance(gpu, Gpu) else None
         self._budget = self._gpu.budget if self._gpu else GpuBudget.parse(gpu)
+        if self._base is None and not self.spec.stored:
+            dtype = suited(self.spec, self._gpu or self._budget, context)[1]
+            if dtype != RECIPES[0]:
+                self._base = Plan.uniform(self.spec, dtype, context=min(CONTEXT, longest_context(self.spec)))
         state = self._start(context)
         split_plan(state, self.spec, self._base)  # an impossible context is refused before anything is drawn
         self._build(widgets, state)

@@ -5,6 +5,7 @@ Before capability 8.0 (T4, RTX 20, GTX 16) there are no bf16 units, no fused att
 
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
@@ -22,12 +23,12 @@ def smaller_recipes(budget: GpuBudget) -> tuple[str, ...]:
     return ("int8", "int4" if _has_all(budget) or budget.card.multiplies_int4 else "nf4")
 
 
-def suited(spec: ModelSpec, budget: GpuBudget, context: int | None) -> tuple[tuple[str, ...], str, str]:
+def suited(spec: ModelSpec, budget: GpuBudget | Gpu, context: int | None) -> tuple[tuple[str, ...], str, str]:
     """Recipes for a card, the most precise first.
 
     Args:
         spec: The model.
-        budget: The card.
+        budget: The card, also without a limit.
         context: Tokens to plan for, or ``None``.
 
     Returns:
@@ -43,11 +44,11 @@ def suited(spec: ModelSpec, budget: GpuBudget, context: int | None) -> tuple[tup
     return recipes, dtype, f"the card has {budget.card}: {'; '.join(reasons)}"
 
 
-def _has_all(budget: GpuBudget) -> bool:
+def _has_all(budget: GpuBudget | Gpu) -> bool:
     return budget.kernels != "cuda" or (budget.card.fuses_bf16 and budget.card.multiplies_int4)
 
 
-def _sixteen_bits(spec: ModelSpec, budget: GpuBudget, context: int) -> tuple[str, str]:
+def _sixteen_bits(spec: ModelSpec, budget: GpuBudget | Gpu, context: int) -> tuple[str, str]:
     """The dtype of the lower forecast peak; where both take the same, fp16, for its speed. And the peaks in words."""
     try:
         peaks = {

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.counts_cuda import SAMPLED, counted, has_counters
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.engine.compiled import compiler, without_compiler
 from lowvram_lab.engine.decode import generate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
@@ -101,6 +102,17 @@ def test_wherever_the_parts_lie(kind, recipe, placed, monkeypatch):
     for each in (decoder, on_cpu):  # a second turn, after a part was forgotten
         each.cache.keep(20)
     assert relative_error(decoded(decoder, ids[:, 5:], 10), decoded(on_cpu, ids[:, 5:], 10)) < KERNELS
+
+
+def test_layers_compiled_beside_a_head_on_the_card(monkeypatch):
+    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
+    if compiler() is None:
+        pytest.skip(without_compiler())
+    plan, ids = tiny_plan("qwen2", "bf16", context=64).with_gpu_layers(0), random_ids(18)
+    decoder = decoder_for(load_tiny("qwen2", plan, open_gpu()), compiled=True)
+    on_cpu = decoder_for(load_tiny("qwen2", plan.with_modules("*", device="cpu")), compiled=False)
+    assert decoder.name == "the lean decoder, compiled"
+    assert relative_error(decoded(decoder, ids, 12), decoded(on_cpu, ids, 12)) < KERNELS
 
 
 @pytest.mark.parametrize("placed", ["whole", "split, embedding off"])

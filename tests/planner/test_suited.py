@@ -1,9 +1,11 @@
 """Plans for a card say what suits it: no bf16 and no int4 where a T4 has neither units nor kernel for them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
+from lowvram_lab.faces.panel import LayerSplitPanel
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner import suited
@@ -77,6 +79,18 @@ def test_the_command_says_it_first(capsys, monkeypatch):
     assert out.startswith("- the card has capability 7.5: fp16, not bf16")
 
 
+@pytest.mark.parametrize(("card", "dtype"), [("t4", "fp16"), ("rtx3050", "bf16")])
+def test_a_format_asked_for_leaves_the_rest_in_what_the_card_has_units_for(capsys, card, dtype):
+    words = ("forecast", "qwen1.5-4b", "--gpu", "8GiB", "--card", card, "--format")
+    for recipe, found in {"int8": dtype, "bf16": "bf16", "fp16": "fp16"}.items():
+        _, out, _ = run_command(capsys, *words, recipe)
+        assert f"{found} KV" in out
+    panel = LayerSplitPanel("qwen1.5-4b", on(card, "8GiB"))
+    assert panel.plan.dtype == panel.state.recipe == dtype
+    panel.state = replace(panel.state, recipe="int8")
+    assert held(panel.plan) == {dtype, "int8"}
+
+
 class Speed:
     def summary(self):
         return "not measured"
@@ -90,10 +104,11 @@ from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
-from tests.test_cuda import _clean, load_mid, mid_spec
+from tests.helpers.card import clean
+from tests.test_cuda import load_mid, mid_spec
 found = []
 for size, recipes in (("2GiB", None), ("270MiB", None), ("2GiB", ("nf4",))):
-    _clean()
+    clean()
     gpu = open_gpu(size)
     choice = auto_plan(mid_spec("llama"), gpu, 2048, recipes=recipes)
     workload = Workload(1500, 3)

@@ -14,6 +14,7 @@ from lowvram_lab.faces.cli.plan import add_card_option, add_plan_options, option
 from lowvram_lab.files import write_atomically
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.explain import explain_oom
@@ -43,7 +44,7 @@ def run_forecast(args: argparse.Namespace) -> int:
     budget = GpuBudget.parse(args.gpu, args.cuda_context, args.card) if args.gpu else None
     _check_picture(args.plot)
     _, spec = spec_of(args.model)
-    plan = stated_plan(args, spec, "fp16")
+    plan = stated_plan(args, spec, budget or DryRunGpu(None), "fp16")
     workload = Workload.full_context(plan.context, batch_size=args.batch)
     gpu = open_gpu(budget) if args.compare else budget
     profile = forecast(plan, gpu, workload=workload, timeline=bool(args.plot))

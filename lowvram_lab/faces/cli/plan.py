@@ -11,6 +11,7 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
@@ -20,7 +21,7 @@ from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import head_modules
 from lowvram_lab.planner.profile import SpeedProfile
 from lowvram_lab.planner.speed import forecast_speed
-from lowvram_lab.planner.suited import RECIPES
+from lowvram_lab.planner.suited import RECIPES, suited
 from lowvram_lab.planner.tune import tune
 from lowvram_lab.units import format_bytes, parse_bytes
 
@@ -94,8 +95,11 @@ def _stated_context(text: str) -> int:
     return tokens(text)
 
 
-def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str | None = None):
-    """The plan the options state, or ``None`` where they leave the choice to the planner."""
+def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu, default_format: str | None):
+    """The plan the options state, or ``None`` where they leave the choice to the planner.
+
+    The card decides in which 16 bits a recipe computes that names none.
+    """
     if args.context == LONGEST and (args.plan or args.format or default_format):
         raise LowvramError("--context longest is for the planner: give it --gpu, and neither --format nor --plan")
     if args.plan:
@@ -104,7 +108,8 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str |
             plan = replace(plan, context=args.context)
     elif args.format or default_format:
         recipe = args.format or ("stored" if spec.stored else default_format)
-        plan = Plan.uniform(spec, recipe, context=args.context or 2048)
+        dtype = None if recipe in (*DTYPES, "stored") else sixteen_bits(args, spec, card)
+        plan = Plan.uniform(spec, recipe, context=args.context or 2048, dtype=dtype)
     elif given := [f"--{name.replace('_', '-')}" for name in CHOSEN if getattr(args, name) is not None]:
         verb = "goes" if len(given) == 1 else "go"
         raise LowvramError(
@@ -124,6 +129,11 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, default_format: str |
         stream_from=args.stream_from or plan.stream_from,
         prefill_chunk=args.prefill_chunk or plan.prefill_chunk,
     )
+
+
+def sixteen_bits(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu) -> str:
+    """bf16, or fp16 on a card that has no units for bf16."""
+    return suited(spec, card, None if args.context == LONGEST else args.context)[1]
 
 
 def _ends(spec: ModelSpec, name: str) -> set[str]:
@@ -186,7 +196,7 @@ def _says(plan: Plan) -> tuple:
 
 def chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
     """The stated plan with its forecast, or the planner's choice; and why."""
-    plan = stated_plan(args, spec, None if gpu.budget else "bf16")
+    plan = stated_plan(args, spec, gpu, None if gpu.budget else sixteen_bits(args, spec, gpu))
     if plan is not None:
         if args.prefer or args.disk:
             raise LowvramError(

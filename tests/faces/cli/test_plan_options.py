@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lowvram_lab.faces.cli.plan import add_plan_options, options_between, stated_plan
+from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.moves import head_modules
 from tests.helpers.tiny import tiny_spec
@@ -14,7 +15,8 @@ from tests.helpers.tiny import tiny_spec
 def typed(spec, *words):
     parser = argparse.ArgumentParser()
     add_plan_options(parser, budget_required=False)
-    return stated_plan(parser.parse_args(["a model", "--format", "int8", "--context", "64", *words]), spec)
+    arguments = parser.parse_args(["a model", "--format", "int8", "--context", "64", *words])
+    return stated_plan(arguments, spec, DryRunGpu(None), None)
 
 
 def moved(kind, ends, **changes):
