@@ -4,7 +4,7 @@
 
 Four layers in Qwen1.5-0.5B's widths, random weights; loading, a prompt of 1500 tokens, decoded tokens by graphs, a
 second turn. ``--against`` a trace recorded elsewhere (the fake CUDA runtime beside a card of the same capability, with
-the same torch) prints the first difference. A card's own is replayed by tests/memory/test_card_trace.py.
+the same torch) prints the first difference.
 """
 
 import argparse

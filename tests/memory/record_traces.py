@@ -153,7 +153,7 @@ def random_model(source: random.Random) -> tuple[Plan, Workload, ModelSpec]:
     spec = ModelSpec.from_config(tiny_config(kind, **size), f"random-{kind}")
     plan = Plan.uniform(spec, source.choice(["fp16", "bf16", "int8", "int4", "nf4"]), context=2048)
     if source.random() < 0.3:
-        plan = plan.with_gpu_layers(source.randrange(1, spec.num_hidden_layers + 1))
+        plan = plan.with_gpu_layers(source.randrange(spec.num_hidden_layers + 1))
     prompt, follow_up = source.randrange(5, 1500), source.choice([0, 50])
     return plan, Workload(prompt, source.randrange(1, 40), follow_up_tokens=follow_up), spec
 
