@@ -18,6 +18,7 @@ from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.memory.torch_release import torch_release
 from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
@@ -172,7 +173,8 @@ def test_a_decoder_that_goes_leaves_another_its_workspace(gone):
     assert held[0] == held[1]
     both, one, none, *again = held[0]
     assert again == [both, one, none]
-    assert both - one == one - none > 2 * MiB
+    if torch_release() >= (2, 12):
+        assert both - one == one - none > 2 * MiB
 
 
 @pytest.mark.usefixtures("values")

@@ -79,6 +79,7 @@ class DryRunGpu(Gpu):
         self.meter.run, self.meter.by_block = self._run, self.kernels == "cuda"
         self._results = _results_of(torch.get_default_dtype())
         self._held, self._idle_streams = {}, []
+        self._seeds_of_all = lambda: None
         self._multiplying, self._keeps_lt = "", torch_release() < (2, 12)
         self._capturing = False
         self.watched = True
@@ -145,11 +146,15 @@ class DryRunGpu(Gpu):
         return torch.empty_like(tensor, device="meta")
 
 
+class _Seeds(list):
+    """Seed and offset of some graphs."""
+
+
 class DryGraphs:
     """Counts what capturing allocates; see ``CudaGraphs``, which allocates it."""
 
     def __init__(self, gpu: DryRunGpu):
-        self._gpu, self._pool, self._seeds = gpu, gpu.meter.allocator.new_pool(kept=True), []
+        self._gpu, self._pool, self._seeds = gpu, gpu.meter.allocator.new_pool(kept=True), _Seeds()
         self._begun = []  # a word for each graph
         idle = gpu._idle_streams
         self._stream, self._held = idle.pop() if idle else (gpu.meter.allocator.new_pool(), {})
@@ -176,15 +181,17 @@ class DryGraphs:
     def _take_seeds(self) -> None:
         """Seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp).
 
-        Each graph has its own, on the usual stream. Before torch 2.12 all had one pair, on the stream that captures;
-        from 2.14 on there are none where no random number is drawn.
+        Each graph has its own, on the usual stream. Before torch 2.12 all that there are share a pair, on the stream
+        that captured first; from 2.14 on there are none where no random number is drawn.
         """
-        shared, allocator = torch_release() < (2, 12), self._gpu.meter.allocator
-        if torch_release() >= (2, 14) or (shared and self._seeds):
-            return
-        scope = self._gpu.meter.scope(category="workspace", place="gpu")
-        with scope, allocator.inside(self._stream if shared else allocator.pool):
-            self._seeds += [self._gpu._hold(torch.int64) for _ in range(2)]
+        gpu, allocator, shared = self._gpu, self._gpu.meter.allocator, torch_release() < (2, 12)
+        if shared and (known := gpu._seeds_of_all()):
+            self._seeds = known
+        elif torch_release() < (2, 14):
+            scope = gpu.meter.scope(category="workspace", place="gpu")
+            with scope, allocator.inside(self._stream if shared else allocator.pool):
+                self._seeds += [gpu._hold(torch.int64) for _ in range(2)]
+            gpu._seeds_of_all = weakref.ref(self._seeds)
 
     @contextmanager
     def _on_its_stream(self, pool: Pool) -> Iterator[None]:
