@@ -102,7 +102,7 @@ _PUBLIC = {
     "llama_layer": "engine.llama_layer",
     "bind_layer": "engine.bind",
     "fuse": "engine.fuse",
-    "compiler": "engine.compiled",
+    "compiler": "kernels.compiler",
     "open_libraries": "engine.compiled",
     "Library": "engine.compiling",
     # 07 measure everything

@@ -13,6 +13,7 @@ from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product
 from lowvram_lab.engine.loaded import Loaded, loaded
+from lowvram_lab.kernels.product import format_number
 from lowvram_lab.model.plan import compute_place
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -74,11 +75,12 @@ def product_of(projection: nn.Module) -> Product | None:
         return Product("float", bias=bias)
     if isinstance(projection, Int4Linear) and projection.layout == projection.kernels:
         kernel = "int4" if projection.layout == "cpu" else "int4 on CUDA"
-        return Product(kernel, projection.format.group_size, bias)
+        return Product(kernel, projection.format.group_size, bias=bias)
     if projection.kernels == "cuda":
         return Product("module", bias=bias)
-    whole = isinstance(projection, Int8Linear) and projection.in_features % INT8_COLUMNS == 0
-    return Product("int8", bias=bias) if whole else None
+    if isinstance(projection, Int8Linear) and projection.in_features % INT8_COLUMNS == 0:
+        return Product("int8", bias=bias)
+    return Product("ours", format=format_number(projection.format), bias=bias) if projection.has_our_kernel() else None
 
 
 def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = None) -> list:
@@ -86,9 +88,8 @@ def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = 
     if product_of(projection).kernel == "module":
         bias = [] if projection.bias is None else [projection.bias.detach()]
         return [lambda x: projection.multiply(x.to(dtype)), *bias]
-    names = {Int4Linear: ("packed", "scale_and_zero", "bias"), Int8Linear: ("weight", "scale", "bias")}
-    wanted = names.get(type(projection), ("weight", "bias"))
-    found = [common[name] if common else getattr(projection, name) for name in wanted]
+    wanted = projection.held if isinstance(projection, QuantizedLinear) else ("weight",)
+    found = [common[name] if common else getattr(projection, name) for name in (*wanted, "bias")]
     return [tensor.detach() for tensor in found if tensor is not None]
 
 

@@ -14,7 +14,6 @@ import pickle
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,8 @@ from tqdm.auto import tqdm
 from lowvram_lab.engine import cache_layers, compiling, llama_layer
 from lowvram_lab.engine.compiling import DIGEST, LIBRARY, OPTIONS, Library
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.files import cache_dir, discard_partial, is_finished, not_kept, sha256_file, writable, write_atomically
+from lowvram_lab.files import cache_dir, discard_partial, is_finished, sha256_file, writable, write_atomically
+from lowvram_lab.kernels.compiler import compiler_command
 from lowvram_lab.machine import fresh_python, instruction_set, why_ended
 
 LONGEST_S = 900
@@ -36,26 +36,6 @@ LONGEST_S = 900
 _POLL_S = 0.2
 
 logger = logging.getLogger(__name__)
-
-
-def compiler() -> str | None:
-    """The C++ compiler that would be used; ``None`` without one, without a cache folder or with LOWVRAM_COMPILE=0."""
-    there = os.environ.get("LOWVRAM_COMPILE") != "0" and shutil.which(_command().split()[0])
-    return _command() if there and not not_kept(cache_dir() / "compiled") else None
-
-
-def without_compiler() -> str:
-    """What to do where nothing can be compiled, in words; nothing where it can, or nobody wants it."""
-    if os.environ.get("LOWVRAM_COMPILE") == "0" or compiler():
-        return ""
-    if shutil.which(_command().split()[0]):
-        return not_kept(cache_dir() / "compiled")
-    install = "run xcode-select --install" if sys.platform == "darwin" else "install one (apt-get install g++)"
-    return f"found no C++ compiler {_command()!r}; {install}, or name yours in CXX"
-
-
-def _command() -> str:
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks for it
 
 
 def open_libraries(libraries: Sequence[Library], progress: bool = True) -> list[Callable]:
@@ -151,7 +131,8 @@ def _wait(processes: list[subprocess.Popen], jobs: list[tuple], progress: bool) 
     with tqdm(desc="compile, once for this machine", total=len(jobs), disable=shown, leave=False) as bar:
         while None in (ended := [process.poll() for process in processes]) and not any(ended):
             if time.monotonic() > deadline:
-                raise LowvramError(f"{_command()} did not end within {LONGEST_S * len(jobs)} s; see what hangs there")
+                longest = LONGEST_S * len(jobs)
+                raise LowvramError(f"{compiler_command()} did not end within {longest} s; see what hangs there")
             time.sleep(_POLL_S)
             bar.n = sum(is_finished(directory, identity) for _, directory, identity in jobs)
             bar.refresh()
@@ -198,5 +179,5 @@ def _identity(library: Library) -> dict:
 def _made_by() -> str:
     """Version of torch, the processor's vector unit, and the text of what is compiled."""
     sources = "".join(Path(module.__file__).read_text() for module in (llama_layer, cache_layers, compiling))
-    made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), instruction_set(), OPTIONS, _command())
+    made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), instruction_set(), OPTIONS, compiler_command())
     return hashlib.sha256(repr((made, sources)).encode()).hexdigest()

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
 from lowvram_lab.files import build_directory, sha256_file
+from lowvram_lab.kernels.product import C_DECLARATION, quantized_product
 
 OPTIONS = {
     "size_asserts": False,
     "alignment_asserts": False,
     "scalar_asserts": False,  # the slice of a full cache is the whole of it, which the exporter takes for another case
     "cpp.dynamic_threads": True,
+    "aot_inductor.custom_ops_to_c_shims": {quantized_product: [C_DECLARATION]},
 }
 LEAST_ROOM = 3
 """Places a cache must have for a compiled layer; the exporter takes fewer for another case."""

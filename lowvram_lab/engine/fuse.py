@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from lowvram_lab.engine.int4_layout import cpu_block_rows
-from lowvram_lab.engine.layers import Int4Linear, Int8Linear, QuantizedLinear
+from lowvram_lab.engine.layers import Int4Linear, Int8Linear, Nf4Linear, PackedLinear, QuantizedLinear
 
 GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 """Attribute of a decoder layer, and its modules with a common input."""
 
-_ROWS_AT = {"weight": 0, "packed": 0, "scale": 0, "bias": 0, "scale_and_zero": 1}
+_ROWS_AT = {"weight": 0, "packed": 0, "scale": 0, "absmax": 0, "bias": 0, "scale_and_zero": 1}
 """Tensors of a linear layer → the dimension that counts output features."""
 
 
@@ -61,6 +61,8 @@ def _alike(one: nn.Module, other: nn.Module) -> bool:
         return False
     if isinstance(one, Int4Linear):
         return one.format == other.format and one.layout == other.layout == "cpu"
+    if isinstance(one, PackedLinear | Nf4Linear):
+        return one.format == other.format
     plain = isinstance(one, Int8Linear) or not isinstance(one, QuantizedLinear)
     return plain and one.weight.dtype == other.weight.dtype
 

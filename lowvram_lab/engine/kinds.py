@@ -6,10 +6,10 @@ Derived in: notebooks/06_the_engine.ipynb
 from __future__ import annotations
 
 from lowvram_lab.engine.bind import product_of
-from lowvram_lab.engine.compiled import compiler
 from lowvram_lab.engine.compiling import LEAST_ROOM
 from lowvram_lab.engine.decode import module_decoder_name
 from lowvram_lab.engine.layers import quantized_linear
+from lowvram_lab.kernels.compiler import compiler
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan, compute_place
 

@@ -1,9 +1,9 @@
-"""Layers that hold quantised weights and run them over kernels other people wrote.
+"""Layers that hold quantised weights and run them over kernels.
 
 CPU: ``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu``, bfloat16 activations only (other dtypes are 20 times
-slower, so they are cast around the call). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where
-no kernel serves (2, 3, 5 and 6 bits have none, nor has 4 in odd groups), a tile of the weight is dequantised at a time,
-so that the temporary stays small (nf4: all of it).
+slower, so they are cast around the call); for the bits and groups that torch has no kernel for one of ours
+(``kernels/product.py``). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where none serves, a
+tile of the weight is dequantised at a time, so that the temporary stays small (nf4: all of it).
 
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from lowvram_lab.engine.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
+from lowvram_lab.kernels import product
 from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.units import MiB
@@ -95,6 +96,9 @@ class QuantizedLinear(Quantized):
     Shapes: x ``(..., in_features)``, result ``(..., out_features)`` in x's dtype.
     """
 
+    held: tuple[str, str]
+    """Names of the tensors that a kernel reads: codes and scales."""
+
     def __init__(
         self,
         in_features: int,
@@ -137,6 +141,19 @@ class QuantizedLinear(Quantized):
             result[:, start:stop] = F.linear(rows, self.weight_rows(slice(start, stop), rows.dtype))
         return result
 
+    def has_our_kernel(self) -> bool:
+        """Whether our kernel multiplies by the weight as it lies; it is compiled where this machine has none yet."""
+        whole = self.in_features % (self.format.group_size or 1) == 0  # of nf4, groups may go on in the next row
+        return self.kernels == "cpu" and whole and product.there()
+
+    def multiply_by_ours(self, rows: torch.Tensor) -> torch.Tensor:
+        """Our kernel for few tokens on the CPU, where there is a compiler; else ``QuantizedLinear``'s way."""
+        if rows.shape[0] > product.MOST_ROWS or not self.has_our_kernel():
+            return QuantizedLinear.multiply(self, rows)
+        codes, scales = (getattr(self, name) for name in self.held)
+        number = product.format_number(self.format)
+        return product.quantized_product(rows.float(), codes, scales, self.out_features, number).to(rows.dtype)
+
 
 class _Int8Rows:
     """One int8 code a weight, one bf16 scale an output feature."""
@@ -175,7 +192,9 @@ class _PackedRows:
 
 
 class Int8Linear(_Int8Rows, QuantizedLinear):
-    """torch's int8 kernel on the CPU."""
+    """torch's int8 kernel on the CPU; for widths that it does not read, ours."""
+
+    held = ("weight", "scale")
 
     def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """See ``Quantized``; a weight that begins where the kernel cannot read it is copied."""
@@ -185,10 +204,10 @@ class Int8Linear(_Int8Rows, QuantizedLinear):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """CPU kernel for few tokens, dequantised tiles for many and on CUDA."""
-        whole = self.in_features % INT8_COLUMNS == 0
-        if self.kernels == "cpu" and whole and rows.shape[0] < DEQUANTIZE_ROWS:
-            product = torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale)
-            return product.to(rows.dtype)
+        if self.in_features % INT8_COLUMNS:
+            return self.multiply_by_ours(rows)
+        if self.kernels == "cpu" and rows.shape[0] < DEQUANTIZE_ROWS:
+            return torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).to(rows.dtype)
         return super().multiply(rows)
 
 
@@ -199,6 +218,8 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
     machine, so a checkpoint never holds them), ``"nibbles"`` is two codes a byte, the even column low: the only one
     whose rows an embedding can read.
     """
+
+    held = ("packed", "scale_and_zero")
 
     def _lay_out(self, shared: bool, card: Card | None) -> None:
         in_features, out_features, kernels = self.in_features, self.out_features, self.kernels
@@ -231,7 +252,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """torch's int4 kernel where the layout has one for the device, else dequantised tiles."""
         if self.layout != self.kernels:  # nibbles; or packed for the CPU, and for now on the GPU: see travel.py
-            return super().multiply(rows)
+            return self.multiply_by_ours(rows)
         x = rows.to(torch.bfloat16)
         if self.layout == "cpu":
             kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -244,15 +265,26 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
 
 
 class PackedLinear(_PackedRows, QuantizedLinear):
-    """Bits and groups without a kernel anywhere: always dequantised tiles."""
+    """Bits and groups that no other kernel has: ours on the CPU."""
+
+    held = ("packed", "scale")
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """See ``multiply_by_ours``."""
+        return self.multiply_by_ours(rows)
 
 
 class Nf4Linear(QuantizedLinear):
     """bitsandbytes' 4-bit NormalFloat: two codes a byte, one fp32 absmax for every 64 weights."""
 
+    held = ("packed", "absmax")
+
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """bitsandbytes' fused kernel for few tokens on CUDA, else a dequantised weight and matmul."""
+        """For few tokens bitsandbytes' fused kernel on CUDA, ours on the CPU; else a dequantised weight and matmul."""
         import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
+
+        if rows.shape[0] <= product.MOST_ROWS and self.has_our_kernel():
+            return self.multiply_by_ours(rows)
 
         kernels, group_size = torch.ops.bitsandbytes, self.format.group_size
         shape = [self.out_features, self.in_features]
@@ -317,8 +349,11 @@ def import_kernels(formats: set[str]) -> None:
     """Imports or learns what the formats' kernels need, before a meter runs that would count their tables."""
     if "nf4" in formats:
         import bitsandbytes  # noqa: F401
-    if any(get_format(name).kind == "int4" for name in formats):
+    kinds = {get_format(name).kind for name in formats}
+    if "int4" in kinds:
         cpu_block_rows()
+    if kinds - {"float"}:
+        product.there()
 
 
 def quantized_linear(

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lowvram_lab.engine.bind import bind_head, bind_layer
-from lowvram_lab.engine.compiled import compiler, open_libraries, without_compiler
+from lowvram_lab.engine.compiled import open_libraries
 from lowvram_lab.engine.compiling import LEAST_ROOM, Library
 from lowvram_lab.engine.decode import Decoder, ModuleDecoder
 from lowvram_lab.engine.graph import GraphedStep
@@ -27,6 +27,7 @@ from lowvram_lab.engine.llama_layer import LayerShape, llama_layer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.workspace import head_bytes, layer_bytes
 from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.model.plan import compute_place
 

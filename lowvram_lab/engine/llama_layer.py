@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lowvram_lab.engine.cache_layers import quantize_states
+from lowvram_lab.kernels.product import features_of, quantized_product
 
 LONGEST_LOOP = 4096
 """Inputs of a weight. Compiled, a product of one row with int8 or 16-bit weights is a loop that reads at 1.3 to 1.9
@@ -27,20 +28,22 @@ class Product:
     """How a weight is multiplied.
 
     Attributes:
-        kernel: ``"int4"`` or ``"int8"`` by torch's kernels, ``"int4 on CUDA"``, ``"float"``, or ``"module"`` for a
-            layer that multiplies by itself.
+        kernel: ``"int4"`` or ``"int8"`` by torch's kernels, ``"ours"``, ``"int4 on CUDA"``, ``"float"``, or
+            ``"module"`` for a layer that multiplies by itself.
         group_size: Codes that share a scale, of int4.
+        format: Of a weight that our kernel multiplies, see ``kernels.product.format_number``.
         bias: Whether a bias is added.
     """
 
     kernel: str
     group_size: int = 0
+    format: int = 0
     bias: bool = False
 
     @property
     def tensors(self) -> int:
         """How many it takes of a layer's list: codes and scales, or the weight, or a function; and the bias."""
-        return (2 if self.kernel in ("int4", "int8", "int4 on CUDA") else 1) + self.bias
+        return (1 if self.kernel in ("float", "module") else 2) + self.bias
 
 
 @dataclass(frozen=True)
@@ -242,6 +245,9 @@ def _product(x: Tensor, product: Product, tensors: Sequence, loops: list | None)
         found = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tensors[0], group_size, tensors[1])
     elif kernel == "module":
         found = tensors[0](x)
+    elif kernel == "ours":
+        features = features_of(tensors[0], x.shape[1], product.format)
+        found = quantized_product(x, tensors[0], tensors[1], features, product.format)
     elif kernel == "int8":
         found = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), tensors[0], tensors[1])
     else:

@@ -55,7 +55,7 @@ from lowvram_lab.planner.rates import (
 from lowvram_lab.timing import Circumstances, Timing, time_calls
 from lowvram_lab.units import MiB
 
-VERSION = 8
+VERSION = 9
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB
@@ -139,7 +139,13 @@ class Machine:
         return self._rates(KernelRates, name, threads, lambda: _kernel(fmt, place, shared))
 
     def product(
-        self, engine: str, fmt: str, columns: int, place: str = "cpu", threads: int | None = None
+        self,
+        engine: str,
+        fmt: str,
+        columns: int,
+        place: str = "cpu",
+        threads: int | None = None,
+        shared: bool = False,
     ) -> ProductRates:
         """Rate of one token's product with a matrix inside a lean decoder.
 
@@ -152,14 +158,16 @@ class Machine:
             columns: Inputs of the weight, a row's length.
             place: See ``kernel``.
             threads: See ``kernel``.
+            shared: See ``kernel``.
         """
-        place, threads = self._place(place), threads or torch.get_num_threads()
-        if engine == COMPILED and columns <= LONGEST_LOOP and get_format(fmt).kind != "int4":
+        place, threads, kind = self._place(place), threads or torch.get_num_threads(), get_format(fmt).kind
+        if engine == COMPILED and columns <= LONGEST_LOOP and kind in ("float", "int8"):
             name = f"product {engine} {fmt} {self._where(place, threads)}"
-            return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, LARGE))
-        engine = LEAN if engine == COMPILED else engine  # torch's kernel is called from a compiled layer as well
-        name = f"product {engine} {fmt} {columns} {self._where(place, threads)}"
-        return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, columns))
+            return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, LARGE, False))
+        engine = LEAN if engine == COMPILED else engine  # a compiled layer calls the same kernel
+        shared = shared and kind == "int4"
+        name = f"product {engine} {fmt}{' shared' if shared else ''} {columns} {self._where(place, threads)}"
+        return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, columns, shared))
 
     def prompt(
         self, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None
@@ -330,10 +338,10 @@ def _multiplying(layers: list[torch.nn.Module], rows: int, fmt: str, place: str)
     return call
 
 
-def _product(engine: str, fmt: str, place: str, columns: int) -> tuple[ProductRates, Circumstances]:
+def _product(engine: str, fmt: str, place: str, columns: int, shared: bool) -> tuple[ProductRates, Circumstances]:
     columns = _whole_groups(columns, fmt)
     rows = PRODUCT_WEIGHTS // columns // ROW_BLOCK * ROW_BLOCK
-    layers = _copies(_weight(fmt, rows, columns, place), True)
+    layers = _copies(_weight(fmt, rows, columns, place, shared), True)
     device = "cuda" if place == "gpu" else "cpu"
     hidden, norm = torch.randn(1, columns, device=device), torch.ones(columns, device=device)
     shape = HeadShape(product_of(layers[0]), eps=1e-6)

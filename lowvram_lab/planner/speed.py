@@ -15,8 +15,10 @@ from dataclasses import replace
 
 import psutil
 
+from lowvram_lab.engine.bind import product_of
 from lowvram_lab.engine.kinds import GRAPHS, MODULES, engine_of, off_card
-from lowvram_lab.model.formats import get_format
+from lowvram_lab.engine.layers import quantized_linear
+from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.planner.measure import where_it_runs
@@ -158,12 +160,13 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
         place = compute_place(assignment.device)
         if module.layer is not None:
             formats[module.layer].append(assignment.format)
-        head_by_modules = module.name == spec.head and not _has_product(assignment.format, bool(module.tied_to))
-        if engine == MODULES or head_by_modules:
-            rates = machine.kernel(assignment.format, place, plan.threads, bool(module.tied_to))
+        kernels, tied = "cuda" if place == "gpu" and machine.cuda else "cpu", bool(module.tied_to)
+        is_head = module.name == spec.head
+        if engine == MODULES or is_head and _multiplied_by_module(module, get_format(assignment.format), kernels):
+            rates = machine.kernel(assignment.format, place, plan.threads, tied)
             seconds = rates.seconds(rows * columns)
         else:
-            product = machine.product(engines[place], assignment.format, columns, place, plan.threads)
+            product = machine.product(engines[place], assignment.format, columns, place, plan.threads, tied)
             seconds = product.weight_s * rows * columns
         parts[_label(module, assignment.format, place, spec)] += seconds
     around = 0.0
@@ -181,10 +184,11 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
     return +parts
 
 
-def _has_product(fmt: str, shared: bool) -> bool:
-    """Whether the lean decoder multiplies by a head of this format itself, or leaves it to the module."""
-    kind = get_format(fmt).kind
-    return kind in ("float", "int8") or (kind == "int4" and not shared)
+def _multiplied_by_module(module: ModuleSpec, fmt: Format, kernels: str) -> bool:
+    """Whether the lean decoder leaves a head to its module, instead of multiplying by the weight itself."""
+    rows, columns = module.weight_shape
+    layer = None if fmt.kind == "float" else quantized_linear(columns, rows, fmt, kernels, shared=bool(module.tied_to))
+    return layer is not None and product_of(layer) is None
 
 
 def _query_features(spec: ModelSpec) -> int:

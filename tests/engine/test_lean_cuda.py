@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.counts_cuda import SAMPLED, counted, has_counters
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.compiled import compiler, without_compiler
 from lowvram_lab.engine.decode import generate
 from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load
+from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec

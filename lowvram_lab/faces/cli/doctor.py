@@ -5,11 +5,11 @@ import argparse
 import torch
 
 from lowvram_lab import __version__
-from lowvram_lab.engine.compiled import compiler, without_compiler
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.errors import first_line
 from lowvram_lab.faces.cli.common import print_json
 from lowvram_lab.files import cache_dir
+from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.odd_cards import remarks
 from lowvram_lab.model.builtin import builtin_names

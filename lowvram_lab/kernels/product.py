@@ -1,0 +1,146 @@
+"""Products of a few rows with a quantised weight on the CPU, as the operator ``lowvram::quantized_product``.
+
+The kernel is C++ (``product.cpp``), compiled once for a machine, in some seconds. It reads the codes as they lie, and
+multiplies with the input in bfloat16 (in float32 on processors without AVX-512), summing in float32.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import shlex
+import subprocess
+from pathlib import Path
+
+import torch
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.files import build_directory, cache_dir, sha256_file
+from lowvram_lab.kernels.compiler import compiler
+from lowvram_lab.machine import instruction_set
+from lowvram_lab.model.formats import Format
+
+MOST_ROWS = 8
+"""Rows of an input that share one pass over the codes."""
+
+C_DECLARATION = (
+    "int32_t aoti_torch_cpu_quantized_product(AtenTensorHandle rows, AtenTensorHandle codes, AtenTensorHandle scales, "
+    "int64_t features, int64_t format, AtenTensorHandle* result)"
+)
+"""The operator as a library made by torch's compiler calls it, which finds it among the process's symbols."""
+
+_SOURCE = Path(__file__).with_name("product.cpp")
+_TORCH = Path(torch.__file__).parent / "lib"
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
+_WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+"""What not every compiler knows; the first that works is taken."""
+
+logger = logging.getLogger(__name__)
+
+
+def there() -> bool:
+    """Whether the operator computes here; compiles its library where this machine has none yet."""
+    command = compiler()
+    return command is not None and _library(command, cache_dir().absolute()) is not None
+
+
+@functools.cache
+def _library(command: str, folder: Path) -> ctypes.CDLL | None:
+    try:
+        return _opened(_built(command, folder))
+    except (LowvramError, OSError) as error:
+        logger.warning("weights are dequantised, which is slower: %s", error)
+        return None
+
+
+def _built(command: str, folder: Path) -> Path:
+    """The library's file."""
+    made = repr((_SOURCE.read_text(encoding="utf-8"), _FLAGS, _WAYS, command, instruction_set(), torch.__version__))
+    identity = {"kernels": hashlib.sha256(made.encode()).hexdigest()}
+    directory = folder / "compiled" / f"kernels-{identity['kernels'][:16]}"
+    build_directory(directory, identity, functools.partial(_compile, command))
+    return directory / "library.so"
+
+
+def _compile(command: str, directory: Path) -> None:
+    target, said = directory / "library.so", ""
+    for way in _WAYS:
+        words = [*shlex.split(command), *_FLAGS, *way, str(_SOURCE), "-o", str(target), f"-L{_TORCH}", "-ltorch_cpu"]
+        ended = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        if ended.returncode == 0:
+            (directory / "library.sha256").write_text(sha256_file(target))
+            return
+        said = said or ended.stderr
+    reason = next((line.strip() for line in said.splitlines() if "error" in line), "it says nothing")
+    raise LowvramError(f"{command} cannot compile {_SOURCE.name}: {reason[:300]}")
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    if sha256_file(path) != path.with_name("library.sha256").read_text():
+        raise LowvramError(f"{path} was changed since it was made: remove its folder")
+    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # compiled layers look for the operator by its name
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.lowvram_product.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_bool, *[number] * 6, pointer]
+    library.lowvram_product.restype = None
+    return library
+
+
+def format_number(fmt: Format) -> int:
+    """How the kernel calls a format: the bits of its codes, 0 for nf4."""
+    return 0 if fmt.kind == "nf4" else fmt.bits
+
+
+def features_of(codes: torch.Tensor, columns: int, format: int) -> int:
+    """Rows of a weight, by the bytes of its codes."""
+    return 8 * codes.nbytes // (columns * (format or 4))
+
+
+def _on_cpu(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
+    if not there():
+        raise RuntimeError("quantized_product was called where it is not there; ask there() first")
+    rows, codes = rows.contiguous(), codes.contiguous()
+    result = rows.new_empty(rows.shape[0], features)
+    by_group = {1: lambda: scales.view(features, -1).t(), 2: scales.t, 3: lambda: scales}[scales.dim()]()
+    first = scales.data_ptr()
+    _library(compiler(), cache_dir().absolute()).lowvram_product(
+        rows.data_ptr(),
+        rows.shape[0],
+        codes.data_ptr(),
+        first,
+        first + scales.element_size() if scales.dim() == 3 else None,
+        scales.dtype == torch.float32,
+        features,
+        rows.shape[1],
+        format,
+        rows.shape[1] // by_group.shape[0],
+        by_group.stride(0),
+        by_group.stride(1),
+        result.data_ptr(),
+    )
+    return result
+
+
+def _on_meta(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], features)
+
+
+_OPERATORS = torch.library.Library("lowvram", "DEF")
+_OPERATORS.define("quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, int format) -> Tensor")
+_OPERATORS.impl("quantized_product", _on_cpu, "CPU")
+_OPERATORS.impl("quantized_product", _on_meta, "Meta")
+
+quantized_product = torch.ops.lowvram.quantized_product.default
+"""Few rows times a quantised weight.
+
+Args:
+    rows: ``(rows, columns)`` float32 on the CPU.
+    codes: Those of the weight, row by row, as ``weights.codes.pack`` lays them; of int4 two a byte, the even one low;
+        of nf4 as bitsandbytes lays them.
+    scales: bfloat16 or float32: ``(features,)`` or, of nf4, ``(features * groups,)``; ``(features, groups)``;
+        ``(groups, features, 2)`` of scales and zeros.
+    features: Rows of the weight.
+    format: See ``format_number``.
+
+Returns:
+    ``(rows, features)`` float32. A row's result does not depend on the other rows.
+"""

@@ -1,0 +1,191 @@
+"""Our kernel beside the product with the dequantised weight, for every way it may be compiled."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lowvram_lab.kernels import product
+from lowvram_lab.kernels.product import features_of, quantized_product
+from lowvram_lab.weights.codes import pack
+from tests.helpers.tiny import relative_error
+
+GROUPS = (32, 64, 96, 128)
+WAYS = {"this processor": ("-march=native",), "AVX2": ("-mavx2", "-mfma"), "none": ()}
+X86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+@pytest.fixture(autouse=True)
+def compiling(monkeypatch):
+    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
+    if product.compiler() is None:
+        pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
+def way(request, monkeypatch, tmp_path_factory):
+    """The library compiled in one of the ways."""
+    if request.param == "AVX2" and not X86:
+        pytest.skip("another processor")
+    product._library.cache_clear()
+    monkeypatch.setattr(product, "_WAYS", (WAYS[request.param],))
+    yield request.param
+    product._library.cache_clear()
+
+
+def integers(bits: int, group: int, features: int = 40, zeros: bool = False):
+    """Codes and scales of a random weight, and the weight."""
+    random = torch.Generator().manual_seed(100 * bits + group)
+    columns, offset = 6 * group, 1 << (bits - 1)
+    codes = torch.randint(-offset, offset, (features, columns), dtype=torch.int8, generator=random)
+    scale, zero = (torch.randn(features, 6, generator=random).bfloat16() for _ in range(2))
+    weight = codes.double().view(features, 6, group) * scale.double()[..., None]
+    if not zeros:
+        return pack(codes, bits), scale, weight.view(features, columns)
+    weight = (weight + zero.double()[..., None]).view(features, columns)
+    return pack(codes, bits), torch.stack((scale, zero), -1).transpose(0, 1).contiguous(), weight
+
+
+def whole_bytes(columns: int, features: int = 40):
+    """The same of int8."""
+    random = torch.Generator().manual_seed(columns)
+    codes = torch.randint(-128, 128, (features, columns), dtype=torch.int8, generator=random)
+    scale = torch.randn(features, generator=random).bfloat16()
+    return codes, scale, codes.double() * scale.double()[:, None]
+
+
+def normal_floats(group: int, features: int = 40):
+    """The same of nf4, by bitsandbytes."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(features, 6 * group, generator=torch.Generator().manual_seed(group))
+    codes, state = quantize_4bit(weight, blocksize=group, quant_type="nf4")
+    return codes, state.absmax, dequantize_4bit(codes, state).double()
+
+
+CASES = {
+    **{
+        (f"int{bits}", group, zeros): (
+            bits,
+            lambda bits=bits, group=group, zeros=zeros: integers(bits, group, zeros=zeros),
+        )
+        for bits, group, zeros in itertools.product((2, 3, 4, 5, 6), GROUPS, (False, True))
+    },
+    **{("int8", columns, False): (8, lambda columns=columns: whole_bytes(columns)) for columns in (1, 31, 32, 50, 577)},
+    **{("nf4", group, False): (0, lambda group=group: normal_floats(group)) for group in (64, 128)},
+}
+NAMES = ("int2", "int3", "int4", "int5", "int6", "int8", "nf4")
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_the_product_with_the_dequantised_weight(name, way):
+    for (case, *_), (number, make) in CASES.items():
+        if case != name:
+            continue
+        codes, scales, weight = make()
+        features, columns = weight.shape
+        assert features_of(codes, columns, number) == features
+        for rows in (1, 3, 8, 19):
+            x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)).bfloat16().float()
+            found = quantized_product(x, codes, scales, features, number)
+            assert found.dtype == torch.float32
+            # nf4's sixteen values are rounded to bfloat16, as they are where it is dequantised
+            assert relative_error(found.double(), x.double() @ weight.T) < (2e-3 if name == "nf4" else 1e-6)
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rows_result_does_not_depend_on_the_others(name, way):
+    number, make = next(made for (case, *_), made in CASES.items() if case == name)
+    codes, scales, weight = make()
+    features, columns = weight.shape
+    x = torch.randn(17, columns)
+    alone = torch.cat([quantized_product(row[None], codes, scales, features, number) for row in x])
+    for rows in range(1, 18):
+        assert torch.equal(quantized_product(x[:rows], codes, scales, features, number), alone[:rows])
+
+
+def test_threads_change_nothing():
+    codes, scales, weight = integers(3, 128, features=500)
+    x, before = torch.randn(4, weight.shape[1]), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(quantized_product(x, codes, scales, 500, 3))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_parts_of_a_common_weight_and_unaligned_codes():
+    codes, scales, weight = integers(4, 64, features=48, zeros=True)
+    x = torch.randn(2, weight.shape[1])
+    whole = quantized_product(x, codes, scales, 48, 4)
+    assert torch.equal(quantized_product(x, codes[16:32], scales[:, 16:32], 16, 4), whole[:, 16:32])
+    codes, scales, weight = integers(3, 64, features=48)
+    whole = quantized_product(x, codes, scales, 48, 3)
+    held = torch.empty(codes.nbytes + 1, dtype=torch.uint8)
+    shifted = held[1:].view(48, -1)
+    shifted.copy_(codes.view(torch.uint8))
+    assert torch.equal(quantized_product(x, shifted, scales, 48, 3), whole)
+
+
+def test_nothing_beside_the_codes_is_read():
+    """The last row ends where a page does, and the next page may not be read."""
+    script = """
+import ctypes, mmap, torch
+from lowvram_lab.kernels.product import quantized_product
+from lowvram_lab.weights.codes import pack
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+for bits in (2, 3, 4, 5, 6):
+    codes = pack(torch.zeros(8, 32 * 9, dtype=torch.int8), bits)
+    pages = -(-codes.nbytes // page)
+    held = mmap.mmap(-1, (pages + 1) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(held))
+    assert libc.mprotect(ctypes.c_void_p(start + pages * page), ctypes.c_size_t(page), 0) == 0
+    last = torch.frombuffer(held, dtype=torch.uint8, count=codes.nbytes, offset=pages * page - codes.nbytes)
+    last.copy_(codes.view(torch.uint8).flatten())
+    scales = torch.ones(8, 9, dtype=torch.bfloat16)
+    for rows in (1, 8):
+        found = quantized_product(torch.ones(rows, 32 * 9), last.view(8, -1), scales, 8, bits)
+        assert found.abs().max() == 0
+print("done")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "done\n", ended.stderr[-1000:]
+
+
+def test_on_meta_it_has_the_shape():
+    codes, scales, _ = integers(5, 32)
+    found = quantized_product(*(t.to("meta") for t in (torch.empty(3, 192), codes, scales)), 40, 5)
+    assert found.shape == (3, 40)
+    assert found.dtype == torch.float32
+
+
+def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main( {")
+    monkeypatch.setattr(product, "_SOURCE", broken)
+    assert not product.there()
+    assert "weights are dequantised, which is slower" in caplog.text
+    assert "error" in caplog.text
+    assert not list((tmp_path / "compiled").glob("kernels-*"))
+
+
+def test_a_changed_library_is_not_opened(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
+    assert product.there()
+    (file,) = (tmp_path / "compiled").glob("kernels-*/library.so")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.unlink()  # this process still has the other one mapped
+    file.write_bytes(data)
+    product._library.cache_clear()
+    assert not product.there()
+    assert "was changed since it was made: remove its folder" in caplog.text
+    product._library.cache_clear()
