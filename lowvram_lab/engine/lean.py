@@ -186,7 +186,8 @@ class LeanDecoder(Decoder):
             with meter.scope(owner="CUDA graphs", place="gpu"), self._gpu.unwatched():
                 self._graphed(hidden, position)
         elif self._head_place == "gpu":
-            with meter.scope(place="gpu", force=True):
+            # cloned, not moved: what crosses is counted by ``_crossed_bytes``
+            with meter.scope(place=meter.place_of(self.model.model.norm.weight), force=True):
                 hidden = hidden.clone()
             self._logits.copy_(self._head(hidden))
 

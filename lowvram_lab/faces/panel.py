@@ -51,7 +51,7 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
-from lowvram_lab.planner.suited import RECIPES, suited
+from lowvram_lab.planner.suited import RECIPES, sixteen_bits
 from lowvram_lab.units import format_bytes
 
 CONTEXT = 2048
@@ -137,7 +137,7 @@ class LayerSplitPanel:
         self._gpu = gpu if isinstance(gpu, Gpu) else None
         self._budget = self._gpu.budget if self._gpu else GpuBudget.parse(gpu)
         if self._base is None and not self.spec.stored:
-            dtype = suited(self.spec, self._gpu or self._budget, context)[1]
+            dtype = sixteen_bits(self.spec, self._gpu or self._budget, context)
             if dtype != RECIPES[0]:
                 self._base = Plan.uniform(self.spec, dtype, context=min(CONTEXT, longest_context(self.spec)))
         state = self._start(context)

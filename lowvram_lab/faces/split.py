@@ -137,7 +137,8 @@ def recipes_of(spec: ModelSpec, plan: Plan | None = None) -> tuple[str, ...]:
 
     Args:
         spec: The model.
-        plan: What is loaded: its dtype is kept, and its formats are offered too where they are no recipe's.
+        plan: What is loaded, or to be started from: its dtype is kept, and its formats are offered too where they are
+            no recipe's.
     """
     if spec.stored:
         return ("stored",)

@@ -10,6 +10,7 @@ import functools
 import logging
 import mmap
 import os
+import threading
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
@@ -23,7 +24,11 @@ from lowvram_lab.memory.gpu import Gpu, StandInGpu
 from lowvram_lab.memory.meter import Meter
 from lowvram_lab.memory.odd_cards import no_kernels, remarks, shut_out, why_no_card
 from lowvram_lab.memory.recording import PhaseMemory
+from lowvram_lab.memory.torch_release import seeds_of_graphs
 from lowvram_lab.units import format_bytes
+
+TORCHS_STREAMS = 32
+"""``kStreamsPerPool`` in c10's CUDAStream.h."""
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +101,7 @@ class CudaGpu(Gpu):
             record.end_allocated_bytes = torch.cuda.memory_allocated(self.device)
             record.peak_reserved_bytes = torch.cuda.max_memory_reserved(self.device)
             record.process_bytes = process_bytes(self.device.index)
-            # what CUDA counted and the meter did not see: cuBLAS' workspace, temporaries inside kernels
+            # what CUDA counted and the meter did not see: cuBLAS' workspace, graphs' pools, temporaries inside kernels
             unseen = record.peak_allocated_bytes - sum(metered.breakdown.values())
             record.breakdown = {**metered.breakdown, "workspace": unseen}
             fragmentation = record.peak_reserved_bytes - record.peak_allocated_bytes
@@ -169,8 +174,10 @@ class CudaGpu(Gpu):
         return tensor.to(self.device, non_blocking=not tensor.is_pinned())
 
 
-_idle_streams = defaultdict(list)
-"""By device: streams that no graphs use any more. Before torch 2.12 each keeps a cuBLAS workspace for good."""
+_streams = defaultdict(dict)
+"""By device: streams that graphs were captured on, and whether some still are. Before torch 2.12 each keeps a cuBLAS
+workspace for good: they are used again."""
+_streams_lock = threading.Lock()
 
 
 class CudaGraphs:
@@ -185,10 +192,9 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device):
-        idle, self._graphs = _idle_streams[device], []
-        self._stream = idle.pop() if idle else torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        weakref.finalize(self, _leave, self._graphs, self._stream, idle).atexit = False
+        self._stream, self._graphs, self._pool = _take_stream(device), [], torch.cuda.graph_pool_handle()
+        # at the interpreter's end graphs and streams go with the process
+        weakref.finalize(self, _give_stream_back, self._graphs, self._stream).atexit = False
 
     @contextmanager
     def warming_up(self):
@@ -204,17 +210,39 @@ class CudaGraphs:
     @contextmanager
     def capturing(self):
         """Captures what is run inside; yields the graph, whose ``replay`` runs it again."""
+        self._find_room_to_begin()
         graph = torch.cuda.CUDAGraph()
+        self._graphs.append(graph)
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             yield graph
-        self._graphs.append(graph)
+
+    def _find_room_to_begin(self) -> None:
+        """Runs out of memory now, if capturing would as it begins: torch would not leave off capturing then."""
+        torch.cuda.empty_cache()
+        where = seeds_of_graphs()
+        if where != "none":
+            with torch.cuda.stream(self._stream if where == "capturing" else None):
+                _seed, _offset = (torch.empty(1, dtype=torch.int64, device=self._stream.device) for _ in range(2))
 
 
-def _leave(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream, idle: list[torch.cuda.Stream]) -> None:
-    """Gives a stream back once no graph on it can take the next one's workspace away."""
+def _take_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream that no graphs use: an idle one, or another; torch has 32, and hands them out again and again."""
+    with _streams_lock:
+        streams = _streams[device]
+        stream = next((idle for idle, used in streams.items() if not used), None) or torch.cuda.Stream(device)
+        for _ in range(TORCHS_STREAMS):
+            if not streams.get(stream):
+                break
+            stream = torch.cuda.Stream(device)
+        streams[stream] = True
+        return stream
+
+
+def _give_stream_back(graphs: list[torch.cuda.CUDAGraph], stream: torch.cuda.Stream) -> None:
+    """First no graph may be left on it that could take the next one's workspace away."""
     for graph in graphs:
         graph.reset()
-    idle.append(stream)
+    _streams[stream.device][stream] = False
 
 
 def open_gpu(size: str | int | GpuBudget | None = None, cuda_context: str | int | None = None) -> Gpu:

@@ -20,7 +20,7 @@ from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.memory.expandable import ExpandableAllocator
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.memory.recording import OomEvent
-from lowvram_lab.memory.torch_release import torch_release
+from lowvram_lab.memory.torch_release import seeds_of_graphs, torch_release
 from lowvram_lab.units import KiB, MiB
 
 aten = torch.ops.aten
@@ -135,7 +135,7 @@ class DryRunGpu(Gpu):
         return DryGraphs(self)
 
     def _out_of_memory(self, event: OomEvent) -> None:
-        if self._capturing:  # whoever captures can do without a graph: no failure of the run
+        if self._capturing:
             raise torch.OutOfMemoryError("no room for a CUDA graph")
         if event.module in (_CUBLAS, _CUBLASLT):
             event.module = self._multiplying
@@ -147,7 +147,7 @@ class DryRunGpu(Gpu):
 
 
 class _Seeds(list):
-    """Seed and offset of some graphs."""
+    """Seed and offset of some graphs; no weak reference to a mere list can be had."""
 
 
 class DryGraphs:
@@ -155,10 +155,10 @@ class DryGraphs:
 
     def __init__(self, gpu: DryRunGpu):
         self._gpu, self._pool, self._seeds = gpu, gpu.meter.allocator.new_pool(kept=True), _Seeds()
-        self._begun = []  # a word for each graph
+        self._begun = []  # a word for each graph: the finalizer may not hold ``self``
         idle = gpu._idle_streams
         self._stream, self._held = idle.pop() if idle else (gpu.meter.allocator.new_pool(), {})
-        weakref.finalize(self, _leave, self._begun, self._pool, self._stream, self._held, idle)
+        weakref.finalize(self, _give_stream_back, self._begun, self._pool, self._stream, self._held, idle)
 
     @contextmanager
     def warming_up(self) -> Iterator[None]:
@@ -172,40 +172,51 @@ class DryGraphs:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """See ``CudaGraphs``."""
-        self._gpu.meter.allocator.empty_cache()
-        self._take_seeds()
+        allocator = self._gpu.meter.allocator
+        allocator.empty_cache()
+        with self._without_failing():
+            self._hold_seeds()
+            allocator.empty_cache()
+            self._take_seeds()
         self._begun.append("graph")
         with self._on_its_stream(self._pool):
             yield
 
     def _take_seeds(self) -> None:
-        """Seed and offset of random numbers in graphs (``register_graph`` in ATen's CUDAGeneratorImpl.cpp).
+        """See ``seeds_of_graphs``; those of all graphs live as long as one of them."""
+        known = self._gpu._seeds_of_all() if seeds_of_graphs() == "capturing" else None
+        self._seeds = known or _Seeds([*self._seeds, *self._hold_seeds()])
+        self._gpu._seeds_of_all = weakref.ref(self._seeds)
 
-        Each graph has its own, on the usual stream. Before torch 2.12 all that there are share a pair, on the stream
-        that captured first; from 2.14 on there are none where no random number is drawn.
-        """
-        gpu, allocator, shared = self._gpu, self._gpu.meter.allocator, torch_release() < (2, 12)
-        if shared and (known := gpu._seeds_of_all()):
-            self._seeds = known
-        elif torch_release() < (2, 14):
-            scope = gpu.meter.scope(category="workspace", place="gpu")
-            with scope, allocator.inside(self._stream if shared else allocator.pool):
-                self._seeds += [gpu._hold(torch.int64) for _ in range(2)]
-            gpu._seeds_of_all = weakref.ref(self._seeds)
+    def _hold_seeds(self) -> list[torch.Tensor]:
+        """Seed and offset of a graph, where it has some."""
+        gpu, where = self._gpu, seeds_of_graphs()
+        scope, pool = gpu.meter.scope(category="workspace", place="gpu"), gpu.meter.allocator.pool
+        with scope, gpu.meter.allocator.inside(self._stream if where == "capturing" else pool):
+            return [] if where == "none" else [gpu._hold(torch.int64) for _ in range(2)]
 
     @contextmanager
     def _on_its_stream(self, pool: Pool) -> Iterator[None]:
         """Allocates in a pool, beside what NVIDIA's libraries keep for the stream."""
         gpu = self._gpu
-        outside, gpu._held, gpu._capturing = gpu._held, self._held, True
+        outside, gpu._held = gpu._held, self._held
         try:
-            with gpu.meter.allocator.inside(pool):
+            with self._without_failing(), gpu.meter.allocator.inside(pool):
                 yield
         finally:
-            gpu._held, gpu._capturing = outside, False
+            gpu._held = outside
+
+    @contextmanager
+    def _without_failing(self) -> Iterator[None]:
+        """What finds no room in it is no failure of the run: whoever captures can do without a graph."""
+        self._gpu._capturing = True
+        try:
+            yield
+        finally:
+            self._gpu._capturing = False
 
 
-def _leave(begun: list, pool: Pool, stream: Pool, held: dict, idle: list) -> None:
+def _give_stream_back(begun: list, pool: Pool, stream: Pool, held: dict, idle: list) -> None:
     """A decoder's graphs go: their pool can be given back, and another decoder's may use the stream.
 
     What NVIDIA's libraries kept for it goes with the first graph (``CUDAGraph::reset`` in ATen), from torch 2.12 on.

@@ -94,9 +94,9 @@ class Gpu:
             self._paused = earlier
 
     def unwatched(self):
-        """A context for what decodes: a measured run allocates in it what a chat does, which no meter watches.
+        """A context for decoding, also inside of a measured phase: no dispatch mode looks on.
 
-        Some of torch's operators write over their argument only where no dispatch mode looks on.
+        So torch allocates as in a chat: some operators write over their argument only there. A dry run counts on.
         """
         return self.unmetered()
 

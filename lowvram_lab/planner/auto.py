@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.cheapest import Cheapest
@@ -24,7 +23,7 @@ from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
-from lowvram_lab.planner.suited import suited
+from lowvram_lab.planner.suited import names_its_dtype, suited
 from lowvram_lab.units import format_bytes, parse_bytes
 
 PREFERENCES = ("balance", "fidelity", "speed")
@@ -156,7 +155,7 @@ def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
 
 def _bases(recipe: str, context: int, room: Room, wishes: _Wishes) -> list[Plan]:
     """A recipe's plans that differ in the KV format, the most precise first."""
-    dtype = None if recipe in DTYPES else wishes.dtype  # a float recipe is its own
+    dtype = None if names_its_dtype(recipe) else wishes.dtype
     plan = replace(Plan.uniform(room.spec, recipe, context=context, dtype=dtype), threads=wishes.threads)
     if wishes.gpu_layers is not None:
         plan = plan.with_gpu_layers(wishes.gpu_layers)

@@ -6,6 +6,7 @@ Before capability 8.0 (T4, RTX 20, GTX 16) there are no bf16 units, no fused att
 from lowvram_lab.errors import PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
@@ -18,41 +19,62 @@ PROMPT = 2048
 """Tokens that bf16 and fp16 are compared over, where no context is stated: longer ones differ more, not otherwise."""
 
 
-def smaller_recipes(budget: GpuBudget) -> tuple[str, ...]:
+def smaller_recipes(gpu: GpuBudget | Gpu) -> tuple[str, ...]:
     """``RECIPES`` below 16 bits; on a card without int4's kernel the smallest is nf4."""
-    return ("int8", "int4" if _has_all(budget) or budget.card.multiplies_int4 else "nf4")
+    return ("int8", "int4" if _has_all(gpu) or gpu.card.multiplies_int4 else "nf4")
 
 
-def suited(spec: ModelSpec, budget: GpuBudget | Gpu, context: int | None) -> tuple[tuple[str, ...], str, str]:
+def names_its_dtype(recipe: str) -> bool:
+    """Whether a recipe says itself in which dtype to compute: a float format, or what a checkpoint holds.
+
+    Raises:
+        PlanError: There is no such format.
+    """
+    return recipe == "stored" or get_format(recipe).kind == "float"
+
+
+def sixteen_bits(spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> str:
+    """In which 16 bits to compute on a card: bf16, or where it has no units for that, what has the lower peak.
+
+    Args:
+        spec: The model.
+        gpu: The card, also without a limit.
+        context: Tokens to plan for, or ``None``.
+    """
+    return RECIPES[0] if _has_all(gpu) else _lower_peak(spec, gpu, context)[0]
+
+
+def suited(spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> tuple[tuple[str, ...], str, str]:
     """Recipes for a card, the most precise first.
 
     Args:
         spec: The model.
-        budget: The card, also without a limit.
+        gpu: See ``sixteen_bits``.
         context: Tokens to plan for, or ``None``.
 
     Returns:
         The recipes, the activations' dtype, and a line that says what differs from ``RECIPES``, or nothing.
     """
-    if _has_all(budget):
+    if _has_all(gpu):
         return RECIPES, RECIPES[0], ""
-    dtype, compared = _sixteen_bits(spec, budget, min(context or PROMPT, spec.longest_context))
-    recipes = (dtype, *smaller_recipes(budget))
+    dtype, compared = _lower_peak(spec, gpu, context)
+    recipes = (dtype, *smaller_recipes(gpu))
     reasons = [f"fp16, not bf16, which has no units there ({compared})"] if dtype == "fp16" else []
     if recipes[-1] != RECIPES[-1]:
         reasons.append(f"{recipes[-1]}, not {RECIPES[-1]}, which has no kernel there")
-    return recipes, dtype, f"the card has {budget.card}: {'; '.join(reasons)}"
+    return recipes, dtype, f"the card has {gpu.card}: {'; '.join(reasons)}"
 
 
-def _has_all(budget: GpuBudget | Gpu) -> bool:
-    return budget.kernels != "cuda" or (budget.card.fuses_bf16 and budget.card.multiplies_int4)
+def _has_all(gpu: GpuBudget | Gpu) -> bool:
+    return gpu.kernels != "cuda" or (gpu.card.fuses_bf16 and gpu.card.multiplies_int4)
 
 
-def _sixteen_bits(spec: ModelSpec, budget: GpuBudget | Gpu, context: int) -> tuple[str, str]:
+def _lower_peak(spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> tuple[str, str]:
     """The dtype of the lower forecast peak; where both take the same, fp16, for its speed. And the peaks in words."""
+    context = min(context or PROMPT, spec.longest_context)
     try:
         peaks = {
-            dtype: forecast(Plan.uniform(spec, "int8", context=context, dtype=dtype), budget).peak_allocated_bytes
+            dtype: forecast(Plan.uniform(spec, "int8", context=context, dtype=dtype), gpu).peak_allocated_bytes
             for dtype in ("fp16", "bf16")
         }
     except PlanError as error:  # an architecture that no forecast can replay

@@ -221,6 +221,16 @@ def test_a_converted_model_is_split_in_its_own_formats():
     assert panel.plan == Plan.uniform(converted, "stored", context=1024)
 
 
+@pytest.mark.parametrize(("card", "dtype"), [("t4", "fp16"), ("rtx3050", "bf16")])
+def test_the_start_is_in_the_16_bits_that_the_card_has_units_for(card, dtype):
+    spec = ModelSpec.from_config(tiny_config("qwen2", max_position_embeddings=2048), "longer")
+    panel = LayerSplitPanel(spec, GpuBudget.parse("1000MiB", card=card), machine=Made())
+    assert panel.plan.dtype == panel.state.recipe == dtype
+    panel.state = replace(panel.state, recipe="int8")
+    assert panel.plan.dtype == dtype
+    assert {assignment.format for assignment in panel.plan.modules.values()} == {dtype, "int8"}
+
+
 def test_a_loaded_models_plan_and_gpu_are_the_start():
     tiny_spec("qwen2")
     plan = replace(tiny_plan("qwen2", "int3").with_gpu_layers(1), kv_format="int8", threads=1)

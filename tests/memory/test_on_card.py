@@ -10,7 +10,10 @@ import torch
 from lowvram_lab.engine.lean import LeanDecoder, decoder_for
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory import cuda
-from lowvram_lab.memory.cuda import CudaGpu, PinnedBlock, open_gpu, process_bytes
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.cuda import TORCHS_STREAMS, CudaGpu, PinnedBlock, open_gpu, process_bytes
+from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.memory.torch_release import torch_release
 from lowvram_lab.planner import measure_rates
 from lowvram_lab.units import MiB
 from tests.helpers.card import computes
@@ -92,6 +95,35 @@ def test_where_no_graph_fits_the_layers_run_one_by_one(monkeypatch):
     found = decoded(decoder, ids, 10)
     assert decoder.name == "the lean decoder"
     assert not computes() or relative_error(found, expected) < TOLERANCES["fp32"]
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_where_capturing_has_no_room_to_begin_the_run_goes_on(dry):
+    """Not even for the graph's seed: no failure of the run, and whatever comes next is on the usual stream."""
+    budget = GpuBudget(22 * MiB)  # a segment of each kind
+    gpu, usual = DryRunGpu(budget) if dry else open_gpu(budget), torch.cuda.current_stream()
+    with gpu.active():
+        graphs, held = gpu.graphs(), [gpu.buffer(2 * MiB) for _ in range(10)]
+        held += [gpu.buffer(512) for _ in range(2 * MiB // 512)]
+        if torch_release() < (2, 14):
+            with pytest.raises(torch.OutOfMemoryError), graphs.capturing():
+                pass
+        with pytest.raises(torch.OutOfMemoryError), graphs.capturing():
+            gpu.buffer(512)
+    assert torch.cuda.current_stream() == usual
+    assert gpu.recording.first_oom is None
+    assert len(held) == 10 + 4096
+
+
+def test_decoders_have_streams_of_their_own_however_many_torch_has_handed_out():
+    gpu = open_gpu()
+    graphs = [gpu.graphs() for _ in range(3)]
+    for _ in range(2 * TORCHS_STREAMS):
+        torch.cuda.Stream()
+    graphs += [gpu.graphs() for _ in range(10)]
+    assert len({each._stream for each in graphs}) == len(graphs)
+    last = graphs.pop()._stream
+    assert gpu.graphs()._stream in {last, *(stream for stream, used in cuda._streams[gpu.device].items() if not used)}
 
 
 def test_what_is_no_one_graph_is_left_to_the_modules():

@@ -1,12 +1,14 @@
 """Plans for a card say what suits it: no bf16 and no int4 where a T4 has neither units nor kernel for them."""
 
+import argparse
 import json
-from dataclasses import replace
 
 import pytest
 
-from lowvram_lab.faces.panel import LayerSplitPanel
+from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.card import CARDS
+from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner import suited
 from lowvram_lab.planner.auto import auto_plan
@@ -79,16 +81,24 @@ def test_the_command_says_it_first(capsys, monkeypatch):
     assert out.startswith("- the card has capability 7.5: fp16, not bf16")
 
 
+ASKED = {"int8": None, "bf16": "bf16", "fp16": "fp16", "FP16": "fp16", "float16": "fp16", "bfloat16": "bf16"}
+
+
 @pytest.mark.parametrize(("card", "dtype"), [("t4", "fp16"), ("rtx3050", "bf16")])
 def test_a_format_asked_for_leaves_the_rest_in_what_the_card_has_units_for(capsys, card, dtype):
-    words = ("forecast", "qwen1.5-4b", "--gpu", "8GiB", "--card", card, "--format")
-    for recipe, found in {"int8": dtype, "bf16": "bf16", "fp16": "fp16"}.items():
+    words = ("forecast", "smollm2-135m", "--gpu", "8GiB", "--card", card, "--format")
+    for recipe, named in ASKED.items():
         _, out, _ = run_command(capsys, *words, recipe)
-        assert f"{found} KV" in out
-    panel = LayerSplitPanel("qwen1.5-4b", on(card, "8GiB"))
-    assert panel.plan.dtype == panel.state.recipe == dtype
-    panel.state = replace(panel.state, recipe="int8")
-    assert held(panel.plan) == {dtype, "int8"}
+        assert f"{named or dtype} KV" in out
+        assert out.startswith(f"{named or recipe} weights")
+
+
+def test_without_a_size_a_t4s_16_bits_are_fp16(monkeypatch):
+    monkeypatch.setattr("lowvram_lab.memory.dry_run.this_card", lambda: CARDS["t4"])
+    parser = argparse.ArgumentParser()
+    add_plan_options(parser, budget_required=False)
+    plan, _, _ = chosen_plan(parser.parse_args(["a model"]), packaged_spec("smollm2-135m"), DryRunGpu(None))
+    assert held(plan) == {"fp16"}
 
 
 class Speed:

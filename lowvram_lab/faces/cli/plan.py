@@ -11,7 +11,6 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
@@ -21,11 +20,13 @@ from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import head_modules
 from lowvram_lab.planner.profile import SpeedProfile
 from lowvram_lab.planner.speed import forecast_speed
-from lowvram_lab.planner.suited import RECIPES, suited
+from lowvram_lab.planner.suited import RECIPES, names_its_dtype, sixteen_bits
 from lowvram_lab.planner.tune import tune
 from lowvram_lab.units import format_bytes, parse_bytes
 
 LONGEST = "longest"
+SIXTEEN_BITS = "16 bits"
+"""A default format: which 16 bits, the card decides."""
 CHOSEN = ("disk_layers", "stream_from", "prefill_chunk", "on_cpu")
 """Options of a stated plan that the planner chooses by itself."""
 
@@ -98,7 +99,7 @@ def _stated_context(text: str) -> int:
 def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu, default_format: str | None):
     """The plan the options state, or ``None`` where they leave the choice to the planner.
 
-    The card decides in which 16 bits a recipe computes that names none.
+    The card decides in which 16 bits a recipe computes that names none, and what ``SIXTEEN_BITS`` are.
     """
     if args.context == LONGEST and (args.plan or args.format or default_format):
         raise LowvramError("--context longest is for the planner: give it --gpu, and neither --format nor --plan")
@@ -108,7 +109,9 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
             plan = replace(plan, context=args.context)
     elif args.format or default_format:
         recipe = args.format or ("stored" if spec.stored else default_format)
-        dtype = None if recipe in (*DTYPES, "stored") else sixteen_bits(args, spec, card)
+        if recipe == SIXTEEN_BITS:
+            recipe = sixteen_bits(spec, card, args.context)
+        dtype = None if names_its_dtype(recipe) else sixteen_bits(spec, card, args.context)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048, dtype=dtype)
     elif given := [f"--{name.replace('_', '-')}" for name in CHOSEN if getattr(args, name) is not None]:
         verb = "goes" if len(given) == 1 else "go"
@@ -131,11 +134,6 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
     )
 
 
-def sixteen_bits(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu) -> str:
-    """bf16, or fp16 on a card that has no units for bf16."""
-    return suited(spec, card, None if args.context == LONGEST else args.context)[1]
-
-
 def _ends(spec: ModelSpec, name: str) -> set[str]:
     """The modules of ``--on-cpu``, and those that share a weight with them."""
     embedding = {*head_modules(spec)} if spec.tied else {spec.embedding}
@@ -152,7 +150,7 @@ def options_between(before: Plan, after: Plan, from_file: bool = False) -> str:
 
     Returns:
         Such as ``"--prefill-chunk 512 --kv int8"``; ``""`` where no options do, as for a head alone in int8. bf16 and
-        fp16 count as one: a recipe's name brings the one it has.
+        fp16 count as one: a recipe's name brings its own, or the card's.
     """
     made, words = before, []
     if after.stream_from != before.stream_from or (from_file and _formats(after) != _formats(before)):
@@ -196,7 +194,7 @@ def _says(plan: Plan) -> tuple:
 
 def chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
     """The stated plan with its forecast, or the planner's choice; and why."""
-    plan = stated_plan(args, spec, gpu, None if gpu.budget else sixteen_bits(args, spec, gpu))
+    plan = stated_plan(args, spec, gpu, None if gpu.budget else SIXTEEN_BITS)
     if plan is not None:
         if args.prefer or args.disk:
             raise LowvramError(

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lowvram_lab.faces.cli.plan import add_plan_options, options_between, stated_plan
-from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.moves import head_modules
 from tests.helpers.tiny import tiny_spec
@@ -16,7 +16,7 @@ def typed(spec, *words):
     parser = argparse.ArgumentParser()
     add_plan_options(parser, budget_required=False)
     arguments = parser.parse_args(["a model", "--format", "int8", "--context", "64", *words])
-    return stated_plan(arguments, spec, DryRunGpu(None), None)
+    return stated_plan(arguments, spec, GpuBudget.parse("8GiB", card="rtx3050"), None)
 
 
 def moved(kind, ends, **changes):
