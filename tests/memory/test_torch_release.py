@@ -19,7 +19,7 @@ def test_the_release_is_read_from_the_version(monkeypatch, words, release):
 
 
 def _held_by_products(release, monkeypatch, *, bias: bool) -> int:
-    monkeypatch.setattr(dry_run, "torch_release", lambda: release)
+    monkeypatch.setattr(torch, "__version__", "{}.{}.0".format(*release))
     gpu = dry_run.DryRunGpu(GpuBudget.parse(4 * GiB, card="t4"))
     with gpu.active():
         x, weight = gpu.zeros((4, 64), torch.float16, "gpu"), gpu.zeros((64, 64), torch.float16, "gpu")
@@ -42,7 +42,7 @@ def test_before_2_12_a_product_with_a_bias_keeps_a_second_workspace(monkeypatch,
 )
 def test_where_the_seeds_of_two_graphs_lie(monkeypatch, release, seeds, small_segments):
     """Before 2.12 one pair for all, on the stream that captures; from 2.14 on none where nothing random is drawn."""
-    monkeypatch.setattr(dry_run, "torch_release", lambda: release)
+    monkeypatch.setattr(torch, "__version__", "{}.{}.0".format(*release))
     gpu = dry_run.DryRunGpu(None)
     with gpu.active():
         weights = gpu.zeros((16,), torch.float16, "gpu")

@@ -287,15 +287,19 @@ def test_a_budget_that_cannot_be_used(budget, error):
         forecast(tiny_plan("qwen2"), budget)
 
 
-def test_two_decoders_of_a_dry_run_share_the_workspace_of_graphs():
+def test_a_decoder_of_a_dry_run_gives_the_workspace_of_its_graphs_back():
     gpu = DryRunGpu(None, "cuda")
     model = load(tiny_plan("qwen2"), gpu, checkpoint=ShapesOnly(tiny_spec("qwen2")), progress=False)
     held = []
     for _ in range(2):
         with ImitateAttention(gpu):
-            decoder_for(model, 64)
+            decoder = decoder_for(model, 64)
         held.append(gpu.meter.category_bytes("workspace"))
-    assert held[0] == held[1] >= cublas_workspace_bytes(this_card())
+        del decoder
+        held.append(gpu.meter.category_bytes("workspace"))
+    with_it, without = held[:2]
+    assert held[2:] == [with_it, without]
+    assert with_it - without >= cublas_workspace_bytes(this_card())
 
 
 @pytest.mark.parametrize("kernels", ["gpu", "CUDA", "", None])
