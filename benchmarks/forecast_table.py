@@ -1,8 +1,8 @@
 """The table: forecast against PyTorch's own counters, 120 rows for one card, each in another setting.
 
 Ten models x four formats x three placements; segments, cap and workload change from row to row so that any two settings
-meet. Every row is forecast and then run: loaded, prompted, decoded by the chat's decoder (the lean one as CUDA graphs,
-unless layers in nf4 lie in RAM), asked again. Widths are kept, but for the layers and the vocabulary; a cap is as tight
+meet. Every row is forecast and then run: loaded, prompted, decoded by the chat's decoder (the lean one, as CUDA
+graphs), asked again. Widths are kept, but for the layers and the vocabulary; a cap is as tight
 for the small model as the stated one is for the real one.
 
     python benchmarks/forecast_table.py [--only PATTERN] [--output FILE]

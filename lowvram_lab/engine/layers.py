@@ -130,7 +130,9 @@ class QuantizedLinear(Quantized):
         return result.view(*x.shape[:-1], self.out_features)
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """``(tokens, in_features)`` → ``(tokens, out_features)``: dequantise + matmul, a bounded tile at a time."""
+        """``(tokens, in_features)`` → ``(tokens, out_features)``: our kernel, or dequantise + matmul, tile by tile."""
+        if (found := self.by_our_kernel(rows)) is not None:
+            return found
         step = max(1, TILE_BYTES // (rows.element_size() * self.in_features))
         step = max(step - step % self.tile_rows, self.tile_rows)
         if step >= self.out_features:
@@ -142,14 +144,16 @@ class QuantizedLinear(Quantized):
         return result
 
     def has_our_kernel(self) -> bool:
-        """Whether our kernel multiplies by the weight as it lies; it is compiled where this machine has none yet."""
+        """Whether our kernel multiplies by the weight as it lies."""
         whole = self.in_features % (self.format.group_size or 1) == 0  # of nf4, groups may go on in the next row
         return self.kernels == "cpu" and whole and product.there()
 
-    def multiply_by_ours(self, rows: torch.Tensor) -> torch.Tensor:
-        """Our kernel for few tokens on the CPU, where there is a compiler; else ``QuantizedLinear``'s way."""
+    def by_our_kernel(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """``multiply`` by our kernel, for few tokens on the CPU where there is a compiler; else ``None``."""
         if rows.shape[0] > product.MOST_ROWS or not self.has_our_kernel():
-            return QuantizedLinear.multiply(self, rows)
+            return None
+        if not rows.is_meta and product.library() is None:
+            return None
         codes, scales = (getattr(self, name) for name in self.held)
         number = product.format_number(self.format)
         return product.quantized_product(rows.float(), codes, scales, self.out_features, number).to(rows.dtype)
@@ -204,9 +208,8 @@ class Int8Linear(_Int8Rows, QuantizedLinear):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """CPU kernel for few tokens, dequantised tiles for many and on CUDA."""
-        if self.in_features % INT8_COLUMNS:
-            return self.multiply_by_ours(rows)
-        if self.kernels == "cpu" and rows.shape[0] < DEQUANTIZE_ROWS:
+        whole = self.in_features % INT8_COLUMNS == 0
+        if self.kernels == "cpu" and whole and rows.shape[0] < DEQUANTIZE_ROWS:
             return torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).to(rows.dtype)
         return super().multiply(rows)
 
@@ -252,7 +255,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """torch's int4 kernel where the layout has one for the device, else dequantised tiles."""
         if self.layout != self.kernels:  # nibbles; or packed for the CPU, and for now on the GPU: see travel.py
-            return self.multiply_by_ours(rows)
+            return super().multiply(rows)
         x = rows.to(torch.bfloat16)
         if self.layout == "cpu":
             kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -269,10 +272,6 @@ class PackedLinear(_PackedRows, QuantizedLinear):
 
     held = ("packed", "scale")
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """See ``multiply_by_ours``."""
-        return self.multiply_by_ours(rows)
-
 
 class Nf4Linear(QuantizedLinear):
     """bitsandbytes' 4-bit NormalFloat: two codes a byte, one fp32 absmax for every 64 weights."""
@@ -283,9 +282,8 @@ class Nf4Linear(QuantizedLinear):
         """For few tokens bitsandbytes' fused kernel on CUDA, ours on the CPU; else a dequantised weight and matmul."""
         import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 
-        if rows.shape[0] <= product.MOST_ROWS and self.has_our_kernel():
-            return self.multiply_by_ours(rows)
-
+        if (found := self.by_our_kernel(rows)) is not None:
+            return found
         kernels, group_size = torch.ops.bitsandbytes, self.format.group_size
         shape = [self.out_features, self.in_features]
         if self.kernels == "cuda" and rows.shape[0] <= NF4_FUSED_ROWS:
@@ -353,7 +351,7 @@ def import_kernels(formats: set[str]) -> None:
     if "int4" in kinds:
         cpu_block_rows()
     if kinds - {"float"}:
-        product.there()
+        product.library()
 
 
 def quantized_linear(

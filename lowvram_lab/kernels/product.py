@@ -38,10 +38,18 @@ _WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), (
 logger = logging.getLogger(__name__)
 
 
+_failed: set[tuple[str, Path]] = set()
+
+
 def there() -> bool:
-    """Whether the operator computes here; compiles its library where this machine has none yet."""
+    """Whether the operator will compute here: there is a compiler, and it has not failed yet. Compiles nothing."""
     command = compiler()
-    return command is not None and _library(command, cache_dir().absolute()) is not None
+    return command is not None and (command, cache_dir().absolute()) not in _failed
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, compiled first where this machine has none yet; ``None``, and a warning, where that fails."""
+    return _library(compiler(), cache_dir().absolute()) if there() else None
 
 
 @functools.cache
@@ -50,6 +58,7 @@ def _library(command: str, folder: Path) -> ctypes.CDLL | None:
         return _opened(_built(command, folder))
     except (LowvramError, OSError) as error:
         logger.warning("weights are dequantised, which is slower: %s", error)
+        _failed.add((command, folder))
         return None
 
 
@@ -96,13 +105,14 @@ def features_of(codes: torch.Tensor, columns: int, format: int) -> int:
 
 
 def _on_cpu(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
-    if not there():
-        raise RuntimeError("quantized_product was called where it is not there; ask there() first")
+    opened = library()
+    if opened is None:
+        raise RuntimeError("quantized_product was called where it is not there; ask library() first")
     rows, codes = rows.contiguous(), codes.contiguous()
     result = rows.new_empty(rows.shape[0], features)
     by_group = {1: lambda: scales.view(features, -1).t(), 2: scales.t, 3: lambda: scales}[scales.dim()]()
     first = scales.data_ptr()
-    _library(compiler(), cache_dir().absolute()).lowvram_product(
+    opened.lowvram_product(
         rows.data_ptr(),
         rows.shape[0],
         codes.data_ptr(),

@@ -71,7 +71,7 @@ class Format:
         name: As written in a plan, e.g. ``"int4-g128"``.
         kind: ``"float"``, ``"int8"`` (one scale per output channel), ``"int4"`` (scale and zero per group of
             ``group_size`` inputs, as torch's kernels want them), ``"packed"`` (2 to 6 bits packed tight, a scale per
-            group, no kernel of their own) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
+            group; on the CPU a kernel of ours) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
         bits: Bits of one code, without scales.
         group_size: Weights that share a scale, or ``None`` for a whole row.
         modules: Kinds of module that may hold it.

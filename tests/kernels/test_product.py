@@ -171,6 +171,8 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch, tmp_path, c
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main( {")
     monkeypatch.setattr(product, "_SOURCE", broken)
+    assert product.there()  # nothing was compiled yet
+    assert product.library() is None
     assert not product.there()
     assert "weights are dequantised, which is slower" in caplog.text
     assert "error" in caplog.text
@@ -179,13 +181,13 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch, tmp_path, c
 
 def test_a_changed_library_is_not_opened(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
-    assert product.there()
+    assert product.library()
     (file,) = (tmp_path / "compiled").glob("kernels-*/library.so")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.unlink()  # this process still has the other one mapped
     file.write_bytes(data)
     product._library.cache_clear()
-    assert not product.there()
+    assert product.library() is None
     assert "was changed since it was made: remove its folder" in caplog.text
     product._library.cache_clear()
