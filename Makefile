@@ -65,7 +65,7 @@ fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## all gpu tests, accuracy and make gpu-
 	FAKE_CUDA_ARITHMETIC=1 $(FAKE) tests/fakecuda/check.py
 	FAKE_CUDA_ARITHMETIC=1 OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -m gpu --assert=plain --cov --cov-config=tests/fakecuda/coveragerc --cov-report= $(ARGS)
 	$(CUDA_PYTHON) tests/fakecuda/cuda_lines.py
-	for capability in 7.5 9.0 12.0; do \
+	for capability in 7.5 8.6 9.0 12.0; do \
 	  FAKE_CUDA_CC=$$capability OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
 	    -k 'attention or forecast' $(ARGS) || exit 1; \
 	done
@@ -151,7 +151,7 @@ $(CUDA_VENV)/.installed: pyproject.toml constraints.txt
 	python3 -m venv --clear $(CUDA_VENV) || exit 1; \
 	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 	  "$$(grep '^torch==' constraints.txt)" 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*' || exit 1; \
-	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' || exit 1; \
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]' ipywidgets || exit 1; \
 	touch $@; \
 	} >&2
 

@@ -77,6 +77,8 @@ def measured(*case, watched=True):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("mask", "watched"), [*((mask, True) for mask in MASKS), ("bool", False), ("added", False)])
 def test_attention_takes_what_is_forecast(dtype, mask, watched):
+    if not watched and torch.cuda.get_device_name() == "fake CUDA":
+        pytest.skip("the fake CUDA runtime looks on by a dispatch mode of its own where it computes values")
     major, minor = torch.cuda.get_device_capability()
     cases = list(itertools.product([dtype], HEADS, SIZES, TOKENS, [mask]))
     wrong = []
