@@ -81,6 +81,10 @@ class Quantized(nn.Module):
         """Some rows of the dequantised weight, ``(rows, columns)``; ``select`` is a slice or ``(rows,)`` ids."""
         raise NotImplementedError
 
+    def dequantises(self, select: slice | torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether our kernel makes these rows, in one pass."""
+        return False
+
 
 class QuantizedLinear(Quantized):
     """``y = x W^T + b`` with W stored in a quantised format.
@@ -148,6 +152,10 @@ class QuantizedLinear(Quantized):
         whole = self.in_features % (self.format.group_size or 1) == 0  # of nf4, groups may go on in the next row
         return self.kernels == "cpu" and whole and product.there()
 
+    def dequantises(self, select: slice | torch.Tensor, dtype: torch.dtype) -> bool:
+        """See ``Quantized``."""
+        return isinstance(select, slice) and dtype in product.DEQUANTIZED_IN and self.has_our_kernel()
+
     def by_our_kernel(self, rows: torch.Tensor) -> torch.Tensor | None:
         """``multiply`` by our kernel, for few tokens on the CPU where there is a compiler; else ``None``."""
         if rows.shape[0] > product.MOST_ROWS or not self.has_our_kernel():
@@ -173,6 +181,8 @@ class _Int4Rows:
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See ``Quantized``."""
         packed = self.packed[select]
+        if self.dequantises(select, dtype):
+            return product.dequantized(packed, self.scale_and_zero[:, select], 4, dtype)
         codes = self.codes(packed)
         scale, zero = self.scale_and_zero[:, select].to(dtype).transpose(0, 1).unbind(-1)
         groups = codes.view(*scale.shape, self.format.group_size).to(dtype)
@@ -190,6 +200,8 @@ class _PackedRows:
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See ``Quantized``."""
         packed = self.packed[select]
+        if self.dequantises(select, dtype):
+            return product.dequantized(packed, self.scale[select], self.format.bits, dtype)
         codes, scale = unpack(packed, self.format.bits), self.scale[select].to(dtype)
         groups = codes.to(dtype).view(*scale.shape, self.format.group_size)
         return groups.mul_(scale.unsqueeze(-1)).view(codes.shape)

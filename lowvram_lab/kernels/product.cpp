@@ -62,6 +62,12 @@ float from_bf16(uint16_t bits) {
   return value;
 }
 
+uint16_t to_bf16(float value) {  // rounds to the nearest, ties to even; no value here is NaN
+  uint32_t wide;
+  std::memcpy(&wide, &value, sizeof wide);
+  return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
+}
+
 float scale_at(const Weight& weight, int64_t place) {
   return weight.wide_scale ? static_cast<const float*>(weight.scale)[place]
                            : from_bf16(static_cast<const uint16_t*>(weight.scale)[place]);
@@ -115,12 +121,6 @@ void round_unit(const float* from, Input* to, float* sums) {
   const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), _mm512_add_ps(even, odd)));
-}
-
-uint16_t to_bf16(float value) {  // rounds to the nearest, ties to even; no value here is NaN
-  uint32_t wide;
-  std::memcpy(&wide, &value, sizeof wide);
-  return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
 }
 
 // Codes of less than a byte: each in 16 bits of its own.
@@ -181,6 +181,12 @@ struct Values<Int8> {
 };
 
 using Unit = __m512bh;
+void store(const Unit& unit, float* to) {
+  const __m512i all = (__m512i)unit;
+  const __m256i halves[] = {_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1)};
+  for (int half = 0; half < 2; half++)
+    _mm512_storeu_si512(to + LANES * half, _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves[half]), 16));
+}
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   return _mm512_dpbf16_ps(to, unit, (__m512bh)_mm512_loadu_si512(input));
 }
@@ -269,6 +275,9 @@ struct Values<Int8> {
   }
 };
 
+void store(const Unit& unit, float* to) {
+  for (int eight = 0; eight < 4; eight++) _mm256_storeu_ps(to + 8 * eight, unit.eights[eight]);
+}
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   for (int eight = 0; eight < 4; eight++) to = _mm256_fmadd_ps(unit.eights[eight], load(input + 8 * eight), to);
   return to;
@@ -334,6 +343,7 @@ struct Values {
   }
 };
 
+void store(const Unit& unit, float* to) { std::memcpy(to, unit.values, sizeof unit.values); }
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   for (int64_t i = 0; i < UNIT; i++) to.lane[i % LANES] += unit.values[i] * input[i];
   return to;
@@ -426,6 +436,39 @@ void multiply(const float* rows, int64_t count, const Weight& weight, float* out
   }
 }
 
+void put(float* to, int64_t at, float value) { to[at] = value; }
+void put(uint16_t* to, int64_t at, float value) { to[at] = to_bf16(value); }
+
+// The weight itself, rounded once.
+template <class FORMAT, class VALUE>
+void dequantise(const Weight& weight, VALUE* out) {
+  const int64_t groups = weight.columns / weight.group;
+#pragma omp parallel for schedule(static) if (weight.features * weight.columns >= SMALL)
+  for (int64_t feature = 0; feature < weight.features; feature++) {
+    const Values<FORMAT> values;
+    const uint8_t* at = weight.codes + feature * weight.columns * FORMAT::BITS / 8;
+    VALUE* to = out + feature * weight.columns;
+    for (int64_t group = 0; group < groups; group++) {
+      const int64_t place = group * weight.group_step + feature * weight.feature_step;
+      const float scale = scale_at(weight, place), zero = weight.zero ? from_bf16(weight.zero[place]) : 0;
+      for (int64_t unit = 0; unit < weight.group / UNIT; unit++, at += FORMAT::BYTES, to += UNIT) {
+        float codes[UNIT];
+        __builtin_prefetch(at + AHEAD);
+        store(values.of(at), codes);
+        for (int64_t i = 0; i < UNIT; i++) put(to, i, (codes[i] - Values<FORMAT>::ADDED) * scale + zero);
+      }
+    }
+  }
+}
+
+template <class FORMAT>
+void dequantise(const Weight& weight, void* out, bool wide) {
+  if (wide)
+    dequantise<FORMAT>(weight, static_cast<float*>(out));
+  else
+    dequantise<FORMAT>(weight, static_cast<uint16_t*>(out));
+}
+
 }  // namespace
 
 // What a weight's format is called here: 2 to 6 for integers of so many bits, NF4_CODES, INT8_CODES.
@@ -445,7 +488,21 @@ extern "C" void lowvram_product(const float* rows, int64_t count, const uint8_t*
   }
 }
 
-// The same as an operator of a library that torch's compiler made: it calls a C function with handles of tensors, for
+// Of integers of 2 to 6 bits, in bfloat16 or (wide) float32.
+extern "C" void lowvram_dequantise(const uint8_t* codes, const void* scale, const uint16_t* zero, int64_t features,
+                                   int64_t columns, int64_t bits, int64_t group, int64_t group_step,
+                                   int64_t feature_step, bool wide, void* out) {
+  const Weight weight{codes, scale, zero, false, features, columns, group, group_step, feature_step};
+  switch (bits) {
+    case 2: return dequantise<Integer<2>>(weight, out, wide);
+    case 3: return dequantise<Integer<3>>(weight, out, wide);
+    case 4: return dequantise<Integer<4>>(weight, out, wide);
+    case 5: return dequantise<Integer<5>>(weight, out, wide);
+    case 6: return dequantise<Integer<6>>(weight, out, wide);
+  }
+}
+
+// The product as an operator of a library that torch's compiler made: it calls a C function with handles of tensors, for
 // which torch exports the functions below (torch/csrc/inductor/aoti_torch/c/shim.h).
 extern "C" {
 

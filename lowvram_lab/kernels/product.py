@@ -91,6 +91,8 @@ def _opened(path: Path) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.lowvram_product.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_bool, *[number] * 6, pointer]
     library.lowvram_product.restype = None
+    library.lowvram_dequantise.argtypes = [*[pointer] * 3, *[number] * 6, ctypes.c_bool, pointer]
+    library.lowvram_dequantise.restype = None
     return library
 
 
@@ -110,24 +112,43 @@ def _on_cpu(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, featu
         raise RuntimeError("quantized_product was called where it is not there; ask library() first")
     rows, codes = rows.contiguous(), codes.contiguous()
     result = rows.new_empty(rows.shape[0], features)
-    by_group = {1: lambda: scales.view(features, -1).t(), 2: scales.t, 3: lambda: scales}[scales.dim()]()
-    first = scales.data_ptr()
+    scale, zero, groups, steps = _scales(scales, features)
     opened.lowvram_product(
         rows.data_ptr(),
         rows.shape[0],
         codes.data_ptr(),
-        first,
-        first + scales.element_size() if scales.dim() == 3 else None,
+        scale,
+        zero,
         scales.dtype == torch.float32,
         features,
         rows.shape[1],
         format,
-        rows.shape[1] // by_group.shape[0],
-        by_group.stride(0),
-        by_group.stride(1),
+        rows.shape[1] // groups,
+        *steps,
         result.data_ptr(),
     )
     return result
+
+
+def _scales(scales: torch.Tensor, features: int) -> tuple[int, int | None, int, tuple[int, int]]:
+    """Addresses of scales and zeros, groups of a row, and elements from a group and from a row to the next."""
+    zeros = scales.dim() == 3
+    by_group = scales if zeros else scales.view(features, -1).t() if scales.dim() == 1 else scales.t()
+    first = scales.data_ptr()
+    return first, first + scales.element_size() if zeros else None, by_group.shape[0], by_group.stride()[:2]
+
+
+def _dequantised_on_cpu(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    result, codes = _dequantised_on_meta(codes, scales, bits, dtype), codes.contiguous()
+    scale, zero, groups, steps = _scales(scales, codes.shape[0])
+    columns, wide = result.shape[1], dtype == torch.float32
+    sizes = codes.shape[0], columns, bits, columns // groups, *steps
+    library().lowvram_dequantise(codes.data_ptr(), scale, zero, *sizes, wide, result.data_ptr())
+    return result
+
+
+def _dequantised_on_meta(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    return codes.new_empty(codes.shape[0], 8 * codes.element_size() * codes.shape[1] // bits, dtype=dtype)
 
 
 def _on_meta(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
@@ -138,6 +159,9 @@ _OPERATORS = torch.library.Library("lowvram", "DEF")
 _OPERATORS.define("quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, int format) -> Tensor")
 _OPERATORS.impl("quantized_product", _on_cpu, "CPU")
 _OPERATORS.impl("quantized_product", _on_meta, "Meta")
+_OPERATORS.define("dequantized(Tensor codes, Tensor scales, int bits, ScalarType dtype) -> Tensor")
+_OPERATORS.impl("dequantized", _dequantised_on_cpu, "CPU")
+_OPERATORS.impl("dequantized", _dequantised_on_meta, "Meta")
 
 quantized_product = torch.ops.lowvram.quantized_product.default
 """Few rows times a quantised weight.
@@ -154,3 +178,18 @@ Args:
 Returns:
     ``(rows, features)`` float32. A row's result does not depend on the other rows.
 """
+
+dequantized = torch.ops.lowvram.dequantized.default
+"""A weight of 2 to 6 bits, or of two int4 codes a byte, or some rows of it.
+
+Args:
+    codes: ``(features, …)``, as of ``quantized_product``.
+    scales: ``(features, groups)``, or ``(groups, features, 2)``.
+    bits: Of a code.
+    dtype: ``torch.bfloat16`` or ``torch.float32``.
+
+Returns:
+    ``(features, columns)`` in dtype, each value rounded once.
+"""
+
+DEQUANTIZED_IN = (torch.bfloat16, torch.float32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowvram_lab.kernels import product
-from lowvram_lab.kernels.product import features_of, quantized_product
+from lowvram_lab.kernels.product import dequantized, features_of, quantized_product
 from lowvram_lab.weights.codes import pack
 from tests.helpers.tiny import relative_error
 
@@ -106,6 +106,26 @@ def test_a_rows_result_does_not_depend_on_the_others(name, way):
     alone = torch.cat([quantized_product(row[None], codes, scales, features, number) for row in x])
     for rows in range(1, 18):
         assert torch.equal(quantized_product(x[:rows], codes, scales, features, number), alone[:rows])
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
+def test_a_dequantised_weight_is_rounded_once(bits, way):
+    for group, zeros in itertools.product(GROUPS, (False, True)):
+        codes, scales, weight = integers(bits, group, zeros=zeros)
+        for dtype in (torch.bfloat16, torch.float32):
+            found = dequantized(codes, scales, bits, dtype)
+            if zeros:  # the sum is rounded to float32 first
+                torch.testing.assert_close(
+                    found.double(), weight, rtol=2**-8 if dtype == torch.bfloat16 else 2e-6, atol=1e-6
+                )
+            else:
+                assert torch.equal(found, weight.to(dtype))
+        some = scales[:, 8:24] if zeros else scales[8:24]
+        assert torch.equal(
+            dequantized(codes[8:24], some, bits, torch.bfloat16), dequantized(codes, scales, bits, torch.bfloat16)[8:24]
+        )
+        assert dequantized(codes.to("meta"), scales.to("meta"), bits, torch.bfloat16).shape == weight.shape
 
 
 def test_threads_change_nothing():
