@@ -8,6 +8,7 @@ CUDA_VENV   := .venv-cuda
 CUDA_PYTHON ?= $(CUDA_VENV)/bin/python
 FAKE_BUILD  := $(CURDIR)/$(CUDA_VENV)/fakecuda
 FAKE        := FAKE_CUDA_BUILD=$(FAKE_BUILD) tests/fakecuda/fakecuda $(CUDA_PYTHON)
+FAKE_TESTS  := OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -m gpu --assert=plain
 ARGS   ?=
 # Two workers of one thread each: a thread that finds the other core busy waits longer than it saves.
 WORKERS := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
@@ -63,10 +64,10 @@ gpu-check: $(STAMP) ## all that only a CUDA card can answer, in nine minutes, in
 
 fake-cuda: $(FAKE_BUILD)/libcupti.so.13 ## all gpu tests, accuracy and make gpu-check's script on CUDA without a card (tests/fakecuda)
 	FAKE_CUDA_ARITHMETIC=1 $(FAKE) tests/fakecuda/check.py
-	FAKE_CUDA_ARITHMETIC=1 OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -m gpu --assert=plain --cov --cov-config=tests/fakecuda/coveragerc --cov-report= $(ARGS)
+	FAKE_CUDA_ARITHMETIC=1 $(FAKE_TESTS) --cov --cov-config=tests/fakecuda/coveragerc --cov-report= $(ARGS)
 	$(CUDA_PYTHON) tests/fakecuda/cuda_lines.py
 	for capability in 7.5 8.6 9.0 12.0; do \
-	  FAKE_CUDA_CC=$$capability OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -m gpu --assert=plain tests/memory/test_attention.py tests/test_cuda.py \
+	  FAKE_CUDA_CC=$$capability $(FAKE_TESTS) tests/memory/test_attention.py tests/test_cuda.py \
 	    -k 'attention or forecast' $(ARGS) || exit 1; \
 	done
 	$(FAKE) benchmarks/forecast_accuracy.py
@@ -76,7 +77,7 @@ fake-cuda-build: $(FAKE_BUILD)/libcupti.so.13 ## the fake CUDA runtime and its e
 
 fake-cuda-short: $(FAKE_BUILD)/libcupti.so.13 ## the part of fake-cuda that needs no values: bytes, in a few minutes
 	$(FAKE) tests/fakecuda/check.py
-	OMP_NUM_THREADS=1 $(FAKE) -m pytest -n 2 -q -m gpu --assert=plain tests/memory tests/test_cuda.py $(ARGS)
+	$(FAKE_TESTS) -q tests/memory tests/test_cuda.py $(ARGS)
 
 forecast-table: $(FAKE_BUILD)/libcupti.so.13 ## forecast against PyTorch's counters on the fake cards; half an hour, writes data/forecast_table.json
 	for capability in 7.5 8.6 9.0 12.0; do \

@@ -7,6 +7,7 @@ twice their bytes of RAM that nothing else may use. Whole pages are taken from t
 
 import contextlib
 import functools
+import itertools
 import logging
 import mmap
 import os
@@ -218,7 +219,6 @@ class CudaGraphs:
 
     def _find_room_to_begin(self) -> None:
         """Runs out of memory now, if capturing would as it begins: torch would not leave off capturing then."""
-        torch.cuda.empty_cache()
         where = seeds_of_graphs()
         if where != "none":
             with torch.cuda.stream(self._stream if where == "capturing" else None):
@@ -229,11 +229,9 @@ def _take_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream that no graphs use: an idle one, or another; torch has 32, and hands them out again and again."""
     with _streams_lock:
         streams = _streams[device]
-        stream = next((idle for idle, used in streams.items() if not used), None) or torch.cuda.Stream(device)
-        for _ in range(TORCHS_STREAMS):
-            if not streams.get(stream):
-                break
-            stream = torch.cuda.Stream(device)
+        others = (torch.cuda.Stream(device) for _ in range(TORCHS_STREAMS))
+        unused = (stream for stream in itertools.chain(streams, others) if not streams.get(stream))
+        stream = next(unused, None) or torch.cuda.Stream(device)
         streams[stream] = True
         return stream
 

@@ -172,11 +172,9 @@ class DryGraphs:
     @contextmanager
     def capturing(self) -> Iterator[None]:
         """See ``CudaGraphs``."""
-        allocator = self._gpu.meter.allocator
-        allocator.empty_cache()
         with self._without_failing():
-            self._hold_seeds()
-            allocator.empty_cache()
+            self._hold_seeds()  # whether there is room; then torch empties the cache
+            self._gpu.meter.allocator.empty_cache()
             self._take_seeds()
         self._begun.append("graph")
         with self._on_its_stream(self._pool):
