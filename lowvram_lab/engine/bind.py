@@ -10,10 +10,9 @@ from torch import nn
 
 from lowvram_lab.engine.cache_layers import FixedLayer
 from lowvram_lab.engine.fuse import fuse
-from lowvram_lab.engine.layers import INT8_COLUMNS, Int4Linear, Int8Linear, QuantizedLinear
+from lowvram_lab.engine.layers import Int4Linear, Int8Linear, QuantizedLinear
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product
 from lowvram_lab.engine.loaded import Loaded, loaded
-from lowvram_lab.kernels.product import format_number
 from lowvram_lab.model.plan import compute_place
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -73,14 +72,14 @@ def product_of(projection: nn.Module) -> Product | None:
     bias = projection.bias is not None
     if not isinstance(projection, QuantizedLinear):
         return Product("float", bias=bias)
+    if projection.has_our_kernel():
+        return Product("ours", format=projection.kernel_format, bias=bias)
     if isinstance(projection, Int4Linear) and projection.layout == projection.kernels:
         kernel = "int4" if projection.layout == "cpu" else "int4 on CUDA"
         return Product(kernel, projection.format.group_size, bias=bias)
     if projection.kernels == "cuda":
         return Product("module", bias=bias)
-    if isinstance(projection, Int8Linear) and projection.in_features % INT8_COLUMNS == 0:
-        return Product("int8", bias=bias)
-    return Product("ours", format=format_number(projection.format), bias=bias) if projection.has_our_kernel() else None
+    return Product("int8", bias=bias) if isinstance(projection, Int8Linear) and projection.by_torch() else None
 
 
 def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = None) -> list:

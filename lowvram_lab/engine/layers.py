@@ -1,9 +1,9 @@
 """Layers that hold quantised weights and run them over kernels.
 
-CPU: ``_weight_int8pack_mm`` and ``_weight_int4pack_mm_for_cpu``, bfloat16 activations only (other dtypes are 20 times
-slower, so they are cast around the call); for the bits and groups that torch has no kernel for one of ours
-(``kernels/product.py``). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where none serves, a
-tile of the weight is dequantised at a time, so that the temporary stays small (nf4: all of it).
+CPU: a kernel of ours (``kernels/product.py``) where there is a C++ compiler; without one ``_weight_int8pack_mm`` and
+``_weight_int4pack_mm_for_cpu``, bfloat16 activations only (other dtypes are 20 times slower, so they are cast around the
+call). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where none serves, and for many tokens, a
+tile of the weight is dequantised at a time, so that the temporary stays small (nf4 on CUDA: all of it).
 
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
@@ -156,15 +156,21 @@ class QuantizedLinear(Quantized):
         """See ``Quantized``."""
         return isinstance(select, slice) and dtype in product.DEQUANTIZED_IN and self.has_our_kernel()
 
+    @property
+    def kernel_format(self) -> int:
+        """How our kernel calls the way in which the weight lies."""
+        return product.format_number(self.format)
+
     def by_our_kernel(self, rows: torch.Tensor) -> torch.Tensor | None:
         """``multiply`` by our kernel, for few tokens on the CPU where there is a compiler; else ``None``."""
-        if rows.shape[0] > product.MOST_ROWS or not self.has_our_kernel():
+        many = rows.shape[0] > product.MOST_ROWS and self.kernel_format != product.INT4_BLOCKS
+        if many or not self.has_our_kernel():
             return None
         if not rows.is_meta and product.library() is None:
             return None
         codes, scales = (getattr(self, name) for name in self.held)
-        number = product.format_number(self.format)
-        return product.quantized_product(rows.float(), codes, scales, self.out_features, number).to(rows.dtype)
+        found = product.quantized_product(rows.float(), codes, scales, self.out_features, self.kernel_format)
+        return found.to(rows.dtype)
 
 
 class _Int8Rows:
@@ -172,7 +178,10 @@ class _Int8Rows:
 
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See ``Quantized``."""
-        return self.weight[select].to(dtype).mul_(self.scale[select].to(dtype).unsqueeze(1))
+        codes, scale = self.weight[select], self.scale[select]
+        if self.dequantises(select, dtype):
+            return product.dequantized(codes, scale, codes.shape[0], 8, dtype)
+        return codes.to(dtype).mul_(scale.to(dtype).unsqueeze(1))
 
 
 class _Int4Rows:
@@ -182,7 +191,7 @@ class _Int4Rows:
         """See ``Quantized``."""
         packed = self.packed[select]
         if self.dequantises(select, dtype):
-            return product.dequantized(packed, self.scale_and_zero[:, select], 4, dtype)
+            return product.dequantized(packed, self.scale_and_zero[:, select], packed.shape[0], 4, dtype)
         codes = self.codes(packed)
         scale, zero = self.scale_and_zero[:, select].to(dtype).transpose(0, 1).unbind(-1)
         groups = codes.view(*scale.shape, self.format.group_size).to(dtype)
@@ -201,27 +210,30 @@ class _PackedRows:
         """See ``Quantized``."""
         packed = self.packed[select]
         if self.dequantises(select, dtype):
-            return product.dequantized(packed, self.scale[select], self.format.bits, dtype)
+            return product.dequantized(packed, self.scale[select], packed.shape[0], self.format.bits, dtype)
         codes, scale = unpack(packed, self.format.bits), self.scale[select].to(dtype)
         groups = codes.to(dtype).view(*scale.shape, self.format.group_size)
         return groups.mul_(scale.unsqueeze(-1)).view(codes.shape)
 
 
 class Int8Linear(_Int8Rows, QuantizedLinear):
-    """torch's int8 kernel on the CPU; for widths that it does not read, ours."""
+    """Our kernel on the CPU; without a compiler torch's, for widths that it reads."""
 
     held = ("weight", "scale")
 
     def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
-        """See ``Quantized``; a weight that begins where the kernel cannot read it is copied."""
+        """See ``Quantized``; a weight that begins where torch's kernel cannot read it is copied."""
         super().fill(tensors, move)
-        if self.kernels == "cpu" and not self.weight.is_meta and self.weight.data_ptr() % INT8_ALIGNMENT:
+        if self.by_torch() and not self.weight.is_meta and self.weight.data_ptr() % INT8_ALIGNMENT:
             self.weight = self.weight.clone()
 
+    def by_torch(self) -> bool:
+        """Whether torch's kernel multiplies few tokens."""
+        return self.kernels == "cpu" and self.in_features % INT8_COLUMNS == 0 and not self.has_our_kernel()
+
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """CPU kernel for few tokens, dequantised tiles for many and on CUDA."""
-        whole = self.in_features % INT8_COLUMNS == 0
-        if self.kernels == "cpu" and whole and rows.shape[0] < DEQUANTIZE_ROWS:
+        """A CPU kernel for few tokens, dequantised tiles for many and on CUDA."""
+        if rows.shape[0] < DEQUANTIZE_ROWS and self.by_torch():
             return torch.ops.aten._weight_int8pack_mm(rows.to(torch.bfloat16), self.weight, self.scale).to(rows.dtype)
         return super().multiply(rows)
 
@@ -264,8 +276,26 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
         """See ``_Int4Rows``; of whole blocks in the CPU's layout."""
         return unpack_from_cpu(packed) if self.layout == "cpu" else super().codes(packed)
 
+    def has_our_kernel(self) -> bool:
+        """See ``QuantizedLinear``; of torch's layouts it reads one."""
+        if self.layout == "cpu":
+            whole = cpu_block_rows() == product.BLOCK_ROWS and self.out_features % product.BLOCK_ROWS == 0
+            return self.kernels == "cpu" and whole and product.multiplies_blocks() and product.there()
+        return super().has_our_kernel()
+
+    def dequantises(self, select: slice | torch.Tensor, dtype: torch.dtype) -> bool:
+        """See ``Quantized``."""
+        return self.layout == "nibbles" and super().dequantises(select, dtype)
+
+    @property
+    def kernel_format(self) -> int:
+        """See ``QuantizedLinear``."""
+        return product.INT4_BLOCKS if self.layout == "cpu" else super().kernel_format
+
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        """torch's int4 kernel where the layout has one for the device, else dequantised tiles."""
+        """Our kernel or torch's where the layout has one for the device, else dequantised tiles."""
+        if (found := self.by_our_kernel(rows)) is not None:
+            return found
         if self.layout != self.kernels:  # nibbles; or packed for the CPU, and for now on the GPU: see travel.py
             return super().multiply(rows)
         x = rows.to(torch.bfloat16)

@@ -18,9 +18,8 @@ from lowvram_lab.engine.cache_layers import quantize_states
 from lowvram_lab.kernels.product import features_of, quantized_product
 
 LONGEST_LOOP = 4096
-"""Inputs of a weight. Compiled, a product of one row with int8 or 16-bit weights is a loop that reads at 1.3 to 1.9
-times the rate of torch's kernels (20 and 25 GB/s, one thread). Beyond this many inputs the compiler sums in another
-way, slower than they are."""
+"""Inputs of a weight. Compiled, a product of one row with 16-bit weights is a loop that reads at 1.3 times the rate of
+torch's kernel (25 GB/s, one thread). Beyond this many inputs the compiler sums in another way, slower than it is."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class Product:
     """How a weight is multiplied.
 
     Attributes:
-        kernel: ``"int4"`` or ``"int8"`` by torch's kernels, ``"ours"``, ``"int4 on CUDA"``, ``"float"``, or
+        kernel: ``"ours"``; ``"int4"``, ``"int8"`` or ``"int4 on CUDA"`` by torch's kernels; ``"float"``; or
             ``"module"`` for a layer that multiplies by itself.
-        group_size: Codes that share a scale, of int4.
-        format: Of a weight that our kernel multiplies, see ``kernels.product.format_number``.
+        group_size: Codes that share a scale, of torch's int4 kernels.
+        format: Of a weight that our kernel multiplies, see ``QuantizedLinear.kernel_format``.
         bias: Whether a bias is added.
     """
 
@@ -233,10 +232,9 @@ def _multiply(x: Tensor, products: tuple[Product, ...], weights: Sequence[Sequen
 
 def _product(x: Tensor, product: Product, tensors: Sequence, loops: list | None) -> Tensor:
     kernel, group_size = product.kernel, product.group_size
-    if loops is not None and kernel in ("int8", "float") and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
+    if loops is not None and kernel == "float" and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
         loops.append(x)
         found = (tensors[0].float() * x).sum(-1)[None]
-        found = found * tensors[1].float() if kernel == "int8" else found
     elif kernel == "int4":
         found = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), tensors[0], group_size, tensors[1])
     elif kernel == "int4 on CUDA" and x.is_meta:  # see Int4Linear.multiply

@@ -23,7 +23,7 @@
 namespace {
 
 constexpr int64_t UNIT = 32;        // codes
-constexpr int64_t AHEAD = 768;      // bytes; memory that is not asked for ahead comes at a third of its rate
+constexpr int64_t AHEAD = 8192;     // bytes
 constexpr int64_t SMALL = 1 << 16;  // codes; a thread's start costs more than so few take
 constexpr int64_t TILE = 16;        // rows of the weight that a thread takes at a time
 
@@ -45,12 +45,19 @@ constexpr float NF4[16] = {-1.0f,
                            0.7229568362236023f,
                            1.0f};
 
+#define EACH(name, count) _Pragma("GCC unroll 8") for (int name = 0; name < count; name++)
+
+enum ScaleKind : int64_t { BFLOAT16, FLOAT32, WITH_ZEROS };
+
 struct Weight {
-  const uint8_t* codes;   // row by row
-  const void* scale;      // of group g and feature f at g * group_step + f * feature_step
-  const uint16_t* zero;   // bfloat16, at the same places, or null
-  bool wide_scale;        // float32, else bfloat16
-  int64_t features, columns, group, group_step, feature_step;
+  const uint8_t* codes;
+  const void* scale;  // (features, groups); with zeros (groups, features, 2) in bfloat16
+  int64_t kind, features, columns, group;
+  int64_t group_step;  // with zeros, elements from a group to the next: a weight may be part of a wider one
+  int64_t groups() const { return columns / group; }
+  const uint32_t* pairs(int64_t of_group, int64_t feature) const {
+    return reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(scale) + of_group * group_step) + feature;
+  }
 };
 
 int64_t units_of(int64_t codes) { return (codes + UNIT - 1) / UNIT; }
@@ -68,21 +75,19 @@ uint16_t to_bf16(float value) {  // rounds to the nearest, ties to even; no valu
   return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
 }
 
-float scale_at(const Weight& weight, int64_t place) {
-  return weight.wide_scale ? static_cast<const float*>(weight.scale)[place]
-                           : from_bf16(static_cast<const uint16_t*>(weight.scale)[place]);
-}
-
 // How codes of a format lie and what they are: BYTES of a unit, OFFSET of a code from its value.
 template <int WIDTH>
 struct Integer {
   static constexpr int BITS = WIDTH, BYTES = 4 * WIDTH, OFFSET = 1 << (WIDTH - 1);
+  static constexpr bool MAY_HAVE_ZEROS = WIDTH == 4;
 };
 struct Nf4 {
   static constexpr int BITS = 4, BYTES = 16, OFFSET = 0;
+  static constexpr bool MAY_HAVE_ZEROS = false;
 };
 struct Int8 {
   static constexpr int BITS = 8, BYTES = 32, OFFSET = 0;
+  static constexpr bool MAY_HAVE_ZEROS = false;
 };
 
 // Where eight codes of a format begin, in bits of the BITS bytes that hold them.
@@ -126,21 +131,23 @@ void round_unit(const float* from, Input* to, float* sums) {
 // Codes of less than a byte: each in 16 bits of its own.
 template <class FORMAT>
 struct Spread {
-  __m256i places, shifts;
+  __m512i places, shifts;
   Spread() {
-    alignas(32) uint8_t place[32], shift[32];
-    for (int eight = 0; eight < 4; eight++)
-      for (int i = 0; i < 8; i++) {
-        place[8 * eight + i] = uint8_t(i < FORMAT::BITS ? FORMAT::BITS * eight + i : 31);
-        shift[8 * eight + i] = uint8_t(bit_of<FORMAT>(i));
-      }
-    places = _mm256_load_si256((const __m256i*)place);
-    shifts = _mm256_load_si256((const __m256i*)shift);
+    alignas(64) uint8_t place[64];
+    alignas(64) uint16_t shift[32];
+    for (int i = 0; i < UNIT; i++) {
+      const int bit = FORMAT::BITS * (i & ~7) + bit_of<FORMAT>(i & 7);
+      place[2 * i] = uint8_t(bit / 8);
+      place[2 * i + 1] = uint8_t(bit / 8 + 1);
+      shift[i] = uint16_t(bit % 8);
+    }
+    places = _mm512_load_si512(place);
+    shifts = _mm512_load_si512(shift);
   }
   // the upper bits of each are those of its neighbours
   __m512i read(const uint8_t* at) const {
     const __m256i bytes = _mm256_maskz_loadu_epi8(__mmask32((uint64_t(1) << FORMAT::BYTES) - 1), at);
-    return _mm512_cvtepu8_epi16(_mm256_multishift_epi64_epi8(shifts, _mm256_permutexvar_epi8(places, bytes)));
+    return _mm512_srlv_epi16(_mm512_permutexvar_epi8(places, _mm512_castsi256_si512(bytes)), shifts);
   }
 };
 
@@ -351,77 +358,137 @@ Sum add_products(Sum to, const Unit& unit, const Input* input) {
 
 #endif
 
-// The input as the kernel reads it, each row up to whole units; and where the sum of each row and group starts, lane by
-// lane: at what the offset of its codes will have added too much.
+// The input as the kernel reads it: a unit of each row, then the next unit of each. And where the sum of each group and
+// row starts, lane by lane: at what the offset of its codes will have added too much.
 struct Prepared {
-  int64_t width, groups;
+  int64_t groups;
   std::vector<Input> input;
   std::vector<float> starts;
   Prepared(const float* rows, int64_t count, const Weight& weight, float added)
-      : width(units_of(weight.columns) * UNIT),
-        groups(weight.columns / weight.group),
-        input(count * width),
+      : groups(weight.groups()),
+        input(count * groups * units_of(weight.group) * UNIT),
         starts(count * groups * LANES) {
-    for (int64_t row = 0; row < count; row++)
-      for (int64_t group = 0; group < groups; group++) {
-        float* start = starts.data() + (row * groups + group) * LANES;
-        const int64_t first = group * weight.group, last = first + weight.group;
-        for (int64_t at = first; at < last; at += UNIT) {
+    Input* to = input.data();
+    for (int64_t group = 0; group < groups; group++) {
+      float* start = starts.data() + group * count * LANES;
+      for (int64_t at = 0; at < weight.group; at += UNIT)
+        for (int64_t row = 0; row < count; row++, to += UNIT) {
           float unit[UNIT] = {};
-          std::memcpy(unit, rows + row * weight.columns + at, (last - at < UNIT ? last - at : UNIT) * sizeof(float));
-          round_unit(unit, input.data() + row * width + at, start);
+          const int64_t left = weight.group - at;
+          std::memcpy(unit, rows + row * weight.columns + group * weight.group + at, (left < UNIT ? left : UNIT) * sizeof(float));
+          round_unit(unit, to, start + row * LANES);
         }
-        for (int lane = 0; lane < LANES; lane++) start[lane] *= -added;
-      }
+      for (int64_t lane = 0; lane < count * LANES; lane++) start[lane] *= -added;
+    }
   }
 };
 
-template <class FORMAT, int ROWS>
-void features_of(const Prepared& prepared, const Weight& weight, float* out, int64_t first, int64_t last) {
+// Scales and zeros of a tile in float32: of group g and the tile's feature f at g * group_step + f * feature_step.
+struct Scales {
+  const Weight& weight;
+  int64_t groups, group_step, feature_step;
+  std::vector<float> scale, zero;
+
+  explicit Scales(const Weight& weight)
+      : weight(weight),
+        groups(weight.groups()),
+        group_step(weight.kind == WITH_ZEROS ? TILE : 1),
+        feature_step(weight.kind == WITH_ZEROS ? 1 : groups),
+        scale(TILE * groups),
+        zero(weight.kind == WITH_ZEROS ? TILE * groups : 0) {}
+
+  void read(int64_t first, int64_t features) {
+    if (weight.kind == FLOAT32) {
+      const float* from = static_cast<const float*>(weight.scale) + first * groups;
+      std::memcpy(scale.data(), from, features * groups * sizeof(float));
+    } else if (weight.kind == BFLOAT16) {
+      const uint16_t* from = static_cast<const uint16_t*>(weight.scale) + first * groups;
+      for (int64_t i = 0; i < features * groups; i++) scale[i] = from_bf16(from[i]);
+    } else {
+      for (int64_t group = 0; group < groups; group++) {
+        const uint32_t* pairs = weight.pairs(group, first);
+        __builtin_prefetch(pairs + TILE);
+        float *scales = scale.data() + group * TILE, *zeros = zero.data() + group * TILE;
+        for (int64_t i = 0; i < features; i++) scales[i] = from_bf16(uint16_t(pairs[i]));
+        for (int64_t i = 0; i < features; i++) zeros[i] = from_bf16(uint16_t(pairs[i] >> 16));
+      }
+    }
+  }
+};
+
+// FEATURES rows of the weight at once: they share what is loaded of the input, and none waits for its own last sum.
+template <class FORMAT, int ROWS, int FEATURES, bool ZERO>
+void features_of(const Prepared& prepared, const Weight& weight, const Scales& scales, int64_t tile, int64_t first, float* out) {
   const Values<FORMAT> values;
   const int64_t bytes = weight.columns * FORMAT::BITS / 8, groups = prepared.groups;
   const int64_t units = weight.group / UNIT, rest = weight.group % UNIT;  // a rest there is in int8 alone
-  for (int64_t feature = first; feature < last; feature++) {
-    const uint8_t* at = weight.codes + feature * bytes;
-    const Input* input = prepared.input.data();
-    Sum whole[ROWS];
-    for (int row = 0; row < ROWS; row++) whole[row] = zeros();
-    for (int64_t group = 0; group < groups; group++) {
-      const float* start = prepared.starts.data() + group * LANES;
-      Sum part[ROWS];
-      for (int row = 0; row < ROWS; row++) part[row] = load(start + row * groups * LANES);
-      for (int64_t unit = 0; unit < units; unit++, at += FORMAT::BYTES, input += UNIT) {
-        __builtin_prefetch(at + AHEAD);
-        const Unit read = values.of(at);
-        for (int row = 0; row < ROWS; row++) part[row] = add_products(part[row], read, input + row * prepared.width);
+  const int64_t group_step = scales.group_step, feature_step = scales.feature_step;
+  const uint8_t* at = weight.codes + (tile + first) * bytes;
+  const float *scale = scales.scale.data() + first * feature_step, *start = prepared.starts.data();
+  const float* zero = ZERO ? scales.zero.data() + first * feature_step : nullptr;
+  const Input* input = prepared.input.data();
+  Sum whole[FEATURES][ROWS];
+  EACH(feature, FEATURES) EACH(row, ROWS) whole[feature][row] = zeros();
+  for (int64_t group = 0; group < groups; group++, start += ROWS * LANES, scale += group_step) {
+    Sum part[FEATURES][ROWS];
+    EACH(row, ROWS) EACH(feature, FEATURES) part[feature][row] = load(start + row * LANES);
+    for (int64_t unit = 0; unit < units; unit++, at += FORMAT::BYTES, input += ROWS * UNIT) {
+      const uint8_t* next = at + 2 * FEATURES * bytes;  // unasked for, memory comes at a sixth of its rate
+      Unit read[FEATURES];
+      EACH(feature, FEATURES) {
+        __builtin_prefetch(next + feature * bytes);
+        read[feature] = values.of(at + feature * bytes);
       }
-      if (FORMAT::BITS == 8 && rest) {
-        uint8_t codes[FORMAT::BYTES] = {};
-        std::memcpy(codes, at, rest);
-        const Unit read = values.of(codes);
-        for (int row = 0; row < ROWS; row++) part[row] = add_products(part[row], read, input + row * prepared.width);
-      }
-      const int64_t place = group * weight.group_step + feature * weight.feature_step;
-      const float scale = scale_at(weight, place);
-      for (int row = 0; row < ROWS; row++) whole[row] = add_scaled(whole[row], part[row], scale);
-      if (Values<FORMAT>::ADDED != 0 && weight.zero) {
-        const float zero = from_bf16(weight.zero[place]) / -Values<FORMAT>::ADDED;
-        for (int row = 0; row < ROWS; row++) whole[row] = add_scaled(whole[row], load(start + row * groups * LANES), zero);
-      }
+      EACH(row, ROWS)
+        EACH(feature, FEATURES) part[feature][row] = add_products(part[feature][row], read[feature], input + row * UNIT);
     }
-    for (int row = 0; row < ROWS; row++) out[row * weight.features + feature] = total(whole[row]);
+    if (FORMAT::BITS == 8 && rest)
+      for (int feature = 0; feature < FEATURES; feature++) {
+        uint8_t codes[FORMAT::BYTES] = {};
+        std::memcpy(codes, at + feature * bytes, rest);
+        const Unit read = values.of(codes);
+        for (int row = 0; row < ROWS; row++)
+          part[feature][row] = add_products(part[feature][row], read, input + row * UNIT);
+      }
+    EACH(feature, FEATURES)
+      EACH(row, ROWS) whole[feature][row] = add_scaled(whole[feature][row], part[feature][row], scale[feature * feature_step]);
+    if (ZERO) {
+      EACH(row, ROWS) {
+        EACH(feature, FEATURES)
+          whole[feature][row] = add_scaled(whole[feature][row], load(start + row * LANES), zero[feature * feature_step] / -Values<FORMAT>::ADDED);
+      }
+      zero += group_step;
+    }
+  }
+  out += tile + first;
+  for (int feature = 0; feature < FEATURES; feature++)
+    for (int row = 0; row < ROWS; row++) out[row * weight.features + feature] = total(whole[feature][row]);
+}
+
+template <class FORMAT, int ROWS, bool ZERO>
+void multiply(const float* rows, const Weight& weight, float* out) {
+  constexpr int FEATURES = ROWS <= 2 ? 4 : 2;
+  const Prepared prepared(rows, ROWS, weight, Values<FORMAT>::ADDED);
+#pragma omp parallel if (weight.features * weight.columns >= SMALL)
+  {
+    Scales scales(weight);
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < weight.features; tile += TILE) {
+      const int64_t features = weight.features - tile < TILE ? weight.features - tile : TILE;
+      scales.read(tile, features);
+      int64_t first = 0;
+      for (; first + FEATURES <= features; first += FEATURES)
+        features_of<FORMAT, ROWS, FEATURES, ZERO>(prepared, weight, scales, tile, first, out);
+      for (; first < features; first++) features_of<FORMAT, ROWS, 1, ZERO>(prepared, weight, scales, tile, first, out);
+    }
   }
 }
 
 template <class FORMAT, int ROWS>
 void multiply(const float* rows, const Weight& weight, float* out) {
-  const Prepared prepared(rows, ROWS, weight, Values<FORMAT>::ADDED);
-  const int64_t tiles = (weight.features + TILE - 1) / TILE;
-#pragma omp parallel for schedule(static) if (weight.features * weight.columns >= SMALL)
-  for (int64_t tile = 0; tile < tiles; tile++) {
-    const int64_t last = (tile + 1) * TILE;
-    features_of<FORMAT, ROWS>(prepared, weight, out, tile * TILE, last < weight.features ? last : weight.features);
-  }
+  if constexpr (FORMAT::MAY_HAVE_ZEROS)
+    if (weight.kind == WITH_ZEROS) return multiply<FORMAT, ROWS, true>(rows, weight, out);
+  multiply<FORMAT, ROWS, false>(rows, weight, out);
 }
 
 template <class FORMAT>
@@ -442,21 +509,31 @@ void put(uint16_t* to, int64_t at, float value) { to[at] = to_bf16(value); }
 // The weight itself, rounded once.
 template <class FORMAT, class VALUE>
 void dequantise(const Weight& weight, VALUE* out) {
-  const int64_t groups = weight.columns / weight.group;
-#pragma omp parallel for schedule(static) if (weight.features * weight.columns >= SMALL)
-  for (int64_t feature = 0; feature < weight.features; feature++) {
+  const int64_t bytes = weight.columns * FORMAT::BITS / 8, groups = weight.groups();
+#pragma omp parallel if (weight.features * weight.columns >= SMALL)
+  {
     const Values<FORMAT> values;
-    const uint8_t* at = weight.codes + feature * weight.columns * FORMAT::BITS / 8;
-    VALUE* to = out + feature * weight.columns;
-    for (int64_t group = 0; group < groups; group++) {
-      const int64_t place = group * weight.group_step + feature * weight.feature_step;
-      const float scale = scale_at(weight, place), zero = weight.zero ? from_bf16(weight.zero[place]) : 0;
-      for (int64_t unit = 0; unit < weight.group / UNIT; unit++, at += FORMAT::BYTES, to += UNIT) {
-        float codes[UNIT];
-        __builtin_prefetch(at + AHEAD);
-        store(values.of(at), codes);
-        for (int64_t i = 0; i < UNIT; i++) put(to, i, (codes[i] - Values<FORMAT>::ADDED) * scale + zero);
-      }
+    Scales scales(weight);
+#pragma omp for schedule(static)
+    for (int64_t tile = 0; tile < weight.features; tile += TILE) {
+      const int64_t features = weight.features - tile < TILE ? weight.features - tile : TILE;
+      scales.read(tile, features);
+      const uint8_t* at = weight.codes + tile * bytes;
+      VALUE* to = out + tile * weight.columns;
+      for (int64_t feature = 0; feature < features; feature++)
+        for (int64_t group = 0; group < groups; group++) {
+          const int64_t place = group * scales.group_step + feature * scales.feature_step;
+          const float scale = scales.scale[place], zero = weight.kind == WITH_ZEROS ? scales.zero[place] : 0;
+          for (int64_t left = weight.group; left > 0; left -= UNIT, at += FORMAT::BYTES, to += UNIT) {
+            float codes[UNIT];
+            uint8_t some[FORMAT::BYTES] = {};
+            __builtin_prefetch(at + AHEAD);
+            if (left < UNIT) std::memcpy(some, at, left);  // in int8 alone
+            store(values.of(left < UNIT ? some : at), codes);
+            for (int64_t i = 0; i < UNIT && i < left; i++) put(to, i, (codes[i] - Values<FORMAT>::ADDED) * scale + zero);
+            if (left < UNIT) at += left - FORMAT::BYTES, to += left - UNIT;
+          }
+        }
     }
   }
 }
@@ -469,14 +546,140 @@ void dequantise(const Weight& weight, void* out, bool wide) {
     dequantise<FORMAT>(weight, static_cast<uint16_t*>(out));
 }
 
+#if defined(LOWVRAM_AVX512)
+
+// Int4 as torch packs it for processors with AVX-512: blocks of 64 rows. Of a column they are 32 bytes; row 0 to 31 are in
+// the lower halves of bytes 0 to 31, row 32 to 63 in the upper. A vector holds two columns of 16 rows, so that each of its
+// sums is of one row of the weight, and groups cost next to nothing.
+constexpr int64_t BLOCK = 64;
+constexpr int VECTOR = 16;  // rows of a block in a vector
+constexpr int64_t PASSES = 16;  // of rows of the input, which find a block in the cache that the first has read
+
+struct PairedInput {
+  std::vector<uint32_t> pairs;  // two columns of each row in bfloat16, then the next two of each
+  std::vector<float> sums;      // of each group and row
+
+  PairedInput(const float* rows, int64_t count, const Weight& weight)
+      : pairs(count * weight.columns / 2), sums(count * weight.groups()) {
+    for (int64_t row = 0; row < count; row++)
+      for (int64_t group = 0; group < weight.groups(); group++) {
+        float lanes[LANES] = {};
+        for (int64_t at = group * weight.group; at < (group + 1) * weight.group; at += UNIT) {
+          Input rounded[UNIT];
+          uint32_t paired[UNIT / 2];
+          round_unit(rows + row * weight.columns + at, rounded, lanes);
+          std::memcpy(paired, rounded, sizeof rounded);
+          for (int64_t i = 0; i < UNIT / 2; i++) pairs[(at / 2 + i) * count + row] = paired[i];
+        }
+        sums[group * count + row] = total(load(lanes));
+      }
+  }
+};
+
+// A part is 32 rows of a block: a vector of lower halves, a vector of upper ones. Twice as many sums as fit: a half block.
+template <int ROWS>
+struct Block {
+  static constexpr int PARTS = ROWS <= 6 ? 2 : 1;
+  __m512i places[2];
+
+  Block() {
+    for (int part = 0; part < 2; part++) {
+      alignas(64) uint8_t place[64] = {};
+      for (int i = 0; i < VECTOR; i++) {
+        place[4 * i] = uint8_t(VECTOR * part + i);
+        place[4 * i + 2] = uint8_t(32 + VECTOR * part + i);
+      }
+      places[part] = _mm512_load_si512(place);
+    }
+  }
+
+  void multiply(const PairedInput& prepared, const Weight& weight, int64_t block, float* out) const {
+    for (int first = 0; first < 2; first += PARTS) parts(prepared, weight, block, first, out);
+  }
+
+  void parts(const PairedInput& prepared, const Weight& weight, int64_t block, int first, float* out) const {
+    constexpr float ADDED = 128 + 8;
+    const __m512i mask = _mm512_set1_epi16(15), exponent = _mm512_set1_epi16(0x4300);
+    const uint8_t* at = weight.codes + block * weight.columns / 2;
+    const uint32_t* input = prepared.pairs.data();
+    const float* sums = prepared.sums.data();
+    Sum whole[2 * PARTS][ROWS];
+    EACH(vector, 2 * PARTS) EACH(row, ROWS) whole[vector][row] = zeros();
+    for (int64_t group = 0; group < weight.groups(); group++, sums += ROWS) {
+      Sum part[2 * PARTS][ROWS];
+      EACH(vector, 2 * PARTS) EACH(row, ROWS) part[vector][row] = _mm512_set1_ps(-ADDED * sums[row]);
+      for (int64_t pair = 0; pair < weight.group / 2; pair++, at += BLOCK, input += ROWS) {
+        __builtin_prefetch(at + AHEAD);
+        const __m512i both = _mm512_loadu_si512(at);
+        __m512bh read[2 * PARTS];
+        EACH(p, PARTS) {
+          const __m512i codes = _mm512_maskz_permutexvar_epi8(0x5555555555555555, places[first + p], both);
+          read[p] = (__m512bh)_mm512_ternarylogic_epi32(codes, mask, exponent, 0xEA);
+          read[PARTS + p] = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi32(codes, 4), mask, exponent, 0xEA);
+        }
+        EACH(row, ROWS) {
+          const __m512bh x = (__m512bh)_mm512_set1_epi32(int(input[row]));
+          EACH(vector, 2 * PARTS) part[vector][row] = _mm512_dpbf16_ps(part[vector][row], read[vector], x);
+        }
+      }
+      EACH(vector, 2 * PARTS) {
+        const uint32_t* pairs = weight.pairs(group, block + row_of(vector, first));
+        __builtin_prefetch(pairs + BLOCK);
+        const __m512i both = _mm512_loadu_si512(pairs);
+        const Sum scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+        const Sum zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+        EACH(row, ROWS) {
+          whole[vector][row] = _mm512_fmadd_ps(part[vector][row], scale, whole[vector][row]);
+          whole[vector][row] = _mm512_fmadd_ps(_mm512_set1_ps(sums[row]), zero, whole[vector][row]);
+        }
+      }
+    }
+    EACH(vector, 2 * PARTS)
+      EACH(row, ROWS) _mm512_storeu_ps(out + row * weight.features + block + row_of(vector, first), whole[vector][row]);
+  }
+
+  static int row_of(int vector, int first) { return 32 * (vector / PARTS) + VECTOR * (first + vector % PARTS); }
+};
+
+template <int ROWS>
+void multiply_block(const PairedInput& prepared, const Weight& weight, int64_t block, float* out) {
+  Block<ROWS>().multiply(prepared, weight, block, out);
+}
+
+void multiply_blocks(const float* rows, int64_t count, const Weight& weight, float* out) {
+  using Multiply = void (*)(const PairedInput&, const Weight&, int64_t, float*);
+  constexpr Multiply of[] = {multiply_block<1>, multiply_block<2>, multiply_block<3>, multiply_block<4>,
+                             multiply_block<5>, multiply_block<6>, multiply_block<7>, multiply_block<8>};
+  constexpr int64_t MOST = sizeof of / sizeof *of;
+  for (int64_t begin = 0; begin < count; begin += PASSES * MOST) {
+    const int64_t end = count - begin < PASSES * MOST ? count : begin + PASSES * MOST;
+    std::vector<PairedInput> passes;
+    for (int64_t row = begin; row < end; row += MOST)
+      passes.emplace_back(rows + row * weight.columns, end - row < MOST ? end - row : MOST, weight);
+#pragma omp parallel for schedule(static) if (weight.features * weight.columns >= SMALL)
+    for (int64_t block = 0; block < weight.features; block += BLOCK)
+      for (int64_t pass = 0; pass < int64_t(passes.size()); pass++) {
+        const int64_t row = begin + pass * MOST, some = end - row < MOST ? end - row : MOST;
+        of[some - 1](passes[pass], weight, block, out + row * weight.features);
+      }
+  }
+}
+
+#else
+
+void multiply_blocks(const float*, int64_t, const Weight&, float*) {}  // not asked for: torch packs in another way there
+
+#endif
+
 }  // namespace
 
-// What a weight's format is called here: 2 to 6 for integers of so many bits, NF4_CODES, INT8_CODES.
-extern "C" void lowvram_product(const float* rows, int64_t count, const uint8_t* codes, const void* scale,
-                                const uint16_t* zero, bool wide_scale, int64_t features, int64_t columns,
-                                int64_t format, int64_t group, int64_t group_step, int64_t feature_step, float* out) {
-  constexpr int64_t NF4_CODES = 0, INT8_CODES = 8;
-  const Weight weight{codes, scale, zero, wide_scale, features, columns, group, group_step, feature_step};
+// What a weight's format is called here: 2 to 6 for integers of so many bits, and these.
+constexpr int64_t NF4_CODES = 0, INT8_CODES = 8, INT4_BLOCKS = 64;
+
+extern "C" void lowvram_product(const float* rows, int64_t count, const uint8_t* codes, const void* scale, int64_t kind,
+                                int64_t features, int64_t columns, int64_t format, int64_t group, int64_t group_step,
+                                float* out) {
+  const Weight weight{codes, scale, kind, features, columns, group, group_step};
   switch (format) {
     case NF4_CODES: return multiply<Nf4>(rows, count, weight, out);
     case 2: return multiply<Integer<2>>(rows, count, weight, out);
@@ -485,20 +688,23 @@ extern "C" void lowvram_product(const float* rows, int64_t count, const uint8_t*
     case 5: return multiply<Integer<5>>(rows, count, weight, out);
     case 6: return multiply<Integer<6>>(rows, count, weight, out);
     case INT8_CODES: return multiply<Int8>(rows, count, weight, out);
+    case INT4_BLOCKS: return multiply_blocks(rows, count, weight, out);
   }
 }
 
-// Of integers of 2 to 6 bits, in bfloat16 or (wide) float32.
-extern "C" void lowvram_dequantise(const uint8_t* codes, const void* scale, const uint16_t* zero, int64_t features,
-                                   int64_t columns, int64_t bits, int64_t group, int64_t group_step,
-                                   int64_t feature_step, bool wide, void* out) {
-  const Weight weight{codes, scale, zero, false, features, columns, group, group_step, feature_step};
-  switch (bits) {
+// In bfloat16 or (wide) float32; not of blocks.
+extern "C" void lowvram_dequantise(const uint8_t* codes, const void* scale, int64_t kind, int64_t features,
+                                   int64_t columns, int64_t format, int64_t group, int64_t group_step, bool wide,
+                                   void* out) {
+  const Weight weight{codes, scale, kind, features, columns, group, group_step};
+  switch (format) {
+    case NF4_CODES: return dequantise<Nf4>(weight, out, wide);
     case 2: return dequantise<Integer<2>>(weight, out, wide);
     case 3: return dequantise<Integer<3>>(weight, out, wide);
     case 4: return dequantise<Integer<4>>(weight, out, wide);
     case 5: return dequantise<Integer<5>>(weight, out, wide);
     case 6: return dequantise<Integer<6>>(weight, out, wide);
+    case INT8_CODES: return dequantise<Int8>(weight, out, wide);
   }
 }
 
@@ -533,13 +739,10 @@ int32_t aoti_torch_cpu_quantized_product(void* rows, void* codes, void* scales, 
   failed = aoti_torch_empty_strided(2, sized, strided, float32, cpu, 0, result) || aoti_torch_get_data_ptr(*result, &into);
   if (failed) return failed;
   // (features,) or (features * groups,); (features, groups); (groups, features, 2) of scales and zeros
-  const bool zeros = dims == 3;
-  const int64_t groups = dims == 1 ? count / features : sizes[zeros ? 0 : 1];
-  const int64_t group_step = dims == 1 ? 1 : strides[zeros ? 0 : 1];
-  const int64_t feature_step = dims == 1 ? groups : strides[zeros ? 1 : 0];
-  lowvram_product(static_cast<const float*>(from), shape[0], static_cast<const uint8_t*>(stored), scaled,
-                  zeros ? static_cast<const uint16_t*>(scaled) + 1 : nullptr, dtype == float32, features, shape[1],
-                  format, shape[1] / groups, group_step, feature_step, static_cast<float*>(into));
+  const int64_t groups = dims == 3 ? sizes[0] : count / features;
+  const int64_t kind = dims == 3 ? WITH_ZEROS : dtype == float32 ? FLOAT32 : BFLOAT16;
+  lowvram_product(static_cast<const float*>(from), shape[0], static_cast<const uint8_t*>(stored), scaled, kind, features,
+                  shape[1], format, shape[1] / groups, strides[0], static_cast<float*>(into));
   return 0;
 }
 

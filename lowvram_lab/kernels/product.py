@@ -1,4 +1,4 @@
-"""Products of a few rows with a quantised weight on the CPU, as the operator ``lowvram::quantized_product``.
+"""Products with a quantised weight on the CPU, as the operator ``lowvram::quantized_product``.
 
 The kernel is C++ (``product.cpp``), compiled once for a machine, in some seconds. It reads the codes as they lie, and
 multiplies with the input in bfloat16 (in float32 on processors without AVX-512), summing in float32.
@@ -21,7 +21,14 @@ from lowvram_lab.machine import instruction_set
 from lowvram_lab.model.formats import Format
 
 MOST_ROWS = 8
-"""Rows of an input that share one pass over the codes."""
+"""Rows of an input that share one pass over the codes. For more a weight is better dequantised: the kernel then reaches
+half of what a matrix product in bfloat16 does. Not so int4 in blocks, which reaches as much."""
+
+BLOCK_ROWS = 64
+"""Rows of a weight that torch's int4 packing interleaves for processors with AVX-512, which the kernel reads too."""
+
+INT4_BLOCKS = 64
+"""How the kernel calls that layout; other formats see ``format_number``."""
 
 C_DECLARATION = (
     "int32_t aoti_torch_cpu_quantized_product(AtenTensorHandle rows, AtenTensorHandle codes, AtenTensorHandle scales, "
@@ -89,11 +96,17 @@ def _opened(path: Path) -> ctypes.CDLL:
         raise LowvramError(f"{path} was changed since it was made: remove its folder")
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # compiled layers look for the operator by its name
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.lowvram_product.argtypes = [pointer, number, *[pointer] * 3, ctypes.c_bool, *[number] * 6, pointer]
+    library.lowvram_product.argtypes = [pointer, number, pointer, pointer, *[number] * 6, pointer]
     library.lowvram_product.restype = None
-    library.lowvram_dequantise.argtypes = [*[pointer] * 3, *[number] * 6, ctypes.c_bool, pointer]
+    library.lowvram_dequantise.argtypes = [pointer, pointer, *[number] * 6, ctypes.c_bool, pointer]
     library.lowvram_dequantise.restype = None
     return library
+
+
+@functools.cache
+def multiplies_blocks() -> bool:
+    """Whether this processor has the instructions that the kernel reads int4 in blocks with."""
+    return {"avx512_bf16", "avx512vbmi", "avx512vl"} <= set(instruction_set().split())
 
 
 def format_number(fmt: Format) -> int:
@@ -103,52 +116,49 @@ def format_number(fmt: Format) -> int:
 
 def features_of(codes: torch.Tensor, columns: int, format: int) -> int:
     """Rows of a weight, by the bytes of its codes."""
-    return 8 * codes.nbytes // (columns * (format or 4))
+    return 8 * codes.nbytes // (columns * _BITS.get(format, format))
+
+
+_BITS = {0: 4, INT4_BLOCKS: 4}
+_BFLOAT16, _FLOAT32, _WITH_ZEROS = range(3)
 
 
 def _on_cpu(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
     opened = library()
     if opened is None:
         raise RuntimeError("quantized_product was called where it is not there; ask library() first")
-    rows, codes = rows.contiguous(), codes.contiguous()
+    rows, codes, columns = rows.contiguous(), codes.contiguous(), rows.shape[1]
     result = rows.new_empty(rows.shape[0], features)
-    scale, zero, groups, steps = _scales(scales, features)
-    opened.lowvram_product(
-        rows.data_ptr(),
-        rows.shape[0],
-        codes.data_ptr(),
-        scale,
-        zero,
-        scales.dtype == torch.float32,
-        features,
-        rows.shape[1],
-        format,
-        rows.shape[1] // groups,
-        *steps,
-        result.data_ptr(),
-    )
+    kind, groups, step = _lie(scales, features)
+    addresses = rows.data_ptr(), rows.shape[0], codes.data_ptr(), scales.data_ptr()
+    opened.lowvram_product(*addresses, kind, features, columns, format, columns // groups, step, result.data_ptr())
     return result
 
 
-def _scales(scales: torch.Tensor, features: int) -> tuple[int, int | None, int, tuple[int, int]]:
-    """Addresses of scales and zeros, groups of a row, and elements from a group and from a row to the next."""
-    zeros = scales.dim() == 3
-    by_group = scales if zeros else scales.view(features, -1).t() if scales.dim() == 1 else scales.t()
-    first = scales.data_ptr()
-    return first, first + scales.element_size() if zeros else None, by_group.shape[0], by_group.stride()[:2]
+def _lie(scales: torch.Tensor, features: int) -> tuple[int, int, int]:
+    """What scales there are, how many groups a row has, and elements from a group to the next if there are zeros."""
+    if scales.dim() == 3:
+        return _WITH_ZEROS, scales.shape[0], scales.stride(0)
+    if not scales.is_contiguous():
+        raise RuntimeError(f"expected scales that lie side by side, found strides {scales.stride()}")
+    return _FLOAT32 if scales.dtype == torch.float32 else _BFLOAT16, scales.numel() // features, 0
 
 
-def _dequantised_on_cpu(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    result, codes = _dequantised_on_meta(codes, scales, bits, dtype), codes.contiguous()
-    scale, zero, groups, steps = _scales(scales, codes.shape[0])
+def _dequantised_on_cpu(
+    codes: torch.Tensor, scales: torch.Tensor, features: int, format: int, dtype: torch.dtype
+) -> torch.Tensor:
+    result, codes = _dequantised_on_meta(codes, scales, features, format, dtype), codes.contiguous()
+    kind, groups, step = _lie(scales, features)
     columns, wide = result.shape[1], dtype == torch.float32
-    sizes = codes.shape[0], columns, bits, columns // groups, *steps
-    library().lowvram_dequantise(codes.data_ptr(), scale, zero, *sizes, wide, result.data_ptr())
+    sizes = kind, features, columns, format, columns // groups, step
+    library().lowvram_dequantise(codes.data_ptr(), scales.data_ptr(), *sizes, wide, result.data_ptr())
     return result
 
 
-def _dequantised_on_meta(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    return codes.new_empty(codes.shape[0], 8 * codes.element_size() * codes.shape[1] // bits, dtype=dtype)
+def _dequantised_on_meta(
+    codes: torch.Tensor, scales: torch.Tensor, features: int, format: int, dtype: torch.dtype
+) -> torch.Tensor:
+    return codes.new_empty(features, 8 * codes.nbytes // (features * _BITS.get(format, format)), dtype=dtype)
 
 
 def _on_meta(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
@@ -159,33 +169,34 @@ _OPERATORS = torch.library.Library("lowvram", "DEF")
 _OPERATORS.define("quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, int format) -> Tensor")
 _OPERATORS.impl("quantized_product", _on_cpu, "CPU")
 _OPERATORS.impl("quantized_product", _on_meta, "Meta")
-_OPERATORS.define("dequantized(Tensor codes, Tensor scales, int bits, ScalarType dtype) -> Tensor")
+_OPERATORS.define("dequantized(Tensor codes, Tensor scales, int features, int format, ScalarType dtype) -> Tensor")
 _OPERATORS.impl("dequantized", _dequantised_on_cpu, "CPU")
 _OPERATORS.impl("dequantized", _dequantised_on_meta, "Meta")
 
 quantized_product = torch.ops.lowvram.quantized_product.default
-"""Few rows times a quantised weight.
+"""Rows times a quantised weight.
 
 Args:
     rows: ``(rows, columns)`` float32 on the CPU.
-    codes: Those of the weight, row by row, as ``weights.codes.pack`` lays them; of int4 two a byte, the even one low;
-        of nf4 as bitsandbytes lays them.
+    codes: Those of the weight, row by row, as ``weights.codes.pack`` lays them; of int4 two a byte, the even one low,
+        or in blocks as torch packs them; of nf4 as bitsandbytes lays them.
     scales: bfloat16 or float32: ``(features,)`` or, of nf4, ``(features * groups,)``; ``(features, groups)``;
-        ``(groups, features, 2)`` of scales and zeros.
-    features: Rows of the weight.
-    format: See ``format_number``.
+        ``(groups, features, 2)`` of scales and zeros, in bfloat16.
+    features: Rows of the weight; of blocks a multiple of ``BLOCK_ROWS``.
+    format: See ``format_number`` and ``INT4_BLOCKS``.
 
 Returns:
     ``(rows, features)`` float32. A row's result does not depend on the other rows.
 """
 
 dequantized = torch.ops.lowvram.dequantized.default
-"""A weight of 2 to 6 bits, or of two int4 codes a byte, or some rows of it.
+"""A weight of integers, or some rows of it.
 
 Args:
-    codes: ``(features, …)``, as of ``quantized_product``.
-    scales: ``(features, groups)``, or ``(groups, features, 2)``.
-    bits: Of a code.
+    codes: As of ``quantized_product``, not in blocks, nor of nf4 (whose values the kernel rounds twice).
+    scales: As of ``quantized_product``.
+    features: Rows of the weight.
+    format: See ``format_number``.
     dtype: ``torch.bfloat16`` or ``torch.float32``.
 
 Returns:

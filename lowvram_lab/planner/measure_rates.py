@@ -161,7 +161,7 @@ class Machine:
             shared: See ``kernel``.
         """
         place, threads, kind = self._place(place), threads or torch.get_num_threads(), get_format(fmt).kind
-        if engine == COMPILED and columns <= LONGEST_LOOP and kind in ("float", "int8"):
+        if engine == COMPILED and columns <= LONGEST_LOOP and kind == "float":
             name = f"product {engine} {fmt} {self._where(place, threads)}"
             return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, LARGE, False))
         engine = LEAN if engine == COMPILED else engine  # a compiled layer calls the same kernel
