@@ -418,8 +418,8 @@ struct Scales {
 
 // FEATURES rows of the weight at once: they share what is loaded of the input, and none waits for its own last sum.
 template <class FORMAT, int ROWS, int FEATURES, bool ZERO>
-void features_of(const Prepared& prepared, const Weight& weight, const Scales& scales, int64_t tile, int64_t first, float* out) {
-  const Values<FORMAT> values;
+void features_of(const Values<FORMAT>& values, const Prepared& prepared, const Weight& weight, const Scales& scales,
+                 int64_t tile, int64_t first, float* out) {
   const int64_t bytes = weight.columns * FORMAT::BITS / 8, groups = prepared.groups;
   const int64_t units = weight.group / UNIT, rest = weight.group % UNIT;  // a rest there is in int8 alone
   const int64_t group_step = scales.group_step, feature_step = scales.feature_step;
@@ -471,6 +471,7 @@ void multiply(const float* rows, const Weight& weight, float* out) {
   const Prepared prepared(rows, ROWS, weight, Values<FORMAT>::ADDED);
 #pragma omp parallel if (weight.features * weight.columns >= SMALL)
   {
+    const Values<FORMAT> values;
     Scales scales(weight);
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < weight.features; tile += TILE) {
@@ -478,8 +479,9 @@ void multiply(const float* rows, const Weight& weight, float* out) {
       scales.read(tile, features);
       int64_t first = 0;
       for (; first + FEATURES <= features; first += FEATURES)
-        features_of<FORMAT, ROWS, FEATURES, ZERO>(prepared, weight, scales, tile, first, out);
-      for (; first < features; first++) features_of<FORMAT, ROWS, 1, ZERO>(prepared, weight, scales, tile, first, out);
+        features_of<FORMAT, ROWS, FEATURES, ZERO>(values, prepared, weight, scales, tile, first, out);
+      for (; first < features; first++)
+        features_of<FORMAT, ROWS, 1, ZERO>(values, prepared, weight, scales, tile, first, out);
     }
   }
 }
