@@ -16,6 +16,7 @@ from torch import nn
 
 from lowvram_lab.engine.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
 from lowvram_lab.kernels import product
+from lowvram_lab.kernels.library import library, multiplies_pairs, there
 from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.units import MiB
@@ -150,7 +151,7 @@ class QuantizedLinear(Quantized):
     def has_our_kernel(self) -> bool:
         """Whether our kernel multiplies by the weight as it lies."""
         whole = self.in_features % (self.format.group_size or 1) == 0  # of nf4, groups may go on in the next row
-        return self.kernels == "cpu" and whole and product.there()
+        return self.kernels == "cpu" and whole and there()
 
     def dequantises(self, select: slice | torch.Tensor, dtype: torch.dtype) -> bool:
         """See ``Quantized``."""
@@ -166,7 +167,7 @@ class QuantizedLinear(Quantized):
         many = rows.shape[0] > product.MOST_ROWS and self.kernel_format != product.INT4_BLOCKS
         if many or not self.has_our_kernel():
             return None
-        if not rows.is_meta and product.library() is None:
+        if not rows.is_meta and library() is None:
             return None
         codes, scales = (getattr(self, name) for name in self.held)
         found = product.quantized_product(rows.float(), codes, scales, self.out_features, self.kernel_format)
@@ -280,7 +281,7 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
         """See ``QuantizedLinear``; of torch's layouts it reads one."""
         if self.layout == "cpu":
             whole = cpu_block_rows() == product.BLOCK_ROWS and self.out_features % product.BLOCK_ROWS == 0
-            return self.kernels == "cpu" and whole and product.multiplies_blocks() and product.there()
+            return self.kernels == "cpu" and whole and multiplies_pairs() and there()
         return super().has_our_kernel()
 
     def dequantises(self, select: slice | torch.Tensor, dtype: torch.dtype) -> bool:
@@ -393,7 +394,7 @@ def import_kernels(formats: set[str]) -> None:
     if "int4" in kinds:
         cpu_block_rows()
     if kinds - {"float"}:
-        product.library()
+        library()
 
 
 def quantized_linear(

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from lowvram_lab.engine.attention import use_our_attention
 from lowvram_lab.engine.fill import Filler, must_be_mapped, place_buffers
 from lowvram_lab.engine.fuse import separate
 from lowvram_lab.engine.layers import import_kernels
@@ -76,6 +77,7 @@ def load(
     config = spec.pretrained_config()
     config.dtype = DTYPES[plan.dtype]
     model = build_on_meta(config)
+    use_our_attention(model)
     if gpu.meta:
         keep_frequencies(model)
     import_kernels({assignment.format for assignment in plan.modules.values()})

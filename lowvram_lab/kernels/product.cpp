@@ -188,12 +188,23 @@ struct Values<Int8> {
 };
 
 using Unit = __m512bh;
-void store(const Unit& unit, float* to) {
-  const __m512i all = (__m512i)unit;
-  const __m256i halves[] = {_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1)};
-  for (int half = 0; half < 2; half++)
-    _mm512_storeu_si512(to + LANES * half, _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves[half]), 16));
+__m512i half_of(__m512i unit, int half) {  // its 16 bits as the lower ones of 32
+  return _mm512_cvtepu16_epi32(half ? _mm512_extracti64x4_epi64(unit, 1) : _mm512_castsi512_si256(unit));
 }
+template <class FORMAT>
+void read_exactly(const Values<FORMAT>& values, const uint8_t* at, Sum* to) {
+  const __m512i unit = (__m512i)values.of(at);
+  for (int half = 0; half < 2; half++) to[half] = _mm512_castsi512_ps(_mm512_slli_epi32(half_of(unit, half), 16));
+}
+void read_exactly(const Values<Nf4>& values, const uint8_t* at, Sum* to) {
+  const __m512i codes = values.read(at);
+  for (int half = 0; half < 2; half++) to[half] = _mm512_permutexvar_ps(half_of(codes, half), load(NF4));
+}
+void store(const Sum* values, float* to) {
+  for (int half = 0; half < 2; half++) _mm512_storeu_ps(to + LANES * half, values[half]);
+}
+void store(const Sum* values, uint16_t* to) { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0])); }
+Sum scaled(Sum what, float by, float plus) { return _mm512_fmadd_ps(what, _mm512_set1_ps(by), _mm512_set1_ps(plus)); }
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   return _mm512_dpbf16_ps(to, unit, (__m512bh)_mm512_loadu_si512(input));
 }
@@ -282,9 +293,20 @@ struct Values<Int8> {
   }
 };
 
-void store(const Unit& unit, float* to) {
-  for (int eight = 0; eight < 4; eight++) _mm256_storeu_ps(to + 8 * eight, unit.eights[eight]);
+template <class FORMAT>
+void read_exactly(const Values<FORMAT>& values, const uint8_t* at, Sum* to) {
+  const Unit unit = values.of(at);
+  for (int eight = 0; eight < 4; eight++) to[eight] = unit.eights[eight];
 }
+void store(const Sum* values, float* to) {
+  for (int eight = 0; eight < 4; eight++) _mm256_storeu_ps(to + 8 * eight, values[eight]);
+}
+void store(const Sum* values, uint16_t* to) {
+  float all[UNIT];
+  store(values, all);
+  for (int64_t i = 0; i < UNIT; i++) to[i] = to_bf16(all[i]);
+}
+Sum scaled(Sum what, float by, float plus) { return _mm256_fmadd_ps(what, _mm256_set1_ps(by), _mm256_set1_ps(plus)); }
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   for (int eight = 0; eight < 4; eight++) to = _mm256_fmadd_ps(unit.eights[eight], load(input + 8 * eight), to);
   return to;
@@ -350,13 +372,33 @@ struct Values {
   }
 };
 
-void store(const Unit& unit, float* to) { std::memcpy(to, unit.values, sizeof unit.values); }
+template <class FORMAT>
+void read_exactly(const Values<FORMAT>& values, const uint8_t* at, Sum* to) {
+  const Unit unit = values.of(at);
+  std::memcpy(to, unit.values, sizeof unit.values);
+}
+void store(const Sum* values, float* to) { std::memcpy(to, values, UNIT * sizeof(float)); }
+void store(const Sum* values, uint16_t* to) {
+  for (int64_t i = 0; i < UNIT; i++) to[i] = to_bf16(values[i / LANES].lane[i % LANES]);
+}
+Sum scaled(Sum what, float by, float plus) {
+  for (int i = 0; i < LANES; i++) what.lane[i] = what.lane[i] * by + plus;
+  return what;
+}
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   for (int64_t i = 0; i < UNIT; i++) to.lane[i % LANES] += unit.values[i] * input[i];
   return to;
 }
 
 #endif
+
+template <class FORMAT, class VALUE>
+void dequantise_unit(const Values<FORMAT>& values, const uint8_t* at, float scale, float offset, VALUE* to) {
+  Sum read[UNIT / LANES];
+  read_exactly(values, at, read);
+  for (Sum& some : read) some = scaled(some, scale, offset);
+  store(read, to);
+}
 
 // The input as the kernel reads it: a unit of each row, then the next unit of each. And where the sum of each group and
 // row starts, lane by lane: at what the offset of its codes will have added too much.
@@ -505,9 +547,6 @@ void multiply(const float* rows, int64_t count, const Weight& weight, float* out
   }
 }
 
-void put(float* to, int64_t at, float value) { to[at] = value; }
-void put(uint16_t* to, int64_t at, float value) { to[at] = to_bf16(value); }
-
 // The weight itself, rounded once.
 template <class FORMAT, class VALUE>
 void dequantise(const Weight& weight, VALUE* out) {
@@ -526,14 +565,19 @@ void dequantise(const Weight& weight, VALUE* out) {
         for (int64_t group = 0; group < groups; group++) {
           const int64_t place = group * scales.group_step + feature * scales.feature_step;
           const float scale = scales.scale[place], zero = weight.kind == WITH_ZEROS ? scales.zero[place] : 0;
-          for (int64_t left = weight.group; left > 0; left -= UNIT, at += FORMAT::BYTES, to += UNIT) {
-            float codes[UNIT];
-            uint8_t some[FORMAT::BYTES] = {};
+          const float offset = zero - Values<FORMAT>::ADDED * scale;
+          int64_t left = weight.group;
+          for (; left >= UNIT; left -= UNIT, at += FORMAT::BYTES, to += UNIT) {
             __builtin_prefetch(at + AHEAD);
-            if (left < UNIT) std::memcpy(some, at, left);  // in int8 alone
-            store(values.of(left < UNIT ? some : at), codes);
-            for (int64_t i = 0; i < UNIT && i < left; i++) put(to, i, (codes[i] - Values<FORMAT>::ADDED) * scale + zero);
-            if (left < UNIT) at += left - FORMAT::BYTES, to += left - UNIT;
+            dequantise_unit(values, at, scale, offset, to);
+          }
+          if (FORMAT::BITS == 8 && left) {
+            uint8_t some[FORMAT::BYTES] = {};
+            VALUE all[UNIT];
+            std::memcpy(some, at, left);
+            dequantise_unit(values, some, scale, offset, all);
+            std::memcpy(to, all, left * sizeof(VALUE));
+            at += left, to += left;
           }
         }
     }

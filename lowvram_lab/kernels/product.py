@@ -1,23 +1,12 @@
 """Products with a quantised weight on the CPU, as the operator ``lowvram::quantized_product``.
 
-The kernel is C++ (``product.cpp``), compiled once for a machine, in some seconds. It reads the codes as they lie, and
-multiplies with the input in bfloat16 (in float32 on processors without AVX-512), summing in float32.
+The kernel (``product.cpp``) reads the codes as they lie, and multiplies with the input in bfloat16 (in float32 on
+processors without AVX-512), summing in float32.
 """
-
-import ctypes
-import functools
-import hashlib
-import logging
-import shlex
-import subprocess
-from pathlib import Path
 
 import torch
 
-from lowvram_lab.errors import LowvramError
-from lowvram_lab.files import build_directory, cache_dir, sha256_file
-from lowvram_lab.kernels.compiler import compiler
-from lowvram_lab.machine import instruction_set
+from lowvram_lab.kernels.library import library
 from lowvram_lab.model.formats import Format
 
 MOST_ROWS = 8
@@ -35,79 +24,6 @@ C_DECLARATION = (
     "int64_t features, int64_t format, AtenTensorHandle* result)"
 )
 """The operator as a library made by torch's compiler calls it, which finds it among the process's symbols."""
-
-_SOURCE = Path(__file__).with_name("product.cpp")
-_TORCH = Path(torch.__file__).parent / "lib"
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
-_WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-"""What not every compiler knows; the first that works is taken."""
-
-logger = logging.getLogger(__name__)
-
-
-_failed: set[tuple[str, Path]] = set()
-
-
-def there() -> bool:
-    """Whether the operator will compute here: there is a compiler, and it has not failed yet. Compiles nothing."""
-    command = compiler()
-    return command is not None and (command, cache_dir().absolute()) not in _failed
-
-
-def library() -> ctypes.CDLL | None:
-    """The library, compiled first where this machine has none yet; ``None``, and a warning, where that fails."""
-    return _library(compiler(), cache_dir().absolute()) if there() else None
-
-
-@functools.cache
-def _library(command: str, folder: Path) -> ctypes.CDLL | None:
-    try:
-        return _opened(_built(command, folder))
-    except (LowvramError, OSError) as error:
-        logger.warning("weights are dequantised, which is slower: %s", error)
-        _failed.add((command, folder))
-        return None
-
-
-def _built(command: str, folder: Path) -> Path:
-    """The library's file."""
-    made = repr((_SOURCE.read_text(encoding="utf-8"), _FLAGS, _WAYS, command, instruction_set(), torch.__version__))
-    identity = {"kernels": hashlib.sha256(made.encode()).hexdigest()}
-    directory = folder / "compiled" / f"kernels-{identity['kernels'][:16]}"
-    build_directory(directory, identity, functools.partial(_compile, command))
-    return directory / "library.so"
-
-
-def _compile(command: str, directory: Path) -> None:
-    target, said = directory / "library.so", ""
-    for way in _WAYS:
-        words = [*shlex.split(command), *_FLAGS, *way, str(_SOURCE), "-o", str(target), f"-L{_TORCH}", "-ltorch_cpu"]
-        ended = subprocess.run(words, capture_output=True, text=True, errors="replace")
-        if ended.returncode == 0:
-            (directory / "library.sha256").write_text(sha256_file(target))
-            return
-        said = said or ended.stderr
-    reason = next((line.strip() for line in said.splitlines() if "error" in line), "it says nothing")
-    raise LowvramError(f"{command} cannot compile {_SOURCE.name}: {reason[:300]}")
-
-
-def _opened(path: Path) -> ctypes.CDLL:
-    if sha256_file(path) != path.with_name("library.sha256").read_text():
-        raise LowvramError(f"{path} was changed since it was made: remove its folder")
-    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # compiled layers look for the operator by its name
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.lowvram_product.argtypes = [pointer, number, pointer, pointer, *[number] * 6, pointer]
-    library.lowvram_product.restype = None
-    library.lowvram_dequantise.argtypes = [pointer, pointer, *[number] * 6, ctypes.c_bool, pointer]
-    library.lowvram_dequantise.restype = None
-    return library
-
-
-@functools.cache
-def multiplies_blocks() -> bool:
-    """Whether this processor has the instructions that the kernel reads int4 in blocks with."""
-    return {"avx512_bf16", "avx512vbmi", "avx512vl"} <= set(instruction_set().split())
-
 
 def format_number(fmt: Format) -> int:
     """How the kernel calls a format: the bits of its codes, 0 for nf4."""
@@ -165,7 +81,7 @@ def _on_meta(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, feat
     return rows.new_empty(rows.shape[0], features)
 
 
-_OPERATORS = torch.library.Library("lowvram", "DEF")
+_OPERATORS = torch.library.Library("lowvram", "FRAGMENT")
 _OPERATORS.define("quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, int format) -> Tensor")
 _OPERATORS.impl("quantized_product", _on_cpu, "CPU")
 _OPERATORS.impl("quantized_product", _on_meta, "Meta")

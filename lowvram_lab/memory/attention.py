@@ -7,6 +7,7 @@ allocations were read off PyTorch's allocator, kernel by kernel (``tests/fakecud
 """
 
 import math
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,17 @@ from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.torch_release import torch_release
 
 aten = torch.ops.aten
+
+
+_imitated: ContextVar[DryRunGpu | None] = ContextVar("imitated", default=None)
+
+
+def kernels_at(tensor: torch.Tensor) -> str:
+    """Whose kernels compute with a tensor, ``"cpu"`` or ``"cuda"``; of one on meta, in the run that is imitated."""
+    gpu = _imitated.get()
+    if tensor.is_meta and gpu is not None:
+        return gpu.kernels_of(gpu.meter.place_of(tensor))
+    return tensor.device.type
 
 
 class ImitateAttention(TorchFunctionMode):
@@ -29,13 +41,22 @@ class ImitateAttention(TorchFunctionMode):
         super().__init__()
         self.gpu = gpu
 
+    def __enter__(self):
+        """From here on ``kernels_at`` knows the places of tensors on meta."""
+        self._token = _imitated.set(self.gpu)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        """As before."""
+        _imitated.reset(self._token)
+        return super().__exit__(*error)
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         """Intercepts attention; passes everything else on."""
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention or not args[0].is_meta:
             return func(*args, **kwargs)
-        on_cuda = self.gpu.kernels_of(self.gpu.meter.place_of(args[0])) == "cuda"
-        return (self._on_cuda if on_cuda else _on_the_cpu)(*args, **kwargs)
+        return (self._on_cuda if kernels_at(args[0]) == "cuda" else _on_the_cpu)(*args, **kwargs)
 
     def _on_cuda(self, q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         """The first kernel that takes these: cuDNN's, flash, efficient, math."""

@@ -12,6 +12,7 @@ from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.engine.lean import LeanDecoder, decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.kernels import product
+from lowvram_lab.kernels.library import there
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU
 def dequantised(monkeypatch):
     """Decodes with weights dequantised, by the modules; afterwards there is a compiler again."""
     monkeypatch.setenv("LOWVRAM_COMPILE", "1")
-    if not product.there():
+    if not there():
         pytest.skip("no C++ compiler")
 
     def by_modules(model, ids, prompt):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lowvram_lab.engine.int4_layout import cpu_block_rows, pack_for_cpu
+from lowvram_lab.kernels import library as kernels
 from lowvram_lab.kernels import product
 from lowvram_lab.kernels.product import dequantized, features_of, quantized_product
 from lowvram_lab.weights.codes import pack
@@ -21,7 +22,7 @@ X86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 @pytest.fixture(autouse=True)
 def compiling(monkeypatch):
     monkeypatch.setenv("LOWVRAM_COMPILE", "1")
-    if product.compiler() is None:
+    if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
 
 
@@ -30,10 +31,10 @@ def way(request, monkeypatch, tmp_path_factory):
     """The library compiled in one of the ways."""
     if request.param == "AVX2" and not X86:
         pytest.skip("another processor")
-    product._library.cache_clear()
-    monkeypatch.setattr(product, "_WAYS", (WAYS[request.param],))
+    kernels._library.cache_clear()
+    monkeypatch.setattr(kernels, "_WAYS", (WAYS[request.param],))
     yield request.param
-    product._library.cache_clear()
+    kernels._library.cache_clear()
 
 
 def integers(bits: int, group: int, features: int = 40, zeros: bool = False):
@@ -77,7 +78,7 @@ def blocks(group: int, features: int = 192):
 
 
 needs_blocks = pytest.mark.skipif(
-    not (product.multiplies_blocks() and cpu_block_rows() == product.BLOCK_ROWS), reason="another processor"
+    not (kernels.multiplies_pairs() and cpu_block_rows() == product.BLOCK_ROWS), reason="another processor"
 )
 CASES = {
     **{
@@ -221,10 +222,10 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch, tmp_path, c
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
     broken = tmp_path / "broken.cpp"
     broken.write_text("int main( {")
-    monkeypatch.setattr(product, "_SOURCE", broken)
-    assert product.there()  # nothing was compiled yet
-    assert product.library() is None
-    assert not product.there()
+    monkeypatch.setattr(kernels, "_SOURCES", (broken,))
+    assert kernels.there()  # nothing was compiled yet
+    assert kernels.library() is None
+    assert not kernels.there()
     assert "weights are dequantised, which is slower" in caplog.text
     assert "error" in caplog.text
     assert not list((tmp_path / "compiled").glob("kernels-*"))
@@ -232,13 +233,13 @@ def test_a_compiler_that_fails_is_said_and_done_without(monkeypatch, tmp_path, c
 
 def test_a_changed_library_is_not_opened(monkeypatch, tmp_path, caplog):
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
-    assert product.library()
+    assert kernels.library()
     (file,) = (tmp_path / "compiled").glob("kernels-*/library.so")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.unlink()  # this process still has the other one mapped
     file.write_bytes(data)
-    product._library.cache_clear()
-    assert product.library() is None
+    kernels._library.cache_clear()
+    assert kernels.library() is None
     assert "was changed since it was made: remove its folder" in caplog.text
-    product._library.cache_clear()
+    kernels._library.cache_clear()

@@ -1,0 +1,95 @@
+"""The kernels' library: C++ compiled once for a machine, in some seconds, and opened.
+
+The sources are ``product.cpp`` and ``attention.cpp``.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import shlex
+import subprocess
+from pathlib import Path
+
+import torch
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.files import build_directory, cache_dir, sha256_file
+from lowvram_lab.kernels.compiler import compiler
+from lowvram_lab.machine import instruction_set
+
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.cpp", "attention.cpp"))
+_TORCH = Path(torch.__file__).parent / "lib"
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
+_WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
+"""What not every compiler knows; the first that works is taken."""
+
+logger = logging.getLogger(__name__)
+
+
+_failed: set[tuple[str, Path]] = set()
+
+
+def there() -> bool:
+    """Whether the operator will compute here: there is a compiler, and it has not failed yet. Compiles nothing."""
+    command = compiler()
+    return command is not None and (command, cache_dir().absolute()) not in _failed
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, compiled first where this machine has none yet; ``None``, and a warning, where that fails."""
+    return _library(compiler(), cache_dir().absolute()) if there() else None
+
+
+@functools.cache
+def _library(command: str, folder: Path) -> ctypes.CDLL | None:
+    try:
+        return _opened(_built(command, folder))
+    except (LowvramError, OSError) as error:
+        logger.warning("weights are dequantised, which is slower: %s", error)
+        _failed.add((command, folder))
+        return None
+
+
+def _built(command: str, folder: Path) -> Path:
+    """The library's file."""
+    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    made = repr((texts, _FLAGS, _WAYS, command, instruction_set(), torch.__version__))
+    identity = {"kernels": hashlib.sha256(made.encode()).hexdigest()}
+    directory = folder / "compiled" / f"kernels-{identity['kernels'][:16]}"
+    build_directory(directory, identity, functools.partial(_compile, command))
+    return directory / "library.so"
+
+
+def _compile(command: str, directory: Path) -> None:
+    target, said = directory / "library.so", ""
+    for way in _WAYS:
+        words = [*shlex.split(command), *_FLAGS, *way, *map(str, _SOURCES), "-o", str(target), f"-L{_TORCH}", "-ltorch_cpu"]
+        ended = subprocess.run(words, capture_output=True, text=True, errors="replace")
+        if ended.returncode == 0:
+            (directory / "library.sha256").write_text(sha256_file(target))
+            return
+        said = said or ended.stderr
+    reason = next((line.strip() for line in said.splitlines() if "error" in line), "it says nothing")
+    names = " and ".join(source.name for source in _SOURCES)
+    raise LowvramError(f"{command} cannot compile {names}: {reason[:300]}")
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    if sha256_file(path) != path.with_name("library.sha256").read_text():
+        raise LowvramError(f"{path} was changed since it was made: remove its folder")
+    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # compiled layers look for the operator by its name
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.lowvram_product.argtypes = [pointer, number, pointer, pointer, *[number] * 6, pointer]
+    library.lowvram_product.restype = None
+    library.lowvram_dequantise.argtypes = [pointer, pointer, *[number] * 6, ctypes.c_bool, pointer]
+    library.lowvram_dequantise.restype = None
+    library.lowvram_attention.argtypes = [*[pointer] * 5, *[number] * 6, ctypes.c_bool, ctypes.c_float, pointer]
+    library.lowvram_attention.restype = None
+    return library
+
+
+@functools.cache
+def multiplies_pairs() -> bool:
+    """Whether this processor multiplies pairs in bfloat16 by 16: what int4 in blocks and attention are computed with."""
+    return {"avx512_bf16", "avx512vbmi", "avx512bw", "avx512vl"} <= set(instruction_set().split())
