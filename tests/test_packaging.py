@@ -103,7 +103,7 @@ def data_folders() -> set[str]:
 def test_every_folder_is_named_in_pyproject():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     assert settings["packages"] == sorted(folders_with_code() | data_folders())
-    assert set(settings["package-data"]) == data_folders()
+    assert set(settings["package-data"]) == data_folders() | {"lowvram_lab.kernels"}
 
 
 def build(call: str, folder: Path, output: Path) -> Path:
@@ -126,7 +126,7 @@ def checkout(tmp_path_factory):
 
 def installed_files() -> set[str]:
     """Every file that the package must come with, by its place in a wheel."""
-    code = {path.relative_to(ROOT) for path in PACKAGE.rglob("*.py")}
+    code = {path.relative_to(ROOT) for pattern in ("*.py", "*.cpp") for path in PACKAGE.rglob(pattern)}
     data = {Path("lowvram_lab") / path.relative_to(ROOT) for path in (ROOT / "data").rglob("*") if path.is_file()}
     return {path.as_posix() for path in code | data}
 

@@ -3,8 +3,6 @@
 transformers asks an implementation by name; a loaded model has this one in place of ``sdpa``, with the same masks.
 """
 
-from __future__ import annotations
-
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,11 +28,11 @@ def attend(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls: queries ``(batch, heads, tokens, features)`` → ``(batch, tokens, heads, features)``."""
     plain = not dropout and not any(others.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-    if plain and kernels_at(query) == "cpu" and attends(query, key, value, attention_mask):
-        if query.is_meta or library() is not None:
-            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return attention(query, key, value, attention_mask, causal and attention_mask is None, scale), None
+    ours = plain and kernels_at(query) == "cpu" and attends(query, key, value, attention_mask)
+    if ours and (query.is_meta or library() is not None):
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention(query, key, value, attention_mask, causal and attention_mask is None, scale), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **others
     )

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lowvram_lab.engine.int4_layout import cpu_block_rows
 from lowvram_lab.engine.layers import Int4Linear, Int8Linear, Nf4Linear, PackedLinear, QuantizedLinear
+from lowvram_lab.kernels.int4_layout import cpu_block_rows
 
 GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))
 """Attribute of a decoder layer, and its modules with a common input."""

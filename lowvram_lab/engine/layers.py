@@ -1,9 +1,9 @@
 """Layers that hold quantised weights and run them over kernels.
 
-CPU: a kernel of ours (``kernels/product.py``) where there is a C++ compiler; without one ``_weight_int8pack_mm`` and
-``_weight_int4pack_mm_for_cpu``, bfloat16 activations only (other dtypes are 20 times slower, so they are cast around the
-call). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where none serves, and for many tokens, a
-tile of the weight is dequantised at a time, so that the temporary stays small (nf4 on CUDA: all of it).
+CPU: a kernel of ours (``kernels/product.py``) where there is a C++ compiler; without one torch's, which want bfloat16
+activations (others are 20 times slower). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where
+none serves, and for many tokens, a tile of the weight is dequantised at a time, so that the temporary stays small (nf4:
+all of it).
 
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from lowvram_lab.engine.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
 from lowvram_lab.kernels import product
+from lowvram_lab.kernels.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
 from lowvram_lab.kernels.library import library, multiplies_pairs, there
 from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.model.formats import Format, get_format
@@ -165,9 +165,7 @@ class QuantizedLinear(Quantized):
     def by_our_kernel(self, rows: torch.Tensor) -> torch.Tensor | None:
         """``multiply`` by our kernel, for few tokens on the CPU where there is a compiler; else ``None``."""
         many = rows.shape[0] > product.MOST_ROWS and self.kernel_format != product.INT4_BLOCKS
-        if many or not self.has_our_kernel():
-            return None
-        if not rows.is_meta and library() is None:
+        if many or not self.has_our_kernel() or not (rows.is_meta or library()):
             return None
         codes, scales = (getattr(self, name) for name in self.held)
         found = product.quantized_product(rows.float(), codes, scales, self.out_features, self.kernel_format)

@@ -1,7 +1,7 @@
 """Attention of many queries on the CPU, as the operator ``lowvram::attention``.
 
-The kernel is C++ (``attention.cpp``): three to five times as fast as torch's own (64 to 1024 tokens, one thread, Zen 5),
-because scores and sums are products of bfloat16 pairs there.
+The kernel is C++ (``attention.cpp``): three to five times as fast as torch's own (64 to 1024 tokens, one thread, Zen
+5), because scores and sums are products of bfloat16 pairs there.
 """
 
 import ctypes

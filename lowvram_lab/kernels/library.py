@@ -64,7 +64,16 @@ def _built(command: str, folder: Path) -> Path:
 def _compile(command: str, directory: Path) -> None:
     target, said = directory / "library.so", ""
     for way in _WAYS:
-        words = [*shlex.split(command), *_FLAGS, *way, *map(str, _SOURCES), "-o", str(target), f"-L{_TORCH}", "-ltorch_cpu"]
+        words = [
+            *shlex.split(command),
+            *_FLAGS,
+            *way,
+            *map(str, _SOURCES),
+            "-o",
+            str(target),
+            f"-L{_TORCH}",
+            "-ltorch_cpu",
+        ]
         ended = subprocess.run(words, capture_output=True, text=True, errors="replace")
         if ended.returncode == 0:
             (directory / "library.sha256").write_text(sha256_file(target))
@@ -91,5 +100,5 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 @functools.cache
 def multiplies_pairs() -> bool:
-    """Whether this processor multiplies pairs in bfloat16 by 16: what int4 in blocks and attention are computed with."""
+    """Whether this processor multiplies pairs in bfloat16, which int4 in blocks and attention are computed with."""
     return {"avx512_bf16", "avx512vbmi", "avx512bw", "avx512vl"} <= set(instruction_set().split())

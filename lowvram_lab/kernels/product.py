@@ -25,6 +25,7 @@ C_DECLARATION = (
 )
 """The operator as a library made by torch's compiler calls it, which finds it among the process's symbols."""
 
+
 def format_number(fmt: Format) -> int:
     """How the kernel calls a format: the bits of its codes, 0 for nf4."""
     return 0 if fmt.kind == "nf4" else fmt.bits

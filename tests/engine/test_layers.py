@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowvram_lab.engine import int4_layout
 from lowvram_lab.engine import layers as linear
 from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError
+from lowvram_lab.kernels import int4_layout
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import find_card
 from lowvram_lab.memory.dry_run import DryRunGpu

@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 
-from lowvram_lab.engine.int4_layout import cpu_block_rows, pack_for_cpu
 from lowvram_lab.kernels import library as kernels
 from lowvram_lab.kernels import product
+from lowvram_lab.kernels.int4_layout import cpu_block_rows, pack_for_cpu
 from lowvram_lab.kernels.product import dequantized, features_of, quantized_product
 from lowvram_lab.weights.codes import pack
 from tests.helpers.tiny import relative_error
