@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lowvram_lab.kernels.attention import attends, attention
-from lowvram_lab.kernels.library import library
+from lowvram_lab.kernels.library import multiplies_pairs, opened, there
 from lowvram_lab.memory.attention import kernels_at
 
 NAME = "lowvram"
@@ -29,7 +29,7 @@ def attend(
     """What transformers calls: queries ``(batch, heads, tokens, features)`` → ``(batch, tokens, heads, features)``."""
     plain = not dropout and not any(others.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
     ours = plain and kernels_at(query) == "cpu" and attends(query, key, value, attention_mask)
-    if ours and (query.is_meta or library() is not None):
+    if ours and (query.is_meta or opened()):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attention(query, key, value, attention_mask, causal and attention_mask is None, scale), None
@@ -39,8 +39,8 @@ def attend(
 
 
 def use_our_attention(model: PreTrainedModel) -> None:
-    """Puts ``attend`` in the place of torch's attention, in a model whose modules would call that."""
-    if model.config._attn_implementation == "sdpa":
+    """Puts ``attend`` in the place of torch's attention, where that would be called and our kernel is there."""
+    if model.config._attn_implementation == "sdpa" and multiplies_pairs() and there():
         model.set_attn_implementation(NAME)
 
 

@@ -2,8 +2,7 @@
 
 CPU: a kernel of ours (``kernels/product.py``) where there is a C++ compiler; without one torch's, which want bfloat16
 activations (others are 20 times slower). CUDA: ``_weight_int4pack_mm`` on Ampere or later, bitsandbytes for nf4. Where
-none serves, and for many tokens, a tile of the weight is dequantised at a time, so that the temporary stays small (nf4:
-all of it).
+none serves, and for many tokens, a tile of the weight is dequantised at a time, a small temporary (nf4: all of it).
 
 A layer on meta imitates the kernels it is told to (``kernels=``): that is how a forecast knows their temporaries.
 """
@@ -16,7 +15,7 @@ from torch import nn
 
 from lowvram_lab.kernels import product
 from lowvram_lab.kernels.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
-from lowvram_lab.kernels.library import library, multiplies_pairs, there
+from lowvram_lab.kernels.library import library, multiplies_pairs, opened, there
 from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.units import MiB
@@ -118,6 +117,7 @@ class QuantizedLinear(Quantized):
         self.bias = None
         self.tile_rows = 1  # rows of the weight that can be dequantised only together
         self._lay_out(shared, card)
+        self.readable = self._readable() and there()  # by our kernel; asked once: to look for a compiler takes time
 
     def _lay_out(self, shared: bool, card: Card | None) -> None:
         """Chooses how the codes lie, in formats where there is a choice."""
@@ -148,10 +148,13 @@ class QuantizedLinear(Quantized):
             result[:, start:stop] = F.linear(rows, self.weight_rows(slice(start, stop), rows.dtype))
         return result
 
+    def _readable(self) -> bool:
+        """Whether our kernel could read the weight as it lies."""
+        return self.in_features % (self.format.group_size or 1) == 0  # of nf4, groups may go on in the next row
+
     def has_our_kernel(self) -> bool:
         """Whether our kernel multiplies by the weight as it lies."""
-        whole = self.in_features % (self.format.group_size or 1) == 0  # of nf4, groups may go on in the next row
-        return self.kernels == "cpu" and whole and there()
+        return self.readable and self.kernels == "cpu"
 
     def dequantises(self, select: slice | torch.Tensor, dtype: torch.dtype) -> bool:
         """See ``Quantized``."""
@@ -165,11 +168,10 @@ class QuantizedLinear(Quantized):
     def by_our_kernel(self, rows: torch.Tensor) -> torch.Tensor | None:
         """``multiply`` by our kernel, for few tokens on the CPU where there is a compiler; else ``None``."""
         many = rows.shape[0] > product.MOST_ROWS and self.kernel_format != product.INT4_BLOCKS
-        if many or not self.has_our_kernel() or not (rows.is_meta or library()):
+        if many or not self.has_our_kernel() or not (rows.is_meta or opened()):
             return None
-        codes, scales = (getattr(self, name) for name in self.held)
-        found = product.quantized_product(rows.float(), codes, scales, self.out_features, self.kernel_format)
-        return found.to(rows.dtype)
+        held = (getattr(self, name) for name in self.held)
+        return product.quantized_product(rows.float(), *held, self.out_features, self.kernel_format).to(rows.dtype)
 
 
 class _Int8Rows:
@@ -275,12 +277,11 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
         """See ``_Int4Rows``; of whole blocks in the CPU's layout."""
         return unpack_from_cpu(packed) if self.layout == "cpu" else super().codes(packed)
 
-    def has_our_kernel(self) -> bool:
+    def _readable(self) -> bool:
         """See ``QuantizedLinear``; of torch's layouts it reads one."""
-        if self.layout == "cpu":
-            whole = cpu_block_rows() == product.BLOCK_ROWS and self.out_features % product.BLOCK_ROWS == 0
-            return self.kernels == "cpu" and whole and multiplies_pairs() and there()
-        return super().has_our_kernel()
+        if self.layout == "nibbles":
+            return super()._readable()
+        return self.tile_rows == product.BLOCK_ROWS and self.out_features % self.tile_rows == 0 and multiplies_pairs()
 
     def dequantises(self, select: slice | torch.Tensor, dtype: torch.dtype) -> bool:
         """See ``Quantized``."""

@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from lowvram_lab.kernels.library import library, multiplies_pairs, there
+from lowvram_lab.kernels.library import opened
 
 FEWEST_QUERIES = 8
 """For fewer the kernel lays keys side by side for nothing."""
@@ -18,9 +18,7 @@ _STEPS = ctypes.c_int64 * 11
 
 
 def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether the kernel computes such an attention; for the arguments see ``attention``. Compiles nothing."""
-    if not (multiplies_pairs() and there()):
-        return False
+    """Whether the kernel, where it is there, computes such an attention; for the arguments see ``attention``."""
     narrow = q.dtype == k.dtype == v.dtype == torch.bfloat16
     shaped = q.dim() == 4 and q.shape[-1] == v.shape[-1] and q.shape[-1] % _HEAD_MULTIPLE == 0
     wide = shaped and q.shape[2] >= FEWEST_QUERIES and q.shape[2] <= k.shape[2]
@@ -38,14 +36,14 @@ def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 def _on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
 ) -> torch.Tensor:
-    opened = library()
-    if opened is None:
-        raise RuntimeError("attention was called where it is not there; ask library() first")
+    kernels = opened()
+    if kernels is None:
+        raise RuntimeError("attention was called where it is not there; ask there() first")
     result = _on_meta(q, k, v, mask, causal, scale)
     (batch, heads, queries, width), masked = q.shape, mask is not None
     by_sequence = mask.stride(0) if masked and mask.shape[0] > 1 else 0
     steps = [step for each in (q, k, v) for step in each.stride()[:3]]
-    opened.lowvram_attention(
+    kernels.lowvram_attention(
         *(each.data_ptr() for each in (q, k, v)),
         mask.data_ptr() if masked else None,
         _STEPS(*steps, by_sequence, mask.stride(2) if masked else 0),

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 _failed: set[tuple[str, Path]] = set()
+_last: ctypes.CDLL | None = None
 
 
 def there() -> bool:
@@ -38,7 +39,15 @@ def there() -> bool:
 
 def library() -> ctypes.CDLL | None:
     """The library, compiled first where this machine has none yet; ``None``, and a warning, where that fails."""
-    return _library(compiler(), cache_dir().absolute()) if there() else None
+    global _last
+    found = _library(compiler(), cache_dir().absolute()) if there() else None
+    _last = found or _last
+    return found
+
+
+def opened() -> ctypes.CDLL | None:
+    """The same without looking for the compiler again: for every call of a kernel."""
+    return _last or library()
 
 
 @functools.cache

@@ -602,21 +602,16 @@ constexpr int VECTOR = 16;  // rows of a block in a vector
 constexpr int64_t PASSES = 16;  // of rows of the input, which find a block in the cache that the first has read
 
 struct PairedInput {
-  std::vector<uint32_t> pairs;  // two columns of each row in bfloat16, then the next two of each
-  std::vector<float> sums;      // of each group and row
+  std::vector<Input> input;  // each row in bfloat16
+  std::vector<float> sums;   // of each group and row
 
   PairedInput(const float* rows, int64_t count, const Weight& weight)
-      : pairs(count * weight.columns / 2), sums(count * weight.groups()) {
+      : input(count * weight.columns), sums(count * weight.groups()) {
     for (int64_t row = 0; row < count; row++)
       for (int64_t group = 0; group < weight.groups(); group++) {
         float lanes[LANES] = {};
-        for (int64_t at = group * weight.group; at < (group + 1) * weight.group; at += UNIT) {
-          Input rounded[UNIT];
-          uint32_t paired[UNIT / 2];
-          round_unit(rows + row * weight.columns + at, rounded, lanes);
-          std::memcpy(paired, rounded, sizeof rounded);
-          for (int64_t i = 0; i < UNIT / 2; i++) pairs[(at / 2 + i) * count + row] = paired[i];
-        }
+        for (int64_t at = group * weight.group; at < (group + 1) * weight.group; at += UNIT)
+          round_unit(rows + row * weight.columns + at, input.data() + row * weight.columns + at, lanes);
         sums[group * count + row] = total(load(lanes));
       }
   }
@@ -647,14 +642,14 @@ struct Block {
     constexpr float ADDED = 128 + 8;
     const __m512i mask = _mm512_set1_epi16(15), exponent = _mm512_set1_epi16(0x4300);
     const uint8_t* at = weight.codes + block * weight.columns / 2;
-    const uint32_t* input = prepared.pairs.data();
+    const Input* input = prepared.input.data();
     const float* sums = prepared.sums.data();
     Sum whole[2 * PARTS][ROWS];
     EACH(vector, 2 * PARTS) EACH(row, ROWS) whole[vector][row] = zeros();
     for (int64_t group = 0; group < weight.groups(); group++, sums += ROWS) {
       Sum part[2 * PARTS][ROWS];
       EACH(vector, 2 * PARTS) EACH(row, ROWS) part[vector][row] = _mm512_set1_ps(-ADDED * sums[row]);
-      for (int64_t pair = 0; pair < weight.group / 2; pair++, at += BLOCK, input += ROWS) {
+      for (int64_t pair = 0; pair < weight.group / 2; pair++, at += BLOCK, input += 2) {
         __builtin_prefetch(at + AHEAD);
         const __m512i both = _mm512_loadu_si512(at);
         __m512bh read[2 * PARTS];
@@ -664,7 +659,9 @@ struct Block {
           read[PARTS + p] = (__m512bh)_mm512_ternarylogic_epi32(_mm512_srli_epi32(codes, 4), mask, exponent, 0xEA);
         }
         EACH(row, ROWS) {
-          const __m512bh x = (__m512bh)_mm512_set1_epi32(int(input[row]));
+          int32_t two;
+          std::memcpy(&two, input + row * weight.columns, sizeof two);
+          const __m512bh x = (__m512bh)_mm512_set1_epi32(two);
           EACH(vector, 2 * PARTS) part[vector][row] = _mm512_dpbf16_ps(part[vector][row], read[vector], x);
         }
       }

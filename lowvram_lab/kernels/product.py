@@ -6,7 +6,7 @@ processors without AVX-512), summing in float32.
 
 import torch
 
-from lowvram_lab.kernels.library import library
+from lowvram_lab.kernels.library import opened
 from lowvram_lab.model.formats import Format
 
 MOST_ROWS = 8
@@ -41,14 +41,14 @@ _BFLOAT16, _FLOAT32, _WITH_ZEROS = range(3)
 
 
 def _on_cpu(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
-    opened = library()
-    if opened is None:
-        raise RuntimeError("quantized_product was called where it is not there; ask library() first")
+    kernels = opened()
+    if kernels is None:
+        raise RuntimeError("quantized_product was called where it is not there; ask there() first")
     rows, codes, columns = rows.contiguous(), codes.contiguous(), rows.shape[1]
     result = rows.new_empty(rows.shape[0], features)
     kind, groups, step = _lie(scales, features)
     addresses = rows.data_ptr(), rows.shape[0], codes.data_ptr(), scales.data_ptr()
-    opened.lowvram_product(*addresses, kind, features, columns, format, columns // groups, step, result.data_ptr())
+    kernels.lowvram_product(*addresses, kind, features, columns, format, columns // groups, step, result.data_ptr())
     return result
 
 
@@ -68,7 +68,7 @@ def _dequantised_on_cpu(
     kind, groups, step = _lie(scales, features)
     columns, wide = result.shape[1], dtype == torch.float32
     sizes = kind, features, columns, format, columns // groups, step
-    library().lowvram_dequantise(codes.data_ptr(), scales.data_ptr(), *sizes, wide, result.data_ptr())
+    opened().lowvram_dequantise(codes.data_ptr(), scales.data_ptr(), *sizes, wide, result.data_ptr())
     return result
 
 
