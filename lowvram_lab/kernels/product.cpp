@@ -204,7 +204,9 @@ void store(const Sum* values, float* to) {
   for (int half = 0; half < 2; half++) _mm512_storeu_ps(to + LANES * half, values[half]);
 }
 void store(const Sum* values, uint16_t* to) { _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0])); }
-Sum scaled(Sum what, float by, float plus) { return _mm512_fmadd_ps(what, _mm512_set1_ps(by), _mm512_set1_ps(plus)); }
+Sum scaled(Sum what, float less, float by, float plus) {
+  return _mm512_fmadd_ps(_mm512_sub_ps(what, _mm512_set1_ps(less)), _mm512_set1_ps(by), _mm512_set1_ps(plus));
+}
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   return _mm512_dpbf16_ps(to, unit, (__m512bh)_mm512_loadu_si512(input));
 }
@@ -306,7 +308,9 @@ void store(const Sum* values, uint16_t* to) {
   store(values, all);
   for (int64_t i = 0; i < UNIT; i++) to[i] = to_bf16(all[i]);
 }
-Sum scaled(Sum what, float by, float plus) { return _mm256_fmadd_ps(what, _mm256_set1_ps(by), _mm256_set1_ps(plus)); }
+Sum scaled(Sum what, float less, float by, float plus) {
+  return _mm256_fmadd_ps(_mm256_sub_ps(what, _mm256_set1_ps(less)), _mm256_set1_ps(by), _mm256_set1_ps(plus));
+}
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   for (int eight = 0; eight < 4; eight++) to = _mm256_fmadd_ps(unit.eights[eight], load(input + 8 * eight), to);
   return to;
@@ -381,8 +385,8 @@ void store(const Sum* values, float* to) { std::memcpy(to, values, UNIT * sizeof
 void store(const Sum* values, uint16_t* to) {
   for (int64_t i = 0; i < UNIT; i++) to[i] = to_bf16(values[i / LANES].lane[i % LANES]);
 }
-Sum scaled(Sum what, float by, float plus) {
-  for (int i = 0; i < LANES; i++) what.lane[i] = what.lane[i] * by + plus;
+Sum scaled(Sum what, float less, float by, float plus) {
+  for (int i = 0; i < LANES; i++) what.lane[i] = (what.lane[i] - less) * by + plus;
   return what;
 }
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
@@ -391,14 +395,6 @@ Sum add_products(Sum to, const Unit& unit, const Input* input) {
 }
 
 #endif
-
-template <class FORMAT, class VALUE>
-void dequantise_unit(const Values<FORMAT>& values, const uint8_t* at, float scale, float offset, VALUE* to) {
-  Sum read[UNIT / LANES];
-  read_exactly(values, at, read);
-  for (Sum& some : read) some = scaled(some, scale, offset);
-  store(read, to);
-}
 
 // The input as the kernel reads it: a unit of each row, then the next unit of each. And where the sum of each group and
 // row starts, lane by lane: at what the offset of its codes will have added too much.
@@ -547,6 +543,14 @@ void multiply(const float* rows, int64_t count, const Weight& weight, float* out
   }
 }
 
+template <class FORMAT, class VALUE>
+void dequantise_unit(const Values<FORMAT>& values, const uint8_t* at, float scale, float zero, VALUE* to) {
+  Sum read[UNIT / LANES];
+  read_exactly(values, at, read);
+  for (Sum& some : read) some = scaled(some, Values<FORMAT>::ADDED, scale, zero);
+  store(read, to);
+}
+
 // The weight itself, rounded once.
 template <class FORMAT, class VALUE>
 void dequantise(const Weight& weight, VALUE* out) {
@@ -565,17 +569,16 @@ void dequantise(const Weight& weight, VALUE* out) {
         for (int64_t group = 0; group < groups; group++) {
           const int64_t place = group * scales.group_step + feature * scales.feature_step;
           const float scale = scales.scale[place], zero = weight.kind == WITH_ZEROS ? scales.zero[place] : 0;
-          const float offset = zero - Values<FORMAT>::ADDED * scale;
           int64_t left = weight.group;
           for (; left >= UNIT; left -= UNIT, at += FORMAT::BYTES, to += UNIT) {
             __builtin_prefetch(at + AHEAD);
-            dequantise_unit(values, at, scale, offset, to);
+            dequantise_unit(values, at, scale, zero, to);
           }
           if (FORMAT::BITS == 8 && left) {
             uint8_t some[FORMAT::BYTES] = {};
             VALUE all[UNIT];
             std::memcpy(some, at, left);
-            dequantise_unit(values, some, scale, offset, all);
+            dequantise_unit(values, some, scale, zero, all);
             std::memcpy(to, all, left * sizeof(VALUE));
             at += left, to += left;
           }
