@@ -178,6 +178,15 @@ def test_a_decoder_that_goes_leaves_another_its_workspace(gone):
 
 
 @pytest.mark.usefixtures("values")
+def test_what_inference_made_is_computed_with_outside_of_it():
+    with torch.inference_mode():
+        made = torch.arange(320, device="cuda", dtype=torch.bfloat16)
+    before = made.float()
+    torch.full((320,), torch.nan, device="cuda")  # where a result that nobody writes would lie
+    assert torch.equal(before.cpu(), made.cpu().float())
+
+
+@pytest.mark.usefixtures("values")
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4", "nf4"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("kind", TINY)

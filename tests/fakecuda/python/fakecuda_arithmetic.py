@@ -167,12 +167,13 @@ class Arithmetic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operator on CUDA and its twins."""
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # composite operators arrive whole
+        flat = tree_flatten((args, kwargs))[0]
+        made_so = any(isinstance(value, torch.Tensor) and value.is_inference() for value in flat)
+        if made_so or torch.is_inference_mode_enabled():  # composite operators arrive whole: "to" as if a view
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        flat = tree_flatten((args, kwargs))[0]
         if not any(map(_is_cuda, flat)) or func.is_view or func in UNTOUCHED:
             return func(*args, **kwargs)
         if torch.cuda.is_current_stream_capturing():
