@@ -144,14 +144,18 @@ class _State:
 
 
 @torch.inference_mode()
-def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int) -> dict:
-    """Decoding a token beside the weights' products in it, called by themselves on the same weights, in alternation."""
+def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int, kv_format: str) -> dict:
+    """Decoding a token beside the weights' products in it, called by themselves on the same weights, in alternation.
+
+    ``of_bytes`` is a token's time over that of reading weights, keys and values at the rate at which the products read.
+    """
     config = find_source(model).config()
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     spec = ModelSpec.from_config(config, model)
-    plan = Plan.uniform(spec, "int4", context=max(lengths) + 8)
+    plan = replace(Plan.uniform(spec, "int4", context=max(lengths) + 8), kv_format=kv_format)
+    read_bytes = plan.weight_bytes() - plan.module_bytes(spec.embedding)
     loaded = load(plan, StandInGpu(None), checkpoint=RandomCheckpoint(spec), progress=True)
     decoder = LeanDecoder(loaded)
     token, calls, rows = torch.ones(1, 1, dtype=torch.long), _products_of(decoder, loaded), []
@@ -172,12 +176,20 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int) -> 
                 "decode_ms": statistics.median(found["decode"]),
                 "products_ms": statistics.median(found["products"]),
                 "ratio": statistics.median(shares),
+                "of_bytes": statistics.median(shares) * read_bytes / (read_bytes + plan.kv_bytes(cached)),
                 "least": min(shares),
                 "most": max(shares),
             }
         )
     described = {"layers": layers, "threads": torch.get_num_threads(), "compiled": decoder.compiled}
-    return {"model": model, "format": "int4", "weight_bytes": plan.weight_bytes(), **described, "rows": rows}
+    return {
+        "model": model,
+        "format": "int4",
+        "kv_format": kv_format,
+        "weight_bytes": plan.weight_bytes(),
+        **described,
+        "rows": rows,
+    }
 
 
 def _products_of(decoder: LeanDecoder, model):
@@ -213,9 +225,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--layers", type=int, default=40)
-    parser.add_argument("--cached", type=int, nargs="+", default=[16, 128, 512])
+    parser.add_argument("--cached", type=int, nargs="+", default=[16, 128, 512, 4096])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--kv-format", default="bf16", help="of products: bf16, int8 or int4")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -224,12 +237,13 @@ def main() -> None:
     elif args.part == "parity":
         found = parity()
     else:
-        found = products(args.model or "qwen1.5-4b", args.layers, tuple(args.cached), args.rounds)
+        found = products(args.model or "qwen1.5-4b", args.layers, tuple(args.cached), args.rounds, args.kv_format)
     print(pandas.DataFrame(found["rows"]).to_string(index=False))
     path = RESULTS / f"engine_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
     machine = {"machine": facts(), "date": datetime.now(UTC).date().isoformat()}
-    path.write_text(json.dumps({**kept, args.part: {**found, **machine}}, indent=1) + "\n")
+    name = args.part if args.part != "products" else f"products, {found['threads']} threads, {args.kv_format} cache"
+    path.write_text(json.dumps({**kept, name: {**found, **machine}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def checkout(tmp_path_factory):
 
 def installed_files() -> set[str]:
     """Every file that the package must come with, by its place in a wheel."""
-    code = {path.relative_to(ROOT) for pattern in ("*.py", "*.cpp") for path in PACKAGE.rglob(pattern)}
+    code = {path.relative_to(ROOT) for pattern in ("*.py", "*.cpp", "*.h") for path in PACKAGE.rglob(pattern)}
     data = {Path("lowvram_lab") / path.relative_to(ROOT) for path in (ROOT / "data").rglob("*") if path.is_file()}
     return {path.as_posix() for path in code | data}
 

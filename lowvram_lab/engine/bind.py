@@ -13,6 +13,7 @@ from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.layers import Int4Linear, Int8Linear, QuantizedLinear
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product
 from lowvram_lab.engine.loaded import Loaded, loaded
+from lowvram_lab.kernels.library import there
 from lowvram_lab.model.plan import compute_place
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -28,15 +29,15 @@ def bind_layer(model: nn.Module, block: nn.Module, held: FixedLayer) -> tuple[La
         held: The layer's keys and values.
     """
     attention, config, state = block.self_attn, model.config, loaded(model)
-    products, weights = [], []
+    first, products, weights = f"model.layers.{attention.layer_idx}.self_attn.q_proj", [], []
     for group in PROJECTIONS:
         projections = [getattr(attention if hasattr(attention, name) else block.mlp, name) for name in group]
-        common = _fused(projections, state, f"model.layers.{attention.layer_idx}.self_attn.q_proj")
+        common = _fused(projections, state, first)
         of_each = projections[:1] if common else projections
         products.append(tuple(product_of(projection) for projection in of_each))
         for projection in of_each:
             weights += tensors_of(projection, model.dtype, common)
-    normed = hasattr(attention, "q_norm")
+    normed, cached = hasattr(attention, "q_norm"), held.tensors()
     shape = LayerShape(
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -45,16 +46,14 @@ def bind_layer(model: nn.Module, block: nn.Module, held: FixedLayer) -> tuple[La
         eps=config.rms_norm_eps,
         products=tuple(products),
         normed_heads=normed,
-        int8_cache=held.key_scale is not None,
+        cache=tuple(cached),
+        our_attention=state.gpu.kernels_of(compute_place(state.plan.modules[first].device)) == "cpu" and there(),
         dtype=model.dtype,
     )
     norms = [block.input_layernorm.weight, block.post_attention_layernorm.weight]
     if normed:
         norms += [attention.q_norm.weight, attention.k_norm.weight]
-    cached = [held.keys, held.values]
-    if shape.int8_cache:
-        cached += [held.key_scale, held.value_scale]
-    return shape, [*(norm.detach() for norm in norms), *weights, *cached]
+    return shape, [*(norm.detach() for norm in norms), *weights, *cached.values()]
 
 
 def bind_head(model: nn.Module) -> tuple[HeadShape, list[torch.Tensor]] | None:

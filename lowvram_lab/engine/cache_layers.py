@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.kernels.token_attention import CACHED
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.formats import SCALE_DTYPE
 from lowvram_lab.model.geometry import KVShape
@@ -35,6 +36,10 @@ class FixedLayer(CacheLayerMixin):
         super().__init__()
         self.shape, self.dtype = shape, dtype
         self.tokens, self.max_tokens = 0, shape.tokens
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it keeps, by the names of ``CACHED``."""
+        return {name: tensor for name in CACHED if (tensor := getattr(self, name, None)) is not None}
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: everything is there."""
@@ -125,8 +130,7 @@ class PreallocatedLayer(FixedLayer):
 
         What it holds is copied there; only the new tokens' keys and values come home. After an error it is as before.
         """
-        names = [name for name in ("keys", "values", "key_scale", "value_scale") if getattr(self, name) is not None]
-        home = {name: getattr(self, name) for name in names}
+        home = self.tensors()
         began = self.tokens
         try:
             for name, states in home.items():
@@ -151,4 +155,4 @@ def quantize_states(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys or values ``(..., tokens, head_dim)`` as int8 codes, and a bf16 scale for each token and head."""
     scale = (states.abs().amax(dim=-1, keepdim=True).float() / 127).clamp_(min=torch.finfo(SCALE_DTYPE).tiny)
     scale = scale.to(SCALE_DTYPE)
-    return (states / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+    return states.float().div(scale.float()).round_().clamp_(-127, 127).to(torch.int8), scale

@@ -22,14 +22,20 @@ from torch import Tensor
 
 from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
 from lowvram_lab.files import build_directory, sha256_file
-from lowvram_lab.kernels.product import C_DECLARATION, quantized_product
+from lowvram_lab.kernels import product
+from lowvram_lab.kernels import token_attention as attention
+from lowvram_lab.kernels.product import quantized_product
+from lowvram_lab.kernels.token_attention import token_attention
 
 OPTIONS = {
     "size_asserts": False,
     "alignment_asserts": False,
     "scalar_asserts": False,  # the slice of a full cache is the whole of it, which the exporter takes for another case
     "cpp.dynamic_threads": True,
-    "aot_inductor.custom_ops_to_c_shims": {quantized_product: [C_DECLARATION]},
+    "aot_inductor.custom_ops_to_c_shims": {
+        quantized_product: [product.C_DECLARATION],
+        token_attention: [attention.C_DECLARATION],
+    },
 }
 LEAST_ROOM = 3
 """Places a cache must have for a compiled layer; the exporter takes fewer for another case."""
@@ -37,7 +43,7 @@ LIBRARY = "library.so"
 DIGEST = "library.sha256"
 
 _LONGEST = 1 << 24
-_SIZES = {"tokens": (2, _LONGEST - 1), "room": (LEAST_ROOM, _LONGEST)}
+_SIZES = {"tokens": (2, _LONGEST - 1), "room": (LEAST_ROOM, _LONGEST), "blocks": (LEAST_ROOM, _LONGEST)}
 _POSITIONS = 3
 """Which argument of a layer has the positions."""
 
@@ -84,9 +90,15 @@ class Library:
         free = [{} for _ in self.arguments]
         if isinstance(self.function, LayerShape):
             free[_POSITIONS] = {0: "tokens"}
-            cached = 4 if self.function.int8_cache else 2
-            free[-cached:] = [{2: "room"} for _ in range(cached)]
+            for index, name in enumerate(self.function.cache, len(free) - len(self.function.cache)):
+                size = "blocks" if self._in_blocks(name) else "room"
+                if name != "recent" and self.arguments[index].shape[2] >= LEAST_ROOM:
+                    free[index] = {2: size}
         return free
+
+    def _in_blocks(self, name: str) -> bool:
+        """Whether a tensor of the cache has its tokens in blocks, as keys of 4 bits have."""
+        return "recent" in self.function.cache and name in ("keys", "key_scale")
 
 
 class _Exported(torch.nn.Module):

@@ -20,30 +20,28 @@ class Int4Layer(FixedLayer):
     """Keys and values of one decoder layer, all of it allocated now.
 
     Shapes, for a ``KVShape`` and ``blocks = ceil(tokens / 32)``: ``keys`` uint8 ``(batch, heads, blocks, 16,
-    key_dim)``, two tokens a byte, the even one low; ``key_grid`` bf16 ``(batch, heads, blocks, 2, key_dim)``, scale
+    key_dim)``, two tokens a byte, the even one low; ``key_scale`` bf16 ``(batch, heads, blocks, 2, key_dim)``, scale
     and zero; ``recent`` ``(batch, heads, 32, key_dim)`` in the model's dtype; ``values`` uint8 ``(batch, heads,
-    tokens, value_dim / 2)``; ``value_grid`` bf16 ``(batch, heads, tokens, 2, value_dim / 32)``.
+    tokens, value_dim / 2)``; ``value_scale`` bf16 ``(batch, heads, tokens, 2, value_dim / 32)``.
 
     Its arguments are those of ``PreallocatedLayer``; value_dim is a multiple of 32.
     """
-
-    key_scale = None
 
     def __init__(self, gpu: Gpu, place: str, shape: KVShape, dtype: torch.dtype):
         super().__init__(shape, dtype)
         batch, heads, _, width, value_dim = shape
         blocks = -(-self.max_tokens // GROUP)
         self.keys = gpu.zeros((batch, heads, blocks, GROUP // 2, width), torch.uint8, place)
-        self.key_grid = gpu.zeros((batch, heads, blocks, 2, width), SCALE_DTYPE, place)
+        self.key_scale = gpu.zeros((batch, heads, blocks, 2, width), SCALE_DTYPE, place)
         self.recent = gpu.zeros((batch, heads, GROUP, width), dtype, place)
         self.values = gpu.zeros((batch, heads, self.max_tokens, value_dim // 2), torch.uint8, place)
-        self.value_grid = gpu.zeros((batch, heads, self.max_tokens, 2, value_dim // GROUP), SCALE_DTYPE, place)
+        self.value_scale = gpu.zeros((batch, heads, self.max_tokens, 2, value_dim // GROUP), SCALE_DTYPE, place)
         self.device, self.is_initialized = self.keys.device, True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes new keys and values behind those there are; returns all of them, dequantised."""
         start, end = self.tokens, self.end_of(key_states, value_states)
-        codes, self.value_grid[:, :, start:end] = _quantize(value_states.unflatten(-1, (-1, GROUP)), -1)
+        codes, self.value_scale[:, :, start:end] = _quantize(value_states.unflatten(-1, (-1, GROUP)), -1)
         codes = codes.flatten(-2)
         self.values[:, :, start:end] = codes[..., ::2] | codes[..., 1::2] << 4
         self._append_keys(key_states, start, end)
@@ -56,7 +54,7 @@ class Int4Layer(FixedLayer):
             first = start // GROUP
             begun = self.recent[:, :, : start - first * GROUP]
             blocks = torch.cat((begun, states[:, :, : whole - start]), dim=2).unflatten(2, (-1, GROUP))
-            codes, self.key_grid[:, :, first : whole // GROUP] = _quantize(blocks, 3)
+            codes, self.key_scale[:, :, first : whole // GROUP] = _quantize(blocks, 3)
             self.keys[:, :, first : whole // GROUP] = codes[:, :, :, ::2] | codes[:, :, :, 1::2] << 4
             start, states = whole, states[:, :, whole - start :]
         if end > start:
@@ -65,14 +63,14 @@ class Int4Layer(FixedLayer):
     def _keys(self) -> torch.Tensor:
         blocks = self.tokens // GROUP
         codes = torch.stack((self.keys[:, :, :blocks] & 15, self.keys[:, :, :blocks] >> 4), dim=4)
-        grid = self.key_grid[:, :, :blocks].to(self.dtype)
+        grid = self.key_scale[:, :, :blocks].to(self.dtype)
         whole = codes.flatten(3, 4).to(self.dtype).mul_(grid[:, :, :, :1]).add_(grid[:, :, :, 1:]).flatten(2, 3)
         return torch.cat((whole, self.recent[:, :, : self.tokens - blocks * GROUP]), dim=2)
 
     def _values(self) -> torch.Tensor:
         held = self.values[:, :, : self.tokens]
         codes = torch.stack((held & 15, held >> 4), dim=-1).flatten(-2).unflatten(-1, (-1, GROUP))
-        grid = self.value_grid[:, :, : self.tokens].to(self.dtype)
+        grid = self.value_scale[:, :, : self.tokens].to(self.dtype)
         return codes.to(self.dtype).mul_(grid[:, :, :, 0, :, None]).add_(grid[:, :, :, 1, :, None]).flatten(-2)
 
     def keep(self, tokens: int) -> None:
@@ -89,7 +87,7 @@ class Int4Layer(FixedLayer):
 def _quantize(states: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of 0 to 15, and scale and zero, side by side in the place of ``dim`` (values: before it)."""
     low, high = states.amin(dim, keepdim=True), states.amax(dim, keepdim=True)
-    scale = ((high - low).float() / 15).clamp_(min=torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
+    scale = ((high.float() - low.float()) / 15).clamp_(min=torch.finfo(SCALE_DTYPE).tiny).to(SCALE_DTYPE)
     zero = low.to(SCALE_DTYPE)
     codes = ((states.float() - zero.float()) / scale.float()).round_().clamp_(0, 15).to(torch.uint8)
     grid = torch.cat((scale, zero), dim=dim)

@@ -9,7 +9,7 @@ from lowvram_lab.engine.bind import product_of
 from lowvram_lab.engine.compiling import LEAST_ROOM
 from lowvram_lab.engine.decode import module_decoder_name
 from lowvram_lab.engine.layers import quantized_linear
-from lowvram_lab.kernels.compiler import compiler
+from lowvram_lab.kernels.library import there
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan, compute_place
 
@@ -46,8 +46,10 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
     slides = kind == "mistral" or "sliding_attention" in (config.get("layer_types") or ())
     if window and slides and (max_tokens or plan.context) > window:
         return f"its attention slides over {window} tokens"
-    if plan.kv_format == "int4":
-        return "its KV cache is in int4, which the modules read"
+    if plan.kv_format == "int4" and kernels == "cuda" and "gpu" in plan.layer_places():
+        return "its KV cache on the card is in int4, which the modules read"
+    if plan.kv_format == "int4" and not there():
+        return "its KV cache is in int4, which without a C++ compiler the modules read"
     return _format_without_kernel(plan, kernels)
 
 
@@ -82,4 +84,4 @@ def engine_of(plan: Plan, kernels: str) -> tuple[str, str]:
 
 def off_card(plan: Plan) -> str:
     """The kind of lean decoder that runs layers which are not on a CUDA card."""
-    return COMPILED if compiler() is not None and plan.context >= LEAST_ROOM else LEAN
+    return COMPILED if there() and plan.context >= LEAST_ROOM else LEAN

@@ -385,14 +385,17 @@ _LINEARS = {"int8": Int8Linear, "int4": Int4Linear, "packed": PackedLinear, "nf4
 _EMBEDDINGS = {"int8": Int8Embedding, "int4": Int4Embedding, "packed": PackedEmbedding}
 
 
-def import_kernels(formats: set[str]) -> None:
-    """Imports or learns what the formats' kernels need, before a meter runs that would count their tables."""
+def import_kernels(formats: set[str], dry: bool) -> None:
+    """Imports or learns what the formats' kernels need, before a meter runs that would count their tables.
+
+    Of a dry run nothing is multiplied: our kernels need not be compiled for it.
+    """
     if "nf4" in formats:
         import bitsandbytes  # noqa: F401
     kinds = {get_format(name).kind for name in formats}
     if "int4" in kinds:
         cpu_block_rows()
-    if kinds - {"float"}:
+    if not dry:
         library()
 
 

@@ -28,6 +28,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.workspace import head_bytes, layer_bytes
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.kernels.compiler import compiler, without_compiler
+from lowvram_lab.kernels.library import there
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.model.plan import compute_place
 
@@ -250,7 +251,7 @@ class LeanDecoder(Decoder):
             return wanted
         if (missing := without_compiler()) and not self._gpu.meta:
             _warn_once(f"decoding without compiled layers, which is slower: {missing}")
-        return compiler() is not None and self.cache.max_tokens >= LEAST_ROOM
+        return there() and self.cache.max_tokens >= LEAST_ROOM
 
     def _workspace(self, bound: list) -> int:
         """Bytes of one token's temporaries on the GPU, all of the cache in use; CUDA's graphs take their own."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lowvram_lab.engine.cache_layers import quantize_states
 from lowvram_lab.kernels.product import features_of, quantized_product
+from lowvram_lab.kernels.token_attention import CACHED, token_attention
 
 LONGEST_LOOP = 4096
 """Inputs of a weight. Compiled, a product of one row with 16-bit weights is a loop that reads at 1.3 times the rate of
@@ -57,7 +58,8 @@ class LayerShape:
         eps: Of the norms.
         products: For q/k/v, o, gate/up and down, how each weight is multiplied; one where they lie side by side.
         normed_heads: Whether queries and keys are normed, head by head.
-        int8_cache: Whether keys and values are int8 codes with scales.
+        cache: What of keys and values follows the weights: names of a cache layer's tensors.
+        our_attention: Whether our kernel attends, and writes into the cache; it alone reads one of 4 bits.
         dtype: The model's.
     """
 
@@ -68,7 +70,8 @@ class LayerShape:
     eps: float
     products: tuple[tuple[Product, ...], ...]
     normed_heads: bool
-    int8_cache: bool
+    cache: tuple[str, ...]
+    our_attention: bool
     dtype: torch.dtype
 
 
@@ -118,8 +121,7 @@ def llama_layer(
         cos: ``(head_dim,)`` float32, for this position.
         sin: The same; its first half negative.
         tensors: Of the layer: weights of its norms, and of queries and keys where they are normed; for each of
-            ``shape.products`` what its kernel wants, and the bias if there is one; keys and values
-            ``(batch, kv_heads, room, head_dim)``, and behind them their scales if they are int8.
+            ``shape.products`` what its kernel wants, and the bias if there is one; those that ``shape.cache`` names.
         tokens: How many places of the cache are looked at, this token's among them.
         masked: Where some of them hold nothing yet; by default this token's is the last.
         loops: If given, products of one row may be written as loops, and their inputs are appended here. Loops are
@@ -129,8 +131,7 @@ def llama_layer(
     Returns:
         ``(batch, hidden)`` float32.
     """
-    norms, weights, seen = _sorted(shape, tensors)
-    seen = [held[:, :, :tokens] for held in seen]
+    norms, weights, cache = _sorted(shape, tensors)
     batch, features = hidden.shape[0], shape.kv_heads * shape.head_dim
     x = _rms_norm(hidden, norms[0], shape.eps)
     qkv = _multiply(x, shape.products[0], weights[0], loops)
@@ -141,10 +142,7 @@ def llama_layer(
         q, k = _rms_norm(q, norms[2], shape.eps), _rms_norm(k, norms[3], shape.eps)
     half = shape.head_dim // 2
     q, k = (states * cos + torch.roll(states, half, -1) * sin for states in (q, k))
-    held = [(seen[index], seen[index + 2] if shape.int8_cache else None) for index in (0, 1)]
-    for (cached, scales), states in zip(held, (k, v), strict=True):
-        _append(cached, scales, states[:, :, None], masked)
-    mixed = _attend_masked(shape, q, held, masked.mask) if masked else _attend(shape, q, held, loops)
+    mixed = _attend(shape, (q, k, v), cache, tokens, masked)
     hidden = hidden + _multiply(mixed.reshape(batch, -1), shape.products[1], weights[1], loops)
     x = _rms_norm(hidden, norms[1], shape.eps)
     gate, up = _multiply(x, shape.products[2], weights[2], loops).chunk(2, -1)
@@ -166,38 +164,48 @@ def head(shape: HeadShape, hidden: Tensor, tensors: Sequence, loops: list[Tensor
     return _multiply(_rms_norm(hidden, tensors[0], shape.eps), (shape.product,), (tensors[1:],), loops)
 
 
-def _sorted(shape: LayerShape, tensors: Sequence) -> tuple[list[Tensor], list[list[list]], list[Tensor]]:
-    """The flat list of a layer's tensors as norms, weights by product, and cache."""
+def _sorted(shape: LayerShape, tensors: Sequence) -> tuple[list[Tensor], list[list[list]], dict[str, Tensor]]:
+    """The flat list of a layer's tensors as norms, weights by product, and cache by name."""
     rest = iter(tensors)
     norms = [next(rest) for _ in range(4 if shape.normed_heads else 2)]
     weights = [[[next(rest) for _ in range(product.tensors)] for product in group] for group in shape.products]
-    return norms, weights, list(rest)
+    return norms, weights, dict(zip(shape.cache, rest, strict=True))
 
 
-def _attend(shape: LayerShape, q: Tensor, held: list[_Cached], loops: list[Tensor] | None) -> Tensor:
-    """Attention of one token to all before it and itself, in float32; what a CPU does best."""
+def _attend(
+    shape: LayerShape,
+    states: tuple[Tensor, Tensor, Tensor],
+    cache: dict[str, Tensor],
+    tokens: int,
+    masked: Masked | None,
+) -> Tensor:
+    """Writes a token's key and value, ``(batch, kv_heads, head_dim)``, and attends to all: float32, as its queries."""
+    q, k, v = states
+    if shape.our_attention:
+        held = [cache.get(name) for name in CACHED]
+        return token_attention(q, k, v, *held, tokens, shape.scaling)
+    seen = {name: tensor[:, :, :tokens] for name, tensor in cache.items()}
+    held = [(seen["keys"], seen.get("key_scale")), (seen["values"], seen.get("value_scale"))]
+    for (cached, scales), state in zip(held, (k, v), strict=True):
+        _append(cached, scales, state[:, :, None], masked)
+    return _attend_masked(shape, q, held, masked.mask) if masked else _attend_plain(shape, q, held)
+
+
+def _attend_plain(shape: LayerShape, q: Tensor, held: list[_Cached]) -> Tensor:
+    """In float32, by what torch has on any device."""
     rows = (q * shape.scaling).view(-1, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
     (keys, key_scales), (values, value_scales) = held
-    if loops is None:
-        scores = rows @ keys.float().transpose(2, 3)
-    else:  # reads the cache as it is, once; the other way writes a copy in float32 first
-        loops.append(rows)
-        scores = (rows[:, :, :, None] * keys[:, :, None].float()).sum(-1)
+    scores = rows @ keys.float().transpose(2, 3)
     if key_scales is not None:
         scores = scores * key_scales[:, :, None, :, 0].float()
-    # a softmax by hand: the compiler knows the other form, and puts torch's slower attention in its place
-    scores = torch.exp(scores - scores.amax(-1, keepdim=True))
-    total = scores.sum(-1, keepdim=True)
+    weights = torch.softmax(scores, -1)
     if value_scales is not None:
-        scores = scores * value_scales[:, :, None, :, 0].float()
-    if loops is None:
-        return scores @ values.float() / total
-    loops.append(scores)
-    return (scores[..., None] * values[:, :, None].float()).sum(-2) / total
+        weights = weights * value_scales[:, :, None, :, 0].float()
+    return weights @ values.float()
 
 
 def _attend_masked(shape: LayerShape, q: Tensor, held: list[_Cached], mask: Tensor) -> Tensor:
-    """The same by torch's fused attention, over a fixed number of places of which some hold nothing yet."""
+    """By torch's fused attention, over a fixed number of places of which some hold nothing yet."""
     dtype = shape.dtype
     keys, values = (cached if scales is None else cached.to(dtype) * scales.to(dtype) for cached, scales in held)
     # heads that share keys are rows of one head: for a single query that is the same, and no keys are repeated

@@ -80,7 +80,7 @@ def load(
     use_our_attention(model)
     if gpu.meta:
         keep_frequencies(model)
-    import_kernels({assignment.format for assignment in plan.modules.values()})
+    import_kernels({assignment.format for assignment in plan.modules.values()}, dry=gpu.meta)
     gpu.recording = recording = Recording()
     if timeline:
         gpu.meter.timeline = recording.timeline = Timeline()
@@ -134,7 +134,7 @@ def _realise(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan, prog
     state = loaded(model)
     if state.placement is not None:
         state.placement.remove()
-    import_kernels({assignment.format for assignment in plan.modules.values()})
+    import_kernels({assignment.format for assignment in plan.modules.values()}, dry=state.gpu.meta)
     state.gpu.recording.first_oom = None  # of the plan before
     with (
         cpu_threads(plan.threads),

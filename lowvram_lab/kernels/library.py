@@ -1,6 +1,6 @@
 """The kernels' library: C++ compiled once for a machine, in some seconds, and opened.
 
-The sources are ``product.cpp`` and ``attention.cpp``.
+The sources are ``product.cpp``, ``attention.cpp`` and ``token_attention.cpp``.
 """
 
 import ctypes
@@ -18,7 +18,8 @@ from lowvram_lab.files import build_directory, cache_dir, sha256_file
 from lowvram_lab.kernels.compiler import compiler
 from lowvram_lab.machine import instruction_set
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.cpp", "attention.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.cpp", "attention.cpp", "token_attention.cpp"))
+_HEADER = Path(__file__).with_name("shim.h")
 _TORCH = Path(torch.__file__).parent / "lib"
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
 _WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
@@ -62,7 +63,7 @@ def _library(command: str, folder: Path) -> ctypes.CDLL | None:
 
 def _built(command: str, folder: Path) -> Path:
     """The library's file."""
-    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    texts = [source.read_text(encoding="utf-8") for source in (*_SOURCES, _HEADER)]
     made = repr((texts, _FLAGS, _WAYS, command, instruction_set(), torch.__version__))
     identity = {"kernels": hashlib.sha256(made.encode()).hexdigest()}
     directory = folder / "compiled" / f"kernels-{identity['kernels'][:16]}"
@@ -104,6 +105,8 @@ def _opened(path: Path) -> ctypes.CDLL:
     library.lowvram_dequantise.restype = None
     library.lowvram_attention.argtypes = [*[pointer] * 5, *[number] * 6, ctypes.c_bool, ctypes.c_float, pointer]
     library.lowvram_attention.restype = None
+    library.lowvram_token_attention.argtypes = [*[pointer] * 9, number, ctypes.c_float, pointer]
+    library.lowvram_token_attention.restype = None
     return library
 
 

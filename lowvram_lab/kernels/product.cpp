@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "shim.h"
+
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define LOWVRAM_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -754,22 +756,8 @@ extern "C" void lowvram_dequantise(const uint8_t* codes, const void* scale, int6
   }
 }
 
-// The product as an operator of a library that torch's compiler made: it calls a C function with handles of tensors, for
-// which torch exports the functions below (torch/csrc/inductor/aoti_torch/c/shim.h).
-extern "C" {
-
-int32_t aoti_torch_device_type_cpu();
-int32_t aoti_torch_dtype_float32();
-int32_t aoti_torch_get_data_ptr(void* tensor, void** pointer);
-int32_t aoti_torch_get_dtype(void* tensor, int32_t* dtype);
-int32_t aoti_torch_get_dim(void* tensor, int64_t* count);
-int32_t aoti_torch_get_numel(void* tensor, int64_t* count);
-int32_t aoti_torch_get_sizes(void* tensor, int64_t** sizes);
-int32_t aoti_torch_get_strides(void* tensor, int64_t** strides);
-int32_t aoti_torch_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
-                                 int32_t device_type, int32_t device_index, void** tensor);
-
-int32_t aoti_torch_cpu_quantized_product(void* rows, void* codes, void* scales, int64_t features, int64_t format,
+// The product as a library that torch's compiler made calls it.
+extern "C" int32_t aoti_torch_cpu_quantized_product(void* rows, void* codes, void* scales, int64_t features, int64_t format,
                                          void** result) {
   void *from, *stored, *scaled, *into;
   int64_t *shape, *sizes, *strides, dims, count;
@@ -791,5 +779,3 @@ int32_t aoti_torch_cpu_quantized_product(void* rows, void* codes, void* scales, 
                   shape[1], format, shape[1] / groups, strides[0], static_cast<float*>(into));
   return 0;
 }
-
-}  // extern "C"

@@ -55,7 +55,7 @@ from lowvram_lab.planner.rates import (
 from lowvram_lab.timing import Circumstances, Timing, time_calls
 from lowvram_lab.units import MiB
 
-VERSION = 10
+VERSION = 11
 """Raised when rates are measured another way: what was kept is then measured anew."""
 
 COPIES_BYTES = 96 * MiB

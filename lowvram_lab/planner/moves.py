@@ -13,7 +13,7 @@ order of the moves is that of ``cost``, which weighs, one after the other:
 | weights travel no more | | | a long prompt's layers on the CPU |
 | embedding to the CPU (untied) | | | a hidden state of each token crosses |
 | prompts in pieces | | | the weights are read once a piece |
-| KV cache in int8, then int4 | | 0.0007, 0.018 | fewer bytes a token; int4 is decoded by the model's modules |
+| KV cache in int8, then int4 | | 0.0007, 0.018 | fewer bytes a token |
 | weights in int8, then int4 | | 0.004, 0.4 | fewer bytes a token |
 | head to the CPU (with a tied embedding) | its bytes for every token | | |
 | a layer to the CPU | its bytes for every token, its products for the prompt | | |

@@ -159,7 +159,7 @@ def test_a_compiler_that_hangs_is_given_up(tmp_path, monkeypatch):
 def test_what_makes_it_another_library():
     """Sizes of cache and prompt are free; a stride that is not the usual one is not: the library computes with it."""
     product = (Product("float"),)
-    shape = LayerShape(2, 2, 8, 1.0, 1e-5, (product,) * 4, False, False, torch.float32)
+    shape = LayerShape(2, 2, 8, 1.0, 1e-5, (product,) * 4, False, ("keys", "values"), True, torch.float32)
 
     def layer(room: int, tokens: int = 2, **changes) -> Library:
         weights = {"norms": torch.ones(2, 16), "qkv": torch.ones(48, 16), "o": torch.ones(16, 16)}

@@ -1,0 +1,75 @@
+"""Attention of one token to a decoder layer's keys and values on the CPU, as the operator ``lowvram::token_attention``.
+
+The kernel (``token_attention.cpp``) writes the token's own key and value behind those there are, and reads them all as
+they lie: int8 and 4-bit codes are never dequantised to a copy. It runs on any processor that a C++ compiler knows.
+"""
+
+import ctypes
+
+import torch
+
+from lowvram_lab.kernels.library import opened
+
+CACHED = ("keys", "values", "key_scale", "value_scale", "recent")
+"""What a decoder layer may keep, as its cache layer and the operator name it."""
+
+C_DECLARATION = (
+    "int32_t aoti_torch_cpu_token_attention(AtenTensorHandle q, AtenTensorHandle k, AtenTensorHandle v, "
+    "AtenTensorHandle keys, AtenTensorHandle values, AtenTensorHandle* key_scale, AtenTensorHandle* value_scale, "
+    "AtenTensorHandle* recent, int64_t tokens, double scale, AtenTensorHandle* result)"
+)
+"""See ``product.C_DECLARATION``."""
+
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
+_SIZES = ctypes.c_int64 * 6
+
+
+def _on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others) -> torch.Tensor:
+    *held, tokens, scale = others
+    kernels = opened()
+    if kernels is None:
+        raise RuntimeError("token_attention was called where it is not there; ask there() first")
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    result, (batch, heads, width) = torch.empty_like(q), q.shape
+    keys, values, *_, recent = held
+    kernels.lowvram_token_attention(
+        *(each.data_ptr() for each in (q, k, v)),
+        *(None if each is None else each.data_ptr() for each in held),
+        _SIZES(batch, heads, k.shape[1], width, values.shape[2], tokens),
+        _KINDS[keys.dtype if recent is None else recent.dtype],
+        scale,
+        result.data_ptr(),
+    )
+    return result
+
+
+def _on_meta(q: torch.Tensor, *others) -> torch.Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+_OPERATORS = torch.library.Library("lowvram", "FRAGMENT")
+_OPERATORS.define(
+    "token_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, "
+    "Tensor(d!)? value_scale, Tensor(e!)? recent, SymInt tokens, float scale) -> Tensor"
+)
+_OPERATORS.impl("token_attention", _on_cpu, "CPU")
+_OPERATORS.impl("token_attention", _on_meta, "Meta")
+
+token_attention = torch.ops.lowvram.token_attention.default
+"""Attention of one token of each sequence to all before it and itself.
+
+Args:
+    q: ``(batch, heads, features)`` float32; consecutive heads share keys.
+    k: ``(batch, kv_heads, features)`` float32: the token's own key, which is written as its cache holds keys.
+    v: As ``k``, its value.
+    keys: ``(batch, kv_heads, room, features)`` in 16 or 32 bits or int8; in 4 bits see ``engine.int4_cache``.
+    values: As ``keys``.
+    key_scale: Scales ``(batch, kv_heads, room, 1)`` bfloat16 of int8; scales and zeros of 4 bits; or ``None``.
+    value_scale: As ``key_scale``.
+    recent: Of 4 bits the newest keys; or ``None``.
+    tokens: How many there are, this one among them.
+    scale: Of the scores.
+
+Returns:
+    ``(batch, heads, features)`` float32.
+"""
