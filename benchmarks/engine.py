@@ -22,9 +22,9 @@ from forecast_accuracy import RandomCheckpoint
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lowvram_lab.engine.bind import bind_layer
+from lowvram_lab.decoding.bind import bind_layer
+from lowvram_lab.decoding.lean import LeanDecoder
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.gpu import StandInGpu
@@ -194,7 +194,7 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int, kv_
 
 def _products_of(decoder: LeanDecoder, model):
     """The very products of ``layer``, in order, with made-up inputs, and the head as the decoder runs it."""
-    from lowvram_lab.engine import llama_layer as module
+    from lowvram_lab.decoding import llama_layer as module
 
     shapes = [bind_layer(model, *both)[0] for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     inputs, config = {}, model.config

@@ -21,8 +21,8 @@ import pandas
 import torch
 from forecast_accuracy import RandomCheckpoint, runtime
 
-from lowvram_lab.engine.decode import ModuleDecoder
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.decode import ModuleDecoder
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu

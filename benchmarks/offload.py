@@ -26,7 +26,7 @@ from engine_cuda import write_weights
 from forecast_accuracy import RandomCheckpoint
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu

@@ -24,7 +24,7 @@ import torch
 from forecast_accuracy import RandomCheckpoint
 
 import lowvram_lab as lab
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.machine import facts
 from lowvram_lab.planner.measure import run_speed
 from lowvram_lab.planner.measure_rates import Machine

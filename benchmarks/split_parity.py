@@ -20,7 +20,7 @@ import torch
 from forecast_accuracy import SMALL_LAYERS, SMALL_VOCABULARY, RandomCheckpoint, small_spec
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine.decode import ModuleDecoder
+from lowvram_lab.decoding.decode import ModuleDecoder
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.decode import ModuleDecoder
+from lowvram_lab.decoding.decode import ModuleDecoder
+from lowvram_lab.decoding.lean import LeanDecoder
 from lowvram_lab.engine.layers import quantized_linear
-from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.budget import GpuBudget
@@ -353,7 +353,7 @@ def test_another_card_is_forecast_and_not_run():
 @pytest.mark.parametrize("recipe", ["bf16", "int8", "int4", "int4-g32", "int3", "nf4"])
 @pytest.mark.parametrize("kind", TINY)
 def test_graphs_decode_what_the_modules_do(kind, recipe, kv_format, monkeypatch):
-    monkeypatch.setattr("lowvram_lab.engine.graph.SHORTEST", 16)  # several lengths, hence several graphs
+    monkeypatch.setattr("lowvram_lab.decoding.graph.SHORTEST", 16)  # several lengths, hence several graphs
     plan = replace(tiny_plan(kind, recipe, context=128), kv_format=kv_format)
     model, ids = load_tiny(kind, plan), random_ids(60)
     decoder = LeanDecoder(model)

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from lowvram_lab.engine.decode import Decoder, generate
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.decode import Decoder, generate
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import replan
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError

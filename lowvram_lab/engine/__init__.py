@@ -1,1 +1,1 @@
-"""Run a loaded model: the cache and the decode loop."""
+"""Load a model as its plan says: weights, layers that multiply them, places, the KV cache."""

@@ -13,8 +13,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.prompt import chat_ids, stop_ids, text_ids
-from lowvram_lab.engine.decode import generate
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.decode import generate
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu

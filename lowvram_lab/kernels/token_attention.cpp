@@ -125,7 +125,7 @@ struct Call {
   const float *q, *k, *v;  // (batch, heads, step), (batch, kv_heads, width)
   float* out;              // (batch, heads, width)
   void *keys, *values, *recent;
-  uint16_t *key_grid, *value_grid;
+  uint16_t *key_scale, *value_scale;
   int64_t batch, heads, kv_heads, width, room, tokens;
   float scale;
   int64_t step;  // the width in whole vectors: of queries and sums, with zeros behind
@@ -175,8 +175,8 @@ struct Plain {
   }
 
   void append(int64_t head) const {
-    write(call.k + head * call.width, call.keys, call.key_grid, place(head) + call.tokens - 1);
-    write(call.v + head * call.width, call.values, call.value_grid, place(head) + call.tokens - 1);
+    write(call.k + head * call.width, call.keys, call.key_scale, place(head) + call.tokens - 1);
+    write(call.v + head * call.width, call.values, call.value_scale, place(head) + call.tokens - 1);
   }
 
   void write(const float* from, void* held, uint16_t* scales, int64_t token) const {
@@ -202,7 +202,7 @@ struct Plain {
         const Lanes key = read(from, at);
         EACH(query, QUERIES) sums[query] += load(q + query * call.step + at) * key;
       }
-      const float scale = call.scale * scale_of(call.key_grid, head, first + token);
+      const float scale = call.scale * scale_of(call.key_scale, head, first + token);
       EACH(query, QUERIES) scores[query * CHUNK + token] = total(sums[query]) * scale;
     }
   }
@@ -216,7 +216,7 @@ struct Plain {
   void mix(int64_t head, int64_t first, int64_t count, float* weights, Sums* sums) const {
     if constexpr (SCALED)
       for (int64_t token = 0; token < count; token++) {
-        const float scale = scale_of(call.value_grid, head, first + token);
+        const float scale = scale_of(call.value_scale, head, first + token);
         EACH(query, QUERIES) weights[query * CHUNK + token] *= scale;
       }
     constexpr int VECTORS = HELD / QUERIES < 8 ? HELD / QUERIES : 8;
@@ -250,13 +250,13 @@ struct Int4 {
   uint8_t* key_block(int64_t head, int64_t block) const {
     return static_cast<uint8_t*>(call.keys) + (head * blocks() + block) * GROUP / 2 * call.width;
   }
-  uint16_t* key_scales(int64_t head, int64_t block) const { return call.key_grid + (head * blocks() + block) * 2 * call.width; }
+  uint16_t* key_scales(int64_t head, int64_t block) const { return call.key_scale + (head * blocks() + block) * 2 * call.width; }
   Stored* newest(int64_t head) const { return static_cast<Stored*>(call.recent) + head * GROUP * call.width; }
   uint8_t* value_row(int64_t head, int64_t token) const {
     return static_cast<uint8_t*>(call.values) + (head * call.room + token) * call.width / 2;
   }
   uint16_t* value_scales(int64_t head, int64_t token) const {
-    return call.value_grid + (head * call.room + token) * 2 * (call.width / GROUP);
+    return call.value_scale + (head * call.room + token) * 2 * (call.width / GROUP);
   }
 
   struct Grid {
@@ -460,10 +460,10 @@ enum Kind : int64_t { BFLOAT16, FLOAT16, FLOAT32, INT8 };
 }  // namespace
 
 // sizes: batch, heads, kv_heads, width, room, tokens (this one among them). kind: of the keys, or of an int4 cache's newest.
-extern "C" void lowvram_token_attention(const float* q, const float* k, const float* v, void* keys, void* values, void* key_grid,
-                                        void* value_grid, void* recent, const int64_t* sizes, int64_t kind, float scale,
+extern "C" void lowvram_token_attention(const float* q, const float* k, const float* v, void* keys, void* values, void* key_scale,
+                                        void* value_scale, void* recent, const int64_t* sizes, int64_t kind, float scale,
                                         float* out) {
-  const Call call{q, k, v, out, keys, values, recent, static_cast<uint16_t*>(key_grid), static_cast<uint16_t*>(value_grid),
+  const Call call{q, k, v, out, keys, values, recent, static_cast<uint16_t*>(key_scale), static_cast<uint16_t*>(value_scale),
                   sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], scale, (sizes[3] + LANES - 1) / LANES * LANES};
   const bool int4 = recent != nullptr;
   switch (kind) {
@@ -475,12 +475,12 @@ extern "C" void lowvram_token_attention(const float* q, const float* k, const fl
 }
 
 // The same as a library that torch's compiler made calls it; what there may be is a pointer to its handle.
-extern "C" int32_t aoti_torch_cpu_token_attention(void* q, void* k, void* v, void* keys, void* values, void** key_grid,
-                                                  void** value_grid, void** recent, int64_t tokens, double scale,
+extern "C" int32_t aoti_torch_cpu_token_attention(void* q, void* k, void* v, void* keys, void* values, void** key_scale,
+                                                  void** value_scale, void** recent, int64_t tokens, double scale,
                                                   void** result) {
   void *given[5], *into, *optional[3] = {};
   void* const handles[] = {q, k, v, keys, values};
-  void** const perhaps[] = {key_grid, value_grid, recent};
+  void** const perhaps[] = {key_scale, value_scale, recent};
   int64_t *asked, *kept, *held;
   int32_t dtype;
   for (int i = 0; i < 5; i++)

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from lowvram_lab.engine.decode import Decoder, ModuleDecoder
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.decode import Decoder, ModuleDecoder
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.budget import GpuBudget

@@ -4,9 +4,9 @@ import time
 
 import torch
 
+from lowvram_lab.decoding.decode import Decoder
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.cache_layers import FixedLayer
-from lowvram_lab.engine.decode import Decoder
-from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.profile import STAND_IN, MemoryProfile, SpeedProfile, Workload

@@ -25,14 +25,14 @@ import psutil
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lowvram_lab.engine.bind import product_of, tensors_of
-from lowvram_lab.engine.compiled import open_libraries
-from lowvram_lab.engine.compiling import Library
-from lowvram_lab.engine.decode import Decoder, ModuleDecoder
-from lowvram_lab.engine.kinds import COMPILED, LEAN, MODULES
+from lowvram_lab.decoding.bind import product_of, tensors_of
+from lowvram_lab.decoding.compiled import open_libraries
+from lowvram_lab.decoding.compiling import Library
+from lowvram_lab.decoding.decode import Decoder, ModuleDecoder
+from lowvram_lab.decoding.kinds import COMPILED, LEAN, MODULES
+from lowvram_lab.decoding.lean import LeanDecoder
+from lowvram_lab.decoding.llama_layer import LONGEST_LOOP, HeadShape, head
 from lowvram_lab.engine.layers import QuantizedLinear, quantized_linear
-from lowvram_lab.engine.lean import LeanDecoder
-from lowvram_lab.engine.llama_layer import LONGEST_LOOP, HeadShape, head
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, remember, writable

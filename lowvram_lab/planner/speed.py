@@ -15,8 +15,8 @@ from dataclasses import replace
 
 import psutil
 
-from lowvram_lab.engine.bind import product_of
-from lowvram_lab.engine.kinds import GRAPHS, MODULES, engine_of, off_card
+from lowvram_lab.decoding.bind import product_of
+from lowvram_lab.decoding.kinds import GRAPHS, MODULES, engine_of, off_card
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.model.plan import Plan, compute_place

@@ -22,8 +22,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import lowvram_lab as lab
-from lowvram_lab.engine.decode import generate
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.decode import generate
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import StandInGpu

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 
-from lowvram_lab.engine.decode import generate
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.decode import generate
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowvram_lab.decoding.decode import prefill
 from lowvram_lab.engine import room
-from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.layers import INT8_ALIGNMENT, quantized_linear
 from lowvram_lab.engine.load import load, replan

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowvram_lab.decoding.lean import LeanDecoder
 from lowvram_lab.engine.fuse import fuse
-from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.engine.load import replan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.measure import run_speed

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.decode import ModuleDecoder
+from lowvram_lab.decoding.decode import ModuleDecoder
 from lowvram_lab.engine.int4_cache import GROUP, Int4Layer
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.errors import BudgetError, PlanError
@@ -110,7 +110,7 @@ def test_bytes_are_the_plans_and_the_forecasts(kind):
     held = sum(
         getattr(layer, name).nbytes
         for layer in cache.layers
-        for name in ("keys", "key_grid", "recent", "values", "value_grid")
+        for name in ("keys", "key_scale", "recent", "values", "value_scale")
     )
     assert held == plan.kv_bytes(128) == plan.kv_bytes(128, "gpu")
     long = replace(plan, context=1024)

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowvram_lab.decoding.decode import ModuleDecoder, prefill
+from lowvram_lab.decoding.lean import LeanDecoder
 from lowvram_lab.engine.cache_layers import PreallocatedLayer
-from lowvram_lab.engine.decode import ModuleDecoder, prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.lean import LeanDecoder
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.geometry import KVShape

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowvram_lab.engine.decode import ModuleDecoder, generate, prefill
+from lowvram_lab.decoding.decode import ModuleDecoder, generate, prefill
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.memory.cuda import open_gpu

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
+from lowvram_lab.decoding.decode import prefill
 from lowvram_lab.engine import travel as streaming
-from lowvram_lab.engine.decode import prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import PlanError

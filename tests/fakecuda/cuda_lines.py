@@ -3,7 +3,7 @@
 A line counts as CUDA-only, by rules that read the source and nothing else, if it stands
 
 - in a module, class or function whose name says CUDA (``memory/cuda.py``, ``CudaGpu``, ``_on_cuda``), or in
-  ``engine/graph.py``;
+  ``decoding/graph.py``;
 - in a branch of a condition that asks for CUDA (``torch.cuda.is_available()``, ``kernels == "cuda"``, a name such as
   ``cuda``), on the side where it is there: also what follows an ``if not …: return``;
 - or calls ``torch.cuda`` for anything but whether there is one.
@@ -20,7 +20,7 @@ import coverage
 
 PACKAGE = Path(__file__).resolve().parents[2] / "lowvram_lab"
 LEAST = 0.95
-WHOLE = ("memory/cuda.py", "engine/graph.py")
+WHOLE = ("memory/cuda.py", "decoding/graph.py")
 OTHERWISE = {"cuda_context"}  # a size: a budget has one without CUDA too
 ENDS = (ast.Return, ast.Raise, ast.Continue, ast.Break)
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowvram_lab.engine.lean import LeanDecoder, decoder_for
+from lowvram_lab.decoding.lean import LeanDecoder, decoder_for
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory import cuda
 from lowvram_lab.memory.budget import GpuBudget
@@ -90,7 +90,7 @@ def test_where_no_graph_fits_the_layers_run_one_by_one(monkeypatch):
     def full(self, length):
         raise torch.OutOfMemoryError("no room for its pool")
 
-    monkeypatch.setattr("lowvram_lab.engine.graph.GraphedStep._captured", full)
+    monkeypatch.setattr("lowvram_lab.decoding.graph.GraphedStep._captured", full)
     decoder = LeanDecoder(model)
     found = decoded(decoder, ids, 10)
     assert decoder.name == "the lean decoder"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowvram_lab.engine.decode import prefill
+from lowvram_lab.decoding.decode import prefill
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.cuda import open_gpu

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowvram_lab.engine.decode import ModuleDecoder
+from lowvram_lab.decoding.decode import ModuleDecoder
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.allocator import round_size
 from lowvram_lab.memory.timeline import Timeline

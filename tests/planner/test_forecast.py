@@ -10,7 +10,7 @@ import bitsandbytes  # noqa: F401  (imported before anything is metered: see the
 import pytest
 import torch
 
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError, PlanError, UnitError
 from lowvram_lab.memory import dry_run

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lowvram_lab import timing
-from lowvram_lab.engine.bind import product_of
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.bind import product_of
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.model.formats import FORMATS, get_format
 from lowvram_lab.planner import measure_rates
 from lowvram_lab.planner.forecast import forecast

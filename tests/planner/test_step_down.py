@@ -9,9 +9,9 @@ import torch
 
 from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.decoding.decode import ModuleDecoder
 from lowvram_lab.engine import load as loader
 from lowvram_lab.engine import room
-from lowvram_lab.engine.decode import ModuleDecoder
 from lowvram_lab.engine.load import replan
 from lowvram_lab.engine.placement import Placement
 from lowvram_lab.errors import BudgetError, CheckpointError, PlanError

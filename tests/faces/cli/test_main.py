@@ -329,7 +329,7 @@ def test_commands_that_keep_nothing_do_without_a_cache_folder(capsys, tmp_path, 
 def test_a_directory_chats_without_a_cache_folder_and_says_what_is_not_kept(
     capsys, caplog, monkeypatch, tmp_path, unwritable
 ):
-    from lowvram_lab.engine import lean
+    from lowvram_lab.decoding import lean
 
     monkeypatch.setenv("LOWVRAM_COMPILE", "1")
     lean._warn_once.cache_clear()

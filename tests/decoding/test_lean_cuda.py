@@ -9,8 +9,8 @@ import torch
 
 from benchmarks.counts_cuda import SAMPLED, counted, has_counters
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.engine.decode import generate
-from lowvram_lab.engine.lean import decoder_for
+from lowvram_lab.decoding.decode import generate
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.memory.cuda import open_gpu
@@ -91,7 +91,7 @@ TIED_APART = ("llama", "split, embedding off")  # its head would be off the card
 @pytest.mark.parametrize(("kind", "placed"), [case for case in itertools.product(TINY, PLACED) if case != TIED_APART])
 @pytest.mark.parametrize("recipe", ["bf16", "int4"])
 def test_wherever_the_parts_lie(kind, recipe, placed, monkeypatch):
-    monkeypatch.setattr("lowvram_lab.engine.graph.SHORTEST", 16)  # several lengths, hence several graphs
+    monkeypatch.setattr("lowvram_lab.decoding.graph.SHORTEST", 16)  # several lengths, hence several graphs
     plan = PLACED[placed](tiny_plan(kind, recipe, context=64))
     model, ids = load_tiny(kind, plan), random_ids(40)
     decoder = decoder_for(model)

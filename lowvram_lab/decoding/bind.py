@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lowvram_lab.decoding.llama_layer import HeadShape, LayerShape, Product
 from lowvram_lab.engine.cache_layers import FixedLayer
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.layers import Int4Linear, Int8Linear, QuantizedLinear
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product
 from lowvram_lab.engine.loaded import Loaded, loaded
 from lowvram_lab.kernels.library import there
 from lowvram_lab.model.plan import compute_place

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.func import functional_call
 
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
+from lowvram_lab.decoding.llama_layer import HeadShape, LayerShape, head, llama_layer
 from lowvram_lab.memory.temporaries import temporaries_bytes
 
 

@@ -23,8 +23,9 @@ from typing import IO
 import torch
 from tqdm.auto import tqdm
 
-from lowvram_lab.engine import cache_layers, compiling, llama_layer
-from lowvram_lab.engine.compiling import DIGEST, LIBRARY, OPTIONS, Library
+from lowvram_lab.decoding import compiling, llama_layer
+from lowvram_lab.decoding.compiling import DIGEST, LIBRARY, OPTIONS, Library
+from lowvram_lab.engine import cache_layers
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, discard_partial, is_finished, sha256_file, writable, write_atomically
 from lowvram_lab.kernels.compiler import compiler_command
@@ -115,7 +116,7 @@ def _start(scratch: Path, log: IO[str]) -> subprocess.Popen:
     # its intermediate files are its own: what a killed compiler left half-written is never met again
     places = {"TMPDIR": str(scratch), "TORCHINDUCTOR_CACHE_DIR": str(scratch), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     return subprocess.Popen(
-        fresh_python("lowvram_lab.engine.compiling:main"),
+        fresh_python("lowvram_lab.decoding.compiling:main"),
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=log,

@@ -15,9 +15,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lowvram_lab.engine.decode import ModuleDecoder, generate, prefill
+from lowvram_lab.decoding.decode import ModuleDecoder, generate, prefill
+from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.lean import decoder_for
 from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.model.plan import Plan

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowvram_lab.engine.decode import ModuleDecoder
-from lowvram_lab.engine.kinds import engine_of, why_not
-from lowvram_lab.engine.lean import LeanDecoder, decoder_for
+from lowvram_lab.decoding.decode import ModuleDecoder
+from lowvram_lab.decoding.kinds import engine_of, why_not
+from lowvram_lab.decoding.lean import LeanDecoder, decoder_for
 from lowvram_lab.kernels.library import there
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.planner.forecast import forecast
@@ -90,7 +90,7 @@ def test_compiled_is_the_same_and_its_workspace_is_forecast(kind, kv_format):
     plain = decoded(LeanDecoder(model, compiled=False), ids, 12).float()
     assert relative_error(decoded(decoder, ids, 12).float(), plain) < 0.02
     plan = model.lowvram.plan
-    budget = GpuBudget.parse("1000MiB")
+    budget = replace(GpuBudget.parse("1000MiB"), kernels="cpu")
     assert engine_of(plan, "cpu")[1] == decoder.name == forecast(plan, budget).engine
 
 

@@ -13,10 +13,10 @@ import psutil
 import pytest
 import torch
 
-from lowvram_lab.engine import compiled
-from lowvram_lab.engine.compiled import open_libraries
-from lowvram_lab.engine.compiling import Argument, Library
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, Product, head
+from lowvram_lab.decoding import compiled
+from lowvram_lab.decoding.compiled import open_libraries
+from lowvram_lab.decoding.compiling import Argument, Library
+from lowvram_lab.decoding.llama_layer import HeadShape, LayerShape, Product, head
 from lowvram_lab.errors import LowvramError
 from tests.helpers.tiny import relative_error
 
@@ -34,8 +34,8 @@ except ImportError:
 COMPILE = """
 import sys, torch
 from tests.engine.test_compiled import SHAPE, arguments
-from lowvram_lab.engine.compiled import open_libraries
-from lowvram_lab.engine.compiling import Library
+from lowvram_lab.decoding.compiled import open_libraries
+from lowvram_lab.decoding.compiling import Library
 run, = open_libraries([Library.called_with(SHAPE, arguments())], progress=False)
 torch.save(run(arguments())[0], sys.argv[1])
 """

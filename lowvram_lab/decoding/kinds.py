@@ -5,9 +5,9 @@ Derived in: notebooks/06_the_engine.ipynb
 
 from __future__ import annotations
 
-from lowvram_lab.engine.bind import product_of
-from lowvram_lab.engine.compiling import LEAST_ROOM
-from lowvram_lab.engine.decode import module_decoder_name
+from lowvram_lab.decoding.bind import product_of
+from lowvram_lab.decoding.compiling import LEAST_ROOM
+from lowvram_lab.decoding.decode import module_decoder_name
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.kernels.library import there
 from lowvram_lab.model.formats import get_format

@@ -17,15 +17,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from lowvram_lab.engine.bind import bind_head, bind_layer
-from lowvram_lab.engine.compiled import open_libraries
-from lowvram_lab.engine.compiling import LEAST_ROOM, Library
-from lowvram_lab.engine.decode import Decoder, ModuleDecoder
-from lowvram_lab.engine.graph import GraphedStep
-from lowvram_lab.engine.kinds import COMPILED, GRAPHS, LEAN, NAMES, why_not
-from lowvram_lab.engine.llama_layer import LayerShape, llama_layer
+from lowvram_lab.decoding.bind import bind_head, bind_layer
+from lowvram_lab.decoding.compiled import open_libraries
+from lowvram_lab.decoding.compiling import LEAST_ROOM, Library
+from lowvram_lab.decoding.decode import Decoder, ModuleDecoder
+from lowvram_lab.decoding.graph import GraphedStep
+from lowvram_lab.decoding.kinds import COMPILED, GRAPHS, LEAN, NAMES, why_not
+from lowvram_lab.decoding.llama_layer import LayerShape, llama_layer
+from lowvram_lab.decoding.workspace import head_bytes, layer_bytes
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.engine.workspace import head_bytes, layer_bytes
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.kernels.library import there
@@ -208,9 +208,9 @@ class LeanDecoder(Decoder):
         embedding = compute_place(self._plan.modules[self._spec.embedding].device)
         order = [embedding, *self._places, self._head_place]
         crossed = Counter()
-        for here, there in zip(order, order[1:], strict=False):
-            if here != there:
-                crossed[here, there] += self.batch_size * self._spec.hidden_size * torch.float32.itemsize
+        for place, following in zip(order, order[1:], strict=False):
+            if place != following:
+                crossed[place, following] += self.batch_size * self._spec.hidden_size * torch.float32.itemsize
         return crossed
 
     def _rotary(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from lowvram_lab.engine import compiled
-from lowvram_lab.engine.bind import bind_layer
-from lowvram_lab.engine.decode import ModuleDecoder, prefill
-from lowvram_lab.engine.graph import GraphedStep
-from lowvram_lab.engine.kinds import why_not
+from lowvram_lab.decoding import compiled
+from lowvram_lab.decoding.bind import bind_layer
+from lowvram_lab.decoding.decode import ModuleDecoder, prefill
+from lowvram_lab.decoding.graph import GraphedStep
+from lowvram_lab.decoding.kinds import why_not
+from lowvram_lab.decoding.lean import LeanDecoder, decoder_for
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.lean import LeanDecoder, decoder_for
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.cuda import open_gpu
@@ -89,7 +89,7 @@ def test_logits_are_those_of_stock_transformers(name, batch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_fixed_number_of_places_and_a_mask_give_the_same(name, batch, kv_format, monkeypatch):
     """What a CUDA graph captures, run operation by operation; lengths pass 4, 8, 16, 32 and the end of the cache."""
-    monkeypatch.setattr("lowvram_lab.engine.graph.SHORTEST", 4)
+    monkeypatch.setattr("lowvram_lab.decoding.graph.SHORTEST", 4)
     model, _ = loaded(name, kv_format=kv_format)
     ids = random_ids(40, batch)
     decoder = LeanDecoder(model, max_tokens=40, batch_size=batch, compiled=False)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowvram_lab.engine.llama_layer import LayerShape, Masked, llama_layer
+from lowvram_lab.decoding.llama_layer import LayerShape, Masked, llama_layer
 from lowvram_lab.memory.cuda import CudaGraphs
 from lowvram_lab.memory.dry_run import DryGraphs
 

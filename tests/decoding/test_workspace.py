@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowvram_lab.engine.lean import LeanDecoder
+from lowvram_lab.decoding.lean import LeanDecoder
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from lowvram_lab.engine.decode import ModuleDecoder
-from lowvram_lab.engine.kinds import engine_of, why_not
+from lowvram_lab.decoding.decode import ModuleDecoder
+from lowvram_lab.decoding.kinds import engine_of, why_not
+from lowvram_lab.decoding.lean import LeanDecoder, decoder_for
 from lowvram_lab.engine.layers import quantized_linear
-from lowvram_lab.engine.lean import LeanDecoder, decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.kernels import product
 from lowvram_lab.kernels.library import there

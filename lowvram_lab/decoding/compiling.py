@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowvram_lab.engine.llama_layer import HeadShape, LayerShape, head, llama_layer
+from lowvram_lab.decoding.llama_layer import HeadShape, LayerShape, head, llama_layer
 from lowvram_lab.files import build_directory, sha256_file
 from lowvram_lab.kernels import product
 from lowvram_lab.kernels import token_attention as attention
