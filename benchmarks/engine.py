@@ -154,7 +154,8 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int, kv_
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     spec = ModelSpec.from_config(config, model)
-    plan = replace(Plan.uniform(spec, "int4", context=max(lengths) + 8), kv_format=kv_format)
+    plan = Plan.uniform(spec, "int4", context=max(lengths) + 8)
+    plan = replace(plan, kv_format=kv_format, threads=torch.get_num_threads())
     read_bytes = plan.weight_bytes() - plan.module_bytes(spec.embedding)
     loaded = load(plan, StandInGpu(None), checkpoint=RandomCheckpoint(spec), progress=True)
     decoder = LeanDecoder(loaded)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from lowvram_lab.decoding.threads import FastestThreads, thread_counts
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
@@ -56,6 +57,8 @@ class Decoder:
         released: Whether the model was planned anew since; then it decodes no more.
         reads_ids_at: Where token ids are looked up, ``"gpu"`` or ``"cpu"``: a token that is there need not be moved.
         name: What it is, in words.
+
+    Where the plan says no number of threads, tokens are decoded with the fastest (``threads.py``).
     """
 
     name: str
@@ -63,8 +66,11 @@ class Decoder:
     def __init__(self, model: torch.nn.Module, max_tokens: int | None = None, batch_size: int = 1, why: str = ""):
         self.model, self.batch_size, self.why, self.released = model, batch_size, why, False
         self.cache = PreallocatedCache(model, max_tokens, batch_size)
-        plan = loaded(model).plan
+        plan, self._gpu = loaded(model).plan, loaded(model).gpu
         self.reads_ids_at = compute_place(plan.modules[plan.spec.embedding].device)
+        on_cpu = "cpu" in {self._gpu.kernels_of(place) for place in plan.layer_places()} and not self._gpu.meta
+        counts = thread_counts() if plan.threads is None and on_cpu else ()
+        self._fastest = FastestThreads(counts) if len(counts) > 1 else None
         loaded(model).decoders.add(self)
 
     @property
@@ -95,7 +101,10 @@ class Decoder:
         self._check_released()
         if tuple(token.shape) != (expected := (self.batch_size, 1)):
             raise LowvramError(f"expected one token of each sequence, {expected}, found {tuple(token.shape)}")
-        return self._decode(token)
+        if self._fastest is None:
+            return self._decode(token)
+        with self._fastest.token():
+            return self._decode(token)
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError

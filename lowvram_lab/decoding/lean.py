@@ -103,7 +103,7 @@ class LeanDecoder(Decoder):
             missing = without_compiler() or "LOWVRAM_COMPILE=0 says not to compile; unset it"
             raise LowvramError(f"{missing}, or leave compiled=True out")
         super().__init__(model, max_tokens, batch_size)
-        self._gpu, self._plan, self._spec = state.gpu, state.plan, state.plan.spec
+        self._plan, self._spec = state.plan, state.plan.spec
         self._places = self._plan.layer_places()
         self._head_place = compute_place(self._plan.modules[self._spec.head].device)
         self._crossed_bytes = self._crossings()

@@ -41,7 +41,8 @@ class Plan:
         kv_format: Keys and values: the plan's dtype, ``"int8"`` (one scale a token and head) or ``"int4"`` (keys per
             channel in groups of 32 tokens, values per token in groups of 32 channels).
         context: Tokens the plan is made for, prompt and answer together.
-        threads: CPU threads, or ``None`` for torch's choice.
+        threads: CPU threads, or ``None`` for torch's choice; tokens are then decoded with one, half of those or all,
+            whichever shows to be the fastest.
         stream_from: Prompts of so many tokens or more bring the weights of CPU and disk layers to the GPU, layer by
             layer, and compute there; ``None`` for never. Decoding a token always computes where the layer is.
         prefill_chunk: Prompts are read so many tokens at a time, which bounds their activations; ``None`` for at once.

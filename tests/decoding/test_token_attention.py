@@ -56,6 +56,7 @@ CASES = [(recipe, None) for recipe in FORMATS] + [
     ("int3", "int8"),
     ("int3", "int4"),
 ]
+MORE = [("llama", "int8"), ("llama", "int4"), ("qwen2", "int8")]
 REFUSED = {("streamed", "int4")}  # weights travel beside keys and values that can go with them
 
 
@@ -81,8 +82,10 @@ def test_a_long_int4_cache_is_read_as_exactly_as_a_short_one(kind):
     assert relative_error(lean, decoded(ModuleDecoder(model), ids, 12)) < 0.02
 
 
-@pytest.mark.parametrize("kv_format", ["int8", "int4"])
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize(
+    ("kind", "kv_format"),
+    [("qwen2", "int4"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],  # each compiles for a minute
+)
 def test_compiled_is_the_same_and_its_workspace_is_forecast(kind, kv_format):
     model, ids = loaded(kind, "int4", kv_format=kv_format, context=300), random_ids(80)
     decoder = decoder_for(model, progress=False)
@@ -94,6 +97,7 @@ def test_compiled_is_the_same_and_its_workspace_is_forecast(kind, kv_format):
     assert engine_of(plan, "cpu")[1] == decoder.name == forecast(plan, budget).engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "kv_format"), [*((recipe, None) for recipe in FORMATS[3:]), ("bf16", "int4")])
 def test_compiled_nothing_grows_over_500_tokens(recipe, kv_format):
     """By torch's own count of what its allocator gave and took back."""
