@@ -166,9 +166,9 @@ class QuantizedLinear(Quantized):
         return product.format_number(self.format)
 
     def by_our_kernel(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """``multiply`` by our kernel, for few tokens on the CPU where there is a compiler; else ``None``."""
-        many = rows.shape[0] > product.MOST_ROWS and self.kernel_format != product.INT4_BLOCKS
-        if many or not self.has_our_kernel() or not (rows.is_meta or opened()):
+        """``multiply`` by our kernel, on the CPU where there is a compiler; else ``None``, and for many tokens perhaps."""
+        many = rows.shape[0] > product.MOST_ROWS
+        if (many and not multiplies_pairs()) or not self.has_our_kernel() or not (rows.is_meta or opened()):
             return None
         held = (getattr(self, name) for name in self.held)
         return product.quantized_product(rows.float(), *held, self.out_features, self.kernel_format).to(rows.dtype)

@@ -7,6 +7,7 @@
 //
 // Derived in: notebooks/06_the_engine.ipynb
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -47,7 +48,7 @@ constexpr float NF4[16] = {-1.0f,
                            0.7229568362236023f,
                            1.0f};
 
-#define EACH(name, count) _Pragma("GCC unroll 8") for (int name = 0; name < count; name++)
+#define EACH(name, count) _Pragma("GCC unroll 16") for (int name = 0; name < count; name++)
 
 enum ScaleKind : int64_t { BFLOAT16, FLOAT32, WITH_ZEROS };
 
@@ -121,6 +122,17 @@ Sum load(const float* at) { return _mm512_loadu_ps(at); }
 Sum zeros() { return _mm512_setzero_ps(); }
 Sum add_scaled(Sum to, Sum what, float by) { return _mm512_fmadd_ps(what, _mm512_set1_ps(by), to); }
 float total(Sum of) { return _mm512_reduce_add_ps(of); }
+
+// A row in bfloat16; behind its last value zeros stay.
+void round_row(const float* from, int64_t columns, uint32_t* to) {
+  int64_t at = 0;
+  for (; at + UNIT <= columns; at += UNIT, to += UNIT / 2)
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(load(from + at + LANES), load(from + at)));
+  if (at == columns) return;
+  float last[UNIT] = {};
+  std::memcpy(last, from + at, (columns - at) * sizeof(float));
+  _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(load(last + LANES), load(last)));
+}
 
 void round_unit(const float* from, Input* to, float* sums) {
   const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LANES), _mm512_loadu_ps(from));
@@ -533,18 +545,6 @@ void multiply(const float* rows, const Weight& weight, float* out) {
   multiply<FORMAT, ROWS, false>(rows, weight, out);
 }
 
-template <class FORMAT>
-void multiply(const float* rows, int64_t count, const Weight& weight, float* out) {
-  using Multiply = void (*)(const float*, const Weight&, float*);
-  constexpr Multiply of[] = {multiply<FORMAT, 1>, multiply<FORMAT, 2>, multiply<FORMAT, 3>, multiply<FORMAT, 4>,
-                             multiply<FORMAT, 5>, multiply<FORMAT, 6>, multiply<FORMAT, 7>, multiply<FORMAT, 8>};
-  constexpr int64_t MOST = sizeof of / sizeof *of;
-  for (int64_t first = 0; first < count; first += MOST) {
-    const int64_t some = count - first < MOST ? count - first : MOST;
-    of[some - 1](rows + first * weight.columns, weight, out + first * weight.features);
-  }
-}
-
 template <class FORMAT, class VALUE>
 void dequantise_unit(const Values<FORMAT>& values, const uint8_t* at, float scale, float zero, VALUE* to) {
   Sum read[UNIT / LANES];
@@ -553,10 +553,36 @@ void dequantise_unit(const Values<FORMAT>& values, const uint8_t* at, float scal
   store(read, to);
 }
 
-// The weight itself, rounded once.
+// Rows of a tile, rounded once, each so many values behind the one before.
+template <class FORMAT, class VALUE>
+void dequantise_rows(const Values<FORMAT>& values, const Weight& weight, const Scales& scales, int64_t tile,
+                     int64_t features, VALUE* out, int64_t step) {
+  const uint8_t* at = weight.codes + tile * (weight.columns * FORMAT::BITS / 8);
+  for (int64_t feature = 0; feature < features; feature++) {
+    VALUE* to = out + feature * step;
+    for (int64_t group = 0; group < weight.groups(); group++) {
+      const int64_t place = group * scales.group_step + feature * scales.feature_step;
+      const float scale = scales.scale[place], zero = weight.kind == WITH_ZEROS ? scales.zero[place] : 0;
+      int64_t left = weight.group;
+      for (; left >= UNIT; left -= UNIT, at += FORMAT::BYTES, to += UNIT) {
+        __builtin_prefetch(at + AHEAD);
+        dequantise_unit(values, at, scale, zero, to);
+      }
+      if (FORMAT::BITS == 8 && left) {
+        uint8_t some[FORMAT::BYTES] = {};
+        VALUE all[UNIT];
+        std::memcpy(some, at, left);
+        dequantise_unit(values, some, scale, zero, all);
+        std::memcpy(to, all, left * sizeof(VALUE));
+        at += left, to += left;
+      }
+    }
+  }
+}
+
+// The weight itself.
 template <class FORMAT, class VALUE>
 void dequantise(const Weight& weight, VALUE* out) {
-  const int64_t bytes = weight.columns * FORMAT::BITS / 8, groups = weight.groups();
 #pragma omp parallel if (weight.features * weight.columns >= SMALL)
   {
     const Values<FORMAT> values;
@@ -565,28 +591,106 @@ void dequantise(const Weight& weight, VALUE* out) {
     for (int64_t tile = 0; tile < weight.features; tile += TILE) {
       const int64_t features = weight.features - tile < TILE ? weight.features - tile : TILE;
       scales.read(tile, features);
-      const uint8_t* at = weight.codes + tile * bytes;
-      VALUE* to = out + tile * weight.columns;
-      for (int64_t feature = 0; feature < features; feature++)
-        for (int64_t group = 0; group < groups; group++) {
-          const int64_t place = group * scales.group_step + feature * scales.feature_step;
-          const float scale = scales.scale[place], zero = weight.kind == WITH_ZEROS ? scales.zero[place] : 0;
-          int64_t left = weight.group;
-          for (; left >= UNIT; left -= UNIT, at += FORMAT::BYTES, to += UNIT) {
-            __builtin_prefetch(at + AHEAD);
-            dequantise_unit(values, at, scale, zero, to);
-          }
-          if (FORMAT::BITS == 8 && left) {
-            uint8_t some[FORMAT::BYTES] = {};
-            VALUE all[UNIT];
-            std::memcpy(some, at, left);
-            dequantise_unit(values, some, scale, zero, all);
-            std::memcpy(to, all, left * sizeof(VALUE));
-            at += left, to += left;
-          }
-        }
+      dequantise_rows(values, weight, scales, tile, features, out + tile * weight.columns, weight.columns);
     }
   }
+}
+
+#if defined(LOWVRAM_AVX512)
+
+// Many rows: tiles of the weight are dequantised to bfloat16, turned so that a vector is a pair of columns of 16 features,
+// and multiplied with all rows before the next tile. No more of the weight is ever in memory.
+constexpr int ROWS_AT_ONCE = 12, VECTORS = 2;
+constexpr int64_t WIDE = VECTORS * TILE;
+
+// 16 features of 16 pairs (of columns) become 16 pairs of 16 features.
+void turn(const uint32_t* from, int64_t step, uint32_t* to) {
+  __m512i row[16], mixed[16];
+  EACH(i, 16) row[i] = _mm512_loadu_si512(from + i * step);
+  EACH(i, 8) {
+    mixed[2 * i] = _mm512_unpacklo_epi32(row[2 * i], row[2 * i + 1]);
+    mixed[2 * i + 1] = _mm512_unpackhi_epi32(row[2 * i], row[2 * i + 1]);
+  }
+  EACH(i, 4) EACH(half, 2) {
+    row[4 * i + 2 * half] = _mm512_unpacklo_epi64(mixed[4 * i + half], mixed[4 * i + 2 + half]);
+    row[4 * i + 2 * half + 1] = _mm512_unpackhi_epi64(mixed[4 * i + half], mixed[4 * i + 2 + half]);
+  }
+  EACH(i, 4) EACH(half, 2) {  // rows i, 4 + i, 8 + i, 12 + i hold pair i of each quarter
+    mixed[8 * half + i] = _mm512_shuffle_i32x4(row[8 * half + i], row[8 * half + 4 + i], 0x88);
+    mixed[8 * half + 4 + i] = _mm512_shuffle_i32x4(row[8 * half + i], row[8 * half + 4 + i], 0xdd);
+  }
+  EACH(i, 4) {
+    _mm512_storeu_si512(to + i * WIDE, _mm512_shuffle_i32x4(mixed[i], mixed[8 + i], 0x88));
+    _mm512_storeu_si512(to + (8 + i) * WIDE, _mm512_shuffle_i32x4(mixed[i], mixed[8 + i], 0xdd));
+    _mm512_storeu_si512(to + (4 + i) * WIDE, _mm512_shuffle_i32x4(mixed[4 + i], mixed[12 + i], 0x88));
+    _mm512_storeu_si512(to + (12 + i) * WIDE, _mm512_shuffle_i32x4(mixed[4 + i], mixed[12 + i], 0xdd));
+  }
+}
+
+template <int ROWS>
+void multiply_tile(const uint32_t* input, int64_t pairs, const uint32_t* tile, int64_t features, float* out, int64_t step) {
+  Sum sums[ROWS][VECTORS];
+  EACH(row, ROWS) EACH(vector, VECTORS) sums[row][vector] = zeros();
+  for (int64_t pair = 0; pair < pairs; pair++) {
+    __m512bh read[VECTORS];
+    EACH(vector, VECTORS) read[vector] = (__m512bh)_mm512_loadu_si512(tile + pair * WIDE + vector * LANES);
+    EACH(row, ROWS) {
+      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(input[row * pairs + pair]));
+      EACH(vector, VECTORS) sums[row][vector] = _mm512_dpbf16_ps(sums[row][vector], read[vector], x);
+    }
+  }
+  EACH(row, ROWS) EACH(vector, VECTORS) {
+    const int64_t left = std::clamp<int64_t>(features - vector * LANES, 0, LANES);
+    _mm512_mask_storeu_ps(out + row * step + vector * LANES, __mmask16((1u << left) - 1), sums[row][vector]);
+  }
+}
+
+template <class FORMAT>
+void multiply_many(const float* rows, int64_t count, const Weight& weight, float* out) {
+  using Multiply = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t);
+  constexpr Multiply of[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,
+                             multiply_tile<5>, multiply_tile<6>, multiply_tile<7>, multiply_tile<8>,
+                             multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
+  const int64_t pairs = units_of(weight.columns) * UNIT / 2;  // a row's, with zeros behind
+  std::vector<uint32_t> input(count * pairs);
+#pragma omp parallel if (weight.features * weight.columns >= SMALL)
+  {
+    const Values<FORMAT> values;
+    Scales scales(weight);
+    std::vector<uint32_t> flat(TILE * pairs), tile(WIDE * pairs);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < count; row++) round_row(rows + row * weight.columns, weight.columns, input.data() + row * pairs);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < weight.features; first += WIDE) {
+      const int64_t features = std::min(WIDE, weight.features - first);
+      for (int64_t part = 0; part < features; part += TILE) {
+        const int64_t some = std::min(TILE, features - part);
+        scales.read(first + part, some);
+        dequantise_rows(values, weight, scales, first + part, some, reinterpret_cast<uint16_t*>(flat.data()), 2 * pairs);
+        for (int64_t pair = 0; pair < pairs; pair += LANES) turn(flat.data() + pair, pairs, tile.data() + pair * WIDE + part);
+      }
+      for (int64_t row = 0; row < count; row += ROWS_AT_ONCE) {
+        const int64_t some = std::min<int64_t>(ROWS_AT_ONCE, count - row);
+        of[some - 1](input.data() + row * pairs, pairs, tile.data(), features, out + row * weight.features + first, weight.features);
+      }
+    }
+  }
+}
+
+#endif
+
+constexpr int64_t MOST = 8;  // rows that share one pass over the codes
+
+template <class FORMAT>
+void multiply(const float* rows, int64_t count, const Weight& weight, float* out) {
+  using Multiply = void (*)(const float*, const Weight&, float*);
+  constexpr Multiply of[] = {multiply<FORMAT, 1>, multiply<FORMAT, 2>, multiply<FORMAT, 3>, multiply<FORMAT, 4>,
+                             multiply<FORMAT, 5>, multiply<FORMAT, 6>, multiply<FORMAT, 7>, multiply<FORMAT, 8>};
+#if defined(LOWVRAM_AVX512)
+  if (count > MOST) return multiply_many<FORMAT>(rows, count, weight, out);
+#endif
+  for (int64_t first = 0; first < count; first += MOST)
+    of[std::min(MOST, count - first) - 1](rows + first * weight.columns, weight, out + first * weight.features);
 }
 
 template <class FORMAT>
@@ -698,7 +802,6 @@ void multiply_blocks(const float* rows, int64_t count, const Weight& weight, flo
   using Multiply = void (*)(const PairedInput&, const Weight&, int64_t, float*);
   constexpr Multiply of[] = {multiply_block<1>, multiply_block<2>, multiply_block<3>, multiply_block<4>,
                              multiply_block<5>, multiply_block<6>, multiply_block<7>, multiply_block<8>};
-  constexpr int64_t MOST = sizeof of / sizeof *of;
   for (int64_t begin = 0; begin < count; begin += PASSES * MOST) {
     const int64_t end = count - begin < PASSES * MOST ? count : begin + PASSES * MOST;
     std::vector<PairedInput> passes;
