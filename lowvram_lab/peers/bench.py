@@ -41,6 +41,10 @@ READ_BYTES = GiB // 4
 """Of the block whose reading tells the bandwidth: more than any cache."""
 
 
+MOST_SEQUENCES = 1024
+"""Side by side."""
+
+
 @dataclass(frozen=True)
 class BenchSettings:
     """How engines are measured.
@@ -66,9 +70,9 @@ class BenchSettings:
     batch_size: int | Sequence[int] = 1
 
     def __post_init__(self) -> None:
-        for name in ("prompt_tokens", "batch_size"):
+        for name, most in (("prompt_tokens", None), ("batch_size", MOST_SEQUENCES)):
             for value in (values := _several(getattr(self, name))):
-                whole_number(name, value, 1, error=LowvramError)
+                whole_number(name, value, 1, most, error=LowvramError)
             if not values:
                 raise LowvramError(f"expected {name} of one number or more, found none")
         for name in ("new_tokens", "rounds"):

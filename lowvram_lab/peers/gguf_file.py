@@ -16,6 +16,7 @@ from lowvram_lab.model import builtin
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source
+from lowvram_lab.model.spec import ModelSpec
 
 FLOATS = ("BF16", "F16", "F32")
 """Types that an export writes as they are: there is nothing to quantise."""
@@ -116,7 +117,7 @@ def quantised(source: Source, kind: str, folder: Path, progress: bool = True) ->
 
     spec = source.spec()
     target = folder / f"{source.public_name.replace('/', '-')}-{kind}.gguf"
-    exact = "F16" if spec.stored or source.config().dtype == torch.float16 else "BF16"
+    exact = "F16" if spec.stored or _holds_float16(source, spec, progress) else "BF16"
     exported = target if kind in FLOATS else target.with_name(f"{exact}.gguf")
     # no plan goes beyond a sliding window, and llama.cpp slides none
     options = {"context": spec.longest_context, "progress": progress}
@@ -131,6 +132,12 @@ def quantised(source: Source, kind: str, folder: Path, progress: bool = True) ->
         exported.unlink()
     weights = "a quantised directory's weights" if spec.stored else "the same 16-bit weights"
     return target, f"quantised by llama.cpp to {kind} from {weights}"
+
+
+def _holds_float16(source: Source, spec: ModelSpec, progress: bool) -> bool:
+    """Whether a layer's weights lie in float16, whatever the config says."""
+    first = next(module.name for module in spec.modules if module.layer is not None and module.kind == "linear")
+    return source.checkpoint(progress).dtype(f"{first}.weight") == torch.float16
 
 
 def quantise_file(source: Path, target: Path, kind: str, **params) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -311,10 +312,13 @@ def test_a_question_that_an_engine_fails_at_is_the_only_one_without_figures(fold
 
 
 def test_keys_and_values_that_ram_cannot_hold(folder, fakes, monkeypatch):
+    plan = Plan.uniform(directory_spec(folder), "bf16", context=64)
+    free = 2 * plan.spec.num_parameters + plan.kv_bytes(64) * 8
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = measured(folder, ("fake",), batch_size=(1, 10**9), new_tokens=1, prompt_tokens=1, rounds=1)
-    assert all(row.ran == (row.batch_size == 1) for row in found.rows)
-    assert "of RAM, found" in found.row("lowvram", batch_size=10**9).reason
+    monkeypatch.setattr(contest.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    found = measured(folder, ("fake",), batch_size=(1, 1024), rounds=1)
+    assert [row.ran for row in found.rows] == [True] * 3 + [False] * 3
+    assert "of RAM, found" in found.row("lowvram", batch_size=1024).reason
 
 
 def test_a_batch_answers_as_its_sequences_do(folder):
@@ -374,13 +378,16 @@ def test_a_result_reads_as_table_and_data(folder, fakes):
         ({"prompt_tokens": -1}, "expected prompt_tokens of 1 or more"),
         ({"new_tokens": True}, "expected new_tokens of 1 or more"),
         ({"against": ("fake",), "gguf": "x.gguf"}, "for llama.cpp, found fake"),
-        ({"gguf": "x.gguf"}, "expected a .gguf file or a type .*Q4_0.*, found neither in 'x.gguf'"),
+        (
+            {"against": ("llama.cpp",), "gguf": "x.gguf"},
+            "expected a .gguf file or a type .*Q4_0.*, found neither in 'x.gguf'",
+        ),
         ({"prompt_tokens": 2000}, "a prompt of 2000 tokens and 22 behind it go beyond the 1024 of .*give it 1002"),
         ({"prompt_tokens": (16, 2000)}, "a prompt of 2000 tokens"),
         ({"prompt_tokens": ()}, "expected prompt_tokens of one number or more, found none"),
         ({"prompt_tokens": (16, "x")}, "expected prompt_tokens of 1 or more, found 'x'"),
-        ({"batch_size": 0}, "expected batch_size of 1 or more, found 0"),
-        ({"batch_size": (1, 0)}, "expected batch_size of 1 or more, found 0"),
+        ({"batch_size": 0}, "expected batch_size from 1 to 1024, found 0"),
+        ({"batch_size": (1, 2000)}, "expected batch_size from 1 to 1024, found 2000"),
     ],
 )
 def test_mistakes(folder, fakes, monkeypatch, options, said):

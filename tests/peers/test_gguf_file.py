@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowvram_lab.errors import LowvramError, SourceError
 from lowvram_lab.model.plan import Plan
@@ -16,8 +15,7 @@ from lowvram_lab.peers.gguf_file import NEAREST, TYPES, gguf_file, nearest_type,
 from lowvram_lab.peers.others import LlamaCpp
 from lowvram_lab.peers.process import LocalEngine
 from tests.helpers.checkpoints import directory_spec, write_model
-from tests.helpers.tiny import tiny_tokenizer
-from tests.model.test_source import LLAMA
+from tests.weights.test_gguf_export import make_model
 
 
 @pytest.fixture
@@ -33,13 +31,13 @@ def spec(tmp_path):
     ],
 )  # fmt: skip
 def test_the_nearest_type_has_codes_as_long(spec, fmt, kind):
-    assert nearest_type(Plan.uniform(spec, fmt)) == kind
+    assert nearest_type(Plan.uniform(spec, fmt, context=64)) == kind
     assert kind in TYPES
 
 
 def test_the_nearest_type_of_a_mixed_plan_is_that_of_its_average(spec):
     inside = [m.name for m in spec.modules if m.layer is not None and m.kind == "linear"]
-    few = Plan.uniform(spec, "int3").with_modules(*inside[:1], format="int4")
+    few = Plan.uniform(spec, "int3", context=64).with_modules(*inside[:1], format="int4")
     assert nearest_type(few) == "Q3_K_M"
     assert nearest_type(few.with_modules(*inside, format="int4")) == "Q4_0"
     assert set(NEAREST.values()) <= set(TYPES)
@@ -58,7 +56,7 @@ def test_what_a_user_states(tmp_path):
 def test_where_the_file_comes_from(tmp_path, spec, monkeypatch):
     made = []
     monkeypatch.setattr(module, "quantised", lambda source, kind, *_: made.append((source.name, kind)))
-    plans = {name: Plan.uniform(spec, name) for name in ("int3", "int4", "nf4")}
+    plans = {name: Plan.uniform(spec, name, context=64) for name in ("int3", "int4", "nf4")}
     file = tmp_path / "own.gguf"
     file.write_bytes(b"")
     assert gguf_file(Source("anything", "directory"), str(file), plans["int3"], tmp_path) == (file, "")
@@ -92,7 +90,7 @@ def test_weights_are_exported_in_the_16_bits_they_are_in(tmp_path, monkeypatch, 
 
     monkeypatch.setitem(sys.modules, "lowvram_lab.weights.gguf_export", SimpleNamespace(export_gguf=export))
     monkeypatch.setattr(module, "_quantise_apart", lambda source, target, kind: target.write_bytes(source.read_bytes()))
-    source = find_source(write_model(tmp_path / "model", "llama", dtype=dtype, **{"dtype": dtype}))
+    source = find_source(write_model(tmp_path / "model", "llama", dtype=dtype))
     path, said = quantised(source, "Q5_0", tmp_path, progress=False)
     assert calls == [exported]
     assert (path.name, said) == ("model-Q5_0.gguf", "quantised by llama.cpp to Q5_0 from the same 16-bit weights")
@@ -111,17 +109,10 @@ def test_a_quantiser_that_fails_is_one_line(tmp_path, monkeypatch):
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-    """A model of 256 columns, as K-quants want them, whose likeliest token is so by a margin."""
+    """A model of 256 columns, as K-quants want them."""
     pytest.importorskip("llama_cpp")
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
-    torch.manual_seed(0)
-    sizes = {**LLAMA, "hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": True}
-    config = LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2}, initializer_range=0.3)
-    tokenizer = tiny_tokenizer()
-    config.vocab_size = len(tokenizer)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return make_model(tmp_path / "model", hidden_size=256, intermediate_size=256)
 
 
 def task_of(directory, path, origin, *questions) -> Task:
