@@ -5,7 +5,8 @@
     python benchmarks/engine_grid.py --model Qwen2.5-0.5B.gguf --formats 70% --converted small/
 
 A format of ours meets llama.cpp on the GGUF type nearest to it, which llama.cpp's own tool quantises from the same
-16-bit weights, and the other engines of ``--against``: by default transformers (bf16), and with nf4 bitsandbytes.
+16-bit weights, and the other engines of ``--against``: by default transformers (bf16), and with nf4 bitsandbytes; of a
+converted directory llama.cpp alone.
 ``70%`` is the directory that ``lowvram convert --reduce 70% --own-formats`` makes (``--converted`` names one that is
 there); for llama.cpp the original is quantised. With ``--layers`` the model has random weights and so many of its
 layers; its name says so. Prompts are of the library's own text.
@@ -33,6 +34,13 @@ from lowvram_lab.weights.recipe import WeightBudget
 
 RESULTS = Path(__file__).parent / "results"
 FORMATS = ("int3", "int4", "int5", "int8", "bf16", "nf4", "70%")
+PEERS = {
+    "int4": ("transformers", "llama.cpp"),
+    "nf4": ("transformers", "bitsandbytes", "llama.cpp"),
+    "70%": ("llama.cpp",),  # stock transformers does not open its own formats, and has no 16 bits of it
+}
+"""By default; every format that is not here has int4's."""
+
 DIGITS = 5
 """Significant ones that a figure is kept with."""
 
@@ -61,7 +69,7 @@ def converted(model: str, share: str, args: argparse.Namespace) -> Path:
 def measured(model: str, fmt: str, threads: int, args: argparse.Namespace) -> BenchResult:
     """One paired run."""
     settings = BenchSettings(args.prompt_tokens, args.new_tokens, args.rounds, threads, batch_size=args.batch)
-    against = args.against or ("transformers", "llama.cpp", *(["bitsandbytes"] if fmt == "nf4" else []))
+    against = args.against or PEERS.get(fmt, PEERS["70%" if fmt.endswith("%") else "int4"])
     subject = converted(model, fmt, args) if fmt.endswith("%") else model
     spec = find_source(subject).spec()
     plan = Plan.uniform(spec, "stored" if fmt.endswith("%") else fmt, context=settings.context)
@@ -120,7 +128,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=numbers, default=(1, 2))
-    parser.add_argument("--against", type=words, help="other engines; by default llama.cpp and transformers")
+    parser.add_argument("--against", type=words, help="other engines (see above)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "engine_grid", metavar="DIR")
     parser.add_argument("--output", type=Path, help="where the JSON goes; by default under benchmarks/results/")
     args = parser.parse_args()

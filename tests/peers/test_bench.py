@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -315,7 +314,8 @@ def test_keys_and_values_that_ram_cannot_hold(folder, fakes, monkeypatch):
     plan = Plan.uniform(directory_spec(folder), "bf16", context=64)
     free = 2 * plan.spec.num_parameters + plan.kv_bytes(64) * 8
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(contest.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    memory = psutil.virtual_memory()._replace(available=free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     found = measured(folder, ("fake",), batch_size=(1, 1024), rounds=1)
     assert [row.ran for row in found.rows] == [True] * 3 + [False] * 3
     assert "of RAM, found" in found.row("lowvram", batch_size=1024).reason
@@ -423,6 +423,9 @@ def test_llama_cpp_runs_the_very_file(tmp_path, monkeypatch):
     assert "tiny.gguf" in row.note
     assert row.agreement >= 0.8  # the same weights, multiplied in other ways
     assert row.weight_bytes < found.row("transformers").weight_bytes
+    stated = measured(file, ("llama.cpp",), gguf="Q4_0", batch_size=2, rounds=1).row("llama.cpp")
+    assert "tiny.gguf-Q4_0.gguf, quantised by llama.cpp to Q4_0 from the same 16-bit weights: " in stated.note
+    assert stated.weight_bytes < row.weight_bytes
 
 
 def test_an_engine_in_a_process_of_its_own(folder):
