@@ -138,13 +138,19 @@ def bitsandbytes(args, way: str) -> dict:
     }
 
 
-def write_weights(model: str, folder: Path) -> None:
-    """A directory of random 16-bit weights that ``from_pretrained`` opens, one file a module; once a folder."""
+def write_weights(model: str, folder: Path, layers: int | None = None) -> None:
+    """A directory of random 16-bit weights that ``from_pretrained`` opens, one file a module; once a folder.
+
+    ``layers``: only so many of the model's.
+    """
     from safetensors.torch import save_file
 
     if (folder / "config.json").exists():  # written last
         return
     config = find_source(model).config()
+    if layers:
+        config.num_hidden_layers = layers
+        config.layer_types = (getattr(config, "layer_types", None) or [])[:layers] or None
     spec = ModelSpec.from_config(config, model)
     checkpoint, index = RandomCheckpoint(spec), {}
     for number, module in enumerate(spec.modules):

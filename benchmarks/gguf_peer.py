@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lowvram_lab.peers.gguf_file import quantise_file
+
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -112,19 +114,14 @@ def quantise(source: Path, name: str, modules: list[str], importance: dict[str, 
     import llama_cpp
 
     kind, _, options = name.removesuffix("+imatrix").strip().partition(" embeddings ")
-    target = source.with_name(f"{name.replace(' ', '_')}.gguf")
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
-    params.nthread = os.cpu_count()
+    target, params = source.with_name(f"{name.replace(' ', '_')}.gguf"), {}
     if options:  # of a tied model's embedding llama.cpp asks the output's type
-        params.token_embedding_type = params.output_tensor_type = gguf.GGMLQuantizationType[options].value
+        params = dict.fromkeys(("token_embedding_type", "output_tensor_type"), gguf.GGMLQuantizationType[options].value)
     keep = _imatrix(importance) if name.endswith("+imatrix") else None
     if keep:
-        params.imatrix = ctypes.cast(keep[0], type(params.imatrix))
-    _silence(llama_cpp)
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
-    if status:
-        raise RuntimeError(f"llama.cpp could not quantise to {name}: status {status}")
+        fields = dict(llama_cpp.llama_model_quantize_params._fields_)
+        params["imatrix"] = ctypes.cast(keep[0], fields["imatrix"])
+    quantise_file(source, target, kind, **params)
     try:
         return _read(target, modules)
     finally:
@@ -162,15 +159,3 @@ def _imatrix(importance: dict[str, torch.Tensor]):
         place.name, place.size = name, numbers.size
         place.data = numbers.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
     return array, memory
-
-
-def _silence(llama_cpp) -> None:
-    """llama.cpp prints several lines a tensor; the last warnings and errors stay."""
-    global _logger
-    _logger = llama_cpp.llama_log_callback(_log)
-    llama_cpp.llama_log_set(_logger, ctypes.c_void_p(0))
-
-
-def _log(level: int, text: bytes, _) -> None:
-    if level == 4:  # GGML_LOG_LEVEL_ERROR
-        print(text.decode(errors="replace"), end="", flush=True)

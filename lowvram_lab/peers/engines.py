@@ -26,6 +26,41 @@ from lowvram_lab.sampling import Sampling, choose
 
 
 @dataclass(frozen=True)
+class Question:
+    """One length of prompt at one batch size: what a row of ``bench`` measures.
+
+    Attributes:
+        prompts: Token ids of each sequence, all of one length.
+        follow_ups: Token ids of each sequence's second message.
+        new_tokens: Decoded after the first token of the answer.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    follow_ups: tuple[tuple[int, ...], ...]
+    new_tokens: int
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        return len(self.prompts)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of each prompt."""
+        return len(self.prompts[0])
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of one sequence: prompt, answer, second message and the token that answers it."""
+        return self.prompt_tokens + self.new_tokens + 1 + len(self.follow_ups[0]) + 1
+
+    @property
+    def mean_length(self) -> int:
+        """Tokens of a sequence in the cache halfway through the answer."""
+        return self.prompt_tokens + self.new_tokens // 2
+
+
+@dataclass(frozen=True)
 class Task:
     """What every engine is given; plain data, for it goes to other processes.
 
@@ -34,32 +69,25 @@ class Task:
         directory: Its fetched directory.
         plan: For our engines, as JSON.
         budget: Total and context bytes of the card to be, or ``None`` for all of it.
-        prompt: Token ids.
-        follow_up: Token ids of a second message.
-        new_tokens: Decoded after the first token of the answer.
+        questions: What is asked of it, one after the other.
         threads: CPU threads.
         gguf: File for llama.cpp, or ``None``.
+        gguf_origin: Where that comes from, in words.
     """
 
     model: str
     directory: str
     plan: str
     budget: tuple[int, int] | None
-    prompt: tuple[int, ...]
-    follow_up: tuple[int, ...]
-    new_tokens: int
+    questions: tuple[Question, ...]
     threads: int
     gguf: str | None = None
+    gguf_origin: str = ""
 
     @property
     def tokens(self) -> int:
-        """Most tokens of one sequence: prompt, answer, second message and the token that answers it."""
-        return len(self.prompt) + self.new_tokens + 1 + len(self.follow_up) + 1
-
-    @property
-    def mean_length(self) -> int:
-        """Tokens in the cache halfway through the answer."""
-        return len(self.prompt) + self.new_tokens // 2
+        """Most tokens of one sequence of any question."""
+        return max(question.tokens for question in self.questions)
 
     def gpu(self):
         """This process's GPU; on CUDA its cap holds for every engine that allocates through torch."""
@@ -82,7 +110,6 @@ class Engine:
         note: What a reader has to know about the row.
         weight_bytes: Of all weights in memory.
         read_bytes: Of the weights that one token needs.
-        kv_bytes: Of keys and values read halfway through the answer.
         one_memory: Whether all of it is read from one memory, so that its bandwidth bounds the speed.
 
     Raises:
@@ -92,7 +119,7 @@ class Engine:
     name = ""
     package = None
     note = ""
-    weight_bytes = read_bytes = kv_bytes = 0
+    weight_bytes = read_bytes = 0
     one_memory = True
 
     def __init__(self, task: Task):
@@ -108,29 +135,37 @@ class Engine:
         """Why it cannot run on this machine, whatever the model, or nothing."""
         return "" if cls.installed() else f"{cls.package[1]} is not installed"
 
-    def forget(self) -> None:
-        """Empties the KV cache."""
+    def kv_bytes(self, question: Question) -> int:
+        """Keys and values of all sequences halfway through the answer."""
+        return self.task.spec().kv_bytes(question.mean_length, question.batch_size)
+
+    def forget(self, batch_size: int) -> None:
+        """Empties the KV cache, which is then for so many sequences."""
         raise NotImplementedError
 
-    def answer(self, ids: list[int], count: int) -> tuple[list[int], list[float]]:
-        """Continues a conversation greedily.
+    def answer(self, ids: list[list[int]], count: int) -> tuple[list[list[int]], list[float]]:
+        """Continues conversations greedily, all of one length, side by side.
 
         Args:
-            ids: All of it so far; the part that the KV cache holds is not read again.
-            count: Tokens wanted.
+            ids: Of each, all of it so far; the part that the KV cache holds is not read again.
+            count: Tokens wanted of each.
 
         Returns:
-            The tokens, and when each was known, by ``time.perf_counter``.
+            The tokens of each, and when they were known, a time for all sequences' next ones, by
+            ``time.perf_counter``.
         """
         raise NotImplementedError
 
-    def likeliest(self, ids: list[int], answer: list[int]) -> list[int]:
-        """The most likely token at every position of an answer that it is made to give."""
-        self.forget()
-        return [self.likeliest_after(fed) for fed in (ids, *([token] for token in answer[:-1]))]
+    def likeliest(self, question: Question, answers: list[list[int]]) -> list[list[int]]:
+        """The most likely token at every position of answers that it is made to give, one to each prompt."""
+        self.forget(question.batch_size)
+        found = [self.likeliest_after([list(prompt) for prompt in question.prompts])]
+        for tokens in list(zip(*answers, strict=True))[:-1]:
+            found.append(self.likeliest_after([[token] for token in tokens]))
+        return [list(each) for each in zip(*found, strict=True)]
 
-    def likeliest_after(self, ids: list[int]) -> int:
-        """The most likely token after ids that follow those in the KV cache."""
+    def likeliest_after(self, ids: list[list[int]]) -> list[int]:
+        """The most likely token of each sequence after ids that follow those in the KV cache."""
         raise NotImplementedError
 
     def metered(self):
@@ -138,23 +173,30 @@ class Engine:
         return nullcontext()
 
     def peak_bytes(self) -> int | None:
-        """Most GPU memory so far, loading included, without the CUDA context; ``None`` where there is no GPU."""
+        """Most GPU memory since ``reset_peak``, without the CUDA context; ``None`` where there is no GPU."""
         return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
-    def turn(self, task: Task) -> dict:
-        """One round: a prompt and its answer, then a second message.
+    def reset_peak(self) -> None:
+        """Lets ``peak_bytes`` start again from what is held now."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def turn(self, question: Question) -> dict:
+        """One round: prompts and their answers, then a second message.
 
         Returns:
-            ``ttft_s``, ``decode_s`` (of ``new_tokens`` tokens), ``follow_up_s`` (to its first token), ``tokens``.
+            ``ttft_s``, ``decode_s`` (of ``new_tokens`` tokens of each sequence), ``follow_up_s`` (to its first token),
+            ``tokens`` of each sequence.
         """
-        prompt, message = list(task.prompt), list(task.follow_up)
-        self.forget()
+        prompts, count = [list(prompt) for prompt in question.prompts], question.new_tokens + 1
+        self.forget(question.batch_size)
         began = time.perf_counter()
-        tokens, times = self.answer(prompt, task.new_tokens + 1)
-        if not len(tokens) == len(times) == task.new_tokens + 1:
-            raise LowvramError(f"expected {task.new_tokens + 1} tokens from it, found {len(tokens)}")
+        tokens, times = self.answer(prompts, count)
+        if {len(times), *map(len, tokens)} != {count}:
+            raise LowvramError(f"expected {count} tokens from it, found {len(tokens[0])}")
         asked = time.perf_counter()
-        _, (replied,) = self.answer(prompt + tokens + message, 1)
+        parts = zip(prompts, tokens, question.follow_ups, strict=True)
+        _, (replied,) = self.answer([prompt + answer + list(message) for prompt, answer, message in parts], 1)
         return {
             "ttft_s": times[0] - began,
             "decode_s": times[-1] - times[0],
@@ -177,40 +219,49 @@ class Ours(Engine):
         self.weight_bytes = self.read_bytes = plan.weight_bytes()
         if not spec.tied:
             self.read_bytes -= plan.module_bytes(spec.module(spec.embedding))
-        self.kv_bytes = plan.kv_bytes(task.mean_length)
         devices = {assignment.device for assignment in plan.modules.values()}
         places = {compute_place(device) for device in devices} if torch.cuda.is_available() else {"cpu"}
         self.one_memory = len(places) == 1 and "disk" not in devices
-        self.decoder = self._decoder()
+        self.decoder = None
+        self.forget(task.questions[0].batch_size)
         self.note = self.decoder.name
 
-    def _decoder(self) -> Decoder:
-        return decoder_for(self.model, self.task.tokens, progress=False)
-
-    def forget(self):
+    def kv_bytes(self, question: Question):
         """See ``Engine``."""
+        return self.model.lowvram.plan.kv_bytes(question.mean_length) * question.batch_size
+
+    def _decoder(self, batch_size: int) -> Decoder:
+        return decoder_for(self.model, self.task.tokens, batch_size, progress=False)
+
+    def forget(self, batch_size: int):
+        """See ``Engine``; a decoder is for one batch size, and one at a time has its cache."""
+        if self.decoder is None or self.decoder.batch_size != batch_size:
+            if self.decoder is not None:
+                self.decoder.release()
+            self.decoder = None
+            self.decoder = self._decoder(batch_size)
         self.decoder.cache.keep(0)
 
-    def answer(self, ids: list[int], count: int):
+    def answer(self, ids: list[list[int]], count: int):
         """See ``Engine``."""
-        tokens, times = [], []
+        found, times = [], []
         held = self.decoder.cache.get_seq_length()
         with self._timed():
-            token = choose(self.decoder.prefill(torch.tensor([ids[held:]])), Sampling())
+            token = choose(self.decoder.prefill(torch.tensor([each[held:] for each in ids])), Sampling())
             while True:
-                tokens.append(int(token))
+                found.append(token.flatten().tolist())
                 times.append(time.perf_counter())
-                if len(tokens) == count:
-                    return tokens, times
+                if len(found) == count:
+                    return [list(tokens) for tokens in zip(*found, strict=True)], times
                 token = self.decoder.choose(self.decoder.decode(token), Sampling())
 
-    def likeliest(self, ids: list[int], answer: list[int]):
-        """See ``Engine``."""
-        self.forget()
+    def likeliest_after(self, ids: list[list[int]]):
+        """See ``Engine``; a prompt is read, single tokens are decoded."""
+        given = torch.tensor(ids)
         with self._timed():
-            found = [int(choose(self.decoder.prefill(torch.tensor([ids])), Sampling()))]
-            found += [int(choose(self.decoder.decode(torch.tensor([[token]])), Sampling())) for token in answer[:-1]]
-        return found
+            decoded = given.shape[1] == 1 and self.decoder.tokens
+            logits = self.decoder.decode(given) if decoded else self.decoder.prefill(given)
+            return choose(logits, Sampling()).flatten().tolist()
 
     @contextmanager
     def metered(self):
@@ -226,8 +277,11 @@ class Ours(Engine):
 
     def peak_bytes(self):
         """See ``Engine``; on the stand-in, the meter's figure."""
-        state = self.model.lowvram
-        return max(state.recording.phases[0].peak_allocated_bytes, state.gpu.peak_allocated_bytes)
+        return self.model.lowvram.gpu.peak_allocated_bytes
+
+    def reset_peak(self):
+        """See ``Engine``."""
+        self.model.lowvram.gpu.reset_peak()
 
 
 class Modules(Ours):
@@ -235,5 +289,5 @@ class Modules(Ours):
 
     name = "lowvram (modules)"
 
-    def _decoder(self) -> Decoder:
-        return ModuleDecoder(self.model, self.task.tokens)
+    def _decoder(self, batch_size: int) -> Decoder:
+        return ModuleDecoder(self.model, self.task.tokens, batch_size)

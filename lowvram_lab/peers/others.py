@@ -1,7 +1,4 @@
-"""The other engines that ``bench`` runs beside ours, each as its own documentation would have it run.
-
-Also where llama.cpp's file comes from.
-"""
+"""The other engines that ``bench`` runs beside ours, each as its own documentation would have it run."""
 
 import time
 from collections import Counter
@@ -11,13 +8,10 @@ import psutil
 import torch
 from transformers import PreTrainedModel
 
-from lowvram_lab.errors import LowvramError, SourceError
-from lowvram_lab.files import build_directory, cache_dir
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import process_bytes
-from lowvram_lab.model import builtin
-from lowvram_lab.model.source import Source
 from lowvram_lab.peers.engines import Engine, Modules, Ours, Task
+from lowvram_lab.peers.llama_batch import LlamaBatch
 from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.units import format_bytes
 
@@ -65,8 +59,7 @@ class Transformers(Engine):
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if head is None or head.weight is not embedding.weight:
             self.read_bytes -= embedding.weight.nbytes
-        self.kv_bytes = task.spec().kv_bytes(task.mean_length)
-        self.forget()
+        self.forget(1)
 
     def _options(self, cuda: bool) -> dict:
         return {}
@@ -74,16 +67,16 @@ class Transformers(Engine):
     def _placed(self, model: PreTrainedModel, cuda: bool):
         return model.to("cuda") if cuda else model
 
-    def forget(self):
-        """See ``Engine``."""
+    def forget(self, batch_size: int):
+        """See ``Engine``; this cache takes any number of sequences."""
         from transformers import DynamicCache
 
         self.cache = DynamicCache(config=self.model.config)
 
-    def _tensor(self, ids: list[int]) -> torch.Tensor:
-        return torch.tensor([ids], device=self.model.device)
+    def _tensor(self, ids: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(ids, device=self.model.device)
 
-    def answer(self, ids: list[int], count: int):
+    def answer(self, ids: list[list[int]], count: int):
         """See ``Engine``."""
         clock, given = _Clock(), self._tensor(ids)
         found = self.model.generate(
@@ -93,13 +86,13 @@ class Transformers(Engine):
             max_new_tokens=count,
             streamer=clock,
         )
-        return found[0, len(ids) :].tolist(), clock.times
+        return found[:, given.shape[1] :].tolist(), clock.times
 
     @torch.no_grad()
-    def likeliest_after(self, ids: list[int]):
+    def likeliest_after(self, ids: list[list[int]]):
         """See ``Engine``."""
         logits = self.model(self._tensor(ids), past_key_values=self.cache, logits_to_keep=1).logits
-        return int(logits[0, -1].float().argmax())
+        return logits[:, -1].float().argmax(-1).tolist()
 
 
 class Accelerate(Transformers):
@@ -125,8 +118,8 @@ class Accelerate(Transformers):
         self.note = "bf16, device_map auto; blocks by place: " + ", ".join(f"{n} on {p}" for p, n in places.items())
         return model
 
-    def _tensor(self, ids: list[int]):
-        return torch.tensor([ids], device="cuda")
+    def _tensor(self, ids: list[list[int]]):
+        return torch.tensor(ids, device="cuda")
 
 
 class BitsAndBytes(Transformers):
@@ -146,7 +139,10 @@ class BitsAndBytes(Transformers):
 
 
 class LlamaCpp(Engine):
-    """llama.cpp through llama-cpp-python; its ``generate`` reads only what its KV cache has not seen."""
+    """llama.cpp through llama-cpp-python; its ``generate`` reads only what its KV cache has not seen.
+
+    ``generate`` is for one sequence: several go through the same model's batches.
+    """
 
     name, package = "llama.cpp", ("llama_cpp", "llama-cpp-python")
 
@@ -154,7 +150,7 @@ class LlamaCpp(Engine):
         import llama_cpp
         from gguf import GGUFReader
 
-        self.task = task
+        self.task, self._batch = task, None
         tensors = GGUFReader(task.gguf).tensors
         sizes = {tensor.name: int(tensor.n_bytes) for tensor in tensors}
         kinds: Counter = Counter()
@@ -163,7 +159,6 @@ class LlamaCpp(Engine):
         self.weight_bytes = self.read_bytes = sum(sizes.values())
         if "output.weight" in sizes:
             self.read_bytes -= sizes.get("token_embd.weight", 0)
-        self.kv_bytes = task.spec().kv_bytes(task.mean_length)
         self._on_gpu = torch.cuda.is_available() and llama_cpp.llama_supports_gpu_offload()
         layers = self._gpu_layers() if self._on_gpu else 0
         self.one_memory = layers in (0, -1)
@@ -175,11 +170,15 @@ class LlamaCpp(Engine):
             n_gpu_layers=layers,
             verbose=False,
         )
+        self.note = self._described(kinds, layers)
+
+    def _described(self, kinds: Counter, layers: int) -> str:
+        origin = f", {self.task.gguf_origin}" if self.task.gguf_origin else ""
         types = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds.most_common(3))
         where = {0: "on the CPU", -1: "all layers on the GPU"}.get(layers, f"{layers} layers on the GPU")
-        self.note = f"{Path(task.gguf).name} ({types}), {where}, KV cache in fp16"
-        if layers and task.budget:
-            self.note += ", not capped"
+        size = format_bytes(self.weight_bytes)
+        note = f"{Path(self.task.gguf).name}{origin}: {size} ({types}), {where}, KV cache in fp16"
+        return f"{note}, not capped" if layers and self.task.budget else note
 
     def _gpu_layers(self) -> int:
         """As many as the card to be holds beside its workspace."""
@@ -188,24 +187,34 @@ class LlamaCpp(Engine):
         share = GpuBudget(*self.task.budget).usable_bytes * (1 - WORKSPACE_SHARE) / self.weight_bytes
         return -1 if share >= 1 else int(self.task.spec().num_hidden_layers * share)
 
-    def forget(self):
+    def forget(self, batch_size: int):
         """See ``Engine``."""
         self.model.reset()
+        if self._batch is not None and self._batch.size != batch_size:
+            self._batch.close()
+            self._batch = None
+        if batch_size > 1:
+            self._batch = self._batch or LlamaBatch(self.model, batch_size, self.task.tokens)
+            self._batch.forget()
 
-    def answer(self, ids: list[int], count: int):
+    def answer(self, ids: list[list[int]], count: int):
         """See ``Engine``."""
+        if self._batch is not None:
+            return self._batch.answer(ids, count)
         tokens, times = [], []
-        for token in self.model.generate(ids, temp=0.0, repeat_penalty=1.0):
+        for token in self.model.generate(ids[0], temp=0.0, repeat_penalty=1.0):
             tokens.append(int(token))
             times.append(time.perf_counter())
             if len(tokens) == count:
                 break
-        return tokens, times
+        return [tokens], times
 
-    def likeliest_after(self, ids: list[int]):
+    def likeliest_after(self, ids: list[list[int]]):
         """See ``Engine``."""
-        self.model.eval(ids)
-        return int(self.model.sample(temp=0.0, repeat_penalty=1.0))
+        if self._batch is not None:
+            return self._batch.read(ids)
+        self.model.eval(ids[0])
+        return [int(self.model.sample(temp=0.0, repeat_penalty=1.0))]
 
     def peak_bytes(self):
         """What the driver says of this process now: llama.cpp does not allocate through torch."""
@@ -232,47 +241,3 @@ ENGINES: dict[str, type[Engine]] = {
 MODULES = Modules.name
 OURS = (Ours.name, MODULES)
 """The first is what others are compared with where it runs."""
-
-
-def gguf_file(source: Source, stated: str | None, folder: Path, progress: bool = True) -> Path:
-    """The file that llama.cpp is to run.
-
-    Args:
-        source: The model's.
-        stated: The user's choice, or ``None``: then the .gguf file that the source is, the one in the default model's
-            wheel, or an export of the model in Q4_1, in this order.
-        folder: Where an export may be put.
-        progress: Show what is going on, on stderr.
-
-    Raises:
-        LowvramError: There is no such file, or none can be made.
-    """
-    if stated:
-        path = Path(stated).expanduser()
-        if not path.is_file():
-            raise LowvramError(f"expected a .gguf file, found none at {stated}")
-        return path
-    if source.kind == "gguf":
-        return source.path(progress)
-    if source.kind == "builtin":
-        try:
-            return _default_gguf(progress)
-        except SourceError:  # no network, or no pip: it is exported like any other model
-            pass
-    from lowvram_lab.weights.gguf_export import export_gguf  # gguf is wanted for this alone
-
-    path = folder / f"{source.public_name.replace('/', '-')}-Q4_1.gguf"
-    context = source.spec().longest_context  # no plan goes beyond a sliding window, and llama.cpp slides none
-    export_gguf(source.name, path, tensor_type="q4_1", context=context, progress=progress)
-    return path
-
-
-def _default_gguf(progress: bool) -> Path:
-    """The default model's own file, kept in the cache folder."""
-    name = Path(builtin.GGUF_MEMBER)
-    target = cache_dir() / "gguf-files" / f"{name.stem}-{builtin.GGUF_SHA256[:16]}"
-    identity = {"sha256": builtin.GGUF_SHA256}
-    directory = build_directory(
-        target, identity, lambda folder: builtin.default_gguf(folder, progress), source=builtin.GGUF_SOURCE
-    )
-    return directory / name.name

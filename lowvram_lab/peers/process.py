@@ -20,56 +20,93 @@ from lowvram_lab.machine import cpu_threads, fresh_python, why_ended
 from lowvram_lab.memory.host import watch_host
 from lowvram_lab.peers.engines import Engine, Task
 
+FACTS = ("note", "weight_bytes", "read_bytes", "one_memory")
+
+WARM_TOKENS = 4
+"""Decoded before a round where the batch size is another than in the one before."""
+
 
 class EngineError(LowvramError):
     """An engine that could not do what was asked; the message is the reason its row gives."""
 
 
 class LocalEngine:
-    """An engine in this process.
+    """An engine in this process. Questions are named by their place in ``Task.questions``.
 
     Args:
         kind: Which.
         task: What it is to run.
-        weigh: Whether to watch resident memory from here to the end of the first round; it has to be one's own.
+        weigh: Whether to watch resident memory; it has to be one's own.
 
     Attributes:
-        facts: What the engine says of itself, ``peak_bytes`` and ``peak_rss_bytes`` (how far resident memory rose while
-            it opened the model and ran one round; ``None`` unless ``weigh``).
-        tokens: Its greedy answer.
+        facts: What the engine says of itself.
 
     Raises:
         EngineError: It cannot open the model or run it.
     """
 
     def __init__(self, kind: type[Engine], task: Task, weigh: bool = False):
-        self.task = task
+        self.task, self._weigh = task, weigh
+        self._warm: set[int] = set()
+        self._batch_size = 0
         if weigh:
             _import_first(kind)
-        with watch_host() if weigh else nullcontext() as host, self._guarded():
+        with self._watched() as self._loading, self._guarded():
             self.engine = kind(task)
+            self.facts = {name: getattr(self.engine, name) for name in FACTS}
+            self._loading_peak = self.engine.peak_bytes()
+
+    def meet(self, index: int) -> dict:
+        """Two rounds of a question that are not timed: the first is metered, the second warm as it will be.
+
+        Returns:
+            ``tokens`` of each sequence, ``kv_bytes``, ``peak_bytes``, and ``peak_rss_bytes``: how far resident memory
+            rose while it opened the model and answered (``None`` unless weighed; what earlier questions left in memory
+            is in it).
+        """
+        question = self.task.questions[index]
+        with self._watched() as host, self._guarded():
+            self.engine.reset_peak()
             with self.engine.metered():
-                self.engine.turn(task)
+                self.engine.turn(question)
+            peak = self.engine.peak_bytes()
         with self._guarded():
-            self.tokens = self.engine.turn(task)["tokens"]  # warm as it will be timed
-            facts = ("note", "weight_bytes", "read_bytes", "kv_bytes", "one_memory")
-            self.facts = {name: getattr(self.engine, name) for name in facts}
-            self.facts["peak_bytes"] = self.engine.peak_bytes()
-            self.facts["peak_rss_bytes"] = host.growth_bytes if host else None
+            tokens = self.engine.turn(question)["tokens"]
+            kv_bytes = self.engine.kv_bytes(question)
+        self._warm.add(index)
+        self._batch_size = question.batch_size
+        highest = max(self._loading.peak_rss_bytes, host.peak_rss_bytes) if host else None
+        return {
+            "tokens": tokens,
+            "kv_bytes": kv_bytes,
+            "peak_bytes": None if peak is None else max(peak, self._loading_peak),
+            "peak_rss_bytes": highest - self._loading.before_rss_bytes if host else None,
+        }
 
-    def turn(self) -> dict:
-        """One round; see ``Engine.turn``."""
+    def turn(self, index: int) -> dict:
+        """One round; see ``Engine.turn``. What this process has not answered yet it answers once before."""
+        question = self.task.questions[index]
         with self._guarded():
-            return self.engine.turn(self.task)
+            if index not in self._warm:
+                self.engine.turn(question)
+            elif self._batch_size != question.batch_size:  # its KV cache is a new one, whose pages nobody has touched
+                self.engine.forget(question.batch_size)
+                self.engine.answer([list(prompt) for prompt in question.prompts], min(WARM_TOKENS, question.new_tokens))
+            self._warm.add(index)
+            self._batch_size = question.batch_size
+            return self.engine.turn(question)
 
-    def likeliest(self, answer: list[int]) -> list[int]:
+    def likeliest(self, index: int, answers: list[list[int]]) -> list[list[int]]:
         """See ``Engine.likeliest``."""
         with self._guarded():
-            return self.engine.likeliest(list(self.task.prompt), answer)
+            return self.engine.likeliest(self.task.questions[index], answers)
 
     def close(self) -> None:
         """Lets go of the model."""
         self.engine = None
+
+    def _watched(self):
+        return watch_host() if self._weigh else nullcontext()
 
     @contextmanager
     def _guarded(self):
@@ -96,18 +133,22 @@ class ChildEngine:
             env={**os.environ, **quiet, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},
         )
         try:
-            self.facts, self.tokens = self._ask(kind.name, task, weigh)
+            self.facts = self._ask(kind.name, task, weigh)
         except BaseException:
             self.close()
             raise
 
-    def turn(self) -> dict:
-        """One round; see ``Engine.turn``."""
-        return self._ask("turn")
+    def meet(self, index: int) -> dict:
+        """See ``LocalEngine``."""
+        return self._ask("meet", index)
 
-    def likeliest(self, answer: list[int]) -> list[int]:
-        """See ``Engine.likeliest``."""
-        return self._ask("likeliest", answer)
+    def turn(self, index: int) -> dict:
+        """See ``LocalEngine``."""
+        return self._ask("turn", index)
+
+    def likeliest(self, index: int, answers: list[list[int]]) -> list[list[int]]:
+        """See ``LocalEngine``."""
+        return self._ask("likeliest", index, answers)
 
     def close(self) -> None:
         """Ends the process."""
@@ -152,7 +193,7 @@ def serve() -> None:
                 if engine is None:
                     name, task, weigh = request
                     engine = LocalEngine(ENGINES[name], task, weigh)
-                    reply = engine.facts, engine.tokens
+                    reply = engine.facts
                 else:
                     method, *arguments = request
                     reply = getattr(engine, method)(*arguments)

@@ -2,33 +2,31 @@
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import asdict, replace
-from types import SimpleNamespace
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 
-from lowvram_lab.errors import LowvramError, PlanError, SourceError
+from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.faces.cli import bench as cli_bench
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source
+from lowvram_lab.peers import contest
 from lowvram_lab.peers import others as bench_peers
 from lowvram_lab.peers import process as bench_process
 from lowvram_lab.peers.bench import BenchSettings, bench
-from lowvram_lab.peers.engines import Engine, Task
+from lowvram_lab.peers.engines import Engine, Question, Task
 from lowvram_lab.peers.process import ChildEngine, EngineError, LocalEngine
 from tests.helpers.checkpoints import directory_spec, write_model
 from tests.helpers.tiny import tiny_stock
 
-bench_module = importlib.import_module("lowvram_lab.peers.bench")  # the package gives the function of that name
 PROMPT, NEW = 12, 4
 LENGTH = NEW + 1
 
@@ -37,7 +35,7 @@ class FakeEngine(Engine):
     """A peer of known speed: a second to the first token, ``SECONDS`` for the rest, half of that in the last round."""
 
     name, note = "fake", "made up"
-    weight_bytes, read_bytes, kv_bytes = 3000, 2000, 500
+    weight_bytes, read_bytes = 3000, 2000
     SECONDS = 2.0
     TOKENS = (7,) * LENGTH
     calls: Counter = Counter()
@@ -46,14 +44,25 @@ class FakeEngine(Engine):
         self.task = task
         self.calls[self.name, "opened"] += 1
 
-    def turn(self, task):
-        self.calls[self.name, "turn"] += 1
-        seconds = self.SECONDS / 2 if self.calls[self.name, "turn"] == 5 else self.SECONDS
-        return {"ttft_s": 1.0, "decode_s": seconds, "follow_up_s": 0.25, "tokens": list(self.TOKENS)}
+    def kv_bytes(self, question):
+        return 500 * question.batch_size
 
-    def likeliest(self, ids, answer):
-        assert tuple(ids) == self.task.prompt
-        return [*answer[:-1], -1]
+    def forget(self, batch_size):
+        self.calls[self.name, "forgot", batch_size] += 1
+
+    def answer(self, ids, count):
+        self.calls[self.name, "warmed", len(ids)] += 1
+
+    def turn(self, question):
+        self.calls[self.name, "turn"] += 1
+        self.calls[self.name, question.prompt_tokens, question.batch_size] += 1
+        seconds = self.SECONDS / 2 if self.calls[self.name, "turn"] == 5 else self.SECONDS
+        tokens = [list(self.TOKENS) for _ in question.prompts]
+        return {"ttft_s": 1.0, "decode_s": seconds, "follow_up_s": 0.25, "tokens": tokens}
+
+    def likeliest(self, question, answers):
+        assert question in self.task.questions
+        return [[*answer[:-1], -1] for answer in answers]
 
 
 class FailingEngine(FakeEngine):
@@ -61,10 +70,10 @@ class FailingEngine(FakeEngine):
 
     name = "failing"
 
-    def turn(self, task):
+    def turn(self, question):
         if self.calls[self.name, "turn"] == 2:
             raise ValueError("out of\nluck")
-        return super().turn(task)
+        return super().turn(question)
 
 
 @pytest.fixture
@@ -84,17 +93,23 @@ def fakes(monkeypatch):
 
 def measured(model, against=(), **options):
     """A bench of three short rounds in this process; options of ``bench`` and of ``BenchSettings``."""
-    given = {"prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": 3, "threads": 1, "processes": False}
+    given = {"prompt_tokens": PROMPT, "new_tokens": NEW, "rounds": 3, "threads": 1, "processes": False, "batch_size": 1}
     given |= {name: options.pop(name) for name in list(options) if name in given}
     return bench(model, against=against, settings=BenchSettings(**given), progress=False, **options)
 
 
-def task_for(folder, **changes) -> Task:
+def question_of(tokens=PROMPT, batch_size=1) -> Question:
+    """Each sequence with a prompt of its own."""
+    prompts = tuple(tuple(range(3 + each, 3 + each + tokens)) for each in range(batch_size))
+    return Question(prompts, ((5, 6),) * batch_size, NEW)
+
+
+def task_for(folder, *questions, **changes) -> Task:
     spec = directory_spec(folder)
     plan = Plan.uniform(spec, "int8", context=64)
     values = {
         "model": str(folder), "directory": str(folder), "plan": plan.to_json(), "budget": None,
-        "prompt": tuple(range(3, 3 + PROMPT)), "follow_up": (5, 6), "new_tokens": NEW, "threads": 1,
+        "questions": questions or (question_of(),), "threads": 1,
     }  # fmt: skip
     return Task(**{**values, **changes})
 
@@ -166,9 +181,9 @@ def test_the_end_of_a_text_is_ignored(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": first}))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [first], "repetition_penalty": 1.5}))
-    turn = bench_peers.Transformers(task_for(folder)).turn(task_for(folder))
-    assert turn["tokens"][0] == first
-    assert len(turn["tokens"]) == LENGTH
+    (tokens,) = bench_peers.Transformers(task_for(folder)).turn(question_of())["tokens"]
+    assert tokens[0] == first
+    assert len(tokens) == LENGTH
 
 
 def test_bitsandbytes_on_this_machine(folder):
@@ -183,7 +198,7 @@ def test_bitsandbytes_on_this_machine(folder):
         for shape in m.parameters.values()
     )  # fmt: skip
     assert engine.facts["weight_bytes"] == linear // 2 + linear // 64 * 4 + count * 64 + rest
-    assert len(engine.likeliest([3] * LENGTH)) == LENGTH
+    assert len(engine.likeliest(0, [[3] * LENGTH])[0]) == LENGTH
 
 
 def test_a_peer_that_fails_is_a_row_with_the_reason(folder, fakes):
@@ -201,7 +216,7 @@ def test_engines_that_cannot_run_say_why(folder, fakes, monkeypatch):
     found = measured(folder, ("llama.cpp", "accelerate", "fake"), rounds=1)
     assert found.row("llama.cpp").reason == "llama-cpp-python is not installed"
     assert found.row("accelerate").reason.startswith("not applicable")
-    monkeypatch.setattr(bench_module, "_needed_bytes", lambda name, *rest: 2**60 if name == "fake" else 0)
+    monkeypatch.setattr(contest, "_weight_bytes", lambda name, *rest: 2**60 if name == "fake" else 0)
     assert "of RAM, found" in measured(folder, ("fake",), rounds=1).row("fake").reason
 
 
@@ -216,8 +231,10 @@ def test_what_does_not_fit_the_card_says_so(folder, fakes):
 
 def test_engines_take_turns_and_are_loaded_once(folder, fakes, monkeypatch):
     order = []
-    real = bench_module.LocalEngine.turn
-    monkeypatch.setattr(LocalEngine, "turn", lambda self: (order.append(type(self.engine).name), real(self))[1])
+    real = LocalEngine.turn
+    monkeypatch.setattr(
+        LocalEngine, "turn", lambda self, index: (order.append(type(self.engine).name), real(self, index))[1]
+    )
     found = measured(folder, ("fake",), rounds=6)
     rounds = [tuple(order[start : start + 3]) for start in range(0, 18, 3)]
     assert all(sorted(each) == ["fake", "lowvram", "lowvram (modules)"] for each in rounds)
@@ -227,16 +244,99 @@ def test_engines_take_turns_and_are_loaded_once(folder, fakes, monkeypatch):
 
 
 def test_engines_that_do_not_fit_together_are_loaded_for_every_round(folder, fakes, monkeypatch):
-    monkeypatch.setattr(bench_module, "PROCESS_BYTES", 2**60)
+    monkeypatch.setattr(contest, "PROCESS_BYTES", 2**60)
     found = measured(folder, ("fake",), rounds=2)
     assert fakes["fake", "opened"] == 3  # to meet it, and for each round
     assert found.alternated == "loaded anew for every round"
     assert len(found.row("fake").rounds) == 2
 
 
+def test_a_grid_opens_each_engine_once(folder, fakes):
+    found = measured(folder, ("fake",), prompt_tokens=(PROMPT, 2 * PROMPT), batch_size=[1, 3], rounds=2)
+    cells = [(PROMPT, 1), (2 * PROMPT, 1), (PROMPT, 3), (2 * PROMPT, 3)]
+    assert found.cells == cells
+    assert [(row.engine, row.prompt_tokens, row.batch_size) for row in found.rows] == [
+        (engine, *cell) for cell in cells for engine in ("lowvram", "lowvram (modules)", "fake")
+    ]
+    assert fakes["fake", "opened"] == 1
+    assert [fakes[("fake", *cell)] for cell in cells] == [4] * 4  # two that are not counted, two rounds
+    assert fakes["fake", "warmed", 3] == 2  # once a round: its KV cache is a new one then
+    assert fakes["fake", "warmed", 1] == 2
+    row = found.row("fake", 2 * PROMPT, 3)
+    assert row.prefill_tokens_per_s == 3 * 2 * PROMPT
+    assert row.total_tokens_per_s == 3 * row.decode_tokens_per_s == 3 * 2.0
+    assert row.bytes_per_token == round((2000 + 3 * 500) / 3)
+    assert row.agreement == pytest.approx(1 - 1 / LENGTH)
+    for row in found.rows:
+        assert row.reason == ""
+        assert len(row.rounds) == 2
+    assert found.row("lowvram", batch_size=3).peak_bytes > found.row("lowvram", batch_size=1).peak_bytes
+    for cell in cells:
+        assert found.row("lowvram (modules)", *cell).agreement == 1.0
+        assert found.row("lowvram", *cell).agreement >= 0.8
+    with pytest.raises(KeyError):
+        found.row("fake", 7)
+
+
+def test_a_grid_reads_as_table_and_data(folder, fakes):
+    found = measured(folder, ("fake",), prompt_tokens=(8, PROMPT), batch_size=(1, 2), rounds=1)
+    table = found.table()
+    assert list(table["prompt"]) == [8] * 3 + [PROMPT] * 3 + [8] * 3 + [PROMPT] * 3
+    assert set(table["batch"]) == {1, 2}
+    assert "total/s" in table
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["prompt_tokens"] == [8, PROMPT] and data["batch_size"] == [1, 2]
+    assert all(row["total_tokens_per_s"] > 0 for row in data["rows"])
+    assert [line for line in found.remarks() if line.startswith("fake")] == ["fake: made up"]
+    assert f"prompts of 8 and {PROMPT} tokens, batch 1 and 2" in found.summary()
+    single = measured(folder, ("fake",), rounds=1)
+    assert not {"prompt", "batch", "total/s"} & set(single.table())
+    assert (single.to_dict()["prompt_tokens"], single.to_dict()["batch_size"]) == (PROMPT, 1)
+    assert "prompt" not in single.summary()
+
+
+def test_a_question_that_an_engine_fails_at_is_the_only_one_without_figures(folder, fakes, monkeypatch):
+    real = FakeEngine.turn
+
+    def turn(self, question):
+        if question.batch_size == 2:
+            raise LowvramError("one sequence at a time")
+        return real(self, question)
+
+    monkeypatch.setattr(FakeEngine, "turn", turn)
+    found = measured(folder, ("fake",), batch_size=(1, 2), prompt_tokens=(8, PROMPT), rounds=2)
+    assert [found.row("fake", n, 2).reason for n in (8, PROMPT)] == ["one sequence at a time"] * 2
+    assert [found.row("fake", n, 1).reason for n in (8, PROMPT)] == ["", ""]
+    assert "fake (prompt 8, batch 2; prompt 12, batch 2): one sequence at a time" in found.remarks()
+
+
+def test_keys_and_values_that_ram_cannot_hold(folder, fakes, monkeypatch):
+    plan = Plan.uniform(directory_spec(folder), "bf16", context=64)
+    free = 2 * plan.spec.num_parameters + plan.kv_bytes(64) * 8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    memory = psutil.virtual_memory()._replace(available=free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    found = measured(folder, ("fake",), batch_size=(1, 1024), rounds=1)
+    assert [row.ran for row in found.rows] == [True] * 3 + [False] * 3
+    assert "of RAM, found" in found.row("lowvram", batch_size=1024).reason
+
+
+def test_a_batch_answers_as_its_sequences_do(folder):
+    """Every engine of this machine: sequences side by side, each beside itself alone."""
+    together = question_of(batch_size=3)
+    alone = [Question((prompt,), ((5, 6),), NEW) for prompt in together.prompts]
+    task = task_for(folder, together, *alone)
+    for kind in (bench_peers.Modules, bench_peers.Ours, bench_peers.Transformers):
+        engine = LocalEngine(kind, task)
+        answers = engine.meet(0)["tokens"]
+        assert [engine.meet(index)["tokens"] for index in (1, 2, 3)] == [[answer] for answer in answers]
+        assert engine.likeliest(0, answers) == answers
+        assert engine.turn(0)["tokens"] == answers
+
+
 def test_threads_are_everyones_and_set_back(folder, fakes, monkeypatch):
     seen, before = [], torch.get_num_threads()
-    monkeypatch.setattr(FakeEngine, "likeliest", lambda *_: (seen.append(torch.get_num_threads()), [0] * LENGTH)[1])
+    monkeypatch.setattr(FakeEngine, "likeliest", lambda *_: (seen.append(torch.get_num_threads()), [[0] * LENGTH])[1])
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     torch.set_num_threads(2)
     try:
@@ -278,10 +378,20 @@ def test_a_result_reads_as_table_and_data(folder, fakes):
         ({"prompt_tokens": -1}, "expected prompt_tokens of 1 or more"),
         ({"new_tokens": True}, "expected new_tokens of 1 or more"),
         ({"against": ("fake",), "gguf": "x.gguf"}, "for llama.cpp, found fake"),
-        ({"prompt_tokens": 2000}, "1024"),
+        (
+            {"against": ("llama.cpp",), "gguf": "x.gguf"},
+            "expected a .gguf file or a type .*Q4_0.*, found neither in 'x.gguf'",
+        ),
+        ({"prompt_tokens": 2000}, "a prompt of 2000 tokens and 22 behind it go beyond the 1024 of .*give it 1002"),
+        ({"prompt_tokens": (16, 2000)}, "a prompt of 2000 tokens"),
+        ({"prompt_tokens": ()}, "expected prompt_tokens of one number or more, found none"),
+        ({"prompt_tokens": (16, "x")}, "expected prompt_tokens of 1 or more, found 'x'"),
+        ({"batch_size": 0}, "expected batch_size from 1 to 1024, found 0"),
+        ({"batch_size": (1, 2000)}, "expected batch_size from 1 to 1024, found 2000"),
     ],
 )
-def test_mistakes(folder, fakes, options, said):
+def test_mistakes(folder, fakes, monkeypatch, options, said):
+    monkeypatch.setattr(Source, "fetch", lambda *_: pytest.fail("fetched in vain"))
     with pytest.raises(LowvramError, match=said) as raised:
         measured(folder, **options)
     assert "\n" not in str(raised.value)
@@ -292,36 +402,6 @@ def test_a_plan_of_another_model_is_refused(folder, tmp_path, fakes):
     other = write_model(tmp_path / "other", "qwen2")
     with pytest.raises(PlanError):
         measured(folder, plan=Plan.uniform(directory_spec(other), "int8", context=64))
-
-
-def test_where_the_gguf_file_comes_from(tmp_path, monkeypatch):
-    made = []
-
-    def export(model, output, *, tensor_type, context, progress):
-        made.append((model, tensor_type, context))
-        output.write_bytes(b"GGUF")
-
-    monkeypatch.setitem(sys.modules, "lowvram_lab.weights.gguf_export", SimpleNamespace(export_gguf=export))
-    monkeypatch.setattr(Source, "spec", lambda self: SimpleNamespace(longest_context=64))
-    file = tmp_path / "own.gguf"
-    file.write_bytes(b"")
-    folder = tmp_path / "exports"
-    folder.mkdir()
-    assert bench_peers.gguf_file(Source("anything", "directory"), str(file), folder) == file
-    assert bench_peers.gguf_file(Source(str(file), "gguf"), None, folder) == file
-    with pytest.raises(LowvramError, match="expected a .gguf file, found none at"):
-        bench_peers.gguf_file(Source("anything", "directory"), str(tmp_path / "missing.gguf"), folder)
-    monkeypatch.setattr(bench_peers, "_default_gguf", lambda progress: file)
-    assert bench_peers.gguf_file(Source("smollm2-135m", "builtin"), None, folder) == file
-
-    def unreachable(progress):
-        raise SourceError("no network")
-
-    monkeypatch.setattr(bench_peers, "_default_gguf", unreachable)
-    assert not made
-    assert bench_peers.gguf_file(Source("smollm2-135m", "builtin"), None, folder).parent == folder
-    assert made == [("smollm2-135m", "q4_1", 64)]
-    assert bench_peers.gguf_file(Source(str(tmp_path), "directory"), None, folder).read_bytes() == b"GGUF"
 
 
 def test_llama_cpp_runs_the_very_file(tmp_path, monkeypatch):
@@ -343,6 +423,9 @@ def test_llama_cpp_runs_the_very_file(tmp_path, monkeypatch):
     assert "tiny.gguf" in row.note
     assert row.agreement >= 0.8  # the same weights, multiplied in other ways
     assert row.weight_bytes < found.row("transformers").weight_bytes
+    stated = measured(file, ("llama.cpp",), gguf="Q4_0", batch_size=2, rounds=1).row("llama.cpp")
+    assert "tiny.gguf-Q4_0.gguf, quantised by llama.cpp to Q4_0 from the same 16-bit weights: " in stated.note
+    assert stated.weight_bytes < row.weight_bytes
 
 
 def test_an_engine_in_a_process_of_its_own(folder):
@@ -350,20 +433,20 @@ def test_an_engine_in_a_process_of_its_own(folder):
     here = LocalEngine(bench_peers.Modules, task)
     child = ChildEngine(bench_peers.Modules, task, weigh=True)
     try:
-        assert child.tokens == here.tokens
-        assert child.turn()["tokens"] == here.tokens
-        assert child.likeliest(here.tokens) == here.likeliest(here.tokens)
-        assert child.facts["peak_rss_bytes"] > 0
-        assert child.facts["peak_bytes"] == here.facts["peak_bytes"]
-        assert {k: v for k, v in child.facts.items() if "peak" not in k} == {
-            k: v for k, v in here.facts.items() if "peak" not in k
-        }
+        met, other = child.meet(0), here.meet(0)
+        tokens = met["tokens"]
+        assert met.pop("peak_rss_bytes") > 0
+        assert other.pop("peak_rss_bytes") is None
+        assert met == other
+        assert child.turn(0)["tokens"] == tokens
+        assert child.likeliest(0, tokens) == here.likeliest(0, tokens)
+        assert child.facts == here.facts
         with pytest.raises(EngineError, match="^ValueError: too many dimensions 'str'$"):
-            child.likeliest(["no id", 1])
-        assert child.turn()["tokens"] == here.tokens  # it is none the worse for it
+            child.likeliest(0, [["no id", 1]])
+        assert child.turn(0)["tokens"] == tokens  # it is none the worse for it
         os.kill(child._process.pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="ended by SIGKILL: the system had no memory left"):
-            child.turn()
+            child.turn(0)
     finally:
         child.close()
     assert child._process.returncode == -signal.SIGKILL
@@ -401,11 +484,11 @@ def test_an_engine_that_does_not_open_gives_its_reason(folder):
 SCRIPT = """
 import os, sys
 from lowvram_lab.peers import others
-from lowvram_lab.peers.engines import Task
+from lowvram_lab.peers.engines import Question, Task
 from lowvram_lab.peers.process import ChildEngine
 print("begun")
-engine = ChildEngine(others.Modules, Task(**{task!r}))
-print(engine._process.pid, len(engine.tokens), flush=True)
+engine = ChildEngine(others.Modules, {task!r})
+print(engine._process.pid, len(engine.meet(0)["tokens"][0]), flush=True)
 {last}
 """
 
@@ -413,7 +496,7 @@ print(engine._process.pid, len(engine.tokens), flush=True)
 @pytest.mark.parametrize("last", ["engine.close()", "sys.exit('gone')", "os.kill(os.getpid(), 9)"])
 def test_a_script_without_a_guard_is_not_run_again_and_leaves_no_orphan(folder, tmp_path, last):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(task=asdict(task_for(folder)), last=last))
+    script.write_text(SCRIPT.format(task=task_for(folder), last=last))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
     begun, said = done.stdout.splitlines()
     process, tokens = map(int, said.split())
@@ -432,7 +515,7 @@ def command(*words):
 
 
 def test_the_command(folder, fakes, monkeypatch, capsys):
-    monkeypatch.setattr(bench_module, "ChildEngine", LocalEngine)
+    monkeypatch.setattr(contest, "ChildEngine", LocalEngine)
     words = [folder, "--format", "int8", "--against", "fake", "--threads", 1, "--rounds", 3]
     words += ["--prompt-tokens", PROMPT, "--new-tokens", NEW]
     monkeypatch.setattr(LocalEngine, "__init__", _unweighed(LocalEngine.__init__))
@@ -448,6 +531,12 @@ def test_the_command(folder, fakes, monkeypatch, capsys):
     assert "fake" not in out
     assert "decode/s" in out
     assert "load average" in err
+    words[words.index("--prompt-tokens") + 1] = f"8,{PROMPT}"
+    assert command(*words, "--batch", "1, 2") == 0
+    out, _ = capsys.readouterr()
+    assert "total/s" in out
+    assert out.count("fake: made up") == 1
+    assert f"prompts of 8 and {PROMPT} tokens, batch 1 and 2" in out
     with pytest.raises(LowvramError, match="unknown engine 'vllm'"):
         command(folder, "--against", "vllm")
     with pytest.raises(LowvramError, match="--context longest"):

@@ -6,11 +6,11 @@ import sys
 import torch
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of, tokens
+from lowvram_lab.faces.cli.common import positive, print_json, prose, several, spec_of, tokens
 from lowvram_lab.faces.cli.plan import LONGEST, add_plan_options, chosen_plan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.dry_run import DryRunGpu
-from lowvram_lab.peers.bench import BenchSettings, bench
+from lowvram_lab.peers.bench import BenchSettings, bench, peer_names
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +21,20 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="of transformers, accelerate, bitsandbytes and llama.cpp (those installed); none for ours alone",
     )
-    parser.add_argument("--prompt-tokens", type=tokens, default=64, metavar="N", help="length of the prompt (64)")
+    parser.add_argument(
+        "--prompt-tokens", type=several(tokens), default=64, metavar="N,N", help="length of the prompt, or lengths (64)"
+    )
+    parser.add_argument(
+        "--batch", type=several(positive), default=1, metavar="N,N", help="sequences side by side, or several such (1)"
+    )
     parser.add_argument("--new-tokens", type=tokens, default=64, metavar="N", help="tokens decoded after it (64)")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="turns of each engine (5)")
-    parser.add_argument("--gguf", metavar="FILE", help="the file for llama.cpp (the model's own, or an export in Q4_1)")
+    parser.add_argument(
+        "--gguf",
+        metavar="FILE|TYPE",
+        help="for llama.cpp: a file, or a type such as Q4_0 that its own tool is to quantise the same weights to (the "
+        "type nearest to the format; the model's own file where it has one of as many bits)",
+    )
 
 
 def run_bench(args: argparse.Namespace) -> int:
@@ -33,9 +43,16 @@ def run_bench(args: argparse.Namespace) -> int:
         raise LowvramError(
             "--context longest is for plan, chat and complete: bench needs room for its own prompt and answer"
         )
+    settings = BenchSettings(args.prompt_tokens, args.new_tokens, args.rounds, args.threads, batch_size=args.batch)
+    if args.context and args.context < settings.context:
+        raise LowvramError(
+            f"--context {args.context} is too short for prompt and answers: give it {settings.context}, or leave it out"
+        )
+    against = _names(args.against)
+    peer_names(against, args.gguf)
     budget = GpuBudget.parse(args.gpu, args.cuda_context) if args.gpu else None
     source, spec = spec_of(args.model, runs=True)
-    settings = BenchSettings(args.prompt_tokens, args.new_tokens, args.rounds, args.threads)
+    settings.check(spec)
     if not args.plan:
         args.context = args.context or settings.context
     # the card itself is for the engines: what fits is asked of a dry run
@@ -44,7 +61,7 @@ def run_bench(args: argparse.Namespace) -> int:
         source.name,
         budget,
         plan=plan,
-        against=_names(args.against),
+        against=against,
         gguf=args.gguf,
         settings=settings,
         progress=sys.stderr.isatty(),
@@ -53,12 +70,9 @@ def run_bench(args: argparse.Namespace) -> int:
         print_json(found.to_dict())
         return 0
     say = prose(args)
-    shown = found.table()
-    remarks = shown.pop("remark")
-    say(shown.to_string(index=False, na_rep="-"))
-    for engine, remark in zip(shown["engine"], remarks, strict=True):
-        if remark:
-            say(f"{engine}: {remark}")
+    say(found.table().drop(columns="remark").to_string(index=False, na_rep="-"))
+    for remark in found.remarks():
+        say(remark)
     for line in found.circumstances():
         print(line, file=sys.stderr)
     say(found.summary())

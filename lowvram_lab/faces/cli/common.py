@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
 from lowvram_lab.errors import UnitError
 from lowvram_lab.files import cache_dir, writable
@@ -24,6 +25,16 @@ def tokens(text: str) -> int:
         return parse_tokens(text)
     except UnitError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def several(kind: Callable[[str], int]) -> Callable[[str], int | tuple[int, ...]]:
+    """An argument that is one value of a kind, or some with commas between them."""
+
+    def read(text: str) -> int | tuple[int, ...]:
+        values = tuple(kind(part.strip()) for part in text.split(","))
+        return values[0] if len(values) == 1 else values
+
+    return read
 
 
 def share(text: str) -> float:
