@@ -75,6 +75,8 @@ _PUBLIC = {
     "CardBudget": "planner.card_recipe",
     "convert": "weights.convert",
     "export_gguf": "weights.gguf_export",
+    "frontier": "chat.frontier",
+    "plot_frontier": "faces.plot_chat",
     # 05 split the layers
     "auto_plan": "planner.auto",
     "load": "engine.load",

@@ -166,7 +166,7 @@ class QuantizedLinear(Quantized):
         return product.format_number(self.format)
 
     def by_our_kernel(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """``multiply`` by our kernel, on the CPU where there is a compiler; else ``None``, and for many tokens perhaps."""
+        """``multiply`` by our kernel, on the CPU with a compiler (many tokens not on every processor), or ``None``."""
         many = rows.shape[0] > product.MOST_ROWS
         if (many and not multiplies_pairs()) or not self.has_our_kernel() or not (rows.is_meta or opened()):
             return None

@@ -10,8 +10,8 @@ from lowvram_lab.kernels.library import opened
 from lowvram_lab.model.formats import Format
 
 MOST_ROWS = 8
-"""Rows of an input that share one pass over the codes. For more the kernel dequantises the weight to bfloat16, 32 rows of
-it at a time (but for int4 in blocks), where the processor multiplies pairs in bfloat16; elsewhere that is left to torch."""
+"""Rows of an input that share one pass over the codes. For more the kernel dequantises 32 rows of the weight at
+a time to bfloat16 (but for int4 in blocks), where the processor multiplies pairs of it; elsewhere that is torch's."""
 
 BLOCK_ROWS = 64
 """Rows of a weight that torch's int4 packing interleaves for processors with AVX-512, which the kernel reads too."""

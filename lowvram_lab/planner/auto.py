@@ -18,12 +18,12 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.cheapest import Cheapest
 from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, shortage
 from lowvram_lab.planner.measure_rates import Machine
-from lowvram_lab.planner.moves import KV_LOSS, NEXT_TO_NOTHING, head_modules, kv_formats, off_card_seconds
+from lowvram_lab.planner.moves import forecast_loss, head_modules, keeps_cache, kv_formats, off_card_seconds
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
-from lowvram_lab.planner.suited import names_its_dtype, suited
+from lowvram_lab.planner.suited import names_its_dtype, quick_recipes, suited
 from lowvram_lab.units import format_bytes, parse_bytes
 
 PREFERENCES = ("balance", "fidelity", "speed")
@@ -86,9 +86,9 @@ def auto_plan(
             pieces come before any loss. If none fits, the one that leaves least for the CPU to compute: the smallest
             recipe, split. ``"fidelity"``: the most precise recipe, however much must go to the CPU; an int4 KV cache
             only where nothing else fits. ``"speed"``: the fastest by this machine's rates, which are measured if they
-            are not known. ``moves.py`` has the order and its figures.
-        recipes: Recipes to try, the most precise first; by default what ``suited`` finds for the card, or what a
-            converted model holds.
+            are not known, never one that another dominates (``frontier``). ``moves.py`` has the order and its figures.
+        recipes: Recipes to try, the most precise first; by default what ``suited`` finds for the card (``"speed"``:
+            and int6, int5, int3), or what a converted model holds.
         gpu_layers: Keep to so many layers on the GPU, and choose the rest.
         kv_format: Keep to this, ``"int8"``, ``"int4"`` or the plan's dtype.
         threads: CPU threads for the plan; by default torch's number, for ``"speed"`` the fastest of one, half, all.
@@ -107,7 +107,7 @@ def auto_plan(
     budget = budget_of(gpu)
     usual, dtype, of_card = (("stored",), None, "") if spec.stored else suited(spec, budget, context)
     if recipes is None:
-        recipes = usual
+        recipes = quick_recipes(usual) if prefer == "speed" and not spec.stored else usual
     elif recipes != usual:
         of_card = ""
     if not recipes:
@@ -297,7 +297,7 @@ def _moved(plan: Plan) -> str:
 def _most_precise(bases: dict[str, list[Plan]], room: Room, why: list[str]) -> Iterator[PlanChoice]:
     """Of each recipe, the most precise first, the cheapest plan; a KV cache that costs much only where it must be."""
     for recipe, plans in bases.items():
-        gentle = [plan for plan in plans if KV_LOSS.get(plan.kv_format, 0.0) <= NEXT_TO_NOTHING]
+        gentle = [plan for plan in plans if keeps_cache(plan)]
         reasons: list[str] = []
         choice = _chosen(gentle, bases, room, reasons) if gentle else None
         if choice is None and len(plans) > len(gentle):
@@ -310,24 +310,25 @@ def _most_precise(bases: dict[str, list[Plan]], room: Room, why: list[str]) -> I
 
 
 def _fastest(bases: dict[str, list[Plan]], room: Room, why: list[str], machine: Machine) -> PlanChoice | None:
-    """The fastest of each recipe's best; a more precise one that is nearly as fast instead."""
+    """The fastest of each recipe's best; a more precise one that is nearly as fast instead: none dominates it."""
     found = []
     for choice in _most_precise(bases, room, why):
         found.append(_with_threads(choice, room, machine))
         plans = bases[choice.recipe]
-        lossy = [plan for plan in plans if KV_LOSS.get(plan.kv_format, 0.0) > NEXT_TO_NOTHING]
+        lossy = [plan for plan in plans if not keeps_cache(plan)]
         if lossy and off_card_seconds(choice.plan):  # a smaller KV cache may let more layers in
             other = _chosen(lossy, bases, room, [])
             if other and off_card_seconds(other.plan) < off_card_seconds(choice.plan):
                 found.append(_with_threads(other, room, machine))
     if not found:
         return None
-    fastest = max(choice.speed.decode_tokens_per_s for choice in found)
-    chosen = next(choice for choice in found if choice.speed.decode_tokens_per_s >= AS_FAST * fastest)
-    best: dict[str, float] = {}
-    for choice in found:
-        best[choice.recipe] = max(best.get(choice.recipe, 0.0), choice.speed.decode_tokens_per_s)
-    speeds = ", ".join(f"{recipe} {speed:.1f}" for recipe, speed in best.items())
+    found.sort(key=lambda each: (forecast_loss(each.plan), -each.speed.decode_tokens_per_s, each.plan.weight_bytes()))
+    rising = sorted(found, key=lambda each: each.speed.decode_tokens_per_s)
+    best = {each.recipe: each.speed.decode_tokens_per_s for each in rising}
+    chosen = next(each for each in found if each.speed.decode_tokens_per_s >= AS_FAST * max(best.values()))
+    speeds = ", ".join(f"{recipe} {best[recipe]:.1f}" for recipe in bases if recipe in best)
+    if loss := forecast_loss(chosen.plan):
+        speeds += f"; {chosen.recipe} costs a small model a KL of {loss:.2g} nats"
     return replace(chosen, why=(*chosen.why[-3:], f"forecast tokens/s: {speeds}", chosen.speed.summary()))
 
 

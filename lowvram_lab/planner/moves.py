@@ -132,8 +132,12 @@ def cost(plan: Plan, prefer: str = "balance", asked_layers: int | None = None) -
     usual = (off_card_seconds(plan, asked_layers), forecast_loss(plan), other_seconds(plan))
     if prefer != "fidelity":
         return usual
-    kv_loss = KV_LOSS.get(plan.kv_format, 0.0)
-    return (weights_loss(plan), kv_loss if kv_loss > NEXT_TO_NOTHING else 0.0, *usual)
+    return (weights_loss(plan), 0.0 if keeps_cache(plan) else KV_LOSS[plan.kv_format], *usual)
+
+
+def keeps_cache(plan: Plan) -> bool:
+    """Whether the KV cache's format loses next to nothing."""
+    return KV_LOSS.get(plan.kv_format, 0.0) <= NEXT_TO_NOTHING
 
 
 def kv_formats(spec: ModelSpec, dtype: str) -> tuple[str, ...]:

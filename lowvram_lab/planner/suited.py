@@ -10,10 +10,15 @@ from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.planner.moves import FORMAT_LOSS
 from lowvram_lab.units import format_bytes
 
 RECIPES = ("bf16", "int8", "int4")
 """From the most precise. nf4 runs well on CUDA only, and leaves both ends in 16 bits: ask for it by name."""
+
+QUICK = ("int6", "int5", "int3")
+"""Tried as well for ``prefer="speed"``. Not int2: SmolLM2-135M in it, rounded to nearest, has a KL of 7.4 nats, and all
+tokens taken as equally likely have one of 8.1. Ask for it by name."""
 
 PROMPT = 2048
 """Tokens that bf16 and fp16 are compared over, where no context is stated: longer ones differ more, not otherwise."""
@@ -22,6 +27,11 @@ PROMPT = 2048
 def smaller_recipes(gpu: GpuBudget | Gpu) -> tuple[str, ...]:
     """``RECIPES`` below 16 bits; on a card without int4's kernel the smallest is nf4."""
     return ("int8", "int4" if _has_all(gpu) or gpu.card.multiplies_int4 else "nf4")
+
+
+def quick_recipes(recipes: tuple[str, ...]) -> tuple[str, ...]:
+    """Recipes with ``QUICK`` among them, the most precise first by ``moves.FORMAT_LOSS``."""
+    return tuple(sorted((*recipes, *QUICK), key=lambda name: FORMAT_LOSS.get(name, 0.0)))
 
 
 def names_its_dtype(recipe: str) -> bool:

@@ -120,6 +120,9 @@ def recipe(
 ) -> Recipe:
     """Chooses a format for every module, embedding and head too.
 
+    No module gets a format that another of its formats is as small as and as close as: what is dominated in bytes and
+    cost alone is so whatever its speed. Speed itself is not asked; ``frontier`` puts a recipe beside other plans.
+
     Args:
         spec: The model.
         sensitivity: From ``estimate_sensitivity``.

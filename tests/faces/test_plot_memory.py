@@ -1,18 +1,23 @@
 """Each picture draws the bytes it was given, on the Axes it was given, and opens no pyplot figure."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lowvram_lab.chat.answer import TurnStats
 from lowvram_lab.chat.fidelity import Fidelity
+from lowvram_lab.chat.frontier import frontier
 from lowvram_lab.chat.validation import Limits
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.plot_chat import plot_fidelity, plot_turns
+from lowvram_lab.faces.plot_chat import plot_fidelity, plot_frontier, plot_turns
 from lowvram_lab.faces.plot_memory import (
     BUDGET_COLOUR,
     LABELS,
@@ -28,6 +33,7 @@ from lowvram_lab.faces.plot_memory import (
 )
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.timeline import Timeline
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.units import GiB, MiB
@@ -60,7 +66,15 @@ PLOTS = {
     "comparison": lambda ax=None: plot_comparison(a_forecast(), a_measurement(a_forecast()), ax=ax),
     "turns": lambda ax=None: plot_turns(TURNS, ax=ax),
     "fidelity": lambda ax=None: plot_fidelity(RESULTS, ax=ax),
+    "frontier": lambda ax=None: plot_frontier(compared(), ax=ax),
 }
+
+
+def compared() -> pd.DataFrame:
+    """Four plans of which one is dominated, one is the 16-bit original, and two take the same bytes."""
+    plans = {name: Plan.uniform(tiny_spec("llama"), name, context=512) for name in ("bf16", "fp16", "int8", "int4")}
+    speeds = {"bf16": 90, "fp16": 80, "int8": 150, "int4": 200}
+    return frontier(plans, speeds=speeds, losses={"bf16": 0.0, "fp16": 0.001, "int8": 0.01, "int4": 0.4})
 
 
 def heights(ax: Axes, label: str) -> list[float]:
@@ -308,3 +322,30 @@ def test_fidelity_marks_what_fails():
     assert texts(ax) == ["good", "bad"]
     lenient = plot_fidelity(RESULTS, Limits(kl_mean=1.0, top1_agreement=0.3))
     assert all(line.get_color() != BUDGET_COLOUR for line in lenient.lines)
+
+
+def test_the_frontier_names_speeds_and_who_beats_whom():
+    table = compared()
+    ax = plot_frontier(table)
+    assert texts(ax) == ["int4, 200/s", "int8, 150/s", "fp16, 80/s; bf16 beats it", "bf16, 90/s, KL 0"]
+    pale, marked = ax.collections
+    assert (len(pale.get_offsets()), len(marked.get_offsets())) == (1, 3)
+    assert pale.get_alpha() < 1 and ax.get_yscale() == "log"
+    (link,) = ax.lines
+    bottom = min(marked.get_offsets()[:, 1])
+    assert list(link.get_ydata()) == [0.001, bottom] and 0 < bottom < 0.001  # a KL of 0 below the smallest
+    assert ax.get_xlabel() == "bytes of weights, MiB"
+    assert ax.get_ylabel().endswith("measured")
+    with pytest.raises(LowvramError, match="without rows"):
+        plot_frontier(table.iloc[:0])
+
+
+def test_labels_of_near_points_do_not_lie_on_each_other():
+    plans = {f"recipe {n}": Plan.uniform(tiny_spec("llama"), "int4", context=512) for n in range(5)}
+    speeds = dict(zip(plans, range(5), strict=True))
+    ax = plot_frontier(frontier(plans, speeds=speeds, losses={name: 0.3 + n / 100 for name, n in speeds.items()}))
+    renderer = FigureCanvasAgg(ax.figure).get_renderer()
+    for text in ax.texts:
+        text.update_positions(renderer)
+    boxes = [Text.get_window_extent(text, renderer) for text in ax.texts]  # without the line to the point
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))

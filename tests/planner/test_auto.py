@@ -16,8 +16,9 @@ from lowvram_lab.planner import suggest as levers
 from lowvram_lab.planner.moves import cost, forecast_loss, off_card_seconds
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.search import largest_fitting, least_bytes
+from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.planner.suggest import suggest
-from lowvram_lab.planner.suited import RECIPES
+from lowvram_lab.planner.suited import QUICK, RECIPES, quick_recipes
 from lowvram_lab.units import GiB, MiB, format_bytes
 from tests.helpers.machines import Flat, stand_in
 from tests.helpers.tiny import TINY, packaged_spec, tiny_config
@@ -220,24 +221,86 @@ def test_too_little_ram_is_a_bound_too(prefer):
         assert auto.ram_bytes(less.plan) < taken
 
 
+NANOSECONDS = {"bf16": 4.0, "int8": 2.0, "int6": 1.7, "int5": 1.5, "int4": 1.0, "int3": 1.2, "int2": 1.2}
+"""A weight, in proportion to what it takes on the CPU of a small model."""
+
+
 def test_speed_weighs_what_each_recipe_leaves_on_the_gpu():
     spec = small_spec("llama")
     budget = needed("llama", "int8", 2)
-    quick_int4 = auto_plan(spec, budget, CONTEXT, prefer="speed", machine=Flat({"bf16": 4.0, "int8": 2.0, "int4": 1.0}))
+    quick_int4 = auto_plan(spec, budget, CONTEXT, prefer="speed", machine=Flat(NANOSECONDS))
     assert body_formats(quick_int4.plan) == {"int4"}
-    slow_int4 = auto_plan(spec, budget, CONTEXT, prefer="speed", machine=Flat({"bf16": 4.0, "int8": 2.0, "int4": 90.0}))
+    slow_int4 = auto_plan(
+        spec, budget, CONTEXT, recipes=RECIPES, prefer="speed", machine=Flat({**NANOSECONDS, "int4": 90.0})
+    )
     assert body_formats(slow_int4.plan) == {"int8"}
     assert slow_int4.speed.origin == "forecast"
     assert len(slow_int4.why) <= 5
     assert any("forecast tokens/s: bf16" in line for line in slow_int4.why)
-    even = auto_plan(spec, budget, CONTEXT, prefer="speed", machine=Flat({"bf16": 0.0, "int8": 0.0, "int4": 0.0}))
+    even = auto_plan(spec, budget, CONTEXT, prefer="speed", machine=Flat(dict.fromkeys(NANOSECONDS, 0.0)))
     assert body_formats(even.plan) == {"bf16"}  # as fast, and more precise
 
 
+def test_speed_takes_int3_where_it_is_the_fastest_and_says_what_it_costs():
+    spec, quick_int3 = small_spec("llama"), Flat({**NANOSECONDS, "int3": 0.7})
+    choice = auto_plan(spec, "1GiB", CONTEXT, prefer="speed", machine=quick_int3)
+    assert (choice.recipe, body_formats(choice.plan)) == ("int3", {"int3"})
+    assert any("; int3 costs a small model a KL of " in line for line in choice.why)
+    assert auto_plan(spec, "1GiB", CONTEXT, machine=quick_int3).recipe == "bf16"  # only speed was asked to
+    named = auto_plan(spec, "1GiB", CONTEXT, prefer="speed", recipes=RECIPES, machine=quick_int3)
+    assert named.recipe == "int4"
+
+
+def test_speed_takes_int3_where_int4_does_not_fit_whole():
+    """A layer of int3 takes longer on the card than one of int4, but far less than one of int4 on the CPU."""
+    spec = small_spec("llama")
+    least = replace(Plan.uniform(spec, "int3", context=CONTEXT), kv_format="int8", prefill_chunk=256)
+    budget = forecast(least).peak_reserved_bytes
+    assert not forecast(replace(least_on_gpu("llama"), kv_format="int8"), budget).fits
+    choice = auto_plan(spec, budget, CONTEXT, kv_format="int8", prefer="speed", machine=Flat(NANOSECONDS))
+    assert body_formats(choice.plan) == {"int3"}
+    assert off_card_seconds(choice.plan) == 0
+    roomy = auto_plan(spec, "1GiB", CONTEXT, kv_format="int8", prefer="speed", machine=Flat(NANOSECONDS))
+    assert body_formats(roomy.plan) == {"int4"}
+
+
+@pytest.mark.parametrize("recipe", ["int6", "int5", "int3"])
+def test_speed_takes_any_format_that_is_the_fastest(recipe):
+    choice = auto_plan(small_spec("qwen2"), "1GiB", CONTEXT, prefer="speed", machine=Flat({**NANOSECONDS, recipe: 0.5}))
+    assert choice.recipe == recipe
+
+
+def test_int2_is_taken_by_name_alone():
+    spec, machine = small_spec("llama"), Flat({**NANOSECONDS, "int2": 0.1})
+    assert auto_plan(spec, "1GiB", CONTEXT, prefer="speed", machine=machine).recipe == "int4"
+    recipes = ("int4", "int2")
+    assert auto_plan(spec, "1GiB", CONTEXT, prefer="speed", recipes=recipes, machine=machine).recipe == "int2"
+
+
+@pytest.mark.parametrize("recipes", [None, ("int3", "nf4", "int4", "int8", "int5")])  # in no order
+@pytest.mark.parametrize("slow", ["int6", "int5", "nf4", "int3"])
+def test_speed_never_takes_what_another_dominates(recipes, slow):
+    spec, machine = small_spec("llama"), Flat({**NANOSECONDS, "nf4": 1.0, slow: 1.01})
+    plans = [Plan.uniform(spec, name, context=CONTEXT) for name in recipes or (*RECIPES, *QUICK)]
+    points = [(plan.weight_bytes(), forecast_loss(plan), 1 / speed_of(plan, machine)) for plan in plans]
+    chosen = auto_plan(spec, "1GiB", CONTEXT, prefer="speed", recipes=recipes, machine=machine).plan
+    mine = (chosen.weight_bytes(), forecast_loss(chosen), 1 / speed_of(chosen, machine))
+    assert not any(all(a <= b for a, b in zip(point, mine, strict=True)) and point != mine for point in points)
+
+
+def speed_of(plan: Plan, machine: Flat) -> float:
+    return forecast_speed(plan, machine=machine).decode_tokens_per_s
+
+
+def test_recipes_for_speed_are_in_the_order_of_the_one_table_of_losses():
+    assert quick_recipes(RECIPES) == ("bf16", "int8", "int6", "int5", "int4", "int3")
+    assert quick_recipes(("fp16", "int8", "nf4")) == ("fp16", "int8", "int6", "int5", "nf4", "int3")
+
+
 def test_more_budget_is_never_slower():
-    spec, machine = small_spec("qwen2"), Flat({"bf16": 4.0, "int8": 2.0, "int4": 1.0})
+    spec, machine = small_spec("qwen2"), Flat(NANOSECONDS)
     speeds = [
-        auto_plan(spec, budget, CONTEXT, prefer="speed", machine=machine).speed.decode_tokens_per_s
+        auto_plan(spec, budget, CONTEXT, prefer="speed", recipes=RECIPES, machine=machine).speed.decode_tokens_per_s
         for budget in range(needed("qwen2", "int4", 0), needed("qwen2", "bf16") + 1, 3 * SEGMENT)
     ]
     assert speeds == sorted(speeds)

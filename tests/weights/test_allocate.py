@@ -74,6 +74,17 @@ def test_never_over_budget_and_none_only_below_the_least(given, budget):
         assert all(option in given[name] for name, option in chosen.items())
 
 
+@given(modules, st.integers(0, 250))
+@settings(max_examples=200, deadline=None)
+def test_no_module_gets_a_format_that_another_of_its_formats_dominates(given, budget):
+    """What is no larger and no dearer, and better in one, would be so at any speed that is not lower."""
+    for name, chosen in (allocate(given, budget) or {}).items():
+        for other in given[name]:
+            assert (other.bytes, other.cost) == (chosen.bytes, chosen.cost) or not (
+                other.bytes <= chosen.bytes and other.cost <= chosen.cost
+            )
+
+
 @given(modules)
 @settings(max_examples=150, deadline=None)
 def test_best_of_all_combinations_where_an_edge_of_the_hull_ends(given):
