@@ -14,6 +14,7 @@ from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.layers import Int4Linear, Int8Linear, QuantizedLinear
 from lowvram_lab.engine.loaded import Loaded, loaded
 from lowvram_lab.kernels.library import there
+from lowvram_lab.kernels.product import format_as_tensor
 from lowvram_lab.model.plan import compute_place
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -34,7 +35,8 @@ def bind_layer(model: nn.Module, block: nn.Module, held: FixedLayer) -> tuple[La
         projections = [getattr(attention if hasattr(attention, name) else block.mlp, name) for name in group]
         common = _fused(projections, state, first)
         of_each = projections[:1] if common else projections
-        products.append(tuple(product_of(projection) for projection in of_each))
+        features = sum(projection.out_features for projection in projections) if common else None
+        products.append(tuple(product_of(projection, features) for projection in of_each))
         for projection in of_each:
             weights += tensors_of(projection, model.dtype, common)
     normed, cached = hasattr(attention, "q_norm"), held.tensors()
@@ -66,13 +68,16 @@ def bind_head(model: nn.Module) -> tuple[HeadShape, list[torch.Tensor]] | None:
     return HeadShape(product, norm.variance_epsilon), [norm.weight.detach(), *tensors_of(last, model.dtype)]
 
 
-def product_of(projection: nn.Module) -> Product | None:
-    """How a linear layer is multiplied in ``llama_layer``, or ``None`` where that is not known."""
+def product_of(projection: nn.Module, features: int | None = None) -> Product | None:
+    """How a linear layer is multiplied in ``llama_layer``, or ``None`` where that is not known.
+
+    ``features``: rows of the common weight that it is part of; by default its own.
+    """
     bias = projection.bias is not None
     if not isinstance(projection, QuantizedLinear):
         return Product("float", bias=bias)
     if projection.has_our_kernel():
-        return Product("ours", format=projection.kernel_format, bias=bias)
+        return Product("ours", features=features or projection.out_features, bias=bias)
     if isinstance(projection, Int4Linear) and projection.layout == projection.kernels:
         kernel = "int4" if projection.layout == "cpu" else "int4 on CUDA"
         return Product(kernel, projection.format.group_size, bias=bias)
@@ -87,8 +92,11 @@ def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = 
         bias = [] if projection.bias is None else [projection.bias.detach()]
         return [lambda x: projection.multiply(x.to(dtype)), *bias]
     wanted = projection.held if isinstance(projection, QuantizedLinear) else ("weight",)
-    found = [common[name] if common else getattr(projection, name) for name in (*wanted, "bias")]
-    return [tensor.detach() for tensor in found if tensor is not None]
+    held = [(common[name] if common else getattr(projection, name)).detach() for name in wanted]
+    if product_of(projection).kernel == "ours":
+        held.append(format_as_tensor(projection.kernel_format))
+    bias = common["bias"] if common else projection.bias
+    return held if bias is None else [*held, bias.detach()]
 
 
 def _fused(projections: list[nn.Module], state: Loaded, name: str) -> dict | None:

@@ -5,6 +5,7 @@ the compiler's way (the standard library's distutils did), nor the compiler's se
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import shutil
@@ -44,6 +45,7 @@ DIGEST = "library.sha256"
 
 _LONGEST = 1 << 24
 _SIZES = {"tokens": (2, _LONGEST - 1), "room": (LEAST_ROOM, _LONGEST), "blocks": (LEAST_ROOM, _LONGEST)}
+_FORMATS = (2, product.LONGEST_FORMAT)
 _POSITIONS = 3
 """Which argument of a layer has the positions."""
 
@@ -68,6 +70,22 @@ class Argument(NamedTuple):
         return () if same else self.stride
 
 
+_CODES, _SCALES = Argument(torch.uint8, (1,), (1,)), Argument(torch.bfloat16, (1,), (1,))
+
+
+def _weights_of_ours(function: LayerShape | HeadShape) -> list[int]:
+    """Where among a library's arguments the weights are that our kernel multiplies: their codes, scales and format."""
+    layer = isinstance(function, LayerShape)
+    products = itertools.chain(*function.products) if layer else [function.product]
+    at = _POSITIONS + 1 + (4 if function.normed_heads else 2) if layer else 2
+    found = []
+    for each in products:
+        if each.kernel == "ours":
+            found.append(at)
+        at += each.tensors
+    return found
+
+
 @dataclass(frozen=True)
 class Library:
     """All that a library is compiled from; another process needs no more.
@@ -83,11 +101,16 @@ class Library:
     @classmethod
     def called_with(cls, function: LayerShape | HeadShape, example: list[Tensor]) -> "Library":
         """That of a function for arguments like these."""
-        return cls(function, tuple(map(Argument.like, example)))
+        arguments = [*map(Argument.like, example)]
+        for at in _weights_of_ours(function):  # only our kernel looks at them, which finds out what they are
+            arguments[at : at + 2] = _CODES, _SCALES
+        return cls(function, tuple(arguments))
 
     def free_sizes(self) -> list[dict[int, str]]:
         """For each argument: dimension → name, for those that may vary from call to call."""
         free = [{} for _ in self.arguments]
+        for at in _weights_of_ours(self.function):
+            free[at + 2] = {0: f"format{at}"}
         if isinstance(self.function, LayerShape):
             free[_POSITIONS] = {0: "tokens"}
             for index, name in enumerate(self.function.cache, len(free) - len(self.function.cache)):
@@ -148,7 +171,8 @@ def _fill(directory: Path, library: Library) -> None:
 
 def _compile(library: Library, path: Path) -> None:
     example = [torch.empty_strided(shape, stride, dtype=dtype) for dtype, shape, stride in library.arguments]
-    dims = {name: torch.export.Dim(name, min=least, max=most) for name, (least, most) in _SIZES.items()}
+    sizes = _SIZES | dict.fromkeys((f"format{at}" for at in _weights_of_ours(library.function)), _FORMATS)
+    dims = {name: torch.export.Dim(name, min=least, max=most) for name, (least, most) in sizes.items()}
     sizes = [{dim: dims[name] for dim, name in free.items()} for free in library.free_sizes()]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own

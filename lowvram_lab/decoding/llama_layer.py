@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lowvram_lab.engine.cache_layers import quantize_states
-from lowvram_lab.kernels.product import features_of, quantized_product
+from lowvram_lab.kernels.product import format_of, quantized_product
 from lowvram_lab.kernels.token_attention import CACHED, token_attention
 
 LONGEST_LOOP = 4096
@@ -31,19 +31,20 @@ class Product:
         kernel: ``"ours"``; ``"int4"``, ``"int8"`` or ``"int4 on CUDA"`` by torch's kernels; ``"float"``; or
             ``"module"`` for a layer that multiplies by itself.
         group_size: Codes that share a scale, of torch's int4 kernels.
-        format: Of a weight that our kernel multiplies, see ``QuantizedLinear.kernel_format``.
+        features: Rows of a weight that our kernel multiplies. Its format is among its tensors: a layer is compiled once
+            for all of them.
         bias: Whether a bias is added.
     """
 
     kernel: str
     group_size: int = 0
-    format: int = 0
+    features: int = 0
     bias: bool = False
 
     @property
     def tensors(self) -> int:
-        """How many it takes of a layer's list: codes and scales, or the weight, or a function; and the bias."""
-        return (1 if self.kernel in ("float", "module") else 2) + self.bias
+        """How many it takes of a layer's list: weight or function; or codes and scales, and for ours a format; bias."""
+        return {"float": 1, "module": 1, "ours": 3}.get(self.kernel, 2) + self.bias
 
 
 @dataclass(frozen=True)
@@ -252,8 +253,7 @@ def _product(x: Tensor, product: Product, tensors: Sequence, loops: list | None)
     elif kernel == "module":
         found = tensors[0](x)
     elif kernel == "ours":
-        features = features_of(tensors[0], x.shape[1], product.format)
-        found = quantized_product(x, tensors[0], tensors[1], features, product.format)
+        found = quantized_product(x, tensors[0], tensors[1], product.features, format_of(tensors[2]))
     elif kernel == "int8":
         found = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), tensors[0], tensors[1])
     else:

@@ -31,11 +31,21 @@ def format_number(fmt: Format) -> int:
     return 0 if fmt.kind == "nf4" else fmt.bits
 
 
-def features_of(codes: torch.Tensor, columns: int, format: int) -> int:
-    """Rows of a weight, by the bytes of its codes."""
-    return 8 * codes.nbytes // (columns * _BITS.get(format, format))
+def format_as_tensor(format: int) -> torch.Tensor:
+    """A tensor whose length says the format: what a compiled layer reads off a shape need not be compiled anew."""
+    return _LENGTHS[: format + _SHORTEST]
 
 
+def format_of(tensor: torch.Tensor) -> int:
+    """What ``format_as_tensor`` was given."""
+    return tensor.shape[0] - _SHORTEST
+
+
+_SHORTEST = 2  # torch's exporter takes 0 and 1 for other cases
+LONGEST_FORMAT = INT4_BLOCKS + _SHORTEST
+"""Length of the longest such tensor."""
+
+_LENGTHS = torch.zeros(LONGEST_FORMAT, dtype=torch.uint8)
 _BITS = {0: 4, INT4_BLOCKS: 4}
 _BFLOAT16, _FLOAT32, _WITH_ZEROS = range(3)
 
@@ -83,7 +93,7 @@ def _on_meta(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, feat
 
 
 _OPERATORS = torch.library.Library("lowvram", "FRAGMENT")
-_OPERATORS.define("quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, int format) -> Tensor")
+_OPERATORS.define("quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, SymInt format) -> Tensor")
 _OPERATORS.impl("quantized_product", _on_cpu, "CPU")
 _OPERATORS.impl("quantized_product", _on_meta, "Meta")
 _OPERATORS.define("dequantized(Tensor codes, Tensor scales, int features, int format, ScalarType dtype) -> Tensor")
