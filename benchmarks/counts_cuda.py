@@ -1,6 +1,7 @@
 """What one token asks of a CUDA card: kernels, graphs, copies, allocations, synchronisations, counted and not timed.
 
     FAKE_CUDA_ARITHMETIC=1 tests/fakecuda/fakecuda PYTHON benchmarks/counts_cuda.py [--model smollm2-135m] [--tokens 8]
+    … counts_cuda.py --model qwen1.5-4b --recipes int4 --gpu-layers 30 --output results/counts_fake_cuda_4b.json
 
 Plans that lie whole on the card, that are split, and whose weights travel for long prompts; a token of a greedy answer,
 a token of a sampled one (as a chat streams it) and a prompt. The counters are those of the fake CUDA runtime
@@ -65,10 +66,10 @@ def counted(run: Callable[[], object], steps: int = 1) -> dict[str, float]:
     return found
 
 
-def plans(plan: Plan) -> dict[str, Plan]:
-    """The same formats whole, with half of the layers on the card, and with weights that travel for a long prompt."""
+def plans(plan: Plan, gpu_layers: int | None = None) -> dict[str, Plan]:
+    """The same formats whole, split (half of the layers on the card), and with weights that travel for a long prompt."""
     off_card = plan if plan.spec.tied else plan.with_modules(plan.spec.embedding, device="cpu")
-    split = off_card.with_gpu_layers(plan.spec.num_hidden_layers // 2)
+    split = off_card.with_gpu_layers(plan.spec.num_hidden_layers // 2 if gpu_layers is None else gpu_layers)
     return {"whole": plan, "split": split, "travelling": replace(split, stream_from=PROMPT)}
 
 
@@ -98,10 +99,11 @@ def counts(model: torch.nn.Module, tokens: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def rows_of(name: str, recipe: str, tokens: int) -> Iterator[dict]:
-    """A row for each plan and each thing that is counted."""
+def rows_of(name: str, recipe: str, tokens: int, gpu_layers: int | None) -> Iterator[dict]:
+    """A row for each plan and each thing that is counted; of a number of layers on the card only the split."""
     spec = find_source(name).spec()
-    for placed, plan in plans(Plan.uniform(spec, recipe, context=256)).items():
+    placings = plans(Plan.uniform(spec, recipe, context=256), gpu_layers)
+    for placed, plan in placings.items() if gpu_layers is None else [("split", placings["split"])]:
         model = load(plan, open_gpu(), checkpoint=RandomWeights(spec), progress=False)
         for step, found in counts(model, tokens).items():
             yield {"plan": placed, "weights": recipe, "step": step, **found}
@@ -114,6 +116,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--recipes", nargs="+", default=["bf16", "int4"])
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--gpu-layers", type=int, help="layers on the card of the one plan to count, a split")
     parser.add_argument("--output", type=Path, default=RESULTS / "counts_fake_cuda.json")
     options = parser.parse_args()
     if not has_counters():
@@ -121,7 +124,7 @@ def main() -> int:
         return 0
     rows = []
     for recipe in options.recipes:
-        for row in rows_of(options.model, recipe, options.tokens):
+        for row in rows_of(options.model, recipe, options.tokens, options.gpu_layers):
             rows.append(row)
             print({key: value for key, value in row.items() if value}, flush=True)
     print(pandas.DataFrame(rows).to_string(index=False))

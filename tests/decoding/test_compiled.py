@@ -33,7 +33,7 @@ except ImportError:
 """
 COMPILE = """
 import sys, torch
-from tests.engine.test_compiled import SHAPE, arguments
+from tests.decoding.test_compiled import SHAPE, arguments
 from lowvram_lab.decoding.compiled import open_libraries
 from lowvram_lab.decoding.compiling import Library
 run, = open_libraries([Library.called_with(SHAPE, arguments())], progress=False)
