@@ -67,7 +67,7 @@ def counted(run: Callable[[], object], steps: int = 1) -> dict[str, float]:
 
 
 def plans(plan: Plan, gpu_layers: int | None = None) -> dict[str, Plan]:
-    """The same formats whole, split (half of the layers on the card), and with weights that travel for a long prompt."""
+    """The same formats whole, split (half of the layers on the card), with weights that travel for a long prompt."""
     off_card = plan if plan.spec.tied else plan.with_modules(plan.spec.embedding, device="cpu")
     split = off_card.with_gpu_layers(plan.spec.num_hidden_layers // 2 if gpu_layers is None else gpu_layers)
     return {"whole": plan, "split": split, "travelling": replace(split, stream_from=PROMPT)}

@@ -669,8 +669,10 @@ void multiply_many(const float* rows, int64_t count, const Weight& weight, float
         dequantise_rows(values, weight, scales, first + part, some, reinterpret_cast<uint16_t*>(flat.data()), 2 * pairs);
         for (int64_t pair = 0; pair < pairs; pair += LANES) turn(flat.data() + pair, pairs, tile.data() + pair * WIDE + part);
       }
-      for (int64_t row = 0; row < count; row += ROWS_AT_ONCE) {
-        const int64_t some = std::min<int64_t>(ROWS_AT_ONCE, count - row);
+      // passes of about as many rows each: with few there are too few sums to keep the multipliers busy
+      int64_t passes = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+      for (int64_t row = 0, some; row < count; row += some, passes--) {
+        some = (count - row + passes - 1) / passes;
         of[some - 1](input.data() + row * pairs, pairs, tile.data(), features, out + row * weight.features + first, weight.features);
       }
     }
