@@ -156,7 +156,7 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int, kv_
     spec = ModelSpec.from_config(config, model)
     plan = Plan.uniform(spec, "int4", context=max(lengths) + 8)
     plan = replace(plan, kv_format=kv_format, threads=torch.get_num_threads())
-    read_bytes = plan.weight_bytes() - plan.module_bytes(spec.embedding)
+    read_bytes = plan.weight_bytes() - plan.module_bytes(spec.module(spec.embedding))
     loaded = load(plan, StandInGpu(None), checkpoint=RandomCheckpoint(spec), progress=True)
     decoder = LeanDecoder(loaded)
     token, calls, rows = torch.ones(1, 1, dtype=torch.long), _products_of(decoder, loaded), []

@@ -39,11 +39,21 @@ typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Whole __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint8_t Codes __attribute__((vector_size(16), aligned(1), may_alias));
 
 Lanes load(const float* at) { return *reinterpret_cast<const Lanes*>(at); }
 void store(Lanes what, float* to) { *reinterpret_cast<Lanes*>(to) = what; }
+
+// Bytes in 32 bits each. GCC 12 makes a loop of it, element by element, unless it is told the instruction or each step.
+#if defined(__AVX512F__)
+Whole widened(const Bytes* at) { return (Whole)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)); }
+Bits widened(const Codes* at) { return (Bits)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at)); }
+#else
+Whole widened(const Bytes* at) { return __builtin_convertvector(__builtin_convertvector(*at, Shorts), Whole); }
+Bits widened(const Codes* at) { return __builtin_convertvector(__builtin_convertvector(*at, Halves), Bits); }
+#endif
 
 float total(Lanes of) {
 #if defined(__AVX512F__)
@@ -117,7 +127,7 @@ struct Float32 {
 struct Int8 {
   using Stored = int8_t;
   static Lanes read(const Stored* at) {
-    return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(at), Whole), Lanes);
+    return __builtin_convertvector(widened(reinterpret_cast<const Bytes*>(at)), Lanes);
   }
 };
 
@@ -349,7 +359,7 @@ struct Int4 {
     for (int64_t pair = 0; pair < GROUP / 2; pair++, codes += call.width) {
       Lanes even[QUERIES] = {}, odd[QUERIES] = {};
       for (int64_t at = 0; at < call.width; at += LANES) {
-        const Bits both = __builtin_convertvector(*reinterpret_cast<const Codes*>(codes + at), Bits);
+        const Bits both = widened(reinterpret_cast<const Codes*>(codes + at));
         const Lanes low = wide(both & 15), high = wide(both >> 4);
         EACH(query, QUERIES) {
           const Lanes asked = load(scaled.data() + query * call.width + at);
@@ -382,7 +392,7 @@ struct Int4 {
     Lanes even[QUERIES] = {}, odd[QUERIES] = {};
     float zeros[QUERIES] = {};
     for (int64_t token = 0; token < count; token++, codes += call.width / 2, grid += 2 * groups) {
-      const Bits both = __builtin_convertvector(*reinterpret_cast<const Codes*>(codes), Bits);
+      const Bits both = widened(reinterpret_cast<const Codes*>(codes));
       const Lanes low = wide(both & 15), high = wide(both >> 4);
       const float scale = BFloat16::one(grid[0]), zero = BFloat16::one(grid[groups]);
       EACH(query, QUERIES) {

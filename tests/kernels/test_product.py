@@ -12,11 +12,10 @@ from lowvram_lab.kernels import product
 from lowvram_lab.kernels.int4_layout import cpu_block_rows, pack_for_cpu
 from lowvram_lab.kernels.product import dequantized, quantized_product
 from lowvram_lab.weights.codes import pack
+from tests.helpers.kernels import WAYS
 from tests.helpers.tiny import relative_error
 
 GROUPS = (32, 64, 96, 128)
-WAYS = {"this processor": ("-march=native",), "AVX2": ("-mavx2", "-mfma"), "none": ()}
-X86 = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 @pytest.fixture(autouse=True)
@@ -24,18 +23,6 @@ def compiling(monkeypatch):
     monkeypatch.setenv("LOWVRAM_COMPILE", "1")
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler")
-
-
-@pytest.fixture
-def way(request, monkeypatch, tmp_path_factory):
-    """The library compiled in one of the ways."""
-    if request.param == "AVX2" and not X86:
-        pytest.skip("another processor")
-    kernels._library.cache_clear()
-    monkeypatch.setattr(kernels, "_WAYS", (WAYS[request.param],))
-    monkeypatch.setattr(kernels, "_last", None)  # what was opened before is another library
-    yield request.param
-    kernels._library.cache_clear()
 
 
 def in_tiles(way: str) -> bool:

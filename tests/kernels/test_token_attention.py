@@ -89,6 +89,13 @@ def test_it_writes_what_the_cache_would_and_attends(kv, dtype, tokens):
     check(kv, dtype, "heads that share keys", tokens)
 
 
+@pytest.mark.parametrize("way", ["AVX2", "none"], indirect=True)
+@pytest.mark.parametrize(("kv", "dtype"), FORMATS)
+def test_on_other_processors(kv, dtype, way):
+    for tokens in (1, 33, 288):
+        check(kv, dtype, "heads that share keys", tokens)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("kv", "dtype"), FORMATS)
 def test_shapes(kv, dtype, shape):
