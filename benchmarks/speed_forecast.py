@@ -33,12 +33,12 @@ RESULTS = Path(__file__).parent / "results"
 PLANS = (
     # format, layers on the GPU (None: all), KV format, context
     ("bf16", None, None, 128),
-    ("fp32", None, None, 256),
+    ("int5", None, None, 256),
     ("int8", None, None, 512),
     ("int4", None, None, 1024),
     ("int4", None, "int8", 2048),
-    ("int8", 15, None, 1024),
-    ("int4", 10, None, 512),
+    ("int3", 15, None, 1024),
+    ("int4", 10, "int4", 512),
     ("bf16", 20, "int8", 2048),
 )
 NEW_TOKENS = 32
