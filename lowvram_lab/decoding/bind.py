@@ -88,12 +88,13 @@ def product_of(projection: nn.Module, features: int | None = None) -> Product | 
 
 def tensors_of(projection: nn.Module, dtype: torch.dtype, common: dict | None = None) -> list:
     """The weight as ``llama_layer`` wants it: its own, or the common one it is part of; then the bias."""
-    if product_of(projection).kernel == "module":
+    kernel = product_of(projection).kernel
+    if kernel == "module":
         bias = [] if projection.bias is None else [projection.bias.detach()]
         return [lambda x: projection.multiply(x.to(dtype)), *bias]
     wanted = projection.held if isinstance(projection, QuantizedLinear) else ("weight",)
     held = [(common[name] if common else getattr(projection, name)).detach() for name in wanted]
-    if product_of(projection).kernel == "ours":
+    if kernel == "ours":
         held.append(format_as_tensor(projection.kernel_format))
     bias = common["bias"] if common else projection.bias
     return held if bias is None else [*held, bias.detach()]

@@ -214,3 +214,12 @@ def decoded(decoder, ids: torch.Tensor, prompt: int) -> torch.Tensor:
     for at in range(prompt, ids.shape[1]):
         steps.append(decoder.decode(ids[:, at : at + 1]).cpu().clone())  # the next call writes over them
     return torch.stack(steps)
+
+
+def bytes_by_operator(decoder, tokens: int) -> list[int]:
+    """Bytes that torch's allocator gave less those it took back, of each operator in so many decoded tokens."""
+    token = torch.ones(1, 1, dtype=torch.long)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        for _ in range(tokens):
+            decoder.decode(token)
+    return [event.self_cpu_memory_usage for event in profile.key_averages()]
