@@ -8,12 +8,12 @@
 #include <cstring>
 #include <vector>
 
+#include "pieces.h"
+
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
 namespace {
-
-#define EACH(name, count) _Pragma("GCC unroll 8") for (int name = 0; name < count; name++)
 
 constexpr int64_t QUERIES = 128;  // of a tile
 constexpr int64_t KEYS = 64;      // of a tile
@@ -56,14 +56,7 @@ void multiply(const uint32_t* rows, int64_t row_step, const uint32_t* matrix, in
   __m512 sums[ROWS][COUNT];
   EACH(row, ROWS) EACH(vector, COUNT)
     sums[row][vector] = more ? _mm512_loadu_ps(to + row * to_step + vector * LANES) : _mm512_setzero_ps();
-  for (int64_t pair = 0; pair < pairs; pair++) {
-    __m512bh read[COUNT];
-    EACH(vector, COUNT) read[vector] = (__m512bh)_mm512_loadu_si512(matrix + pair * matrix_step + vector * LANES);
-    EACH(row, ROWS) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(rows[row * row_step + pair]));
-      EACH(vector, COUNT) sums[row][vector] = _mm512_dpbf16_ps(sums[row][vector], read[vector], x);
-    }
-  }
+  add_pairs(sums, rows, row_step, matrix, matrix_step, pairs);
   EACH(row, ROWS) EACH(vector, COUNT) _mm512_storeu_ps(to + row * to_step + vector * LANES, sums[row][vector]);
 }
 

@@ -19,7 +19,7 @@ from lowvram_lab.kernels.compiler import compiler
 from lowvram_lab.machine import instruction_set
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.cpp", "attention.cpp", "token_attention.cpp"))
-_HEADER = Path(__file__).with_name("shim.h")
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("pieces.h", "shim.h"))
 _TORCH = Path(torch.__file__).parent / "lib"
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
 _WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
@@ -63,7 +63,7 @@ def _library(command: str, folder: Path) -> ctypes.CDLL | None:
 
 def _built(command: str, folder: Path) -> Path:
     """The library's file."""
-    texts = [source.read_text(encoding="utf-8") for source in (*_SOURCES, _HEADER)]
+    texts = [source.read_text(encoding="utf-8") for source in (*_SOURCES, *_HEADERS)]
     made = repr((texts, _FLAGS, _WAYS, command, instruction_set(), torch.__version__))
     identity = {"kernels": hashlib.sha256(made.encode()).hexdigest()}
     directory = folder / "compiled" / f"kernels-{identity['kernels'][:16]}"

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "pieces.h"
 #include "shim.h"
 
 #if defined(__AVX512VBMI__) && defined(__AVX512BF16__) && defined(__AVX512VL__)
@@ -48,8 +49,6 @@ constexpr float NF4[16] = {-1.0f,
                            0.7229568362236023f,
                            1.0f};
 
-#define EACH(name, count) _Pragma("GCC unroll 16") for (int name = 0; name < count; name++)
-
 enum ScaleKind : int64_t { BFLOAT16, FLOAT32, WITH_ZEROS };
 
 struct Weight {
@@ -64,19 +63,6 @@ struct Weight {
 };
 
 int64_t units_of(int64_t codes) { return (codes + UNIT - 1) / UNIT; }
-
-float from_bf16(uint16_t bits) {
-  uint32_t wide = uint32_t(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
-uint16_t to_bf16(float value) {  // rounds to the nearest, ties to even; no value here is NaN
-  uint32_t wide;
-  std::memcpy(&wide, &value, sizeof wide);
-  return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
-}
 
 // How codes of a format lie and what they are: BYTES of a unit, OFFSET of a code from its value.
 template <int WIDTH>
@@ -631,14 +617,7 @@ template <int ROWS>
 void multiply_tile(const uint32_t* input, int64_t pairs, const uint32_t* tile, int64_t features, float* out, int64_t step) {
   Sum sums[ROWS][VECTORS];
   EACH(row, ROWS) EACH(vector, VECTORS) sums[row][vector] = zeros();
-  for (int64_t pair = 0; pair < pairs; pair++) {
-    __m512bh read[VECTORS];
-    EACH(vector, VECTORS) read[vector] = (__m512bh)_mm512_loadu_si512(tile + pair * WIDE + vector * LANES);
-    EACH(row, ROWS) {
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(int(input[row * pairs + pair]));
-      EACH(vector, VECTORS) sums[row][vector] = _mm512_dpbf16_ps(sums[row][vector], read[vector], x);
-    }
-  }
+  add_pairs(sums, input, pairs, tile, WIDE, pairs);
   EACH(row, ROWS) EACH(vector, VECTORS) {
     const int64_t left = std::clamp<int64_t>(features - vector * LANES, 0, LANES);
     _mm512_mask_storeu_ps(out + row * step + vector * LANES, __mmask16((1u << left) - 1), sums[row][vector]);

@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "pieces.h"
 #include "shim.h"
 
 #if defined(__AVX512F__)
@@ -32,8 +33,6 @@ constexpr int HELD = 16;  // sums that stay in registers
 #else
 constexpr int HELD = 4;
 #endif
-
-#define EACH(name, count) _Pragma("GCC unroll 16") for (int name = 0; name < count; name++)
 
 typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t Whole __attribute__((vector_size(64), aligned(4), may_alias));
@@ -97,11 +96,7 @@ struct BFloat16 {
   static Lanes read(const Stored* at) {
     return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Bits) << 16);
   }
-  static float one(Stored from) { return from_bits(uint32_t(from) << 16); }
-  static Stored rounded(float value) {
-    const uint32_t bits = to_bits(value);
-    return Stored((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
+  static Stored rounded(float value) { return to_bf16(value); }
 };
 
 struct Float16 {
@@ -194,8 +189,8 @@ struct Plain {
     if constexpr (SCALED) {
       float most = 0;
       for (int64_t i = 0; i < call.width; i++) most = std::max(most, std::fabs(from[i]));
-      scales[token] = BFloat16::rounded(std::max(most / 127, TINY));
-      const float scale = BFloat16::one(scales[token]);
+      scales[token] = to_bf16(std::max(most / 127, TINY));
+      const float scale = from_bf16(scales[token]);
       for (int64_t i = 0; i < call.width; i++) to[i] = Stored(std::clamp(std::nearbyint(from[i] / scale), -127.0f, 127.0f));
     } else {
       for (int64_t i = 0; i < call.width; i++) to[i] = FORMAT::rounded(from[i]);
@@ -218,7 +213,7 @@ struct Plain {
   }
 
   float scale_of(const uint16_t* scales, int64_t head, int64_t token) const {
-    if constexpr (SCALED) return BFloat16::one(scales[place(head) + token]);
+    if constexpr (SCALED) return from_bf16(scales[place(head) + token]);
     return 1;
   }
 
@@ -272,9 +267,9 @@ struct Int4 {
   struct Grid {
     uint16_t scale, zero;
     Grid(float low, float high)
-        : scale(BFloat16::rounded(std::max((high - low) / 15, TINY))), zero(BFloat16::rounded(low)) {}
+        : scale(to_bf16(std::max((high - low) / 15, TINY))), zero(to_bf16(low)) {}
     uint8_t code(float value) const {
-      return uint8_t(std::clamp(std::nearbyint((value - BFloat16::one(zero)) / BFloat16::one(scale)), 0.0f, 15.0f));
+      return uint8_t(std::clamp(std::nearbyint((value - from_bf16(zero)) / from_bf16(scale)), 0.0f, 15.0f));
     }
   };
 
@@ -394,7 +389,7 @@ struct Int4 {
     for (int64_t token = 0; token < count; token++, codes += call.width / 2, grid += 2 * groups) {
       const Bits both = widened(reinterpret_cast<const Codes*>(codes));
       const Lanes low = wide(both & 15), high = wide(both >> 4);
-      const float scale = BFloat16::one(grid[0]), zero = BFloat16::one(grid[groups]);
+      const float scale = from_bf16(grid[0]), zero = from_bf16(grid[groups]);
       EACH(query, QUERIES) {
         const float weight = weights[query * CHUNK + token];
         even[query] += low * (weight * scale);
