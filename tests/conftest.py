@@ -34,6 +34,16 @@ def clean_card(request: pytest.FixtureRequest):
 
 
 @pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch):
+    """Lets a test have our kernels; skips it where no C++ compiler is."""
+    from lowvram_lab.kernels.library import there
+
+    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
+    if not there():
+        pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
 def values():
     """Skips a gpu test of what is computed where nothing is."""
     from tests.helpers.card import computes

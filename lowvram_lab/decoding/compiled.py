@@ -28,6 +28,7 @@ from lowvram_lab.decoding.compiling import DIGEST, LIBRARY, OPTIONS, Library
 from lowvram_lab.engine import cache_layers
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, discard_partial, is_finished, sha256_file, writable, write_atomically
+from lowvram_lab.kernels import product, token_attention
 from lowvram_lab.kernels.compiler import compiler_command
 from lowvram_lab.machine import fresh_python, instruction_set, why_ended
 
@@ -179,6 +180,7 @@ def _identity(library: Library) -> dict:
 @functools.cache
 def _made_by() -> str:
     """Version of torch, the processor's vector unit, and the text of what is compiled."""
-    sources = "".join(Path(module.__file__).read_text() for module in (llama_layer, cache_layers, compiling))
+    modules = (llama_layer, cache_layers, compiling, product, token_attention)
+    sources = "".join(Path(module.__file__).read_text() for module in modules)
     made = (torch.__version__, torch.backends.cpu.get_cpu_capability(), instruction_set(), OPTIONS, compiler_command())
     return hashlib.sha256(repr((made, sources)).encode()).hexdigest()

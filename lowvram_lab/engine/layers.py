@@ -158,7 +158,7 @@ class QuantizedLinear(Quantized):
 
     def dequantises(self, select: slice | torch.Tensor, dtype: torch.dtype) -> bool:
         """See ``Quantized``."""
-        return isinstance(select, slice) and dtype in product.DEQUANTIZED_IN and self.has_our_kernel()
+        return isinstance(select, slice) and dtype in product.DTYPES and self.has_our_kernel()
 
     @property
     def kernel_format(self) -> int:
@@ -171,7 +171,8 @@ class QuantizedLinear(Quantized):
         if (many and not multiplies_pairs()) or not self.has_our_kernel() or not (rows.is_meta or opened()):
             return None
         held = (getattr(self, name) for name in self.held)
-        return product.quantized_product(rows.float(), *held, self.out_features, self.kernel_format).to(rows.dtype)
+        known = rows if rows.dtype in product.DTYPES else rows.float()
+        return product.quantized_product(known, *held, self.out_features, self.kernel_format).to(rows.dtype)
 
 
 class _Int8Rows:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from lowvram_lab.engine.attention import use_our_attention
 from lowvram_lab.engine.fill import Filler, must_be_mapped, place_buffers
 from lowvram_lab.engine.fuse import separate
 from lowvram_lab.engine.layers import import_kernels
 from lowvram_lab.engine.loaded import Loaded, Weights, loaded
 from lowvram_lab.engine.placement import Placement, block_devices
+from lowvram_lab.engine.prompt_kernels import use_our_kernels
 from lowvram_lab.engine.room import check_room_in_ram, check_room_on_disk
 from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.machine import cpu_threads
@@ -76,8 +76,7 @@ def load(
         _check_machine(plan, spec.modules, checkpoint, gpu)
     config = spec.pretrained_config()
     config.dtype = DTYPES[plan.dtype]
-    model = build_on_meta(config)
-    use_our_attention(model)
+    model = _empty(config)
     if gpu.meta:
         keep_frequencies(model)
     import_kernels({assignment.format for assignment in plan.modules.values()}, dry=gpu.meta)
@@ -130,6 +129,12 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
         raise
 
 
+def _empty(config: PretrainedConfig) -> PreTrainedModel:
+    model = build_on_meta(config)
+    use_our_kernels(model)
+    return model
+
+
 def _realise(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan, progress: bool) -> None:
     state = loaded(model)
     if state.placement is not None:
@@ -166,7 +171,7 @@ def _put_back(model: PreTrainedModel, names: list[str]) -> None:
     if not names:
         return
     separate(model, set(names))
-    fresh = build_on_meta(model.config)
+    fresh = _empty(model.config)
     for name in names:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, fresh.get_submodule(name))

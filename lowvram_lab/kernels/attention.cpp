@@ -38,17 +38,6 @@ struct Task {
   float scale;
 };
 
-// e^x; x is 0 or less, minus infinity included. Relative error below 2e-7.
-__m512 exponential(__m512 x) {
-  const __m512 power = _mm512_mul_ps(_mm512_max_ps(x, _mm512_set1_ps(-104)), _mm512_set1_ps(1.44269504f));
-  const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 rest = _mm512_sub_ps(power, whole);
-  const float terms[] = {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};
-  __m512 sum = _mm512_set1_ps(1.54035304e-4f);
-  for (float term : terms) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(term));
-  return _mm512_scalef_ps(sum, whole);
-}
-
 // ROWS rows times a matrix of pairs: to[row][column] += sum over pairs of rows[row][pair] . matrix[pair][column].
 template <int COUNT>
 void multiply(const uint32_t* rows, int64_t row_step, const uint32_t* matrix, int64_t matrix_step, int64_t pairs, bool more,
@@ -152,7 +141,7 @@ struct Tile {
     }
     __m512 total = _mm512_setzero_ps();
     EACH(vector, VECTORS) {
-      read[vector] = exponential(_mm512_sub_ps(read[vector], _mm512_set1_ps(now)));
+      read[vector] = (__m512)exponential((Lanes)_mm512_sub_ps(read[vector], _mm512_set1_ps(now)));
       read[vector] = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(read[vector], _mm512_set1_ps(1e-37f), _CMP_GT_OQ), read[vector]);
       total = _mm512_add_ps(total, read[vector]);
     }

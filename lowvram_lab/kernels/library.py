@@ -1,6 +1,6 @@
 """The kernels' library: C++ compiled once for a machine, in some seconds, and opened.
 
-The sources are ``product.cpp``, ``attention.cpp`` and ``token_attention.cpp``.
+The sources are ``product.cpp``, ``attention.cpp``, ``token_attention.cpp`` and ``elementwise.cpp``.
 """
 
 import ctypes
@@ -18,15 +18,19 @@ from lowvram_lab.files import build_directory, cache_dir, sha256_file
 from lowvram_lab.kernels.compiler import compiler
 from lowvram_lab.machine import instruction_set
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("product.cpp", "attention.cpp", "token_attention.cpp"))
+_SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.cpp") for name in ("product", "attention", "token_attention", "elementwise")
+)
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("pieces.h", "shim.h"))
 _TORCH = Path(torch.__file__).parent / "lib"
 _FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w")
 _WAYS = (("-march=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
 """What not every compiler knows; the first that works is taken."""
 
-logger = logging.getLogger(__name__)
+CONTIGUOUS = (torch.Tag.needs_contiguous_strides,)
+"""Of an operator that a compiled layer calls by addresses: what it gets there must lie without gaps."""
 
+logger = logging.getLogger(__name__)
 
 _failed: set[tuple[str, Path]] = set()
 _last: ctypes.CDLL | None = None
@@ -99,14 +103,18 @@ def _opened(path: Path) -> ctypes.CDLL:
         raise LowvramError(f"{path} was changed since it was made: remove its folder")
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # compiled layers look for the operator by its name
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.lowvram_product.argtypes = [pointer, number, pointer, pointer, *[number] * 6, pointer]
-    library.lowvram_product.restype = None
-    library.lowvram_dequantise.argtypes = [pointer, pointer, *[number] * 6, ctypes.c_bool, pointer]
-    library.lowvram_dequantise.restype = None
-    library.lowvram_attention.argtypes = [*[pointer] * 5, *[number] * 6, ctypes.c_bool, ctypes.c_float, pointer]
-    library.lowvram_attention.restype = None
-    library.lowvram_token_attention.argtypes = [*[pointer] * 9, number, ctypes.c_float, pointer]
-    library.lowvram_token_attention.restype = None
+    arguments = {
+        "product": [pointer, ctypes.c_bool, number, pointer, pointer, *[number] * 6, pointer],
+        "dequantise": [pointer, pointer, *[number] * 6, ctypes.c_bool, pointer],
+        "attention": [*[pointer] * 5, *[number] * 6, ctypes.c_bool, ctypes.c_float, pointer],
+        "token_attention": [*[pointer] * 9, number, ctypes.c_float, pointer],
+        "rms_norm": [pointer, pointer, number, number, ctypes.c_float, pointer],
+        "rotated": [*[pointer] * 3, *[number] * 5, pointer],
+        "gated": [pointer, pointer, number, pointer],
+    }
+    for name, types in arguments.items():
+        kernel = getattr(library, f"lowvram_{name}")
+        kernel.argtypes, kernel.restype = types, None
     return library
 
 

@@ -28,6 +28,7 @@ namespace {
 
 constexpr int64_t UNIT = 32;        // codes
 constexpr int64_t AHEAD = 8192;     // bytes
+constexpr int LINE = 64;            // bytes that memory is read in
 constexpr int64_t SMALL = 1 << 16;  // codes; a thread's start costs more than so few take
 constexpr int64_t TILE = 16;        // rows of the weight that a thread takes at a time
 
@@ -64,7 +65,8 @@ struct Weight {
 
 int64_t units_of(int64_t codes) { return (codes + UNIT - 1) / UNIT; }
 
-// How codes of a format lie and what they are: BYTES of a unit, OFFSET of a code from its value.
+// How codes of a format lie and what they are: BYTES of a unit, OFFSET of a code from its value. A unit that is read as
+// PADDED may be read beyond its end.
 template <int WIDTH>
 struct Integer {
   static constexpr int BITS = WIDTH, BYTES = 4 * WIDTH, OFFSET = 1 << (WIDTH - 1);
@@ -120,13 +122,18 @@ void round_row(const float* from, int64_t columns, uint32_t* to) {
   _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(load(last + LANES), load(last)));
 }
 
-void round_unit(const float* from, Input* to, float* sums) {
-  const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + LANES), _mm512_loadu_ps(from));
+void round_row(const uint16_t* from, int64_t columns, uint32_t* to) { std::memcpy(to, from, columns * sizeof(uint16_t)); }
+
+void keep_unit(__m512i pairs, Input* to, float* sums) {
   _mm512_storeu_si512(to, pairs);
   const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
   const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(int(0xffff0000))));
   _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), _mm512_add_ps(even, odd)));
 }
+void round_unit(const float* from, Input* to, float* sums) {
+  keep_unit((__m512i)_mm512_cvtne2ps_pbh(load(from + LANES), load(from)), to, sums);
+}
+void round_unit(const uint16_t* from, Input* to, float* sums) { keep_unit(_mm512_loadu_si512(from), to, sums); }
 
 // Codes of less than a byte: each in 16 bits of its own.
 template <class FORMAT>
@@ -145,8 +152,10 @@ struct Spread {
     shifts = _mm512_load_si512(shift);
   }
   // the upper bits of each are those of its neighbours
+  template <bool PADDED>
   __m512i read(const uint8_t* at) const {
-    const __m256i bytes = _mm256_maskz_loadu_epi8(__mmask32((uint64_t(1) << FORMAT::BYTES) - 1), at);
+    constexpr __mmask32 unit = __mmask32((uint64_t(1) << FORMAT::BYTES) - 1);
+    const __m256i bytes = PADDED ? _mm256_loadu_si256((const __m256i*)at) : _mm256_maskz_loadu_epi8(unit, at);
     return _mm512_srlv_epi16(_mm512_permutexvar_epi8(places, _mm512_castsi256_si512(bytes)), shifts);
   }
 };
@@ -159,9 +168,11 @@ struct Values;
 template <int BITS>
 struct Values<Integer<BITS>> : Spread<Integer<BITS>> {
   static constexpr float ADDED = 128 + Integer<BITS>::OFFSET;
+  template <bool PADDED = false>
   __m512bh of(const uint8_t* at) const {
     const __m512i mask = _mm512_set1_epi16((1 << BITS) - 1), exponent = _mm512_set1_epi16(0x4300);
-    return (__m512bh)_mm512_ternarylogic_epi32(this->read(at), mask, exponent, 0xEA);  // (code & mask) | exponent
+    const __m512i codes = this->template read<PADDED>(at);
+    return (__m512bh)_mm512_ternarylogic_epi32(codes, mask, exponent, 0xEA);  // (code & mask) | exponent
   }
 };
 
@@ -174,12 +185,16 @@ struct Values<Nf4> : Spread<Nf4> {
     for (int i = 0; i < 32; i++) values[i] = to_bf16(NF4[i % 16]);  // twice: bit 4 is a neighbour's
     table = _mm512_load_si512(values);
   }
-  __m512bh of(const uint8_t* at) const { return (__m512bh)_mm512_permutexvar_epi16(this->read(at), table); }
+  template <bool PADDED = false>
+  __m512bh of(const uint8_t* at) const {
+    return (__m512bh)_mm512_permutexvar_epi16(this->template read<PADDED>(at), table);
+  }
 };
 
 template <>
 struct Values<Int8> {
   static constexpr float ADDED = 0;
+  template <bool PADDED = false>
   __m512bh of(const uint8_t* at) const {
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)));
     const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(at + LANES))));
@@ -197,7 +212,7 @@ void read_exactly(const Values<FORMAT>& values, const uint8_t* at, Sum* to) {
   for (int half = 0; half < 2; half++) to[half] = _mm512_castsi512_ps(_mm512_slli_epi32(half_of(unit, half), 16));
 }
 void read_exactly(const Values<Nf4>& values, const uint8_t* at, Sum* to) {
-  const __m512i codes = values.read(at);
+  const __m512i codes = values.read<false>(at);
   for (int half = 0; half < 2; half++) to[half] = _mm512_permutexvar_ps(half_of(codes, half), load(NF4));
 }
 void store(const Sum* values, float* to) {
@@ -263,6 +278,7 @@ struct Spread {
 template <class FORMAT>
 struct Values : Spread<FORMAT> {
   static constexpr float ADDED = FORMAT::OFFSET;
+  template <bool PADDED = false>
   Unit of(const uint8_t* at) const {
     Unit unit;
     for (int eight = 0; eight < 4; eight++) unit.eights[eight] = _mm256_cvtepi32_ps(this->read(at, eight));
@@ -273,6 +289,7 @@ struct Values : Spread<FORMAT> {
 template <>
 struct Values<Nf4> : Spread<Nf4> {
   static constexpr float ADDED = 0;
+  template <bool PADDED = false>
   Unit of(const uint8_t* at) const {
     Unit unit;
     for (int eight = 0; eight < 4; eight++) {
@@ -287,6 +304,7 @@ struct Values<Nf4> : Spread<Nf4> {
 template <>
 struct Values<Int8> {
   static constexpr float ADDED = 0;
+  template <bool PADDED = false>
   Unit of(const uint8_t* at) const {
     Unit unit;
     for (int eight = 0; eight < 4; eight++)
@@ -363,6 +381,7 @@ float value_of<Int8>(uint64_t code) {
 template <class FORMAT>
 struct Values {
   static constexpr float ADDED = FORMAT::OFFSET;
+  template <bool PADDED = false>
   Unit of(const uint8_t* at) const {
     Unit unit;
     for (int eight = 0; eight < 4; eight++) {
@@ -454,14 +473,32 @@ struct Scales {
   }
 };
 
+// Rows of the weight with readable bytes behind them: the last ones are copied.
+struct Padded {
+  const Weight& weight;
+  int64_t bytes;  // of a row
+  std::vector<uint8_t> last;
+  Padded(const Weight& weight, int64_t bytes) : weight(weight), bytes(bytes) {}
+
+  const uint8_t* rows(int64_t first, int64_t count) {
+    const uint8_t* at = weight.codes + first * bytes;
+    if (first + count < weight.features) return at;
+    last.resize(count * bytes + UNIT);
+    std::memcpy(last.data(), at, count * bytes);
+    return last.data();
+  }
+};
+
 // FEATURES rows of the weight at once: they share what is loaded of the input, and none waits for its own last sum.
 template <class FORMAT, int ROWS, int FEATURES, bool ZERO>
 void features_of(const Values<FORMAT>& values, const Prepared& prepared, const Weight& weight, const Scales& scales,
-                 int64_t tile, int64_t first, float* out) {
+                 Padded& padded, int64_t tile, int64_t first, float* out) {
   const int64_t bytes = weight.columns * FORMAT::BITS / 8, groups = prepared.groups;
   const int64_t units = weight.group / UNIT, rest = weight.group % UNIT;  // a rest there is in int8 alone
   const int64_t group_step = scales.group_step, feature_step = scales.feature_step;
-  const uint8_t* at = weight.codes + (tile + first) * bytes;
+  const uint8_t* at = padded.rows(tile + first, FEATURES);
+  const uint8_t* next = at + FEATURES * bytes;  // unasked for, memory comes at a sixth of its rate
+  constexpr int LINES = (FEATURES * FORMAT::BYTES + LINE - 1) / LINE;
   const float *scale = scales.scale.data() + first * feature_step, *start = prepared.starts.data();
   const float* zero = ZERO ? scales.zero.data() + first * feature_step : nullptr;
   const Input* input = prepared.input.data();
@@ -471,12 +508,10 @@ void features_of(const Values<FORMAT>& values, const Prepared& prepared, const W
     Sum part[FEATURES][ROWS];
     EACH(row, ROWS) EACH(feature, FEATURES) part[feature][row] = load(start + row * LANES);
     for (int64_t unit = 0; unit < units; unit++, at += FORMAT::BYTES, input += ROWS * UNIT) {
-      const uint8_t* next = at + 2 * FEATURES * bytes;  // unasked for, memory comes at a sixth of its rate
+      EACH(line, LINES) __builtin_prefetch(next + line * LINE);
+      next += FEATURES * FORMAT::BYTES;
       Unit read[FEATURES];
-      EACH(feature, FEATURES) {
-        __builtin_prefetch(next + feature * bytes);
-        read[feature] = values.of(at + feature * bytes);
-      }
+      EACH(feature, FEATURES) read[feature] = values.template of<true>(at + feature * bytes);
       EACH(row, ROWS)
         EACH(feature, FEATURES) part[feature][row] = add_products(part[feature][row], read[feature], input + row * UNIT);
     }
@@ -505,21 +540,22 @@ void features_of(const Values<FORMAT>& values, const Prepared& prepared, const W
 
 template <class FORMAT, int ROWS, bool ZERO>
 void multiply(const float* rows, const Weight& weight, float* out) {
-  constexpr int FEATURES = ROWS <= 2 ? 4 : 2;
+  constexpr int FEATURES = ROWS == 1 ? 8 : ROWS == 2 ? 4 : 2;
   const Prepared prepared(rows, ROWS, weight, Values<FORMAT>::ADDED);
 #pragma omp parallel if (weight.features * weight.columns >= SMALL)
   {
     const Values<FORMAT> values;
     Scales scales(weight);
+    Padded padded(weight, weight.columns * FORMAT::BITS / 8);
 #pragma omp for schedule(static)
     for (int64_t tile = 0; tile < weight.features; tile += TILE) {
       const int64_t features = weight.features - tile < TILE ? weight.features - tile : TILE;
       scales.read(tile, features);
       int64_t first = 0;
       for (; first + FEATURES <= features; first += FEATURES)
-        features_of<FORMAT, ROWS, FEATURES, ZERO>(values, prepared, weight, scales, tile, first, out);
+        features_of<FORMAT, ROWS, FEATURES, ZERO>(values, prepared, weight, scales, padded, tile, first, out);
       for (; first < features; first++)
-        features_of<FORMAT, ROWS, 1, ZERO>(values, prepared, weight, scales, tile, first, out);
+        features_of<FORMAT, ROWS, 1, ZERO>(values, prepared, weight, scales, padded, tile, first, out);
     }
   }
 }
@@ -613,20 +649,23 @@ void turn(const uint32_t* from, int64_t step, uint32_t* to) {
   }
 }
 
-template <int ROWS>
-void multiply_tile(const uint32_t* input, int64_t pairs, const uint32_t* tile, int64_t features, float* out, int64_t step) {
+void store_some(Sum values, int64_t count, float* to) { _mm512_mask_storeu_ps(to, __mmask16((1u << count) - 1), values); }
+void store_some(Sum values, int64_t count, uint16_t* to) {
+  _mm256_mask_storeu_epi16(to, __mmask16((1u << count) - 1), (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+template <int ROWS, class VALUE>
+void multiply_tile(const uint32_t* input, int64_t pairs, const uint32_t* tile, int64_t features, VALUE* out, int64_t step) {
   Sum sums[ROWS][VECTORS];
   EACH(row, ROWS) EACH(vector, VECTORS) sums[row][vector] = zeros();
   add_pairs(sums, input, pairs, tile, WIDE, pairs);
-  EACH(row, ROWS) EACH(vector, VECTORS) {
-    const int64_t left = std::clamp<int64_t>(features - vector * LANES, 0, LANES);
-    _mm512_mask_storeu_ps(out + row * step + vector * LANES, __mmask16((1u << left) - 1), sums[row][vector]);
-  }
+  EACH(row, ROWS) EACH(vector, VECTORS)
+    store_some(sums[row][vector], std::clamp<int64_t>(features - vector * LANES, 0, LANES), out + row * step + vector * LANES);
 }
 
-template <class FORMAT>
-void multiply_many(const float* rows, int64_t count, const Weight& weight, float* out) {
-  using Multiply = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, float*, int64_t);
+template <class FORMAT, class VALUE>
+void multiply_many(const VALUE* rows, int64_t count, const Weight& weight, VALUE* out) {
+  using Multiply = void (*)(const uint32_t*, int64_t, const uint32_t*, int64_t, VALUE*, int64_t);
   constexpr Multiply of[] = {multiply_tile<1>, multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,
                              multiply_tile<5>, multiply_tile<6>, multiply_tile<7>, multiply_tile<8>,
                              multiply_tile<9>, multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
@@ -663,15 +702,28 @@ void multiply_many(const float* rows, int64_t count, const Weight& weight, float
 constexpr int64_t MOST = 8;  // rows that share one pass over the codes
 
 template <class FORMAT>
-void multiply(const float* rows, int64_t count, const Weight& weight, float* out) {
+void multiply_few(const float* rows, int64_t count, const Weight& weight, float* out) {
   using Multiply = void (*)(const float*, const Weight&, float*);
   constexpr Multiply of[] = {multiply<FORMAT, 1>, multiply<FORMAT, 2>, multiply<FORMAT, 3>, multiply<FORMAT, 4>,
                              multiply<FORMAT, 5>, multiply<FORMAT, 6>, multiply<FORMAT, 7>, multiply<FORMAT, 8>};
+  of[count - 1](rows, weight, out);
+}
+
+template <class FORMAT>
+void multiply_few(const uint16_t* rows, int64_t count, const Weight& weight, uint16_t* out) {
+  std::vector<float> wide(count * weight.columns), found(count * weight.features);
+  for (size_t i = 0; i < wide.size(); i++) wide[i] = from_bf16(rows[i]);
+  multiply_few<FORMAT>(wide.data(), count, weight, found.data());
+  for (size_t i = 0; i < found.size(); i++) out[i] = to_bf16(found[i]);
+}
+
+template <class FORMAT, class VALUE>
+void multiply(const VALUE* rows, int64_t count, const Weight& weight, VALUE* out) {
 #if defined(LOWVRAM_AVX512)
   if (count > MOST) return multiply_many<FORMAT>(rows, count, weight, out);
 #endif
   for (int64_t first = 0; first < count; first += MOST)
-    of[std::min(MOST, count - first) - 1](rows + first * weight.columns, weight, out + first * weight.features);
+    multiply_few<FORMAT>(rows + first * weight.columns, std::min(MOST, count - first), weight, out + first * weight.features);
 }
 
 template <class FORMAT>
@@ -695,7 +747,8 @@ struct PairedInput {
   std::vector<Input> input;  // each row in bfloat16
   std::vector<float> sums;   // of each group and row
 
-  PairedInput(const float* rows, int64_t count, const Weight& weight)
+  template <class VALUE>
+  PairedInput(const VALUE* rows, int64_t count, const Weight& weight)
       : input(count * weight.columns), sums(count * weight.groups()) {
     for (int64_t row = 0; row < count; row++)
       for (int64_t group = 0; group < weight.groups(); group++) {
@@ -724,11 +777,13 @@ struct Block {
     }
   }
 
-  void multiply(const PairedInput& prepared, const Weight& weight, int64_t block, float* out) const {
+  template <class VALUE>
+  void multiply(const PairedInput& prepared, const Weight& weight, int64_t block, VALUE* out) const {
     for (int first = 0; first < 2; first += PARTS) parts(prepared, weight, block, first, out);
   }
 
-  void parts(const PairedInput& prepared, const Weight& weight, int64_t block, int first, float* out) const {
+  template <class VALUE>
+  void parts(const PairedInput& prepared, const Weight& weight, int64_t block, int first, VALUE* out) const {
     constexpr float ADDED = 128 + 8;
     const __m512i mask = _mm512_set1_epi16(15), exponent = _mm512_set1_epi16(0x4300);
     const uint8_t* at = weight.codes + block * weight.columns / 2;
@@ -768,19 +823,20 @@ struct Block {
       }
     }
     EACH(vector, 2 * PARTS)
-      EACH(row, ROWS) _mm512_storeu_ps(out + row * weight.features + block + row_of(vector, first), whole[vector][row]);
+      EACH(row, ROWS) store_some(whole[vector][row], LANES, out + row * weight.features + block + row_of(vector, first));
   }
 
   static int row_of(int vector, int first) { return 32 * (vector / PARTS) + VECTOR * (first + vector % PARTS); }
 };
 
-template <int ROWS>
-void multiply_block(const PairedInput& prepared, const Weight& weight, int64_t block, float* out) {
+template <int ROWS, class VALUE>
+void multiply_block(const PairedInput& prepared, const Weight& weight, int64_t block, VALUE* out) {
   Block<ROWS>().multiply(prepared, weight, block, out);
 }
 
-void multiply_blocks(const float* rows, int64_t count, const Weight& weight, float* out) {
-  using Multiply = void (*)(const PairedInput&, const Weight&, int64_t, float*);
+template <class VALUE>
+void multiply_blocks(const VALUE* rows, int64_t count, const Weight& weight, VALUE* out) {
+  using Multiply = void (*)(const PairedInput&, const Weight&, int64_t, VALUE*);
   constexpr Multiply of[] = {multiply_block<1>, multiply_block<2>, multiply_block<3>, multiply_block<4>,
                              multiply_block<5>, multiply_block<6>, multiply_block<7>, multiply_block<8>};
   for (int64_t begin = 0; begin < count; begin += PASSES * MOST) {
@@ -799,19 +855,16 @@ void multiply_blocks(const float* rows, int64_t count, const Weight& weight, flo
 
 #else
 
-void multiply_blocks(const float*, int64_t, const Weight&, float*) {}  // not asked for: torch packs in another way there
+template <class VALUE>
+void multiply_blocks(const VALUE*, int64_t, const Weight&, VALUE*) {}  // not asked for: torch packs in another way there
 
 #endif
-
-}  // namespace
 
 // What a weight's format is called here: 2 to 6 for integers of so many bits, and these.
 constexpr int64_t NF4_CODES = 0, INT8_CODES = 8, INT4_BLOCKS = 64;
 
-extern "C" void lowvram_product(const float* rows, int64_t count, const uint8_t* codes, const void* scale, int64_t kind,
-                                int64_t features, int64_t columns, int64_t format, int64_t group, int64_t group_step,
-                                float* out) {
-  const Weight weight{codes, scale, kind, features, columns, group, group_step};
+template <class VALUE>
+void multiply(const VALUE* rows, int64_t count, const Weight& weight, int64_t format, VALUE* out) {
   switch (format) {
     case NF4_CODES: return multiply<Nf4>(rows, count, weight, out);
     case 2: return multiply<Integer<2>>(rows, count, weight, out);
@@ -822,6 +875,19 @@ extern "C" void lowvram_product(const float* rows, int64_t count, const uint8_t*
     case INT8_CODES: return multiply<Int8>(rows, count, weight, out);
     case INT4_BLOCKS: return multiply_blocks(rows, count, weight, out);
   }
+}
+
+}  // namespace
+
+// Rows and results in float32 or (narrow) bfloat16.
+extern "C" void lowvram_product(const void* rows, bool narrow, int64_t count, const uint8_t* codes, const void* scale,
+                                int64_t kind, int64_t features, int64_t columns, int64_t format, int64_t group,
+                                int64_t group_step, void* out) {
+  const Weight weight{codes, scale, kind, features, columns, group, group_step};
+  if (narrow)
+    multiply(static_cast<const uint16_t*>(rows), count, weight, format, static_cast<uint16_t*>(out));
+  else
+    multiply(static_cast<const float*>(rows), count, weight, format, static_cast<float*>(out));
 }
 
 // In bfloat16 or (wide) float32; not of blocks.
@@ -859,7 +925,7 @@ extern "C" int32_t aoti_torch_cpu_quantized_product(void* rows, void* codes, voi
   // (features,) or (features * groups,); (features, groups); (groups, features, 2) of scales and zeros
   const int64_t groups = dims == 3 ? sizes[0] : count / features;
   const int64_t kind = dims == 3 ? WITH_ZEROS : dtype == float32 ? FLOAT32 : BFLOAT16;
-  lowvram_product(static_cast<const float*>(from), shape[0], static_cast<const uint8_t*>(stored), scaled, kind, features,
-                  shape[1], format, shape[1] / groups, strides[0], static_cast<float*>(into));
+  lowvram_product(from, false, shape[0], static_cast<const uint8_t*>(stored), scaled, kind, features, shape[1], format,
+                  shape[1] / groups, strides[0], into);
   return 0;
 }

@@ -1,17 +1,20 @@
 """Products with a quantised weight on the CPU, as the operator ``lowvram::quantized_product``.
 
-The kernel (``product.cpp``) reads the codes as they lie, and multiplies with the input in bfloat16 (in float32 on
-processors without AVX-512), summing in float32.
+The kernel (``product.cpp``) reads the codes as they lie, and multiplies with the input in bfloat16 (on processors
+without AVX-512 in float32), summing in float32.
 """
 
 import torch
 
-from lowvram_lab.kernels.library import opened
+from lowvram_lab.kernels.library import CONTIGUOUS, opened
 from lowvram_lab.model.formats import Format
 
 MOST_ROWS = 8
 """Rows of an input that share one pass over the codes. For more the kernel dequantises 32 rows of the weight at
 a time to bfloat16 (but for int4 in blocks), where the processor multiplies pairs of it; elsewhere that is torch's."""
+
+DTYPES = (torch.bfloat16, torch.float32)
+"""Of an input and its product, and of a weight that is dequantised."""
 
 BLOCK_ROWS = 64
 """Rows of a weight that torch's int4 packing interleaves for processors with AVX-512, which the kernel reads too."""
@@ -57,8 +60,8 @@ def _on_cpu(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, featu
     rows, codes, columns = rows.contiguous(), codes.contiguous(), rows.shape[1]
     result = rows.new_empty(rows.shape[0], features)
     kind, groups, step = _lie(scales, features)
-    addresses = rows.data_ptr(), rows.shape[0], codes.data_ptr(), scales.data_ptr()
-    kernels.lowvram_product(*addresses, kind, features, columns, format, columns // groups, step, result.data_ptr())
+    given = rows.data_ptr(), rows.dtype == torch.bfloat16, rows.shape[0], codes.data_ptr(), scales.data_ptr()
+    kernels.lowvram_product(*given, kind, features, columns, format, columns // groups, step, result.data_ptr())
     return result
 
 
@@ -93,7 +96,10 @@ def _on_meta(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, feat
 
 
 _OPERATORS = torch.library.Library("lowvram", "FRAGMENT")
-_OPERATORS.define("quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, SymInt format) -> Tensor")
+_OPERATORS.define(
+    "quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, SymInt format) -> Tensor",
+    tags=CONTIGUOUS,
+)
 _OPERATORS.impl("quantized_product", _on_cpu, "CPU")
 _OPERATORS.impl("quantized_product", _on_meta, "Meta")
 _OPERATORS.define("dequantized(Tensor codes, Tensor scales, int features, int format, ScalarType dtype) -> Tensor")
@@ -104,7 +110,7 @@ quantized_product = torch.ops.lowvram.quantized_product.default
 """Rows times a quantised weight.
 
 Args:
-    rows: ``(rows, columns)`` float32 on the CPU.
+    rows: ``(rows, columns)`` on the CPU, in one of ``DTYPES``.
     codes: Those of the weight, row by row, as ``weights.codes.pack`` lays them; of int4 two a byte, the even one low,
         or in blocks as torch packs them; of nf4 as bitsandbytes lays them.
     scales: bfloat16 or float32: ``(features,)`` or, of nf4, ``(features * groups,)``; ``(features, groups)``;
@@ -113,7 +119,7 @@ Args:
     format: See ``format_number`` and ``INT4_BLOCKS``.
 
 Returns:
-    ``(rows, features)`` float32. A row's result does not depend on the other rows.
+    ``(rows, features)`` in the rows' dtype. A row's result does not depend on the other rows.
 """
 
 dequantized = torch.ops.lowvram.dequantized.default
@@ -124,10 +130,8 @@ Args:
     scales: As of ``quantized_product``.
     features: Rows of the weight.
     format: See ``format_number``.
-    dtype: ``torch.bfloat16`` or ``torch.float32``.
+    dtype: One of ``DTYPES``.
 
 Returns:
     ``(features, columns)`` in dtype, each value rounded once.
 """
-
-DEQUANTIZED_IN = (torch.bfloat16, torch.float32)

@@ -16,13 +16,9 @@
 #include "pieces.h"
 #include "shim.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace {
 
-constexpr int64_t LANES = 16;
+constexpr int64_t LANES = VECTOR_LANES;
 constexpr int64_t CHUNK = 256;        // tokens
 constexpr int64_t GROUP = 32;         // of int4: tokens of a key's channel, channels of a value, that share a scale
 constexpr int64_t SMALL = 1 << 17;    // bytes; a thread's start costs more than reading so few
@@ -34,10 +30,6 @@ constexpr int HELD = 16;  // sums that stay in registers
 constexpr int HELD = 4;
 #endif
 
-typedef float Lanes __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Whole __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint8_t Codes __attribute__((vector_size(16), aligned(1), may_alias));
@@ -66,17 +58,6 @@ float total(Lanes of) {
 #endif
 }
 
-// e^x; x is 0 or less. Relative error below 2e-7; below -87 it is nearly 0.
-Lanes exponential(Lanes x) {
-  const Lanes least = Lanes{} - 87.0f, round = Lanes{} + 12582912.0f;
-  const Lanes power = (x < least ? least : x) * 1.44269504f;
-  const Lanes whole = (power + round) - round, rest = power - whole;
-  const float terms[] = {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f};
-  Lanes sum = Lanes{} + 1.54035304e-4f;
-  for (float term : terms) sum = sum * rest + term;
-  return (Lanes)((Whole)sum + (__builtin_convertvector(whole, Whole) << 23));
-}
-
 float from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -93,9 +74,7 @@ uint32_t to_bits(float value) {
 
 struct BFloat16 {
   using Stored = uint16_t;
-  static Lanes read(const Stored* at) {
-    return (Lanes)(__builtin_convertvector(*reinterpret_cast<const Halves*>(at), Bits) << 16);
-  }
+  static Lanes read(const Stored* at) { return read_bf16(at); }
   static Stored rounded(float value) { return to_bf16(value); }
 };
 

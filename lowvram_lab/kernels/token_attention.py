@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from lowvram_lab.kernels.library import opened
+from lowvram_lab.kernels.library import CONTIGUOUS, opened
 
 CACHED = ("keys", "values", "key_scale", "value_scale", "recent")
 """What a decoder layer may keep, as its cache layer and the operator name it."""
@@ -50,7 +50,8 @@ def _on_meta(q: torch.Tensor, *others) -> torch.Tensor:
 _OPERATORS = torch.library.Library("lowvram", "FRAGMENT")
 _OPERATORS.define(
     "token_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, "
-    "Tensor(d!)? value_scale, Tensor(e!)? recent, SymInt tokens, float scale) -> Tensor"
+    "Tensor(d!)? value_scale, Tensor(e!)? recent, SymInt tokens, float scale) -> Tensor",
+    tags=CONTIGUOUS,
 )
 _OPERATORS.impl("token_attention", _on_cpu, "CPU")
 _OPERATORS.impl("token_attention", _on_meta, "Meta")

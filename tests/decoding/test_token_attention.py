@@ -8,7 +8,6 @@ import torch
 from lowvram_lab.decoding.decode import ModuleDecoder
 from lowvram_lab.decoding.kinds import engine_of, why_not
 from lowvram_lab.decoding.lean import LeanDecoder, decoder_for
-from lowvram_lab.kernels.library import there
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.planner.forecast import forecast
 from tests.helpers.tiny import (
@@ -25,14 +24,10 @@ from tests.helpers.tiny import (
 )
 
 FORMATS = ["fp32", "bf16", "fp16", "int8", "nf4", "int2", "int3", "int4", "int5", "int6"]
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU")
-
-
-@pytest.fixture(autouse=True)
-def compiling(monkeypatch):
-    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
-    if not there():
-        pytest.skip("no C++ compiler")
+pytestmark = [
+    pytest.mark.usefixtures("compiling"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU"),
+]
 
 
 def loaded(kind, recipe="fp32", placement="gpu", kv_format=None, context=128):
@@ -57,7 +52,7 @@ CASES = [(recipe, None) for recipe in FORMATS] + [
     ("int3", "int8"),
     ("int3", "int4"),
 ]
-MORE = [("llama", "int8"), ("llama", "int4"), ("qwen2", "int8")]
+MORE = [("llama", "int8", 2), ("llama", "int4", 2), ("qwen2", "int8", 1)]
 REFUSED = {("streamed", "int4")}  # weights travel beside keys and values that can go with them
 
 
@@ -84,14 +79,18 @@ def test_a_long_int4_cache_is_read_as_exactly_as_a_short_one(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kv_format"),
-    [("qwen2", "int4"), *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],  # each compiles for a minute
+    ("kind", "kv_format", "batch"),
+    [
+        ("qwen2", "int4", 1),
+        ("llama", None, 3),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE),
+    ],  # each compiles for a minute
 )
-def test_compiled_is_the_same_and_its_workspace_is_forecast(kind, kv_format):
-    model, ids = loaded(kind, "int4", kv_format=kv_format, context=300), random_ids(80)
-    decoder = decoder_for(model, progress=False)
+def test_compiled_is_the_same_and_its_workspace_is_forecast(kind, kv_format, batch):
+    model, ids = loaded(kind, "int4", kv_format=kv_format, context=300), random_ids(80, batch)
+    decoder = decoder_for(model, batch_size=batch, progress=False)
     assert decoder.compiled
-    plain = decoded(LeanDecoder(model, compiled=False), ids, 12).float()
+    plain = decoded(LeanDecoder(model, batch_size=batch, compiled=False), ids, 12).float()
     assert relative_error(decoded(decoder, ids, 12).float(), plain) < 0.02
     plan = model.lowvram.plan
     budget = replace(GpuBudget.parse("1000MiB"), kernels="cpu")

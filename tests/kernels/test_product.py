@@ -17,12 +17,7 @@ from tests.helpers.tiny import relative_error
 
 GROUPS = (32, 64, 96, 128)
 
-
-@pytest.fixture(autouse=True)
-def compiling(monkeypatch):
-    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
-    if kernels.compiler() is None:
-        pytest.skip("no C++ compiler")
+pytestmark = pytest.mark.usefixtures("compiling")
 
 
 def in_tiles(way: str) -> bool:
@@ -111,6 +106,16 @@ def test_it_is_the_product_with_the_dequantised_weight(name, way):
             # a weight that is dequantised is rounded to bfloat16; nf4's sixteen values are also where it is not
             expected = x.double() @ (weight.bfloat16().double() if tiled else weight).T
             assert relative_error(found.double(), expected) < (2e-3 if name == "nf4" else 3e-6)
+
+
+@IN_EVERY_WAY
+def test_in_bfloat16_it_is_the_same_rounded_once(name, way):
+    number, make = next(made for (case, *_), made in (CASES | BLOCKS).items() if case == name)
+    codes, scales, weight = make()
+    for rows in (1, 8, 9, 140):
+        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)).bfloat16()
+        found = quantized_product(x, codes, scales, len(weight), number)
+        assert torch.equal(found, quantized_product(x.float(), codes, scales, len(weight), number).bfloat16())
 
 
 @IN_EVERY_WAY

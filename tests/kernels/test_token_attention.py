@@ -5,7 +5,6 @@ import torch
 
 from lowvram_lab.engine.cache_layers import PreallocatedLayer
 from lowvram_lab.engine.int4_cache import GROUP, Int4Layer
-from lowvram_lab.kernels.library import there
 from lowvram_lab.kernels.token_attention import CACHED, token_attention
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.geometry import KVShape
@@ -19,14 +18,10 @@ SHAPES = {
     "wide": (1, 2, 1, 256),
 }
 LENGTHS = (1, 2, 31, 32, 33, 255, 256, 257, 288, 600)
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU")
-
-
-@pytest.fixture(autouse=True)
-def compiling(monkeypatch):
-    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
-    if not there():
-        pytest.skip("no C++ compiler")
+pytestmark = [
+    pytest.mark.usefixtures("compiling"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU"),
+]
 
 
 def cache(kv, dtype, batch, kv_heads, width, room):

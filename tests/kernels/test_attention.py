@@ -1,16 +1,12 @@
-"""Our attention beside torch's and beside float64, alone and inside of models."""
-
-import itertools
+"""Our attention of many queries beside torch's and beside float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
 
-from lowvram_lab.engine.attention import NAME
 from lowvram_lab.kernels.attention import FEWEST_QUERIES, attends, attention
-from lowvram_lab.kernels.library import multiplies_pairs, there
-from tests.helpers.tiny import TINY, load_tiny, random_ids, relative_error, tiny_plan
+from lowvram_lab.kernels.library import multiplies_pairs
+from tests.helpers.tiny import relative_error
 
 CASES = {
     "a prompt": (1, 9, 3, 64, 64, 64),
@@ -20,14 +16,11 @@ CASES = {
     "few queries": (3, 4, 2, 16, 8, 70),
     "one tile of keys": (1, 1, 1, 32, 9, 64),
 }
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU")
-
-
-@pytest.fixture(autouse=True)
-def compiling(monkeypatch):
-    monkeypatch.setenv("LOWVRAM_COMPILE", "1")
-    if not (there() and multiplies_pairs()):
-        pytest.skip("no C++ compiler, or another processor")
+pytestmark = [
+    pytest.mark.usefixtures("compiling"),
+    pytest.mark.skipif(not multiplies_pairs(), reason="another processor"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU"),
+]
 
 
 def states(case):
@@ -112,20 +105,3 @@ def test_what_it_leaves_to_torch():
         (q, k[:, :, :32], v[:, :, :32], None),
     ]
     assert not any(attends(*case) for case in refused)
-
-
-@pytest.mark.parametrize(("kind", "batch_size"), list(itertools.product(TINY, (1, 2))))
-def test_a_model_reads_its_prompt_with_it(kind, batch_size, monkeypatch):
-    plan = tiny_plan(kind, "bf16", context=64)
-    model, ids = load_tiny(kind, plan), random_ids(40, batch_size)
-    seen = []
-    monkeypatch.setattr("lowvram_lab.engine.attention.attention", lambda *args: seen.append(1) or attention(*args))
-    assert model.config._attn_implementation == NAME
-    with torch.no_grad():
-        found = model(ids).logits
-        stock = AutoModelForCausalLM.from_config(plan.spec.pretrained_config(), dtype=torch.bfloat16).eval()
-        stock.load_state_dict(model.state_dict())
-        assert stock.config._attn_implementation == "sdpa"
-        expected = stock(ids).logits
-    assert len(seen) == plan.spec.num_hidden_layers
-    assert relative_error(found, expected) < 2e-2

@@ -1,0 +1,80 @@
+"""What lies between a prompt's matrix products on the CPU, in bfloat16: one operator where torch takes two to eight.
+
+The kernels are C++ (``elementwise.cpp``). They round where torch's operators do.
+"""
+
+import torch
+
+from lowvram_lab.kernels.library import opened
+
+
+def _rms_norm_on_cpu(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    rows = rows.contiguous()
+    result, columns = torch.empty_like(rows), rows.shape[-1]
+    sizes = rows.numel() // columns, columns, eps
+    _kernels().lowvram_rms_norm(rows.data_ptr(), weight.data_ptr(), *sizes, result.data_ptr())
+    return result
+
+
+def _rotated_on_cpu(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    states, cos, sin = states.contiguous(), cos.contiguous(), sin.contiguous()
+    result, (batch, tokens, heads, width) = torch.empty_like(states), states.shape
+    sizes = batch, cos.stride(0) if cos.shape[0] > 1 else 0, tokens, heads, width
+    _kernels().lowvram_rotated(states.data_ptr(), cos.data_ptr(), sin.data_ptr(), *sizes, result.data_ptr())
+    return result
+
+
+def _gated_on_cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    result = torch.empty_like(gate)
+    _kernels().lowvram_gated(gate.data_ptr(), up.data_ptr(), gate.numel(), result.data_ptr())
+    return result
+
+
+def _kernels():
+    kernels = opened()
+    if kernels is None:
+        raise RuntimeError("an operator of the library's kernels was called where they are not; ask there() first")
+    return kernels
+
+
+def _like_the_first(first: torch.Tensor, *others) -> torch.Tensor:
+    return first.new_empty(first.shape)
+
+
+_OPERATORS = torch.library.Library("lowvram", "FRAGMENT")
+for _name, _arguments, _on_cpu in (
+    ("rms_norm", "Tensor rows, Tensor weight, float eps", _rms_norm_on_cpu),
+    ("rotated", "Tensor states, Tensor cos, Tensor sin", _rotated_on_cpu),
+    ("gated", "Tensor gate, Tensor up", _gated_on_cpu),
+):
+    _OPERATORS.define(f"{_name}({_arguments}) -> Tensor")
+    _OPERATORS.impl(_name, _on_cpu, "CPU")
+    _OPERATORS.impl(_name, _like_the_first, "Meta")
+
+rms_norm = torch.ops.lowvram.rms_norm.default
+"""``rows * rsqrt(mean(rows ** 2) + eps) * weight``, rounded before the last product too.
+
+Args:
+    rows: ``(..., columns)`` bfloat16.
+    weight: ``(columns,)`` bfloat16.
+    eps: Added to the mean square.
+
+Returns:
+    As rows.
+"""
+
+rotated = torch.ops.lowvram.rotated.default
+"""Rotary positions: ``states * cos + rotate_half(states) * sin``, each product rounded.
+
+Args:
+    states: ``(batch, tokens, heads, width)`` bfloat16.
+    cos: ``(batch or 1, tokens, width)`` bfloat16.
+    sin: As ``cos``.
+
+Returns:
+    As states.
+"""
+
+gated = torch.ops.lowvram.gated.default
+"""``silu(gate) * up``, both ``(..., features)`` bfloat16, rounded before the product too."""
