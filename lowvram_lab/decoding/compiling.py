@@ -25,7 +25,7 @@ from lowvram_lab.decoding.llama_layer import HeadShape, LayerShape, head, llama_
 from lowvram_lab.files import build_directory, sha256_file
 from lowvram_lab.kernels import product
 from lowvram_lab.kernels import token_attention as attention
-from lowvram_lab.kernels.product import quantized_product
+from lowvram_lab.kernels.product import quantized_products
 from lowvram_lab.kernels.token_attention import token_attention
 
 OPTIONS = {
@@ -34,7 +34,7 @@ OPTIONS = {
     "scalar_asserts": False,  # the slice of a full cache is the whole of it, which the exporter takes for another case
     "cpp.dynamic_threads": True,
     "aot_inductor.custom_ops_to_c_shims": {
-        quantized_product: [product.C_DECLARATION],
+        quantized_products: [product.C_DECLARATION],
         token_attention: [attention.C_DECLARATION],
     },
 }

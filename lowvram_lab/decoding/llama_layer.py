@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from lowvram_lab.engine.cache_layers import quantize_states
-from lowvram_lab.kernels.product import format_of, quantized_product
+from lowvram_lab.kernels.product import format_of, quantized_products
 from lowvram_lab.kernels.token_attention import CACHED, token_attention
 
 LONGEST_LOOP = 4096
@@ -235,12 +235,29 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _multiply(x: Tensor, products: tuple[Product, ...], weights: Sequence[Sequence], loops: list | None) -> Tensor:
     """``(rows, in)`` float32 → ``(rows, out)`` float32: the products with each weight, side by side."""
+    if all(product.kernel == "ours" for product in products):
+        return _products_of_ours(x, products, weights)
     found = [_product(x, product, tensors, loops) for product, tensors in zip(products, weights, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
+def _products_of_ours(x: Tensor, products: tuple[Product, ...], weights: Sequence[Sequence]) -> Tensor:
+    codes, scales, formats = zip(*(tensors[:3] for tensors in weights), strict=True)
+    features = [product.features for product in products]
+    found = quantized_products(x, codes, scales, features, [format_of(each) for each in formats])
+    if not any(product.bias for product in products):
+        return found
+    biases = [
+        tensors[3].float() if product.bias else x.new_zeros(product.features)
+        for product, tensors in zip(products, weights, strict=True)
+    ]
+    return found + torch.cat(biases)
+
+
 def _product(x: Tensor, product: Product, tensors: Sequence, loops: list | None) -> Tensor:
     kernel, group_size = product.kernel, product.group_size
+    if kernel == "ours":
+        return _products_of_ours(x, (product,), (tensors,))
     if loops is not None and kernel == "float" and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
         loops.append(x)
         found = (tensors[0].float() * x).sum(-1)[None]
@@ -252,8 +269,6 @@ def _product(x: Tensor, product: Product, tensors: Sequence, loops: list | None)
         found = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tensors[0], group_size, tensors[1])
     elif kernel == "module":
         found = tensors[0](x)
-    elif kernel == "ours":
-        found = quantized_product(x, tensors[0], tensors[1], product.features, format_of(tensors[2]))
     elif kernel == "int8":
         found = torch.ops.aten._weight_int8pack_mm(x.bfloat16(), tensors[0], tensors[1])
     else:

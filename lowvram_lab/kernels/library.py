@@ -104,7 +104,7 @@ def _opened(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # compiled layers look for the operator by its name
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     arguments = {
-        "product": [pointer, ctypes.c_bool, number, pointer, pointer, *[number] * 6, pointer],
+        "products": [pointer, ctypes.c_bool, *[number] * 3, *[pointer] * 4],
         "dequantise": [pointer, pointer, *[number] * 6, ctypes.c_bool, pointer],
         "attention": [*[pointer] * 5, *[number] * 6, ctypes.c_bool, ctypes.c_float, pointer],
         "token_attention": [*[pointer] * 9, number, ctypes.c_float, pointer],

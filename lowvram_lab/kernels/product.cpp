@@ -57,7 +57,14 @@ struct Weight {
   const void* scale;  // (features, groups); with zeros (groups, features, 2) in bfloat16
   int64_t kind, features, columns, group;
   int64_t group_step;  // with zeros, elements from a group to the next: a weight may be part of a wider one
+  int64_t out_step;    // from a row of the product to the next: other products may lie beside it
+  const uint8_t* next = nullptr;  // codes that are read after these
   int64_t groups() const { return columns / group; }
+  // What is read when so many bytes more have been: codes of this weight, whose rows have row_bytes, or of the next.
+  const uint8_t* behind(const uint8_t* at, int64_t more, int64_t row_bytes) const {
+    const uint8_t* end = codes + features * row_bytes;
+    return next && at + more >= end ? next + (at + more - end) : at + more;
+  }
   const uint32_t* pairs(int64_t of_group, int64_t feature) const {
     return reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(scale) + of_group * group_step) + feature;
   }
@@ -497,7 +504,8 @@ void features_of(const Values<FORMAT>& values, const Prepared& prepared, const W
   const int64_t units = weight.group / UNIT, rest = weight.group % UNIT;  // a rest there is in int8 alone
   const int64_t group_step = scales.group_step, feature_step = scales.feature_step;
   const uint8_t* at = padded.rows(tile + first, FEATURES);
-  const uint8_t* next = at + FEATURES * bytes;  // unasked for, memory comes at a sixth of its rate
+  // unasked for, memory comes at a sixth of its rate
+  const uint8_t* next = weight.behind(weight.codes + (tile + first) * bytes, std::max(AHEAD, FEATURES * bytes), bytes);
   constexpr int LINES = (FEATURES * FORMAT::BYTES + LINE - 1) / LINE;
   const float *scale = scales.scale.data() + first * feature_step, *start = prepared.starts.data();
   const float* zero = ZERO ? scales.zero.data() + first * feature_step : nullptr;
@@ -535,7 +543,7 @@ void features_of(const Values<FORMAT>& values, const Prepared& prepared, const W
   }
   out += tile + first;
   for (int feature = 0; feature < FEATURES; feature++)
-    for (int row = 0; row < ROWS; row++) out[row * weight.features + feature] = total(whole[feature][row]);
+    for (int row = 0; row < ROWS; row++) out[row * weight.out_step + feature] = total(whole[feature][row]);
 }
 
 template <class FORMAT, int ROWS, bool ZERO>
@@ -691,7 +699,7 @@ void multiply_many(const VALUE* rows, int64_t count, const Weight& weight, VALUE
       int64_t passes = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
       for (int64_t row = 0, some; row < count; row += some, passes--) {
         some = (count - row + passes - 1) / passes;
-        of[some - 1](input.data() + row * pairs, pairs, tile.data(), features, out + row * weight.features + first, weight.features);
+        of[some - 1](input.data() + row * pairs, pairs, tile.data(), features, out + row * weight.out_step + first, weight.out_step);
       }
     }
   }
@@ -711,10 +719,11 @@ void multiply_few(const float* rows, int64_t count, const Weight& weight, float*
 
 template <class FORMAT>
 void multiply_few(const uint16_t* rows, int64_t count, const Weight& weight, uint16_t* out) {
-  std::vector<float> wide(count * weight.columns), found(count * weight.features);
+  std::vector<float> wide(count * weight.columns), found(count * weight.out_step);
   for (size_t i = 0; i < wide.size(); i++) wide[i] = from_bf16(rows[i]);
   multiply_few<FORMAT>(wide.data(), count, weight, found.data());
-  for (size_t i = 0; i < found.size(); i++) out[i] = to_bf16(found[i]);
+  for (int64_t row = 0; row < count; row++)
+    for (int64_t i = row * weight.out_step; i < row * weight.out_step + weight.features; i++) out[i] = to_bf16(found[i]);
 }
 
 template <class FORMAT, class VALUE>
@@ -723,7 +732,7 @@ void multiply(const VALUE* rows, int64_t count, const Weight& weight, VALUE* out
   if (count > MOST) return multiply_many<FORMAT>(rows, count, weight, out);
 #endif
   for (int64_t first = 0; first < count; first += MOST)
-    multiply_few<FORMAT>(rows + first * weight.columns, std::min(MOST, count - first), weight, out + first * weight.features);
+    multiply_few<FORMAT>(rows + first * weight.columns, std::min(MOST, count - first), weight, out + first * weight.out_step);
 }
 
 template <class FORMAT>
@@ -787,6 +796,8 @@ struct Block {
     constexpr float ADDED = 128 + 8;
     const __m512i mask = _mm512_set1_epi16(15), exponent = _mm512_set1_epi16(0x4300);
     const uint8_t* at = weight.codes + block * weight.columns / 2;
+    const uint8_t *ahead = weight.behind(at, AHEAD, weight.columns / 2), *end = weight.codes + weight.features * weight.columns / 2;
+    const uint8_t* after = weight.next ? weight.next : end;
     const Input* input = prepared.input.data();
     const float* sums = prepared.sums.data();
     Sum whole[2 * PARTS][ROWS];
@@ -795,7 +806,8 @@ struct Block {
       Sum part[2 * PARTS][ROWS];
       EACH(vector, 2 * PARTS) EACH(row, ROWS) part[vector][row] = _mm512_set1_ps(-ADDED * sums[row]);
       for (int64_t pair = 0; pair < weight.group / 2; pair++, at += BLOCK, input += 2) {
-        __builtin_prefetch(at + AHEAD);
+        __builtin_prefetch(ahead);
+        ahead = ahead + BLOCK == end ? after : ahead + BLOCK;
         const __m512i both = _mm512_loadu_si512(at);
         __m512bh read[2 * PARTS];
         EACH(p, PARTS) {
@@ -823,7 +835,7 @@ struct Block {
       }
     }
     EACH(vector, 2 * PARTS)
-      EACH(row, ROWS) store_some(whole[vector][row], LANES, out + row * weight.features + block + row_of(vector, first));
+      EACH(row, ROWS) store_some(whole[vector][row], LANES, out + row * weight.out_step + block + row_of(vector, first));
   }
 
   static int row_of(int vector, int first) { return 32 * (vector / PARTS) + VECTOR * (first + vector % PARTS); }
@@ -848,7 +860,7 @@ void multiply_blocks(const VALUE* rows, int64_t count, const Weight& weight, VAL
     for (int64_t block = 0; block < weight.features; block += BLOCK)
       for (int64_t pass = 0; pass < int64_t(passes.size()); pass++) {
         const int64_t row = begin + pass * MOST, some = end - row < MOST ? end - row : MOST;
-        of[some - 1](passes[pass], weight, block, out + row * weight.features);
+        of[some - 1](passes[pass], weight, block, out + row * weight.out_step);
       }
   }
 }
@@ -879,22 +891,28 @@ void multiply(const VALUE* rows, int64_t count, const Weight& weight, int64_t fo
 
 }  // namespace
 
-// Rows and results in float32 or (narrow) bfloat16.
-extern "C" void lowvram_product(const void* rows, bool narrow, int64_t count, const uint8_t* codes, const void* scale,
-                                int64_t kind, int64_t features, int64_t columns, int64_t format, int64_t group,
-                                int64_t group_step, void* out) {
-  const Weight weight{codes, scale, kind, features, columns, group, group_step};
-  if (narrow)
-    multiply(static_cast<const uint16_t*>(rows), count, weight, format, static_cast<uint16_t*>(out));
-  else
-    multiply(static_cast<const float*>(rows), count, weight, format, static_cast<float*>(out));
+// Products of the same rows with several weights, side by side; rows and results in float32 or (narrow) bfloat16. sizes: of
+// each weight kind, features, format, group and group_step.
+extern "C" void lowvram_products(const void* rows, bool narrow, int64_t count, int64_t columns, int64_t weights,
+                                 const uint8_t* const* codes, const void* const* scales, const int64_t* sizes, void* out) {
+  int64_t width = 0;
+  for (int64_t i = 0; i < weights; i++) width += sizes[5 * i + 1];
+  for (int64_t i = 0, first = 0; i < weights; first += sizes[5 * i + 1], i++) {
+    const int64_t *of = sizes + 5 * i, features = of[1];
+    const uint8_t* next = i + 1 < weights ? codes[i + 1] : nullptr;
+    const Weight weight{codes[i], scales[i], of[0], features, columns, of[3], of[4], width, next};
+    if (narrow)
+      multiply(static_cast<const uint16_t*>(rows), count, weight, of[2], static_cast<uint16_t*>(out) + first);
+    else
+      multiply(static_cast<const float*>(rows), count, weight, of[2], static_cast<float*>(out) + first);
+  }
 }
 
 // In bfloat16 or (wide) float32; not of blocks.
 extern "C" void lowvram_dequantise(const uint8_t* codes, const void* scale, int64_t kind, int64_t features,
                                    int64_t columns, int64_t format, int64_t group, int64_t group_step, bool wide,
                                    void* out) {
-  const Weight weight{codes, scale, kind, features, columns, group, group_step};
+  const Weight weight{codes, scale, kind, features, columns, group, group_step, features};
   switch (format) {
     case NF4_CODES: return dequantise<Nf4>(weight, out, wide);
     case 2: return dequantise<Integer<2>>(weight, out, wide);
@@ -906,26 +924,37 @@ extern "C" void lowvram_dequantise(const uint8_t* codes, const void* scale, int6
   }
 }
 
-// The product as a library that torch's compiler made calls it.
-extern "C" int32_t aoti_torch_cpu_quantized_product(void* rows, void* codes, void* scales, int64_t features, int64_t format,
-                                         void** result) {
-  void *from, *stored, *scaled, *into;
-  int64_t *shape, *sizes, *strides, dims, count;
-  int32_t dtype;
-  int32_t failed = aoti_torch_get_data_ptr(rows, &from) || aoti_torch_get_sizes(rows, &shape) ||
-                   aoti_torch_get_data_ptr(codes, &stored) || aoti_torch_get_data_ptr(scales, &scaled) ||
-                   aoti_torch_get_sizes(scales, &sizes) || aoti_torch_get_strides(scales, &strides) ||
-                   aoti_torch_get_dim(scales, &dims) || aoti_torch_get_numel(scales, &count) ||
-                   aoti_torch_get_dtype(scales, &dtype);
-  if (failed) return failed;
-  const int64_t sized[] = {shape[0], features}, strided[] = {features, 1};
+// The products as a library that torch's compiler made calls them.
+extern "C" int32_t aoti_torch_cpu_quantized_products(void* rows, void** codes, int64_t weights, void** scales, int64_t,
+                                                     const int64_t* features, int64_t, const int64_t* formats, int64_t,
+                                                     void** result) {
+  constexpr int64_t MOST_WEIGHTS = 8;
+  if (weights > MOST_WEIGHTS) return 1;
   const int32_t float32 = aoti_torch_dtype_float32(), cpu = aoti_torch_device_type_cpu();
-  failed = aoti_torch_empty_strided(2, sized, strided, float32, cpu, 0, result) || aoti_torch_get_data_ptr(*result, &into);
+  const uint8_t* stored[MOST_WEIGHTS];
+  const void* scaled[MOST_WEIGHTS];
+  int64_t lie[5 * MOST_WEIGHTS], *shape, *sizes, *strides, dims, count, width = 0;
+  void *from, *into, *address;
+  int32_t dtype, failed = aoti_torch_get_data_ptr(rows, &from) || aoti_torch_get_sizes(rows, &shape);
+  for (int64_t i = 0; i < weights && !failed; i++) {
+    failed = aoti_torch_get_data_ptr(codes[i], &address);
+    stored[i] = static_cast<const uint8_t*>(address);
+    failed = failed || aoti_torch_get_data_ptr(scales[i], &address) || aoti_torch_get_sizes(scales[i], &sizes) ||
+             aoti_torch_get_strides(scales[i], &strides) || aoti_torch_get_dim(scales[i], &dims) ||
+             aoti_torch_get_numel(scales[i], &count) || aoti_torch_get_dtype(scales[i], &dtype);
+    if (failed) return failed;
+    scaled[i] = address;
+    // (features,) or (features * groups,); (features, groups); (groups, features, 2) of scales and zeros
+    const int64_t groups = dims == 3 ? sizes[0] : count / features[i];
+    const int64_t kind = dims == 3 ? WITH_ZEROS : dtype == float32 ? FLOAT32 : BFLOAT16;
+    const int64_t found[] = {kind, features[i], formats[i], shape[1] / groups, strides[0]};
+    std::copy(found, found + 5, lie + 5 * i);
+    width += features[i];
+  }
+  const int64_t sized[] = {shape[0], width}, strided[] = {width, 1};
+  failed = failed || aoti_torch_empty_strided(2, sized, strided, float32, cpu, 0, result) ||
+           aoti_torch_get_data_ptr(*result, &into);
   if (failed) return failed;
-  // (features,) or (features * groups,); (features, groups); (groups, features, 2) of scales and zeros
-  const int64_t groups = dims == 3 ? sizes[0] : count / features;
-  const int64_t kind = dims == 3 ? WITH_ZEROS : dtype == float32 ? FLOAT32 : BFLOAT16;
-  lowvram_product(from, false, shape[0], static_cast<const uint8_t*>(stored), scaled, kind, features, shape[1], format,
-                  shape[1] / groups, strides[0], into);
+  lowvram_products(from, false, shape[0], shape[1], weights, stored, scaled, lie, into);
   return 0;
 }

@@ -1,8 +1,10 @@
-"""Products with a quantised weight on the CPU, as the operator ``lowvram::quantized_product``.
+"""Products with quantised weights on the CPU, as the operator ``lowvram::quantized_products``.
 
 The kernel (``product.cpp``) reads the codes as they lie, and multiplies with the input in bfloat16 (on processors
 without AVX-512 in float32), summing in float32.
 """
+
+import ctypes
 
 import torch
 
@@ -23,8 +25,10 @@ INT4_BLOCKS = 64
 """How the kernel calls that layout; other formats see ``format_number``."""
 
 C_DECLARATION = (
-    "int32_t aoti_torch_cpu_quantized_product(AtenTensorHandle rows, AtenTensorHandle codes, AtenTensorHandle scales, "
-    "int64_t features, int64_t format, AtenTensorHandle* result)"
+    "int32_t aoti_torch_cpu_quantized_products(AtenTensorHandle rows, "
+    "const AtenTensorHandle* codes, int64_t codes_len, const AtenTensorHandle* scales, int64_t scales_len, "
+    "const int64_t* features, int64_t features_len, const int64_t* formats, int64_t formats_len, "
+    "AtenTensorHandle* result)"
 )
 """The operator as a library made by torch's compiler calls it, which finds it among the process's symbols."""
 
@@ -53,15 +57,26 @@ _BITS = {0: 4, INT4_BLOCKS: 4}
 _BFLOAT16, _FLOAT32, _WITH_ZEROS = range(3)
 
 
-def _on_cpu(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
+def _on_cpu(
+    rows: torch.Tensor, codes: list[torch.Tensor], scales: list[torch.Tensor], features: list[int], formats: list[int]
+) -> torch.Tensor:
     kernels = opened()
     if kernels is None:
-        raise RuntimeError("quantized_product was called where it is not there; ask there() first")
-    rows, codes, columns = rows.contiguous(), codes.contiguous(), rows.shape[1]
-    result = rows.new_empty(rows.shape[0], features)
-    kind, groups, step = _lie(scales, features)
-    given = rows.data_ptr(), rows.dtype == torch.bfloat16, rows.shape[0], codes.data_ptr(), scales.data_ptr()
-    kernels.lowvram_product(*given, kind, features, columns, format, columns // groups, step, result.data_ptr())
+        raise RuntimeError("quantized_products was called where it is not there; ask there() first")
+    rows, codes = rows.contiguous(), [each.contiguous() for each in codes]
+    result, columns, several = _on_meta(rows, codes, scales, features, formats), rows.shape[1], len(codes)
+    sizes = []
+    for its_scales, rows_of_it, format in zip(scales, features, formats, strict=True):
+        kind, groups, step = _lie(its_scales, rows_of_it)
+        sizes += [kind, rows_of_it, format, columns // groups, step]
+    addresses = ctypes.c_void_p * several
+    kernels.lowvram_products(
+        *(rows.data_ptr(), rows.dtype == torch.bfloat16, rows.shape[0], columns, several),
+        addresses(*(each.data_ptr() for each in codes)),
+        addresses(*(each.data_ptr() for each in scales)),
+        (ctypes.c_int64 * len(sizes))(*sizes),
+        result.data_ptr(),
+    )
     return result
 
 
@@ -91,43 +106,53 @@ def _dequantised_on_meta(
     return codes.new_empty(features, 8 * codes.nbytes // (features * _BITS.get(format, format)), dtype=dtype)
 
 
-def _on_meta(rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int) -> torch.Tensor:
-    return rows.new_empty(rows.shape[0], features)
+def _on_meta(
+    rows: torch.Tensor, codes: list[torch.Tensor], scales: list[torch.Tensor], features: list[int], formats: list[int]
+) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], sum(features))
 
 
 _OPERATORS = torch.library.Library("lowvram", "FRAGMENT")
 _OPERATORS.define(
-    "quantized_product(Tensor rows, Tensor codes, Tensor scales, int features, SymInt format) -> Tensor",
+    "quantized_products(Tensor rows, Tensor[] codes, Tensor[] scales, int[] features, SymInt[] formats) -> Tensor",
     tags=CONTIGUOUS,
 )
-_OPERATORS.impl("quantized_product", _on_cpu, "CPU")
-_OPERATORS.impl("quantized_product", _on_meta, "Meta")
+_OPERATORS.impl("quantized_products", _on_cpu, "CPU")
+_OPERATORS.impl("quantized_products", _on_meta, "Meta")
 _OPERATORS.define("dequantized(Tensor codes, Tensor scales, int features, int format, ScalarType dtype) -> Tensor")
 _OPERATORS.impl("dequantized", _dequantised_on_cpu, "CPU")
 _OPERATORS.impl("dequantized", _dequantised_on_meta, "Meta")
 
-quantized_product = torch.ops.lowvram.quantized_product.default
-"""Rows times a quantised weight.
+quantized_products = torch.ops.lowvram.quantized_products.default
+"""Rows times several quantised weights; the products lie side by side.
 
 Args:
     rows: ``(rows, columns)`` on the CPU, in one of ``DTYPES``.
-    codes: Those of the weight, row by row, as ``weights.codes.pack`` lays them; of int4 two a byte, the even one low,
-        or in blocks as torch packs them; of nf4 as bitsandbytes lays them.
-    scales: bfloat16 or float32: ``(features,)`` or, of nf4, ``(features * groups,)``; ``(features, groups)``;
+    codes: Of each weight, row by row, as ``weights.codes.pack`` lays them; of int4 two a byte, the even one low, or in
+        blocks as torch packs them; of nf4 as bitsandbytes lays them.
+    scales: Of each, bfloat16 or float32: ``(features,)`` or, of nf4, ``(features * groups,)``; ``(features, groups)``;
         ``(groups, features, 2)`` of scales and zeros, in bfloat16.
-    features: Rows of the weight; of blocks a multiple of ``BLOCK_ROWS``.
-    format: See ``format_number`` and ``INT4_BLOCKS``.
+    features: Rows of each; of blocks a multiple of ``BLOCK_ROWS``.
+    formats: See ``format_number`` and ``INT4_BLOCKS``.
 
 Returns:
-    ``(rows, features)`` in the rows' dtype. A row's result does not depend on the other rows.
+    ``(rows, sum of features)`` in the rows' dtype. A row's result does not depend on the other rows.
 """
+
+
+def quantized_product(
+    rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, features: int, format: int
+) -> torch.Tensor:
+    """``quantized_products`` with one weight."""
+    return quantized_products(rows, [codes], [scales], [features], [format])
+
 
 dequantized = torch.ops.lowvram.dequantized.default
 """A weight of integers, or some rows of it.
 
 Args:
-    codes: As of ``quantized_product``, not in blocks, nor of nf4 (whose values the kernel rounds twice).
-    scales: As of ``quantized_product``.
+    codes: As of ``quantized_products``, not in blocks, nor of nf4 (whose values the kernel rounds twice).
+    scales: As of ``quantized_products``.
     features: Rows of the weight.
     format: See ``format_number``.
     dtype: One of ``DTYPES``.
