@@ -54,7 +54,8 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     offset = 1 << (bits - 1)
     blocks = words.view(rows, words.shape[1] // bits, bits)
     codes = words.new_empty(rows, blocks.shape[1], PACK_CODES, dtype=torch.int8)
-    for lane in range(PACK_CODES):
+    # a dry run has no codes: of it those of the first word, and one more, allocate all that the others would again
+    for lane in range(-(-32 // bits) + 1 if words.is_meta else PACK_CODES):
         word, shift = divmod(lane * bits, 32)
         code = blocks[..., word] >> shift  # arithmetic: the mask takes the copied sign bits away
         if shift + bits > 32:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowvram_lab.memory.temporaries import _Temporaries as Temporaries
 from lowvram_lab.weights.codes import PACK_CODES, pack, unpack
 
 BITS = range(2, 9)
@@ -42,6 +43,18 @@ def test_rows_are_packed_for_themselves(bits):
     for select in (slice(2, 5), torch.tensor([8, 0, 0, 3])):
         assert torch.equal(pack(codes[select], bits), words[select])
         assert torch.equal(unpack(words[select], bits), codes[select])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_dry_run_takes_what_all_codes_take(bits):
+    words = pack(random_codes(64, 256, bits), bits)
+    peaks = []
+    for each in (words, words.to("meta")):
+        with Temporaries() as seen:
+            unpacked = unpack(each, bits)
+        assert (unpacked.shape, unpacked.dtype) == ((64, 256), torch.int8)
+        peaks.append(seen.peak_bytes)
+    assert peaks[0] == peaks[1] > 64 * 256
 
 
 def test_three_bits_by_hand():
