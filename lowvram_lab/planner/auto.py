@@ -6,6 +6,7 @@ plan fits is what its forecast says; what it costs is ``moves.cost``, how fast i
 Derived in: notebooks/05_split_the_layers.ipynb
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, sh
 from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import forecast_loss, head_modules, keeps_cache, kv_formats, off_card_seconds
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
-from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting
+from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting, most_layers
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 from lowvram_lab.planner.suited import names_its_dtype, quick_recipes, suited
@@ -141,15 +142,15 @@ class _Wishes:
 
 def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
     bases = {recipe: _bases(recipe, context, room, wishes) for recipe in wishes.recipes}
-    why: list[str] = []
+    search, why = Cheapest(room, wishes.gpu_layers), []  # one, as it remembers what it has tried
     if wishes.prefer == "speed":
-        choice = _fastest(bases, room, why, wishes.machine)
+        choice = _fastest(bases, search, why, wishes.machine)
     elif wishes.prefer == "fidelity":
-        choice = next(_most_precise(bases, room, why), None)
+        choice = next(_most_precise(bases, search, why), None)
     else:
-        choice = _chosen([plan for plans in bases.values() for plan in plans], bases, room, why, wishes.gpu_layers)
+        choice = _chosen([plan for plans in bases.values() for plan in plans], bases, search, why)
     if choice is None:
-        raise refusal(_least(bases[wishes.recipes[-1]][-1], room, wishes.gpu_layers), room)
+        raise refusal(_least(bases[wishes.recipes[-1]][-1], search), room)
     return choice
 
 
@@ -163,12 +164,13 @@ def _bases(recipe: str, context: int, room: Room, wishes: _Wishes) -> list[Plan]
     return [replace(plan, kv_format=kv_format) for kv_format in formats]
 
 
-def _least(plan: Plan, room: Room, gpu_layers: int | None) -> Plan:
+def _least(plan: Plan, search: Cheapest) -> Plan:
     """The plan that takes the least of the GPU: what a refusal is about."""
-    least = Cheapest(room, gpu_layers).gentlest(plan if gpu_layers is not None else plan.with_gpu_layers(0))
-    least = least.with_modules(*head_modules(room.spec), device="cpu")
-    if gpu_layers is None and room.lacks_ram(least):  # what the GPU takes of it, RAM need not
-        least = replace(room, ram_bytes=None).most_layers(least) or least
+    least = search.gentlest(plan if search.asked_layers is not None else plan.with_gpu_layers(0))
+    least = least.with_modules(*head_modules(plan.spec), device="cpu")
+    if search.asked_layers is None and search.room.lacks_ram(least):  # what the GPU takes of it, RAM need not
+        found = most_layers(least, plan.spec.num_hidden_layers - 1, search.room.budget)
+        least = found.plan if found else least
     return least
 
 
@@ -245,11 +247,11 @@ def _budgets(max_memory: dict, ram: str | int | None, disk: str | int | None) ->
 
 
 def _chosen(
-    plans: list[Plan], bases: dict[str, list[Plan]], room: Room, why: list[str], gpu_layers: int | None = None
+    plans: list[Plan], bases: dict[str, list[Plan]], search: Cheapest, why: list[str], below_s: float = math.inf
 ) -> PlanChoice | None:
-    """The cheapest of some plans, see ``moves.cost``; notes in ``why`` what would be more precise and does not fit."""
+    """The cheapest of some plans, see ``Cheapest.of``; notes in ``why`` what would be more precise and does not fit."""
     refused: list[Plan] = []
-    found = Cheapest(room, gpu_layers).of(plans, refused)
+    found = search.of(plans, refused, below_s)
     # of recipes that come to the same, a model whose sizes no group fits, the most precise names it
     names = {_formats(options[0]): recipe for recipe, options in reversed(bases.items())}
     recipe = names[_formats(found.plan)] if found else ""
@@ -257,12 +259,12 @@ def _chosen(
     for name, plan in tried.items():
         if name != recipe:
             done = _moved(plan)
-            why.append(f"{name} does not fit: {shortage(plan, room)}{done and ', even with ' + done}")
+            why.append(f"{name} does not fit: {shortage(plan, search.room)}{done and ', even with ' + done}")
     if not found:
         return None
     away = found.plan.weight_bytes("disk")
     on_disk = f", {format_bytes(away)} on disk" if away else ""
-    text = f"{recipe}{_words(found.plan, gpu_layers)}{on_disk} fits: {margin(found.forecast)}"
+    text = f"{recipe}{_words(found.plan, search.asked_layers)}{on_disk} fits: {margin(found.forecast)}"
     return PlanChoice(found.plan, found.forecast, (*why[1 - MOST_REASONS :], text), recipe)
 
 
@@ -294,32 +296,30 @@ def _moved(plan: Plan) -> str:
     return ", ".join(parts[:-1]) + (" and " if parts[1:] else "") + parts[-1] if parts else ""
 
 
-def _most_precise(bases: dict[str, list[Plan]], room: Room, why: list[str]) -> Iterator[PlanChoice]:
+def _most_precise(bases: dict[str, list[Plan]], search: Cheapest, why: list[str]) -> Iterator[PlanChoice]:
     """Of each recipe, the most precise first, the cheapest plan; a KV cache that costs much only where it must be."""
     for recipe, plans in bases.items():
         gentle = [plan for plan in plans if keeps_cache(plan)]
         reasons: list[str] = []
-        choice = _chosen(gentle, bases, room, reasons) if gentle else None
+        choice = _chosen(gentle, bases, search, reasons) if gentle else None
         if choice is None and len(plans) > len(gentle):
-            choice = _chosen(plans[len(gentle) :], bases, room, reasons := [])
+            choice = _chosen(plans[len(gentle) :], bases, search, reasons := [])
         if choice:
             yield replace(choice, why=(*why, *choice.why)[-MOST_REASONS:])
         else:
-            least = _least(plans[-1], room, None)
-            why.append(f"{recipe} does not fit, however it is split: {shortage(least, room)}")
+            lacking = shortage(_least(plans[-1], search), search.room)
+            why.append(f"{recipe} does not fit, however it is split: {lacking}")
 
 
-def _fastest(bases: dict[str, list[Plan]], room: Room, why: list[str], machine: Machine) -> PlanChoice | None:
+def _fastest(bases: dict[str, list[Plan]], search: Cheapest, why: list[str], machine: Machine) -> PlanChoice | None:
     """The fastest of each recipe's best; a more precise one that is nearly as fast instead: none dominates it."""
     found = []
-    for choice in _most_precise(bases, room, why):
-        found.append(_with_threads(choice, room, machine))
-        plans = bases[choice.recipe]
-        lossy = [plan for plan in plans if not keeps_cache(plan)]
-        if lossy and off_card_seconds(choice.plan):  # a smaller KV cache may let more layers in
-            other = _chosen(lossy, bases, room, [])
-            if other and off_card_seconds(other.plan) < off_card_seconds(choice.plan):
-                found.append(_with_threads(other, room, machine))
+    for choice in _most_precise(bases, search, why):
+        found.append(_with_threads(choice, search.room, machine))
+        lossy = [plan for plan in bases[choice.recipe] if not keeps_cache(plan)]
+        seconds = off_card_seconds(choice.plan)  # where there are some, a smaller KV cache may let more layers in
+        if lossy and seconds and (other := _chosen(lossy, bases, search, [], seconds)):
+            found.append(_with_threads(other, search.room, machine))
     if not found:
         return None
     found.sort(key=lambda each: (forecast_loss(each.plan), -each.speed.decode_tokens_per_s, each.plan.weight_bytes()))

@@ -2,19 +2,21 @@
 
 The space is formats x KV format x pieces of a prompt x place of embedding and head x layers on the GPU; the order is
 ``moves.cost``. Plans are told to fit by sketches, which are cheap, and by a forecast in full before one is given back.
-More pieces and fewer modules on the card never take more of it, so each of those is found by bisection.
+More pieces and fewer modules on the card never take more of it, so each of those is found by bisection. What RAM and
+weights take is exact, and rules out what it can before anything is replayed; no plan is replayed twice.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """
 
 import bisect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lowvram_lab.errors import PlanError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.constraints import Room
-from lowvram_lab.planner.forecast import forecast_if_fits, is_whole, sketch_if_fits
+from lowvram_lab.planner.forecast import in_full, sketch, sketch_if_fits
 from lowvram_lab.planner.moves import chunk_sizes, cost, forecast_loss, head_modules, off_card_seconds
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.planner.search import largest_sketched, last_that_holds, least_bytes
@@ -44,43 +46,55 @@ class Cheapest:
         self._sketches: dict[Plan, MemoryProfile | None] = {}
         self._refused: PlanError | None = None
         self._forecasts: dict[Plan, MemoryProfile | None] = {}
+        self._too_large: list[Plan] = []
 
-    def of(self, bases: list[Plan], refused: list[Plan] | None = None) -> Found | None:
+    def of(self, bases: list[Plan], refused: list[Plan] | None = None, below_s: float = math.inf) -> Found | None:
         """The plan of least cost.
 
         Args:
             bases: Plans to start from, one for each pair of weights' formats and KV format, all on the GPU (or with
                 ``asked_layers`` there) and prompts read at once.
             refused: Takes those of them that do not fit without layers or head on the CPU, in the order tried.
+            below_s: Look for a plan of which the CPU computes less than so many seconds (``off_card_seconds``).
 
         Raises:
             PlanError: Nothing fits, and not every plan could be replayed.
         """
+        self._refused = None
         for base in sorted(bases, key=forecast_loss):
             if found := self.placed(base):
                 return found
             if refused is not None:
                 refused.append(self.gentlest(base))
-        found = self._computed_by_both(bases)
-        if found is None and self._refused is not None:
+        found = self._computed_by_both(bases, below_s)
+        if found is None and self._refused is not None and below_s == math.inf:
             raise self._refused
         return found
 
     def gentlest(self, base: Plan) -> Plan:
         """The plan with all moves that leave layers and head where they are."""
-        places = self._lookups(base)
-        return replace(places[0], prefill_chunk=_chunks(base)[-1])
+        return replace(self._lookups(base)[0], prefill_chunk=_chunks(base)[-1])
 
     def _fits_gpu(self, plan: Plan) -> bool:
         """Whether a plan fits the GPU, whatever RAM there is, by its sketch."""
-        if least_bytes(plan) > self.room.budget.usable_bytes:
+        known = least_bytes(plan) > self.room.budget.usable_bytes
+        if known or any(_takes_no_less(plan, other) for other in self._too_large):
             return False
         if plan not in self._sketches:
             try:
                 self._sketches[plan] = sketch_if_fits(plan, self.room.budget)
             except PlanError as error:  # a move that this architecture does not bear; or none of its plans runs
                 self._sketches[plan], self._refused = None, error
+            else:
+                self._too_large += [] if self._sketches[plan] else [plan]
         return self._sketches[plan] is not None
+
+    def _sketched(self, plan: Plan, *given) -> MemoryProfile:
+        """See ``sketch``, which says too by how much a plan does not fit."""
+        if not self._sketches.get(plan):
+            self._sketches[plan] = sketch(plan, *given)
+            self._too_large += [] if self._sketches[plan].fits else [plan]
+        return self._sketches[plan]
 
     def _may_fit(self, plan: Plan) -> bool:
         """Whether a plan fits GPU, RAM and disk, by its sketch."""
@@ -93,10 +107,9 @@ class Cheapest:
             return None
         plan = self.room.within_ram(plan)
         if plan not in self._forecasts:
-            whole = is_whole(plan, Workload.full_context(plan.context))
-            self._forecasts[plan] = self._sketches[plan] if whole else forecast_if_fits(plan, self.room.budget)
+            self._forecasts[plan] = in_full(plan, self._sketches[plan])
         profile = self._forecasts[plan]
-        return Found(plan, profile) if profile else None
+        return profile and Found(plan, profile)
 
     def _lookups(self, base: Plan) -> list[Plan]:
         """The plan by where its embedding is, the CPU first; one where the head decides, or RAM is short of it."""
@@ -107,19 +120,10 @@ class Cheapest:
 
     def placed(self, base: Plan) -> Found | None:
         """The cheapest place of the embedding and size of pieces with which a plan fits."""
-        if not any(least_bytes(plan) <= self.room.budget.usable_bytes for plan in self._lookups(base)):
-            return None
-        lookups, chunks = self._lookups(base), _chunks(base)
-        best = min(lookups, key=self._place_cost)
-        if self._may_fit(best) and (found := self._confirmed(best)):
+        lookups = [plan for plan in self._lookups(base) if self.room.within_ram(plan)]
+        if lookups and (found := self._confirmed(min(lookups, key=self._place_cost))):
             return found  # at once, and where it takes the least time
-        first, variants = 0, []
-        for plan in lookups:
-            sized = [replace(plan, prefill_chunk=chunk) for chunk in chunks[first:]]
-            start = self._first_fitting(sized)
-            if start < len(sized):
-                first += start  # what does not fit beside an embedding on the CPU does not beside one on the GPU
-                variants += sized[start:]
+        variants = [plan for lookup in lookups for plan in self._in_pieces(lookup)]
         for plan in sorted(variants, key=self._place_cost):
             if found := self._confirmed(plan):
                 return found
@@ -128,27 +132,24 @@ class Cheapest:
     def _place_cost(self, plan: Plan) -> tuple[float, ...]:
         return cost(self.room.within_ram(plan) or plan)
 
-    def _first_fitting(self, plans: list[Plan]) -> int:
-        """Index of the first plan that fits, of plans that take less and less; their number where none does."""
-        if not self._may_fit(plans[-1]):
-            return len(plans)
-        return bisect.bisect_left(range(len(plans) - 1), True, key=lambda at: self._may_fit(plans[at]))
+    def _in_pieces(self, plan: Plan) -> list[Plan]:
+        """The plan with those sizes of pieces that fit, the largest first."""
+        sized = [replace(plan, prefill_chunk=chunk) for chunk in _chunks(plan)]
+        if not self._may_fit(sized[-1]):
+            return []
+        return sized[bisect.bisect_left(sized[:-1], True, key=self._may_fit) :]
 
-    def _computed_by_both(self, bases: list[Plan]) -> Found | None:
+    def _computed_by_both(self, bases: list[Plan], below_s: float) -> Found | None:
         """The plan of least cost with layers or the head on the CPU."""
-        budget, best = self.room.budget, None
-        splits = [split for base in bases for split in self._splits(base)]
-        bounds = []
-        for split in splits:
-            most = split.last(lambda plan: least_bytes(plan) <= budget.usable_bytes)
-            if most >= split.least:
-                bounds.append((self._rough_cost(split.at(most)), len(bounds), split, most))
-        for bound, _, split, most in sorted(bounds, key=lambda entry: entry[:2]):
-            if best and bound > self._rough_cost(best.plan):
-                break
-            found = self._best_split(split, most, best)
-            if found and (best is None or self._cost(found.plan) < self._cost(best.plan)):
-                best = found
+        best, beaten, bounds = None, (below_s,), []
+        for split in (split for base in bases for split in self._splits(base)):
+            most = split.last(lambda plan: least_bytes(plan) <= self.room.budget.usable_bytes)
+            least = 1 + split.last(lambda plan: not self.room.within_ram(plan))  # fewer on the GPU take more
+            if most >= least:
+                bounds.append((self._rough_cost(split.at(most)), len(bounds), replace(split, least=least, most=most)))
+        for bound, _, split in sorted(bounds, key=lambda entry: entry[:2]):
+            if bound < beaten and (found := self._best_split(split, beaten)):
+                best, beaten = found, self._rough_cost(found.plan)
         return best
 
     def _splits(self, base: Plan) -> Iterator["Split"]:
@@ -162,25 +163,22 @@ class Cheapest:
             for placed in lookups if self.room.ram_bytes is not None else lookups[:1]:
                 yield Split(placed, low, most, lookup=plan.modules[plan.spec.embedding].device)
 
-    def _best_split(self, split: "Split", most: int, best: Found | None) -> Found | None:
-        """A split's cheapest plan that fits, where it can be cheaper than the best so far."""
-        least, budget = split.least, self.room.budget
-        if best:
-            beaten = self._cost(best.plan)
-            least = 1 + split.last(lambda plan: self._rough_cost(plan) > beaten[:2])
-        if least > most or (best and not self._fits_gpu(split.at(least))):
+    def _best_split(self, split: "Split", beaten: tuple[float, ...]) -> Found | None:
+        """A split's cheapest plan that fits, where it can be cheaper than the best so far.
+
+        As rough as the best is only the same split with its embedding elsewhere, and ``placed`` has tried both.
+        """
+        least = 1 + split.last(lambda plan: self._rough_cost(plan) >= beaten)
+        if least > split.most or (least > 0 and not self._fits_gpu(split.at(least))):
             return None
         try:
-            fitting = largest_sketched(lambda count: (split.at(count), None), least, most, budget)
+            at, budget = (lambda count: (split.at(count), None)), self.room.budget
+            fitting = largest_sketched(at, least, split.most, budget, self._sketched)
         except PlanError as error:
             self._refused = error
             return None
-        if fitting is None:
-            return None
-        for count in _fewer_and_fewer(fitting.number, least):
+        for count in _fewer_and_fewer(fitting.number, least) if fitting else ():
             plan = split.at(count)
-            if self.room.within_ram(plan) is None:
-                break  # fewer layers on the GPU take more RAM
             # pieces of a prompt and the embedding's place are open again
             gentle = replace(plan.with_modules(plan.spec.embedding, device=split.lookup), prefill_chunk=None)
             if found := self.placed(gentle) or self._confirmed(plan):
@@ -190,9 +188,6 @@ class Cheapest:
     def _rough_cost(self, plan: Plan) -> tuple[float, float]:
         """What of a plan's cost neither its embedding's place nor pieces of a prompt change."""
         return off_card_seconds(plan, self.asked_layers), forecast_loss(plan)
-
-    def _cost(self, plan: Plan) -> tuple[float, ...]:
-        return cost(plan, asked_layers=self.asked_layers)
 
 
 @dataclass(frozen=True)
@@ -211,6 +206,15 @@ class Split:
     def last(self, holds) -> int:
         """The largest count for which a condition holds that holds for all smaller ones; ``least - 1`` for none."""
         return last_that_holds(lambda count: holds(self.at(count)), self.least, self.most)
+
+
+def _takes_no_less(plan: Plan, other: Plan) -> bool:
+    """Whether a plan is another in larger pieces or with more on the card: what does not fit there does not here."""
+    alike = [(each.context, each.kv_format, each.modules[each.spec.head].device) for each in (plan, other)]
+    sizes = [each.prefill_chunk or each.context for each in (plan, other)]
+    pairs = zip(plan.modules.values(), other.modules.values(), strict=True)
+    more = (mine.format == its.format and (mine.device == "gpu" or its.device != "gpu") for mine, its in pairs)
+    return alike[0] == alike[1] and sizes[0] >= sizes[1] and all(more)
 
 
 def _fewer_and_fewer(most: int, least: int) -> Iterator[int]:

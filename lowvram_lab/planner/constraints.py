@@ -8,7 +8,7 @@ from lowvram_lab.model.host_bytes import forecast_load_bytes
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.profile import MemoryProfile
-from lowvram_lab.planner.search import forecast_if_possible, least_bytes, most_layers
+from lowvram_lab.planner.search import least_bytes
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT, suggest
 from lowvram_lab.units import format_bytes
 
@@ -46,12 +46,6 @@ class Room:
     def lacks_ram(self, plan: Plan) -> bool:
         """Whether the CPU's part is more than the RAM."""
         return self.ram_bytes is not None and ram_bytes(plan) > self.ram_bytes
-
-    def most_layers(self, plan: Plan) -> Plan | None:
-        """The plan with as many layers on the GPU as fit, but not all, and on disk what RAM has no room for."""
-        found = most_layers(plan, self.spec.num_hidden_layers - 1, self.budget)
-        fitting = found and self.within_ram(found.plan)
-        return fitting if fitting and forecast_if_possible(fitting, self.budget) else None
 
 
 def ram_bytes(plan: Plan) -> int:

@@ -74,9 +74,14 @@ def sketch(plan: Plan, budget: GpuBudget, workload: Workload | None = None) -> M
 def forecast_if_fits(plan: Plan, budget: GpuBudget, workload: Workload | None = None) -> MemoryProfile | None:
     """The forecast of a plan that fits; ends where it does not, which is sooner than to go on to the whole peak."""
     sketched = sketch_if_fits(plan, budget, workload)
-    if sketched is None or is_whole(plan, sketched.workload):
+    return sketched and in_full(plan, sketched)
+
+
+def in_full(plan: Plan, sketched: MemoryProfile) -> MemoryProfile | None:
+    """The forecast of a plan whose sketch fits, ``None`` where not all pieces of its prompt do."""
+    if is_whole(plan, sketched.workload):
         return sketched
-    return _until_it_fails(plan, budget, sketched.workload, None)
+    return _until_it_fails(plan, sketched.budget, sketched.workload, None)
 
 
 def sketch_if_fits(plan: Plan, budget: GpuBudget, workload: Workload | None = None) -> MemoryProfile | None:

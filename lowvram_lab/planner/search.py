@@ -14,7 +14,7 @@ from lowvram_lab.errors import BudgetError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.planner.forecast import forecast, forecast_if_fits, is_whole, sketch
+from lowvram_lab.planner.forecast import forecast, forecast_if_fits, in_full, sketch
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.units import format_bytes
 
@@ -150,7 +150,7 @@ def most_layers(plan: Plan, most: int, budget: GpuBudget) -> Fitting | None:
 
 
 def largest_sketched(
-    at: Callable[[int], tuple[Plan, Workload | None]], low: int, high: int, budget: GpuBudget
+    at: Callable[[int], tuple[Plan, Workload | None]], low: int, high: int, budget: GpuBudget, sketch: Callable = sketch
 ) -> Fitting | None:
     """See ``largest_fitting``; of plans that read prompts in pieces the forecast is a sketch."""
     best = refused = None
@@ -186,9 +186,7 @@ def _in_full(
 ) -> Fitting | None:
     """What a search over sketches found, with its forecast; the next smaller number where that does not fit."""
     while found is not None:
-        whole = is_whole(found.plan, found.forecast.workload)
-        profile = found.forecast if whole else forecast_if_fits(found.plan, budget, found.forecast.workload)
-        if profile:
+        if profile := in_full(found.plan, found.forecast):
             return replace(found, forecast=profile)
         found = largest_sketched(at, low, found.number - 1, budget)
     return None

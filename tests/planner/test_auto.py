@@ -221,6 +221,20 @@ def test_too_little_ram_is_a_bound_too(prefer):
         assert auto.ram_bytes(less.plan) < taken
 
 
+def test_few_of_all_plans_are_replayed(monkeypatch):
+    """Of three recipes with three KV formats each; before RAM and earlier refusals ruled plans out, 66 and 118."""
+    spec, budget, replayed = small_spec("qwen2"), needed("qwen2", "int4", 0), []
+    options = {"prefer": "speed", "recipes": RECIPES, "machine": Flat({"bf16": 3.0, "int8": 2.0, "int4": 1.0})}
+    replay = dry_run._replay
+    monkeypatch.setattr(dry_run, "_replay", lambda plan, *a, **k: (replayed.append(plan), replay(plan, *a, **k))[1])
+    free = auto_plan(spec, budget, CONTEXT, **options).plan
+    assert len(set(replayed)) == len(replayed) <= 52
+    replayed.clear()
+    with pytest.raises(BudgetError):
+        auto_plan(spec, budget, CONTEXT, ram=auto.ram_bytes(free) - 1, **options)
+    assert 0 < len(replayed) <= 31
+
+
 NANOSECONDS = {"bf16": 4.0, "int8": 2.0, "int6": 1.7, "int5": 1.5, "int4": 1.0, "int3": 1.2, "int2": 1.2}
 """A weight, in proportion to what it takes on the CPU of a small model."""
 
