@@ -24,6 +24,12 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture
+def known_rates(monkeypatch):
+    """A machine whose rates need not be measured, which takes some twenty seconds for plans that are new to a cache."""
+    monkeypatch.setattr("lowvram_lab.faces.cli.plan.Machine", lambda on_measure: Made())
+
+
 def directory_with(tmp_path, **changes):
     """A model directory whose config has the given fields changed; ``None`` removes one."""
     values = {**tiny_config("llama").to_dict(), **changes}
@@ -135,7 +141,7 @@ def test_bad_weights_are_one_line(capsys, tmp_path, kind):
     assert "Traceback" not in err
 
 
-def test_a_config_alone_is_forecast_and_planned_and_a_chat_says_so(capsys, tmp_path):
+def test_a_config_alone_is_forecast_and_planned_and_a_chat_says_so(capsys, tmp_path, known_rates):
     directory = directory_with(tmp_path)
     card = ("--gpu", "192MiB", "--context", 64)
     for command in ("chat", "complete"):
@@ -153,7 +159,7 @@ def test_a_context_beyond_the_model_says_who_states_it(capsys, tmp_path):
     assert f"context 97 is beyond the 96 positions that {tmp_path} states; ask for 96 or less" in err
 
 
-def test_a_table_says_that_its_weights_are_blocks(capsys):
+def test_a_table_says_that_its_weights_are_blocks(capsys, known_rates):
     """The plan's summary above it counts the tensors."""
     for words in (["forecast", "smollm2-135m", "--format", "int8"], ["plan", "smollm2-135m", "--explain"]):
         _, out, _ = run(capsys, *words, "--gpu", "1GiB", "--context", 512)
@@ -271,7 +277,7 @@ def test_forecast_compares_with_a_run(capsys):
     assert status == 0 and found["oom"]["event"]["module"] == found["first_oom"]["module"]
 
 
-def test_plan_round_trips_through_its_file(capsys, tmp_path, small_workspace):
+def test_plan_round_trips_through_its_file(capsys, tmp_path, small_workspace, known_rates):
     model, target = directory_with(tmp_path, **{**SMALL, "num_hidden_layers": 2}), tmp_path / "plan.json"
     status, out, _ = run(capsys, "plan", model, "--gpu", "20MiB", "--context", 256, "--output", target, "--json")
     plan = json.loads(out)["plan"]
