@@ -23,11 +23,11 @@ import torch
 
 from lowvram_lab.chat.live import LiveDecoder
 from lowvram_lab.engine.load import load
+from lowvram_lab.engine.random_weights import RandomWeights
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
-from lowvram_lab.planner.measure_rates import RandomWeights
 from lowvram_lab.sampling import Sampling
 
 RESULTS = Path(__file__).parent / "results"

@@ -16,8 +16,8 @@ import pandas as pd
 from transformers import LlamaConfig, Qwen2Config
 
 import lowvram_lab as lab
+from lowvram_lab.engine.random_weights import RandomWeights
 from lowvram_lab.machine import facts
-from lowvram_lab.planner.measure_rates import RandomWeights
 
 RESULTS = Path(__file__).parent / "results" / "forecast_metered.json"
 CONFIGS = {

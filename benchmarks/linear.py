@@ -6,7 +6,7 @@ after an untimed call that leaves the cores as the layer before would; what is p
 hits all alike. A candidate cycles over copies of its weight, 64 MiB or more, so that none is read from cache. On CUDA
 the cache is flushed before each call, which also hides the launch: the figure is the card's time alone.
 
-    python benchmarks/linear.py [--in 2560 --out 6912] [--rows 1,64] [--threads N] [--repeats 30] [--json]
+    python benchmarks/linear.py [--in 2560 --out 6912] [--rows 1,4,64] [--threads N] [--repeats 30] [--json]
 """
 
 import argparse
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--in", dest="columns", type=int, default=2560, metavar="N", help="in_features")
     parser.add_argument("--out", dest="rows", type=int, default=6912, metavar="N", help="out_features")
-    parser.add_argument("--rows", dest="tokens", default="1,64", help="tokens at once, comma-separated")
+    parser.add_argument("--rows", dest="tokens", default="1,4,64", help="tokens at once, comma-separated")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=30, help="rounds; fewer than 30 say little")
     parser.add_argument("--json", action="store_true", help="print the run as JSON instead of the table")

@@ -14,6 +14,7 @@ import copy
 import hashlib
 import itertools
 import json
+import math
 import os
 import tempfile
 import time
@@ -34,12 +35,12 @@ from lowvram_lab.decoding.lean import LeanDecoder
 from lowvram_lab.decoding.llama_layer import LONGEST_LOOP, HeadShape, head
 from lowvram_lab.engine.layers import QuantizedLinear, quantized_linear
 from lowvram_lab.engine.load import load
+from lowvram_lab.engine.random_weights import RandomWeights
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, remember, writable
 from lowvram_lab.machine import cpu_threads, processor_name
 from lowvram_lab.memory.cuda import CudaGpu
 from lowvram_lab.memory.gpu import StandInGpu
-from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
@@ -68,11 +69,12 @@ whole groups."""
 ROWS = 64
 """Tokens of a short prompt, from which arithmetic is told apart from reading weights."""
 
-PRODUCT_WEIGHTS = 1 << 24
-"""Weights of a matrix whose product inside the lean decoder is timed: so many that the call itself does not count."""
+PRODUCT_BITS = (17, 24)
+"""Matrices whose product inside the lean decoder is timed have 2 to such a power of weights, whichever is nearest. Of a
+small one the first bytes, which nobody asked for ahead, are a larger share (int4: a third of 1 M weights' time)."""
 
-ROW_BLOCK = 16
-"""torch's int4 kernel for the CPU wants rows in multiples of it."""
+ROW_BLOCK = 64
+"""int4's kernels for the CPU want rows in multiples of it."""
 
 LINK_BYTES, DISK_BYTES = 32 * MiB, 64 * MiB
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 64, "vocab_size": 256}
@@ -83,18 +85,6 @@ FEW, MANY = 2, 6
 DEEP = 96
 """Layers of the tiny model that decodes: so many that their weights come from memory, as a real model's do, and not
 from a cache; else subtracting what their products take would leave nothing."""
-
-
-class RandomWeights(ShapesOnly):
-    """A checkpoint of small random weights."""
-
-    def __init__(self, spec: ModelSpec):
-        super().__init__(spec)
-        self._generator = torch.Generator().manual_seed(0)
-
-    def read(self, name: str) -> torch.Tensor:
-        """Normal values of standard deviation 0.02, in bf16."""
-        return (torch.randn(self.shape(name), generator=self._generator) * 0.02).bfloat16()
 
 
 class Machine:
@@ -142,7 +132,7 @@ class Machine:
         self,
         engine: str,
         fmt: str,
-        columns: int,
+        shape: tuple[int, int],
         place: str = "cpu",
         threads: int | None = None,
         shared: bool = False,
@@ -155,19 +145,22 @@ class Machine:
         Args:
             engine: ``"compiled"``, ``"lean"`` or ``"graphs"``, see ``kinds.engine_of``.
             fmt: Name of a format.
-            columns: Inputs of the weight, a row's length.
+            shape: Of the weight, ``(rows, columns)``.
             place: See ``kernel``.
             threads: See ``kernel``.
             shared: See ``kernel``.
         """
         place, threads, kind = self._place(place), threads or torch.get_num_threads(), get_format(fmt).kind
+        columns, bits = shape[1], min(max(round(math.log2(math.prod(shape))), PRODUCT_BITS[0]), PRODUCT_BITS[1])
         if engine == COMPILED and columns <= LONGEST_LOOP and kind == "float":
-            name = f"product {engine} {fmt} {self._where(place, threads)}"
-            return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, LARGE, False))
-        engine = LEAN if engine == COMPILED else engine  # a compiled layer calls the same kernel
+            columns, bits = LARGE, PRODUCT_BITS[1]  # one size: each other one would be compiled for itself
+        elif engine == COMPILED:
+            engine = LEAN  # a compiled layer calls the same kernel
         shared = shared and kind == "int4"
-        name = f"product {engine} {fmt}{' shared' if shared else ''} {columns} {self._where(place, threads)}"
-        return self._rates(ProductRates, name, threads, lambda: _product(engine, fmt, place, columns, shared))
+        name = f"product {engine} {fmt}{' shared' if shared else ''} {columns} 2^{bits} {self._where(place, threads)}"
+        return self._rates(
+            ProductRates, name, threads, lambda: _product(engine, fmt, place, columns, shared, 1 << bits)
+        )
 
     def prompt(
         self, kv_format: str, dtype: str = "bf16", place: str = "cpu", threads: int | None = None
@@ -199,7 +192,7 @@ class Machine:
         def linear(rows: int, columns: int) -> float:
             if engine == MODULES:
                 return self.kernel(fmt, place, threads).seconds(rows * columns)
-            return self.product(engine, fmt, columns, place, threads).weight_s * rows * columns
+            return self.product(engine, fmt, (rows, columns), place, threads).weight_s * rows * columns
 
         return self._rates(TokenRates, name, threads, lambda: _token(case, linear))
 
@@ -338,24 +331,31 @@ def _multiplying(layers: list[torch.nn.Module], rows: int, fmt: str, place: str)
     return call
 
 
-def _product(engine: str, fmt: str, place: str, columns: int, shared: bool) -> tuple[ProductRates, Circumstances]:
+def _product(
+    engine: str, fmt: str, place: str, columns: int, shared: bool, weights: int
+) -> tuple[ProductRates, Circumstances]:
+    """What a matrix from memory takes more than one of a few rows: less the call, which a large one hides."""
     columns = _whole_groups(columns, fmt)
-    rows = PRODUCT_WEIGHTS // columns // ROW_BLOCK * ROW_BLOCK
+    rows = max(2, round(weights / columns / ROW_BLOCK)) * ROW_BLOCK
     layers = _copies(_weight(fmt, rows, columns, place, shared), True)
     device = "cuda" if place == "gpu" else "cpu"
     hidden, norm = torch.randn(1, columns, device=device), torch.ones(columns, device=device)
-    shape = HeadShape(product_of(layers[0]), eps=1e-6)
-    turns = itertools.cycle([[norm, *tensors_of(layer, DTYPES.get(fmt, torch.bfloat16))] for layer in layers])
-    run = partial(_run_head, shape)
-    if engine == COMPILED:
-        try:
-            (run,) = open_libraries([Library.called_with(shape, [hidden, *next(turns)])])
-        except LowvramError:
-            if os.access(cache_dir(), os.W_OK):
-                raise
-            # a prepared folder that lacks this library: the decoder does without it as well
-    timing = time_calls({"": lambda: run([hidden, *next(turns)])}, place)
-    return ProductRates(timing.usual_seconds[""] / (rows * columns)), timing.circumstances
+    calls, few = {}, [] if engine == COMPILED else [_weight(fmt, ROW_BLOCK, columns, place, shared)]
+    for several in filter(None, (layers, few)):
+        shape = HeadShape(product_of(several[0]), eps=1e-6)
+        turns = itertools.cycle([[norm, *tensors_of(layer, DTYPES.get(fmt, torch.bfloat16))] for layer in several])
+        run = partial(_run_head, shape)
+        if engine == COMPILED:
+            try:
+                (run,) = open_libraries([Library.called_with(shape, [hidden, *next(turns)])])
+            except LowvramError:
+                if os.access(cache_dir(), os.W_OK):
+                    raise
+                # a prepared folder that lacks this library: the decoder does without it as well
+        calls[len(calls)] = lambda run=run, turns=turns: run([hidden, *next(turns)])
+    timing = time_calls(calls, place)
+    seconds = max(0.0, timing.usual_seconds[0] - timing.usual_seconds.get(1, 0.0))
+    return ProductRates(seconds / ((rows - ROW_BLOCK * len(few)) * columns)), timing.circumstances
 
 
 def _run_head(shape: HeadShape, arguments: list[torch.Tensor]) -> torch.Tensor:

@@ -166,7 +166,7 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
             rates = machine.kernel(assignment.format, place, plan.threads, tied)
             seconds = rates.seconds(rows * columns)
         else:
-            product = machine.product(engines[place], assignment.format, columns, place, plan.threads, tied)
+            product = machine.product(engines[place], assignment.format, (rows, columns), place, plan.threads, tied)
             seconds = product.weight_s * rows * columns
         parts[_label(module, assignment.format, place, spec)] += seconds
     around = 0.0

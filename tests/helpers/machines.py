@@ -37,7 +37,7 @@ class Made:
         self.asked.append(("kernel", fmt, place, threads))
         return KernelRates(1e-6, 2e-9 if place == "cpu" else 1e-9, 1e-11)
 
-    def product(self, engine, fmt, columns, place="cpu", threads=None, shared=False):
+    def product(self, engine, fmt, shape, place="cpu", threads=None, shared=False):
         self.asked.append(("product", engine, fmt, place, threads))
         return ProductRates(5e-10 if place == "cpu" else 4e-10)
 
@@ -76,7 +76,7 @@ class Flat(Made):
     def kernel(self, fmt, place="cpu", threads=None, shared=False):
         return KernelRates(0.0, self._weight_s(fmt, place), 0.0)
 
-    def product(self, engine, fmt, columns, place="cpu", threads=None, shared=False):
+    def product(self, engine, fmt, shape, place="cpu", threads=None, shared=False):
         return ProductRates(self._weight_s(fmt, place))
 
     def prompt(self, kv_format, dtype="bf16", place="cpu", threads=None):
@@ -103,7 +103,7 @@ class Card(Made):
     def kernel(self, fmt, place="cpu", threads=None, shared=False):
         return KernelRates(1e-6, 1e-10, 1e-12 if place == "gpu" else 1e-10)
 
-    def product(self, engine, fmt, columns, place="cpu", threads=None, shared=False):
+    def product(self, engine, fmt, shape, place="cpu", threads=None, shared=False):
         return ProductRates(1e-10)
 
     def prompt(self, kv_format, dtype="bf16", place="cpu", threads=None):

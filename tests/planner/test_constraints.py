@@ -181,7 +181,7 @@ class ManyCores(Card):
         super().__init__()
         self.best = best
 
-    def product(self, engine, fmt, columns, place="cpu", threads=None, shared=False):
+    def product(self, engine, fmt, shape, place="cpu", threads=None, shared=False):
         return ProductRates(1e-10 if threads == self.best or place == "gpu" else 3e-10)
 
     def kernel(self, fmt, place="cpu", threads=None, shared=False):

@@ -143,7 +143,7 @@ def test_without_a_workload_half_the_context_is_the_prompt(context):
 def quick(monkeypatch, tmp_path):
     """Small weights and short rounds; the cache folder is empty."""
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
-    for name, value in {"COPIES_BYTES": 2**18, "SMALL": 64, "LARGE": 512, "PRODUCT_WEIGHTS": 2**15, "DEEP": 6}.items():
+    for name, value in {"COPIES_BYTES": 2**18, "SMALL": 64, "LARGE": 512, "PRODUCT_BITS": (10, 15), "DEEP": 6}.items():
         monkeypatch.setattr(measure_rates, name, value)
     monkeypatch.setattr(timing, "ROUND_S", 0.0005)
     monkeypatch.setattr(timing, "ROUNDS", 2)
@@ -162,7 +162,7 @@ def test_rates_are_measured_once_and_kept(quick, monkeypatch, tmp_path):
         *found.values(),
         prompt,
         token,
-        machine.product("lean", "int4", 512),
+        machine.product("lean", "int4", (512, 512)),
         machine.attention("lean", "int8"),
     ):
         assert all(math.isfinite(value) and value >= 0 for value in vars(rates).values())

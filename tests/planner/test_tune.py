@@ -55,7 +55,7 @@ def test_splits_that_do_not_fit_are_left_out():
 
 def test_the_command_prints_a_row_for_each(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
-    for name, value in {"COPIES_BYTES": 2**20, "LARGE": 512, "PRODUCT_WEIGHTS": 2**18, "DEEP": 6}.items():
+    for name, value in {"COPIES_BYTES": 2**20, "LARGE": 512, "PRODUCT_BITS": (10, 18), "DEEP": 6}.items():
         monkeypatch.setattr(measure_rates, name, value)
     monkeypatch.setattr(timing, "ROUND_S", 0.002)
     monkeypatch.setattr(timing, "ATTEMPTS", 1)
