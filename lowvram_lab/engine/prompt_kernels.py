@@ -53,6 +53,9 @@ def attend(
     ours = plain and multiplies_pairs() and kernels_at(query) == "cpu" and attends(query, key, value, attention_mask)
     if ours and _has_kernels(query):
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if attention_mask is None and causal and key.shape[2] > query.shape[2]:
+            # without a mask these are the first queries, of a cache that gives its empty places too
+            key, value = (each[:, :, : query.shape[2]] for each in (key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attention(query, key, value, attention_mask, causal and attention_mask is None, scale), None
     return sdpa_attention_forward(
@@ -116,8 +119,9 @@ def _is_ours(states: torch.Tensor) -> bool:
 
 
 def _has_kernels(states: torch.Tensor) -> bool:
-    """Whether they are there, or would be in the run that is imitated."""
-    return states.is_meta or opened() is not None
+    """Whether they are there, or would be in the run that is imitated; they give no gradients."""
+    wants_gradients = torch.is_grad_enabled() and states.requires_grad
+    return not wants_gradients and (states.is_meta or opened() is not None)
 
 
 _FORWARDS = {

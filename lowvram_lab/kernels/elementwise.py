@@ -9,7 +9,8 @@ from lowvram_lab.kernels.library import opened
 
 
 def _rms_norm_on_cpu(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    rows = rows.contiguous()
+    _check(rows, weight, weight.shape == rows.shape[-1:])
+    rows, weight = rows.contiguous(), weight.contiguous()
     result, columns = torch.empty_like(rows), rows.shape[-1]
     sizes = rows.numel() // columns, columns, eps
     _kernels().lowvram_rms_norm(rows.data_ptr(), weight.data_ptr(), *sizes, result.data_ptr())
@@ -17,6 +18,8 @@ def _rms_norm_on_cpu(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> to
 
 
 def _rotated_on_cpu(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    fitting = cos.shape in [(batch, states.shape[1], states.shape[3]) for batch in (1, states.shape[0])]
+    _check(states, cos, fitting and cos.shape == sin.shape and cos.dtype == sin.dtype)
     states, cos, sin = states.contiguous(), cos.contiguous(), sin.contiguous()
     result, (batch, tokens, heads, width) = torch.empty_like(states), states.shape
     sizes = batch, cos.stride(0) if cos.shape[0] > 1 else 0, tokens, heads, width
@@ -25,10 +28,18 @@ def _rotated_on_cpu(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
 
 
 def _gated_on_cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    _check(gate, up, gate.shape == up.shape)
     gate, up = gate.contiguous(), up.contiguous()
     result = torch.empty_like(gate)
     _kernels().lowvram_gated(gate.data_ptr(), up.data_ptr(), gate.numel(), result.data_ptr())
     return result
+
+
+def _check(first: torch.Tensor, second: torch.Tensor, fitting: bool) -> None:
+    """The kernels go by addresses: what is not as they expect would be read as something else."""
+    if not fitting or first.dtype != torch.bfloat16 or second.dtype != torch.bfloat16:
+        found = " and ".join(f"{tuple(each.shape)} {each.dtype}" for each in (first, second))
+        raise RuntimeError(f"expected tensors in bfloat16 whose shapes fit, found {found}")
 
 
 def _kernels():

@@ -26,7 +26,7 @@ inline float from_bf16(uint16_t bits) {
   return value;
 }
 
-inline uint16_t to_bf16(float value) {  // rounds to the nearest, ties to even; no value here is NaN
+inline uint16_t to_bf16(float value) {  // rounds to the nearest, ties to even; a NaN from bfloat16 stays one
   uint32_t wide;
   std::memcpy(&wide, &value, sizeof wide);
   return uint16_t((wide + 0x7fff + (wide >> 16 & 1)) >> 16);

@@ -480,7 +480,7 @@ struct Scales {
   }
 };
 
-// Rows of the weight with readable bytes behind them: the last ones are copied.
+// Rows of the weight with a unit's readable bytes behind them: the last ones are copied.
 struct Padded {
   const Weight& weight;
   int64_t bytes;  // of a row
@@ -489,7 +489,7 @@ struct Padded {
 
   const uint8_t* rows(int64_t first, int64_t count) {
     const uint8_t* at = weight.codes + first * bytes;
-    if (first + count < weight.features) return at;
+    if ((weight.features - first - count) * bytes >= UNIT) return at;
     last.resize(count * bytes + UNIT);
     std::memcpy(last.data(), at, count * bytes);
     return last.data();

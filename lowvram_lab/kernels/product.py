@@ -63,6 +63,8 @@ def _on_cpu(
     kernels = opened()
     if kernels is None:
         raise RuntimeError("quantized_products was called where it is not there; ask there() first")
+    if rows.dtype not in DTYPES:
+        raise RuntimeError(f"expected rows in bfloat16 or float32, found {rows.dtype}")
     rows, codes = rows.contiguous(), [each.contiguous() for each in codes]
     result, columns, several = _on_meta(rows, codes, scales, features, formats), rows.shape[1], len(codes)
     sizes = []

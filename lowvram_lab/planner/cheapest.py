@@ -3,7 +3,7 @@
 The space is formats x KV format x pieces of a prompt x place of embedding and head x layers on the GPU; the order is
 ``moves.cost``. Plans are told to fit by sketches, which are cheap, and by a forecast in full before one is given back.
 More pieces and fewer modules on the card never take more of it, so each of those is found by bisection. What RAM and
-weights take is exact, and rules out what it can before anything is replayed; no plan is replayed twice.
+weights take is exact, and rules out what it can before anything is replayed; no sketch that fits is made twice.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """
@@ -87,7 +87,7 @@ class Cheapest:
                 self._sketches[plan], self._refused = None, error
             else:
                 self._too_large += [] if self._sketches[plan] else [plan]
-        return self._sketches[plan] is not None
+        return self._sketches[plan] is not None and self._sketches[plan].fits
 
     def _sketched(self, plan: Plan, *given) -> MemoryProfile:
         """See ``sketch``, which says too by how much a plan does not fit."""

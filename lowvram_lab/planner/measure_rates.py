@@ -354,7 +354,7 @@ def _product(
                 # a prepared folder that lacks this library: the decoder does without it as well
         calls[len(calls)] = lambda run=run, turns=turns: run([hidden, *next(turns)])
     timing = time_calls(calls, place)
-    seconds = max(0.0, timing.usual_seconds[0] - timing.usual_seconds.get(1, 0.0))
+    seconds = max(timing.usual_seconds[0] / 2, timing.usual_seconds[0] - timing.usual_seconds.get(1, 0.0))
     return ProductRates(seconds / ((rows - ROW_BLOCK * len(few)) * columns)), timing.circumstances
 
 

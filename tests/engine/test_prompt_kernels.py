@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from lowvram_lab.engine import prompt_kernels
 from lowvram_lab.engine.load import replan
@@ -92,6 +92,22 @@ def test_other_dtypes_and_models_are_as_they_were():
                 found = model(ids).logits
         assert not ran.ours()
         assert torch.equal(found, expected)
+
+
+def test_a_cache_with_empty_places_and_gradients_are_as_in_stock():
+    config = AutoConfig.for_model("llama", **SIZES)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    ids = random_ids(12, 1)
+    with torch.no_grad():
+        expected = model(ids, past_key_values=StaticCache(config=config, max_cache_len=64)).logits
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    wanted = torch.autograd.grad(model(inputs_embeds=embedded).logits.float().sum(), embedded)[0]
+    use_our_kernels(model)
+    with torch.no_grad(), Operators() as ran:
+        found = model(ids, past_key_values=StaticCache(config=config, max_cache_len=64)).logits
+    assert ran.ours()
+    assert relative_error(found, expected) < 2e-2
+    assert torch.equal(torch.autograd.grad(model(inputs_embeds=embedded).logits.float().sum(), embedded)[0], wanted)
 
 
 def test_a_module_that_is_loaded_anew_has_them():

@@ -74,6 +74,20 @@ def test_threads_change_nothing():
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
+def test_what_would_be_read_as_something_else_is_refused():
+    rows = normal(3, 32)
+    for call in (
+        lambda: gated(rows, rows.half()),
+        lambda: gated(rows, rows[:2]),
+        lambda: rms_norm(rows.float(), rows[0].float(), 1e-6),
+        lambda: rms_norm(rows, rows[0, :16], 1e-6),
+        lambda: rotated(normal(2, 3, 1, 32), normal(3, 3, 32), normal(3, 3, 32)),
+        lambda: rotated(normal(2, 3, 1, 32), normal(1, 3, 32), normal(1, 3, 32).float()),
+    ):
+        with pytest.raises(RuntimeError, match="expected tensors in bfloat16 whose shapes fit, found"):
+            call()
+
+
 def test_what_lies_apart_is_read_as_it_is():
     rows, weight = normal(40, 9).T, normal(40, seed=1)
     assert torch.equal(rms_norm(rows, weight, 1e-6), rms_norm(rows.contiguous(), weight, 1e-6))

@@ -191,21 +191,21 @@ def test_parts_of_a_common_weight_and_unaligned_codes():
 def test_nothing_beside_the_codes_is_read():
     """The last row ends where a page does, and the next page may not be read."""
     script = """
-import ctypes, mmap, torch
+import ctypes, itertools, mmap, torch
 from lowvram_lab.kernels.product import quantized_product
 from lowvram_lab.weights.codes import pack
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
-for bits in (2, 3, 4, 5, 6):
-    codes = pack(torch.zeros(8, 32 * 9, dtype=torch.int8), bits)
+for bits, (features, columns) in itertools.product((2, 3, 4, 5, 6), ((8, 288), (10, 32), (9, 64), (1, 32))):
+    codes = pack(torch.zeros(features, columns, dtype=torch.int8), bits)
     pages = -(-codes.nbytes // page)
     held = mmap.mmap(-1, (pages + 1) * page)
     start = ctypes.addressof(ctypes.c_char.from_buffer(held))
     assert libc.mprotect(ctypes.c_void_p(start + pages * page), ctypes.c_size_t(page), 0) == 0
     last = torch.frombuffer(held, dtype=torch.uint8, count=codes.nbytes, offset=pages * page - codes.nbytes)
     last.copy_(codes.view(torch.uint8).flatten())
-    scales = torch.ones(8, 9, dtype=torch.bfloat16)
-    for rows in (1, 8):
-        found = quantized_product(torch.ones(rows, 32 * 9), last.view(8, -1), scales, 8, bits)
+    scales = torch.ones(features, columns // 32, dtype=torch.bfloat16)
+    for rows in (1, 2, 8, 12):
+        found = quantized_product(torch.ones(rows, columns), last.view(features, -1), scales, features, bits)
         assert found.abs().max() == 0
 print("done")
 """
