@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from lowvram_lab.kernels.library import opened
+from lowvram_lab.kernels.library import opened_for
 
 FEWEST_QUERIES = 8
 """For fewer the kernel lays keys side by side for nothing."""
@@ -36,9 +36,7 @@ def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
 def _on_cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool, scale: float
 ) -> torch.Tensor:
-    kernels = opened()
-    if kernels is None:
-        raise RuntimeError("attention was called where it is not there; ask there() first")
+    kernels = opened_for("attention")
     result = _on_meta(q, k, v, mask, causal, scale)
     (batch, heads, queries, width), masked = q.shape, mask is not None
     by_sequence = mask.stride(0) if masked and mask.shape[0] > 1 else 0

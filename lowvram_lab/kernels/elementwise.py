@@ -5,7 +5,7 @@ The kernels are C++ (``elementwise.cpp``). They round where torch's operators do
 
 import torch
 
-from lowvram_lab.kernels.library import opened
+from lowvram_lab.kernels.library import opened_for
 
 
 def _rms_norm_on_cpu(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -13,7 +13,7 @@ def _rms_norm_on_cpu(rows: torch.Tensor, weight: torch.Tensor, eps: float) -> to
     rows, weight = rows.contiguous(), weight.contiguous()
     result, columns = torch.empty_like(rows), rows.shape[-1]
     sizes = rows.numel() // columns, columns, eps
-    _kernels().lowvram_rms_norm(rows.data_ptr(), weight.data_ptr(), *sizes, result.data_ptr())
+    opened_for("rms_norm").lowvram_rms_norm(rows.data_ptr(), weight.data_ptr(), *sizes, result.data_ptr())
     return result
 
 
@@ -23,7 +23,7 @@ def _rotated_on_cpu(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) 
     states, cos, sin = states.contiguous(), cos.contiguous(), sin.contiguous()
     result, (batch, tokens, heads, width) = torch.empty_like(states), states.shape
     sizes = batch, cos.stride(0) if cos.shape[0] > 1 else 0, tokens, heads, width
-    _kernels().lowvram_rotated(states.data_ptr(), cos.data_ptr(), sin.data_ptr(), *sizes, result.data_ptr())
+    opened_for("rotated").lowvram_rotated(states.data_ptr(), cos.data_ptr(), sin.data_ptr(), *sizes, result.data_ptr())
     return result
 
 
@@ -31,7 +31,7 @@ def _gated_on_cpu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     _check(gate, up, gate.shape == up.shape)
     gate, up = gate.contiguous(), up.contiguous()
     result = torch.empty_like(gate)
-    _kernels().lowvram_gated(gate.data_ptr(), up.data_ptr(), gate.numel(), result.data_ptr())
+    opened_for("gated").lowvram_gated(gate.data_ptr(), up.data_ptr(), gate.numel(), result.data_ptr())
     return result
 
 
@@ -40,13 +40,6 @@ def _check(first: torch.Tensor, second: torch.Tensor, fitting: bool) -> None:
     if not fitting or first.dtype != torch.bfloat16 or second.dtype != torch.bfloat16:
         found = " and ".join(f"{tuple(each.shape)} {each.dtype}" for each in (first, second))
         raise RuntimeError(f"expected tensors in bfloat16 whose shapes fit, found {found}")
-
-
-def _kernels():
-    kernels = opened()
-    if kernels is None:
-        raise RuntimeError("an operator of the library's kernels was called where they are not; ask there() first")
-    return kernels
 
 
 def _like_the_first(first: torch.Tensor, *others) -> torch.Tensor:

@@ -55,6 +55,18 @@ def opened() -> ctypes.CDLL | None:
     return _last or library()
 
 
+def opened_for(operator: str) -> ctypes.CDLL:
+    """The same for an operator, which has nothing else to compute by.
+
+    Raises:
+        RuntimeError: It is not there.
+    """
+    kernels = opened()
+    if kernels is None:
+        raise RuntimeError(f"{operator} was called where it is not there; ask there() first")
+    return kernels
+
+
 @functools.cache
 def _library(command: str, folder: Path) -> ctypes.CDLL | None:
     try:

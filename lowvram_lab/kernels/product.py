@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from lowvram_lab.kernels.library import CONTIGUOUS, opened
+from lowvram_lab.kernels.library import CONTIGUOUS, opened_for
 from lowvram_lab.model.formats import Format
 
 MOST_ROWS = 8
@@ -60,9 +60,7 @@ _BFLOAT16, _FLOAT32, _WITH_ZEROS = range(3)
 def _on_cpu(
     rows: torch.Tensor, codes: list[torch.Tensor], scales: list[torch.Tensor], features: list[int], formats: list[int]
 ) -> torch.Tensor:
-    kernels = opened()
-    if kernels is None:
-        raise RuntimeError("quantized_products was called where it is not there; ask there() first")
+    kernels = opened_for("quantized_products")
     if rows.dtype not in DTYPES:
         raise RuntimeError(f"expected rows in bfloat16 or float32, found {rows.dtype}")
     rows, codes = rows.contiguous(), [each.contiguous() for each in codes]
@@ -98,7 +96,7 @@ def _dequantised_on_cpu(
     kind, groups, step = _lie(scales, features)
     columns, wide = result.shape[1], dtype == torch.float32
     sizes = kind, features, columns, format, columns // groups, step
-    opened().lowvram_dequantise(codes.data_ptr(), scales.data_ptr(), *sizes, wide, result.data_ptr())
+    opened_for("dequantized").lowvram_dequantise(codes.data_ptr(), scales.data_ptr(), *sizes, wide, result.data_ptr())
     return result
 
 

@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from lowvram_lab.kernels.library import CONTIGUOUS, opened
+from lowvram_lab.kernels.library import CONTIGUOUS, opened_for
 
 CACHED = ("keys", "values", "key_scale", "value_scale", "recent")
 """What a decoder layer may keep, as its cache layer and the operator name it."""
@@ -26,9 +26,7 @@ _SIZES = ctypes.c_int64 * 6
 
 def _on_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others) -> torch.Tensor:
     *held, tokens, scale = others
-    kernels = opened()
-    if kernels is None:
-        raise RuntimeError("token_attention was called where it is not there; ask there() first")
+    kernels = opened_for("token_attention")
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     result, (batch, heads, width) = torch.empty_like(q), q.shape
     keys, values, *_, recent = held
