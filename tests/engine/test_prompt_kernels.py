@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from lowvram_lab.engine import prompt_kernels
 from lowvram_lab.engine.load import replan
-from lowvram_lab.engine.prompt_kernels import use_our_kernels
+from lowvram_lab.engine.prompt_kernels import NAME, use_our_kernels
 from lowvram_lab.kernels.library import multiplies_pairs
 from tests.helpers.tiny import SIZES, TINY, load_tiny, random_ids, relative_error, tiny_plan
 
@@ -48,6 +48,9 @@ def test_a_model_reads_its_prompt_with_them(kind, batch_size):
     model, ids = load_tiny(kind, plan), random_ids(40, batch_size)
     with torch.no_grad(), Operators() as ran:
         found = model(ids).logits
+    assert model.config._attn_implementation == NAME
+    if multiplies_pairs():
+        assert ran.names.count("lowvram.attention.default") == plan.spec.num_hidden_layers
     wanted = {f"lowvram.{name}.default" for name in ("rms_norm", "rotated", "gated")}
     assert ran.ours() == wanted | ({"lowvram.attention.default"} if multiplies_pairs() else set())
     assert relative_error(found, stock_logits(plan.spec.pretrained_config(), model, ids)) < 2e-2
