@@ -27,7 +27,7 @@ import lowvram_lab as lab
 from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.machine import facts
 from lowvram_lab.planner.measure import run_speed
-from lowvram_lab.planner.measure_rates import Machine
+from lowvram_lab.rates.machine import Machine
 
 RESULTS = Path(__file__).parent / "results"
 PLANS = (

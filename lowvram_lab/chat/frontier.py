@@ -12,10 +12,10 @@ from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import DEFAULT_CONTEXT
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import FORMAT_LOSS, forecast_loss
 from lowvram_lab.planner.profile import SpeedProfile
 from lowvram_lab.planner.speed import forecast_speed
+from lowvram_lab.rates.machine import Machine
 
 
 def frontier(

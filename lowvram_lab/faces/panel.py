@@ -49,9 +49,9 @@ from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
 from lowvram_lab.planner.suited import RECIPES, sixteen_bits
+from lowvram_lab.rates.machine import Machine
 from lowvram_lab.units import format_bytes
 
 CONTEXT = 2048

@@ -23,11 +23,11 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 from lowvram_lab.planner.suited import RECIPES
+from lowvram_lab.rates.machine import Machine
 from lowvram_lab.repository import hub
 from lowvram_lab.units import format_bytes
 

@@ -18,13 +18,13 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.cheapest import Cheapest
 from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, shortage
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import forecast_loss, head_modules, keeps_cache, kv_formats, off_card_seconds
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting, most_layers
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
 from lowvram_lab.planner.suited import names_its_dtype, quick_recipes, suited
+from lowvram_lab.rates.machine import Machine
 from lowvram_lab.units import format_bytes, parse_bytes
 
 PREFERENCES = ("balance", "fidelity", "speed")

@@ -22,8 +22,8 @@ from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.planner.measure import where_it_runs
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import STAND_IN, SpeedProfile, Workload
+from lowvram_lab.rates.machine import Machine
 
 FEW_TOKENS = 64
 """Decoded after the prompt where no workload is given."""

@@ -16,9 +16,9 @@ from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.speed import forecast_speed
+from lowvram_lab.rates.machine import Machine
 
 WORKLOAD = Workload(prompt_tokens=64, new_tokens=24)
 

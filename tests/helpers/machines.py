@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu, StandInGpu
-from lowvram_lab.planner.rates import (
+from lowvram_lab.rates.figures import (
     AttentionRates,
     DiskRates,
     KernelRates,

@@ -14,7 +14,7 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import TORCHS_STREAMS, CudaGpu, PinnedBlock, open_gpu, process_bytes
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.torch_release import torch_release
-from lowvram_lab.planner import measure_rates
+from lowvram_lab.rates import machine as measuring
 from lowvram_lab.units import MiB
 from tests.helpers.card import computes
 from tests.helpers.tiny import TOLERANCES, decoded, load_tiny, random_ids, relative_error, tiny_plan
@@ -78,8 +78,8 @@ def test_memory_that_the_system_does_not_lock_is_said_once(monkeypatch, caplog):
 
 
 def test_the_link_is_timed(monkeypatch):
-    monkeypatch.setattr(measure_rates, "LINK_BYTES", MiB)
-    rates, _ = measure_rates._link()
+    monkeypatch.setattr(measuring, "LINK_BYTES", MiB)
+    rates, _ = measuring._link()
     assert all(rate > 0 for rate in vars(rates).values())
 
 

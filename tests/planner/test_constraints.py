@@ -18,11 +18,11 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner import auto
 from lowvram_lab.planner import speed as cost
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.planner.rates import KernelRates, ProductRates
 from lowvram_lab.planner.search import max_context
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
+from lowvram_lab.rates.figures import KernelRates, ProductRates
+from lowvram_lab.rates.machine import Machine
 from tests.helpers.checkpoints import write_model
 from tests.helpers.commands import run_command
 from tests.helpers.machines import LINK, Card, Made, stand_in

@@ -10,10 +10,10 @@ from lowvram_lab import timing
 from lowvram_lab.errors import PlanError
 from lowvram_lab.faces.cli import main as cli
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.planner import measure_rates
 from lowvram_lab.planner import tune as tune_module
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.tune import tune
+from lowvram_lab.rates import machine as measuring
 from tests.helpers.checkpoints import write_model
 from tests.helpers.machines import Made
 from tests.helpers.tiny import DictCheckpoint, tiny_plan, tiny_state
@@ -56,7 +56,7 @@ def test_splits_that_do_not_fit_are_left_out():
 def test_the_command_prints_a_row_for_each(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
     for name, value in {"COPIES_BYTES": 2**20, "LARGE": 512, "PRODUCT_BITS": (10, 18), "DEEP": 6}.items():
-        monkeypatch.setattr(measure_rates, name, value)
+        monkeypatch.setattr(measuring, name, value)
     monkeypatch.setattr(timing, "ROUND_S", 0.002)
     monkeypatch.setattr(timing, "ATTEMPTS", 1)
     directory = write_model(tmp_path / "model", "llama")

@@ -16,12 +16,12 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.constraints import ram_bytes
 from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.measure_rates import Machine
 from lowvram_lab.planner.moves import head_modules
 from lowvram_lab.planner.profile import SpeedProfile
 from lowvram_lab.planner.speed import forecast_speed
 from lowvram_lab.planner.suited import RECIPES, names_its_dtype, sixteen_bits
 from lowvram_lab.planner.tune import tune
+from lowvram_lab.rates.machine import Machine
 from lowvram_lab.units import format_bytes, parse_bytes
 
 LONGEST = "longest"

@@ -44,7 +44,7 @@ from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.rates import (
+from lowvram_lab.rates.figures import (
     AttentionRates,
     DiskRates,
     KernelRates,

@@ -1,4 +1,4 @@
-"""What this machine takes for the parts of a forward pass, as plain figures; ``measure_rates.py`` measures them.
+"""What this machine takes for the parts of a forward pass, as plain figures; ``machine.py`` measures them.
 
 Derived in: notebooks/05_split_the_layers.ipynb
 """
