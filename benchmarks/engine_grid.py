@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from engine_cuda import write_weights
 
+from lowvram_lab.conversion.convert import convert
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.peers.bench import BenchSettings, bench
 from lowvram_lab.peers.gguf_file import nearest_type, quantised
 from lowvram_lab.peers.result import BenchResult
-from lowvram_lab.weights.convert import convert
 from lowvram_lab.weights.recipe import WeightBudget
 
 RESULTS = Path(__file__).parent / "results"

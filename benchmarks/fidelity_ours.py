@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 import lowvram_lab
+from lowvram_lab.conversion.convert import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, convert, hash_of
 from lowvram_lab.files import write_atomically
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.weights.calibration import evenly
-from lowvram_lab.weights.convert import CALIBRATION_TOKENS, SENSITIVITY_TOKENS, convert, hash_of
 from lowvram_lab.weights.recipe import Recipe, recipe
 from lowvram_lab.weights.sensitivity import Sensitivity, estimate_sensitivity
 from lowvram_lab.weights.stored import read_stored
@@ -29,9 +29,10 @@ from lowvram_lab.weights.stored import read_stored
 SOLVER_CODE = (
     "weights/calibration.py",
     "weights/codes.py",
-    "weights/convert.py",
+    "conversion/convert.py",
     "weights/gptq.py",
-    "weights/layer*.py",
+    "weights/layerwise.py",
+    "conversion/layer_quantizer.py",
     "weights/moments.py",
     "weights/solve*.py",
     "weights/stored.py",

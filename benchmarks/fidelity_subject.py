@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowvram_lab.chat.fidelity import Fidelity
+from lowvram_lab.conversion.convert import CALIBRATION_TOKENS
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.repository.text import begins_with, equal_windows, first_ids, plain_ids
 from lowvram_lab.weights.calibration import calibration_windows, evenly
-from lowvram_lab.weights.convert import CALIBRATION_TOKENS
 
 STORIES, SMOLLM = "stories15M", "smollm2-135m"
 WINDOW = {STORIES: 256, SMOLLM: 512}

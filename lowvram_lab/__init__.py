@@ -73,8 +73,8 @@ _PUBLIC = {
     "recipe_for_card": "planner.card_recipe",
     "WeightBudget": "weights.recipe",
     "CardBudget": "planner.card_recipe",
-    "convert": "weights.convert",
-    "export_gguf": "weights.gguf_export",
+    "convert": "conversion.convert",
+    "export_gguf": "conversion.gguf_export",
     "frontier": "chat.frontier",
     "plot_frontier": "faces.plot_chat",
     # 05 split the layers

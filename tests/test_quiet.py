@@ -10,9 +10,9 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, modeling_gguf_pytorch_utils
 from transformers.utils import logging as chatter
 
-from lowvram_lab.model.gguf import convert_gguf
 from lowvram_lab.model.source import find_source
 from lowvram_lab.quiet import quiet_transformers
+from lowvram_lab.repository.gguf import convert_gguf
 from tests.helpers.checkpoints import write_model
 from tests.helpers.tiny import tiny_config
 from tests.model.test_source import LLAMA, write_gguf

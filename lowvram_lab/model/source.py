@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import writable
-from lowvram_lab.model import builtin
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.rules import is_whole_number
@@ -27,7 +26,7 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.model.tensor_names import differing_ties, with_model_names
 from lowvram_lab.packaged import packaged_config, packaged_facts
 from lowvram_lab.quiet import quiet_transformers
-from lowvram_lab.repository import chat_template, hub, names
+from lowvram_lab.repository import builtin, chat_template, hub, names
 from lowvram_lab.repository.tokenizer_files import cannot_open, require_tokenizer_files
 
 if TYPE_CHECKING:
@@ -70,7 +69,7 @@ class Source:
         if packaged := self._packaged_name():
             return config_from_values(packaged_config(packaged), f"packaged config {packaged}")
         if self.kind == "gguf":
-            from lowvram_lab.model.gguf import gguf_config
+            from lowvram_lab.repository.gguf import gguf_config
 
             return gguf_config(self.path())
         if self.kind == "directory":
@@ -122,7 +121,7 @@ class Source:
             CheckpointError: Damaged or incomplete.
         """
         if self.kind == "gguf":
-            from lowvram_lab.model.gguf import fetch_gguf
+            from lowvram_lab.repository.gguf import fetch_gguf
 
             directory = fetch_gguf(self.path(progress), progress)
         elif self.kind == "directory":
@@ -178,7 +177,7 @@ class Source:
             return False
         if self.kind != "gguf":
             return False
-        from lowvram_lab.model.gguf import is_converted
+        from lowvram_lab.repository.gguf import is_converted
 
         here = Path(self.name).expanduser()
         return not (here.exists() and is_converted(here))

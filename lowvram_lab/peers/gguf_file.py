@@ -12,11 +12,11 @@ import torch
 from lowvram_lab.errors import LowvramError, SourceError
 from lowvram_lab.files import build_directory, cache_dir
 from lowvram_lab.machine import fresh_python, why_ended
-from lowvram_lab.model import builtin
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.repository import builtin
 
 FLOATS = ("BF16", "F16", "F32")
 """Types that an export writes as they are: there is nothing to quantise."""
@@ -113,7 +113,7 @@ def quantised(source: Source, kind: str, folder: Path, progress: bool = True) ->
     Raises:
         LowvramError: An architecture or a tokenizer that cannot be written as GGUF, no room, or llama.cpp failed.
     """
-    from lowvram_lab.weights.gguf_export import export_gguf  # gguf is wanted for this alone
+    from lowvram_lab.conversion.gguf_export import export_gguf  # gguf is wanted for this alone
 
     spec = source.spec()
     target = folder / f"{source.public_name.replace('/', '-')}-{kind}.gguf"

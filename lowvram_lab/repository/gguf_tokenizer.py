@@ -1,4 +1,4 @@
-"""A tokenizer from GGUF metadata: the way back from ``model/gguf_vocab.py``.
+"""A tokenizer from GGUF metadata: the way back from ``conversion/gguf_vocab.py``.
 
 transformers' own reader leaves control tokens out that are written in other than the byte alphabet, and knows neither
 what parts digits nor what puts a token before a text. Byte-level and SentencePiece vocabularies

@@ -17,6 +17,7 @@ import torch
 from lowvram_lab import machine
 from lowvram_lab.chat.effect_report import CLAIMS, Effect, EffectReport, judged
 from lowvram_lab.chat.effects import NOT_HERE, STAGES, Stage, effects, open_case, run_stage
+from lowvram_lab.conversion.convert import convert
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.faces.cli import report as cli_report
 from lowvram_lab.faces.cli.report import add_report, run_report, write_report
@@ -27,7 +28,6 @@ from lowvram_lab.packaged import sample_text
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.units import GiB
-from lowvram_lab.weights.convert import convert
 from tests.helpers.checkpoints import write_model
 from tests.helpers.machines import Made
 from tests.helpers.tiny import letters_state, tiny_spec, tiny_tokenizer

@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowvram_lab.chat.fidelity import fidelity, load_reference
+from lowvram_lab.conversion.convert import convert
 from lowvram_lab.engine.load import load
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.packaged import calibration_text, sample_text
-from lowvram_lab.weights.convert import convert
 from lowvram_lab.weights.solvers import dequantize, quantize
 from tests.helpers.checkpoints import directory_spec
 from tests.helpers.commands import run_command

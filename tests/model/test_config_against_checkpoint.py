@@ -439,7 +439,7 @@ def test_what_is_made_of_it_has_the_same_head(differs, tmp_path, monkeypatch):
     embedding = state["model.embed_tokens.weight"]
     head = embedding.flip(0) if differs else embedding.clone()
     folder = write_model(tmp_path / "model", "llama", {**state, "lm_head.weight": head}, torch.float32)
-    monkeypatch.setattr("lowvram_lab.weights.gguf_export.vocabulary_of", lambda *_: {})  # bytes alone: no merges
+    monkeypatch.setattr("lowvram_lab.conversion.gguf_export.vocabulary_of", lambda *_: {})  # bytes alone: no merges
     export_gguf(folder, tmp_path / "model.gguf", tensor_type="f32", progress=False)
     tensors = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
     assert ("output.weight" in tensors) == differs

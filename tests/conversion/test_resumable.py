@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowvram_lab.conversion import resumable as module
+from lowvram_lab.conversion.resumable import PartialDirectory, building
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import refuse_occupied, require_space
-from lowvram_lab.weights import resumable as module
-from lowvram_lab.weights.resumable import PartialDirectory, building
 from tests.helpers.tiny import seeded
 
 IDENTITY = {"source": [["model.safetensors", 5, 123456789]], "solver": "gptq", "budget": 10**12, "plan": None}
@@ -129,7 +129,7 @@ def test_killed_while_writing_the_file_does_not_count_and_is_written_again(targe
             def die(*_, **__):
                 raise KeyboardInterrupt
 
-            patch.setattr(f"lowvram_lab.weights.resumable.{step}", die)
+            patch.setattr(f"lowvram_lab.conversion.resumable.{step}", die)
             with pytest.raises(KeyboardInterrupt):
                 partial.save_tensors("two.safetensors", shard(2.0))
     with building(target, IDENTITY) as partial:
@@ -159,7 +159,7 @@ def test_killed_while_publishing_ends_in_a_whole_directory_the_next_time(target,
             def die(*_, **__):
                 raise KeyboardInterrupt
 
-            patch.setattr(f"lowvram_lab.weights.resumable.{step}", die)
+            patch.setattr(f"lowvram_lab.conversion.resumable.{step}", die)
             with pytest.raises(KeyboardInterrupt):
                 partial.publish()
     if target.exists():  # killed after the rename: it is whole, and the next run clears up

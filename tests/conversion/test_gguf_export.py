@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from lowvram_lab.conversion import gguf_export
+from lowvram_lab.conversion.gguf_export import TYPES, export_gguf
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.faces.cli import export as cli_export
 from lowvram_lab.model.checkpoint import Checkpoint
@@ -26,8 +28,6 @@ from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.repository.gguf_header import read_gguf_header
-from lowvram_lab.weights import gguf_export
-from lowvram_lab.weights.gguf_export import TYPES, export_gguf
 from lowvram_lab.weights.solvers import round_to_nearest
 from lowvram_lab.weights.stored import to_stored
 from tests.helpers.checkpoints import restored_state

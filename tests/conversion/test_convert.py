@@ -20,6 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from lowvram_lab.conversion.convert import Conversion, convert
+from lowvram_lab.conversion.layer_quantizer import CORRECTION, DAMPING, corrected
+from lowvram_lab.conversion.resumable import PartialDirectory
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
@@ -32,11 +35,8 @@ from lowvram_lab.planner.card_recipe import CardBudget
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.weights.convert import Conversion, convert
 from lowvram_lab.weights.gptq import output_error
-from lowvram_lab.weights.layer_quantizer import CORRECTION, DAMPING, corrected
 from lowvram_lab.weights.recipe import WeightBudget
-from lowvram_lab.weights.resumable import PartialDirectory
 from lowvram_lab.weights.solve import relative_error as output_change
 from lowvram_lab.weights.solvers import round_to_nearest
 from tests.helpers.checkpoints import directory_spec, read_state, restored_state, spoilt_state, write_model
@@ -52,7 +52,7 @@ from tests.helpers.tiny import (
     tiny_tokenizer,
 )
 
-module = importlib.import_module("lowvram_lab.weights.convert")  # the package's name for it is the function
+module = importlib.import_module("lowvram_lab.conversion.convert")  # the package's name for it is the function
 
 HELD_OUT = sample_text()[:900]
 """Some 1100 tokens of a byte each: two windows and a rest."""
@@ -544,7 +544,7 @@ def test_a_disk_that_fills_up_leaves_no_output_and_can_be_gone_on_with(tmp_path,
         return save_file(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowvram_lab.weights.resumable.save_file", full)
+        patch.setattr("lowvram_lab.conversion.resumable.save_file", full)
         with pytest.raises((LowvramError, OSError)):  # safetensors' own error is put in words
             run(source, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

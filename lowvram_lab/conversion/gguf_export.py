@@ -1,6 +1,6 @@
 """Write a model as a ``.gguf`` file, tensor by tensor: for llama.cpp and whatever is built on it.
 
-The way back from ``model/gguf.py``. Integer weights of a converted directory keep their codes in ``q8_0`` and
+The way back from ``repository/gguf.py``. Integer weights of a converted directory keep their codes in ``q8_0`` and
 ``q4_1``: these are blocks of 32 codes with a float16 scale each, and a scale of more weights is simply repeated.
 
 Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``; blocks, ``ggml-common.h``.
@@ -20,12 +20,12 @@ import pandas as pd
 import torch
 from gguf import GGMLQuantizationType as GgmlType
 
+from lowvram_lab.conversion.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import locked, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.formats import get_format
-from lowvram_lab.model.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.model.tensor_names import refuse_differing_ties

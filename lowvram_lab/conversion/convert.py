@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 
 from lowvram_lab import __version__
+from lowvram_lab.conversion.layer_quantizer import LayerQuantizer
+from lowvram_lab.conversion.model_card import model_card
+from lowvram_lab.conversion.resumable import PartialDirectory, building
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, known_sha256, refuse_occupied, remember, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
@@ -28,11 +31,8 @@ from lowvram_lab.packaged import calibration_text, sample_text
 from lowvram_lab.repository.hub import TOKENIZER
 from lowvram_lab.repository.text import begins_with, equal_windows, first_ids, plain_ids
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
-from lowvram_lab.weights.layer_quantizer import LayerQuantizer
 from lowvram_lab.weights.layerwise import LayerByLayer
-from lowvram_lab.weights.model_card import model_card
 from lowvram_lab.weights.recipe import Recipe, RecipeMaker, WeightBudget
-from lowvram_lab.weights.resumable import PartialDirectory, building
 from lowvram_lab.weights.sensitivity import Sensitivity, candidate_formats, estimate_sensitivity
 from lowvram_lab.weights.solve import SOLVERS
 

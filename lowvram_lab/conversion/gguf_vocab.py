@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import SourceError
-from lowvram_lab.model.gguf import read_gguf_header
 from lowvram_lab.model.source import Source
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.repository.gguf import read_gguf_header
 from lowvram_lab.repository.gguf_tokenizer import (
     BYTE,
     CONTROL,

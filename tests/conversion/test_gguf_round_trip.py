@@ -14,10 +14,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lowvram_lab.conversion.gguf_export import export_gguf
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.source import find_source
-from lowvram_lab.weights.gguf_export import export_gguf
-from tests.weights.test_gguf_export import (
+from tests.conversion.test_gguf_export import (
     MEAN,
     byte_level,
     make_model,

