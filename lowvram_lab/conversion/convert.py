@@ -22,6 +22,7 @@ from lowvram_lab.conversion.resumable import PartialDirectory, building
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, known_sha256, refuse_occupied, remember, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
+from lowvram_lab.model import low_plane
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
@@ -53,7 +54,8 @@ class Conversion:
         source_weight_bytes: The 16-bit model's weights.
         estimated_kl: What the recipe foretold, or ``None`` for a given plan.
         measured: ``tokens``, ``perplexity``, ``reference_perplexity``, ``kl_mean``, ``top1_agreement`` on a held-out
-            text, against the original in float32; its ``window`` and what each ``begins_with``.
+            text, against the original in float32; its ``window`` and what each ``begins_with``. Of weights in two
+            planes that is the high one's; under ``both_planes`` the same by both.
         seconds: Of this run; one that was resumed counts from the resumption.
         peak_rss_bytes: Highest resident memory of this process so far.
     """
@@ -136,7 +138,7 @@ def convert(
         measured = work.run() | {"window": held_out.shape[1], "begins_with": begins_with(tokenizer)}
         facts = _facts(recipe, source.public_name, calibration, ids)
         facts |= {"solver": solver, "measured": measured, "modules": work.modules}
-        _finish(partial, directory, spec, recipe.plan, facts, work.shards)
+        _finish(partial, directory, spec, recipe.plan, facts, work)
         partial.publish()
     return Conversion(
         output=str(output),
@@ -197,13 +199,20 @@ def _check_plan(plan: Plan, spec: ModelSpec) -> None:
 def _most_bytes(recipe: Recipe | None, plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> int:
     """Disk that the weights may take. What a card leaves to them is not known yet: half the original, say."""
     if recipe:
-        return recipe.weight_bytes
+        return recipe.weight_bytes + _low_plane_bytes(recipe.plan)  # each layer's by itself, until all are in one file
     return plan.bytes_for(spec) if isinstance(plan, WeightBudget) else spec.num_parameters
 
 
+def _low_plane_bytes(plan: Plan) -> int:
+    formats = ((module, get_format(plan.modules[module.name].format)) for module in plan.spec.modules)
+    return sum(fmt.plane.weight_bytes(module.weight_shape) for module, fmt in formats if fmt.planes > 1)
+
+
 def _state_bytes(spec: ModelSpec, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe | None) -> int:
-    """Disk that hidden states take meanwhile: two generations of four runs, or every layer's for the sensitivity."""
+    """Disk that hidden states take meanwhile: two generations of all runs, or every layer's for the sensitivity."""
     runs = 4 * spec.hidden_size * 2 * (ids.numel() + held_out.numel())
+    if recipe and recipe.plan.low_planes():
+        runs += 4 * spec.hidden_size * held_out.numel()  # the held-out text's through both planes
     every_layer = 0 if recipe else 4 * spec.hidden_size * SENSITIVITY_TOKENS * spec.num_hidden_layers
     return max(2 * runs, every_layer)
 
@@ -251,10 +260,11 @@ def _facts(recipe: Recipe, name: str, calibration: str | Path | None, ids: torch
 
 
 def _finish(
-    partial: PartialDirectory, directory: Path, spec: ModelSpec, plan: Plan, facts: dict, shards: list[str]
+    partial: PartialDirectory, directory: Path, spec: ModelSpec, plan: Plan, facts: dict, work: LayerQuantizer
 ) -> None:
     """Writes everything beside the shards."""
-    formats = {name: a.format for name, a in plan.modules.items() if get_format(a.format).kind != "float"}
+    formats = {name: get_format(a.format).plane.name for name, a in plan.modules.items()}
+    formats = {name: fmt for name, fmt in formats.items() if get_format(fmt).kind != "float"}
     if spec.tied and get_format(plan.modules[spec.head].format).kind == "packed":
         formats.pop(spec.head, None)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
@@ -263,9 +273,11 @@ def _finish(
     config["dtype"] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[plan.dtype]
     if formats:
         config["quantization_config"] = quantization_config(formats)
+    if work.low_planes:
+        config[low_plane.KEY] = low_plane.block(partial.sha256(low_plane.FILE), work.low_planes)
     weight_map = {}
     total = 0
-    for shard in shards:
+    for shard in work.shards:
         for name, tensor in partial.load_tensors(shard).items():
             weight_map[name] = shard
             total += tensor.nbytes

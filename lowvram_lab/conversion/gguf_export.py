@@ -7,6 +7,7 @@ Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``; blocks, ``ggml-c
 """
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -91,6 +92,9 @@ class ExportResult:
         return self.table().to_html()
 
 
+logger = logging.getLogger(__name__)
+
+
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor of the file to be: its name there, whose it is, what it becomes.
@@ -162,6 +166,9 @@ def export_gguf(
     source = find_source(model)
     config = source.config()
     spec = source.spec(source.public_name)
+    if spec != (high := spec.without_low_planes()):
+        logger.warning("%s: a GGUF file has no low planes; it will hold the high ones, an int4 model", model)
+        spec = high
     facts = _general(spec, tensor_type) | config_metadata(spec, config, context)
     architecture = ARCHITECTURES[config.model_type]
     tensors = _tensors(spec, architecture, tensor_type)

@@ -5,6 +5,9 @@ quantised ones. A layer's weights are fitted to the inputs that the *quantised* 
 asked to make up for some of what those got wrong. A held-out text goes along on both sides, so that the loss is
 measured at the end without ever holding two models.
 
+Where a format has two planes, the high one is fitted as if it were alone, and the low one to what that is off by, over
+the original's inputs, which those of both planes resemble; the held-out text goes along through both as well.
+
 Derived in: notebooks/04_compress.ipynb
 Source: fitting to the original's outputs over the quantised model's inputs, Arai and Ichikawa 2025, arXiv:2504.09629.
 """
@@ -21,13 +24,14 @@ from tqdm.auto import tqdm
 from lowvram_lab.conversion.resumable import PartialDirectory
 from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.formats import DTYPES, Format, get_format
+from lowvram_lab.model.low_plane import FILE as LOW_PLANE
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight, rows_of
 from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments
 from lowvram_lab.weights.solve import solve
-from lowvram_lab.weights.stored import read_stored, to_stored
+from lowvram_lab.weights.stored import read_stored, to_stored, to_stored_low
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +89,8 @@ class LayerQuantizer:
         """Makes every shard that is not finished.
 
         Returns:
-            The held-out text's ``tokens``, ``perplexity``, ``reference_perplexity``, ``kl_mean``, ``top1_agreement``.
+            The held-out text's ``tokens``, ``perplexity``, ``reference_perplexity``, ``kl_mean``, ``top1_agreement``;
+            of formats in two planes by the high one, and under ``both_planes`` the same by both.
 
         Raises:
             CheckpointError: A weight cannot be held in its format, is missing, or is not finite.
@@ -98,16 +103,32 @@ class LayerQuantizer:
                 bar.update()
             self.partial.save_tensors(self.shards[-1], self._head())
             give_back_heap()
-            measured = self._measure()
+            measured = self._measure("held_out_quantised")
+            if self.low_planes:
+                self.partial.save_joined(LOW_PLANE, [self._low_shard(index) for index in self._layers_in_two()])
+                measured["both_planes"] = self._measure("held_out_both")
             bar.update()
         return measured
+
+    @property
+    def low_planes(self) -> list[str]:
+        """The modules whose format has two planes."""
+        return [module.name for module in self.spec.modules if self._format(module).planes > 1]
+
+    def _layers_in_two(self) -> list[int]:
+        return sorted({self.spec.module(name).layer for name in self.low_planes})
+
+    def _low_shard(self, index: int) -> str:
+        """The file of a layer's low planes, until all are in one."""
+        return f"state/low-{index}.safetensors"
 
     def _resume(self) -> int:
         """Loads the last state whose shards are all there; the number of the shard to make next."""
         for index in reversed(range(len(self.shards) - 1)):
             states = self.partial.load_tensors(f"state/states-{index}.safetensors")
             modules = self.partial.load_json(f"state/modules-{index}.json")
-            if states and modules is not None and all(map(self.partial.finished, self.shards[: index + 1])):
+            made = self.shards[: index + 1] + [self._low_shard(n) for n in self._layers_in_two() if n < index]
+            if states and modules is not None and all(map(self.partial.finished, made)):
                 self._states, self.modules = states, modules
                 self.stream.embed(self.ids[:1])  # notes positions and mask
                 logger.info("going on after %s", self.shards[index])
@@ -143,13 +164,15 @@ class LayerQuantizer:
         for text, ids in (("calibration", self.ids), ("held_out", self.held_out)):
             self._states[text] = self.stream.embed(ids)
             self._states[f"{text}_quantised"] = self.stream.embed(ids, look_up)
+        if self.low_planes:
+            self._states["held_out_both"] = self._states["held_out_quantised"].clone()
         return tensors
 
     def _layer(self, index: int) -> dict:
-        states, tensors = self._states, {}
+        states, tensors, low_planes, high_planes = self._states, {}, {}, []
         with self.stream.layer(index) as layer:
             named = {name: self.stream.model.get_submodule(name) for name in self.stream.names(index)}
-            moments = self._moments(layer, named)
+            moments, of_original = self._moments(layer, named)
             self.stream.run_in_place(layer, states["held_out"])
             for module in self.spec.modules:
                 if module.layer != index:
@@ -160,15 +183,33 @@ class LayerQuantizer:
                     weight = named[module.name].weight
                     target = corrected(weight, moments[module.name], moments.cross(module.name))
                     solution = self._solve(module, target, moments[module.name])
-                    weight.copy_(solution.dequantize())
                     tensors |= to_stored(module.name, solution, fmt)
+                    high = solution.dequantize()
+                    if fmt.planes > 1:
+                        # by both planes inputs are nearly the original's
+                        low = self._solve_low(module, weight - high, of_original[module.name])
+                        low_planes |= to_stored_low(module.name, low, fmt)
+                        high_planes.append((weight, high))
+                        weight.copy_(high + low.dequantize())
+                    else:
+                        weight.copy_(high)
+            if "held_out_both" in states:
+                self.stream.run_in_place(layer, states["held_out_both"])
+            for weight, high in high_planes:
+                weight.copy_(high)
             self.stream.run_in_place(layer, states["calibration_quantised"])
             self.stream.run_in_place(layer, states["held_out_quantised"])
+        if low_planes:
+            self.partial.save_tensors(self._low_shard(index), low_planes)
         return tensors
 
-    def _moments(self, layer: torch.nn.Module, named: dict[str, torch.nn.Module]) -> InputMoments:
-        """Moments of the quantised run's inputs, crossed with the original's; the original's run moves on."""
-        moments, step = InputMoments(), max(1, TOKENS_AT_ONCE // self.ids.shape[1])
+    def _moments(self, layer: torch.nn.Module, named: dict[str, torch.nn.Module]) -> tuple[InputMoments, InputMoments]:
+        """Moments of the quantised run's inputs, crossed with the original's; and of those, where there are low planes.
+
+        The original's run moves on.
+        """
+        moments, of_original, step = InputMoments(), InputMoments(), max(1, TOKENS_AT_ONCE // self.ids.shape[1])
+        in_two = set(self.low_planes)
         runs = [self._states[name].split(step) for name in ("calibration", "calibration_quantised")]
         for original, quantised in zip(*runs, strict=True):
             with captured_inputs(named) as theirs:
@@ -176,8 +217,10 @@ class LayerQuantizer:
             with captured_inputs(named) as ours:
                 self.stream.run(layer, quantised)
             moments.add(ours, theirs)
+            if in_two & set(named):
+                of_original.add(theirs)
             original.copy_(after)
-        return moments
+        return moments, of_original
 
     def _head(self) -> dict:
         tensors = {}
@@ -188,16 +231,16 @@ class LayerQuantizer:
             tensors |= self._plain(module)
             if fmt.kind != "float":
                 moments = InputMoments()
-                for original, quantised in self._final("calibration"):
+                for original, quantised in self._final("calibration", "calibration_quantised"):
                     moments.add({module.name: quantised}, {module.name: original})
                 weight = self.stream.stored(f"{module.name}.weight")
                 solution = self._solve(module, weight, moments[module.name])
                 tensors |= to_stored(module.name, solution, fmt)
         return tensors
 
-    def _final(self, text: str):
-        """Pairs of normed final states ``(tokens, hidden)``, the original's and the quantised model's."""
-        runs = [self._states[f"{text}{side}"].flatten(0, 1).split(HEAD_TOKENS) for side in ("", "_quantised")]
+    def _final(self, text: str, ours: str):
+        """Pairs of normed final states ``(tokens, hidden)``, the original's and a quantised model's, by their names."""
+        runs = [self._states[name].flatten(0, 1).split(HEAD_TOKENS) for name in (text, ours)]
         for original, quantised in zip(*runs, strict=True):
             yield self.stream.norm(original), self.stream.norm(quantised)
 
@@ -206,8 +249,16 @@ class LayerQuantizer:
 
     def _solve(self, module: ModuleSpec, weight: torch.Tensor, moments: torch.Tensor | None) -> IntegerWeight:
         fmt = self._format(module)
-        solution, kind, error = solve(weight, fmt, moments, self.solver, module.name)
+        solution, kind, error = solve(weight, fmt.plane, moments, self.solver, module.name)
         self.modules[module.name] = {"format": fmt.name, "solver": kind, "output_error": error}
+        return solution
+
+    def _solve_low(self, module: ModuleSpec, residual: torch.Tensor, moments: torch.Tensor) -> IntegerWeight:
+        """The low plane of a module whose high plane is off by ``residual``."""
+        fmt = self._format(module).low_plane
+        solution, kind, share = solve(residual, fmt, moments, self.solver, module.name, symmetric=False)
+        # a share of what the high plane's own product is off by
+        self.modules[module.name] |= {"low_solver": kind, "low_output_error": share}
         return solution
 
     def _plain(self, module: ModuleSpec) -> dict[str, torch.Tensor]:
@@ -216,20 +267,20 @@ class LayerQuantizer:
         names = [f"{module.name}.{key}" for key in module.parameters if key != "weight" or is_float]
         return {name: self.stream.read(name, DTYPES[self.plan.dtype]) for name in names}
 
-    def _measure(self) -> dict:
-        """Compares the two models' predictions of the held-out text."""
+    def _measure(self, ours: str) -> dict:
+        """Compares predictions of the held-out text, the original's and those of final states by their name."""
         head, owner = self.spec.head, self.stream.owner(self.spec.head)
         original = self.stream.stored(f"{owner}.weight")
         file = self.shards[0 if owner == self.spec.embedding else -1]
-        ours = stored_rows(self.partial.load_tensors(file), owner, self._format(self.spec.module(head)))
+        head_rows = stored_rows(self.partial.load_tensors(file), owner, self._format(self.spec.module(head)))
         bias = self.stream.bias(head)
         totals = dict.fromkeys(("nll", "reference_nll", "kl", "agree"), 0.0)
         targets = self.held_out.flatten().roll(-1).split(HEAD_TOKENS)
         last = self.held_out.shape[1] - 1  # of a window; it predicts nothing that is in the window
         counted = (torch.arange(self.held_out.numel()) % (last + 1) < last).split(HEAD_TOKENS)
-        for (theirs_x, ours_x), target, count in zip(self._final("held_out"), targets, counted, strict=True):
+        for (theirs_x, ours_x), target, count in zip(self._final("held_out", ours), targets, counted, strict=True):
             theirs = torch.log_softmax(_logits(theirs_x[count], lambda s: original[s].float(), len(original), bias), -1)
-            mine = torch.log_softmax(_logits(ours_x[count], ours, len(original), bias), -1)
+            mine = torch.log_softmax(_logits(ours_x[count], head_rows, len(original), bias), -1)
             target = target[count].unsqueeze(1)
             totals["nll"] -= mine.gather(1, target).sum().item()
             totals["reference_nll"] -= theirs.gather(1, target).sum().item()

@@ -41,7 +41,7 @@ Made by lowvram_lab {__version__} from `{facts["source"]}`; the licence of that 
 | perplexity | {perplexity} |
 | KL to the original | {measured["kl_mean"]:.4f} nats a token{foretold} |
 | same most likely token | {measured["top1_agreement"]:.1%} |
-| opens in | {_opens_in(plan[spec.embedding]["format"])} |
+{_both_planes(measured)}| opens in | {_opens_in(plan[spec.embedding]["format"])} |
 
 Loss was measured while converting, in float32, over {measured["tokens"]} tokens of a small English and Chinese text
 that is not in the calibration text, {windows_in_words(measured["window"], measured["begins_with"])}:
@@ -54,6 +54,17 @@ enough to see that nothing broke, too little to quote. Measure it on your own te
 
 `recipe.json` has every module's format, solver and output error, and the plan to make it again.
 """
+
+
+def _both_planes(measured: dict) -> str:
+    """A line of the table, where the figures above are the high plane's."""
+    both = measured.get("both_planes")
+    if both is None:
+        return ""
+    return (
+        f"| with `low_plane.safetensors` | the above is the high plane alone; both planes: KL {both['kl_mean']:.4f}, "
+        f"perplexity {both['perplexity']:.3f}, same most likely token {both['top1_agreement']:.1%} |\n"
+    )
 
 
 def _opens_in(table_format: str) -> str:

@@ -67,6 +67,21 @@ class PartialDirectory:
             ) from error
         self._adopt(temporary, name)
 
+    def save_joined(self, name: str, parts: list[str]) -> None:
+        """Makes one safetensors file of finished ones, whose tensors are copied from file to file."""
+        temporary = self.path / f"{name}.tmp"
+        try:
+            join_safetensors([self.path / part for part in parts], temporary)
+        except OSError as error:
+            raise LowvramError(
+                f"cannot write {temporary}: {error}; make room, then run the same command again"
+            ) from error
+        self._adopt(temporary, name)
+
+    def sha256(self, name: str) -> str:
+        """Of a finished file."""
+        return self._journal["files"][name]
+
     def load_tensors(self, name: str) -> dict | None:
         """A finished file's tensors, or ``None``."""
         if not self.finished(name):
@@ -118,6 +133,33 @@ class PartialDirectory:
 
     def _write_journal(self) -> None:
         write_atomically(self.state / "journal.json", json.dumps(self._journal))
+
+
+def join_safetensors(parts: list[Path], target: Path) -> None:
+    """Writes the tensors of several safetensors files into one, without holding any of them.
+
+    Args:
+        parts: Files whose tensors bear different names.
+        target: The file to write.
+    """
+    header, bodies, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for part in parts:
+        with part.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            facts = json.loads(file.read(length))
+        facts.pop("__metadata__", None)
+        for name, fact in facts.items():
+            header[name] = fact | {"data_offsets": [end + offset for offset in fact["data_offsets"]]}
+        bodies.append((part, 8 + length))
+        end += part.stat().st_size - 8 - length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with target.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part, start in bodies:
+            with part.open("rb") as source:
+                source.seek(start)
+                shutil.copyfileobj(source, file, 2**22)
 
 
 @contextmanager

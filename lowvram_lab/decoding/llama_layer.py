@@ -30,21 +30,26 @@ class Product:
     Attributes:
         kernel: ``"ours"``; ``"int4"``, ``"int8"`` or ``"int4 on CUDA"`` by torch's kernels; ``"float"``; or
             ``"module"`` for a layer that multiplies by itself.
-        group_size: Codes that share a scale, of torch's int4 kernels.
         features: Rows of a weight that our kernel multiplies. Its format is among its tensors: a layer is compiled once
             for all of them.
         bias: Whether a bias is added.
+        planes: Weights of one shape whose products are summed: 2 where a low plane corrects a high one.
     """
 
     kernel: str
-    group_size: int = 0
     features: int = 0
     bias: bool = False
+    planes: int = 1
+
+    @property
+    def of_a_plane(self) -> int:
+        """How many a plane takes of a layer's list: weight or function; or codes and scales, and for ours a format."""
+        return {"float": 1, "module": 1, "ours": 3}.get(self.kernel, 2)
 
     @property
     def tensors(self) -> int:
-        """How many it takes of a layer's list: weight or function; or codes and scales, and for ours a format; bias."""
-        return {"float": 1, "module": 1, "ours": 3}.get(self.kernel, 2) + self.bias
+        """How many it takes of a layer's list: those of its planes, and a bias."""
+        return self.planes * self.of_a_plane + self.bias
 
 
 @dataclass(frozen=True)
@@ -235,38 +240,44 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _multiply(x: Tensor, products: tuple[Product, ...], weights: Sequence[Sequence], loops: list | None) -> Tensor:
     """``(rows, in)`` float32 → ``(rows, out)`` float32: the products with each weight, side by side."""
-    if all(product.kernel == "ours" for product in products):
+    if all(product.kernel == "ours" for product in products) and len({product.planes for product in products}) == 1:
         return _products_of_ours(x, products, weights)
     found = [_product(x, product, tensors, loops) for product, tensors in zip(products, weights, strict=True)]
     return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 def _products_of_ours(x: Tensor, products: tuple[Product, ...], weights: Sequence[Sequence]) -> Tensor:
-    codes, scales, formats = zip(*(tensors[:3] for tensors in weights), strict=True)
-    features = [product.features for product in products]
-    found = quantized_products(x, codes, scales, features, [format_of(each) for each in formats])
+    planes = max(product.planes for product in products)
+    codes, scales, features, formats = [], [], [], []
+    for plane in range(planes):  # all high planes side by side, then all low ones
+        for product, tensors in zip(products, weights, strict=True):
+            its_codes, its_scales, its_format = tensors[plane * product.of_a_plane :][: product.of_a_plane]
+            codes.append(its_codes)
+            scales.append(its_scales)
+            features.append(product.features)
+            formats.append(format_of(its_format))
+    found = quantized_products(x, codes, scales, features, formats)
+    if planes > 1:
+        high, low = found.chunk(2, -1)
+        found = high + low
     if not any(product.bias for product in products):
         return found
     biases = [
-        tensors[3].float() if product.bias else x.new_zeros(product.features)
+        tensors[-1].float() if product.bias else x.new_zeros(product.features)
         for product, tensors in zip(products, weights, strict=True)
     ]
     return found + torch.cat(biases)
 
 
 def _product(x: Tensor, product: Product, tensors: Sequence, loops: list | None) -> Tensor:
-    kernel, group_size = product.kernel, product.group_size
+    kernel = product.kernel
     if kernel == "ours":
         return _products_of_ours(x, (product,), (tensors,))
     if loops is not None and kernel == "float" and x.shape[0] == 1 and x.shape[1] <= LONGEST_LOOP:
         loops.append(x)
         found = (tensors[0].float() * x).sum(-1)[None]
-    elif kernel == "int4":
-        found = torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), tensors[0], group_size, tensors[1])
-    elif kernel == "int4 on CUDA" and x.is_meta:  # see Int4Linear.multiply
-        found = x.new_empty(x.shape[0], tensors[1].shape[1], dtype=torch.bfloat16)
-    elif kernel == "int4 on CUDA":
-        found = torch.ops.aten._weight_int4pack_mm(x.bfloat16(), tensors[0], group_size, tensors[1])
+    elif kernel in ("int4", "int4 on CUDA"):
+        found = _int4_by_torch(x.bfloat16(), product, tensors)
     elif kernel == "module":
         found = tensors[0](x)
     elif kernel == "int8":
@@ -274,3 +285,16 @@ def _product(x: Tensor, product: Product, tensors: Sequence, loops: list | None)
     else:
         found = F.linear(x.to(tensors[0].dtype), tensors[0])
     return found.float() + tensors[-1].float() if product.bias else found.float()
+
+
+def _int4_by_torch(x: Tensor, product: Product, tensors: Sequence) -> Tensor:
+    """By the high plane, and where there is a low one, by that; bfloat16."""
+    on_cuda = product.kernel == "int4 on CUDA"
+    kernel = torch.ops.aten._weight_int4pack_mm if on_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
+    planes = []
+    for codes, scales in zip(tensors[: 2 * product.planes : 2], tensors[1 : 2 * product.planes : 2], strict=True):
+        if on_cuda and x.is_meta:  # see Int4Linear.multiply
+            planes.append(x.new_empty(x.shape[0], scales.shape[1]))
+        else:
+            planes.append(kernel(x, codes, x.shape[1] // scales.shape[0], scales.contiguous()))
+    return planes[0] if product.planes == 1 else planes[0] + planes[1]

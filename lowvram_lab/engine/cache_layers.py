@@ -73,6 +73,11 @@ class FixedLayer(CacheLayerMixin):
         """Tokens there is room for."""
         return self.max_tokens
 
+    @property
+    def forgettable(self) -> int:
+        """See ``PreallocatedCache``."""
+        return self.max_tokens - self.tokens
+
     def reset(self) -> None:
         """Forgets everything; the memory stays."""
         self.tokens = 0

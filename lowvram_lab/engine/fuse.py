@@ -52,8 +52,9 @@ def separate(model: nn.Module, names: set[str]) -> None:
             if len(stay) == len(members):
                 continue
             for module in (getattr(getattr(block, part, None), name, None) for name in stay):
-                if getattr(module, "fused", False):
-                    _separate(module)
+                for plane in (module, getattr(module, "low", None)):
+                    if getattr(plane, "fused", False):
+                        _separate(plane)
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:

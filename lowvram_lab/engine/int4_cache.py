@@ -73,6 +73,11 @@ class Int4Layer(FixedLayer):
         grid = self.value_scale[:, :, : self.tokens].to(self.dtype)
         return codes.to(self.dtype).mul_(grid[:, :, :, 0, :, None]).add_(grid[:, :, :, 1, :, None]).flatten(-2)
 
+    @property
+    def forgettable(self) -> int:
+        """See ``PreallocatedCache``: a group that is full is quantised, and its exact keys are written over."""
+        return min(super().forgettable, GROUP - 1 - self.tokens % GROUP)
+
     def keep(self, tokens: int) -> None:
         """Forgets all but the first ``tokens`` tokens; a group that is no longer full is read back."""
         if tokens >= self.tokens:

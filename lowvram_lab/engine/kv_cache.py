@@ -61,3 +61,8 @@ class PreallocatedCache(Cache):
         """Forgets all but the first ``tokens`` tokens."""
         for layer in self._held:
             layer.keep(tokens)
+
+    @property
+    def forgettable(self) -> int:
+        """How many tokens may be added and then forgotten without a trace."""
+        return min(layer.forgettable for layer in self._held)

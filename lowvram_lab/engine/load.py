@@ -7,6 +7,7 @@ run of a forecast goes through the very same code with tensors on meta.
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from lowvram_lab.engine.fill import Filler, must_be_mapped, place_buffers
 from lowvram_lab.engine.fuse import separate
 from lowvram_lab.engine.layers import import_kernels
 from lowvram_lab.engine.loaded import Loaded, Weights, loaded
+from lowvram_lab.engine.nested import Planes
 from lowvram_lab.engine.placement import Placement, block_devices
 from lowvram_lab.engine.prompt_kernels import use_our_kernels
 from lowvram_lab.engine.room import check_room_in_ram, check_room_on_disk
@@ -31,11 +33,12 @@ from lowvram_lab.model.checkpoint import ShapesOnly, check_tensor
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.geometry import keep_frequencies
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import Assignment
 from lowvram_lab.model.source import find_source
-from lowvram_lab.model.spec import ModelSpec, ModuleSpec, build_on_meta
+from lowvram_lab.model.spec import ModuleSpec, build_on_meta
 from lowvram_lab.model.tensor_names import refuse_differing_ties
 from lowvram_lab.quiet import quiet_transformers
-from lowvram_lab.weights.stored import check_stored
+from lowvram_lab.weights.stored import check_low_plane, check_stored
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +74,7 @@ def load(
     gpu = gpu or open_gpu()
     if checkpoint is None:
         checkpoint = find_source(plan.model).checkpoint()
-    _check_names_and_shapes(spec, checkpoint)
+    _check_names_and_shapes(plan, checkpoint)
     if not gpu.meta:
         _check_machine(plan, spec.modules, checkpoint, gpu)
     config = spec.pretrained_config()
@@ -89,7 +92,7 @@ def load(
         gpu.meter.scope(category="weights"),
         torch.no_grad(),
     ):
-        model.lowvram = Loaded(plan, gpu, checkpoint, recording)
+        model.lowvram = Loaded(plan, gpu, checkpoint, recording, planes=Planes(plan.decodes_by != "fast"))
         _fill(model, spec.modules, plan, progress)
     _read_generation_config(model, getattr(checkpoint, "directory", None))
     return model.eval()
@@ -119,6 +122,9 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
     if plan == old:
         return
     changed = [m for m in plan.spec.modules if plan.modules[m.name] != old.modules[m.name]]
+    if low_planes_alone(old, plan):
+        _move_low_planes(model, changed, plan)
+        return
     _check_machine(plan, changed, state.weights, state.gpu, old)
     for decoder in list(state.decoders):  # they hold weights, and a KV cache, of the old plan
         decoder.release()
@@ -127,6 +133,47 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
     except BaseException:  # Ctrl-C too
         _realise(model, changed, old, progress)
         raise
+    state.planes.both = plan.decodes_by != "fast"
+
+
+def low_planes_alone(before: Plan, after: Plan) -> bool:
+    """Whether plans differ in the places of low planes alone, which a file holds: all else stays, a KV cache too."""
+    if before == after or after.stream_from is not None or replace(after, modules=before.modules) != before:
+        return False
+    pairs = ((name, before.modules[name], new) for name, new in after.modules.items())
+    moved = [(name, old, new) for name, old, new in pairs if old != new]
+    return all(new.low and replace(new, low=old.low) == old and name in after.spec.stored for name, old, new in moved)
+
+
+def _move_low_planes(model: PreTrainedModel, changed: list[ModuleSpec], plan: Plan) -> None:
+    """Realises a plan whose low planes alone lie elsewhere; after an error they are where they were."""
+    state = loaded(model)
+    before = state.plan
+    for decoder in list(state.decoders):
+        decoder.release()
+    with state.gpu.active(), state.gpu.meter.scope(category="weights"), torch.no_grad():
+        try:
+            _put_low_planes(model, changed, plan)
+        except BaseException:  # Ctrl-C too
+            _put_low_planes(model, changed, before)
+            raise
+
+
+def _put_low_planes(model: PreTrainedModel, modules: list[ModuleSpec], plan: Plan) -> None:
+    state = loaded(model)
+    filler = Filler(model, plan, state.weights, state.gpu, state.planes)
+    disk = None
+    for module in modules:
+        model.get_submodule(module.name).low = None  # what leaves makes room for what comes
+    for module in modules:
+        with state.gpu.meter.scope(owner=module.name):
+            filler.fill_low_plane(module)
+        if plan.modules[module.name].low == "disk" and not state.gpu.meta:
+            disk = disk or WeightsOnDisk()
+            disk.map(model.get_submodule(module.name).low)
+    if disk is not None:
+        state.mapped.append(disk)
+    state.plan = plan
 
 
 def _empty(config: PretrainedConfig) -> PreTrainedModel:
@@ -161,7 +208,7 @@ def _check_machine(
     if plan.threads and plan.threads > cores:
         raise PlanError(f"expected 1 to {cores} threads on this machine, found a plan with {plan.threads}")
     check_room_in_ram(plan, gpu, modules, before)
-    check_room_on_disk(sum(plan.module_bytes(m) for m in modules if must_be_mapped(m, plan, weights)))
+    check_room_on_disk(sum(plan.module_bytes(m, "disk") for m in modules if must_be_mapped(m, plan, weights)))
     freed = before.weight_bytes("gpu") if before else 0
     gpu.check_room(plan.weight_bytes("gpu") - freed)
 
@@ -181,7 +228,7 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
     """Fills some modules, puts buffers where their blocks compute, and lets each block compute at its place."""
     state = loaded(model)
     gpu = state.gpu
-    filler = Filler(model, plan, state.weights, gpu)
+    filler = Filler(model, plan, state.weights, gpu, state.planes)
     to_disk = [] if gpu.meta else [m for m in modules if must_be_mapped(m, plan, state.weights)]
     disk = WeightsOnDisk() if to_disk else None
     with gpu.noting_oom(state):
@@ -189,7 +236,7 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
             with gpu.meter.scope(owner=module.name):
                 filler.fill(module)
                 if module in to_disk:
-                    disk.map(model.get_submodule(module.name))
+                    _map(model.get_submodule(module.name), plan.modules[module.name], disk)
         if disk is not None:
             state.mapped.append(disk)
         devices = block_devices(model, plan)
@@ -200,6 +247,14 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
     if any(get_format(assignment.format).kind != "float" for assignment in plan.modules.values()):
         model.save_pretrained = _refuse_to_save
     model.hf_device_map = {path: _device_name(device, gpu) for path, device in devices.items()}
+
+
+def _map(module: torch.nn.Module, assignment: Assignment, disk: WeightsOnDisk) -> None:
+    """Puts a module's weights on disk: all of them, or the low plane alone."""
+    if assignment.device == "disk":
+        disk.map(module)
+    if assignment.low == "disk":
+        disk.map(module.low)
 
 
 def _refuse_to_save(*args, **kwargs):
@@ -220,12 +275,16 @@ def _read_generation_config(model: PreTrainedModel, directory: Path | None) -> N
             logger.warning("ignoring %s: %s", directory / "generation_config.json", error)
 
 
-def _check_names_and_shapes(spec: ModelSpec, checkpoint: Weights) -> None:
+def _check_names_and_shapes(plan: Plan, checkpoint: Weights) -> None:
+    spec = plan.spec
     refuse_differing_ties(spec, checkpoint)
     for module in spec.modules:
         for key, shape in module.own.items():
             if key == "weight" and module.name in spec.stored and not isinstance(checkpoint, ShapesOnly):
-                check_stored(module, get_format(spec.stored[module.name]), checkpoint)
+                fmt = get_format(plan.modules[module.name].format)
+                check_stored(module, fmt, checkpoint)
+                if fmt.planes > 1:
+                    check_low_plane(module, fmt, checkpoint)
             else:
                 check_tensor(f"{module.name}.{key}", shape, checkpoint)
 

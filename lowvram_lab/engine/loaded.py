@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from lowvram_lab.engine.nested import Planes
 from lowvram_lab.engine.placement import Placement
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.disk import WeightsOnDisk
@@ -30,7 +31,7 @@ class Weights(Protocol):
 
 @dataclass(eq=False)
 class Loaded:
-    """The state of a loaded model. ``replan`` changes ``plan``, ``placement`` and ``mapped``; nothing else changes.
+    """The state of a loaded model. ``replan`` changes ``plan``, ``placement``, ``mapped`` and ``planes``.
 
     Attributes:
         plan: What it realises.
@@ -40,6 +41,7 @@ class Loaded:
         placement: What makes each block compute at its place; ``remove()`` undoes it.
         mapped: Files of the weights that lie on disk.
         decoders: Every ``Decoder`` on its weights.
+        planes: Of weights in two, which are multiplied by.
     """
 
     plan: Plan
@@ -49,6 +51,7 @@ class Loaded:
     placement: Placement | None = None
     mapped: list[WeightsOnDisk] = field(default_factory=list)
     decoders: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+    planes: Planes = field(default_factory=Planes)
 
 
 def loaded(model: torch.nn.Module) -> Loaded:

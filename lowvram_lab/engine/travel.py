@@ -117,7 +117,8 @@ class TravellingWeights:
             if device != "gpu" and self.threshold is not None:
                 path = f"{plan.spec.layers_path}.{index}"
                 self._layers[path] = layer = _Travelling(model.get_submodule(path), index)
-                if device == "cpu" and not gpu.simulated:  # from disk it comes as it is; the stand-in has it in RAM
+                places = {place for m in plan.spec.modules if m.layer == index for place in plan.modules[m.name].places}
+                if places == {"cpu"} and not gpu.simulated:  # from disk it comes as it is; the stand-in has it in RAM
                     layer.gather(pinned)
         self._order = list(self._layers.values())
         tables = {path: model.get_submodule(path) for path, device in devices.items() if device == "cpu"}

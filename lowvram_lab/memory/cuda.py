@@ -119,6 +119,14 @@ class CudaGpu(Gpu):
                 "free: other processes, or other models of this one, hold the rest; end them, or plan for what is free"
             )
 
+    @property
+    def free_bytes(self) -> int:
+        """See ``Gpu``; what other processes hold is not free."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        allocated = torch.cuda.memory_allocated(self.device)
+        free += torch.cuda.memory_reserved(self.device) - allocated
+        return min(free, self.budget.usable_bytes - allocated) if self.budget else free
+
     def reset_peak(self) -> None:
         """See ``Gpu``."""
         torch.cuda.reset_peak_memory_stats(self.device)

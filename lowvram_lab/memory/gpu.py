@@ -114,6 +114,11 @@ class Gpu:
     def check_room(self, size_bytes: int) -> None:
         """Refuses what no longer fits beside other processes (``BudgetError``); a stand-in shares with none."""
 
+    @property
+    def free_bytes(self) -> int | None:
+        """What may still be allocated, as far as that is known; ``None`` without a limit."""
+        return None if self.budget is None else self.budget.usable_bytes - self.meter.allocated["gpu"]
+
     def reset_peak(self) -> None:
         """Lets ``peak_allocated_bytes`` start again from what is live now."""
         self.meter.peak_allocated = self.meter.allocated["gpu"]

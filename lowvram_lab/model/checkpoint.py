@@ -11,6 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowvram_lab.errors import CheckpointError, SourceError
+from lowvram_lab.files import known_sha256
+from lowvram_lab.model.low_plane import FILE as LOW_PLANE
+from lowvram_lab.model.low_plane import checked_block
 from lowvram_lab.model.spec import ModelSpec
 
 
@@ -68,12 +71,13 @@ class Checkpoint:
         unknown: Names of tensors that were left out when it was renamed.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, files: list[Path] | None = None):
         """Reads the index and the headers, no weights.
 
         Args:
             directory: Holds ``model.safetensors``, or else shards with ``model.safetensors.index.json`` (this order is
                 transformers' own), or else other ``*.safetensors`` files.
+            files: Which to take instead.
 
         Raises:
             CheckpointError: No weights, a missing shard, a truncated or damaged file, a name held twice.
@@ -81,8 +85,8 @@ class Checkpoint:
         """
         self.directory = Path(directory)
         self.unknown: tuple[str, ...] = ()
-        index = None if (self.directory / SINGLE_NAME).is_file() else _read_index(self.directory)
-        self.files = _find_files(self.directory, index)
+        index = None if files or (self.directory / SINGLE_NAME).is_file() else _read_index(self.directory)
+        self.files = files or _find_files(self.directory, index)
         self._stored_names: dict[str, str] = {}
         self._stamps = tuple((file.stat().st_size, file.stat().st_mtime_ns) for file in self.files)
         self._file_of: dict[str, Path] = {}
@@ -149,6 +153,27 @@ class Checkpoint:
         renamed._facts = {new: self._facts[old] for new, old in pairs}
         renamed._file_of = {new: self._file_of[old] for new, old in pairs}
         return renamed
+
+    @functools.cached_property
+    def low_plane(self) -> "Checkpoint":
+        """The file of a converted model's low planes.
+
+        Raises:
+            CheckpointError: Missing, damaged, or from another conversion.
+        """
+        try:
+            values = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.directory}: config.json is not readable: {error}") from error
+        file, found = self.directory / LOW_PLANE, checked_block(values, str(self.directory / "config.json"))
+        instead = "fetch or convert the model anew, or go without it (precision fast)"
+        if found is None or not file.is_file():
+            raise CheckpointError(
+                f"{self.directory}: expected {LOW_PLANE} beside its config.json, found none; {instead}"
+            )
+        if known_sha256(file) != found["sha256"]:
+            raise CheckpointError(f"{file}: damaged, or from another conversion than config.json; {instead}")
+        return Checkpoint(self.directory, files=[file])
 
     def same_values(self, name: str, other: str) -> bool:
         """Whether two tensors are equal in shape and in every value, whatever their dtypes; read a tile at a time."""
@@ -218,7 +243,7 @@ def _find_files(directory: Path, index: dict[str, str] | None) -> list[Path]:
         return files
     if (directory / SINGLE_NAME).is_file():
         return [directory / SINGLE_NAME]
-    if files := sorted(directory.glob("*.safetensors")):
+    if files := sorted(set(directory.glob("*.safetensors")) - {directory / LOW_PLANE}):
         _refuse_lost_shards(directory, [file.name for file in files])
         return files
     found = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else []

@@ -21,7 +21,14 @@ from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.model.formats import DTYPES, canonical_name, get_format
 from lowvram_lab.model.geometry import KVLayer
-from lowvram_lab.model.rules import Assignment, check_modules, check_settings, is_whole_number, whole_number
+from lowvram_lab.model.rules import (
+    Assignment,
+    check_modules,
+    check_precision,
+    check_settings,
+    is_whole_number,
+    whole_number,
+)
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.units import format_bytes
@@ -46,6 +53,8 @@ class Plan:
         stream_from: Prompts of so many tokens or more bring the weights of CPU and disk layers to the GPU, layer by
             layer, and compute there; ``None`` for never. Decoding a token always computes where the layer is.
         prefill_chunk: Prompts are read so many tokens at a time, which bounds their activations; ``None`` for at once.
+        precision: Of weights in two planes: tokens are decoded by ``"fast"`` (the high plane alone), ``"precise"``
+            (both) or ``"auto"`` (both where the high plane is unsure); ``None`` for both. Prompts are read by both.
         asked: The recipe that ``uniform`` was asked for, so that ``summary`` can say what could not be given. It is no
             part of what a plan is: two plans that differ in it alone are equal, and its JSON lacks it.
 
@@ -61,6 +70,7 @@ class Plan:
     threads: int | None = None
     stream_from: int | None = None
     prefill_chunk: int | None = None
+    precision: str | None = None
     asked: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -76,6 +86,8 @@ class Plan:
             stream_from=self.stream_from,
             prefill_chunk=self.prefill_chunk,
         )
+        if self.precision is not None:
+            check_precision(self.spec, self.precision, self.low_planes())
 
     @property
     def model(self) -> str:
@@ -108,7 +120,9 @@ class Plan:
         modules = {name: Assignment(fmt, "gpu") for name, fmt in formats.items()}
         return cls(spec, modules, dtype=dtype, kv_format=dtype, context=context, asked=recipe)
 
-    def with_modules(self, *patterns: str, format: str | None = None, device: str | None = None) -> "Plan":
+    def with_modules(
+        self, *patterns: str, format: str | None = None, device: str | None = None, low: str | None = None
+    ) -> "Plan":
         """The same plan with every module that matches one of the glob patterns changed.
 
         Args:
@@ -116,6 +130,7 @@ class Plan:
                 share a weight change together: name both.
             format: New format, or ``None`` to keep each module's own.
             device: New device, or ``None`` to keep each module's own.
+            low: New place of the low plane of those that have one, or ``None`` to keep each module's own.
 
         Raises:
             PlanError: No module matches a pattern, or the changed plan does not fit the model.
@@ -127,10 +142,11 @@ class Plan:
                     f"no module of {self.model} matches {pattern!r}; names look like {next(iter(self.modules))}"
                 )
             names.update(found)
-        changed = {
-            name: Assignment(format or old.format, device or old.device) if name in names else old
-            for name, old in self.modules.items()
-        }
+        changed = dict(self.modules)
+        for name in names:
+            new = changed[name].stored_as(format) if format else changed[name]
+            new = new.moved(device) if device else new
+            changed[name] = replace(new, low=low) if low and new.low else new
         return replace(self, modules=changed, asked=None if format else self.asked)
 
     def with_gpu_layers(self, count: int, disk: int | None = None) -> "Plan":
@@ -154,7 +170,7 @@ class Plan:
             on_disk = before[index] == "disk" if disk is None else index < disk
             places.append("gpu" if index >= total - count else "disk" if on_disk else "cpu")
         by_name = {m.name: places[m.layer] for m in spec.modules if m.layer is not None}
-        changed = {name: replace(old, device=by_name.get(name, old.device)) for name, old in self.modules.items()}
+        changed = {name: old.moved(by_name.get(name, old.device)) for name, old in self.modules.items()}
         return replace(self, modules=changed)
 
     def with_device_map(self, device_map: Mapping) -> "Plan":
@@ -175,7 +191,7 @@ class Plan:
             fitting = [part for part in places if part in ("", name) or name.startswith(f"{part}.")]
             if not fitting:
                 raise PlanError(f"the device map says nothing about {name}; add it, or '' for all others")
-            modules[name] = replace(old, device=places[max(fitting, key=len)])
+            modules[name] = old.moved(places[max(fitting, key=len)])
         known = {part for name in modules for part in accumulate(name.split("."), "{}.{}".format)}
         for name in places:
             parent = name.rpartition(".")[0]
@@ -203,18 +219,27 @@ class Plan:
 
     def weight_bytes(self, device: str | None = None) -> int:
         """Exact bytes of all weights, or of those on one device; a shared weight counts once."""
-        wanted = (m for m in self.spec.modules if device in (None, self.modules[m.name].device))
-        return sum(self.module_bytes(module) for module in wanted)
+        return sum(self.module_bytes(module, device) for module in self.spec.modules)
 
-    def module_bytes(self, module: ModuleSpec) -> int:
-        """Exact bytes of one module's own weights: none for a weight that another owns."""
-        dtype, total = DTYPES[self.dtype], 0
+    def module_bytes(self, module: ModuleSpec, device: str | None = None) -> int:
+        """Exact bytes of one module's own weights, or of those on one device: none for a weight that another owns."""
+        dtype, assignment, sizes = DTYPES[self.dtype], self.modules[module.name], []
+        fmt = get_format(assignment.format)
         for key, shape in module.own.items():
             if key == "weight":
-                total += get_format(self.modules[module.name].format).weight_bytes(module.weight_shape, dtype)
+                sizes += zip(assignment.places, fmt.bytes_by_plane(module.weight_shape, dtype), strict=True)
             else:
-                total += get_format(self.dtype).weight_bytes(shape, dtype)
-        return total
+                sizes.append((assignment.device, get_format(self.dtype).weight_bytes(shape, dtype)))
+        return sum(size for place, size in sizes if device in (None, place))
+
+    def low_planes(self) -> set[str]:
+        """Where the low planes of its modules are; empty where no format has one."""
+        return {assignment.low for assignment in self.modules.values() if assignment.low}
+
+    @property
+    def decodes_by(self) -> str | None:
+        """``precision``, or what it means where it is ``None``; ``None`` for weights in one plane."""
+        return (self.precision or "precise") if self.low_planes() else None
 
     def kv_bytes(self, tokens: int, device: str | None = None) -> int:
         """Exact bytes of keys and values (and their scales) for ``tokens`` tokens, on GPU or CPU or on both."""
@@ -261,7 +286,8 @@ class Plan:
             # only where it says something: plans without it keep the digest they had before there was one
             **({} if self.stream_from is None else {"stream_from": self.stream_from}),
             **({} if self.prefill_chunk is None else {"prefill_chunk": self.prefill_chunk}),
-            "modules": {name: {"format": a.format, "device": a.device} for name, a in self.modules.items()},
+            **({} if self.precision is None else {"precision": self.precision}),
+            "modules": {name: _entry(assignment) for name, assignment in self.modules.items()},
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -292,10 +318,11 @@ class Plan:
         return cls(spec, modules, **values)
 
     def table(self):
-        """Formats and devices counted by kind of module. A DataFrame."""
+        """Formats and devices counted by kind of module, of two planes the high one's device first. A DataFrame."""
         import pandas as pd
 
-        counts = Counter((_role(name), a.format, a.device) for name, a in self.modules.items())
+        named = ((_role(name), each.format, dict.fromkeys(each.places)) for name, each in self.modules.items())
+        counts = Counter((role, fmt, " + ".join(places)) for role, fmt, places in named)
         rows = [(role, fmt, device, count) for (role, fmt, device), count in counts.items()]
         return pd.DataFrame(rows, columns=["modules", "format", "device", "count"])
 
@@ -308,10 +335,12 @@ class Plan:
         on_disk, lookup = self.weight_bytes("disk"), self.modules[self.spec.embedding].device
         disk = f" + {format_bytes(on_disk)} disk" if on_disk else ""
         head = "" if self.modules[self.spec.head].device == "gpu" or self.spec.tied else " and head on the CPU"
+        apart = {each.low for each in self.modules.values() if each.low and each.low != each.device}
+        low = f", low planes {'on disk' if 'disk' in apart else 'on the CPU'}" if apart else ""
         pieces = f", prompts read {self.prefill_chunk} tokens at a time" if self.prefill_chunk else ""
         return (
             f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
-            f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}{head}, {self.kv_format} KV, "
+            f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}{head}{low}, {self.kv_format} KV, "
             f"context {self.context}{pieces}: "
             f"{format_bytes(self.weight_bytes('gpu'))} GPU + {format_bytes(self.weight_bytes('cpu'))} CPU"
             f"{disk}{self._not_given_text()}"
@@ -355,9 +384,16 @@ def _uniform_format(module: ModuleSpec, spec: ModelSpec, recipe: str, dtype: str
         return dtype
     if ends and spec.tied and spec.module(spec.embedding).kind != "embedding":
         return dtype  # a table with arithmetic of its own (scaled, say) stays as it is, and so does the head tied to it
-    if module.kind == "embedding" or ends or get_format(recipe).refuse(module.kind, shape):
+    outside = ends or (module.layer is None and get_format(recipe).planes > 1)
+    if module.kind == "embedding" or outside or get_format(recipe).refuse(module.kind, shape):
         return "int8"
     return recipe
+
+
+def _entry(assignment: Assignment) -> dict[str, str]:
+    """An assignment as a plan's JSON has it."""
+    entry = {"format": assignment.format, "device": assignment.device}
+    return entry if assignment.low is None else {**entry, "low": assignment.low}
 
 
 def _place_of(name: str, where: str | int) -> str:
@@ -384,6 +420,7 @@ _TYPES = {
     "threads": (int | None, "a whole number"),
     "stream_from": (int | None, "a whole number"),
     "prefill_chunk": (int | None, "a whole number"),
+    "precision": (str | None, "text"),
     "modules": (dict, "dict"),
 }
 
@@ -407,7 +444,7 @@ def read_values(text: str | Path) -> dict:
         raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
     if type(values.get("version")) is not int or values["version"] != VERSION:
         raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
-    values = {"stream_from": None, "prefill_chunk": None, **values}
+    values = {"stream_from": None, "prefill_chunk": None, "precision": None, **values}
     if odd := set(values) ^ {"version", *_TYPES}:
         name = sorted(odd)[0]
         raise PlanError(f"plan field {name!r} is {'missing' if name in _TYPES else 'not known'}")
@@ -415,9 +452,9 @@ def read_values(text: str | Path) -> dict:
         if isinstance(values[name], bool) or not isinstance(values[name], kind):
             raise PlanError(f"plan field {name!r}: expected {words}, found {values[name]!r}"[:200])
     for name, entry in values["modules"].items():
-        if not isinstance(entry, dict) or set(entry) != {"format", "device"}:
+        if not isinstance(entry, dict) or set(entry) - {"low"} != {"format", "device"}:
             raise PlanError(f"{name}: expected an object with format and device, found {entry!r}"[:200])
         if not all(isinstance(value, str) for value in entry.values()):
-            raise PlanError(f"{name}: expected format and device as text, found {entry!r}"[:200])
+            raise PlanError(f"{name}: expected format, device and low as text, found {entry!r}"[:200])
     del values["version"]
     return values

@@ -4,14 +4,17 @@ Every rule names what was expected, what was found and what would do. It knows n
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowvram_lab.errors import LowvramError, PlanError
-from lowvram_lab.model.formats import DTYPES, canonical_name, get_format
+from lowvram_lab.model.formats import DTYPES, FORMATS, canonical_name, get_format
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 
 DEVICES = ("gpu", "cpu", "disk")
 """Where weights lie. Those on disk are mapped, and compute on the CPU as those in RAM do."""
+
+PRECISIONS = ("fast", "precise", "auto")
+"""How a model of two planes decodes: by the high plane, by both, or by both where the high plane is unsure."""
 
 MOST_THREADS = 1024
 """More than any machine has; OpenMP ends the process on absurd numbers."""
@@ -22,13 +25,45 @@ INT4_GROUP = 32
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one module is stored as, and where."""
+    """What one module is stored as, and where.
+
+    Attributes:
+        format: A format's name.
+        device: Of ``DEVICES``; where a format has two planes, the high one's.
+        low: Where the low plane is: as near as the high one or farther; by default beside it. ``None`` for formats of
+            one plane.
+    """
 
     format: str
     device: str
+    low: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", canonical_name(self.format))
+        if self.low is None and has_low_plane(self.format):
+            object.__setattr__(self, "low", self.device)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where its planes are, the high one first."""
+        return (self.device,) if self.low is None else (self.device, self.low)
+
+    def moved(self, device: str) -> "Assignment":
+        """The same on another device; a low plane that lay beside the high one goes along, and never lies nearer."""
+        if self.low is None or device not in DEVICES:
+            return replace(self, device=device)
+        low = device if self.low == self.device else max(self.low, device, key=DEVICES.index)
+        return replace(self, device=device, low=low)
+
+    def stored_as(self, format: str) -> "Assignment":
+        """The same in another format."""
+        low = self.low if has_low_plane(canonical_name(format)) else None
+        return replace(self, format=format, low=low)
+
+
+def has_low_plane(format: str) -> bool:
+    """Whether a format of this canonical name has two planes."""
+    return format in FORMATS and FORMATS[format].planes > 1
 
 
 def is_whole_number(value: object, least: int, most: int | None = None) -> bool:
@@ -65,7 +100,8 @@ def check_modules(spec: ModelSpec, modules: Mapping[str, Assignment], dtype: str
         if name not in known:
             raise PlanError(f"the plan names module {name!r}, which {spec.name or 'the model'} does not have")
         _check_module(known[name], assignment, modules, dtype)
-        if spec.stored and assignment.format != (stored := spec.stored.get(name, dtype)):
+        stored = spec.stored.get(name, dtype)
+        if spec.stored and assignment.format not in (stored, get_format(stored).plane.name):
             raise PlanError(
                 f"{name}: {spec.name} is a converted model that holds it in {stored}, found {assignment.format}; "
                 "take the formats it has (recipe 'stored'), or plan with the original"
@@ -79,6 +115,7 @@ def _check_module(module: ModuleSpec, assignment: Assignment, modules: Mapping[s
     chosen = get_format(assignment.format)
     if reason := chosen.refuse(module.kind, module.weight_shape):
         raise PlanError(f"{module.name}: {reason}")
+    _check_low_plane(module, assignment)
     if chosen.kind == "float" and assignment.format != dtype:
         raise PlanError(f"{module.name}: an unquantised module has the plan's dtype {dtype}, found {assignment.format}")
     for parameter in module.shared.values():
@@ -95,11 +132,36 @@ def _check_module(module: ModuleSpec, assignment: Assignment, modules: Mapping[s
         )
 
 
+def _check_low_plane(module: ModuleSpec, assignment: Assignment) -> None:
+    low = assignment.low
+    if not has_low_plane(assignment.format):
+        if low is not None:
+            raise PlanError(f"{module.name}: {assignment.format} has no low plane, found a place for one: {low!r}")
+        return
+    if module.layer is None:  # what is decoded by the high planes is the layers
+        one = get_format(assignment.format).plane.name
+        raise PlanError(f"{module.name}: {assignment.format} is for decoder layers; take int8 or {one}")
+    farther = DEVICES[DEVICES.index(assignment.device) :]
+    if low not in farther:
+        raise PlanError(
+            f"{module.name}: its high plane is on the {assignment.device}, so its low plane may be on "
+            f"{', '.join(farther)}; found {low!r}"
+        )
+
+
 def _check_layers(spec: ModelSpec, modules: Mapping[str, Assignment]) -> None:
     first_of: dict[int, str] = {}
+    low_of: dict[int, tuple[str, str]] = {}
     for module in spec.modules:
         if module.layer is None:
             continue
+        if low := modules[module.name].low:
+            before, place = low_of.setdefault(module.layer, (module.name, low))
+            if place != low:
+                raise PlanError(
+                    f"{module.name}: the low planes of a decoder layer lie in one place, found {low} beside {before} "
+                    f"with {place}"
+                )
         first = first_of.setdefault(module.layer, module.name)
         if modules[first].device != modules[module.name].device:
             raise PlanError(
@@ -118,7 +180,7 @@ def check_settings(
     stream_from: int | None,
     prefill_chunk: int | None,
 ) -> None:
-    """Checks what a plan says beside its modules. Arguments as the attributes of ``Plan``.
+    """Checks what a plan says beside its modules and its precision. Arguments as the attributes of ``Plan``.
 
     Raises:
         PlanError: Names the first setting that does not fit, and what would.
@@ -147,6 +209,17 @@ def check_settings(
                 f"weights travel for {stream_from} tokens or more (stream_from), found a prefill_chunk of "
                 f"{prefill_chunk}; give chunks of {stream_from} or more"
             )
+
+
+def check_precision(spec: ModelSpec, precision: str, low_planes: set[str]) -> None:
+    """Refuses, by a ``PlanError``, a precision that a model with its low planes in these places cannot have."""
+    if precision not in PRECISIONS:
+        raise PlanError(f"expected precision {', '.join(PRECISIONS)}, found {precision!r}")
+    if not low_planes and precision != "fast":  # by high planes alone any weights can be said to be decoded
+        raise PlanError(
+            f"precision {precision} needs weights in two planes, found {spec.name} in one; convert the 16-bit original "
+            "with --format int4+4 (and keep its low_plane.safetensors beside config.json)"
+        )
 
 
 def odd_for_int4(spec: ModelSpec) -> list[int]:

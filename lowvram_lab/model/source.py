@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import writable
+from lowvram_lab.model import low_plane
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
 from lowvram_lab.model.rules import is_whole_number
@@ -322,7 +323,16 @@ def read_config(directory: Path):
         raise CheckpointError(f"{directory}: no config.json; expected a transformers model directory") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({first_line(error)[:160]}); download it again") from error
+    if isinstance(values, dict) and low_plane.KEY in values and low_plane.is_missing(directory):
+        _say_without_low_plane(str(directory))
+        del values[low_plane.KEY]
     return config_from_values(values, str(path))
+
+
+@functools.lru_cache(maxsize=64)
+def _say_without_low_plane(directory: str) -> None:
+    """One line a model, however often its config is read."""
+    logger.warning("%s: %s is not there, so this is an int4 model", directory, low_plane.FILE)
 
 
 def config_from_values(values: dict, where: str):

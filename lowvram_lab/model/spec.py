@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.model.compressed import stored_formats
+from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.geometry import KVLayer, kv_layers_of, unsupported
 from lowvram_lab.model.kinds import kind_of
+from lowvram_lab.model.low_plane import KEY as LOW_PLANE
+from lowvram_lab.model.low_plane import checked_block, in_two_planes
 from lowvram_lab.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -161,6 +164,10 @@ class ModelSpec:
                 return module
         raise PlanError(f"model {self.name or self.config.get('model_type')} has no module {name!r}")
 
+    def without_low_planes(self) -> ModelSpec:
+        """The same model by its high planes alone, where it is stored in two."""
+        return replace(self, stored={name: get_format(fmt).plane.name for name, fmt in self.stored.items()})
+
     def pretrained_config(self):
         """A fresh transformers config object of this model."""
         return _config_from_dict(self.config)
@@ -260,6 +267,8 @@ def _do_not_look_for_padding(ids: torch.Tensor, attention_mask: torch.Tensor | N
 def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     config_dict = json.loads(config_json)
     block = config_dict.pop("quantization_config", None)
+    low_plane = checked_block(config_dict, name)
+    config_dict.pop(LOW_PLANE, None)
     config = _config_from_dict(config_dict)
     text = config.get_text_config()
     _refuse_towers(config, text)
@@ -273,6 +282,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     if head is None or embedding is None:
         raise CheckpointError(f"{config.model_type}: expected input and output embeddings, found a model without them")
     modules = _modules_of(model, layers_path, embedding)
+    stored = stored_formats(block, modules, name or config.model_type) if block else {}
     return ModelSpec(
         name=name,
         config=config_dict,
@@ -287,7 +297,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
         embedding=names[id(embedding)],
         head=names[id(head)],
         tied=embedding.weight is head.weight,
-        stored=stored_formats(block, modules, name or config.model_type) if block else {},
+        stored=in_two_planes(stored, low_plane),
     )
 
 

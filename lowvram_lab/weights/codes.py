@@ -119,5 +119,6 @@ def rows_of(solution: IntegerWeight, select: slice | torch.Tensor) -> IntegerWei
 
 
 def joined(pieces: Sequence[IntegerWeight]) -> IntegerWeight:
-    """One symmetric solution of solutions of some rows each."""
-    return IntegerWeight(torch.cat([piece.codes for piece in pieces]), torch.cat([piece.scale for piece in pieces]))
+    """One solution of solutions of some rows each."""
+    codes, scale = (torch.cat([getattr(piece, name) for piece in pieces]) for name in ("codes", "scale"))
+    return IntegerWeight(codes, scale, None if pieces[0].zero is None else torch.cat([piece.zero for piece in pieces]))

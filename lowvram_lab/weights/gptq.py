@@ -15,7 +15,7 @@ from lowvram_lab.machine import one_thread
 from lowvram_lab.model.formats import Format
 from lowvram_lab.units import MiB
 from lowvram_lab.weights.codes import IntegerWeight, joined
-from lowvram_lab.weights.solvers import search_clip
+from lowvram_lab.weights.solvers import search_clip, search_range
 
 BLOCK = 128
 """Columns whose errors are spread at once to all later ones: one large product instead of 128 small ones."""
@@ -28,14 +28,17 @@ DAMPINGS = (0.05, 0.2, 1.0)
 0.01 fits 1536 inputs to 16 thousand tokens too closely: 0.05 left less KL on other text."""
 
 
-def gptq(weight: torch.Tensor, fmt: Format, moments: torch.Tensor, *, act_order: bool = True) -> IntegerWeight:
+def gptq(
+    weight: torch.Tensor, fmt: Format, moments: torch.Tensor, *, act_order: bool = True, symmetric: bool = True
+) -> IntegerWeight:
     """Quantises a weight so that its outputs over the calibration inputs change least.
 
     Args:
         weight: ``(out, in)``, any float dtype.
-        fmt: An integer format; the solution is symmetric.
+        fmt: An integer format.
         moments: ``(in, in)`` float32, second moments of the layer's inputs, ``E[x x^T]``.
         act_order: Take columns by falling moment; else from left to right.
+        symmetric: Scales alone; else scales and zero points.
 
     Raises:
         CheckpointError: The moments have NaN or infinite values.
@@ -45,7 +48,11 @@ def gptq(weight: torch.Tensor, fmt: Format, moments: torch.Tensor, *, act_order:
         order = torch.arange(len(order))
     spread = error_spread(moments, order)
     step = max(64, ROW_BYTES // (4 * weight.shape[1]))
-    pieces = [_gptq_rows(rows.float(), fmt, moments.diagonal(), spread, order) for rows in weight.split(step)]
+    search = search_clip if symmetric else search_range
+    pieces = []
+    for rows in weight.float().split(step):
+        start = search(rows, fmt, moments.diagonal())
+        pieces.append(_gptq_rows(rows, fmt, start, spread, order))
     return joined(pieces)
 
 
@@ -79,11 +86,12 @@ def output_error(change: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
 
 
 def _gptq_rows(
-    weight: torch.Tensor, fmt: Format, importance: torch.Tensor, spread: torch.Tensor, order: torch.Tensor
+    weight: torch.Tensor, fmt: Format, start: IntegerWeight, spread: torch.Tensor, order: torch.Tensor
 ) -> IntegerWeight:
-    """Rounds some rows, ``weight`` being a private float32 copy or about to be one."""
-    start = search_clip(weight, fmt, importance)
+    """Rounds some rows to the scales and zeros of ``start``."""
     size = fmt.group_size or weight.shape[1]
+    if start.zero is not None:
+        weight = weight - start.zero.float().repeat_interleave(size, 1)
     top = (1 << (fmt.bits - 1)) - 1
     low = -top if fmt.kind == "int8" else -top - 1
     scales = start.scale.float()
@@ -104,4 +112,4 @@ def _gptq_rows(
         weight[:, end:] -= errors.T @ spread[begin:end, end:]
     result = torch.empty_like(codes, dtype=torch.int8)
     result[order] = codes.to(torch.int8)
-    return IntegerWeight(result.T.contiguous(), start.scale)
+    return IntegerWeight(result.T.contiguous(), start.scale, start.zero)

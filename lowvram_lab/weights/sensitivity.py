@@ -23,7 +23,7 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.machine import one_thread
 from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.checkpoint import Checkpoint
@@ -94,6 +94,8 @@ def candidate_formats(module: ModuleSpec, formats: tuple[str, ...] | None = None
     """
     if formats:
         known = [get_format(name) for name in formats]
+        if two := [fmt.name for fmt in known if fmt.planes > 1]:
+            raise PlanError(f"{two[0]} is for whole models (convert --format {two[0]}), not one format among others")
         fitting = [fmt for fmt in known if fmt.refuse(module.kind, module.weight_shape) is None]
         return list(dict.fromkeys(["int8", *(fmt.name for fmt in fitting if fmt.kind in _INTEGERS)]))
     sizes = [size for size in GROUP_SIZES if module.weight_shape[1] % size == 0]

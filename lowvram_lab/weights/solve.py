@@ -6,7 +6,7 @@ from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.formats import Format
 from lowvram_lab.weights.codes import IntegerWeight, joined, rows_of
 from lowvram_lab.weights.gptq import gptq, output_error
-from lowvram_lab.weights.solvers import round_to_nearest, search_clip
+from lowvram_lab.weights.solvers import round_to_nearest, search_clip, search_range
 
 SOLVERS = ("gptq", "clip", "rtn")
 
@@ -18,7 +18,13 @@ SOLVE_ROWS = 1024
 
 
 def solve(
-    weight: torch.Tensor, fmt: Format, moments: torch.Tensor | None, solver: str, name: str
+    weight: torch.Tensor,
+    fmt: Format,
+    moments: torch.Tensor | None,
+    solver: str,
+    name: str,
+    *,
+    symmetric: bool = True,
 ) -> tuple[IntegerWeight, str, float]:
     """Quantises a weight.
 
@@ -28,6 +34,7 @@ def solve(
         moments: ``(in, in)`` second moments of its inputs; without them GPTQ is left out.
         solver: Of ``SOLVERS``, the most that is tried.
         name: For messages.
+        symmetric: Scales alone; else, of int4, scales and zero points.
 
     Returns:
         The best solution, which solver found it, and its ``relative_error``.
@@ -37,12 +44,13 @@ def solve(
     """
     solutions, pieces = {}, weight.split(SOLVE_ROWS)
     if solver == "gptq" and moments is not None:
-        solutions["gptq"] = gptq(weight, fmt, moments)
+        solutions["gptq"] = gptq(weight, fmt, moments, symmetric=symmetric)
     if solver != "rtn":
         importance = moments.diagonal() if moments is not None else None
-        solutions["clip"] = joined([search_clip(rows, fmt, importance) for rows in pieces])
+        search = search_clip if symmetric else search_range
+        solutions["clip"] = joined([search(rows, fmt, importance) for rows in pieces])
     if solver == "rtn" or fmt.kind == "int8":
-        solutions["rtn"] = joined([round_to_nearest(rows, fmt) for rows in pieces])
+        solutions["rtn"] = joined([round_to_nearest(rows, fmt, symmetric=symmetric) for rows in pieces])
     errors = {kind: relative_error(weight, solution, moments) for kind, solution in solutions.items()}
     best = min(errors, key=errors.get)
     if not errors[best] <= WORST_OUTPUT_ERROR:  # NaN too

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from lowvram_lab.errors import CheckpointError
+from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.model.formats import SCALE_DTYPE, Format
 from lowvram_lab.units import MiB
 from lowvram_lab.weights.codes import INT4_OFFSET, IntegerWeight, unpack
@@ -28,6 +28,9 @@ TINY = torch.finfo(SCALE_DTYPE).tiny
 
 CLIP_STEPS = {2: 25, 3: 24, 4: 24, 5: 12, 6: 10, 8: 6}
 """Scales tried on either side of zero, each 2.5 % smaller than the last: fewer bits gain from more clipping."""
+
+RANGE_STEPS = 21
+"""Ranges tried with zero points, down to half of the values' own."""
 
 
 def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
@@ -45,11 +48,33 @@ def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: The weight has NaN or infinite values.
     """
+    if fmt.planes > 1:
+        raise PlanError(f"{fmt.name} is two weights: quantise to {fmt.plane.name}, then see low_plane")
     if not is_finite(weight):
         raise CheckpointError(f"cannot quantise to {fmt.name}: the weight has NaN or infinite values")
     if fmt.kind == "nf4":
         return by_rows(weight, lambda chunk: _nf4(chunk, fmt))
     return by_rows(weight, lambda chunk: round_to_nearest(chunk, fmt, symmetric=fmt.kind != "int4").tensors(fmt))
+
+
+def low_plane(weight: torch.Tensor, high: dict[str, torch.Tensor], fmt: Format) -> dict[str, torch.Tensor]:
+    """Quantises what a weight's high plane is off by, round to nearest; as ``quantize``, chunk by chunk.
+
+    Args:
+        weight: As of ``quantize``.
+        high: What ``quantize`` made of it.
+        fmt: A format of two planes.
+    """
+    done = 0
+
+    def solve(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
+        nonlocal done
+        rows = slice(done, done + len(chunk))
+        done = rows.stop
+        part = {"codes": high["codes"][rows], "scale_and_zero": high["scale_and_zero"][:, rows]}
+        return quantize(chunk.float() - dequantize(part, fmt.plane), fmt.low_plane)
+
+    return by_rows(weight, solve)
 
 
 def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], dict]) -> dict[str, torch.Tensor]:
@@ -137,6 +162,35 @@ def search_clip(
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, scale, best)
     return assign_codes(groups, best, fmt)
+
+
+def search_range(weight: torch.Tensor, fmt: Format, importance: torch.Tensor | None = None) -> IntegerWeight:
+    """``search_clip`` with zero points: the range of a group's values, shrunk about its middle by what serves most.
+
+    Args:
+        weight: ``(out, in)``.
+        fmt: An int4 format.
+        importance: See ``search_clip``.
+    """
+    groups, offset = _grouped(weight, fmt), 1 << (fmt.bits - 1)
+    by_channel = _grouped(importance.unsqueeze(0), fmt) if importance is not None else None
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    least = torch.full_like(low, torch.inf)
+    best = [least.to(SCALE_DTYPE), least.to(SCALE_DTYPE)]
+    for step in range(RANGE_STEPS):
+        width = (high - low) * (1 - 0.025 * step)
+        scale = (width / ((1 << fmt.bits) - 1)).clamp_(min=TINY).to(SCALE_DTYPE)
+        # codes reach one step further down than up
+        zero = ((low + high + scale.float()) / 2).to(SCALE_DTYPE)
+        codes = ((groups - zero.float()) / scale.float()).round_().clamp_(-offset, offset - 1)
+        error = codes.mul_(scale.float()).add_(zero.float()).sub_(groups).square_()
+        error = (error * by_channel if by_channel is not None else error).sum(dim=-1, keepdim=True)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = [torch.where(better, new, old) for new, old in zip((scale, zero), best, strict=True)]
+    scale, zero = best
+    codes = ((groups - zero.float()) / scale.float()).round_().clamp_(-offset, offset - 1).to(torch.int8)
+    return IntegerWeight(codes.view(weight.shape), scale.squeeze(-1), zero.squeeze(-1))
 
 
 def half_quadratic(weight: torch.Tensor, fmt: Format, *, iterations: int = 20) -> IntegerWeight:

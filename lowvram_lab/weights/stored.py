@@ -1,6 +1,7 @@
 """The tensors of a quantised module in a safetensors file; ``compressed.py`` says which modules have them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +28,36 @@ def to_stored(name: str, weight: IntegerWeight, fmt: Format) -> dict[str, torch.
         names["scale"]: weight.scale,
         names["shape"]: torch.tensor(weight.codes.shape),
     }
+
+
+def to_stored_low(name: str, weight: IntegerWeight, fmt: Format) -> dict[str, torch.Tensor]:
+    """The tensors of a module's low plane by their names in its file: codes, scales and zeros."""
+    stored = to_stored(name, weight, fmt.low_plane)
+    return {key: tensor for key, tensor in stored.items() if not key.endswith("_shape")} | {_zero(name): weight.zero}
+
+
+def _zero(name: str) -> str:
+    return f"{name}.weight_zero"
+
+
+def check_low_plane(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> None:
+    """``check_stored`` of a module's low plane.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, from another conversion, or holds none of the module's.
+    """
+    low = checkpoint.low_plane
+    check_stored(module, fmt.low_plane, low)
+    scales = low.shape(f"{module.name}.weight_scale")
+    if _zero(module.name) not in low or low.shape(_zero(module.name)) != scales:
+        raise CheckpointError(f"{low.files[0]}: expected zeros {scales} of {module.name}, found none; convert again")
+
+
+def stored_low_plane(name: str, fmt: Format, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """``stored_tensors`` of a module's low plane."""
+    read = checkpoint.low_plane.read
+    symmetric = read_stored(name, fmt.low_plane, read)
+    return replace(symmetric, zero=_scale(_zero(name), read)).tensors(fmt.low_plane)
 
 
 def check_stored(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> None:

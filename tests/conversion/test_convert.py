@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +20,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lowvram_lab.conversion.convert import Conversion, convert
 from lowvram_lab.conversion.layer_quantizer import CORRECTION, DAMPING, corrected
 from lowvram_lab.conversion.resumable import PartialDirectory
-from lowvram_lab.engine.load import load
+from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.formats import get_format
@@ -814,6 +816,329 @@ def test_16_bits_everywhere_is_a_plain_copy(tmp_path, sources):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+# --- two planes ---
+
+FILE = "low_plane.safetensors"
+
+
+def in_two(kind: str, recipe: str = "int4+4") -> Plan:
+    return Plan.uniform(tiny_spec(kind), recipe, context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def twins(folder, sources):
+    """Kind → a directory in int4+4, one in int4 of the same model and calibration, and their ``Conversion``."""
+
+    @functools.cache
+    def make(kind):
+        both, one = (folder / f"{kind} {recipe}" for recipe in ("int4+4", "int4"))
+        done = [run(sources[kind], output, plan=in_two(kind, output.name.split()[1])) for output in (both, one)]
+        return both, one, *done
+
+    return make
+
+
+@pytest.fixture
+def directory(tmp_path, twins) -> Path:
+    """A copy of the one in int4+4, to spoil."""
+    return Path(shutil.copytree(twins("qwen2")[0], tmp_path / "model"))
+
+
+def loaded_by(plan: Plan):
+    return load(plan, open_gpu("1000MiB"), progress=False)
+
+
+def stored_plan(directory, **changes) -> Plan:
+    return replace(Plan.uniform(directory_spec(directory), "stored", context=CONTEXT), **changes)
+
+
+def sum_of_planes(directory) -> dict[str, torch.Tensor]:
+    """Both planes' weights in float32, taken apart bit by bit."""
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copy(directory / FILE, Path(name) / "model.safetensors")
+        low = restored_state(Path(name))
+    return {name: value + low.get(name, 0) for name, value in restored_state(directory).items()}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_the_high_planes_are_an_int4_conversion_byte_for_byte(twins, kind):
+    both, one, in_both, in_one = twins(kind)
+    first, second = contents(both), contents(one)
+    assert first.keys() - second.keys() == {FILE}
+    same = [name for name in second if name not in ("config.json", "recipe.json", "README.md")]
+    assert [name for name in same if first[name] != second[name]] == []
+    assert "model-00002-of-00005.safetensors" in same
+    measured = dict(in_both.measured)
+    del measured["both_planes"]
+    assert measured == in_one.measured
+    config, plain = (json.loads(each["config.json"]) for each in (first, second))
+    found = config.pop("low_plane")
+    assert config == plain
+    quantised = [m.name for m in tiny_spec(kind).modules if m.layer is not None and m.kind == "linear"]
+    assert found == {"file": FILE, "sha256": hashlib.sha256(first[FILE]).hexdigest(), "modules": quantised}
+    tensors = load_file(both / FILE)
+    assert tensors.keys() == {f"{n}.weight_{part}" for n in quantised for part in ("packed", "scale", "shape")}
+    assert in_both.file_bytes - in_one.file_bytes == len(first[FILE])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_both_planes_lose_less_and_it_is_said(twins, kind):
+    directory, _, done, in_one = twins(kind)
+    both = done.measured["both_planes"]
+    expected = independently(tiny_stock(kind, sum_of_planes(directory)), original(done_source(directory), kind))
+    for key in ("tokens", "perplexity", "reference_perplexity", "kl_mean", "top1_agreement"):
+        assert both[key] == pytest.approx(expected[key], rel=1e-4), key
+    assert both["kl_mean"] < done.measured["kl_mean"] / 4  # the rest is that of an int8 embedding and head
+    facts = json.loads((directory / "recipe.json").read_text())
+    assert facts["measured"] == done.measured
+    assert facts["plan"]["modules"][UP] == {"format": "int4+4", "device": "gpu", "low": "gpu"}
+    report = facts["modules"][UP]
+    assert (report["format"], report["solver"], report["low_solver"]) == ("int4+4", "gptq", "gptq")
+    assert 0 < report["low_output_error"] < 0.05  # of the square that the high plane is off by: (1/16)^2 of even noise
+    assert (
+        report["output_error"]
+        == json.loads((twins(kind)[1] / "recipe.json").read_text())["modules"][UP]["output_error"]
+    )
+    assert "low_solver" not in facts["modules"][EMBED]
+    text = (directory / "README.md").read_text()
+    assert f"| with `{FILE}` | the above is the high plane alone; both planes: KL {both['kl_mean']:.4f}" in text
+    assert FILE not in (twins(kind)[1] / "README.md").read_text()
+    assert done.weight_bytes == in_two(kind).weight_bytes() > in_one.weight_bytes
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_stock_transformers_opens_the_high_planes(twins, kind):
+    pytest.importorskip("compressed_tensors")
+    from transformers import AutoModelForCausalLM
+
+    directory, ids = twins(kind)[0], random_ids(70)
+    stock = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    expected = logits(tiny_stock(kind, restored_state(directory)), ids)
+    assert relative_error(logits(stock, ids), expected) < 1e-4
+    fast = loaded_by(stored_plan(directory, precision="fast"))
+    assert relative_error(logits(fast, ids), expected) < TOLERANCES["bf16"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_it_opens_here_in_both_planes_with_the_very_weights_that_the_files_hold(twins, kind):
+    directory, one = twins(kind)[:2]
+    model, ids = loaded_by(stored_plan(directory)), random_ids(70)
+    assert {n: a.format for n, a in model.lowvram.plan.modules.items()} == {
+        n: a.format for n, a in in_two(kind).modules.items()
+    }
+    expected = logits(tiny_stock(kind, sum_of_planes(directory)), ids)
+    high = logits(tiny_stock(kind, restored_state(directory)), ids)
+    assert relative_error(logits(model, ids), expected) < TOLERANCES["bf16"] < relative_error(high, expected)
+    with model.lowvram.planes.taking(both=False):
+        by_high = logits(model, ids)
+    assert torch.equal(by_high, logits(loaded_by(stored_plan(one)), ids))
+    assert torch.equal(
+        by_high, logits(loaded_by(Plan.uniform(directory_spec(directory), "int4", context=CONTEXT)), ids)
+    )
+
+
+@stand_in_only
+@pytest.mark.parametrize("low", ["gpu", "cpu", "disk"])
+@pytest.mark.parametrize("layers", [3, 1])
+def test_the_forecast_of_a_converted_model_in_two_planes_is_exact(twins, low, layers):
+    plan = stored_plan(twins("qwen2")[0])
+    plan = (plan if low == "gpu" else plan.with_modules("*", low=low)).with_gpu_layers(layers)
+    gpu, workload = open_gpu("1000MiB"), Workload(100, 3)
+    model = load(plan, gpu, progress=False)
+    table = forecast(plan, gpu, workload=workload).compare(run_workload(model, workload))
+    assert (table["difference"] == 0).all(), table
+
+
+def test_a_converted_model_is_planned_anew_from_its_files(twins):
+    plan, ids = stored_plan(twins("qwen2")[0]), random_ids(20)
+    model = loaded_by(plan)
+    both = logits(model, ids)
+    replan(model, Plan.uniform(plan.spec, "int4", context=CONTEXT), progress=False)
+    with_one = logits(model, ids)
+    assert torch.equal(with_one, logits(loaded_by(stored_plan(twins("qwen2")[1])), ids))
+    replan(model, plan.with_modules("*", low="disk"), progress=False)
+    assert torch.equal(logits(model, ids), both)
+
+
+def test_groups_of_another_size_and_layers_of_one_plane(tmp_path, sources):
+    """Whatever is named has a low plane, and nothing else."""
+    plan = in_two("qwen2", "int4+4-g32").with_modules("model.layers.0.*_proj", "*.down_proj", format="int4")
+    done = run(sources["qwen2"], tmp_path / "out", plan=plan.with_modules("*.1.*.o_proj", format="int4+4-g128"))
+    spec = directory_spec(tmp_path / "out")
+    assert spec.stored == {n: a.format for n, a in done.plan.modules.items() if a.format != "bf16"}
+    named = json.loads((tmp_path / "out" / "config.json").read_text())["low_plane"]["modules"]
+    assert named == [name for name, fmt in spec.stored.items() if "+" in fmt]
+    model = loaded_by(stored_plan(tmp_path / "out"))
+    expected = logits(tiny_stock("qwen2", sum_of_planes(tmp_path / "out")), random_ids(70))
+    assert relative_error(logits(model, random_ids(70)), expected) < TOLERANCES["bf16"]
+
+
+@pytest.fixture(scope="module")
+def tinier_in_two(folder):
+    source = write_model(folder / "tinier in two", "qwen2", **TINIER)
+    plan = tinier_plan("int4+4")
+    run(source, folder / "whole in two", plan=plan)
+    return source, plan, contents(folder / "whole in two")
+
+
+# 13 files as above, and one of low planes for each of two layers, and the joined one
+NESTED_STAGES = [("_adopt", n) for n in range(1, 17)] + [("forget", n) for n in range(1, 5)]
+NESTED_STAGES += [("save_joined", 1), ("publish", 1)]
+
+
+@pytest.mark.parametrize("stages", [NESTED_STAGES[4::5], pytest.param(NESTED_STAGES, marks=pytest.mark.slow)])
+def test_low_planes_killed_at_any_stage_and_resumed_are_the_same_bytes(tmp_path, tinier_in_two, stages):
+    source, plan, expected = tinier_in_two
+    for stage, count in stages:
+        output = tmp_path / f"{stage}-{count}"
+        with pytest.MonkeyPatch.context() as patch:
+            killer(patch, stage, count)
+            with pytest.raises(Killed):
+                run(source, output, plan=plan)
+        assert not output.exists()
+        run(source, output, plan=plan)
+        assert contents(output) == expected, (stage, count)
+
+
+def test_no_more_files_are_made_of_low_planes(tmp_path, tinier_in_two):
+    """That the stages above are all there are, and that no layer's own file is left."""
+    source, plan, expected = tinier_in_two
+    with pytest.MonkeyPatch.context() as patch:
+        files = killer(patch, "_adopt", 0)
+        run(source, tmp_path / "out", plan=plan)
+    assert len(files) == 16
+    assert [name for name in expected if "low" in name] == [FILE]
+
+
+def test_room_is_asked_for_low_planes_twice_and_for_one_more_run_of_the_held_out_text(tmp_path, tinier_in_two):
+    """A layer's lie there by themselves until all are in one file."""
+    source, plan, _ = tinier_in_two
+    asked = []
+
+    def ask(folder, needed, what):
+        asked.append(needed)
+        raise Killed
+
+    plans = (plan, tinier_plan())
+    for each in plans:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "require_space", ask)
+            with pytest.raises(Killed):
+                run(source, tmp_path / "out", plan=each)
+    low_planes = plans[0].weight_bytes() - plans[1].weight_bytes()
+    assert asked[0] - asked[1] == 2 * low_planes + 2 * 4 * TINIER["hidden_size"] * 2 * 512
+
+
+@pytest.mark.parametrize("how", ["gone", "cut short", "a byte flipped"])
+def test_a_low_plane_damaged_meanwhile_is_made_again(tmp_path, tinier_in_two, how):
+    source, plan, expected = tinier_in_two
+    with pytest.MonkeyPatch.context() as patch:
+        killer(patch, "save_joined", 1)
+        with pytest.raises(Killed):
+            run(source, tmp_path / "out", plan=plan)
+    spoil(tmp_path / ".out.partial" / "state" / "low-0.safetensors", how)
+    run(source, tmp_path / "out", plan=plan)
+    assert contents(tmp_path / "out") == expected
+
+
+def spoil(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "gone":
+        file.unlink()
+    elif how == "cut short":
+        file.write_bytes(data[:-100])
+    else:
+        data[-3] ^= 1
+        file.write_bytes(data)
+
+
+def test_a_disk_that_fills_up_at_the_joined_file_can_be_gone_on_with(tmp_path, tinier_in_two, monkeypatch):
+    source, plan, expected = tinier_in_two
+
+    def full(parts, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lowvram_lab.conversion.resumable.join_safetensors", full)
+        with pytest.raises(LowvramError, match=r"low_plane.safetensors.tmp: .*No space left.*run the same command"):
+            run(source, tmp_path / "out", plan=plan)
+    run(source, tmp_path / "out", plan=plan)
+    assert contents(tmp_path / "out") == expected
+
+
+def test_without_its_file_it_is_an_int4_model_and_one_line_says_so(directory, twins, caplog):
+    (directory / FILE).unlink()
+    with caplog.at_level("WARNING"):
+        plan = stored_plan(directory)
+        model = loaded_by(plan)
+    assert [m for m in caplog.messages if FILE in m] == [f"{directory}: {FILE} is not there, so this is an int4 model"]
+    assert plan.low_planes() == set()
+    one = loaded_by(stored_plan(twins("qwen2")[1]))
+    assert torch.equal(logits(model, random_ids(20)), logits(one, random_ids(20)))
+    with pytest.raises(PlanError, match="precision precise needs weights in two planes"):
+        stored_plan(directory, precision="precise")
+
+
+def of_another_conversion(folder, sources):
+    output = folder / "other conversion"
+    if not output.exists():
+        run(sources["qwen2"], output, plan=in_two("qwen2"), solver="rtn")
+    return output
+
+
+@pytest.mark.parametrize("how", ["gone", "cut short", "a byte flipped", "empty", "of another conversion"])
+def test_a_low_plane_that_is_not_the_conversions_is_refused_and_can_be_left_out(
+    directory, twins, folder, sources, how, caplog
+):
+    plan = stored_plan(directory)  # with the file as it was
+    if how == "of another conversion":
+        shutil.copyfile(of_another_conversion(folder, sources) / FILE, directory / FILE)
+        assert stored_plan(directory) == plan
+    elif how == "empty":
+        (directory / FILE).write_bytes(b"")
+    else:
+        spoil(directory / FILE, how)
+    with pytest.raises(CheckpointError) as error:
+        loaded_by(plan)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(directory) in message
+    assert FILE in message
+    assert message.endswith("fetch or convert the model anew, or go without it (precision fast)")
+    assert ("found none" if how == "gone" else "damaged, or from another conversion than config.json") in message
+    fast = Plan.uniform(plan.spec.without_low_planes(), "stored", context=CONTEXT)
+    one = loaded_by(stored_plan(twins("qwen2")[1]))
+    assert torch.equal(logits(loaded_by(fast), random_ids(20)), logits(one, random_ids(20)))
+
+
+@pytest.mark.parametrize("change", [lambda block: block.pop("sha256"), lambda block: block.update(file="other")])
+def test_a_config_that_says_it_in_another_way_is_refused(directory, change):
+    config = json.loads((directory / "config.json").read_text())
+    change(config["low_plane"])
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected low_plane with file .*convert again"):
+        directory_spec(directory)
+
+
+def test_a_module_that_its_file_does_not_hold_is_named(directory):
+    tensors = load_file(directory / FILE)
+    tensors.pop(f"{UP}.weight_scale")
+    save_file(tensors, directory / FILE)
+    config = json.loads((directory / "config.json").read_text())
+    config["low_plane"]["sha256"] = hashlib.sha256((directory / FILE).read_bytes()).hexdigest()
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"expected a tensor {UP}.weight_scale for {UP} in int4, found none"):
+        loaded_by(stored_plan(directory))
+
+
+def test_a_converted_directory_as_a_checkpoint_leaves_its_low_planes_aside(directory):
+    (directory / "model.safetensors.index.json").unlink()
+    assert FILE not in {file.name for file in find_source(directory).checkpoint().files}
+    model = loaded_by(stored_plan(directory))
+    assert model.lowvram.plan.low_planes() == {"gpu"}
 
 
 # --- mistakes ---

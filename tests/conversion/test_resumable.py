@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowvram_lab.conversion import resumable as module
-from lowvram_lab.conversion.resumable import PartialDirectory, building
+from lowvram_lab.conversion.resumable import PartialDirectory, building, join_safetensors
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.files import refuse_occupied, require_space
+from lowvram_lab.files import refuse_occupied, require_space, sha256_file
 from tests.helpers.tiny import seeded
 
 IDENTITY = {"source": [["model.safetensors", 5, 123456789]], "solver": "gptq", "budget": 10**12, "plan": None}
@@ -336,3 +337,66 @@ def test_if_the_rename_fails_the_work_is_kept(target, monkeypatch):
     monkeypatch.undo()
     with building(target, IDENTITY) as partial:
         assert partial.finished("one.safetensors")
+
+
+PARTS = {
+    "one": [{"a": seeded(3, 4), "b": seeded(5)}],
+    "several, one of them empty": [{"a": seeded(3, 4)}, {}, {"b": seeded(5), "c.d": seeded(2, 2, seed=1)}, {}],
+    "only empty ones": [{}, {}],
+    "none": [],
+    "many dtypes": [
+        {str(dtype): seeded(2, 3).to(dtype)}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32, torch.int64, torch.uint8)
+    ],
+    "a bool, and no values": [{"bool": torch.tensor([True, False, True])}, {"nothing": torch.zeros(0, 4)}],
+    "a number": [{"scalar": torch.tensor(3.5)}, {"int": torch.tensor(7)}],
+    "odd sizes": [
+        {"a": torch.arange(3, dtype=torch.int8), "b": seeded(1, dtype=torch.bfloat16)},
+        {"c": torch.arange(5), "d": torch.arange(1, dtype=torch.uint8)},
+        {"e": seeded(3, seed=2), "f": seeded(7, dtype=torch.float16)},
+    ],
+    "long names": [{f"{'model.' * 40}{n}.weight": seeded(n + 1, seed=n)} for n in range(20)],
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_joined_files_hold_the_tensors_of_all(tmp_path, case):
+    parts = [tmp_path / f"{index}.safetensors" for index in range(len(PARTS[case]))]
+    for part, tensors in zip(parts, PARTS[case], strict=True):
+        save_file(tensors, part, {"format": "pt"} if tensors else None)
+    join_safetensors(parts, tmp_path / "joined.safetensors")
+    expected = {name: tensor for part in parts for name, tensor in load_file(part).items()}
+    found = load_file(tmp_path / "joined.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name], tensor)
+    with safe_open(tmp_path / "joined.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    held = sum(tensor.nbytes for tensor in expected.values())
+    assert (tmp_path / "joined.safetensors").stat().st_size - held < 400 * (len(expected) + 1)
+
+
+def test_a_joined_file_counts_as_finished(target):
+    with building(target, IDENTITY) as partial:
+        partial.save_tensors("state/one.safetensors", {"a": seeded(3)})
+        partial.save_tensors("state/two.safetensors", {"b": seeded(4)})
+        partial.save_joined("both.safetensors", ["state/one.safetensors", "state/two.safetensors"])
+        assert partial.finished("both.safetensors")
+        assert partial.load_tensors("both.safetensors").keys() == {"a", "b"}
+        assert partial.sha256("both.safetensors") == sha256_file(partial.path / "both.safetensors")
+        partial.publish()
+    assert [file.name for file in target.iterdir()] == ["both.safetensors"]
+    assert (target / "both.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_part_that_is_gone_is_said_and_what_was_made_is_kept(target):
+    with (
+        pytest.raises(LowvramError, match="cannot write .*both.safetensors.tmp"),
+        building(target, IDENTITY) as partial,
+    ):
+        partial.save_tensors("state/one.safetensors", {"a": seeded(3)})
+        partial.save_joined("both.safetensors", ["state/one.safetensors", "state/two.safetensors"])
+    with building(target, IDENTITY) as partial:
+        assert partial.finished("state/one.safetensors")
+        assert not partial.finished("both.safetensors")

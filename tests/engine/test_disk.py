@@ -27,7 +27,7 @@ from lowvram_lab.planner.profile import Workload
 from tests.helpers.checkpoints import write_model
 from tests.helpers.tiny import load_tiny, random_ids, relative_error, tiny_config, tiny_plan, tiny_spec
 
-FORMATS = ("bf16", "int8", "int4", "int3", "nf4")
+FORMATS = ("bf16", "int8", "int4", "int4+4", "int3", "nf4")
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 
 
@@ -67,6 +67,19 @@ def test_weights_on_disk_are_mapped_and_those_in_ram_are_not(recipe):
                 assert tensor.data_ptr() % disk.ALIGNMENT == 0
     assert [model.hf_device_map[f"model.layers.{n}"] for n in range(3)] == ["disk", "disk", "cpu"]
     assert list((cache_dir() / "mapped").iterdir()) == []  # their names are gone already
+
+
+@linux
+@pytest.mark.parametrize("layers", [3, 0])
+def test_low_planes_alone_can_be_on_disk(layers):
+    plan = tiny_plan("qwen2", "int4+4").with_modules("*", low="disk").with_gpu_layers(layers)
+    model = load_tiny("qwen2", plan)
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.mlp.up_proj):
+            assert all(str(cache_dir()) in mapped_files(tensor)[0] for tensor in projection.low.buffers())
+            assert not any(mapped_files(tensor) for tensor in projection.buffers(recurse=False))
+        assert not mapped_files(layer.self_attn.q_proj.bias)
+    assert list((cache_dir() / "mapped").iterdir()) == []
 
 
 @linux
@@ -126,8 +139,9 @@ def test_layers_stay_on_disk_when_others_move():
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(monkeypatch):
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
-    with pytest.raises(CheckpointError, match=r"take 0.2 MiB, found 1000 B free; set LOWVRAM_CACHE"):
-        load_tiny("qwen2", on_disk())
+    for plan in (on_disk(), tiny_plan("qwen2", "int4+4").with_modules("*", low="disk")):
+        with pytest.raises(CheckpointError, match=r"take 0.2 MiB, found 1000 B free; set LOWVRAM_CACHE"):
+            load_tiny("qwen2", plan)
     assert list((cache_dir() / "mapped").iterdir()) == []
 
 

@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lowvram_lab.decoding.decode import ModuleDecoder
 from lowvram_lab.decoding.lean import LeanDecoder
 from lowvram_lab.engine.fuse import fuse
 from lowvram_lab.engine.load import replan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.measure import run_speed
 from lowvram_lab.planner.profile import Workload
-from tests.helpers.tiny import load_tiny, random_ids, tiny_plan
+from tests.helpers.tiny import TOLERANCES, load_tiny, random_ids, relative_error, tiny_plan
 
 simulated = pytest.mark.skipif(torch.cuda.is_available(), reason="weights on a card stay as they were loaded")
 
@@ -22,7 +23,7 @@ def logits(model):
 
 
 @simulated
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4", "int4-g32"])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "int8", "int4", "int4-g32", "int4+4"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_modules_answer_as_before_on_one_common_storage(kind, recipe):
     model = load_tiny(kind, tiny_plan(kind, recipe), open_gpu(None))
@@ -82,6 +83,72 @@ def test_a_timing_without_the_meter_leaves_every_weight_at_its_place(placement):
     run_speed(model, Workload(20, 2))
     assert 0 < model.lowvram.gpu.meter.category_bytes("weights") <= held
     assert torch.equal(logits(model), before)
+
+
+def both_ways(model) -> list[torch.Tensor]:
+    """Logits by both planes, and by the high ones."""
+    found = []
+    for both in (True, False):
+        with model.lowvram.planes.taking(both):
+            found.append(logits(model))
+    return found
+
+
+def decoded(model, decoder=None) -> list[torch.Tensor]:
+    """Logits after a token by both planes, and after another by the high ones."""
+    decoder, found = decoder or LeanDecoder(model, compiled=False), []
+    decoder.prefill(random_ids(9))
+    for both in (True, False):
+        with model.lowvram.planes.taking(both):
+            found.append(decoder.decode(torch.ones(1, 1, dtype=torch.long)).clone())
+    return found
+
+
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert [torch.equal(*pair) for pair in zip(found, expected, strict=True)] == [True, True]
+    assert not torch.equal(*found)
+
+
+@simulated
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_low_planes_lie_side_by_side_among_themselves(kind):
+    model = load_tiny(kind, tiny_plan(kind, "int4+4"), open_gpu(None))
+    before, held = both_ways(model), model.lowvram.gpu.meter.category_bytes("weights")
+    LeanDecoder(model, compiled=False)
+    assert_equal(both_ways(model), before)
+    attention = model.model.layers[0].self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    for planes in (projections, [projection.low for projection in projections]):
+        assert len({plane.packed.untyped_storage().data_ptr() for plane in planes}) == 1
+        assert planes[0].packed.untyped_storage().nbytes() == sum(plane.packed.nbytes for plane in planes)
+    assert model.lowvram.gpu.meter.category_bytes("weights") <= held
+
+
+@simulated
+def test_a_replan_of_one_of_two_planes_leaves_nothing_behind():
+    plan = tiny_plan("qwen2", "int4+4")
+    model = load_tiny("qwen2", plan, open_gpu(None))
+    expected = decoded(model)
+    mixed = plan.with_modules("*.k_proj", format="int4").with_modules("*.1.mlp.gate_proj", format="int8")
+    replan(model, mixed, progress=False)
+    fresh = load_tiny("qwen2", mixed, open_gpu(None))
+    assert_equal(both_ways(model), both_ways(fresh))
+    for kept in (model.model.layers[1].mlp.up_proj, model.model.layers[0].self_attn.v_proj):
+        for plane in (kept, kept.low):
+            assert plane.packed.untyped_storage().nbytes() == plane.packed.nbytes
+    assert_equal(decoded(model), decoded(fresh))
+    replan(model, plan, progress=False)
+    assert_equal(decoded(model), expected)
+
+
+@simulated
+@pytest.mark.parametrize("pattern", ["*.q_proj", "*.gate_proj", "*.up_proj", "*.[qkv]_proj", "*.mlp.*", "*.1.*_proj"])
+def test_a_layer_of_both_kinds_decodes_as_its_modules_do(pattern):
+    plan = tiny_plan("qwen2", "int4+4").with_modules(pattern, format="int4")
+    fused, apart = (load_tiny("qwen2", plan, open_gpu(size)) for size in (None, "1000MiB"))
+    assert_equal(decoded(fused), decoded(apart))
+    for found, expected in zip(decoded(fused), decoded(apart, ModuleDecoder(apart)), strict=True):
+        assert relative_error(found, expected) < TOLERANCES["bf16"]
 
 
 def test_what_differs_is_not_fused():

@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -34,7 +35,7 @@ from tests.helpers.tiny import (
 )
 
 stand_in_only = pytest.mark.skipif(torch.cuda.is_available(), reason="about the simulated GPU")
-FORMATS = ("bf16", "int8", "int4", "int3", "nf4")
+FORMATS = ("bf16", "int8", "int4", "int4+4", "int3", "nf4")
 FROM = 16
 
 
@@ -271,6 +272,35 @@ def test_weights_gathered_into_one_block_are_the_same(recipe, monkeypatch):
     target.copy_(source)
     for view, (held, key, _) in zip(stream._order[0].views(buffer), stream._order[0].slots, strict=True):
         assert torch.equal(view, held[key])
+    stream.close()
+
+
+@stand_in_only
+@pytest.mark.parametrize("low", ["cpu", "disk"])
+def test_both_planes_travel_and_one_that_computes_elsewhere_stays(low):
+    """Of the layers off the card; of the one on it the low plane computes where it is, for long prompts as well."""
+    plan = streamed("qwen2", "int4+4").with_modules("*", low=low)
+    model, gpu, workload = load_tiny("qwen2", plan), open_gpu("64MiB"), Workload(40, 3, follow_up_tokens=20)
+    resident = load_tiny("qwen2", replace(plan, stream_from=None))
+    tokens, features = 40, sum(sum(m.weight_shape) for m in plan.spec.modules if m.kind == "linear" and m.layer == 2)
+    one = load_tiny("qwen2", streamed("qwen2", "int4+4"))
+    more = Counter(crossed(model, tokens)) - Counter(crossed(one, tokens))
+    assert sum(more.values()) == tokens * features * 2
+    assert torch.equal(prefilled(model, tokens), prefilled(resident, tokens))
+    foretold = forecast(plan, gpu, workload=workload)
+    measured = run_workload(load_tiny("qwen2", plan, gpu), workload)
+    assert [p.peak_allocated_bytes for p in measured.phases] == [p.peak_allocated_bytes for p in foretold.phases]
+    assert measured.transferred_bytes == foretold.transferred_bytes
+
+
+@pytest.mark.parametrize(("low", "blocks"), [("cpu", 2), ("disk", 0)])
+def test_low_planes_on_disk_are_not_gathered_into_ram(low, blocks, monkeypatch):
+    plan = streamed("qwen2", "int4+4").with_modules("*", low=low)
+    model = load_tiny("qwen2", plan)
+    model.lowvram.placement.remove()
+    monkeypatch.setattr(model.lowvram.gpu, "simulated", False)
+    stream = streaming.TravellingWeights(model, {}, plan, model.lowvram.gpu)
+    assert sum(layer.pinned is not None for layer in stream._order) == blocks
     stream.close()
 
 

@@ -11,7 +11,7 @@ from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.weights.solvers import dequantize, quantize
+from lowvram_lab.weights.solvers import dequantize, low_plane, quantize
 
 # matrices this small only wait for a second thread, longest where another process holds its core
 torch.set_num_threads(1)
@@ -39,6 +39,7 @@ TOLERANCES = {
     "int4": 0.45,  # half of (max - min)/15 off: 10 % of the deviation a weight, and three layers of them
     "int3": 0.9,  # eight levels, symmetric, so up to a whole amax/4 off: 22 % of the deviation a weight
     "nf4": 0.45,  # as int4: sixteen levels as well, spaced for a normal distribution
+    "int4+4": 0.05,  # a fifteenth of what int4 is off by; embedding and head are int8
 }
 """Largest ``relative_error`` of logits against the float32 model of the original weights, and where it comes from."""
 
@@ -147,7 +148,9 @@ def dequantised_state(kind: str, plan: Plan) -> dict[str, torch.Tensor]:
 
             state[name] = dequantize_4bit(*quantize_4bit(state[name], blocksize=fmt.group_size, quant_type="nf4"))
         else:
-            state[name] = dequantize(quantize(state[name], fmt), fmt)
+            high = quantize(state[name], fmt)
+            low = dequantize(low_plane(state[name], high, fmt.plane), fmt.plane) if fmt.planes > 1 else 0
+            state[name] = dequantize(high, fmt) + low
     return {name: value.to(DTYPES[plan.dtype]).float() for name, value in state.items()}
 
 

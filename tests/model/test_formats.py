@@ -8,13 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
+from lowvram_lab.engine.nested import NestedLinear, Planes
 from lowvram_lab.errors import PlanError
 from lowvram_lab.model.formats import DTYPES, FORMATS, TensorSpec, canonical_name, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.units import GiB
 from tests.helpers.tiny import packaged_spec, tiny_spec
 
-QUANTISED = [name for name, fmt in FORMATS.items() if fmt.kind != "float"]
+QUANTISED = [name for name, fmt in FORMATS.items() if fmt.kind != "float" and fmt.planes == 1]
+NESTED = ["int4+4", "int4+4-g32", "int4+4-g128", "int4+4-g256"]
 TABLES = [name for name in QUANTISED if name != "nf4"]
 FLOATS = [name for name, fmt in FORMATS.items() if fmt.kind == "float"]
 SHAPES = [(32, 1536), (48, 768)]  # columns that every group size divides
@@ -58,6 +60,34 @@ def test_an_embedding_allocates_what_the_table_says(name):
         found = {key: TensorSpec(tuple(buffer.shape), buffer.dtype) for key, buffer in table.named_buffers()}
         assert found == fmt.tensors((50, 768), torch.bfloat16)
         assert buffer_bytes(table) == fmt.weight_bytes((50, 768))
+
+
+def test_what_has_two_planes():
+    assert [name for name, fmt in FORMATS.items() if fmt.planes > 1] == NESTED
+    assert all(fmt.plane is fmt for fmt in FORMATS.values() if fmt.planes == 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", NESTED)
+def test_two_planes_are_the_bytes_of_both(name, shape):
+    fmt, plane = get_format(name), get_format(name.replace("int4+4", "int4"))
+    assert fmt.plane is plane
+    assert (plane.planes, plane.kind, plane.group_size) == (1, fmt.kind, fmt.group_size)
+    assert fmt.bytes_by_plane(shape) == [plane.weight_bytes(shape), FORMATS["int4-g32"].weight_bytes(shape)]
+    assert fmt.weight_bytes(shape) == sum(fmt.bytes_by_plane(shape))
+    assert plane.bytes_by_plane(shape) == [plane.weight_bytes(shape)]
+    assert fmt.tensors(shape, torch.bfloat16) == plane.tensors(shape, torch.bfloat16)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", NESTED)
+def test_a_layer_of_two_planes_allocates_what_the_table_says(name, device):
+    fmt, (rows, columns) = get_format(name), SHAPES[0]
+    low = quantized_linear(columns, rows, fmt.low_plane, "cpu")
+    layer = NestedLinear(columns, rows, fmt, "cpu", low, Planes())
+    layer.store(torch.ones(rows, columns, device=device), lambda tensor: tensor)
+    assert buffer_bytes(layer) == fmt.weight_bytes((rows, columns))
+    assert buffer_bytes(low) == fmt.bytes_by_plane((rows, columns))[1]
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.sampled_from(TABLES))
@@ -116,6 +146,10 @@ def test_nf4_of_qwen_4b_by_hand():
         ("nf4", "linear", (3, 3), ["nf4", "multiple of 64", "3 x 3"]),
         ("nf4", "embedding", (64, 64), ["nf4", "embedding"]),
         ("int8", "other", (64,), ["int8", "other"]),
+        ("int4+4", "embedding", (64, 64), ["int4+4 ", "for linear modules", "embedding"]),
+        ("int4+4", "other", (64,), ["int4+4", "other"]),
+        ("int4+4", "linear", (8, 96), ["int4+4 ", "divisible by 64", "96"]),
+        ("int4+4-g128", "linear", (8, 192), ["int4+4-g128", "128", "192"]),
     ],
 )
 def test_refusals_say_what_and_why(name, kind, shape, words):
@@ -130,6 +164,7 @@ def test_refusals_say_what_and_why(name, kind, shape, words):
         *(("int3", kind, (3, 64)) for kind in ("linear", "embedding")),
         ("int6-g96", "linear", (1, 288)),
         ("nf4", "linear", (32, 2)),
+        ("int4+4", "linear", (3, 128)),
         ("int8", "embedding", (5, 7)),
         ("fp32", "other", (9,)),
     ],
@@ -142,6 +177,8 @@ UNKNOWN = {
     "int7": "int8, int6, int5",
     "int3-g16": "int3-g32, int3, int3-g96",
     "int4-g512": "int4-g256, int4-g192, int4-g128",
+    "int4+4-g96": "int4+4, int4+4-g128, int4+4-g32",
+    "int5+4": "int4+4, int5, int4",
     "nf8": "nf4, int8, int4",
     "fp64": "fp16, nf4, fp32",
     "banana": "int8, int4, nf4",
@@ -192,6 +229,10 @@ SPELLINGS = {
     " int4-g64 ": "int4",
     "INT4_G128": "int4-g128",
     "NF4": "nf4",
+    "int4+4": "int4+4",
+    " INT4+4 ": "int4+4",
+    "int4+4-g64": "int4+4",
+    "INT4+4_G128": "int4+4-g128",
     "float16": "fp16",
     "half": "fp16",
     "BFloat16": "bf16",
@@ -205,7 +246,7 @@ def test_a_plan_holds_the_one_spelling(text):
     plan = Plan.uniform(spec, context=64)
     assert get_format(text) is FORMATS[name]
     assert Plan.uniform(spec, text, context=64) == Plan.uniform(spec, name, context=64)
-    if name in TABLES:  # layers of 128 inputs
+    if name in (*TABLES, *NESTED):  # layers of 128 inputs
         changed = plan.with_modules("*.o_proj", format=text)
         assert changed == plan.with_modules("*.o_proj", format=name)
     if name in ("int8", "int4"):

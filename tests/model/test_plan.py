@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lowvram_lab.errors import LowvramError, PlanError, SourceError
 from lowvram_lab.model.formats import FORMATS
 from lowvram_lab.model.plan import Assignment, Plan
+from lowvram_lab.model.rules import DEVICES, PRECISIONS
 from lowvram_lab.model.source import find_source
 from tests.helpers.tiny import PLACEMENTS, TINY, load_tiny, tiny_plan, tiny_spec, tiny_state
 
@@ -28,11 +29,12 @@ def refusal(make: Callable[[], object]) -> str:
 
 @st.composite
 def valid_plans(draw):
-    """Any plan that the rules allow: a format for every module, a device for every block, any setting."""
+    """Any plan that the rules allow: a format for every module, devices for every block, any setting."""
     kind = draw(st.sampled_from(TINY))
     spec = tiny_spec(kind)
     dtype = draw(st.sampled_from(["bf16", "fp16", "fp32"]))
     places = draw(st.lists(st.sampled_from(["gpu", "cpu"]), min_size=6, max_size=6))
+    farther = draw(st.lists(st.sampled_from(DEVICES), min_size=6, max_size=6))
     modules = {}
     for module in spec.modules:
         allowed = [name for name, f in FORMATS.items() if f.kind != "float" or name == dtype]
@@ -42,12 +44,17 @@ def valid_plans(draw):
             if module.layer is not None
             else 3 + ["model.embed", "lm_head", "model.norm"].index(module.name.replace("_tokens", ""))
         )
-        modules[module.name] = Assignment(draw(st.sampled_from(allowed)), places[block])
+        allowed = [name for name in allowed if FORMATS[name].planes == 1 or module.layer is not None]
+        fmt, place = draw(st.sampled_from(allowed)), places[block]
+        low = max(place, farther[block], key=DEVICES.index) if FORMATS[fmt].planes > 1 else None
+        modules[module.name] = Assignment(fmt, place, low)
     if spec.tied:
         modules[spec.head] = modules[spec.embedding]
     context, threads = draw(st.integers(2, 1024)), draw(st.none() | st.integers(1, 64))
     kv_format = draw(st.sampled_from([dtype, "int8"]))
-    return Plan(spec, modules, dtype, kv_format, context, threads)
+    nested = any(assignment.low for assignment in modules.values())
+    precision = draw(st.sampled_from([None, *PRECISIONS] if nested else [None, "fast"]))
+    return Plan(spec, modules, dtype, kv_format, context, threads, precision=precision)
 
 
 @given(valid_plans())
@@ -57,7 +64,9 @@ def test_a_valid_plan_survives_json(plan):
     assert again.digest == plan.digest
     assert hash(again) == hash(plan)
     assert list(again.modules) == list(plan.modules)
-    assert plan.weight_bytes("gpu") + plan.weight_bytes("cpu") == plan.weight_bytes()
+    assert sum(map(plan.weight_bytes, DEVICES)) == plan.weight_bytes()
+    for module in plan.spec.modules:
+        assert sum(plan.module_bytes(module, device) for device in DEVICES) == plan.module_bytes(module)
     assert [plan.modules[f"model.layers.{n}.mlp.up_proj"].device for n in range(3)] == plan.layer_devices()
 
 
@@ -173,7 +182,7 @@ def test_with_gpu_layers_out_of_range(count):
 
 
 @pytest.mark.parametrize("kind", TINY)
-@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "int8", "int4", "int4-g32", "nf4"])
+@pytest.mark.parametrize("recipe", ["fp32", "fp16", "bf16", "int8", "int4", "int4-g32", "int4+4", "nf4"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_every_recipe_and_placement_is_valid(kind, recipe, placement):
     plan = tiny_plan(kind, recipe, placement)
@@ -300,3 +309,147 @@ def test_a_device_map_that_is_none(device_map, words):
     spec = tiny_spec("qwen2")
     with pytest.raises(PlanError, match=words):
         Plan.uniform(spec, context=64).with_device_map(device_map)
+
+
+# --- two planes ---
+
+
+def nested(low: str | None = None, kind: str = "qwen2") -> Plan:
+    plan = tiny_plan(kind, "int4+4")
+    return plan.with_modules("*", low=low) if low else plan
+
+
+def lows(plan: Plan) -> list[str]:
+    """Where the low planes of each layer are."""
+    found = [{a.low for name, a in plan.modules.items() if f"layers.{n}." in name and a.low} for n in range(3)]
+    assert all(len(places) == 1 for places in found)
+    return [place for (place,) in found]
+
+
+def linear_bytes(plan: Plan) -> int:
+    """Of the low planes of all layers."""
+    shapes = [m.weight_shape for m in plan.spec.modules if m.layer is not None and m.kind == "linear"]
+    return sum(FORMATS["int4-g32"].weight_bytes(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_two_planes_take_the_low_ones_bytes_more_than_int4(kind):
+    plan, one = nested(kind=kind), tiny_plan(kind, "int4")
+    assert plan.weight_bytes() - one.weight_bytes() == linear_bytes(plan) > 0
+    ends = ("model.embed_tokens", "lm_head")
+    assert all(plan.modules[name] == one.modules[name] == Assignment("int8", "gpu") for name in ends)
+    assert plan.low_planes() == {"gpu"}
+    assert one.low_planes() == set()
+
+
+@pytest.mark.parametrize("low", ["cpu", "disk"])
+def test_each_device_has_the_bytes_of_its_planes(low):
+    plan, one = nested(low), tiny_plan("qwen2", "int4")
+    assert plan.low_planes() == {low}
+    assert plan.weight_bytes("gpu") == one.weight_bytes()
+    assert plan.weight_bytes(low) == linear_bytes(plan)
+    assert plan.weight_bytes() == nested().weight_bytes()
+    biased = plan.spec.module("model.layers.0.self_attn.q_proj")
+    high, low_plane = (FORMATS[name].weight_bytes(biased.weight_shape) for name in ("int4", "int4-g32"))
+    bias = 2 * biased.weight_shape[0]  # it lies with the high plane
+    assert [plan.module_bytes(biased, place) for place in ("gpu", low, None)] == [
+        high + bias, low_plane, high + low_plane + bias,
+    ]  # fmt: skip
+
+
+def test_low_planes_go_along_with_their_layers():
+    apart = nested("cpu")
+    assert lows(nested().with_gpu_layers(1)) == ["cpu", "cpu", "gpu"]
+    assert lows(nested().with_gpu_layers(1, disk=1)) == ["disk", "cpu", "gpu"]
+    assert lows(apart.with_gpu_layers(1, disk=1)) == ["disk", "cpu", "cpu"]
+    assert lows(nested("disk").with_gpu_layers(1)) == ["disk"] * 3
+    assert lows(nested().with_device_map({"": 0, "model.layers.1": "cpu"})) == ["gpu", "cpu", "gpu"]
+    assert lows(apart.with_device_map({"": 0, "model.layers.1": "disk"})) == ["cpu", "disk", "cpu"]
+    assert lows(apart.with_modules("model.layers.0.*", device="disk")) == ["disk", "cpu", "cpu"]
+    assert lows(nested().with_modules("model.layers.2.*", device="cpu", low="disk")) == ["gpu", "gpu", "disk"]
+    assert apart.with_modules("*", low="gpu") == nested()
+
+
+def test_another_format_drops_and_brings_the_low_plane():
+    one = tiny_plan("qwen2", "int4")
+    assert nested("cpu").with_modules("model.layers.*_proj", format="int4") == one
+    assert one.with_modules("model.layers.*_proj", format="int4+4", low="cpu") == nested("cpu")
+    assert one.with_modules("*", low="cpu") == one  # none has a low plane
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda: nested().with_gpu_layers(0).with_modules("*", low="gpu"), "high plane is on the cpu, .* found 'gpu'"),
+        (lambda: nested("disk").with_modules("*", low="tape"), "low plane may be on gpu, cpu, disk; found 'tape'"),
+        (lambda: nested().with_modules(DOWN, low="cpu"), f"{DOWN}: the low planes of a decoder layer lie in one place"),
+        (
+            lambda: replace(nested(), modules={**nested().modules, "lm_head": Assignment("int8", "gpu", "cpu")}),
+            "lm_head: int8 has no low plane, found a place for one: 'cpu'",
+        ),
+        (lambda: nested().with_modules("model.embed_tokens", format="int4+4"), "int4.4 is for linear modules"),
+        (
+            lambda: nested().with_modules("lm_head", format="int4+4-g32"),
+            r"lm_head: int4\+4-g32 is for decoder layers; take int8 or int4-g32$",
+        ),
+        (lambda: replace(nested(), precision="exact"), "expected precision fast, precise, auto, found 'exact'"),
+    ],
+)
+def test_a_low_plane_where_it_cannot_be(change, words):
+    assert re.search(words, refusal(change))
+
+
+def test_where_low_planes_are_survives_json_and_is_said_of_nothing_else():
+    plan = replace(nested("cpu"), precision="auto")
+    again = Plan.from_json(plan.to_json(), plan.spec)
+    assert again == plan
+    assert again.modules == plan.modules
+    assert again.precision == "auto"
+    assert len({each.digest for each in (plan, nested("cpu"), nested("disk"), nested())}) == 4
+    values = tiny_plan("qwen2", "int4").to_dict()
+    assert "precision" not in values
+    assert {key for entry in values["modules"].values() for key in entry} == {"format", "device"}
+
+
+@pytest.mark.parametrize("low", [None, 3, ["cpu"]])
+def test_json_whose_low_plane_is_nowhere(low):
+    values = nested("cpu").to_dict()
+    values["modules"][DOWN]["low"] = low
+    with pytest.raises(PlanError, match=f"{DOWN}: expected format, device and low as text"):
+        Plan.from_json(json.dumps(values), tiny_spec("qwen2"))
+
+
+def test_json_of_a_plan_made_before_there_were_two_planes_says_beside():
+    values = nested().to_dict()
+    for entry in values["modules"].values():
+        entry.pop("low", None)
+    assert Plan.from_json(json.dumps(values), tiny_spec("qwen2")) == nested()
+
+
+@pytest.mark.parametrize(("precision", "way"), [(None, "precise"), *((each, each) for each in PRECISIONS)])
+def test_how_it_decodes(precision, way):
+    assert replace(nested(), precision=precision).decodes_by == way
+
+
+def test_a_model_of_one_plane_decodes_by_it_however_it_is_asked():
+    plan = tiny_plan("qwen2", "int4")
+    assert plan.decodes_by is None
+    assert replace(plan, precision="fast").decodes_by is None
+    for precision in ("precise", "auto"):
+        message = refusal(lambda precision=precision: replace(plan, precision=precision))
+        assert f"precision {precision} needs weights in two planes, found tiny-qwen2 in one" in message
+
+
+def test_a_converted_model_of_two_planes_can_be_planned_by_its_high_ones():
+    spec = tiny_spec("qwen2")
+    formats = {name: a.format for name, a in nested().modules.items() if a.format != "bf16"}
+    stored = replace(spec, stored=formats)
+    high = stored.without_low_planes()
+    assert high.stored == {name: fmt.replace("int4+4", "int4") for name, fmt in formats.items()}
+    assert high.fingerprint == stored.fingerprint
+    one = tiny_plan("qwen2", "int4")
+    assert Plan.uniform(high, "stored", context=512) == one == Plan.uniform(stored, "int4", context=512)
+    assert Plan.uniform(stored, "stored", context=512) == nested()
+    assert spec.without_low_planes() == spec
+    message = refusal(lambda: Plan.uniform(high, "int4+4", context=512))
+    assert "holds it in int4, found int4+4" in message
