@@ -67,14 +67,23 @@ def choose(
     """
     if sampling.takes_the_likeliest:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float()
-    if sampling.repetition_penalty != 1 and seen is not None:
-        found = logits.gather(-1, seen)
-        penalised = torch.where(found < 0, found * sampling.repetition_penalty, found / sampling.repetition_penalty)
-        logits = logits.scatter(-1, seen, penalised)
     if sampling.temperature <= 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    probabilities = torch.softmax(logits / sampling.temperature, dim=-1)
+        return _penalised(logits, sampling, seen).argmax(dim=-1, keepdim=True)
+    return torch.multinomial(distribution(logits, sampling, seen), 1, generator=generator)
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None = None) -> torch.Tensor:
+    """What the next token is drawn from.
+
+    Args:
+        logits: ``(batch, vocab)``; of the first tokens of the vocabulary only, the others have no chance.
+        sampling: How; its temperature is not 0.
+        seen: See ``choose``.
+
+    Returns:
+        Probabilities ``(batch, vocab)`` float32.
+    """
+    probabilities = torch.softmax(_penalised(logits, sampling, seen) / sampling.temperature, dim=-1)
     if 0 < sampling.top_k < logits.shape[-1]:
         least = probabilities.topk(sampling.top_k, dim=-1).values[..., -1:]
         probabilities = probabilities.masked_fill(probabilities < least, 0)
@@ -86,4 +95,14 @@ def choose(
     if sampling.min_p > 0:
         least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0)
-    return torch.multinomial(probabilities, 1, generator=generator)
+    return probabilities / probabilities.sum(dim=-1, keepdim=True)
+
+
+def _penalised(logits: torch.Tensor, sampling: Sampling, seen: torch.Tensor | None) -> torch.Tensor:
+    """Logits in float32, lower for tokens that are there already."""
+    logits = logits.float()
+    if sampling.repetition_penalty == 1 or seen is None:
+        return logits
+    found = logits.gather(-1, seen)
+    penalised = torch.where(found < 0, found * sampling.repetition_penalty, found / sampling.repetition_penalty)
+    return logits.scatter(-1, seen, penalised)

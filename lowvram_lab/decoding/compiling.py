@@ -40,11 +40,18 @@ OPTIONS = {
 }
 LEAST_ROOM = 3
 """Places a cache must have for a compiled layer; the exporter takes fewer for another case."""
+EXAMPLE_ROWS = 3
+"""Tokens of one sequence in the arguments that a library for several is made from; it runs from 2 of them on."""
 LIBRARY = "library.so"
 DIGEST = "library.sha256"
 
 _LONGEST = 1 << 24
-_SIZES = {"tokens": (2, _LONGEST - 1), "room": (LEAST_ROOM, _LONGEST), "blocks": (LEAST_ROOM, _LONGEST)}
+_SIZES = {
+    "tokens": (2, _LONGEST - 1),
+    "room": (LEAST_ROOM, _LONGEST),
+    "blocks": (LEAST_ROOM, _LONGEST),
+    "rows": (2, product.MOST_ROWS),
+}
 _FORMATS = (2, product.LONGEST_FORMAT)
 _POSITIONS = 3
 """Which argument of a layer has the positions."""
@@ -81,7 +88,7 @@ def _weights_of_ours(function: LayerShape | HeadShape) -> list[int]:
     found = []
     for each in products:
         if each.kernel == "ours":
-            found.append(at)
+            found += [at + plane * each.of_a_plane for plane in range(each.planes)]
         at += each.tensors
     return found
 
@@ -93,18 +100,20 @@ class Library:
     Attributes:
         function: The layer or head it is specialised for.
         arguments: What it will be called with. Sizes that ``free_sizes`` names may be others then.
+        several: Whether its rows are tokens of one sequence, as many as there happen to be.
     """
 
     function: LayerShape | HeadShape
     arguments: tuple[Argument, ...]
+    several: bool = False
 
     @classmethod
-    def called_with(cls, function: LayerShape | HeadShape, example: list[Tensor]) -> "Library":
+    def called_with(cls, function: LayerShape | HeadShape, example: list[Tensor], several: bool = False) -> "Library":
         """That of a function for arguments like these."""
         arguments = [*map(Argument.like, example)]
         for at in _weights_of_ours(function):  # only our kernel looks at them, which finds out what they are
             arguments[at : at + 2] = _CODES, _SCALES
-        return cls(function, tuple(arguments))
+        return cls(function, tuple(arguments), several)
 
     def free_sizes(self) -> list[dict[int, str]]:
         """For each argument: dimension → name, for those that may vary from call to call."""
@@ -117,6 +126,9 @@ class Library:
                 size = "blocks" if self._in_blocks(name) else "room"
                 if name != "recent" and self.arguments[index].shape[2] >= LEAST_ROOM:
                     free[index] = {2: size}
+        if self.several:
+            for index in range(_POSITIONS if isinstance(self.function, LayerShape) else 1):
+                free[index] = {0: "rows"}
         return free
 
     def _in_blocks(self, name: str) -> bool:

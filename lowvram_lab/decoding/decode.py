@@ -7,6 +7,7 @@ is run. The decoder here is the one that any architecture has: its own modules.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 
@@ -14,6 +15,7 @@ from lowvram_lab.decoding.threads import FastestThreads, thread_counts
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.machine import cpu_threads
 from lowvram_lab.model.plan import compute_place
 from lowvram_lab.sampling import Sampling, choose
 
@@ -50,6 +52,7 @@ class Decoder:
         max_tokens: Tokens of prompt and answer; by default the plan's context.
         batch_size: Sequences, all of one length.
         why: Why it is not a faster one, in words; nothing where there is none.
+        cache: One that an earlier decoder of the model has filled, of that length and batch size; by default a new one.
 
     Attributes:
         model: The model.
@@ -63,14 +66,22 @@ class Decoder:
 
     name: str
 
-    def __init__(self, model: torch.nn.Module, max_tokens: int | None = None, batch_size: int = 1, why: str = ""):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        max_tokens: int | None = None,
+        batch_size: int = 1,
+        why: str = "",
+        cache: PreallocatedCache | None = None,
+    ):
         self.model, self.batch_size, self.why, self.released = model, batch_size, why, False
-        self.cache = PreallocatedCache(model, max_tokens, batch_size)
-        plan, self._gpu = loaded(model).plan, loaded(model).gpu
+        self.cache = PreallocatedCache(model, max_tokens, batch_size) if cache is None else cache
+        plan, self._gpu, self._planes = loaded(model).plan, loaded(model).gpu, loaded(model).planes
         self.reads_ids_at = compute_place(plan.modules[plan.spec.embedding].device)
         on_cpu = "cpu" in {self._gpu.kernels_of(place) for place in plan.layer_places()} and not self._gpu.meta
         counts = thread_counts() if plan.threads is None and on_cpu else ()
-        self._fastest = FastestThreads(counts) if len(counts) > 1 else None
+        # a pass by the high planes and one by both take differently long
+        self._fastest = {both: FastestThreads(counts) for both in (False, True)} if len(counts) > 1 else {}
         loaded(model).decoders.add(self)
 
     @property
@@ -82,7 +93,8 @@ class Decoder:
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
         """Reads ids ``(batch, tokens)`` behind those in the cache; logits of the last, ``(batch, vocab)``."""
         self._check_released()
-        return prefill(self.model, ids, self.cache)
+        with self._planes.taking(both=True):
+            return prefill(self.model, ids, self.cache)
 
     @torch.inference_mode()
     def decode(self, token: torch.Tensor) -> torch.Tensor:
@@ -101,13 +113,64 @@ class Decoder:
         self._check_released()
         if tuple(token.shape) != (expected := (self.batch_size, 1)):
             raise LowvramError(f"expected one token of each sequence, {expected}, found {tuple(token.shape)}")
-        if self._fastest is None:
+        with self._fastest[self._planes.both].token() if self._fastest else nullcontext():
             return self._decode(token)
-        with self._fastest.token():
-            return self._decode(token)
+
+    @torch.inference_mode()
+    def decode_several(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Feeds several tokens of one sequence in one pass, by both planes where weights have two.
+
+        Args:
+            tokens: ``(1, tokens)`` int64, ``most_tokens`` at most.
+
+        Returns:
+            Logits after each, ``(tokens, vocab)``; the next call may write over them.
+
+        Raises:
+            LowvramError: See ``decode``.
+            BudgetError: The cache has no room for all of them.
+        """
+        self._check_released()
+        if tokens.shape[0] != 1 or self.batch_size != 1 or not 1 <= tokens.shape[1] <= self.most_tokens:
+            found = f"{tuple(tokens.shape)} for a batch of {self.batch_size}"
+            raise LowvramError(f"expected (1, up to {self.most_tokens}) tokens, found {found}")
+        with self._planes.taking(both=True):
+            if tokens.shape[1] == 1:
+                return self.decode(tokens)
+            with cpu_threads(self._fastest[True].best) if self._fastest else nullcontext():
+                return self._decode_several(tokens)
+
+    @torch.inference_mode()
+    def draft(self, token: torch.Tensor) -> torch.Tensor:
+        """``decode`` by the high planes alone, where weights have two, to guess what both will say.
+
+        Returns:
+            Logits ``(batch, vocab)``; perhaps of the first tokens of the vocabulary only, which are the commonest.
+        """
+        self._check_released()
+        with (
+            self._planes.taking(both=False),
+            cpu_threads(self._fastest[False].best) if self._fastest else nullcontext(),
+        ):
+            return self._draft(token)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that ``decode_several`` takes: more than one where each comes out as it would by itself."""
+        return 1
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
+
+    def _draft(self, token: torch.Tensor) -> torch.Tensor:
+        return self._decode(token)
+
+    def _decode_several(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self._by_modules(tokens)[0]
+
+    def _by_modules(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits after each of some tokens, ``(batch, tokens, vocab)``, by the model's own forward."""
+        return self.model(tokens, past_key_values=self.cache, use_cache=True).logits
 
     def choose(
         self,
@@ -142,7 +205,7 @@ class ModuleDecoder(Decoder):
         return module_decoder_name(self.why)
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
-        return self.model(token, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return self._by_modules(token)[:, -1]
 
 
 @torch.no_grad()

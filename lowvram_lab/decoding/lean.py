@@ -12,24 +12,29 @@ from __future__ import annotations
 import functools
 import logging
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import nn
 
-from lowvram_lab.decoding.bind import bind_head, bind_layer
+from lowvram_lab.decoding.bind import bind_head, bind_layer, bind_short_head, why_not_several
 from lowvram_lab.decoding.compiled import open_libraries
-from lowvram_lab.decoding.compiling import LEAST_ROOM, Library
+from lowvram_lab.decoding.compiling import EXAMPLE_ROWS, LEAST_ROOM, Library
 from lowvram_lab.decoding.decode import Decoder, ModuleDecoder
 from lowvram_lab.decoding.graph import GraphedStep
 from lowvram_lab.decoding.kinds import COMPILED, GRAPHS, LEAN, NAMES, why_not
 from lowvram_lab.decoding.llama_layer import LayerShape, llama_layer
 from lowvram_lab.decoding.workspace import head_bytes, layer_bytes
+from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.kernels.library import there
+from lowvram_lab.kernels.product import MOST_ROWS
 from lowvram_lab.machine import cpu_threads
+from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.plan import compute_place
 
 logger = logging.getLogger(__name__)
@@ -42,6 +47,7 @@ def decoder_for(
     *,
     compiled: bool | None = None,
     progress: bool = True,
+    cache: PreallocatedCache | None = None,
 ) -> Decoder:
     """The fastest decoder there is for a loaded model: lean, or by its modules; ``name`` says which, and why.
 
@@ -51,6 +57,7 @@ def decoder_for(
         batch_size: Sequences, all of one length.
         compiled: See ``LeanDecoder``.
         progress: See ``LeanDecoder``.
+        cache: See ``Decoder``.
 
     Raises:
         LowvramError: The model is not from ``load``.
@@ -59,8 +66,38 @@ def decoder_for(
     state = loaded(model)
     reason = why_not(state.plan, state.gpu.kernels, max_tokens)
     if reason:
-        return ModuleDecoder(model, max_tokens, batch_size, reason)
-    return LeanDecoder(model, max_tokens, batch_size, compiled=compiled, progress=progress)
+        return ModuleDecoder(model, max_tokens, batch_size, reason, cache)
+    return LeanDecoder(model, max_tokens, batch_size, compiled=compiled, progress=progress, cache=cache)
+
+
+@dataclass
+class _Way:
+    """One way to decode a token.
+
+    Attributes:
+        bound: Of each layer, its shape and its tensors.
+        layers: Of each that is not on a card, what runs it.
+        graphed: What runs those on a card.
+    """
+
+    bound: list
+    layers: list[Callable | None] = field(default_factory=list)
+    graphed: GraphedStep | None = None
+
+
+@dataclass
+class _Several:
+    """Several tokens of a sequence in one pass.
+
+    Attributes:
+        logits: ``(MOST_ROWS, vocab)``, where the results are put.
+        layers: What runs each layer.
+        head: What runs the head.
+    """
+
+    logits: torch.Tensor
+    layers: list[Callable] = field(default_factory=list)
+    head: Callable | None = None
 
 
 class LeanDecoder(Decoder):
@@ -76,6 +113,10 @@ class LeanDecoder(Decoder):
         compiled: Whether to compile the layer's function: 10 to 20 s, once for a machine. By default where there is a
             C++ compiler that can.
         progress: Show that it compiles.
+        cache: See ``Decoder``.
+
+    Of weights in two planes it has two ways to decode a token, by the high ones and by both, on one KV cache; which is
+    taken, ``Loaded.planes`` says token by token.
 
     Attributes:
         compiled: Whether it is compiled.
@@ -95,6 +136,7 @@ class LeanDecoder(Decoder):
         *,
         compiled: bool | None = None,
         progress: bool = True,
+        cache: PreallocatedCache | None = None,
     ):
         state = loaded(model)
         if reason := why_not(state.plan, state.gpu.kernels, max_tokens):
@@ -102,90 +144,142 @@ class LeanDecoder(Decoder):
         if compiled and not compiler():
             missing = without_compiler() or "LOWVRAM_COMPILE=0 says not to compile; unset it"
             raise LowvramError(f"{missing}, or leave compiled=True out")
-        super().__init__(model, max_tokens, batch_size)
-        self._plan, self._spec = state.plan, state.plan.spec
+        super().__init__(model, max_tokens, batch_size, cache=cache)
+        self._plan, self._spec, self._planes = state.plan, state.plan.spec, state.planes
+        self._nested = bool(self._plan.low_planes())
         self._places = self._plan.layer_places()
         self._head_place = compute_place(self._plan.modules[self._spec.head].device)
-        self._crossed_bytes = self._crossings()
-        self._layers, self._head = [], partial(_modules_head, model)
+        self._crossed_bytes, self._crossed_to_low = self._crossings(), self._crossings_to_low_planes()
+        self._head = partial(_modules_head, model)
         self._normed_on = model.model.norm.weight.device
         self._positions = torch.arange(self.cache.max_tokens)
         self._on_card = self._places_on_card()
+        self._all_on_card = len(self._on_card) == len(self._places)
         with self._gpu.noting_oom(state), self._gpu.active(), torch.no_grad():
             self._tables = self._rotary()
-            bound = [bind_layer(model, *both) for both in zip(model.model.layers, self.cache.layers, strict=True)]
-            self._graphed = self._graph(bound) if self._on_card else None
-            self.compiled = len(self._on_card) < len(bound) and self._may_compile(compiled)
-            self._reserve(bound)
-        if len(self._on_card) < len(bound) and not self._gpu.meta:
-            if self.compiled and not self._compile(bound, progress, must=bool(compiled)):
+            self._ways = {both: self._bound(both) for both in self._choices()}
+            self.compiled = not self._all_on_card and self._may_compile(compiled)
+            self._reserve()
+        if not self._all_on_card and not self._gpu.meta:
+            if self.compiled and not self._compile(progress, must=bool(compiled)):
                 self.compiled = False
                 with self._gpu.active():
-                    self._reserve(bound)
+                    self._reserve()
             if not self.compiled:
-                self._layers = [(partial(_run_layer, shape), tensors) for shape, tensors in bound]
+                for way in self._ways.values():
+                    way.layers = [partial(_run_layer, shape) for shape, _ in way.bound]
 
     def release(self) -> None:
         """See ``Decoder``."""
         super().release()
-        self._layers, self._head, self._graphed = [], None, None
+        self._ways, self._head, self._short_head, self._several = {}, None, None, None
 
     @property
     def name(self) -> str:
         """See ``Decoder``."""
-        if self._graphed is not None:
-            return NAMES[GRAPHS if self._graphed.capture else LEAN]
+        if (graphed := self._ways[False].graphed) is not None:
+            return NAMES[GRAPHS if graphed.capture else LEAN]
         return NAMES[COMPILED if self.compiled else LEAN]
 
+    @property
+    def most_tokens(self) -> int:
+        """See ``Decoder``."""
+        by_modules = self._nested and True not in self._ways  # a card's, by which one token is decoded too
+        return MOST_ROWS if by_modules or self._several is not None else 1
+
     def _likeliest(self, logits: torch.Tensor) -> torch.Tensor | None:
-        return self._graphed.likeliest if self._graphed and logits is self._graphed.result else None
+        for way in self._ways.values():
+            if way.graphed and logits is way.graphed.result:
+                return way.graphed.likeliest
+        return None
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
+        position = self._position(1)
+        if self._planes.both and self._nested and True not in self._ways:  # the low planes compute off the card
+            return self._by_modules(token)[:, -1]
+        way = self._ways[self._planes.both and self._nested]
+        if self._gpu.meta:
+            self._foresee(way, token, position)
+            logits = way.graphed.result if self._logits is None else self._logits
+        else:
+            with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
+                found = self._run(way, token, position)
+                logits = found if self._logits is None else self._logits.copy_(found)
+        self._count(1)
+        return logits
+
+    def _draft(self, token: torch.Tensor) -> torch.Tensor:
+        if self._short_head is None or self._gpu.meta:
+            return self._decode(token)
+        position = self._position(1)
+        with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
+            logits = self._run(self._ways[False], token, position, self._short_head)
+        self._count(1)
+        return logits
+
+    def _decode_several(self, tokens: torch.Tensor) -> torch.Tensor:
+        position, count = self._position(tokens.shape[1]), tokens.shape[1]
+        if self._several is None:
+            return super()._decode_several(tokens)
+        if not self._gpu.meta:
+            with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
+                hidden = self._embedded(tokens)
+                seen, rows = self._positions[: position + count], slice(position, position + count)
+                way = self._ways[self._nested]
+                for run, (_, tensors), place in zip(self._several.layers, way.bound, self._places, strict=True):
+                    cos, sin = (table[rows, None] for table in self._tables[place])
+                    hidden = run([hidden, cos, sin, seen, *tensors])[0]
+                self._several.logits[:count].copy_(self._several.head(hidden))
+        self._count(count)
+        return self._several.logits[:count]
+
+    def _position(self, more: int) -> int:
+        """How many tokens the cache holds, where there is room for more."""
         position = self.tokens
         if position == 0:
             raise LowvramError("expected a prompt in the cache, found none: call prefill first")
-        if position >= self.cache.max_tokens:
-            raise BudgetError(f"the KV cache of {position} tokens is full; plan a longer context")
-        if self._gpu.meta:
-            self._foresee(token, position)
-            logits = self._graphed.result if self._logits is None else self._logits
-        else:
-            with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
-                found = self._run(token, position)
-                logits = found if self._logits is None else self._logits.copy_(found)
-        if self._gpu.moves:
-            self._gpu.recording.transfers.update(self._crossed_bytes)
-        for held in self.cache.layers:
-            held.tokens = position + 1
-        return logits
+        if position + more > self.cache.max_tokens:
+            raise BudgetError(f"the KV cache of {self.cache.max_tokens} tokens is full; plan a longer context")
+        return position
 
-    def _run(self, token: torch.Tensor, position: int) -> torch.Tensor:
+    def _count(self, tokens: int) -> None:
+        """Notes what crossed, and how many tokens the cache holds now."""
+        if self._gpu.moves:
+            crossed = self._crossed_bytes + (self._crossed_to_low if self._planes.both else Counter())
+            for crossing, size in crossed.items():
+                self._gpu.recording.transfers[crossing] += tokens * size
+        position = self.tokens
+        for held in self.cache.layers:
+            held.tokens = position + tokens
+
+    def _run(self, way: _Way, token: torch.Tensor, position: int, head: Callable | None = None) -> torch.Tensor:
         """Logits of a token, in order: the lookup, layers off the card, those on it, those off it behind them, head."""
-        graphed, on_card = self._graphed, self._on_card
+        graphed, on_card = way.graphed, self._on_card
         hidden = token if graphed and graphed.lookup else self._embedded(token)
         seen = self._positions[: position + 1]
         for index, place in enumerate(self._places):
             if index in on_card:  # all of them at once
                 hidden = graphed(hidden, position) if index == on_card.start else hidden
                 continue
-            (run, tensors), (cos, sin) = self._layers[index], self._tables[place]
+            cos, sin = self._tables[place]
+            run, tensors = way.layers[index], way.bound[index][1]
             hidden = run([hidden.to(cos.device), cos[position], sin[position], seen, *tensors])[0]
-        return hidden if graphed and graphed.head else self._head(hidden.to(self._normed_on))
+        return hidden if graphed and graphed.head else (head or self._head)(hidden.to(self._normed_on))
 
-    def _foresee(self, token: torch.Tensor, position: int) -> None:
+    def _foresee(self, way: _Way, token: torch.Tensor, position: int) -> None:
         """Allocates what a token does on a card: lookup and head, if in no graph; a graph of a length that is new."""
         if self._gpu.kernels != "cuda":
             return
         meter = self._gpu.meter
-        if self._graphed and self._graphed.lookup:
+        if way.graphed and way.graphed.lookup:
             hidden = token
         else:
             hidden = self._embedded(token)
             with meter.scope(place="cpu", force=True):
                 hidden = hidden.clone()  # what layers off the card make of it
-        if self._graphed:
+        if way.graphed:
             with meter.scope(owner="CUDA graphs", place="gpu"), self._gpu.unwatched():
-                self._graphed(hidden, position)
+                way.graphed(hidden, position)
         elif self._head_place == "gpu":
             # cloned, not moved: what crosses is counted by ``_crossed_bytes``
             with meter.scope(place=meter.place_of(self.model.model.norm.weight), force=True):
@@ -213,6 +307,18 @@ class LeanDecoder(Decoder):
                 crossed[place, following] += self.batch_size * self._spec.hidden_size * torch.float32.itemsize
         return crossed
 
+    def _crossings_to_low_planes(self) -> Counter:
+        """The same of what low planes multiply that lie elsewhere, and of their products, where both planes decode."""
+        crossed, size = Counter(), self.batch_size * DTYPES[self._plan.dtype].itemsize
+        for module in self._spec.modules:
+            assignment = self._plan.modules[module.name]
+            home, place = compute_place(assignment.device), compute_place(assignment.low or assignment.device)
+            if home != place:
+                rows, columns = module.weight_shape
+                crossed[home, place] += size * columns
+                crossed[place, home] += size * rows
+        return crossed
+
     def _rotary(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Cosines and sines of every position, ``(room, head_dim)`` float32, at each place where layers compute."""
         rotary, home, gpu = self.model.model.rotary_emb, self._places[0], self._gpu
@@ -228,6 +334,19 @@ class LeanDecoder(Decoder):
                 # made there, not moved: it is not counted among what crosses
                 tables[place] = tuple(gpu.zeros(tuple(t.shape), t.dtype, place).copy_(t) for t in (cos, sin))
             return tables
+
+    def _choices(self) -> tuple[bool, ...]:
+        """By which planes this decoder decodes: the high ones, and both where they compute in one place."""
+        apart = any(a.low and compute_place(a.low) != compute_place(a.device) for a in self._plan.modules.values())
+        if not self._nested or (apart and self._on_card):
+            return (False,)
+        return (False, True)
+
+    def _bound(self, both: bool) -> _Way:
+        layers = zip(self.model.model.layers, self.cache.layers, strict=True)
+        way = _Way([bind_layer(self.model, block, held, both) for block, held in layers])
+        way.graphed = self._graph(way.bound) if self._on_card else None
+        return way
 
     def _graph(self, bound: list) -> GraphedStep:
         first, behind = self._on_card.start, self._on_card.stop
@@ -253,11 +372,13 @@ class LeanDecoder(Decoder):
             _warn_once(f"decoding without compiled layers, which is slower: {missing}")
         return there() and self.cache.max_tokens >= LEAST_ROOM
 
-    def _workspace(self, bound: list) -> int:
-        """Bytes of one token's temporaries on the GPU, all of the cache in use; CUDA's graphs take their own."""
-        if self._graphed is not None:
+    def _workspace(self) -> int:
+        """Bytes of one pass's temporaries on the GPU, all of the cache in use; CUDA's graphs take their own."""
+        if self._on_card:
             return 0
-        hidden = torch.empty(self.batch_size, self._spec.hidden_size, device="meta")
+        rows = MOST_ROWS if self._reads_several() else self.batch_size
+        hidden = torch.empty(rows, self._spec.hidden_size, device="meta")
+        bound = self._ways[max(self._ways)].bound  # by both planes takes more
         kinds = {shape: tensors for (shape, tensors), place in zip(bound, self._places, strict=True) if place == "gpu"}
         settings = self.cache.max_tokens, self.compiled
         with self._gpu.unmetered():  # it only looks
@@ -266,49 +387,73 @@ class LeanDecoder(Decoder):
                 found.append(head_bytes(self.model, hidden, bind_head(self.model) if self.compiled else None))
         return max(found, default=0)
 
-    def _reserve(self, bound: list) -> None:
+    def _reads_several(self) -> bool:
+        """Whether several tokens are read in one pass, by the compiled layers: of weights in two planes, to verify."""
+        return self._nested and self.compiled and self.batch_size == 1 and why_not_several(self.model) == ""
+
+    def _reserve(self) -> None:
         """Takes what decoding will need beside the cache: logits, if no graph has them, and a token's workspace."""
         gpu, meter = self._gpu, self._gpu.meter
-        self.workspace_bytes = self._workspace(bound)
-        self._logits = self._reserved = None
-        if self._graphed and self._graphed.head:
+        self.workspace_bytes = self._workspace()
+        self._logits = self._reserved = self._several = self._short_head = None
+        graphed = self._ways[False].graphed
+        if graphed and graphed.head:
             return
         with meter.scope(owner="logits"):
             self._logits = gpu.zeros((self.batch_size, self._spec.vocab_size), self.model.dtype, self._head_place)
+            if self._reads_several():
+                shape = MOST_ROWS, self._spec.vocab_size
+                self._several = _Several(gpu.zeros(shape, self.model.dtype, self._head_place))
         if self.workspace_bytes:
             with meter.scope(owner="workspace of a token"):
                 self._reserved = gpu.buffer(self.workspace_bytes)
 
-    def _compile(self, bound: list, progress: bool, must: bool) -> bool:
+    def _compile(self, progress: bool, must: bool) -> bool:
         """Opens the libraries of all layers and of the head; whether that could be done."""
-        hidden = torch.zeros(self.batch_size, self._spec.hidden_size)
-        indices = [index for index in range(len(bound)) if index not in self._on_card]
+        indices = [index for index in range(len(self._places)) if index not in self._on_card]
         cos, sin = self._tables[self._places[indices[0]]]
-        first = [hidden, cos[0], sin[0], self._positions[:2]]
-        wanted = [Library.called_with(bound[index][0], first + bound[index][1]) for index in indices]
+        rows = torch.zeros(EXAMPLE_ROWS, self._spec.hidden_size)
+        one = [torch.zeros(self.batch_size, self._spec.hidden_size), cos[0], sin[0], self._positions[:2]]
+        several = [rows, *(table[:EXAMPLE_ROWS, None] for table in (cos, sin)), self._positions[: EXAMPLE_ROWS + 1]]
         head = bind_head(self.model)
+        wanted = {}
+        for both, way in self._ways.items():
+            wanted[both] = [Library.called_with(way.bound[at][0], one + way.bound[at][1]) for at in indices]
+        if self._several:
+            bound = self._ways[self._nested].bound
+            wanted["several"] = [Library.called_with(bound[at][0], several + bound[at][1], True) for at in indices]
+            wanted["heads"] = [Library.called_with(head[0], [rows, *head[1]], True)]
+            short = bind_short_head(self.model)
+            if short is not None:
+                wanted["short head"] = [Library.called_with(short[0], [one[0], *short[1]])]
         if head is not None:
-            wanted.append(Library.called_with(head[0], [hidden, *head[1]]))
+            wanted["head"] = [Library.called_with(head[0], [one[0], *head[1]])]
         try:
             with self._gpu.unmetered():
-                runs = open_libraries(wanted, progress)
+                runs = iter(open_libraries([library for each in wanted.values() for library in each], progress))
         except Exception as error:  # the compiler's, a folder that cannot be written, a library that cannot be opened
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if must:
                 raise LowvramError(f"the layer could not be compiled: {reason}; leave compiled=True out") from error
             logger.warning("decoding without compiled layers, which is slower: %s", reason)
             return False
-        opened = dict(zip(indices, runs, strict=False))
-        self._layers = [(opened.get(index), tensors) for index, (_, tensors) in enumerate(bound)]
+        opened = {name: [next(runs) for _ in libraries] for name, libraries in wanted.items()}
+        for both, way in self._ways.items():
+            found = dict(zip(indices, opened[both], strict=True))
+            way.layers = [found.get(index) for index in range(len(self._places))]
         if head is not None:
-            *_, run = runs
-            self._head = lambda hidden: run([hidden, *head[1]])[0]
+            self._head = partial(_run_head, opened["head"][0], head[1])
+        if self._several:
+            self._several.layers = opened["several"]
+            self._several.head = partial(_run_head, opened["heads"][0], head[1])
+            if short is not None:
+                self._short_head = partial(_run_head, opened["short head"][0], short[1])
         return True
 
 
 def _lookup(model: nn.Module, token: torch.Tensor) -> torch.Tensor:
     table = model.model.embed_tokens
-    return type(table).forward(table, token)[:, 0].float()  # its own: called by itself it would hand over its result
+    return type(table).forward(table, token).flatten(0, 1).float()  # its own: called by itself it hands over its result
 
 
 def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
@@ -319,6 +464,10 @@ def _modules_head(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 def _warn_once(message: str) -> None:
     """A missing compiler is the machine's state, not one decoder's."""
     logger.warning(message)
+
+
+def _run_head(run: Callable, tensors: list, hidden: torch.Tensor) -> torch.Tensor:
+    return run([hidden, *tensors])[0]
 
 
 def _run_layer(shape: LayerShape, arguments: list) -> list:

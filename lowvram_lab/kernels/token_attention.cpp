@@ -1,4 +1,4 @@
-// Attention of one token of each sequence to all that its decoder layer keeps, read as it lies: keys and values in 16 or 32
+// Attention of the newest token of each sequence, or of one sequence's newest tokens, to all that a decoder layer keeps, read as it lies: keys and values in 16 or 32
 // bits, as int8 codes or in 4 bits, and the token's own written behind them first. Sums are in float32.
 //
 // A head's tokens are taken in chunks of one size, each with a softmax of its own, which are brought together at the end
@@ -443,18 +443,26 @@ enum Kind : int64_t { BFLOAT16, FLOAT16, FLOAT32, INT8 };
 
 }  // namespace
 
-// sizes: batch, heads, kv_heads, width, room, tokens (this one among them). kind: of the keys, or of an int4 cache's newest.
+// sizes: batch, heads, kv_heads, width, room, tokens (the newest among them), rows. kind: of the keys, or of an int4 cache's
+// newest. Several rows are the newest tokens of one sequence, each of which sees those before it and itself.
 extern "C" void lowvram_token_attention(const float* q, const float* k, const float* v, void* keys, void* values, void* key_scale,
                                         void* value_scale, void* recent, const int64_t* sizes, int64_t kind, float scale,
                                         float* out) {
-  const Call call{q, k, v, out, keys, values, recent, static_cast<uint16_t*>(key_scale), static_cast<uint16_t*>(value_scale),
-                  sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], scale, (sizes[3] + LANES - 1) / LANES * LANES};
+  Call call{q, k, v, out, keys, values, recent, static_cast<uint16_t*>(key_scale), static_cast<uint16_t*>(value_scale),
+            sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5] - sizes[6] + 1, scale, (sizes[3] + LANES - 1) / LANES * LANES};
   const bool int4 = recent != nullptr;
-  switch (kind) {
-    case BFLOAT16: return int4 ? attend<Int4<BFloat16>>(call) : attend<Plain<BFloat16>>(call);
-    case FLOAT16: return int4 ? attend<Int4<Float16>>(call) : attend<Plain<Float16>>(call);
-    case FLOAT32: return int4 ? attend<Int4<Float32>>(call) : attend<Plain<Float32>>(call);
-    case INT8: return attend<Plain<Int8>>(call);
+  for (int64_t row = 0; row < sizes[6]; row++) {
+    switch (kind) {
+      case BFLOAT16: int4 ? attend<Int4<BFloat16>>(call) : attend<Plain<BFloat16>>(call); break;
+      case FLOAT16: int4 ? attend<Int4<Float16>>(call) : attend<Plain<Float16>>(call); break;
+      case FLOAT32: int4 ? attend<Int4<Float32>>(call) : attend<Plain<Float32>>(call); break;
+      case INT8: attend<Plain<Int8>>(call); break;
+    }
+    call.q += call.heads * call.width;
+    call.out += call.heads * call.width;
+    call.k += call.kv_heads * call.width;
+    call.v += call.kv_heads * call.width;
+    call.tokens++;
   }
 }
 
@@ -479,7 +487,7 @@ extern "C" int32_t aoti_torch_cpu_token_attention(void* q, void* k, void* v, voi
   const int64_t strided[] = {asked[1] * asked[2], asked[2], 1};
   failed = aoti_torch_empty_strided(3, asked, strided, float32, cpu, 0, result) || aoti_torch_get_data_ptr(*result, &into);
   if (failed) return failed;
-  const int64_t sizes[] = {asked[0], asked[1], kept[1], asked[2], held[2], tokens};
+  const int64_t sizes[] = {held[0], asked[1], kept[1], asked[2], held[2], tokens, asked[0] / held[0]};
   const int64_t kind = dtype == aoti_torch_dtype_int8()      ? INT8
                        : dtype == float32                    ? FLOAT32
                        : dtype == aoti_torch_dtype_float16() ? FLOAT16

@@ -97,7 +97,9 @@ def test_a_fixed_number_of_places_and_a_mask_give_the_same(name, batch, kv_forma
     expected = decoded(decoder, ids, 3)
     bound = [bind_layer(model, *both) for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
     tables = decoder._tables["gpu"]
-    decoder._graphed = GraphedStep(bound, None, decoder._head, tables, batch, model.config.hidden_size, None)
+    decoder._ways[False].graphed = GraphedStep(
+        bound, None, decoder._head, tables, batch, model.config.hidden_size, None
+    )
     decoder._on_card = range(len(bound))
     decoder.cache.keep(3)
     for held in decoder.cache.layers:
@@ -124,7 +126,7 @@ def test_greedy_text_is_stock_transformers_for_64_tokens(name):
 
 @simulated
 @pytest.mark.parametrize("kv_format", [None, "int8"])
-@pytest.mark.parametrize("recipe", ["fp32", "bf16", "fp16", "int8", "int4", "int4-g32"])
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "fp16", "int8", "int4", "int4-g32", "int4+4"])
 @pytest.mark.parametrize("kind", TINY)
 def test_formats_and_caches_decode_as_the_modules_do(kind, recipe, kv_format):
     plan = tiny_plan(kind, recipe, "half")
@@ -152,7 +154,7 @@ def test_compiled_once_for_a_machine(recipe, kv_format, tmp_path, monkeypatch):
         decoder = LeanDecoder(model, max_tokens=room, compiled=True, progress=False)
         found = decoded(decoder, ids, 3)
         assert relative_error(found.float(), expected) < TOLERANCES["bf16"]
-        assert len({run for run, _ in decoder._layers}) == 1
+        assert len(set(decoder._ways[False].layers)) == 1
     assert made == [2]  # a layer and the head, by one process
     compiled._open.cache_clear()
     made_by_torch = [path for path in tmp_path.rglob("library.so") if "kernels" not in path.parent.name]

@@ -40,7 +40,7 @@ def loaded(kind, recipe="fp32", placement="gpu", kv_format=None, context=128):
 def test_logits_are_those_of_stock_transformers(kind, batch):
     ids = random_ids(80, batch)
     decoder = LeanDecoder(loaded(kind), batch_size=batch, compiled=False)
-    assert all(run.args[0].our_attention for run, _ in decoder._layers)
+    assert all(run.args[0].our_attention for run in decoder._ways[False].layers)
     with torch.no_grad():
         expected = tiny_stock(kind)(ids).logits[:, 11:].transpose(0, 1)
     assert relative_error(decoded(decoder, ids, 12), expected) < TOLERANCES["fp32"]

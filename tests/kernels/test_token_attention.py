@@ -8,7 +8,7 @@ from lowvram_lab.engine.int4_cache import GROUP, Int4Layer
 from lowvram_lab.kernels.token_attention import CACHED, token_attention
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.geometry import KVShape
-from tests.helpers.tiny import relative_error
+from tests.helpers.tiny import relative_error, seeded
 
 FORMATS = [(kv, dtype) for kv in ("bf16", "int8", "int4") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 SHAPES = {
@@ -126,6 +126,44 @@ def test_a_sequence_of_a_batch_is_as_alone(kv):
         rows = (each[index : index + 1, :, 0].float() for each in (q, k, v))
         alone.append(token_attention(*rows, *held, 290, 0.125))
     assert torch.equal(attended(layer, q, k, v, 290, 0.125), torch.cat(alone))
+
+
+MORE = 8
+"""Tokens of one sequence: behind 28 a group of 32 ends among them, behind 250 a chunk of 256, behind 282 a group."""
+
+
+def rows_of(layer, q, k, v, tokens):
+    return token_attention(q, k, v, *tensors(layer), tokens, 0.125)
+
+
+@pytest.mark.parametrize("before", [1, 28, 250, 282, 300])
+@pytest.mark.parametrize(("kv", "dtype"), FORMATS)
+def test_several_tokens_of_a_sequence_are_as_one_by_one(kv, dtype, before):
+    together, one_by_one, *_ = case(kv, dtype, "heads that share keys", before + 1, before + MORE)
+    q, k, v = (seeded(MORE, heads, 64, seed=seed) for seed, heads in enumerate((9, 3, 3)))
+    found = rows_of(together, q, k, v, before + MORE)
+    rows = [tuple(each[at : at + 1] for each in (q, k, v)) for at in range(MORE)]
+    expected = [rows_of(one_by_one, *row, before + 1 + at) for at, row in enumerate(rows)]
+    assert torch.equal(found, torch.cat(expected))
+    written = zip(tensors(together), tensors(one_by_one), strict=True)
+    assert all(ours is None or torch.equal(ours, theirs) for ours, theirs in written)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(2, 3), (2, 1), (3, 6)])
+def test_rows_that_are_neither_a_batch_nor_of_one_sequence_are_refused(batch, rows):
+    layer = cache("bf16", torch.bfloat16, batch, 2, 64, 40)
+    q, k, v = (seeded(rows, heads, 64) for heads in (4, 2, 2))
+    with pytest.raises(RuntimeError, match=f"a token of each of {batch} sequences, or several of one, found {rows}"):
+        rows_of(layer, q, k, v, 20)
+
+
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_more_tokens_than_there_are_or_than_there_is_room_for_are_refused(tokens):
+    """They would be written before the cache's memory, or behind it."""
+    layer = cache("bf16", torch.bfloat16, 1, 2, 64, 11)
+    q, k, v = (seeded(4, heads, 64) for heads in (4, 2, 2))
+    with pytest.raises(RuntimeError, match=f"4 tokens of {tokens} in a cache of 11"):
+        rows_of(layer, q, k, v, tokens)
 
 
 def test_a_score_far_above_the_others_and_one_far_below():

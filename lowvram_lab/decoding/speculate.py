@@ -1,0 +1,385 @@
+"""Draft cheaply, verify in one pass: the precise model's own tokens, sooner. Knows no tokenizer and no chat.
+
+A pass over several tokens reads every weight once, as a pass over one does, so it takes little longer. Whoever guesses
+the next tokens well gets them all from one pass: those that the precise model would have chosen itself are kept, and
+the first that it would not is replaced by what it chooses. Two drafters guess, and whichever promises more tokens a
+second is asked, or neither:
+
+- the high plane of weights in two, which is half of what a token reads, with a head of the commonest tokens only;
+- what followed the last few tokens when they were there before, which costs nothing.
+
+Sampled, a guess is kept with the probability that leaves the precise model's distribution as it is.
+
+Derived in: notebooks/08_precision_on_demand.ipynb
+Source: Leviathan et al. 2023, arXiv:2211.17192 (verification, expected length); Saxena 2023, prompt lookup decoding.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lowvram_lab.decoding.decision import BOTH_PLANES, GUESS_BY_N_GRAMS, GUESS_OF_HIGH_PLANE, Decision
+from lowvram_lab.decoding.decode import Decoder
+from lowvram_lab.sampling import Sampling, choose, distribution
+
+LONGEST_MATCH, SHORTEST_MATCH = 4, 2
+"""Tokens of an n-gram that is looked for, the longest first."""
+
+PRIOR = 6
+"""Guesses that what is expected at first counts for."""
+
+MEMORY = 48
+"""Guesses of a kind after which older ones count for little: a text changes from copying to thinking."""
+
+SHARE = 0.01
+"""Of the time of all tokens that trying a draft again may lose."""
+
+KEPT = 9
+"""Latest timings of a pass, whose median counts."""
+
+REFRESH = 64
+"""Tokens after which one is decoded by itself again, to know what drafts have to beat."""
+
+
+@dataclass(frozen=True)
+class Guess:
+    """What a drafter proposes.
+
+    Attributes:
+        kind: Whose acceptance it adds to.
+        tokens: The next tokens.
+        chances: ``(tokens, vocab)``: what each was drawn from; ``None`` where it was not drawn.
+    """
+
+    kind: str
+    tokens: list[int]
+    chances: list[torch.Tensor] | None = None
+
+
+@dataclass
+class Drafting:
+    """What drafting came to.
+
+    Attributes:
+        drafted: Tokens proposed, by kind of drafter.
+        accepted: Of those, how many the precise model would have chosen.
+        passes: Passes by both planes.
+        tokens: Tokens they gave.
+        decisions: How each token that was yielded was decided.
+    """
+
+    drafted: Counter = field(default_factory=Counter)
+    accepted: Counter = field(default_factory=Counter)
+    passes: int = 0
+    tokens: int = 0
+    decisions: list[Decision] = field(default_factory=list)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the proposed tokens that were accepted; ``None`` where none was proposed."""
+        drafted = sum(self.drafted.values())
+        return sum(self.accepted.values()) / drafted if drafted else None
+
+
+class NGrams:
+    """What followed the last few tokens the last time they were there.
+
+    Attributes:
+        kinds: What it expects at first: the name of each length of match, and the share of tokens that come true.
+    """
+
+    kinds = {f"the {length} tokens before, seen again": 0.3 + 0.15 * length for length in (2, 3, 4)}
+
+    def __init__(self):
+        self._seen: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+
+    def reads(self, ids: list[int]) -> None:
+        """Looks at the text so far; what it knows of it already is not looked at again."""
+        if ids[: len(self._seen)] != self._seen:
+            self._seen, self._after = [], {}
+        for end in range(max(len(self._seen), 1), len(ids)):  # what ends before ``end`` is followed by ``ids[end]``
+            for length in range(SHORTEST_MATCH, min(LONGEST_MATCH, end) + 1):
+                self._after[tuple(ids[end - length : end])] = end
+        self._seen = list(ids)
+
+    def guess(self, most: int) -> Guess | None:
+        """The longest match's continuation, ``most`` tokens of it."""
+        for length in range(min(LONGEST_MATCH, len(self._seen)), SHORTEST_MATCH - 1, -1):
+            at = self._after.get(tuple(self._seen[-length:]))
+            if at is not None:
+                return Guess(list(self.kinds)[length - SHORTEST_MATCH], self._seen[at : at + most])
+        return None
+
+
+class HighPlane:
+    """The model itself by its high planes, a token at a time.
+
+    Args:
+        decoder: Its cache is as before once the guess is made.
+    """
+
+    kinds = {"the high plane": 0.75}
+
+    def __init__(self, decoder: Decoder):
+        self._decoder = decoder
+
+    def guess(self, text: list[int], most: int, sampling: Sampling, generator: torch.Generator | None) -> Guess:
+        """What comes after ``text``, whose last token the cache does not hold yet; ``most`` tokens of it."""
+        tokens, chances, cache = [], [], self._decoder.cache
+        before = cache.get_seq_length()
+        try:
+            for _ in range(most):
+                logits = self._decoder.draft(torch.tensor([[(tokens or text)[-1]]]))
+                seen = _seen(sampling, text + tokens, logits)
+                if sampling.temperature > 0:
+                    chances.append(distribution(logits, sampling, seen)[0])
+                    token = torch.multinomial(chances[-1], 1, generator=generator)
+                else:
+                    token = choose(logits, sampling, seen=seen)
+                tokens.append(int(token))
+        finally:  # Ctrl-C too: what the high planes made of these tokens must not be taken for what both make
+            cache.keep(before)
+        return Guess(*self.kinds, tokens, chances or None)
+
+
+class Pace:
+    """How many tokens to draft by whom: learns what passes take and how often guesses come true.
+
+    Args:
+        most: Longest draft.
+        clock: Seconds.
+    """
+
+    def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter):
+        self.most, self.clock = most, clock
+        self._seconds: dict[object, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._true = {kind: [PRIOR * share, PRIOR] for kind, share in (HighPlane.kinds | NGrams.kinds).items()}
+        self._tokens, self._due = 0, Counter()
+        self._one_at = 0  # when a token was last decoded by itself
+
+    def took(self, what: object, seconds: float) -> None:
+        """Notes a pass: ``"draft"`` for one drafted token, or the number of tokens that were verified."""
+        self._seconds[what].append(seconds)
+        if what == 1:
+            self._one_at = self._tokens
+
+    @property
+    def wants_one(self) -> bool:
+        """Whether a token is to be decoded by itself, since what that takes is not known, or no more."""
+        return not self._seconds[1] or self._tokens - self._one_at >= REFRESH
+
+    def seconds(self, what: object) -> float:
+        """What a pass takes; before it was timed, what one over a single token lets expect."""
+        if self._seconds[what]:
+            return statistics.median(self._seconds[what])
+        one = statistics.median(self._seconds[1]) if self._seconds[1] else 1.0
+        return 0.6 * one if what == "draft" else one * (1 + 0.06 * (what - 1))
+
+    def learns(self, kind: str, proposed: int, accepted: int) -> None:
+        """Notes how many of a guess's tokens came true, the first that did not ending the count."""
+        judged = min(accepted + 1, proposed)
+        self._true[kind][0] += accepted
+        self._true[kind][1] += judged
+        if (count := self._true[kind][1]) > MEMORY:
+            self._true[kind] = [value * MEMORY / count for value in self._true[kind]]
+
+    def share(self, kind: str) -> float:
+        """How often a guess of a kind comes true."""
+        true, of = self._true[kind]
+        return true / of
+
+    def length(self, kind: str, available: int) -> tuple[int, float]:
+        """The draft length that promises most, and how many tokens a second that is; 0 where none is better."""
+        share, drafting = self.share(kind), self.seconds("draft") if kind in HighPlane.kinds else 0.0
+        best = 0, 1 / self.seconds(1)
+        for length in range(1, min(self.most, available) + 1):
+            rate = expected_tokens(share, length) / (length * drafting + self.seconds(length + 1))
+            best = max(best, (length, rate), key=lambda found: found[1])
+        return best
+
+    def is_due(self, kind: str) -> bool:
+        """Whether a kind that promises nothing is to be tried again."""
+        return self._tokens >= self._due[kind]
+
+    def gave(self, kind: str | None, tokens: int, seconds: float) -> None:
+        """Notes what a pass and its draft gave; one that lost time is tried again the later, the more it lost."""
+        self._tokens += tokens
+        lost = seconds - tokens * self.seconds(1)
+        if kind is not None and lost > 0:
+            self._due[kind] = self._tokens + math.ceil(lost / (SHARE * self.seconds(1)))
+
+
+def expected_tokens(share: float, length: int) -> float:
+    """Tokens that a verified draft gives on average: ``1 + a + a^2 + ...``, each token coming true with a chance."""
+    return sum(share**power for power in range(length + 1))
+
+
+@torch.no_grad()
+def speculate(
+    decoder: Decoder,
+    ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    sampling: Sampling | None = None,
+    seen: torch.Tensor | None = None,
+    pace: Pace | None = None,
+    drafting: Drafting | None = None,
+) -> Iterator[int]:
+    """Generates as ``generate`` does, the same tokens if greedy and the same distribution if not, by drafts.
+
+    Args:
+        decoder: Whose ``most_tokens`` is more than one.
+        ids: See ``generate``, as the arguments down to ``seen``.
+        max_new_tokens: See there.
+        stop_ids: See there.
+        sampling: See there.
+        seen: The whole prompt, which is looked up in as well; by default ``ids``.
+        pace: What was learnt before.
+        drafting: Where to count.
+
+    Yields:
+        Token ids. Where the reader stops early, the cache may hold a few tokens more.
+    """
+    sampling = sampling or Sampling()
+    text = (ids if seen is None else seen)[0].tolist()
+    logits = decoder.prefill(ids)
+    pace, drafting = pace or Pace(decoder.most_tokens - 1), Drafting() if drafting is None else drafting
+    work = _Speculation(decoder, sampling, pace, drafting, logits.device)
+    found = [Decision(work.chosen(logits, text), None, None, BOTH_PLANES)]
+    left = max_new_tokens
+    while left > 0:
+        for decision in found:
+            if decision.token in stop_ids:
+                return
+            work.drafting.decisions.append(decision)
+            text.append(decision.token)
+            left -= 1
+            yield decision.token
+        if left > 0:
+            found = work.cycle(text, left)
+
+
+class _Speculation:
+    """Drafts and verifies; the arguments are those of ``speculate``, and where logits are."""
+
+    def __init__(self, decoder: Decoder, sampling: Sampling, pace: Pace, drafting: Drafting, device: torch.device):
+        self.decoder, self.sampling, self.pace, self.drafting = decoder, sampling, pace, drafting
+        self.generator = torch.Generator(device).manual_seed(sampling.seed) if sampling.temperature > 0 else None
+        self.n_grams, self.high_plane = NGrams(), HighPlane(decoder)
+
+    def cycle(self, text: list[int], left: int) -> list[Decision]:
+        """The next tokens, one or more.
+
+        Args:
+            text: All tokens so far; the cache holds them but for the last.
+            left: Most tokens wanted.
+        """
+        cache, began = self.decoder.cache, self.pace.clock()
+        before = cache.get_seq_length()
+        guess = self._guess(text, min(left, cache.forgettable) - 1)
+        drafted = guess.tokens if guess else []
+        verifying = self.pace.clock()
+        try:
+            logits = self.decoder.decode_several(torch.tensor([[text[-1], *drafted]]))
+            self.pace.took(len(drafted) + 1, self.pace.clock() - verifying)
+            accepted, following = self._verified(logits, guess, text)
+        except BaseException:  # Ctrl-C too
+            cache.keep(before)
+            raise
+        cache.keep(before + accepted + 1)
+        self._note(guess, accepted, self.pace.clock() - began)
+        guessed_by = GUESS_OF_HIGH_PLANE if guess and guess.kind in HighPlane.kinds else GUESS_BY_N_GRAMS
+        kept = [Decision(token, None, None, guessed_by) for token in drafted[:accepted]]
+        return [*kept, Decision(following, None, None, BOTH_PLANES)]
+
+    def chosen(self, logits: torch.Tensor, text: list[int]) -> int:
+        """The next token after logits ``(1, vocab)``."""
+        return int(choose(logits, self.sampling, self.generator, _seen(self.sampling, text, logits)))
+
+    def _guess(self, text: list[int], most: int) -> Guess | None:
+        """By whoever promises most tokens a second; nothing where that is no draft at all."""
+        self.n_grams.reads(text)
+        if self.pace.wants_one:
+            return None
+        seen_before = self.n_grams.guess(most) if most > 0 else None
+        options = [(seen_before.kind, len(seen_before.tokens))] if seen_before else []
+        options += [(kind, most) for kind in HighPlane.kinds if most > 0]
+        best, length, rate = None, 0, 0.0
+        for kind, available in options:
+            its_length, its_rate = self.pace.length(kind, available)
+            if not its_length and self.pace.is_due(kind):
+                its_length = 1
+            if its_length and its_rate > rate:
+                best, length, rate = kind, its_length, its_rate
+        if best is None:
+            return None
+        if seen_before and best == seen_before.kind:
+            return Guess(best, seen_before.tokens[:length])
+        began = self.pace.clock()
+        guess = self.high_plane.guess(text, length, self.sampling, self.generator)
+        self.pace.took("draft", (self.pace.clock() - began) / length)
+        return guess
+
+    def _verified(self, logits: torch.Tensor, guess: Guess | None, text: list[int]) -> tuple[int, int]:
+        """How many guessed tokens are kept, and the token behind them."""
+        drafted = guess.tokens if guess else []
+        if self.sampling.takes_the_likeliest:
+            likeliest = logits.argmax(dim=-1).tolist()
+            same = [a == b for a, b in zip(drafted, likeliest, strict=False)]
+            kept = same.index(False) if False in same else len(drafted)
+            return kept, likeliest[kept]
+        for at, token in enumerate(drafted):
+            before = [*text, *drafted[:at]]
+            if self.generator is None:
+                following = self.chosen(logits[at : at + 1], before)
+                if following != token:
+                    return at, following
+                continue
+            seen = _seen(self.sampling, before, logits)
+            wanted = distribution(logits[at : at + 1], self.sampling, seen)[0]
+            drawn_from = _certain(token, wanted) if guess.chances is None else _as_long(guess.chances[at], wanted)
+            draw = torch.rand((), generator=self.generator, device=logits.device)
+            if draw * drawn_from[token] >= wanted[token]:
+                rest = (wanted - drawn_from).clamp_(min=0)
+                rest = rest if rest.sum() > 0 else wanted
+                return at, int(torch.multinomial(rest, 1, generator=self.generator))
+        return len(drafted), self.chosen(logits[len(drafted) : len(drafted) + 1], [*text, *drafted])
+
+    def _note(self, guess: Guess | None, accepted: int, seconds: float) -> None:
+        self.drafting.passes += 1
+        self.drafting.tokens += accepted + 1
+        if guess:
+            self.drafting.drafted[guess.kind] += len(guess.tokens)
+            self.drafting.accepted[guess.kind] += accepted
+            self.pace.learns(guess.kind, len(guess.tokens), accepted)
+        self.pace.gave(guess.kind if guess else None, accepted + 1, seconds)
+
+
+def _seen(sampling: Sampling, text: list[int], logits: torch.Tensor) -> torch.Tensor | None:
+    """What a repetition penalty is for, of the tokens that there are logits of; nothing where there is none."""
+    if sampling.repetition_penalty == 1:
+        return None
+    found = [token for token in text if token < logits.shape[-1]]
+    return torch.tensor([found], dtype=torch.long, device=logits.device)
+
+
+def _certain(token: int, like: torch.Tensor) -> torch.Tensor:
+    """The distribution of a guess that was not drawn."""
+    found = torch.zeros_like(like)
+    found[token] = 1
+    return found
+
+
+def _as_long(chances: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Chances over the commonest tokens, as chances over all."""
+    return F.pad(chances, (0, len(like) - len(chances)))
