@@ -18,7 +18,14 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.cheapest import Cheapest
 from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, shortage
-from lowvram_lab.planner.moves import forecast_loss, head_modules, keeps_cache, kv_formats, off_card_seconds
+from lowvram_lab.planner.moves import (
+    forecast_loss,
+    head_modules,
+    keeps_cache,
+    kv_formats,
+    low_planes_to_cpu,
+    off_card_seconds,
+)
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting, most_layers
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
@@ -161,7 +168,8 @@ def _bases(recipe: str, context: int, room: Room, wishes: _Wishes) -> list[Plan]
     if wishes.gpu_layers is not None:
         plan = plan.with_gpu_layers(wishes.gpu_layers)
     formats = (room.kv_format,) if room.kv_format else kv_formats(room.spec, plan.dtype)
-    return [replace(plan, kv_format=kv_format) for kv_format in formats]
+    plans = [plan, low_planes_to_cpu(plan)] if "gpu" in plan.low_planes() else [plan]  # which loses speed alone
+    return [replace(each, kv_format=kv_format) for kv_format in formats for each in plans]
 
 
 def _least(plan: Plan, search: Cheapest) -> Plan:
@@ -289,6 +297,8 @@ def _moved(plan: Plan) -> str:
         if plan.modules[module].device != "gpu"
     ]
     parts = [f"the {' and '.join(away)} on the CPU"] if away else []
+    if any(each.device == "gpu" and each.low in ("cpu", "disk") for each in plan.modules.values()):
+        parts.append("the low planes on the CPU")
     if plan.prefill_chunk is not None:
         parts.append(f"prompts read {plan.prefill_chunk} tokens at a time")
     if plan.kv_format != plan.dtype:

@@ -213,7 +213,12 @@ def _takes_no_less(plan: Plan, other: Plan) -> bool:
     alike = [(each.context, each.kv_format, each.modules[each.spec.head].device) for each in (plan, other)]
     sizes = [each.prefill_chunk or each.context for each in (plan, other)]
     pairs = zip(plan.modules.values(), other.modules.values(), strict=True)
-    more = (mine.format == its.format and (mine.device == "gpu" or its.device != "gpu") for mine, its in pairs)
+    more = (
+        mine.format == its.format
+        and (mine.device == "gpu" or its.device != "gpu")
+        and (mine.low == "gpu" or its.low != "gpu")
+        for mine, its in pairs
+    )
     return alike[0] == alike[1] and sizes[0] >= sizes[1] and all(more)
 
 

@@ -36,10 +36,20 @@ from lowvram_lab.model.spec import ModelSpec
 KV_LOSS = {"int8": 0.0007, "int4": 0.018}
 """KL in nats of a KV cache in these formats (SmolLM2-135M, WikiText-2: ``benchmarks/results/engine_cpu.json``)."""
 
-FORMAT_LOSS = {"int8": 0.0043, "nf4": 0.41, "int6": 0.028, "int5": 0.11, "int4": 0.45, "int3": 2.2, "int2": 8.8}
+FORMAT_LOSS = {
+    "int4+4": 0.0026,
+    "int8": 0.0043,
+    "nf4": 0.41,
+    "int6": 0.028,
+    "int5": 0.11,
+    "int4": 0.45,
+    "int3": 2.2,
+    "int2": 8.8,
+}
 """KL in nats of all weights in a format, rounded to the nearest code as ``load`` does (SmolLM2-135M, WikiText-2:
-``benchmarks/results/fidelity.json``). int5, int6 and int2 by the rule that a bit less quadruples the squared error. A
-larger model loses less, in the same order, which is all that is taken from here; groups of other sizes count as 64."""
+``benchmarks/results/fidelity.json``). int5, int6 and int2 by the rule that a bit less quadruples the squared error,
+int4+4 by its ratio to int8, 0.6. A larger model loses less, in the same order, which is all that is taken from here;
+groups of other sizes count as 64."""
 
 PREFILL_CHUNKS = (None, 2048, 1024, 512, 256)
 """Pieces that a prompt may be read in, the largest first; the shortest are still enough for products at full speed."""
@@ -112,10 +122,11 @@ def other_seconds(plan: Plan) -> float:
     crossings = sum(here != there for here, there in zip(places, places[1:], strict=False))
     read = {place: answer * plan.kv_bytes(prompt, place) for place in ("gpu", "cpu")} | {"disk": 0}
     for module in spec.modules:
-        device, fmt = plan.modules[module.name].device, get_format(plan.modules[module.name].format)
-        size = fmt.weight_bytes(module.weight_shape) if module.weight_shape else 0  # of a shared weight as well
+        assignment = plan.modules[module.name]
         lookup = module.name == spec.embedding  # reads a row for each token
-        read[device] += (prompt + answer) * size // module.weight_shape[0] if lookup else passes * size
+        planes = get_format(assignment.format).bytes_by_plane(module.weight_shape)  # of a shared weight as well
+        for place, size in zip(assignment.places, planes, strict=True):
+            read[place] += (prompt + answer) * size // module.weight_shape[0] if lookup else passes * size
     crossing = crossings * (passes * CROSSING_S + 2 * prompt * spec.hidden_size / LINK_BYTES_PER_S)
     return crossing + sum(size / BYTES_PER_S[place] for place, size in read.items())
 
@@ -170,6 +181,8 @@ def moves(plan: Plan) -> list[Move]:
     if plan.stream_from is not None:
         words = "long prompts computed where the layers are"
         found.append(Move(words, lambda p: replace(p, stream_from=None)))
+    if "gpu" in plan.low_planes():
+        found.append(Move("low planes to the CPU", low_planes_to_cpu))
     if not spec.tied and plan.modules[spec.embedding].device == "gpu":
         found.append(Move("embedding to the CPU", lambda p: p.with_modules(spec.embedding, device="cpu")))
     shortest = chunk_sizes(plan.context)[-1]
@@ -177,6 +190,12 @@ def moves(plan: Plan) -> list[Move]:
         found.append(in_pieces(shortest))
     order = kv_formats(spec, plan.dtype)
     return found + [_in_kv_format(kv_format) for kv_format in order[order.index(plan.kv_format) + 1 :]]
+
+
+def low_planes_to_cpu(plan: Plan) -> Plan:
+    """Low planes computed by the CPU, beside the card: of each product only activations cross."""
+    on_card = [name for name, assignment in plan.modules.items() if assignment.low == "gpu"]
+    return plan.with_modules(*on_card, low="cpu")
 
 
 def chunk_sizes(tokens: int) -> list[int | None]:

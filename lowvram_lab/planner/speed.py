@@ -28,6 +28,10 @@ from lowvram_lab.rates.machine import Machine
 FEW_TOKENS = 64
 """Decoded after the prompt where no workload is given."""
 
+ESCALATED = 0.5
+"""Tokens that ``auto`` decodes by both planes, as a share of all: SmolLM2-135M's at one flip in a hundred. The text and
+the model decide."""
+
 
 def forecast_speed(
     plan: Plan, workload: Workload | None = None, machine: Machine | None = None, ram: int | None = None
@@ -43,15 +47,20 @@ def forecast_speed(
 
     Returns:
         A profile with origin ``"forecast"``, of the decoder that ``decoder_for`` would give; ``parts`` has the seconds
-        of one decoded token by what takes them, ``rates`` how old and how steady the rates are.
+        of one decoded token by what takes them, ``rates`` how old and how steady the rates are. Weights in two planes
+        are decoded by those that the plan's precision says, one token a pass; what drafts gain is
+        ``forecast_speculation``'s.
     """
     machine = machine or Machine()
     if workload is None:
         prompt = max(1, plan.context // 2)
         workload = Workload(prompt, max(1, min(FEW_TOKENS, plan.context - prompt)))
-    kind, name = engine_of(plan, "cuda" if machine.cuda else "cpu")
+    _, name = engine_of(plan, "cuda" if machine.cuda else "cpu")
     first = _prompt(plan, machine, workload.prompt_tokens, ram)
-    parts = _token(plan, machine, kind, workload.prompt_tokens + workload.new_tokens // 2)
+    cached = workload.prompt_tokens + workload.new_tokens // 2
+    parts = token_parts(plan, machine, cached, both=plan.decodes_by in (None, "precise"))
+    if plan.decodes_by == "auto":
+        parts["unsure tokens by both planes"] = ESCALATED * sum(token_parts(plan, machine, cached, both=True).values())
     parts["weights from disk"] += _disk_seconds(plan, machine, ram)
     return SpeedProfile(
         where=where_it_runs(plan, machine.name if machine.cuda else STAND_IN),
@@ -128,13 +137,13 @@ def _piece(plan: Plan, machine: Machine, tokens: int) -> tuple[Counter, float]:
         if module.kind != "linear":
             continue
         fed = 1 if module.name == spec.head else tokens
-        assignment = plan.modules[module.name]
-        place = compute_place(assignment.device) if module.layer is None else places[module.layer]
-        rates = machine.kernel(assignment.format, place, plan.threads, bool(module.tied_to))
-        seconds = rates.seconds(math.prod(module.weight_shape), fed)
-        parts[_label(module, assignment.format, place, spec)] += seconds
-        if away and module.layer in away.layers:
-            away.compute_s += seconds
+        for fmt, place in _planes(plan, module, both=True):
+            place = "gpu" if away and module.layer in away.layers else place
+            rates = machine.kernel(fmt, place, plan.threads, bool(module.tied_to))
+            seconds = rates.seconds(math.prod(module.weight_shape), fed)
+            parts[_label(module, fmt, place, spec)] += seconds
+            if away and module.layer in away.layers:
+                away.compute_s += seconds
     pair_s = 0.0
     for place in places:
         rates = machine.prompt(plan.kv_format, plan.dtype, place, plan.threads)
@@ -148,27 +157,40 @@ def _piece(plan: Plan, machine: Machine, tokens: int) -> tuple[Counter, float]:
     return parts, pair_s
 
 
-def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
-    """Seconds of one decoded token by the engine that decodes, by part."""
+def token_parts(plan: Plan, machine: Machine, cached: int, *, both: bool = True) -> Counter:
+    """Seconds of one decoded token by the engine that decodes, by part.
+
+    Args:
+        plan: The plan.
+        machine: Its rates.
+        cached: Tokens in the cache.
+        both: Of weights in two planes, multiply by both; else by the high ones.
+    """
     spec = plan.spec
+    engine, _ = engine_of(plan, "cuda" if machine.cuda else "cpu")
+    apart = [name for name, each in plan.modules.items() if each.low and len(set(map(compute_place, each.places))) > 1]
+    if both and apart and machine.cuda:
+        engine = MODULES  # a graph cannot wait for the CPU
     parts: Counter = Counter()
     places = plan.layer_places()
     engines = {"gpu": engine, "cpu": off_card(plan) if engine == GRAPHS else engine}
     keys, formats = _key_features(spec), defaultdict(list)
-    for module in (each for each in spec.modules if each.kind == "linear"):
-        assignment, (rows, columns) = plan.modules[module.name], module.weight_shape
-        place = compute_place(assignment.device)
+    planes = [
+        (module, *plane) for module in spec.modules if module.kind == "linear" for plane in _planes(plan, module, both)
+    ]
+    for module, fmt, place in planes:
+        rows, columns = module.weight_shape
         if module.layer is not None:
-            formats[module.layer].append(assignment.format)
+            formats[module.layer].append(fmt)
         kernels, tied = "cuda" if place == "gpu" and machine.cuda else "cpu", bool(module.tied_to)
         is_head = module.name == spec.head
-        if engine == MODULES or is_head and _multiplied_by_module(module, get_format(assignment.format), kernels):
-            rates = machine.kernel(assignment.format, place, plan.threads, tied)
+        if engine == MODULES or is_head and _multiplied_by_module(module, get_format(fmt), kernels):
+            rates = machine.kernel(fmt, place, plan.threads, tied)
             seconds = rates.seconds(rows * columns)
         else:
-            product = machine.product(engines[place], assignment.format, (rows, columns), place, plan.threads, tied)
+            product = machine.product(engines[place], fmt, (rows, columns), place, plan.threads, tied)
             seconds = product.weight_s * rows * columns
-        parts[_label(module, assignment.format, place, spec)] += seconds
+        parts[_label(module, fmt, place, spec)] += seconds
     around = 0.0
     for index, place in enumerate(places):
         for fmt, count in Counter(formats[index]).items():
@@ -181,7 +203,17 @@ def _token(plan: Plan, machine: Machine, engine: str, cached: int) -> Counter:
         around = around or rates.model_s
     parts["small operations"] += around
     parts["crossing"] += _crossing_seconds(plan, machine, places, 1)
+    if both and apart and (link := machine.link()):
+        parts["activations to the low planes and back"] += 2 * len(apart) * link.crossing_s
     return +parts
+
+
+def _planes(plan: Plan, module: ModuleSpec, both: bool) -> list[tuple[str, str]]:
+    """Format and place of each plane of a module's weight; of the high one alone, or of both."""
+    assignment = plan.modules[module.name]
+    fmt = get_format(assignment.format)
+    high = [(fmt.plane.name, compute_place(assignment.device))]
+    return [*high, (fmt.low_plane.name, compute_place(assignment.low))] if both and assignment.low else high
 
 
 def _multiplied_by_module(module: ModuleSpec, fmt: Format, kernels: str) -> bool:

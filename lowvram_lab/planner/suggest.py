@@ -160,7 +160,7 @@ def _with_recipe(plan: Plan, recipe: str) -> Plan:
     """The recipe's formats on the plan's own devices; 16-bit activations stay what they are."""
     dtype = plan.dtype if plan.dtype != "fp32" else "bf16"
     fresh = Plan.uniform(plan.spec, recipe, context=plan.context, dtype=dtype)
-    modules = {name: replace(new, device=plan.modules[name].device) for name, new in fresh.modules.items()}
+    modules = {name: new.moved(plan.modules[name].device) for name, new in fresh.modules.items()}
     kv_format = dtype if plan.kv_format == plan.dtype else plan.kv_format
     return replace(plan, modules=modules, dtype=dtype, kv_format=kv_format, asked=recipe)
 

@@ -37,6 +37,17 @@ class ProductRates:
 
 
 @dataclass(frozen=True)
+class RowsRates:
+    """Several tokens in one pass of the lean decoder over its weights.
+
+    Attributes:
+        row_share: What each token beyond the first adds, as a share of the first one's products.
+    """
+
+    row_share: float
+
+
+@dataclass(frozen=True)
 class PromptRates:
     """Reading a prompt by the model's modules, without its linear layers.
 

@@ -38,6 +38,7 @@ from lowvram_lab.engine.load import load
 from lowvram_lab.engine.random_weights import RandomWeights
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, remember, writable
+from lowvram_lab.kernels.product import MOST_ROWS
 from lowvram_lab.machine import cpu_threads, processor_name
 from lowvram_lab.memory.cuda import CudaGpu
 from lowvram_lab.memory.gpu import StandInGpu
@@ -51,6 +52,7 @@ from lowvram_lab.rates.figures import (
     LinkRates,
     ProductRates,
     PromptRates,
+    RowsRates,
     TokenRates,
 )
 from lowvram_lab.timing import Circumstances, Timing, time_calls
@@ -127,6 +129,11 @@ class Machine:
         shared = shared and get_format(fmt).kind == "int4"
         name = f"kernel {fmt}{' shared' if shared else ''} {self._where(place, threads)}"
         return self._rates(KernelRates, name, threads, lambda: _kernel(fmt, place, shared))
+
+    def rows(self, fmt: str, threads: int | None = None) -> RowsRates:
+        """What several tokens in one pass cost on the CPU, beside one; ``fmt`` is one that our kernel multiplies."""
+        threads = threads or torch.get_num_threads()
+        return self._rates(RowsRates, f"rows {fmt} {self._where('cpu', threads)}", threads, lambda: _rows(fmt))
 
     def product(
         self,
@@ -356,6 +363,15 @@ def _product(
     timing = time_calls(calls, place)
     seconds = max(timing.usual_seconds[0] / 2, timing.usual_seconds[0] - timing.usual_seconds.get(1, 0.0))
     return ProductRates(seconds / ((rows - ROW_BLOCK * len(few)) * columns)), timing.circumstances
+
+
+def _rows(fmt: str) -> tuple[RowsRates, Circumstances]:
+    """One row and as many as a pass takes, of a large matrix from memory."""
+    side = _whole_groups(LARGE, fmt)
+    layers = _copies(_weight(fmt, side, side, "cpu"), True)
+    timing = time_calls({rows: _multiplying(layers, rows, fmt, "cpu") for rows in (1, MOST_ROWS)}, "cpu")
+    one, many = timing.seconds[1], timing.seconds[MOST_ROWS]
+    return RowsRates(max(0.0, many / one - 1) / (MOST_ROWS - 1)), timing.circumstances
 
 
 def _run_head(shape: HeadShape, arguments: list[torch.Tensor]) -> torch.Tensor:

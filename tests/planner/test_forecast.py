@@ -31,7 +31,7 @@ from tests.helpers.tiny import PLACEMENTS, TINY, load_tiny, packaged_spec, tiny_
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA's own counters differ by what kernels hide")
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-RECIPES = ("bf16", "int8", "int4", "nf4")
+RECIPES = ("bf16", "int8", "int4", "int4+4", "nf4")
 WORKLOAD = Workload(290, 5)  # 290 tokens take the dequantised paths, one token the kernels
 KV_BYTES_A_LAYER = 2 * round_size(295 * 2 * 32 * 2)  # keys and values: tokens, heads, head_dim, bytes
 
@@ -87,6 +87,19 @@ def test_what_chats_takes_what_was_foretold(kind, recipe, placement, kv_format):
         assert real.engine.startswith("the lean decoder" if lean else "the model's modules (")
         gc.collect()
         assert gpu.meter.category_bytes("kv") == 0
+
+
+@pytest.mark.parametrize("precision", [None, "fast"])
+@pytest.mark.parametrize("low", ["cpu", "disk"])
+@pytest.mark.parametrize("placement", ["gpu", "half", "streamed"])
+@pytest.mark.parametrize("kind", TINY)
+def test_low_planes_off_the_card_take_what_was_foretold(kind, placement, low, precision):
+    plan = PLACEMENTS[placement](tiny_plan(kind, "int4+4").with_modules("*", low=low))
+    plan = replace(plan, precision=precision)
+    dry, real = forecast_and_measure(kind, plan, Workload(70, 3, follow_up_tokens=20))
+    assert_the_same(dry, real)
+    for place, figure in {"gpu": "weights_bytes", "cpu": "cpu_weights_bytes", "disk": "disk_weights_bytes"}.items():
+        assert getattr(dry, figure) == plan.weight_bytes(place)
 
 
 @pytest.mark.parametrize(("recipe", "placement"), [("int8", "half"), ("bf16", "gpu")])
