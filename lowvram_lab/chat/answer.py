@@ -8,16 +8,25 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Generic, TypeVar
 
+import pandas
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.live import LiveDecoder
+from lowvram_lab.chat.margins import margins_of
 from lowvram_lab.chat.prompt import StopStrings, stop_ids
+from lowvram_lab.decoding.decision import Decision
+from lowvram_lab.decoding.escalate import check_flip_rate
+from lowvram_lab.decoding.speculate import Drafting
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.sampling import Sampling
 
 Question = TypeVar("Question")
 """What a session is asked: a chat's messages, or a text's ids."""
+
+
+FLIP_RATE = 0.01
+"""Of ``"auto"``, where none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,9 @@ class TurnStats:
         peak_bytes: Highest allocated GPU memory during the turn, without the CUDA context.
         stopped: Whether the model ended its turn itself, rather than running out of room.
         given_up: What was given up on the way because the GPU was full, in words.
+        drafted: Tokens that were guessed and verified, where precision is ``"precise"``.
+        accepted: How many of them were right.
+        precise_tokens: Of weights in two planes, tokens that both computed; else ``None``.
     """
 
     prompt_tokens: int
@@ -43,6 +55,9 @@ class TurnStats:
     peak_bytes: int
     stopped: bool
     given_up: tuple[str, ...] = ()
+    drafted: int = 0
+    accepted: int = 0
+    precise_tokens: int | None = None
 
     def to_dict(self) -> dict:
         """Plain data."""
@@ -60,9 +75,14 @@ class Session(Generic[Question]):
         stop: Texts that end an answer, and are not shown.
         compiled: Whether the decoder may compile a layer (``LeanDecoder``); by default where there is a compiler.
         progress: Show that it compiles.
+        precision: Of weights in two planes: ``"fast"`` decodes by the high ones, ``"precise"`` by both (and lets the
+            high ones guess ahead), ``"auto"`` by both where the high ones are unsure; by default what the plan says.
 
     Attributes:
         turns: What each answer took.
+        flip_rate: Of ``"auto"``: the share of tokens that may differ from what both planes would have said; 0.01 until
+            it is set.
+        decisions: How each token of the latest answer was decided, and by which planes.
     """
 
     def __init__(
@@ -75,13 +95,60 @@ class Session(Generic[Question]):
         stop: Iterable[str] = (),
         compiled: bool | None = None,
         progress: bool = True,
+        precision: str | None = None,
     ):
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self._flip_rate = model, tokenizer, FLIP_RATE
+        self.decisions: list[Decision] = []
+        self._progress, self._margins = progress, None
         self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling()
         self.turns: list[TurnStats] = []
         self._stop_ids, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
-        self._live = LiveDecoder(model, compiled, progress)
+        self._live = LiveDecoder(model, compiled, progress, precision, self._threshold)
         self._live.begun()  # now: compiling and allocating are no part of the first answer
+        if self.precision == "auto":
+            self._threshold()
+
+    @property
+    def precision(self) -> str | None:
+        """How tokens are decoded; ``None`` for weights of one plane. May be set at any time, within an answer too."""
+        return self._live.precision
+
+    @precision.setter
+    def precision(self, precision: str | None) -> None:
+        self._live.precision = precision
+
+    @property
+    def flip_rate(self) -> float:
+        """See the class."""
+        return self._flip_rate
+
+    @flip_rate.setter
+    def flip_rate(self, rate: float) -> None:
+        check_flip_rate(rate)
+        self._flip_rate = rate
+
+    @property
+    def drafting(self) -> Drafting:
+        """What drafting came to in the latest answer, or comes to in the one that is being made."""
+        return self._live.drafting
+
+    def _threshold(self) -> float:
+        """From which margin on the high planes are believed."""
+        if self._margins is None:
+            self._margins = margins_of(self.model, self.tokenizer, progress=self._progress)
+        return self._margins.threshold(self._flip_rate)
+
+    def unsure(self, top: int = 10) -> pandas.DataFrame:
+        """The tokens of the latest answer, decided by ``"auto"``, at which the high planes were least sure.
+
+        Returns:
+            ``token`` (its text), ``margin`` and ``entropy`` of the high planes (nats), ``both`` (whether both planes
+            computed it), by falling entropy. A DataFrame.
+        """
+        asked = [decision for decision in self.decisions if decision.entropy is not None]
+        asked = sorted(asked, key=lambda decision: -decision.entropy)[:top]
+        rows = [(self.tokenizer.decode([d.token]), d.margin, d.entropy, d.both) for d in asked]
+        return pandas.DataFrame(rows, columns=["token", "margin", "entropy", "both"])
 
     @property
     def engine(self) -> str:
@@ -134,8 +201,11 @@ class Answer(Generic[Question]):
         self._gpu = loaded(session.model).gpu
         self._ended, self._first_at = False, None
         self._started = time.perf_counter()
+        self._live.come_back()
         self._cached = self._live.reuse(prompt)
         self._gpu.reset_peak()
+        self._live.drafting = Drafting()
+        session.decisions = self._live.decisions
 
     def pieces(self) -> Iterator[str]:
         """Yields the text. However that ends, the KV cache is whole then and ``session.turns`` has a turn more."""
@@ -201,4 +271,11 @@ class Answer(Generic[Question]):
             peak_bytes=self._gpu.peak_allocated_bytes,
             stopped=self._ended,
             given_up=given_up,
+            drafted=sum(self._live.drafting.drafted.values()),
+            accepted=sum(self._live.drafting.accepted.values()),
+            precise_tokens=self._precise_tokens(),
         )
+
+    def _precise_tokens(self) -> int | None:
+        """How many tokens both planes computed."""
+        return None if self._live.precision is None else sum(decision.both for decision in self._live.decisions)

@@ -5,39 +5,82 @@ Knows ids only: no template, no text.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
+from lowvram_lab.decoding.decision import BOTH_PLANES, HIGH_PLANE, ONE_PLANE, Decision
 from lowvram_lab.decoding.decode import Decoder, generate
+from lowvram_lab.decoding.escalate import escalate
 from lowvram_lab.decoding.lean import decoder_for
-from lowvram_lab.engine.load import replan
+from lowvram_lab.decoding.speculate import Drafting, Pace, speculate
+from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.engine.load import low_planes_alone, replan
 from lowvram_lab.engine.loaded import loaded
+from lowvram_lab.engine.nested import Planes
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import check_precision
 from lowvram_lab.planner.step_down import smaller_plans
 from lowvram_lab.sampling import Sampling
 
 logger = logging.getLogger(__name__)
 
 
+COMFORT = 1.25
+"""Times what low planes take that must be free before they come back to a card that was full."""
+
+
 class LiveDecoder:
     """The decoder of a model as it is planned now, and which ids its cache holds.
 
-    Arguments as ``Session``.
+    Arguments as ``Session``; ``threshold`` says from which margin on ``auto`` believes the high planes.
 
     Attributes:
         given_up: What was given up because the GPU was full, in words, since the list was last emptied.
+        drafting: What drafting came to since it was last made anew, and how each token was decided in any precision.
     """
 
-    def __init__(self, model: torch.nn.Module, compiled: bool | None = None, progress: bool = True):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        compiled: bool | None = None,
+        progress: bool = True,
+        precision: str | None = None,
+        threshold: Callable[[], float] | None = None,
+    ):
         self.model, self.given_up = model, []
+        self.drafting = Drafting()
+        self._threshold, self._pace = threshold, None
+        self._precision = None
+        self.precision = precision
         self._compiled, self._progress = compiled, progress
         self._decoder: Decoder | None = None
         self._held: list[int] = []
         self._smaller: Iterator[tuple[str, Plan]] | None = None
+        self._kept: PreallocatedCache | None = None  # of a decoder whose low planes have moved since
+        self._nearer: Plan | None = None  # where the low planes are to be again once there is room
+
+    @property
+    def precision(self) -> str | None:
+        """How tokens are decoded, of ``rules.PRECISIONS``; ``None`` for weights of one plane. May be set any time."""
+        plan = loaded(self.model).plan
+        return (self._precision or plan.decodes_by) if plan.low_planes() else None
+
+    @precision.setter
+    def precision(self, precision: str | None) -> None:
+        plan = loaded(self.model).plan
+        if precision is not None:
+            check_precision(plan.spec, precision, plan.low_planes())
+        self._precision = precision
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """How each token was decided since ``drafting`` was last made anew."""
+        return self.drafting.decisions
 
     def begun(self) -> Decoder:
         """The decoder, whatever its cache holds; a new one where the model was planned anew, by whomever.
@@ -46,9 +89,11 @@ class LiveDecoder:
             torch.OutOfMemoryError: No smaller plan fits either.
         """
         while self._decoder is None or self._decoder.released:
+            held, kept = self._held, self._kept
             self.forget()
             try:
-                self._decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress)
+                self._decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress, cache=kept)
+                self._held = held if kept else []
             except torch.OutOfMemoryError as error:
                 self.step_down(error)
         return self._decoder
@@ -65,16 +110,50 @@ class LiveDecoder:
             sampling: How to choose.
             made: How many of ``ids`` were answered: sampling goes on with other draws.
         """
-        cached = self.reuse(ids)
-        seen = torch.tensor([ids])
-        yield from generate(
-            self.begun(),
-            seen[:, cached:],
-            max_new_tokens=max_new_tokens,
-            stop_ids=stop_ids,
-            sampling=replace(sampling, seed=(sampling.seed + made) % 2**63),
-            seen=seen,
-        )
+        fed, left = list(ids), max_new_tokens
+        while True:
+            precision = self.precision
+            for token in self._stream(precision, fed, left, stop_ids, sampling, made + len(fed) - len(ids)):
+                yield token
+                fed.append(token)
+                left -= 1
+                if self.precision != precision and left:
+                    break
+            else:
+                return
+            self.holds(fed)
+
+    def _stream(
+        self,
+        precision: str | None,
+        ids: list[int],
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        sampling: Sampling,
+        made: int,
+    ) -> Iterator[int]:
+        """``stream`` by one precision."""
+        cached, decoder, seen = self.reuse(ids), self.begun(), torch.tensor([ids])
+        common = {
+            "max_new_tokens": max_new_tokens,
+            "stop_ids": stop_ids,
+            "sampling": replace(sampling, seed=(sampling.seed + made) % 2**63),
+            "seen": seen,
+        }
+        if precision == "auto":
+            yield from escalate(
+                decoder, seen[:, cached:], threshold=self._threshold(), decisions=self.decisions, **common
+            )
+        elif precision == "precise" and decoder.most_tokens > 1:
+            self._pace = self._pace or Pace(decoder.most_tokens - 1)
+            yield from speculate(decoder, seen[:, cached:], pace=self._pace, drafting=self.drafting, **common)
+        else:
+            by = BOTH_PLANES if loaded(self.model).plan.low_planes() else ONE_PLANE  # both read a prompt
+            made = generate(decoder, seen[:, cached:], **common)
+            for token in _each_taking(loaded(self.model).planes, precision != "fast", made):
+                self.decisions.append(Decision(token, None, None, by))
+                yield token
+                by = HIGH_PLANE if by == BOTH_PLANES and precision == "fast" else by
 
     def reuse(self, ids: list[int]) -> int:
         """Keeps the part of the KV cache that these ids begin with; returns its length in tokens."""
@@ -93,12 +172,11 @@ class LiveDecoder:
 
     def forget(self) -> None:
         """Lets go of decoder and cache: their memory is free."""
-        self._decoder, self._held = None, []
+        self._decoder, self._held, self._pace, self._kept = None, [], None, None
 
     def forget_broken(self) -> None:
         """Lets go of a cache whose layers have different lengths: a forward pass was cut off."""
-        lengths = {layer.get_seq_length() for layer in self._decoder.cache.layers} if self._decoder else set()
-        if len(lengths) > 1:
+        if self._decoder and not is_whole(self._decoder.cache):
             self.forget()
 
     def step_down(self, error: torch.OutOfMemoryError) -> None:
@@ -112,13 +190,50 @@ class LiveDecoder:
         if self._smaller is None:
             state = loaded(self.model)
             self._smaller = smaller_plans(state.plan)
+        before = loaded(self.model).plan
         for text, plan in self._smaller:
-            self.forget()
             try:
-                replan(self.model, plan, progress=False)
+                self._realise(plan)
             except (torch.OutOfMemoryError, BudgetError):  # RAM may be short too
                 continue
             logger.warning("the GPU is full; going on with less: %s", text)
             self.given_up.append(text)
+            self._nearer = before if low_planes_alone(before, plan) else None
             return
         raise full
+
+    def come_back(self) -> None:
+        """Brings low planes that had to leave the card back, where there is room for them again."""
+        nearer, state = self._nearer, loaded(self.model)
+        if nearer is None or not low_planes_alone(state.plan, nearer):
+            return
+        needed, free = nearer.weight_bytes("gpu") - state.plan.weight_bytes("gpu"), state.gpu.free_bytes
+        if free is not None and free < needed * COMFORT:
+            return
+        with contextlib.suppress(torch.OutOfMemoryError, BudgetError):
+            self._realise(nearer)
+            self._nearer = self._smaller = None
+
+    def _realise(self, plan: Plan) -> None:
+        """``replan``; the KV cache stays where low planes alone move."""
+        held, cache = self._held, self._decoder.cache if self._decoder else None
+        stays = cache is not None and low_planes_alone(loaded(self.model).plan, plan) and is_whole(cache)
+        self.forget()
+        replan(self.model, plan, progress=False)
+        if stays:
+            self._held, self._kept = held, cache
+
+
+def is_whole(cache: PreallocatedCache) -> bool:
+    """Whether all layers hold equally many tokens: no forward pass was cut off."""
+    return len({layer.get_seq_length() for layer in cache.layers}) == 1
+
+
+def _each_taking(planes: Planes, both: bool, tokens: Iterator[int]) -> Iterator[int]:
+    """Makes each token by these planes, whatever others the model's other users take in between."""
+    while True:
+        with planes.taking(both):
+            token = next(tokens, None)
+        if token is None:
+            return
+        yield token

@@ -111,7 +111,7 @@ class LayerSplitPanel:
         checkpoint: Weights | None = None,
         machine: Machine | None = None,
     ):
-        widgets = _ipywidgets()
+        widgets = import_widgets("LayerSplitPanel")
         self._lock = threading.RLock()  # JupyterLab runs callbacks beside cells
         self._known: dict[SplitState, SplitResult] = {}
         self._moving = False
@@ -270,11 +270,11 @@ class LayerSplitPanel:
             try:
                 found = self.result
             except LowvramError as error:  # a model that the dry run cannot replay, say
-                self.verdict.value = _coloured(str(error), fits=False)
+                self.verdict.value = coloured(str(error), fits=False)
                 return
             lines = found.plan.summary(), f"predicted: {found.speed.summary()}"
             picture = _png(self._bar(found))  # made before either is shown, so that they change together
-            self.verdict.value = "<br>".join([_coloured(found.verdict(), found.fits), *map(html.escape, lines)])
+            self.verdict.value = "<br>".join([coloured(found.verdict(), found.fits), *map(html.escape, lines)])
             self.picture.value = picture
 
     def load_and_try(self) -> Trial | None:
@@ -302,7 +302,7 @@ class LayerSplitPanel:
             gc.collect()  # the error is gone, and with it the frames that held the tensors they worked on
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            self.message.value = _coloured(failure, fits=False)
+            self.message.value = coloured(failure, fits=False)
             return None
 
     def _realise(self, plan: Plan) -> None:
@@ -404,15 +404,17 @@ class LayerSplitPanel:
         return {**self.widget._repr_mimebundle_(**options), "text/plain": repr(self)}
 
 
-def _ipywidgets():
+def import_widgets(panel: str):
+    """The module ipywidgets, which a panel of this name needs."""
     try:
         import ipywidgets
     except ImportError as error:
-        raise LowvramError("LayerSplitPanel needs ipywidgets; run pip install 'lowvram_lab[notebook]'") from error
+        raise LowvramError(f"{panel} needs ipywidgets; run pip install 'lowvram_lab[notebook]'") from error
     return ipywidgets
 
 
-def _coloured(text: str, fits: bool) -> str:
+def coloured(text: str, fits: bool) -> str:
+    """Good news in green, or bad in red: HTML."""
     colour, mark = (FITS_COLOUR, "✓") if fits else (BUDGET_COLOUR, "✗")
     return f'<b style="color: {colour}">{mark} {html.escape(text)}</b>'
 

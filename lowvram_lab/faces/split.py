@@ -187,7 +187,7 @@ def split_plan(state: SplitState, spec: ModelSpec, base: Plan | None = None) -> 
     else:
         plan = base
     if base is not None:
-        modules = {name: replace(kept, device=base.modules[name].device) for name, kept in plan.modules.items()}
+        modules = {name: kept.moved(base.modules[name].device) for name, kept in plan.modules.items()}
         plan = replace(plan, modules=modules)
     if plan.layer_devices().count("gpu") != state.gpu_layers:
         plan = plan.with_gpu_layers(state.gpu_layers)

@@ -13,7 +13,7 @@ from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import print_json, prose, spec_of, tokens
+from lowvram_lab.faces.cli.common import print_json, prose, share, spec_of, tokens
 from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.sampling import Sampling
@@ -53,6 +53,13 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="not to repeat (1: none)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer here (repeatable)")
+    parser.add_argument(
+        "--flip-rate",
+        type=share,
+        default=0.01,
+        metavar="SHARE",
+        help="of --precision auto: tokens that may differ (1%%)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
 
 
@@ -123,6 +130,7 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
         progress=sys.stderr.isatty(),
         **options,
     )
+    session.flip_rate = args.flip_rate
     print(f"decoded by {session.engine}", file=sys.stderr)
     return session
 
@@ -178,6 +186,11 @@ def _converse(session: Session) -> int:
 
 
 def _turn_line(turn: TurnStats) -> str:
+    planes = ""
+    if turn.drafted:
+        planes = f", {turn.accepted} of {turn.drafted} guessed tokens right"
+    elif turn.precise_tokens is not None:
+        planes = f", {turn.precise_tokens} of {turn.new_tokens} tokens by both planes"
     speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
     less = f"; the GPU was full, so now: {'; '.join(turn.given_up)}" if turn.given_up else ""
-    return f"[first token {turn.ttft_s:.2f} s{speed}, peak {format_bytes(turn.peak_bytes)}{less}]"
+    return f"[first token {turn.ttft_s:.2f} s{speed}{planes}, peak {format_bytes(turn.peak_bytes)}{less}]"

@@ -21,7 +21,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--weight-bytes", metavar="SIZE", help="what the weights may take in memory, e.g. 1.9GiB")
     size.add_argument("--reduce", type=share, metavar="SHARE", help="of the 16-bit bytes to save, e.g. 70%%")
     size.add_argument("--gpu", metavar="SIZE", help="the card that weights, KV cache and workspace are to share")
-    size.add_argument("--format", metavar="NAME", help="one format for the whole model, e.g. int4")
+    size.add_argument("--format", metavar="NAME", help="one format for the whole model, e.g. int4 or int4+4")
     size.add_argument("--plan", metavar="FILE", help="formats from a plan's JSON")
     parser.add_argument("--context", type=tokens, metavar="N", help="tokens to plan for, with --gpu (2048)")
     parser.add_argument("--formats", metavar="A,B", help="choose among these only, e.g. int8,int4,int4-g128")
@@ -58,6 +58,11 @@ def run_convert(args: argparse.Namespace) -> int:
         f"{found['kl_mean']:.4f}, same most likely token {found['top1_agreement']:.1%} "
         f"({found['tokens']} tokens {windows_in_words(found['window'], found['begins_with'])})"
     )
+    if both := found.get("both_planes"):
+        say(
+            f"that is the high plane alone; both: perplexity {both['perplexity']:.3f}, KL {both['kl_mean']:.4f}, "
+            f"same most likely token {both['top1_agreement']:.1%}"
+        )
     say(f"{made.seconds:.0f} s, peak resident memory {format_bytes(made.peak_rss_bytes)}")
     say(f"next: lowvram chat {made.output}")
     if args.json:

@@ -70,7 +70,7 @@ def _evaluated_plan(args: argparse.Namespace, spec: ModelSpec, window: int):
     """The stated plan, or the model as it is, on the CPU in the dtype asked for."""
     plan = stated_format(args, spec) or Plan.uniform(spec, "stored" if spec.stored else "bf16", context=window)
     modules = {
-        name: replace(a, format=args.dtype if get_format(a.format).kind == "float" else a.format, device="cpu")
+        name: a.stored_as(args.dtype if get_format(a.format).kind == "float" else a.format).moved("cpu")
         for name, a in plan.modules.items()
     }
     return replace(plan, modules=modules, dtype=args.dtype, kv_format=args.dtype, threads=args.threads)

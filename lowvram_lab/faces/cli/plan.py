@@ -11,7 +11,9 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.formats import canonical_name
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import DEVICES, PRECISIONS, check_precision, has_low_plane
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.constraints import ram_bytes
@@ -27,7 +29,7 @@ from lowvram_lab.units import format_bytes, parse_bytes
 LONGEST = "longest"
 SIXTEEN_BITS = "16 bits"
 """A default format: which 16 bits, the card decides."""
-CHOSEN = ("disk_layers", "stream_from", "prefill_chunk", "on_cpu")
+CHOSEN = ("disk_layers", "stream_from", "prefill_chunk", "on_cpu", "low_plane")
 """Options of a stated plan that the planner chooses by itself."""
 
 
@@ -53,7 +55,9 @@ def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, 
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--format", metavar="NAME", help="one recipe: fp16, bf16, fp32, int8, int6 to int2, int4-g128, nf4, stored"
+        "--format",
+        metavar="NAME",
+        help="one recipe: fp16, bf16, fp32, int8, int6 to int2, int4-g128, int4+4, nf4, stored",
     )
     how.add_argument("--plan", metavar="FILE", help="a plan written by lowvram plan --output")
     parser.add_argument("--gpu-layers", type=int, metavar="N", help="decoder layers on the GPU, the rest on the CPU")
@@ -72,6 +76,19 @@ def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, 
     parser.add_argument("--prefill-chunk", type=tokens, metavar="N", help="read prompts N tokens at a time (at once)")
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, int4, or the model's own 16 bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    _add_plane_options(parser)
+
+
+def _add_plane_options(parser: argparse.ArgumentParser) -> None:
+    """Of weights in two planes."""
+    parser.add_argument(
+        "--low-plane", choices=DEVICES, help="where the low planes of int4+4 weights are (beside the high)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="of int4+4 weights: fast (the high planes alone), precise (both), auto (both where the high are unsure)",
+    )
 
 
 def add_card_option(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +142,8 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
         plan = plan.with_gpu_layers(on_gpu, args.disk_layers)
     if args.on_cpu:
         plan = plan.with_modules(*_ends(spec, args.on_cpu), device="cpu")
+    if args.low_plane:
+        plan = _with_low_planes(plan, args.low_plane)
     return replace(
         plan,
         threads=args.threads or plan.threads,
@@ -132,6 +151,20 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
         stream_from=args.stream_from or plan.stream_from,
         prefill_chunk=args.prefill_chunk or plan.prefill_chunk,
     )
+
+
+def _with_low_planes(plan: Plan, place: str) -> Plan:
+    """The low planes at a place, or where their high planes are if that is farther from the card."""
+    nested = {name: assignment for name, assignment in plan.modules.items() if assignment.low}
+    if not nested:
+        raise LowvramError(f"--low-plane is for weights in int4+4, found {plan.summary()}")
+    lows = {name: max(place, assignment.device, key=DEVICES.index) for name, assignment in nested.items()}
+    return replace(
+        plan, modules={**plan.modules, **{name: replace(nested[name], low=low) for name, low in lows.items()}}
+    )
+
+
+ENDS = ("both", "embedding", "head")
 
 
 def _ends(spec: ModelSpec, name: str) -> set[str]:
@@ -166,12 +199,16 @@ def options_between(before: Plan, after: Plan, from_file: bool = False) -> str:
     if (layers := after.layer_devices().count("gpu")) != made.layer_devices().count("gpu"):
         words.append(f"--gpu-layers {layers}")
         made = made.with_gpu_layers(layers)
-    for name in ("both", "embedding", "head") if _devices(made) != _devices(after) else ():
-        moved = made.with_modules(*_ends(before.spec, name), device="cpu")
-        if _devices(moved) == _devices(after):  # one option says it all, whatever it said before
-            words.append(f"--on-cpu {name}")
-            made = moved
-            break
+    if _devices(made) != _devices(after):
+        moved = {name: made.with_modules(*_ends(before.spec, name), device="cpu") for name in ENDS}
+        found = [name for name, plan in moved.items() if _devices(plan) == _devices(after)]
+        words += [f"--on-cpu {name}" for name in found[:1]]  # one option says it all, whatever it said before
+        made = moved[found[0]] if found else made
+    if _low_planes(made) != _low_planes(after) and after.low_planes():
+        moved = {place: _with_low_planes(made, place) for place in DEVICES}
+        found = [place for place, plan in moved.items() if _low_planes(plan) == _low_planes(after)]
+        words += [f"--low-plane {place}" for place in found[:1]]
+        made = moved[found[0]] if found else made
     words += [f"--prefill-chunk {after.prefill_chunk}"] if after.prefill_chunk != before.prefill_chunk else []
     if after.kv_format in ("int8", "int4") and after.kv_format != made.kv_format:
         words.append(f"--kv {after.kv_format}")
@@ -187,13 +224,28 @@ def _devices(plan: Plan) -> list[str]:
     return [assignment.device for assignment in plan.modules.values()]
 
 
+def _low_planes(plan: Plan) -> list[str | None]:
+    return [assignment.low for assignment in plan.modules.values()]
+
+
 def _says(plan: Plan) -> tuple:
-    kv_format = plan.kv_format.replace("fp16", "bf16")
-    return _formats(plan), _devices(plan), kv_format, plan.context, plan.prefill_chunk, plan.stream_from, plan.threads
+    settings = plan.context, plan.prefill_chunk, plan.stream_from, plan.threads
+    return _formats(plan), _devices(plan), _low_planes(plan), plan.kv_format.replace("fp16", "bf16"), *settings
 
 
 def chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
     """The stated plan with its forecast, or the planner's choice; and why."""
+    as_stored = args.format in (None, "stored")
+    if args.precision == "fast" and as_stored and not args.plan:
+        spec = spec.without_low_planes()  # nothing of them is read, then
+    elif args.precision and not args.plan:
+        formats = set(spec.stored.values()) if as_stored else {canonical_name(args.format)}
+        check_precision(spec, args.precision, set(filter(has_low_plane, formats)))
+    plan, profile, why = _chosen_plan(args, spec, gpu)
+    return replace(plan, precision=args.precision or plan.precision), profile, why
+
+
+def _chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
     plan = stated_plan(args, spec, gpu, None if gpu.budget else SIXTEEN_BITS)
     if plan is not None:
         if args.prefer or args.disk:

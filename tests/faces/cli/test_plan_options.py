@@ -70,3 +70,19 @@ def test_a_suggestion_without_options_names_none():
     spec = tiny_spec("qwen2")
     plan = Plan.uniform(spec, "bf16", context=64)
     assert options_between(plan, plan.with_modules(spec.head, format="int8")) == ""
+
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+@pytest.mark.parametrize("low", ["gpu", "cpu", "disk"])
+def test_low_planes_have_an_option_and_never_lie_nearer_than_the_high_ones(low, layers):
+    spec = tiny_spec("qwen2")
+    before = Plan.uniform(spec, "int4+4", context=64).with_gpu_layers(layers)
+    words = ["--format", "int4+4", "--gpu-layers", str(layers), "--low-plane", low]
+    after = typed(spec, *words)
+    order = ["gpu", "cpu", "disk"]
+    for name, assignment in before.modules.items():
+        expected = assignment.low and max(low, assignment.device, key=order.index)
+        assert after.modules[name] == replace(assignment, low=expected)
+    suggested = options_between(before, after).split()
+    assert suggested in ([], ["--low-plane", low])
+    assert typed(spec, *words[:4], *suggested) == after
