@@ -1,11 +1,12 @@
 """Precision on demand, measured: the same tokens, how much sooner, how often unsure, how quickly switched.
 
-    python benchmarks/precision.py --directory planes/ --threads 1 --text ../shared/data/wikitext-2-raw/test.txt
+    python benchmarks/precision.py --directory planes/ --threads 1 --calibration valid.txt --text test.txt
 
 ``--directory`` is what ``lowvram convert --format int4+4`` makes. In one process, in turns: tokens by both planes one
 after the other (``plain``), drafted and verified (``precise``), ``auto``, ``fast``, over the library's small tasks; the
 16-bit original by the same decoder; how often ``auto`` says something else than both planes on a text that its
-threshold was not found on, at three rates; and what a switch takes. Kept by threads in results/precision_cpu.json.
+threshold was not found on, at three rates, the threshold found on the library's own text and on ``--calibration``; and
+what a switch takes. Kept by threads in results/precision_cpu.json.
 """
 
 import argparse
@@ -76,9 +77,9 @@ def sixteen_bits(name: str, tokenizer, threads: int) -> float:
     return statistics.median(rates)
 
 
-def flips(model, tokenizer, text: str) -> list[dict]:
-    """What ``auto`` says otherwise than both planes on a text, at the thresholds found on the library's own."""
-    known = margins_of(model, tokenizer, progress=False)
+def flips(model, tokenizer, text: str, calibration: str | None) -> list[dict]:
+    """What ``auto`` says otherwise than both planes on a text, at thresholds found on another."""
+    known = margins_of(model, tokenizer, calibration, progress=False)
     windows = equal_windows(plain_ids(tokenizer, text), first_ids(tokenizer), WINDOW)[: TOKENS // WINDOW]
     met = Margins.joined([read_margins(model, window) for window in windows])
     rows = []
@@ -87,6 +88,7 @@ def flips(model, tokenizer, text: str) -> list[dict]:
         believed = met.margins >= threshold
         rows.append(
             {
+                "calibrated_on": "the library's text" if calibration is None else "a text of its kind",
                 "stated": rate,
                 "threshold": threshold,
                 "found": (met.flips & believed).float().mean().item(),
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--original", default="smollm2-135m")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--calibration", type=Path, help="of the same kind as --text")
     parser.add_argument("--text", type=Path, help="held out; without one flips are not measured")
     parser.add_argument("--tokens", type=int, default=2000, help="greedy tokens that are compared")
     parser.add_argument("--output", type=Path, default=RESULTS / "precision_cpu.json")
@@ -129,7 +132,9 @@ def main() -> None:
     found["tasks"] = task_table(model, tokenizer, progress=False).to_dict("records")
     print(pandas.DataFrame(found["tasks"]).to_string(index=False, float_format="{:.3f}".format), flush=True)
     found["sixteen_bits_tokens_per_s"] = sixteen_bits(args.original, tokenizer, args.threads)
-    found["flips"] = flips(model, tokenizer, args.text.read_text("utf-8")) if args.text else []
+    known = [None, *([args.calibration.read_text("utf-8")] if args.calibration else [])]
+    held_out = args.text.read_text("utf-8") if args.text else None
+    found["flips"] = [row for each in known for row in flips(model, tokenizer, held_out, each)] if held_out else []
     print(pandas.DataFrame(found["flips"]).to_string(index=False), flush=True)
     found["switches"] = switches(model, tokenizer)
     print(found["sixteen_bits_tokens_per_s"], found["switches"])
