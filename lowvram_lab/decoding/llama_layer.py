@@ -139,18 +139,19 @@ def llama_layer(
     """
     norms, weights, cache = _sorted(shape, tensors)
     batch, features = hidden.shape[0], shape.kv_heads * shape.head_dim
-    x = _rms_norm(hidden, norms[0], shape.eps)
+    compiled = loops is not None
+    x = _rms_norm(hidden, norms[0], shape.eps, compiled)
     qkv = _multiply(x, shape.products[0], weights[0], loops)
     q, k, v = qkv.split([shape.heads * shape.head_dim, features, features], -1)
     q = q.view(batch, shape.heads, shape.head_dim)
     k, v = (states.view(batch, shape.kv_heads, shape.head_dim) for states in (k, v))
     if shape.normed_heads:
-        q, k = _rms_norm(q, norms[2], shape.eps), _rms_norm(k, norms[3], shape.eps)
+        q, k = _rms_norm(q, norms[2], shape.eps, compiled), _rms_norm(k, norms[3], shape.eps, compiled)
     half = shape.head_dim // 2
     q, k = (states * cos + torch.roll(states, half, -1) * sin for states in (q, k))
     mixed = _attend(shape, (q, k, v), cache, tokens, masked)
     hidden = hidden + _multiply(mixed.reshape(batch, -1), shape.products[1], weights[1], loops)
-    x = _rms_norm(hidden, norms[1], shape.eps)
+    x = _rms_norm(hidden, norms[1], shape.eps, compiled)
     gate, up = _multiply(x, shape.products[2], weights[2], loops).chunk(2, -1)
     return hidden + _multiply(F.silu(gate) * up, shape.products[3], weights[3], loops)
 
@@ -167,7 +168,8 @@ def head(shape: HeadShape, hidden: Tensor, tensors: Sequence, loops: list[Tensor
     Returns:
         Logits ``(batch, vocab)`` float32.
     """
-    return _multiply(_rms_norm(hidden, tensors[0], shape.eps), (shape.product,), (tensors[1:],), loops)
+    normed = _rms_norm(hidden, tensors[0], shape.eps, loops is not None)
+    return _multiply(normed, (shape.product,), (tensors[1:],), loops)
 
 
 def _sorted(shape: LayerShape, tensors: Sequence) -> tuple[list[Tensor], list[list[list]], dict[str, Tensor]]:
@@ -234,8 +236,16 @@ def _write(held: Tensor, states: Tensor, masked: Masked | None) -> None:
         held.index_copy_(2, masked.at, states)
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, compiled: bool = False) -> Tensor:
+    squares = x.pow(2)
+    if compiled:
+        # the compiler parts the sum of a single row among threads: its last bit would be another than with one thread,
+        # or with several rows. Halves are never parted
+        first, second = squares.unflatten(-1, (2, -1)).sum(-1, keepdim=True).unbind(-2)
+        mean = (first + second) / x.shape[-1]
+    else:
+        mean = squares.mean(-1, keepdim=True)
+    return x * torch.rsqrt(mean + eps) * weight.float()
 
 
 def _multiply(x: Tensor, products: tuple[Product, ...], weights: Sequence[Sequence], loops: list | None) -> Tensor:

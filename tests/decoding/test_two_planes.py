@@ -8,13 +8,18 @@ import torch
 from lowvram_lab.decoding.bind import why_not_several
 from lowvram_lab.decoding.decode import ModuleDecoder
 from lowvram_lab.decoding.lean import LeanDecoder
+from lowvram_lab.engine.load import load
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.nested import NestedLinear
+from lowvram_lab.engine.random_weights import RandomWeights
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.kernels.product import MOST_ROWS
+from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
 from tests.helpers.planes import decoded_by, in_two_planes
-from tests.helpers.tiny import TINY, TOLERANCES, load_tiny, random_ids, relative_error, tiny_plan
+from tests.helpers.tiny import TINY, TOLERANCES, load_tiny, random_ids, relative_error, seeded, tiny_config, tiny_plan
 
 pytestmark = [
     pytest.mark.usefixtures("compiling"),
@@ -92,6 +97,21 @@ def test_several_tokens_in_one_pass_are_as_one_by_one(kind, kv_format, count):
     assert torch.equal(found, expected)
     assert decoder.tokens == ids.shape[1]
     assert all(torch.equal(one, other) for one, other in zip(held(decoder), kept, strict=True))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    """The compiler would part the sum of a single row's squares among threads, where there are enough of them."""
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 1}
+    spec = ModelSpec.from_config(tiny_config("llama", **sizes), "wider")
+    model = load(Plan.uniform(spec, "int4+4", context=64), checkpoint=RandomWeights(spec), progress=False)
+    decoder, found = LeanDecoder(model, compiled=True, progress=False), []
+    (_, tensors), run = decoder._ways[True].bound[0], decoder._ways[True].layers[0]
+    cos, sin = decoder._tables["gpu"]
+    for threads in (1, 2):
+        with cpu_threads(threads), torch.no_grad():
+            rows = [seeded(1, 576, seed=seed) * 10 ** (seed % 4) for seed in range(400)]
+            found.append([run([row, cos[1], sin[1], torch.arange(2), *tensors])[0] for row in rows])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_both_planes_are_taken_in_a_pass_of_several_and_high_ones_in_a_draft_whatever_is_set():
