@@ -205,7 +205,7 @@ def _most_bytes(recipe: Recipe | None, plan: Plan | Recipe | RecipeMaker, spec: 
 
 def _low_plane_bytes(plan: Plan) -> int:
     formats = ((module, get_format(plan.modules[module.name].format)) for module in plan.spec.modules)
-    return sum(fmt.plane.weight_bytes(module.weight_shape) for module, fmt in formats if fmt.planes > 1)
+    return sum(fmt.low_plane.weight_bytes(module.weight_shape) for module, fmt in formats if fmt.planes > 1)
 
 
 def _state_bytes(spec: ModelSpec, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe | None) -> int:

@@ -133,7 +133,8 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
     except BaseException:  # Ctrl-C too
         _realise(model, changed, old, progress)
         raise
-    state.planes.both = plan.decodes_by != "fast"
+    if plan.decodes_by != old.decodes_by:
+        state.planes.both = plan.decodes_by != "fast"
 
 
 def low_planes_alone(before: Plan, after: Plan) -> bool:

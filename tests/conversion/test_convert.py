@@ -856,9 +856,15 @@ def stored_plan(directory, **changes) -> Plan:
 
 def sum_of_planes(directory) -> dict[str, torch.Tensor]:
     """Both planes' weights in float32, taken apart bit by bit."""
-    with tempfile.TemporaryDirectory() as name:
-        shutil.copy(directory / FILE, Path(name) / "model.safetensors")
-        low = restored_state(Path(name))
+    tensors = load_file(directory / FILE)
+    zeros = {key.removesuffix("_zero"): tensors.pop(key) for key in list(tensors) if key.endswith("_zero")}
+    for name in zeros:
+        rows, words = tensors[f"{name}_packed"].shape
+        tensors[f"{name}_shape"] = torch.tensor([rows, 8 * words])
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder) / "model.safetensors")
+        low = restored_state(Path(folder))
+    low = {name: value + zeros[name].float().repeat_interleave(32, 1) for name, value in low.items()}
     return {name: value + low.get(name, 0) for name, value in restored_state(directory).items()}
 
 
@@ -879,7 +885,7 @@ def test_the_high_planes_are_an_int4_conversion_byte_for_byte(twins, kind):
     quantised = [m.name for m in tiny_spec(kind).modules if m.layer is not None and m.kind == "linear"]
     assert found == {"file": FILE, "sha256": hashlib.sha256(first[FILE]).hexdigest(), "modules": quantised}
     tensors = load_file(both / FILE)
-    assert tensors.keys() == {f"{n}.weight_{part}" for n in quantised for part in ("packed", "scale", "shape")}
+    assert tensors.keys() == {f"{n}.weight_{part}" for n in quantised for part in ("packed", "scale", "zero")}
     assert in_both.file_bytes - in_one.file_bytes == len(first[FILE])
 
 
@@ -1130,7 +1136,7 @@ def test_a_module_that_its_file_does_not_hold_is_named(directory):
     config = json.loads((directory / "config.json").read_text())
     config["low_plane"]["sha256"] = hashlib.sha256((directory / FILE).read_bytes()).hexdigest()
     (directory / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=f"expected a tensor {UP}.weight_scale for {UP} in int4, found none"):
+    with pytest.raises(CheckpointError, match=f"expected a tensor {UP}.weight_scale for {UP} in int4-g32, found none"):
         loaded_by(stored_plan(directory))
 
 

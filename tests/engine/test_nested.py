@@ -42,7 +42,7 @@ def stay(tensor):
 
 def nested(name: str, rows: int, weight: torch.Tensor, bias: torch.Tensor | None = None) -> NestedLinear:
     fmt = get_format(name)
-    layer = NestedLinear(COLUMNS, rows, fmt, "cpu", quantized_linear(COLUMNS, rows, fmt.plane, "cpu"), Planes())
+    layer = NestedLinear(COLUMNS, rows, fmt, "cpu", quantized_linear(COLUMNS, rows, fmt.low_plane, "cpu"), Planes())
     layer.store(weight, stay)
     layer.bias = bias
     return layer
@@ -83,22 +83,21 @@ def test_both_planes_are_much_nearer_to_the_weight(name, rows, kernels):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_planes_sum_is_the_weight_but_for_the_low_planes_rounding(name):
-    plane, weight = get_format(name).plane, seeded(48, COLUMNS)
-    high = quantize(weight, plane)
-    low = low_plane(weight, high, plane)
-    first, second = dequantize(high, plane), dequantize(low, plane)
+    fmt, weight = get_format(name), seeded(48, COLUMNS)
+    high = quantize(weight, fmt.plane)
+    low = low_plane(weight, high, fmt)
+    first, second = dequantize(high, fmt.plane), dequantize(low, fmt.low_plane)
     assert relative_error(first + second, weight) < relative_error(first, weight) / FINER
-    assert {key: (value.shape, value.dtype) for key, value in low.items()} == {
-        key: (value.shape, value.dtype) for key, value in high.items()
-    }
+    assert (low["codes"].shape, low["codes"].dtype) == (high["codes"].shape, high["codes"].dtype)
+    assert low["scale_and_zero"].shape == (COLUMNS // 32, 48, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_low_plane_made_by_chunks_is_the_same(dtype, monkeypatch):
-    plane, weight = get_format("int4"), seeded(200, COLUMNS, dtype=dtype)
-    whole = low_plane(weight, quantize(weight, plane), plane)
+    fmt, weight = get_format("int4+4"), seeded(200, COLUMNS, dtype=dtype)
+    whole = low_plane(weight, quantize(weight, fmt.plane), fmt)
     monkeypatch.setattr(solvers, "CHUNK_BYTES", 1)  # 64 rows at a time, and a rest
-    chunks = low_plane(weight, quantize(weight, plane), plane)
+    chunks = low_plane(weight, quantize(weight, fmt.plane), fmt)
     assert all(torch.equal(whole[key], chunks[key]) for key in whole)
 
 
