@@ -310,13 +310,11 @@ class LeanDecoder(Decoder):
     def _crossings_to_low_planes(self) -> Counter:
         """The same of what low planes multiply that lie elsewhere, and of their products, where both planes decode."""
         crossed, size = Counter(), self.batch_size * DTYPES[self._plan.dtype].itemsize
-        for module in self._spec.modules:
-            assignment = self._plan.modules[module.name]
-            home, place = compute_place(assignment.device), compute_place(assignment.low or assignment.device)
-            if home != place:
-                rows, columns = module.weight_shape
-                crossed[home, place] += size * columns
-                crossed[place, home] += size * rows
+        for name in self._plan.apart():
+            home, place = map(compute_place, self._plan.modules[name].places)
+            rows, columns = self._spec.module(name).weight_shape
+            crossed[home, place] += size * columns
+            crossed[place, home] += size * rows
         return crossed
 
     def _rotary(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -337,8 +335,7 @@ class LeanDecoder(Decoder):
 
     def _choices(self) -> tuple[bool, ...]:
         """By which planes this decoder decodes: the high ones, and both where they compute in one place."""
-        apart = any(a.low and compute_place(a.low) != compute_place(a.device) for a in self._plan.modules.values())
-        if not self._nested or (apart and self._on_card):
+        if not self._nested or (self._on_card and self._plan.apart()):
             return (False,)
         return (False, True)
 

@@ -236,6 +236,10 @@ class Plan:
         """Where the low planes of its modules are; empty where no format has one."""
         return {assignment.low for assignment in self.modules.values() if assignment.low}
 
+    def apart(self) -> list[str]:
+        """The modules whose low plane computes elsewhere than the high one: only activations cross."""
+        return [name for name, each in self.modules.items() if len(set(map(compute_place, each.places))) > 1]
+
     @property
     def decodes_by(self) -> str | None:
         """``precision``, or what it means where it is ``None``; ``None`` for weights in one plane."""

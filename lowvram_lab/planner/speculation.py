@@ -19,7 +19,7 @@ from lowvram_lab.decoding.speculate import expected_tokens
 from lowvram_lab.errors import PlanError
 from lowvram_lab.kernels.product import MOST_ROWS
 from lowvram_lab.model.formats import get_format
-from lowvram_lab.model.plan import Plan, compute_place
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.moves import BYTES_PER_S, CROSSING_S
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.speed import FEW_TOKENS, token_parts
@@ -106,7 +106,7 @@ def _promised(acceptance: float, draft_s: float, token_s: float, row_share: floa
 
 def _assumed(plan: Plan, both: bool) -> float:
     """Seconds of a token at assumed rates: card and CPU read beside each other what lies on them."""
-    spec, read, crossings = plan.spec, dict.fromkeys(BYTES_PER_S, 0.0), 0
+    spec, read = plan.spec, dict.fromkeys(BYTES_PER_S, 0.0)
     for module in spec.modules:
         assignment = plan.modules[module.name]
         if module.name == spec.embedding and not spec.tied or not module.weight_shape:
@@ -114,6 +114,5 @@ def _assumed(plan: Plan, both: bool) -> float:
         sizes = get_format(assignment.format).bytes_by_plane(module.weight_shape)
         for place, size in zip(assignment.places[: 1 + both], sizes, strict=False):
             read[place] += size / BYTES_PER_S[place]
-        apart = len({compute_place(place) for place in assignment.places}) > 1
-        crossings += 2 * (both and apart)
+    crossings = 2 * len(plan.apart()) if both else 0
     return max(read["gpu"], read["cpu"]) + read["disk"] + crossings * CROSSING_S

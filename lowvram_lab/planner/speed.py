@@ -168,7 +168,7 @@ def token_parts(plan: Plan, machine: Machine, cached: int, *, both: bool = True)
     """
     spec = plan.spec
     engine, _ = engine_of(plan, "cuda" if machine.cuda else "cpu")
-    apart = [name for name, each in plan.modules.items() if each.low and len(set(map(compute_place, each.places))) > 1]
+    apart = plan.apart()
     if both and apart and machine.cuda:
         engine = MODULES  # a graph cannot wait for the CPU
     parts: Counter = Counter()
