@@ -197,7 +197,8 @@ def _products_of(decoder: LeanDecoder, model):
     """The very products of ``layer``, in order, with made-up inputs, and the head as the decoder runs it."""
     from lowvram_lab.decoding import llama_layer as module
 
-    shapes = [bind_layer(model, *both)[0] for both in zip(model.model.layers, decoder.cache.layers, strict=True)]
+    layers = zip(model.model.layers, decoder.cache.layers, strict=True)
+    bound = [bind_layer(model, block, held) for block, held in layers]
     inputs, config = {}, model.config
     for size in (
         config.hidden_size,
@@ -207,10 +208,10 @@ def _products_of(decoder: LeanDecoder, model):
         inputs[size] = torch.randn(1, size)
     kinds = [config.hidden_size, config.num_attention_heads * model.lowvram.plan.spec.head_dim, config.hidden_size,
              config.intermediate_size]  # fmt: skip
-    weights = [module._sorted(shape, t)[1] for shape, (_, t) in zip(shapes, decoder._layers, strict=True)]
+    weights = [(shape, module._sorted(shape, tensors)[1]) for shape, tensors in bound]
 
     def call() -> None:
-        for shape, held in zip(shapes, weights, strict=True):
+        for shape, held in weights:
             for size, kernels, tensors in zip(kinds, shape.products, held, strict=True):
                 module._multiply(inputs[size], kernels, tensors, None)
         decoder._head(inputs[config.hidden_size])
