@@ -94,6 +94,29 @@ def test_forecast_and_counters_of_a_tiny_model(kind, recipe, placement):
     assert "simulated" not in real.gpu
 
 
+@pytest.mark.parametrize("low", ["gpu", "cpu", "disk"])
+@pytest.mark.parametrize("kind", TINY)
+def test_forecast_and_counters_of_weights_in_two_planes(kind, low):
+    """The high planes on the card; the low ones beside them, or computed by the CPU."""
+    gpu, workload = open_gpu(), Workload(290, 3)
+    plan = tiny_plan(kind, "int4+4").with_modules("*", low=low)
+    dry = forecast(plan, gpu, workload=workload)
+    real = run_workload(load_tiny(kind, plan, gpu), workload)
+    assert_near(dry, real, SLACK)
+    assert dry.weights_bytes == real.weights_bytes
+    assert dry.transferred_bytes == real.transferred_bytes
+
+
+@pytest.mark.parametrize("low", ["gpu", "cpu"])
+@pytest.mark.parametrize("gpu_layers", [8, 4])
+def test_forecast_and_counters_of_a_mid_size_model_in_two_planes(gpu_layers, low):
+    gpu, spec = open_gpu(), mid_spec("qwen2")
+    plan = Plan.uniform(spec, "int4+4", context=2048).with_gpu_layers(gpu_layers).with_modules("*", low=low)
+    workload = Workload(1500, 3, follow_up_tokens=100)
+    dry = forecast(plan, gpu, workload=workload)
+    assert_near(dry, run_workload(load_mid(plan, gpu), workload))
+
+
 @pytest.mark.parametrize("gpu_layers", [8, 4])
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])
 def test_forecast_and_counters_of_a_mid_size_model(recipe, gpu_layers):

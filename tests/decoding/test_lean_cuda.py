@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.decoding.decode import generate
 from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
+from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
@@ -155,6 +157,31 @@ def test_what_a_token_asks_of_the_card(placed, recipe, sampling):
         assert found["kernels"] <= 8 * alone
         assert found["allocations"] <= 8 * alone
         assert alone or found["kernels"] == found["allocations"] == 0
+
+
+@needs_counters
+@pytest.mark.parametrize("layers", [3, 1])
+@pytest.mark.parametrize("kind", TINY)
+def test_what_a_token_sends_to_low_planes_beside_the_card(kind, layers):
+    """By both planes: of each product on the card its input goes to the CPU and what the low plane makes of it back."""
+    plan = tiny_plan(kind, "int4+4", context=128).with_gpu_layers(layers).with_modules("*", low="cpu")
+    model = load_tiny(kind, plan)
+    decoder, planes, token = decoder_for(model), loaded(model).planes, torch.tensor([[5]])
+    decoder.prefill(random_ids(20))
+    found, listed = {}, {}
+    for both in (True, False):
+        with planes.taking(both):
+            decoder.decode(token)  # graphs are captured
+            before = Counter(loaded(model).gpu.recording.transfers)
+            found[both] = counted(lambda: decoder.decode(token))
+            listed[both] = Counter(loaded(model).gpu.recording.transfers) - before
+    rows, columns = map(sum, zip(*(plan.spec.module(name).weight_shape for name in plan.apart()), strict=True))
+    crossed = {("gpu", "cpu"): columns * 2, ("cpu", "gpu"): rows * 2}  # 16 bits
+    assert plan.apart() and listed[True] - listed[False] == crossed
+    assert found[False]["graph_launches"] == 1 and found[False]["allocations"] == 0
+    others = 64 * plan.spec.hidden_size  # ids, masks and positions of a forward by modules
+    assert crossed["gpu", "cpu"] <= found[True]["d2h_bytes"] <= crossed["gpu", "cpu"] + others
+    assert crossed["cpu", "gpu"] <= found[True]["h2d_bytes"] <= crossed["cpu", "gpu"] + others
 
 
 @needs_counters
