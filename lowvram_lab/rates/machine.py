@@ -55,6 +55,7 @@ from lowvram_lab.rates.figures import (
     RowsRates,
     TokenRates,
 )
+from lowvram_lab.sampling import likeliest
 from lowvram_lab.timing import Circumstances, Timing, time_calls
 from lowvram_lab.units import MiB
 
@@ -502,7 +503,7 @@ def _decoding(decoder: Decoder, cached: int) -> Callable[[], None]:
     def call() -> None:
         for layer in decoder.cache.layers:  # all of them were filled; another length's turn may have been before
             layer.tokens = cached
-        int(decoder.decode(token).float().argmax(dim=-1))
+        int(likeliest(decoder.decode(token)))
 
     return call
 

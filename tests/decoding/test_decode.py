@@ -24,8 +24,8 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.sampling import Sampling, choose
-from tests.helpers.tiny import TOLERANCES, load_tiny, random_ids, relative_error, tiny_plan, tiny_stock
+from lowvram_lab.sampling import Sampling, choose, likeliest
+from tests.helpers.tiny import TOLERANCES, load_tiny, random_ids, relative_error, seeded, tiny_plan, tiny_stock
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,22 @@ def test_what_may_be_drawn_and_how_often_is_as_in_transformers(seed, temperature
         patch.setattr(torch, "multinomial", lambda p, *args, **kwargs: drawn.append(p) or p.argmax(-1, keepdim=True))
         choose(logits, sampling, source, seen)
     torch.testing.assert_close(drawn[0] / drawn[0].sum(-1, keepdim=True), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_likeliest_is_the_first_of_the_largest(rows, dtype):
+    """In 16 bits several are, often; torch says the first."""
+    logits = seeded(rows, 3001, seed=rows).to(dtype)
+    logits[:, 1500:] = logits[:, :1501].clone()
+    logits[0, 7] = -torch.inf
+    found = likeliest(logits)
+    assert torch.equal(found, logits.float().argmax(dim=-1, keepdim=True)) and found.shape == (rows, 1)
+    assert int(found.max()) < 1501
+    zeros = torch.tensor([[-0.0, 0.0, -1.0]], dtype=dtype)
+    assert likeliest(zeros).item() == 0
+    with torch.inference_mode():
+        assert torch.equal(likeliest(logits[:, ::2]), logits[:, ::2].float().argmax(dim=-1, keepdim=True))
 
 
 def test_a_repetition_penalty_counts_prompt_and_answer_also_when_greedy(model, run):
