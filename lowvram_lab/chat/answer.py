@@ -3,6 +3,7 @@
 Knows no template and no history: a session says what the prompt of its question is.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from lowvram_lab.decoding.decision import Decision
 from lowvram_lab.decoding.escalate import check_flip_rate
 from lowvram_lab.decoding.speculate import Drafting
 from lowvram_lab.engine.loaded import loaded
+from lowvram_lab.errors import LowvramError
 from lowvram_lab.sampling import Sampling
 
 Question = TypeVar("Question")
@@ -41,8 +43,8 @@ class TurnStats:
         tokens_per_s: Decoding speed after the first token, or ``None`` for a shorter answer.
         peak_bytes: Highest allocated GPU memory during the turn, without the CUDA context.
         stopped: Whether the model ended its turn itself, rather than running out of room.
-        given_up: What was given up on the way because the GPU was full, in words.
-        drafted: Tokens that were guessed and verified, where precision is ``"precise"``.
+        given_up: What was given up on the way because the GPU was full, or both planes too slow, in words.
+        drafted: Tokens that were guessed and verified, where precision is not ``"fast"``.
         accepted: How many of them were right.
         precise_tokens: Of weights in two planes, tokens that both computed; else ``None``.
     """
@@ -83,6 +85,8 @@ class Session(Generic[Question]):
         flip_rate: Of ``"auto"``: the share of tokens that may differ from what both planes would have said; 0.01 until
             it is set.
         decisions: How each token of the latest answer was decided, and by which planes.
+        least_tokens_per_s: Of weights in two planes: where both are slower than this, the high ones decode the rest of
+            an answer; the next one is begun by both again. ``None`` until it is set.
     """
 
     def __init__(
@@ -126,6 +130,16 @@ class Session(Generic[Question]):
     def flip_rate(self, rate: float) -> None:
         check_flip_rate(rate)
         self._flip_rate = rate
+
+    @property
+    def least_tokens_per_s(self) -> float | None:
+        """See the class."""
+        return self._live.least_tokens_per_s
+
+    @least_tokens_per_s.setter
+    def least_tokens_per_s(self, least: float | None) -> None:
+        check_least(least, self.precision is not None)
+        self._live.least_tokens_per_s = least
 
     @property
     def drafting(self) -> Drafting:
@@ -178,6 +192,16 @@ class Session(Generic[Question]):
     def _text(self, prompt: list[int], tokens: list[int]) -> str:
         """An answer's text, whole characters only: the bytes of one may be spread over several tokens."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).rstrip("\ufffd")
+
+
+def check_least(least: float | None, low_planes: bool) -> None:
+    """Refuses, by a ``LowvramError``, what is no least number of tokens a second, or has no low planes to leave out."""
+    if least is None:
+        return
+    if isinstance(least, bool) or not isinstance(least, int | float) or not 0 < least < math.inf:
+        raise LowvramError(f"expected a least number of tokens a second above 0, such as 5, found {least!r}")
+    if not low_planes:
+        raise LowvramError("a least number of tokens a second needs weights in two planes (int4+4), found one")
 
 
 class Answer(Generic[Question]):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -23,7 +25,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.nested import Planes
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.rules import check_precision
+from lowvram_lab.model.rules import DEVICES, check_precision
 from lowvram_lab.planner.step_down import smaller_plans
 from lowvram_lab.sampling import Sampling
 
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 
 COMFORT = 1.25
 """Times what low planes take that must be free before they come back to a card that was full."""
+
+JUDGED_TOKENS = 16
+"""Tokens whose time says whether both planes are too slow: fewer may be one burst of right guesses, or one stall."""
 
 
 class LiveDecoder:
@@ -42,6 +47,7 @@ class LiveDecoder:
     Attributes:
         given_up: What was given up because the GPU was full, in words, since the list was last emptied.
         drafting: What drafting came to since it was last made anew, and how each token was decided in any precision.
+        least_tokens_per_s: Where both planes are slower than this, the high ones decode the rest of an answer.
     """
 
     def __init__(
@@ -54,6 +60,8 @@ class LiveDecoder:
     ):
         self.model, self.given_up = model, []
         self.drafting = Drafting()
+        self.least_tokens_per_s: float | None = None
+        self._too_slow = False
         self._threshold, self._pace = threshold, None
         self._precision = None
         self.precision = precision
@@ -62,7 +70,8 @@ class LiveDecoder:
         self._held: list[int] = []
         self._smaller: Iterator[tuple[str, Plan]] | None = None
         self._kept: PreallocatedCache | None = None  # of a decoder whose low planes have moved since
-        self._nearer: Plan | None = None  # where the low planes are to be again once there is room
+        self._away: dict[str, str] = {}  # where low planes are to be again once there is room
+        self._stepped_to: Plan | None = None
 
     @property
     def precision(self) -> str | None:
@@ -112,16 +121,39 @@ class LiveDecoder:
         """
         fed, left = list(ids), max_new_tokens
         while True:
-            precision = self.precision
-            for token in self._stream(precision, fed, left, stop_ids, sampling, made + len(fed) - len(ids)):
+            precision = self._affordable
+            stream = self._stream(precision, fed, left, stop_ids, sampling, made + len(fed) - len(ids))
+            for token in self._judged(stream, precision):
                 yield token
                 fed.append(token)
                 left -= 1
-                if self.precision != precision and left:
+                if self._affordable != precision and left:
                     break
             else:
                 return
+            stream.close()
             self.holds(fed)
+
+    @property
+    def _affordable(self) -> str | None:
+        """The precision that tokens are decoded by now."""
+        return "fast" if self._too_slow else self.precision
+
+    def _judged(self, tokens: Iterator[int], precision: str | None) -> Iterator[int]:
+        """The tokens; notes where both planes are too slow. The reader's time does not count, nor the prompt's."""
+        least, took, first = self.least_tokens_per_s, deque(maxlen=JUDGED_TOKENS), True
+        began = time.perf_counter()
+        for token in tokens:
+            if not first:
+                took.append(time.perf_counter() - began)
+            first = False
+            if least and precision != "fast" and len(took) == JUDGED_TOKENS and sum(took) * least > JUDGED_TOKENS:
+                self._too_slow = True
+                text = f"both planes ({JUDGED_TOKENS / sum(took):.3g} tokens/s, at least {least:g} wanted)"
+                logger.warning("too slow; going on by the high planes, without %s", text)
+                self.given_up.append(text)
+            yield token
+            began = time.perf_counter()
 
     def _stream(
         self,
@@ -140,13 +172,13 @@ class LiveDecoder:
             "sampling": replace(sampling, seed=(sampling.seed + made) % 2**63),
             "seen": seen,
         }
-        if precision == "auto":
-            yield from escalate(
-                decoder, seen[:, cached:], threshold=self._threshold(), decisions=self.decisions, **common
-            )
-        elif precision == "precise" and decoder.most_tokens > 1:
+        if precision == "auto" or (precision == "precise" and decoder.most_tokens > 1):
             self._pace = self._pace or Pace(decoder.most_tokens - 1)
-            yield from speculate(decoder, seen[:, cached:], pace=self._pace, drafting=self.drafting, **common)
+            common |= {"pace": self._pace, "drafting": self.drafting}
+            if precision == "auto":
+                yield from escalate(decoder, seen[:, cached:], threshold=self._threshold(), **common)
+            else:
+                yield from speculate(decoder, seen[:, cached:], **common)
         else:
             by = BOTH_PLANES if loaded(self.model).plan.low_planes() else ONE_PLANE  # both read a prompt
             made = generate(decoder, seen[:, cached:], **common)
@@ -198,21 +230,37 @@ class LiveDecoder:
                 continue
             logger.warning("the GPU is full; going on with less: %s", text)
             self.given_up.append(text)
-            self._nearer = before if low_planes_alone(before, plan) else None
+            if low_planes_alone(before, plan):
+                moved = {name: old.low for name, old in before.modules.items() if old != plan.modules[name]}
+                self._away = moved | self._away  # the first places are the ones that were planned
+            self._stepped_to = plan
             return
         raise full
 
     def come_back(self) -> None:
-        """Brings low planes that had to leave the card back, where there is room for them again."""
-        nearer, state = self._nearer, loaded(self.model)
-        if nearer is None or not low_planes_alone(state.plan, nearer):
+        """Brings back low planes that had to leave: to the card where there is room again, to tokens in any case."""
+        self._too_slow = False
+        state, nearer = loaded(self.model), self._with_low_planes_back()
+        if nearer is None:
             return
         needed, free = nearer.weight_bytes("gpu") - state.plan.weight_bytes("gpu"), state.gpu.free_bytes
         if free is not None and free < needed * COMFORT:
             return
         with contextlib.suppress(torch.OutOfMemoryError, BudgetError):
             self._realise(nearer)
-            self._nearer = self._smaller = None
+            self._away, self._smaller = {}, None
+
+    def _with_low_planes_back(self) -> Plan | None:
+        """The plan with its low planes where they were, as far as their high ones still are; none if none left."""
+        plan = loaded(self.model).plan
+        if plan != self._stepped_to:  # planned anew, by someone else
+            self._away = {}
+        modules = dict(plan.modules)
+        for name, place in self._away.items():
+            if DEVICES.index(place) >= DEVICES.index(modules[name].device):
+                modules[name] = replace(modules[name], low=place)
+        nearer = replace(plan, modules=modules)
+        return nearer if low_planes_alone(plan, nearer) else None
 
     def _realise(self, plan: Plan) -> None:
         """``replan``; the KV cache stays where low planes alone move."""

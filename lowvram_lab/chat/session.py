@@ -36,7 +36,8 @@ class ChatSession(Session[History]):
         system: System message, or ``None`` for the template's own. Where the template refuses the role, or leaves such
             a message out, it goes before the first user message, and a warning says so.
         template_arguments: What the chat template takes beside messages, such as ``{"enable_thinking": False}``.
-        **options: See ``Session``: ``max_new_tokens``, ``sampling``, ``stop``, ``compiled``, ``progress``.
+        **options: See ``Session``: ``max_new_tokens``, ``sampling``, ``stop``, ``compiled``, ``progress``,
+            ``precision``.
 
     Attributes:
         history: Messages so far, each with ``role`` and ``content``.

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lowvram_lab.chat.margins import margins_of
 from lowvram_lab.chat.prompt import chat_ids, stop_ids
 from lowvram_lab.decoding.decode import Decoder, generate
-from lowvram_lab.decoding.escalate import Decision, escalate, read_margins
+from lowvram_lab.decoding.escalate import escalate, read_margins
 from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.decoding.speculate import Drafting, Pace, speculate
 from lowvram_lab.engine.loaded import loaded
@@ -96,34 +96,32 @@ class _Runner:
     def answers(self, ids: torch.Tensor, rounds: int) -> dict:
         """Tokens and seconds a token of each way, how drafts did, and the margins along the precise answer."""
         found, seconds = {}, {way: [] for way in WAYS}
-        drafting, decisions = Drafting(), []
+        drafting = {}
         for turn in range(rounds):
             for way in WAYS if turn % 2 else reversed(WAYS):
-                drafts, decided = Drafting(), []
-                found[way], took = self._timed(self._stream(way, ids, drafts, decided))
+                drafting[way] = Drafting()
+                found[way], took = self._timed(self._stream(way, ids, drafting[way]))
                 seconds[way].append(took)
-                drafting = drafts if way == "precise" else drafting
-                decisions = decided if way == "auto" else decisions
         answer = torch.tensor(found["precise"], dtype=torch.long)
         margins = read_margins(self.decoder.model, torch.cat((ids[0], answer)), first=ids.shape[1] - 1)
         return {
             "found": found,
             "seconds": {way: statistics.median(took) for way, took in seconds.items()},
-            "drafted": sum(drafting.drafted.values()),
-            "accepted": sum(drafting.accepted.values()),
-            "escalated": sum(decision.both for decision in decisions),
+            "drafted": sum(drafting["precise"].drafted.values()),
+            "accepted": sum(drafting["precise"].accepted.values()),
+            "escalated": sum(decision.both for decision in drafting["auto"].decisions),
             "unsure_flips": int(margins.flips[margins.margins < self.threshold].sum()),
             "flips": int(margins.flips.sum()),
         }
 
-    def _stream(self, way: str, ids: torch.Tensor, drafting: Drafting, decisions: list[Decision]) -> Iterator[int]:
+    def _stream(self, way: str, ids: torch.Tensor, drafting: Drafting) -> Iterator[int]:
         self.decoder.cache.keep(0)
-        planes = loaded(self.decoder.model).planes
+        drafts = {"pace": self.pace, "drafting": drafting, **self.common}
         if way == "precise" and self.decoder.most_tokens > 1:
-            return speculate(self.decoder, ids, pace=self.pace, drafting=drafting, **self.common)
+            return speculate(self.decoder, ids, **drafts)
         if way == "auto":
-            return escalate(self.decoder, ids, threshold=self.threshold, decisions=decisions, **self.common)
-        planes.both = way != "fast"
+            return escalate(self.decoder, ids, threshold=self.threshold, **drafts)
+        loaded(self.decoder.model).planes.both = way != "fast"
         return generate(self.decoder, ids, **self.common)
 
     def _timed(self, stream: Iterator[int]) -> tuple[list[int], float]:

@@ -140,9 +140,14 @@ class Decoder:
             with cpu_threads(self._fastest[True].best) if self._fastest else nullcontext():
                 return self._decode_several(tokens)
 
+    def decode_fast(self, token: torch.Tensor) -> torch.Tensor:
+        """``decode`` by the high planes alone, where weights have two."""
+        with self._planes.taking(both=False):
+            return self.decode(token)
+
     @torch.inference_mode()
     def draft(self, token: torch.Tensor) -> torch.Tensor:
-        """``decode`` by the high planes alone, where weights have two, to guess what both will say.
+        """``decode_fast``, to guess what both planes will say.
 
         Returns:
             Logits ``(batch, vocab)``; perhaps of the first tokens of the vocabulary only, which are the commonest.

@@ -9,16 +9,27 @@ Derived in: notebooks/08_precision_on_demand.ipynb
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from lowvram_lab.decoding.decision import BOTH_PLANES, HIGH_PLANE, Decision
+from lowvram_lab.decoding.decision import HIGH_PLANE, Decision
 from lowvram_lab.decoding.decode import Decoder
+from lowvram_lab.decoding.speculate import (
+    MEMORY,
+    UNSURE,
+    Drafting,
+    Guess,
+    HighPlane,
+    Pace,
+    Speculation,
+    seen_tokens,
+)
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.sampling import Sampling, choose
+from lowvram_lab.sampling import Sampling, distribution
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,12 @@ def check_flip_rate(rate: float) -> None:
         raise LowvramError(f"expected a flip rate from 0 to 1, such as 0.01 for one token in a hundred, found {rate!r}")
 
 
+def _entropy(logits: torch.Tensor) -> float:
+    """Of the distribution that logits ``(1, vocab)`` stand for, in nats."""
+    log_chances = torch.log_softmax(logits.float(), dim=-1)
+    return -(log_chances.exp() * log_chances).sum().item()
+
+
 def margin(logits: torch.Tensor) -> torch.Tensor:
     """How far the likeliest token is ahead of the second, in nats: ``(tokens, vocab)`` → ``(tokens,)`` float32."""
     first, second = logits.float().topk(2, dim=-1).values.unbind(-1)
@@ -92,7 +109,7 @@ def read_margins(model: torch.nn.Module, ids: torch.Tensor, first: int = 0) -> M
 
 
 @torch.no_grad()
-def escalate(
+def escalate(  # noqa: PLR0913  (those of ``speculate``, and one)
     decoder: Decoder,
     ids: torch.Tensor,
     *,
@@ -101,9 +118,13 @@ def escalate(
     stop_ids: frozenset[int] = frozenset(),
     sampling: Sampling | None = None,
     seen: torch.Tensor | None = None,
-    decisions: list[Decision] | None = None,
+    pace: Pace | None = None,
+    drafting: Drafting | None = None,
 ) -> Iterator[int]:
-    """Generates as ``generate`` does, a token by the high planes, or by both where their margin is below a threshold.
+    """Generates as ``speculate`` does, but believes the high planes where their margin is no less than a threshold.
+
+    What they are sure of is not verified. Where they are not, what they guess is, with a few guesses more: these cost
+    little beside the pass by both planes that is needed anyway.
 
     Args:
         decoder: Of weights in two planes.
@@ -112,45 +133,100 @@ def escalate(
         max_new_tokens: See there.
         stop_ids: See there.
         sampling: See there.
-        seen: See there.
-        decisions: Where to note how each token was decided.
+        seen: See ``speculate``, as the arguments that follow.
+        pace: See there.
+        drafting: See there.
 
     Yields:
         Token ids.
     """
-    sampling, decisions = sampling or Sampling(), [] if decisions is None else decisions
-    remember = sampling.repetition_penalty != 1
-    seen = ids if seen is None else seen
-    logits, found, entropy, by = decoder.prefill(ids), None, None, BOTH_PLANES
-    generator = None
-    if sampling.temperature > 0:
-        generator = torch.Generator(device=logits.device).manual_seed(sampling.seed)
-    for produced in range(1, max_new_tokens + 1):
-        token = choose(logits, sampling, generator, seen.to(logits.device) if remember else None).cpu()
-        seen = torch.cat((seen, token), dim=-1) if remember else seen
-        value = int(token)
-        if value in stop_ids:
+    work = Escalation(decoder, threshold, sampling, pace, drafting)
+    yield from work.answer(ids, ids if seen is None else seen, max_new_tokens, stop_ids)
+
+
+class Escalation(Speculation):
+    """Verifies only what the high planes are unsure of; the arguments are those of ``escalate``."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        threshold: float,
+        sampling: Sampling | None = None,
+        pace: Pace | None = None,
+        drafting: Drafting | None = None,
+    ):
+        super().__init__(decoder, sampling, pace, drafting)
+        self._threshold = threshold
+        self._recent: deque[tuple[int, float]] = deque(maxlen=MEMORY)  # tokens and seconds without n-grams
+
+    def cycle(self, text: list[int], left: int) -> list[Decision]:
+        """See ``Speculation``; one token where the high planes are sure of it."""
+        cache, began = self.decoder.cache, self.pace.clock()
+        most = min(left, cache.forgettable) - 1
+        if cache.forgettable < 1:  # the high planes' key could not be taken back
+            return self.verified(text, None, began)
+        self.n_grams.reads(text)
+        seen_before = self.n_grams.guess(most) if most > 0 and self._recent and not self.pace.wants_one else None
+        if seen_before:
+            length, rate = self.pace.length(seen_before.kind, len(seen_before.tokens))
+            if length and rate > self._rate:
+                return self.verified(text, Guess(seen_before.kind, seen_before.tokens[:length]), began)
+        before = cache.get_seq_length()
+        try:
+            logits = self.decoder.decode_fast(torch.tensor([text[-1:]]))
+            found, entropy = margin(logits).item(), _entropy(logits)
+            if found >= self._threshold:
+                token = self.chosen(logits, text)
+                self.pace.gave(None, 1, self._spent(1, began))
+                return [Decision(token, found, entropy, HIGH_PLANE)]
+            guess = self._unsure(text, logits, most)
+        except BaseException:  # Ctrl-C too: what the high planes made of a token must not be taken for what both make
+            cache.keep(before)
+            raise
+        cache.keep(before)
+        first, *others = self.verified(text, guess, began)
+        self._spent(1 + len(others), began)
+        return [replace(first, margin=found, entropy=entropy), *others]
+
+    @property
+    def _rate(self) -> float:
+        """Tokens a second of late, where n-grams did not guess."""
+        tokens, seconds = map(sum, zip(*self._recent, strict=True))
+        return tokens / seconds
+
+    def _spent(self, tokens: int, began: float) -> float:
+        """Notes and returns the seconds that tokens took."""
+        seconds = self.pace.clock() - began
+        self._recent.append((tokens, seconds))
+        return seconds
+
+    def _unsure(self, text: list[int], logits: torch.Tensor, most: int) -> Guess | None:
+        """An unsure token with as many more guesses as are worth their time; nothing where it alone is not.
+
+        Args:
+            text: Up to the token before.
+            logits: Of the high planes.
+            most: Tokens at most.
+        """
+        further = self.pace.further(most, self._rate) if self._recent else None
+        if further is None:
+            return None
+        token, drawn_from = self.chosen(logits, text), None
+        if self.generator is not None:  # before the logits are written over
+            drawn_from = [distribution(logits, self.sampling, seen_tokens(self.sampling, text, logits))[0]]
+        if not further:
+            return Guess(UNSURE, [token], drawn_from)
+        began = self.pace.clock()
+        others = self.high_plane.guess([*text, token], further, self.sampling, self.generator)
+        self.pace.took("draft", (self.pace.clock() - began) / further)
+        return Guess(UNSURE, [token, *others.tokens], drawn_from and [*drawn_from, *others.chances])
+
+    def _learn(self, guess: Guess, accepted: int) -> None:
+        """See ``Speculation``: the first token of an unsure guess is of another kind than those behind it."""
+        if guess.kind != UNSURE:
+            super()._learn(guess, accepted)
             return
-        decisions.append(Decision(value, found, entropy, by))
-        yield value
-        if produced < max_new_tokens:
-            logits, found, entropy, by = _decided(decoder, token, threshold)
-
-
-def _decided(decoder: Decoder, token: torch.Tensor, threshold: float) -> tuple:
-    """Logits after a token, the high planes' margin and entropy, and who made them."""
-    planes, cache = loaded(decoder.model).planes, decoder.cache
-    if cache.forgettable < 1:  # the high planes' key could not be taken back
-        with planes.taking(both=True):
-            return decoder.decode(token), None, None, BOTH_PLANES
-    before = cache.get_seq_length()
-    with planes.taking(both=False):
-        logits = decoder.decode(token)
-    log_chances = torch.log_softmax(logits.float(), dim=-1)
-    entropy = -(log_chances.exp() * log_chances).sum().item()
-    found = margin(logits).item()
-    if found >= threshold:
-        return logits, found, entropy, HIGH_PLANE
-    cache.keep(before)
-    with planes.taking(both=True):
-        return decoder.decode(token), found, entropy, BOTH_PLANES
+        first = min(accepted, 1)
+        self._count(UNSURE, 1, first)
+        if first and len(guess.tokens) > 1:
+            self._count(*HighPlane.kinds, len(guess.tokens) - 1, accepted - 1)

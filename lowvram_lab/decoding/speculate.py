@@ -28,7 +28,10 @@ import torch.nn.functional as F  # noqa: N812
 
 from lowvram_lab.decoding.decision import BOTH_PLANES, GUESS_BY_N_GRAMS, GUESS_OF_HIGH_PLANE, Decision
 from lowvram_lab.decoding.decode import Decoder
-from lowvram_lab.sampling import Sampling, choose, distribution
+from lowvram_lab.sampling import Sampling, choose, distribution, likeliest
+
+UNSURE = "the high plane, unsure"
+"""The kind of a guess that is a token the high planes decoded by themselves without being sure of it."""
 
 LONGEST_MATCH, SHORTEST_MATCH = 4, 2
 """Tokens of an n-gram that is looked for, the longest first."""
@@ -139,7 +142,7 @@ class HighPlane:
         try:
             for _ in range(most):
                 logits = self._decoder.draft(torch.tensor([[(tokens or text)[-1]]]))
-                seen = _seen(sampling, text + tokens, logits)
+                seen = seen_tokens(sampling, text + tokens, logits)
                 if sampling.temperature > 0:
                     chances.append(distribution(logits, sampling, seen)[0])
                     token = torch.multinomial(chances[-1], 1, generator=generator)
@@ -162,9 +165,11 @@ class Pace:
     def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter):
         self.most, self.clock = most, clock
         self._seconds: dict[object, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
-        self._true = {kind: [PRIOR * share, PRIOR] for kind, share in (HighPlane.kinds | NGrams.kinds).items()}
+        expected = HighPlane.kinds | NGrams.kinds | {UNSURE: 0.5}
+        self._true = {kind: [PRIOR * share, PRIOR] for kind, share in expected.items()}
         self._tokens, self._due = 0, Counter()
         self._one_at = 0  # when a token was last decoded by itself
+        self._tried_at = -REFRESH  # when guesses behind an unsure token were last tried without promising anything
 
     def took(self, what: object, seconds: float) -> None:
         """Notes a pass: ``"draft"`` for one drafted token, or the number of tokens that were verified."""
@@ -204,6 +209,26 @@ class Pace:
         for length in range(1, min(self.most, available) + 1):
             rate = expected_tokens(share, length) / (length * drafting + self.seconds(length + 1))
             best = max(best, (length, rate), key=lambda found: found[1])
+        return best
+
+    def further(self, available: int, worth: float) -> int | None:
+        """How many tokens to guess behind an unsure one; ``None`` where verifying that one is not worth it either.
+
+        Args:
+            available: Most tokens that may be guessed, the unsure one among them.
+            worth: Tokens that a second gives elsewhere.
+        """
+        if self.wants_one:
+            return None
+        share, share_behind = self.share(UNSURE), self.share(*HighPlane.kinds)
+        best, gain = None, 1 - worth * self.seconds(1)
+        for further in range(min(self.most, available)):
+            tokens = 1 + share * expected_tokens(share_behind, further)
+            found = tokens - worth * (further * self.seconds("draft") + self.seconds(further + 2))
+            best, gain = (further, found) if found > gain else (best, gain)
+        if not best and min(self.most, available) > 1 and self._tokens - self._tried_at >= REFRESH:
+            self._tried_at = self._tokens  # how often they come true, and what they take, is not known or old
+            return 1
         return best
 
     def is_due(self, kind: str) -> bool:
@@ -250,32 +275,39 @@ def speculate(
     Yields:
         Token ids. Where the reader stops early, the cache may hold a few tokens more.
     """
-    sampling = sampling or Sampling()
-    text = (ids if seen is None else seen)[0].tolist()
-    logits = decoder.prefill(ids)
-    pace, drafting = pace or Pace(decoder.most_tokens - 1), Drafting() if drafting is None else drafting
-    work = _Speculation(decoder, sampling, pace, drafting, logits.device)
-    found = [Decision(work.chosen(logits, text), None, None, BOTH_PLANES)]
-    left = max_new_tokens
-    while left > 0:
-        for decision in found:
-            if decision.token in stop_ids:
-                return
-            work.drafting.decisions.append(decision)
-            text.append(decision.token)
-            left -= 1
-            yield decision.token
-        if left > 0:
-            found = work.cycle(text, left)
+    work = Speculation(decoder, sampling, pace, drafting)
+    yield from work.answer(ids, ids if seen is None else seen, max_new_tokens, stop_ids)
 
 
-class _Speculation:
-    """Drafts and verifies; the arguments are those of ``speculate``, and where logits are."""
+class Speculation:
+    """Drafts and verifies; the arguments are those of ``speculate``."""
 
-    def __init__(self, decoder: Decoder, sampling: Sampling, pace: Pace, drafting: Drafting, device: torch.device):
-        self.decoder, self.sampling, self.pace, self.drafting = decoder, sampling, pace, drafting
-        self.generator = torch.Generator(device).manual_seed(sampling.seed) if sampling.temperature > 0 else None
+    def __init__(self, decoder: Decoder, sampling: Sampling | None, pace: Pace | None, drafting: Drafting | None):
+        self.decoder, self.sampling = decoder, sampling or Sampling()
+        self.pace = pace or Pace(decoder.most_tokens - 1)
+        self.drafting = Drafting() if drafting is None else drafting
+        self.generator: torch.Generator | None = None
         self.n_grams, self.high_plane = NGrams(), HighPlane(decoder)
+
+    def answer(
+        self, ids: torch.Tensor, seen: torch.Tensor, max_new_tokens: int, stop_ids: frozenset[int]
+    ) -> Iterator[int]:
+        """The answer's tokens; see ``speculate``."""
+        text, left = seen[0].tolist(), max_new_tokens
+        logits = self.decoder.prefill(ids)
+        if self.sampling.temperature > 0:
+            self.generator = torch.Generator(logits.device).manual_seed(self.sampling.seed)
+        found = [Decision(self.chosen(logits, text), None, None, BOTH_PLANES)]
+        while left > 0:
+            for decision in found:
+                if decision.token in stop_ids:
+                    return
+                self.drafting.decisions.append(decision)
+                text.append(decision.token)
+                left -= 1
+                yield decision.token
+            if left > 0:
+                found = self.cycle(text, left)
 
     def cycle(self, text: list[int], left: int) -> list[Decision]:
         """The next tokens, one or more.
@@ -284,27 +316,36 @@ class _Speculation:
             text: All tokens so far; the cache holds them but for the last.
             left: Most tokens wanted.
         """
-        cache, began = self.decoder.cache, self.pace.clock()
-        before = cache.get_seq_length()
-        guess = self._guess(text, min(left, cache.forgettable) - 1)
-        drafted = guess.tokens if guess else []
-        verifying = self.pace.clock()
+        began = self.pace.clock()
+        guess = self._guess(text, min(left, self.decoder.cache.forgettable) - 1)
+        return self.verified(text, guess, began)
+
+    def verified(self, text: list[int], guess: Guess | None, began: float) -> list[Decision]:
+        """What both planes say behind a text, of a guess as much as is right and the token behind that.
+
+        Args:
+            text: See ``cycle``.
+            guess: What is verified; without one it is one token.
+            began: When the guess was begun.
+        """
+        cache, drafted = self.decoder.cache, guess.tokens if guess else []
+        before, verifying = cache.get_seq_length(), self.pace.clock()
         try:
             logits = self.decoder.decode_several(torch.tensor([[text[-1], *drafted]]))
             self.pace.took(len(drafted) + 1, self.pace.clock() - verifying)
-            accepted, following = self._verified(logits, guess, text)
+            accepted, following = self._accepted(logits, guess, text)
         except BaseException:  # Ctrl-C too
             cache.keep(before)
             raise
         cache.keep(before + accepted + 1)
         self._note(guess, accepted, self.pace.clock() - began)
-        guessed_by = GUESS_OF_HIGH_PLANE if guess and guess.kind in HighPlane.kinds else GUESS_BY_N_GRAMS
+        guessed_by = GUESS_BY_N_GRAMS if guess and guess.kind in NGrams.kinds else GUESS_OF_HIGH_PLANE
         kept = [Decision(token, None, None, guessed_by) for token in drafted[:accepted]]
         return [*kept, Decision(following, None, None, BOTH_PLANES)]
 
     def chosen(self, logits: torch.Tensor, text: list[int]) -> int:
         """The next token after logits ``(1, vocab)``."""
-        return int(choose(logits, self.sampling, self.generator, _seen(self.sampling, text, logits)))
+        return int(choose(logits, self.sampling, self.generator, seen_tokens(self.sampling, text, logits)))
 
     def _guess(self, text: list[int], most: int) -> Guess | None:
         """By whoever promises most tokens a second; nothing where that is no draft at all."""
@@ -330,14 +371,14 @@ class _Speculation:
         self.pace.took("draft", (self.pace.clock() - began) / length)
         return guess
 
-    def _verified(self, logits: torch.Tensor, guess: Guess | None, text: list[int]) -> tuple[int, int]:
+    def _accepted(self, logits: torch.Tensor, guess: Guess | None, text: list[int]) -> tuple[int, int]:
         """How many guessed tokens are kept, and the token behind them."""
         drafted = guess.tokens if guess else []
         if self.sampling.takes_the_likeliest:
-            likeliest = logits.argmax(dim=-1).tolist()
-            same = [a == b for a, b in zip(drafted, likeliest, strict=False)]
+            said = likeliest(logits)[:, 0].tolist()
+            same = [a == b for a, b in zip(drafted, said, strict=False)]
             kept = same.index(False) if False in same else len(drafted)
-            return kept, likeliest[kept]
+            return kept, said[kept]
         for at, token in enumerate(drafted):
             before = [*text, *drafted[:at]]
             if self.generator is None:
@@ -345,7 +386,7 @@ class _Speculation:
                 if following != token:
                     return at, following
                 continue
-            seen = _seen(self.sampling, before, logits)
+            seen = seen_tokens(self.sampling, before, logits)
             wanted = distribution(logits[at : at + 1], self.sampling, seen)[0]
             drawn_from = _certain(token, wanted) if guess.chances is None else _as_long(guess.chances[at], wanted)
             draw = torch.rand((), generator=self.generator, device=logits.device)
@@ -359,13 +400,20 @@ class _Speculation:
         self.drafting.passes += 1
         self.drafting.tokens += accepted + 1
         if guess:
-            self.drafting.drafted[guess.kind] += len(guess.tokens)
-            self.drafting.accepted[guess.kind] += accepted
-            self.pace.learns(guess.kind, len(guess.tokens), accepted)
+            self._learn(guess, accepted)
         self.pace.gave(guess.kind if guess else None, accepted + 1, seconds)
 
+    def _learn(self, guess: Guess, accepted: int) -> None:
+        """Notes how much of a guess was right."""
+        self._count(guess.kind, len(guess.tokens), accepted)
 
-def _seen(sampling: Sampling, text: list[int], logits: torch.Tensor) -> torch.Tensor | None:
+    def _count(self, kind: str, proposed: int, accepted: int) -> None:
+        self.drafting.drafted[kind] += proposed
+        self.drafting.accepted[kind] += accepted
+        self.pace.learns(kind, proposed, accepted)
+
+
+def seen_tokens(sampling: Sampling, text: list[int], logits: torch.Tensor) -> torch.Tensor | None:
     """What a repetition penalty is for, of the tokens that there are logits of; nothing where there is none."""
     if sampling.repetition_penalty == 1:
         return None

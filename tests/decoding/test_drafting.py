@@ -15,9 +15,9 @@ from lowvram_lab.decoding.speculate import (
     HighPlane,
     NGrams,
     Pace,
-    _seen,
-    _Speculation,
+    Speculation,
     expected_tokens,
+    seen_tokens,
     speculate,
 )
 from lowvram_lab.sampling import Sampling, distribution
@@ -212,13 +212,13 @@ BOTH = seeded(6, 6, seed=1)
 HIGH_ALONE = BOTH + seeded(6, 6, seed=2)
 
 
-def p_values(decoder, sampling, kinds, drafting=None):
+def p_values(decoder, sampling, kinds, drafting=None, generate=speculate):
     """Whether what follows each token is drawn from what both planes say: a p-value for each."""
     size = len(decoder.both)
     counts, wanted = torch.zeros(size, size), distribution(decoder.both, sampling)
     for seed in range(ANSWERS):
         prompt, options = torch.tensor([[1, 2, 1, 2, 1]]), {"sampling": replace(sampling, seed=seed)}
-        made = speculate(
+        made = generate(
             decoder, prompt, max_new_tokens=DRAWS // ANSWERS, pace=Always(*kinds), drafting=drafting, **options
         )
         counts.index_put_(tuple(torch.tensor(list(pairwise(made))).T), torch.tensor(1.0), accumulate=True)
@@ -255,10 +255,10 @@ def test_a_repetition_penalty_where_the_commonest_tokens_have_not_been_seen():
     """As text of rare tokens only: then nothing is penalised."""
     sampling = Sampling(1.0, repetition_penalty=1.5)
     logits = seeded(1, 4)
-    found = distribution(logits, sampling, _seen(sampling, [7, 9], logits))
+    found = distribution(logits, sampling, seen_tokens(sampling, [7, 9], logits))
     assert torch.equal(found, logits.softmax(-1))
-    assert _seen(sampling, [7, 2], logits).tolist() == [[2]]
-    assert _seen(Sampling(1.0), [7, 2], logits) is None
+    assert seen_tokens(sampling, [7, 2], logits).tolist() == [[2]]
+    assert seen_tokens(Sampling(1.0), [7, 2], logits) is None
 
 
 CHAIN = seeded(30, 30, seed=5)
@@ -375,7 +375,7 @@ def test_of_two_drafters_the_one_that_promises_more_is_asked():
         pace, count = Prefers(), Drafting()
         pace.promise = promise
         decoder = ScriptedDecoder(CHAIN, CHAIN)
-        work = _Speculation(decoder, Sampling(), pace, count, torch.device("cpu"))
+        work = Speculation(decoder, Sampling(), pace, count)
         decoder.prefill(torch.tensor([[1, 2, 3, 1]]))
         work.cycle([1, 2, 3, 1, 2], 9)
         assert set(count.drafted) == {asked}

@@ -1,4 +1,4 @@
-"""Where the high planes are believed: margins and a rate of flips, and decoding by both where they are unsure."""
+"""Where the high planes are believed: margins and a rate of flips, and one token by both where they are unsure."""
 
 import itertools
 import math
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lowvram_lab.decoding.decode import ModuleDecoder, generate
 from lowvram_lab.decoding.escalate import Margins, escalate, margin, read_margins
 from lowvram_lab.decoding.lean import decoder_for
+from lowvram_lab.decoding.speculate import Drafting
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.sampling import Sampling
@@ -97,11 +98,11 @@ DECODERS = [decoder_for, ModuleDecoder]
 
 def answered(decoder, threshold, tokens=40, **options):
     decoder.cache.keep(0)
-    decisions = []
-    made = escalate(decoder, random_ids(12), threshold=threshold, max_new_tokens=tokens, decisions=decisions, **options)
+    drafting = Drafting()
+    made = escalate(decoder, random_ids(12), threshold=threshold, max_new_tokens=tokens, drafting=drafting, **options)
     found = list(made)
-    assert [decision.token for decision in decisions] == found
-    return found, decisions
+    assert [decision.token for decision in drafting.decisions] == found
+    return found, drafting.decisions
 
 
 def plain(decoder, both, tokens=40, **options):

@@ -1,5 +1,7 @@
 """A decoder without a model: logits are said beforehand, token by token, and what it is fed is kept."""
 
+import itertools
+
 
 class Cache:
     """Which tokens it holds, and by which planes."""
@@ -23,14 +25,16 @@ class ScriptedDecoder:
 
     Args:
         both: ``(vocab, vocab)``: those of both planes after each token.
-        high: Of the high planes, perhaps of the first tokens of the vocabulary only.
+        high: Of the high planes, perhaps of the first tokens of the vocabulary only where they draft.
+        fast: Of the high planes where they decode; by default ``high``.
         room: Tokens that its cache holds.
         seconds: What a pass takes, of ``"draft"`` and of so many tokens.
     """
 
     most_tokens = 8
 
-    def __init__(self, both, high, room=10**6, seconds=lambda what: 1.0):
+    def __init__(self, both, high, room=10**6, seconds=lambda what: 1.0, fast=None):
+        self.fast = high if fast is None else fast
         self.both, self.high, self.cache, self.seconds = both, high, Cache(room), seconds
         self.now, self.passes = 0.0, []
 
@@ -43,6 +47,9 @@ class ScriptedDecoder:
 
     def draft(self, token):
         return self._pass("draft", token[0].tolist(), "high", self.high)
+
+    def decode_fast(self, token):
+        return self._pass("fast", token[0].tolist(), "high", self.fast)
 
     def decode_several(self, tokens):
         return self._pass(tokens.shape[1], tokens[0].tolist(), "both", self.both)
@@ -60,11 +67,14 @@ class Always:
 
     def __init__(self, *kinds, most=3):
         self.kinds, self.most, self.wants_one = kinds, most, False
-        self.clock = lambda: 0.0
+        self.clock = itertools.count(0.0).__next__
         self.took = self.learns = self.gave = lambda *args: None
 
     def length(self, kind, available):
         return (min(self.most, available), 1.0) if kind in self.kinds else (0, 0.0)
+
+    def further(self, available, worth):
+        return min(self.most, available) - 1 if available else None
 
     def is_due(self, kind):
         return False

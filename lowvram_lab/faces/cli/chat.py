@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from lowvram_lab.chat.answer import Session, TurnStats
+from lowvram_lab.chat.answer import Session, TurnStats, check_least
 from lowvram_lab.chat.completion import CompletionSession
 from lowvram_lab.chat.prompt import StopStrings, checked_text
 from lowvram_lab.chat.session import ChatSession
@@ -60,6 +60,12 @@ def _add_answer_options(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of --precision auto: tokens that may differ (1%%)",
     )
+    parser.add_argument(
+        "--least-tokens-per-s",
+        type=float,
+        metavar="N",
+        help="of weights in two planes: where both are slower, by the high ones for the rest of an answer",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes a sampled answer repeatable (0)")
 
 
@@ -112,6 +118,7 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
     if kind is ChatSession:
         source.require_chat_template(options["template_arguments"])
     plan, profile, _ = chosen_plan(args, spec, gpu)
+    check_least(args.least_tokens_per_s, bool(plan.low_planes()))
     source.fetch(sys.stderr.isatty())
     if (of_files := source.spec()).fingerprint != spec.fingerprint:  # a head of its own, where the config ties it
         plan, profile, _ = chosen_plan(args, of_files, gpu)
@@ -130,7 +137,7 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
         progress=sys.stderr.isatty(),
         **options,
     )
-    session.flip_rate = args.flip_rate
+    session.flip_rate, session.least_tokens_per_s = args.flip_rate, args.least_tokens_per_s
     print(f"decoded by {session.engine}", file=sys.stderr)
     return session
 
@@ -192,5 +199,5 @@ def _turn_line(turn: TurnStats) -> str:
     elif turn.precise_tokens is not None:
         planes = f", {turn.precise_tokens} of {turn.new_tokens} tokens by both planes"
     speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
-    less = f"; the GPU was full, so now: {'; '.join(turn.given_up)}" if turn.given_up else ""
+    less = f"; given up: {'; '.join(turn.given_up)}" if turn.given_up else ""
     return f"[first token {turn.ttft_s:.2f} s{speed}{planes}, peak {format_bytes(turn.peak_bytes)}{less}]"
