@@ -111,7 +111,8 @@ def test_forecast_and_counters_of_weights_in_two_planes(kind, low):
 @pytest.mark.parametrize("gpu_layers", [8, 4])
 def test_forecast_and_counters_of_a_mid_size_model_in_two_planes(gpu_layers, low):
     gpu, spec = open_gpu(), mid_spec("qwen2")
-    plan = Plan.uniform(spec, "int4+4", context=2048).with_gpu_layers(gpu_layers).with_modules("*", low=low)
+    plan = Plan.uniform(spec, "int4+4", context=2048).with_gpu_layers(gpu_layers)
+    plan = plan.with_modules("*", low="cpu") if low == "cpu" else plan
     workload = Workload(1500, 3, follow_up_tokens=100)
     dry = forecast(plan, gpu, workload=workload)
     assert_near(dry, run_workload(load_mid(plan, gpu), workload))

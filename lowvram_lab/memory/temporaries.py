@@ -27,7 +27,6 @@ _KERNELS = {
 _WRITTEN = _KERNELS | {
     aten.sum.dim_IntList,
     aten.amax.default,
-    aten.mean.dim,
     aten.cat.default,
 }
 """Operators whose results a compiled library writes to memory; the others are computed where they are read."""

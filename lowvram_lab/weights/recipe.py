@@ -14,7 +14,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.units import format_bytes, parse_bytes
 from lowvram_lab.weights.allocate import Option, allocate
-from lowvram_lab.weights.sensitivity import Sensitivity
+from lowvram_lab.weights.sensitivity import Sensitivity, formats_to_choose_among
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def choices_for(
     missing = [m.name for m in spec.modules if m.kind != "other" and not m.tied_to and m.name not in sensitivity.costs]
     if missing:
         raise PlanError(f"expected the sensitivity of {spec.name}, found one that lacks {missing[0]}; estimate it anew")
-    formats = tuple(get_format(name).name for name in formats or ())
+    formats = tuple(fmt.name for fmt in formats_to_choose_among(formats or ()))
     options = {}
     for module in spec.modules:
         if module.name not in sensitivity.costs:

@@ -14,6 +14,7 @@ labels).
 """
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from lowvram_lab.errors import LowvramError, PlanError
 from lowvram_lab.machine import one_thread
 from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.checkpoint import Checkpoint
-from lowvram_lab.model.formats import GROUP_SIZES, get_format
+from lowvram_lab.model.formats import GROUP_SIZES, Format, get_format
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.gptq import gptq, output_error
@@ -85,6 +86,18 @@ class Sensitivity:
         return self.table().to_html(float_format="{:.2e}".format, max_rows=12)
 
 
+def formats_to_choose_among(names: Iterable[str]) -> list[Format]:
+    """The formats of these names.
+
+    Raises:
+        PlanError: One is not known, or of two planes: what decodes by one plane or by both is all layers together.
+    """
+    formats = [get_format(name) for name in names]
+    if two := [fmt.name for fmt in formats if fmt.planes > 1]:
+        raise PlanError(f"{two[0]} is for whole models (convert --format {two[0]}), not one format among others")
+    return formats
+
+
 def candidate_formats(module: ModuleSpec, formats: tuple[str, ...] | None = None) -> list[str]:
     """The formats worth considering for a module: int8 and, for 2 to 6 bits, a small, a middle and a large group.
 
@@ -93,10 +106,9 @@ def candidate_formats(module: ModuleSpec, formats: tuple[str, ...] | None = None
         formats: Those to choose among instead; int8 is always added, which can hold any shape.
     """
     if formats:
-        known = [get_format(name) for name in formats]
-        if two := [fmt.name for fmt in known if fmt.planes > 1]:
-            raise PlanError(f"{two[0]} is for whole models (convert --format {two[0]}), not one format among others")
-        fitting = [fmt for fmt in known if fmt.refuse(module.kind, module.weight_shape) is None]
+        fitting = [
+            fmt for fmt in formats_to_choose_among(formats) if fmt.refuse(module.kind, module.weight_shape) is None
+        ]
         return list(dict.fromkeys(["int8", *(fmt.name for fmt in fitting if fmt.kind in _INTEGERS)]))
     sizes = [size for size in GROUP_SIZES if module.weight_shape[1] % size == 0]
     middle = next((size for size in sizes if size >= 64), None)

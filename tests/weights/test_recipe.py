@@ -155,6 +155,7 @@ def test_too_few_bytes_name_the_least(kind, stock):
     ("options", "words"),
     [
         ({"weight_bytes": "1MiB", "formats": ("int9",)}, "unknown format 'int9'"),
+        ({"weight_bytes": "1MiB", "formats": ("int4", "int4+4")}, "int4\\+4 is for whole models"),
         ({"weight_bytes": "1MiB", "context": 4096}, "beyond the 1024 positions"),
         ({"weight_bytes": "1MiB", "kv_format": "int3"}, "expected kv_format"),
     ],
