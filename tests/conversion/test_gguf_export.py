@@ -30,12 +30,11 @@ from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.packaged import calibration_text
 from lowvram_lab.repository.gguf_header import read_gguf_header
 from lowvram_lab.weights.solvers import round_to_nearest
 from lowvram_lab.weights.stored import to_stored
-from tests.helpers.checkpoints import directory_spec, restored_state, write_model
-from tests.helpers.tiny import CHAT_TEMPLATE, SIZES, letters_state, random_state, relative_error
+from tests.helpers.checkpoints import directory_spec, restored_state
+from tests.helpers.tiny import CHAT_TEMPLATE, SIZES, random_state, relative_error
 
 TEXT = (
     "The quick brown fox doesn't jump over 12 lazy dogs in 2024; they'll say: 'We've had it!' Numbers: 3.14159, 007. "
@@ -340,11 +339,9 @@ def test_a_converted_directory_keeps_its_weights(tmp_path, kind, type):
 
 def test_low_planes_stay_behind_and_a_line_says_so(tmp_path, caplog):
     caplog.set_level("WARNING")
-    text = tmp_path / "calibration.txt"
-    text.write_text(calibration_text()[:2300], encoding="utf-8")
-    model = write_model(tmp_path / "m", "qwen2", letters_state())
+    model = make_model(tmp_path / "m", "qwen2")
     plan = Plan.uniform(directory_spec(model), "int4+4", context=512)
-    convert(model, tmp_path / "planes", plan=plan, calibration=text, solver="rtn", progress=False)
+    convert(model, tmp_path / "planes", plan=plan, calibration_tokens=2048, solver="rtn", progress=False)
     export_gguf(tmp_path / "planes", tmp_path / "planes.gguf", tensor_type="q4_1", progress=False)
     (said,) = [record.getMessage() for record in caplog.records if "low planes" in record.getMessage()]
     assert said.endswith("a GGUF file has no low planes; it will hold the high ones, an int4 model")
