@@ -9,7 +9,6 @@ Derived in: notebooks/08_precision_on_demand.ipynb
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,6 @@ import torch
 from lowvram_lab.decoding.decision import HIGH_PLANE, Decision
 from lowvram_lab.decoding.decode import Decoder
 from lowvram_lab.decoding.speculate import (
-    MEMORY,
     UNSURE,
     Drafting,
     Guess,
@@ -30,6 +28,9 @@ from lowvram_lab.decoding.speculate import (
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.sampling import Sampling, distribution
+
+UNASKED, TRIED = 24, 4
+"""Passes that verify all guesses, because that is faster, after which margins are asked again, and how often."""
 
 
 @dataclass(frozen=True)
@@ -157,27 +158,30 @@ class Escalation(Speculation):
     ):
         super().__init__(decoder, sampling, pace, drafting)
         self._threshold = threshold
-        self._recent: deque[tuple[int, float]] = deque(maxlen=MEMORY)  # tokens and seconds without n-grams
+        self._to_ask = 0 if self.pace.rate else TRIED  # times that margins are asked, whatever else is faster
+        self._unasked = 0  # passes since they were
 
     def cycle(self, text: list[int], left: int) -> list[Decision]:
-        """See ``Speculation``; one token where the high planes are sure of it."""
+        """See ``Speculation``; one token where the high planes are sure of it.
+
+        Where verifying every guess is expected to be faster than asking margins, as in a text that repeats itself or
+        that they are unsure all along, that is done; now and then margins are asked all the same.
+        """
         cache, began = self.decoder.cache, self.pace.clock()
         most = min(left, cache.forgettable) - 1
         if cache.forgettable < 1:  # the high planes' key could not be taken back
             return self.verified(text, None, began)
         self.n_grams.reads(text)
-        seen_before = self.n_grams.guess(most) if most > 0 and self._recent and not self.pace.wants_one else None
-        if seen_before:
-            length, rate = self.pace.length(seen_before.kind, len(seen_before.tokens))
-            if length and rate > self._rate:
-                return self.verified(text, Guess(seen_before.kind, seen_before.tokens[:length]), began)
+        if (kind_and_length := self._faster_verified(most)) is not None:
+            return self.verified(text, self.made(*kind_and_length, text), began)
         before = cache.get_seq_length()
         try:
             logits = self.decoder.decode_fast(torch.tensor([text[-1:]]))
             found, entropy = margin(logits).item(), _entropy(logits)
             if found >= self._threshold:
                 token = self.chosen(logits, text)
-                self.pace.gave(None, 1, self._spent(1, began))
+                self._took(1, began)
+                self.pace.gave(None, 1, self.pace.clock() - began)
                 return [Decision(token, found, entropy, HIGH_PLANE)]
             guess = self._unsure(text, logits, most)
         except BaseException:  # Ctrl-C too: what the high planes made of a token must not be taken for what both make
@@ -185,20 +189,24 @@ class Escalation(Speculation):
             raise
         cache.keep(before)
         first, *others = self.verified(text, guess, began)
-        self._spent(1 + len(others), began)
+        self._took(1 + len(others), began)
         return [replace(first, margin=found, entropy=entropy), *others]
 
-    @property
-    def _rate(self) -> float:
-        """Tokens a second of late, where n-grams did not guess."""
-        tokens, seconds = map(sum, zip(*self._recent, strict=True))
-        return tokens / seconds
+    def _faster_verified(self, most: int) -> tuple[str, int] | None:
+        """What is to be guessed, and how much, where verifying all of it is faster than asking margins."""
+        if self._to_ask:
+            self._to_ask -= 1
+            return None
+        kind, length, rate = self.promise(most)
+        if kind is None or rate <= self.pace.rate:
+            return None
+        self._unasked += 1
+        if self._unasked >= UNASKED:
+            self._to_ask, self._unasked = TRIED, 0
+        return kind, length
 
-    def _spent(self, tokens: int, began: float) -> float:
-        """Notes and returns the seconds that tokens took."""
-        seconds = self.pace.clock() - began
-        self._recent.append((tokens, seconds))
-        return seconds
+    def _took(self, tokens: int, began: float) -> None:
+        self.pace.decided(tokens, self.pace.clock() - began)
 
     def _unsure(self, text: list[int], logits: torch.Tensor, most: int) -> Guess | None:
         """An unsure token with as many more guesses as are worth their time; nothing where it alone is not.
@@ -208,7 +216,7 @@ class Escalation(Speculation):
             logits: Of the high planes.
             most: Tokens at most.
         """
-        further = self.pace.further(most, self._rate) if self._recent else None
+        further = self.pace.further(most)
         if further is None:
             return None
         token, drawn_from = self.chosen(logits, text), None

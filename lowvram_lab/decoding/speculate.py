@@ -169,6 +169,7 @@ class Pace:
         self._true = {kind: [PRIOR * share, PRIOR] for kind, share in expected.items()}
         self._tokens, self._due = 0, Counter()
         self._one_at = 0  # when a token was last decoded by itself
+        self._decided: deque[tuple[int, float]] = deque(maxlen=MEMORY)
         self._tried_at = -REFRESH  # when guesses behind an unsure token were last tried without promising anything
 
     def took(self, what: object, seconds: float) -> None:
@@ -211,15 +212,27 @@ class Pace:
             best = max(best, (length, rate), key=lambda found: found[1])
         return best
 
-    def further(self, available: int, worth: float) -> int | None:
+    def decided(self, tokens: int, seconds: float) -> None:
+        """Notes what tokens took whose margins decided who computes them."""
+        self._decided.append((tokens, seconds))
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second where margins decide; 0 before there were any."""
+        tokens, seconds = map(sum, zip(*self._decided, strict=True)) if self._decided else (0, 1.0)
+        return tokens / seconds
+
+    def further(self, available: int) -> int | None:
         """How many tokens to guess behind an unsure one; ``None`` where verifying that one is not worth it either.
+
+        A second is worth the tokens that are had for it elsewhere.
 
         Args:
             available: Most tokens that may be guessed, the unsure one among them.
-            worth: Tokens that a second gives elsewhere.
         """
-        if self.wants_one:
+        if self.wants_one or not self._decided:
             return None
+        worth = self.rate
         share, share_behind = self.share(UNSURE), self.share(*HighPlane.kinds)
         best, gain = None, 1 - worth * self.seconds(1)
         for further in range(min(self.most, available)):
@@ -350,22 +363,27 @@ class Speculation:
     def _guess(self, text: list[int], most: int) -> Guess | None:
         """By whoever promises most tokens a second; nothing where that is no draft at all."""
         self.n_grams.reads(text)
-        if self.pace.wants_one:
-            return None
+        kind, length, _ = (None, 0, 0.0) if self.pace.wants_one else self.promise(most)
+        return self.made(kind, length, text) if kind else None
+
+    def promise(self, most: int) -> tuple[str | None, int, float]:
+        """Who is best asked behind the text that n-grams have read, for how many tokens, and the tokens a second."""
+        most = min(most, self.pace.most)
         seen_before = self.n_grams.guess(most) if most > 0 else None
         options = [(seen_before.kind, len(seen_before.tokens))] if seen_before else []
         options += [(kind, most) for kind in HighPlane.kinds if most > 0]
-        best, length, rate = None, 0, 0.0
+        best = None, 0, 0.0
         for kind, available in options:
-            its_length, its_rate = self.pace.length(kind, available)
-            if not its_length and self.pace.is_due(kind):
-                its_length = 1
-            if its_length and its_rate > rate:
-                best, length, rate = kind, its_length, its_rate
-        if best is None:
-            return None
-        if seen_before and best == seen_before.kind:
-            return Guess(best, seen_before.tokens[:length])
+            length, rate = self.pace.length(kind, available)
+            if not length and self.pace.is_due(kind):
+                length = 1
+            best = max(best, (kind, length, rate), key=lambda found: found[2]) if length else best
+        return best
+
+    def made(self, kind: str, length: int, text: list[int]) -> Guess:
+        """A kind's guess of so many tokens behind a text."""
+        if kind in NGrams.kinds:
+            return self.n_grams.guess(length)
         began = self.pace.clock()
         guess = self.high_plane.guess(text, length, self.sampling, self.generator)
         self.pace.took("draft", (self.pace.clock() - began) / length)

@@ -12,7 +12,7 @@ from lowvram_lab.decoding.decision import BOTH_PLANES, GUESS_BY_N_GRAMS, GUESS_O
 from lowvram_lab.decoding.decode import generate
 from lowvram_lab.decoding.escalate import escalate, margin
 from lowvram_lab.decoding.lean import LeanDecoder
-from lowvram_lab.decoding.speculate import UNSURE, Drafting, HighPlane, NGrams, Pace
+from lowvram_lab.decoding.speculate import UNSURE, Drafting, HighPlane, NGrams, Pace, speculate
 from lowvram_lab.sampling import Sampling
 from tests.decoding.test_drafting import BOTH, HIGH_ALONE, p_values
 from tests.decoding.test_two_planes import CASES
@@ -172,6 +172,19 @@ def test_guesses_that_come_true_are_many_and_those_that_do_not_are_none():
     of_a_token, decoder, drafting = paced(2.0, chain, other)
     assert drafting.acceptance < 0.2
     assert of_a_token < 1.6 * 1.05  # a token by the high planes, and one by both
+
+
+@pytest.mark.parametrize("cycle", [512, 9], ids=["nothing comes again", "all comes again"])
+@pytest.mark.parametrize("threshold", [0.5, 2.0], ids=["sure", "unsure"])
+def test_it_is_no_slower_than_verifying_everything(cycle, threshold):
+    """Where n-grams, or the high planes' drafts, do better than asking margins, they are asked."""
+    rows, chain = torch.arange(512), torch.zeros(512, 512)
+    chain[rows, (rows + 1) % cycle] = 1.0
+    of_a_token, decoder, drafting = paced(threshold, chain, chain, 800)
+    assert drafting.acceptance in (None, 1.0)
+    precise = ScriptedDecoder(chain, chain, seconds=seconds)
+    list(speculate(precise, torch.tensor([[1]]), max_new_tokens=800, pace=Pace(7, precise.clock)))
+    assert of_a_token < 1.1 * precise.now / 800
 
 
 @pytest.mark.usefixtures("compiling")
