@@ -44,7 +44,7 @@ test-all: $(STAMP) $(DRIVER) ## also the slow, network, GPU and browser tests (t
 	HF_HUB_OFFLINE=0 $(WORKERS) -m "" --cov --cov-report=term-missing $(ARGS)
 	$(call run_notebooks)
 
-browser: $(DRIVER) ## notebook 05's panels in a real browser (needs Chromium: apt-get install chromium)
+browser: $(DRIVER) ## the panels in a real browser (needs Chromium: apt-get install chromium)
 	$(BIN)/pytest -m browser tests/faces/test_browser.py $(ARGS)
 
 lab: $(STAMP) ## open the notebooks in JupyterLab

@@ -1,4 +1,4 @@
-"""Notebook 05 in JupyterLab and a real Chromium: its panels are moved with the keyboard and tried, as a reader would.
+"""Panels in JupyterLab and a real Chromium, moved and tried as a reader would: notebook 05's, and the precision's.
 
 ``make browser`` runs it. Without Chromium or playwright it is skipped, or fails where LOWVRAM_REQUIRE_BROWSER=1.
 Pictures of the panels, or of what was there when it failed, are kept in build/browser, or in the folder that
@@ -60,13 +60,31 @@ def browser():
         yield browser
 
 
+PRECISION = (
+    "import lowvram_lab as lab",
+    "source = lab.find_source('smollm2-135m')\n"
+    "plan = lab.Plan.uniform(source.spec(), 'int4+4', context=256)\n"
+    "model = lab.load(plan, lab.open_gpu(), checkpoint=source.checkpoint(), progress=False)",
+    "session = lab.ChatSession(model, source.tokenizer(), max_new_tokens=100, compiled=False, progress=False)\n"
+    "panel = lab.PrecisionPanel(session)\n"
+    "panel",
+)
+"""Cells of section 5 of notebook 08, whose conversion would take a minute."""
+
+
 @pytest.fixture
-def lab(browser, tmp_path):
-    """The address of a copy of the notebook, without outputs, in a JupyterLab that knows nothing of the user's own."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+def cells(request):
+    """Code that the notebook has; by default that of notebook 05."""
+    if hasattr(request, "param"):
+        return request.param
+    return [cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+
+
+@pytest.fixture
+def lab(browser, cells, tmp_path):
+    """The address of a notebook without outputs, in a JupyterLab that knows nothing of the user's own."""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     (tmp_path / "notebooks").mkdir()
     nbformat.write(notebook, tmp_path / "notebooks" / NOTEBOOK.name)
     for name, settings in SETTINGS.items():
@@ -238,4 +256,26 @@ def test_the_panels_of_notebook_05(page):
     assert row[0] == "1"
     assert len(row) == 9 and all(re.match(r"\d+\.\d+\b", cell) for cell in row[3:])
     expect(small.button).to_be_enabled()
+    assert_nothing_went_wrong(page)
+
+
+@pytest.mark.parametrize("cells", [PRECISION], indirect=True, ids=["precision"])
+def test_the_precision_panel(page):
+    run_all(page)
+    root = page.locator(".jp-OutputArea-output", has=page.get_by_role("button", name="Send"))
+    answer, message, memory = (root.locator(".widget-html").nth(at) for at in (-3, -2, -1))
+    for plane in ("high planes", "low planes"):
+        expect(memory).to_contain_text(plane)
+    root.get_by_label("message").fill("Tell me about the sea and the ships on it.")
+    root.get_by_role("button", name="Send").click()
+    expect(message).to_contain_text("tokens/s", timeout=TRY)
+    root.get_by_role("button", name="fast").click()  # while it answers
+    expect(root.get_by_role("button", name="Send")).to_be_visible(timeout=TRY)  # it says Stop until it is done
+    expect(answer).to_contain_text("the high plane alone")
+    expect(answer).to_contain_text("both planes")
+    assert "alone: 0 " not in answer.inner_text()
+    looks = answer.locator("span").evaluate_all("them => new Set(them.map(it => it.style.background)).size")
+    assert looks >= 2
+    root.evaluate("it => it.scrollIntoView()")
+    page.screenshot(path=ARTEFACTS / "precision_panel.png")
     assert_nothing_went_wrong(page)
