@@ -55,10 +55,11 @@ def task_table(
 
     Returns:
         One row a kind: ``tokens`` of the answers; ``same`` (of the precise answers' tokens, those that plain decoding
-        gives as well: all); ``acceptance`` of the drafts; ``escalated`` (share of the tokens that ``auto`` leaves to
-        both planes); ``fast_agrees`` and ``auto_agrees`` (at how many places of the precise answer the high planes, and
-        ``auto``, say the same next token); and ``plain``, ``precise``, ``auto``, ``fast`` in tokens a second. A
-        DataFrame.
+        gives as well: all); ``acceptance`` of the drafts; ``unsure`` (of the precise answers' tokens, those before
+        which the high planes' margin is below the threshold); ``escalated`` (share of ``auto``'s tokens that both
+        planes compute: unsure ones, and those that are verified because that takes no longer); ``fast_agrees`` and
+        ``auto_agrees`` (at how many places of the precise answer the high planes, and ``auto`` at least, say the same
+        next token); and ``plain``, ``precise``, ``auto``, ``fast`` in tokens a second. A DataFrame.
 
     Raises:
         LowvramError: The model has no low planes, or there is no such kind.
@@ -110,6 +111,7 @@ class _Runner:
             "drafted": sum(drafting["precise"].drafted.values()),
             "accepted": sum(drafting["precise"].accepted.values()),
             "escalated": sum(decision.both for decision in drafting["auto"].decisions),
+            "unsure": int((margins.margins < self.threshold).sum()),
             "unsure_flips": int(margins.flips[margins.margins < self.threshold].sum()),
             "flips": int(margins.flips.sum()),
         }
@@ -140,13 +142,15 @@ def _row(answers: list[dict]) -> dict:
     tokens = sum(map(len, precise))
     plain = [answer["found"]["plain"] for answer in answers]
     same = sum(a == b for pair in zip(precise, plain, strict=True) for a, b in zip(*pair, strict=False))
-    sums = {name: sum(answer[name] for answer in answers) for name in ("drafted", "accepted", "escalated", "flips")}
+    counted = "drafted", "accepted", "unsure", "escalated", "flips"
+    sums = {name: sum(answer[name] for answer in answers) for name in counted}
     kept_flips = sums["flips"] - sum(answer["unsure_flips"] for answer in answers)
     autos = sum(len(answer["found"]["auto"]) for answer in answers)
     return {
         "tokens": tokens,
         "same": same / max(1, tokens),
         "acceptance": sums["accepted"] / max(1, sums["drafted"]),
+        "unsure": sums["unsure"] / max(1, tokens),
         "escalated": sums["escalated"] / max(1, autos),
         "fast_agrees": 1 - sums["flips"] / max(1, tokens),
         "auto_agrees": 1 - kept_flips / max(1, tokens),

@@ -29,7 +29,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.sampling import Sampling, distribution
 
-UNASKED, TRIED = 24, 4
+UNASKED, TRIED = 48, 3
 """Passes that verify all guesses, because that is faster, after which margins are asked again, and how often."""
 
 
