@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas
 import torch
 
-from lowvram_lab.chat.margins import TOKENS, WINDOW, margins_of
+from lowvram_lab.chat.margins import MOST_TOKENS, WINDOW, margins_of
 from lowvram_lab.chat.prompt import chat_ids
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.tasks import task_table, tasks
@@ -79,8 +79,8 @@ def sixteen_bits(name: str, tokenizer, threads: int) -> float:
 
 def flips(model, tokenizer, text: str, calibration: str | None) -> list[dict]:
     """What ``auto`` says otherwise than both planes on a text, at thresholds found on another."""
-    known = margins_of(model, tokenizer, calibration, progress=False)
-    windows = equal_windows(plain_ids(tokenizer, text), first_ids(tokenizer), WINDOW)[: TOKENS // WINDOW]
+    known = margins_of(model, tokenizer, calibration, tokens=MOST_TOKENS, progress=False)
+    windows = equal_windows(plain_ids(tokenizer, text), first_ids(tokenizer), WINDOW)[: MOST_TOKENS // WINDOW]
     met = Margins.joined([read_margins(model, window) for window in windows])
     rows = []
     for rate in RATES:

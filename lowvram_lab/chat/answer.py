@@ -14,10 +14,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.live import LiveDecoder
-from lowvram_lab.chat.margins import margins_of
+from lowvram_lab.chat.margins import margins_of, tokens_for
 from lowvram_lab.chat.prompt import StopStrings, stop_ids
 from lowvram_lab.decoding.decision import Decision
-from lowvram_lab.decoding.escalate import check_flip_rate
+from lowvram_lab.decoding.escalate import Margins, check_flip_rate
 from lowvram_lab.decoding.speculate import Drafting
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
@@ -85,6 +85,7 @@ class Session(Generic[Question]):
         flip_rate: Of ``"auto"``: the share of tokens that may differ from what both planes would have said; 0.01 until
             it is set.
         decisions: How each token of the latest answer was decided, and by which planes.
+        margins: Of ``"auto"``: where the high planes are unsure; the library's text's until others are set.
         least_tokens_per_s: Of weights in two planes: where both are slower than this, the high ones decode the rest of
             an answer; the next one is begun by both again. ``None`` until it is set.
     """
@@ -103,7 +104,7 @@ class Session(Generic[Question]):
     ):
         self.model, self.tokenizer, self._flip_rate = model, tokenizer, FLIP_RATE
         self.decisions: list[Decision] = []
-        self._progress, self._margins = progress, None
+        self._progress, self._margins, self._margins_of_tokens = progress, None, 0
         self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling()
         self.turns: list[TurnStats] = []
         self._stop_ids, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
@@ -132,6 +133,18 @@ class Session(Generic[Question]):
         self._flip_rate = rate
 
     @property
+    def margins(self) -> Margins | None:
+        """Where the high planes are unsure, as ``"auto"`` takes it; read off the library's text when it is needed.
+
+        Set, it is what was set: ``margins_of`` of a text like what is asked.
+        """
+        return self._margins
+
+    @margins.setter
+    def margins(self, margins: Margins) -> None:
+        self._margins, self._margins_of_tokens = margins, math.inf
+
+    @property
     def least_tokens_per_s(self) -> float | None:
         """See the class."""
         return self._live.least_tokens_per_s
@@ -148,8 +161,10 @@ class Session(Generic[Question]):
 
     def _threshold(self) -> float:
         """From which margin on the high planes are believed."""
-        if self._margins is None:
-            self._margins = margins_of(self.model, self.tokenizer, progress=self._progress)
+        wanted = tokens_for(self._flip_rate)
+        if self._margins is None or wanted > self._margins_of_tokens:
+            self._margins = margins_of(self.model, self.tokenizer, tokens=wanted, progress=self._progress)
+            self._margins_of_tokens = wanted
         return self._margins.threshold(self._flip_rate)
 
     def unsure(self, top: int = 10) -> pandas.DataFrame:

@@ -13,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lowvram_lab.chat.margins import margins_of
+from lowvram_lab.chat.margins import margins_of, tokens_for
 from lowvram_lab.chat.prompt import chat_ids, stop_ids
 from lowvram_lab.decoding.decode import Decoder, generate
 from lowvram_lab.decoding.escalate import escalate, read_margins
@@ -64,7 +64,8 @@ def task_table(
     Raises:
         LowvramError: The model has no low planes, or there is no such kind.
     """
-    threshold = margins_of(model, tokenizer, progress=progress).threshold(flip_rate)
+    margins = margins_of(model, tokenizer, tokens=tokens_for(flip_rate), progress=progress)
+    threshold = margins.threshold(flip_rate)
     chosen = {kind: _questions(kind) for kind in (kinds or tasks())}
     runner = _Runner(decoder_for(model, progress=progress), stop_ids(model, tokenizer), threshold, max_new_tokens)
     rows = []

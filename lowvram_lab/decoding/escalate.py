@@ -172,8 +172,11 @@ class Escalation(Speculation):
         if cache.forgettable < 1:  # the high planes' key could not be taken back
             return self.verified(text, None, began)
         self.n_grams.reads(text)
-        if (kind_and_length := self._faster_verified(most)) is not None:
-            return self.verified(text, self.made(*kind_and_length, text), began)
+        kind, length, rate = self._faster_verified(most)
+        if kind is not None:
+            decisions = self.verified(text, self.made(kind, length, text), began)
+            self.pace.gave_of(rate * (self.pace.clock() - began), len(decisions))
+            return decisions
         before = cache.get_seq_length()
         try:
             logits = self.decoder.decode_fast(torch.tensor([text[-1:]]))
@@ -192,18 +195,18 @@ class Escalation(Speculation):
         self._took(1 + len(others), began)
         return [replace(first, margin=found, entropy=entropy), *others]
 
-    def _faster_verified(self, most: int) -> tuple[str, int] | None:
-        """What is to be guessed, and how much, where verifying all of it is faster than asking margins."""
+    def _faster_verified(self, most: int) -> tuple[str | None, int, float]:
+        """Whose guesses to verify, all of them, how many, and what they promise; nothing where margins do better."""
         if self._to_ask:
             self._to_ask -= 1
-            return None
+            return None, 0, 0.0
         kind, length, rate = self.promise(most)
-        if kind is None or rate <= self.pace.rate:
-            return None
+        if rate * self.pace.honesty <= self.pace.rate:
+            return None, 0, 0.0
         self._unasked += 1
         if self._unasked >= UNASKED:
             self._to_ask, self._unasked = TRIED, 0
-        return kind, length
+        return kind, length, rate
 
     def _took(self, tokens: int, began: float) -> None:
         self.pace.decided(tokens, self.pace.clock() - began)

@@ -170,6 +170,7 @@ class Pace:
         self._tokens, self._due = 0, Counter()
         self._one_at = 0  # when a token was last decoded by itself
         self._decided: deque[tuple[int, float]] = deque(maxlen=MEMORY)
+        self._given: deque[tuple[int, float]] = deque(maxlen=MEMORY)
         self._tried_at = -REFRESH  # when guesses behind an unsure token were last tried without promising anything
 
     def took(self, what: object, seconds: float) -> None:
@@ -221,6 +222,16 @@ class Pace:
         """Tokens a second where margins decide; 0 before there were any."""
         tokens, seconds = map(sum, zip(*self._decided, strict=True)) if self._decided else (0, 1.0)
         return tokens / seconds
+
+    def gave_of(self, promised: float, tokens: int) -> None:
+        """Notes how many tokens came where so many were promised."""
+        self._given.append((tokens, promised))
+
+    @property
+    def honesty(self) -> float:
+        """Tokens that came over those promised: what is between passes is in no promise."""
+        tokens, promised = map(sum, zip(*self._given, strict=True)) if self._given else (1, 1.0)
+        return tokens / promised
 
     def further(self, available: int) -> int | None:
         """How many tokens to guess behind an unsure one; ``None`` where verifying that one is not worth it either.

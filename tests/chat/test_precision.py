@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lowvram_lab.chat.live import LiveDecoder
-from lowvram_lab.chat.margins import margins_of
+from lowvram_lab.chat.margins import margins_of, tokens_for
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.decoding.escalate import Margins
 from lowvram_lab.decoding.speculate import HighPlane, NGrams
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.engine.loaded import loaded
@@ -37,6 +38,7 @@ def two_windows_of_calibration(monkeypatch, tmp_path, request):
     if "compiling" not in request.fixturenames:  # what is compiled is kept
         monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path))
     monkeypatch.setattr("lowvram_lab.chat.margins.TOKENS", 512)
+    monkeypatch.setattr("lowvram_lab.chat.margins.FLIPS", 1)
 
 
 def chat(model, **options):
@@ -213,6 +215,29 @@ def test_a_plan_that_is_fast_has_its_low_planes_and_so_its_margins():
     session.precision = "auto"
     assert len(session.ask("hi")) == 12
     assert len(session.unsure()) == 10
+
+
+@pytest.mark.parametrize("rate, tokens", [(0, 24576), (0.001, 24576), (0.01, 15000), (0.03, 8192), (1, 8192)])
+def test_the_rarer_flips_are_to_be_the_more_text_is_read(rate, tokens):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowvram_lab.chat.margins.TOKENS", 8192)
+        patch.setattr("lowvram_lab.chat.margins.FLIPS", 150)
+        assert tokens_for(rate) == tokens
+
+
+def test_more_is_read_for_a_rarer_rate_and_nothing_for_margins_that_are_given(model, monkeypatch):
+    monkeypatch.setattr("lowvram_lab.chat.margins.FLIPS", 100)
+    session = chat(model, precision="auto")
+    of_a_hundredth = len(session.margins.flips)
+    session.flip_rate = 0.5
+    session.ask("hi")
+    assert len(session.margins.flips) == of_a_hundredth  # they say more than is needed
+    session.flip_rate = 0.005
+    session.ask("hi")
+    assert len(session.margins.flips) > of_a_hundredth
+    session.margins = given = Margins(torch.tensor([2.0, 1.0]), torch.tensor([False, True]))
+    session.ask("hi")
+    assert session.margins is given
 
 
 def counting(monkeypatch):

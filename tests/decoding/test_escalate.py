@@ -29,7 +29,7 @@ def margins_of(pairs):
 
 @given(
     st.lists(st.tuples(st.integers(0, 12).map(lambda n: n / 8), st.booleans()), min_size=1, max_size=60),
-    st.one_of(st.floats(0, 1), st.integers(0, 20).map(lambda n: n / 20)),
+    st.one_of(st.floats(0, 1).map(lambda rate: round(rate, 6)), st.integers(0, 20).map(lambda n: n / 20)),
 )
 @settings(max_examples=300, deadline=None)
 def test_of_all_thresholds_that_keep_the_rate_it_is_the_smallest(pairs, rate):

@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWVRAM_CACHE", str(place / "cache"))
         patch.setattr("lowvram_lab.chat.margins.TOKENS", 1024)
+        patch.setattr("lowvram_lab.chat.margins.FLIPS", 1)
         yield place
 
 
