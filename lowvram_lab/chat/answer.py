@@ -110,8 +110,6 @@ class Session(Generic[Question]):
         self._stop_ids, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
         self._live = LiveDecoder(model, compiled, progress, precision, self._threshold)
         self._live.begun()  # now: compiling and allocating are no part of the first answer
-        if self.precision == "auto":
-            self._threshold()
 
     @property
     def precision(self) -> str | None:
@@ -239,6 +237,8 @@ class Answer(Generic[Question]):
         self._live = session._live
         self._gpu = loaded(session.model).gpu
         self._ended, self._first_at = False, None
+        if session.precision == "auto":
+            session._threshold()  # read once, and no part of the answer
         self._started = time.perf_counter()
         self._live.come_back()
         self._cached = self._live.reuse(prompt)

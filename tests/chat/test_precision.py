@@ -228,6 +228,8 @@ def test_the_rarer_flips_are_to_be_the_more_text_is_read(rate, tokens):
 def test_more_is_read_for_a_rarer_rate_and_nothing_for_margins_that_are_given(model, monkeypatch):
     monkeypatch.setattr("lowvram_lab.chat.margins.FLIPS", 100)
     session = chat(model, precision="auto")
+    assert session.margins is None
+    session.ask("hi")
     of_a_hundredth = len(session.margins.flips)
     session.flip_rate = 0.5
     session.ask("hi")
