@@ -63,9 +63,9 @@ def browser():
 PRECISION = (
     "import lowvram_lab as lab",
     "source = lab.find_source('smollm2-135m')\n"
-    "plan = lab.Plan.uniform(source.spec(), 'int4+4', context=256)\n"
+    "plan = lab.Plan.uniform(source.spec(), 'int4+4', context=1024)\n"
     "model = lab.load(plan, lab.open_gpu(), checkpoint=source.checkpoint(), progress=False)",
-    "session = lab.ChatSession(model, source.tokenizer(), max_new_tokens=100, compiled=False, progress=False)\n"
+    "session = lab.ChatSession(model, source.tokenizer(), max_new_tokens=500, compiled=False, progress=False)\n"
     "panel = lab.PrecisionPanel(session)\n"
     "panel",
 )
@@ -262,7 +262,7 @@ def test_the_panels_of_notebook_05(page):
 @pytest.mark.parametrize("cells", [PRECISION], indirect=True, ids=["precision"])
 def test_the_precision_panel(page):
     run_all(page)
-    root = page.locator(".jp-OutputArea-output", has=page.get_by_role("button", name="Send"))
+    root = page.locator(".jp-OutputArea-output", has=page.get_by_role("button", name="precise"))
     answer, message, memory = (root.locator(".widget-html").nth(at) for at in (-3, -2, -1))
     for plane in ("high planes", "low planes"):
         expect(memory).to_contain_text(plane)
