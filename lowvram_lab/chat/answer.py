@@ -237,8 +237,6 @@ class Answer(Generic[Question]):
         self._live = session._live
         self._gpu = loaded(session.model).gpu
         self._ended, self._first_at = False, None
-        if session.precision == "auto":
-            session._threshold()  # read once, and no part of the answer
         self._started = time.perf_counter()
         self._live.come_back()
         self._cached = self._live.reuse(prompt)
@@ -262,8 +260,10 @@ class Answer(Generic[Question]):
         while True:
             fed, made = self.prompt + self.tokens, len(self.tokens)
             try:
+                self._read_margins()
                 yield from self._until_full(fed, made)
             except torch.OutOfMemoryError as error:
+                self._live.holds(self.prompt + self.tokens)  # where low planes alone leave, the cache stays
                 self._live.step_down(error)
                 self.prompt = self.session._prompt(self.question, len(self.tokens))
                 continue
@@ -273,6 +273,13 @@ class Answer(Generic[Question]):
             self._live.holds(fed + self.tokens[made:])
             self.prompt = self.session._prompt(self.question, len(self.tokens))
         yield from self._held_back()
+
+    def _read_margins(self) -> None:
+        """Reads them where they are wanted and not known, once for all answers, and so no part of this one's time."""
+        if self.session.precision == "auto":
+            began = time.perf_counter()
+            self.session._threshold()
+            self._started += time.perf_counter() - began
 
     def _until_full(self, fed: list[int], made: int) -> Iterator[str]:
         """Goes on after ``fed`` until the answer ends, or the context or the longest answer is reached."""

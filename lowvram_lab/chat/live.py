@@ -121,13 +121,14 @@ class LiveDecoder:
         """
         fed, left = list(ids), max_new_tokens
         while True:
-            precision = self._affordable
+            precision, took = self._affordable, deque(maxlen=JUDGED_TOKENS)
             stream = self._stream(precision, fed, left, stop_ids, sampling, made + len(fed) - len(ids))
-            for token in self._judged(stream, precision):
+            for token, seconds in _timed(stream):
                 yield token
                 fed.append(token)
                 left -= 1
-                if self._affordable != precision and left:
+                took.extend([] if seconds is None else [seconds])
+                if left and self._judged(precision, took) != precision:
                     break
             else:
                 return
@@ -139,21 +140,16 @@ class LiveDecoder:
         """The precision that tokens are decoded by now."""
         return "fast" if self._too_slow else self.precision
 
-    def _judged(self, tokens: Iterator[int], precision: str | None) -> Iterator[int]:
-        """The tokens; notes where both planes are too slow. The reader's time does not count, nor the prompt's."""
-        least, took, first = self.least_tokens_per_s, deque(maxlen=JUDGED_TOKENS), True
-        began = time.perf_counter()
-        for token in tokens:
-            if not first:
-                took.append(time.perf_counter() - began)
-            first = False
-            if least and precision != "fast" and len(took) == JUDGED_TOKENS and sum(took) * least > JUDGED_TOKENS:
-                self._too_slow = True
-                text = f"both planes ({JUDGED_TOKENS / sum(took):.3g} tokens/s, at least {least:g} wanted)"
-                logger.warning("too slow; going on by the high planes, without %s", text)
-                self.given_up.append(text)
-            yield token
-            began = time.perf_counter()
+    def _judged(self, precision: str | None, took: deque[float]) -> str | None:
+        """The precision of the next token, after the latest ones by this one took so many seconds each."""
+        least = self.least_tokens_per_s
+        if least and precision != "fast" and len(took) == JUDGED_TOKENS and sum(took) * least > JUDGED_TOKENS:
+            self._too_slow = True
+            speed = JUDGED_TOKENS / sum(took)
+            text = f"the high planes alone (both made {speed:.3g} tokens/s, at least {least:g} were wanted)"
+            logger.warning("too slow; going on with %s", text)
+            self.given_up.append(text)
+        return self._affordable
 
     def _stream(
         self,
@@ -270,6 +266,14 @@ class LiveDecoder:
         replan(self.model, plan, progress=False)
         if stays:
             self._held, self._kept = held, cache
+
+
+def _timed(tokens: Iterator[int]) -> Iterator[tuple[int, float | None]]:
+    """Tokens, and seconds that each took, without the reader's time; of the first, which is the prompt's, ``None``."""
+    began = None
+    for token in tokens:
+        yield token, None if began is None else time.perf_counter() - began
+        began = time.perf_counter()
 
 
 def is_whole(cache: PreallocatedCache) -> bool:

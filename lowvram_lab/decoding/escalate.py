@@ -27,10 +27,7 @@ from lowvram_lab.decoding.speculate import (
 )
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.sampling import Sampling, distribution
-
-UNASKED, TRIED = 48, 3
-"""Passes that verify all guesses, because that is faster, after which margins are asked again, and how often."""
+from lowvram_lab.sampling import Sampling, distribution, penalised
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,6 @@ class Escalation(Speculation):
     ):
         super().__init__(decoder, sampling, pace, drafting)
         self._threshold = threshold
-        self._to_ask = 0 if self.pace.rate else TRIED  # times that margins are asked, whatever else is faster
-        self._unasked = 0  # passes since they were
 
     def cycle(self, text: list[int], left: int) -> list[Decision]:
         """See ``Speculation``; one token where the high planes are sure of it.
@@ -172,15 +167,16 @@ class Escalation(Speculation):
         if cache.forgettable < 1:  # the high planes' key could not be taken back
             return self.verified(text, None, began)
         self.n_grams.reads(text)
-        kind, length, rate = self._faster_verified(most)
-        if kind is not None:
+        kind, length, rate = self.promise(most)
+        if kind is not None and not self.pace.asks_margins(rate):
             decisions = self.verified(text, self.made(kind, length, text), began)
-            self.pace.gave_of(rate * (self.pace.clock() - began), len(decisions))
+            self.pace.came_of(kind, length, rate, len(decisions), self.pace.clock() - began)
             return decisions
         before = cache.get_seq_length()
         try:
             logits = self.decoder.decode_fast(torch.tensor([text[-1:]]))
-            found, entropy = margin(logits).item(), _entropy(logits)
+            seen = seen_tokens(self.sampling, text, logits)  # a penalty may bring the second token near
+            found, entropy = margin(penalised(logits, self.sampling, seen)).item(), _entropy(logits)
             if found >= self._threshold:
                 token = self.chosen(logits, text)
                 self._took(1, began)
@@ -194,19 +190,6 @@ class Escalation(Speculation):
         first, *others = self.verified(text, guess, began)
         self._took(1 + len(others), began)
         return [replace(first, margin=found, entropy=entropy), *others]
-
-    def _faster_verified(self, most: int) -> tuple[str | None, int, float]:
-        """Whose guesses to verify, all of them, how many, and what they promise; nothing where margins do better."""
-        if self._to_ask:
-            self._to_ask -= 1
-            return None, 0, 0.0
-        kind, length, rate = self.promise(most)
-        if rate * self.pace.honesty <= self.pace.rate:
-            return None, 0, 0.0
-        self._unasked += 1
-        if self._unasked >= UNASKED:
-            self._to_ask, self._unasked = TRIED, 0
-        return kind, length, rate
 
     def _took(self, tokens: int, began: float) -> None:
         self.pace.decided(tokens, self.pace.clock() - began)

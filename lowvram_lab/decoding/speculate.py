@@ -48,6 +48,9 @@ SHARE = 0.01
 KEPT = 9
 """Latest timings of a pass, whose median counts."""
 
+UNASKED, TRIED = 48, 3
+"""Passes that verify all guesses, because that is faster, after which margins are asked again, and how often."""
+
 REFRESH = 64
 """Tokens after which one is decoded by itself again, to know what drafts have to beat."""
 
@@ -171,6 +174,7 @@ class Pace:
         self._one_at = 0  # when a token was last decoded by itself
         self._decided: deque[tuple[int, float]] = deque(maxlen=MEMORY)
         self._given: deque[tuple[int, float]] = deque(maxlen=MEMORY)
+        self._to_ask, self._asked, self._unasked = TRIED, 0, 0
         self._tried_at = -REFRESH  # when guesses behind an unsure token were last tried without promising anything
 
     def took(self, what: object, seconds: float) -> None:
@@ -219,19 +223,37 @@ class Pace:
 
     @property
     def rate(self) -> float:
-        """Tokens a second where margins decide; 0 before there were any."""
-        tokens, seconds = map(sum, zip(*self._decided, strict=True)) if self._decided else (0, 1.0)
+        """Tokens a second where margins decide, the slowest pass left out, which may be a stall; 0 before any."""
+        counted = sorted(self._decided, key=lambda taken: taken[1] / taken[0])
+        counted = counted[: len(counted) - (len(counted) > TRIED)]
+        tokens, seconds = map(sum, zip(*counted, strict=True)) if counted else (0, 1.0)
         return tokens / seconds
 
-    def gave_of(self, promised: float, tokens: int) -> None:
-        """Notes how many tokens came where so many were promised."""
-        self._given.append((tokens, promised))
+    def came_of(self, kind: str, length: int, rate: float, tokens: int, seconds: float) -> None:
+        """Notes what a guess gave that promised a rate, in tokens a second; a stall counts for twice its time."""
+        self._given.append((tokens, min(rate * seconds, 2 * expected_tokens(self.share(kind), length))))
 
     @property
     def honesty(self) -> float:
         """Tokens that came over those promised: what is between passes is in no promise."""
         tokens, promised = map(sum, zip(*self._given, strict=True)) if self._given else (1, 1.0)
         return tokens / promised
+
+    def asks_margins(self, rate: float) -> bool:
+        """Whether margins decide the next token, rather than that all guesses are verified, which promises a rate.
+
+        The faster way; the other is tried now and then: texts change, and what was measured may have been a stall.
+        """
+        if self._to_ask:
+            self._to_ask -= 1
+            return True
+        if rate * self.honesty <= self.rate and self._asked < REFRESH:
+            self._asked += 1
+            return True
+        self._asked, self._unasked = 0, self._unasked + 1
+        if self._unasked >= UNASKED:
+            self._to_ask, self._unasked = TRIED, 0
+        return False
 
     def further(self, available: int) -> int | None:
         """How many tokens to guess behind an unsure one; ``None`` where verifying that one is not worth it either.

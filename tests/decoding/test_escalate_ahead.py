@@ -187,6 +187,46 @@ def test_it_is_no_slower_than_verifying_everything(cycle, threshold):
     assert of_a_token < 1.1 * precise.now / 800
 
 
+class Stalling(ScriptedDecoder):
+    """One pass of a kind takes long."""
+
+    stalls = None
+
+    def _pass(self, what, *rest):
+        if self.stalls and what in self.stalls:
+            self.now, self.stalls = self.now + 8, None
+        return super()._pass(what, *rest)
+
+
+@pytest.mark.parametrize("stalls", [range(3, 9), ("fast",)], ids=["verifying", "high plane"])
+@pytest.mark.parametrize("fast", [0.6, 0.2], ids=["both planes are near", "both planes are dear"])
+def test_a_stall_is_forgotten(stalls, fast):
+    """Over several short answers at one pace, as of a chat: the last of them take what they take without it."""
+    rows, chain, took = torch.arange(512), torch.zeros(512, 512), []
+    chain[rows, (rows + 1) % 9] = 1.0
+    for at in (None, stalls):
+        decoder = Stalling(
+            chain, chain, seconds=lambda what: {"fast": fast, "draft": fast * 0.7}.get(what) or seconds(what)
+        )
+        decoder.stalls, pace = at, Pace(7, decoder.clock)
+        for _ in range(12):
+            before = decoder.now
+            list(escalate(decoder, torch.tensor([[1]]), threshold=0.5, max_new_tokens=60, pace=pace))
+        took.append(decoder.now - before)
+        assert decoder.stalls is None
+    assert took[1] < 1.25 * took[0]  # where margins and guesses are nearly as fast, which of them is left to chance
+
+
+def test_where_a_penalty_brings_the_second_token_near_the_high_planes_are_unsure():
+    chain = torch.full((8, 8), -5.0)
+    chain[:, 3], chain[:, 5] = 10.0, 6.1
+    decoder, drafting = ScriptedDecoder(chain, chain), Drafting()
+    options = {"sampling": Sampling(repetition_penalty=1.6), "pace": Always(), "drafting": drafting}
+    list(escalate(decoder, torch.tensor([[3, 1]]), threshold=2.0, max_new_tokens=2, **options))
+    assert drafting.decisions[1].margin == pytest.approx(abs(10 / 1.6 - 6.1), abs=1e-5)
+    assert drafting.decisions[1].both
+
+
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the CPU")
 @pytest.mark.parametrize(("kind", "kv_format"), CASES)

@@ -66,8 +66,8 @@ class Always:
     def __init__(self, *kinds, most=3):
         self.kinds, self.most, self.wants_one = kinds, most, False
         self.clock = lambda: 0.0
-        self.took = self.learns = self.gave = self.decided = self.gave_of = lambda *args: None
-        self.rate, self.honesty = 0.5, 1.0
+        self.took = self.learns = self.gave = self.decided = self.came_of = lambda *args: None
+        self.asks_margins = lambda rate: False
 
     def length(self, kind, available):
         return (min(self.most, available), 1.0) if kind in self.kinds else (0, 0.0)

@@ -199,5 +199,5 @@ def _turn_line(turn: TurnStats) -> str:
     elif turn.precise_tokens is not None:
         planes = f", {turn.precise_tokens} of {turn.new_tokens} tokens by both planes"
     speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
-    less = f"; given up: {'; '.join(turn.given_up)}" if turn.given_up else ""
+    less = f"; went on with less: {'; '.join(turn.given_up)}" if turn.given_up else ""
     return f"[first token {turn.ttft_s:.2f} s{speed}{planes}, peak {format_bytes(turn.peak_bytes)}{less}]"
