@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas
 import torch
 
-from lowvram_lab.chat.margins import MOST_TOKENS, WINDOW, margins_of
+from lowvram_lab.chat.margins import MOST_TOKENS, WINDOW, margins_of, tokens_for
 from lowvram_lab.chat.prompt import chat_ids
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.tasks import task_table, tasks
@@ -32,6 +32,7 @@ from lowvram_lab.engine.load import load
 from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import PRECISIONS
 from lowvram_lab.model.source import find_source
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 
@@ -79,11 +80,11 @@ def sixteen_bits(name: str, tokenizer, threads: int) -> float:
 
 def flips(model, tokenizer, text: str, calibration: str | None) -> list[dict]:
     """What ``auto`` says otherwise than both planes on a text, at thresholds found on another."""
-    known = margins_of(model, tokenizer, calibration, tokens=MOST_TOKENS, progress=False)
     windows = equal_windows(plain_ids(tokenizer, text), first_ids(tokenizer), WINDOW)[: MOST_TOKENS // WINDOW]
     met = Margins.joined([read_margins(model, window) for window in windows])
     rows = []
     for rate in RATES:
+        known = margins_of(model, tokenizer, calibration, tokens=tokens_for(rate), progress=False)
         threshold = known.threshold(rate)
         believed = met.margins >= threshold
         rows.append(
@@ -100,15 +101,28 @@ def flips(model, tokenizer, text: str, calibration: str | None) -> list[dict]:
 
 
 def switches(model, tokenizer) -> dict:
-    """Seconds of a switch between two tokens, and whether a chat that switches keeps its history and its cache."""
-    session, took = ChatSession(model, tokenizer, max_new_tokens=SWITCHES, progress=False), []
-    for at, _ in enumerate(session.send("Tell me a story about a fox and a river.")):
+    """Seconds that the next piece of an answer takes after a switch, and others; and whether a chat keeps its cache."""
+    session = ChatSession(model, tokenizer, max_new_tokens=4 * SWITCHES, progress=False)
+    for precision in PRECISIONS:  # margins are read, passes timed
+        session.precision = precision
+        session.ask("Tell me a story about a fox.")
+    answer, took = session.send("Tell me a story about a river and a bridge."), {"set": [], "next": [], "ordinary": []}
+    next(answer)
+
+    def timed(name: str, call) -> None:
         began = time.perf_counter()
-        session.precision = ("fast", "precise", "auto")[at % 3]
-        took.append(time.perf_counter() - began)
+        call()
+        took[name].append(time.perf_counter() - began)
+
+    for at in range(SWITCHES):
+        timed("set", lambda at=at: setattr(session, "precision", PRECISIONS[at % 3]))
+        timed("next", lambda: next(answer))
+        timed("ordinary", lambda: next(answer))
+    answer.close()
     session.precision = "precise"
     session.ask("And then?")
-    return {"switches": len(took), "worst_s": max(took), "cached_after": session.turns[-1].cached_tokens}
+    medians = {f"{name}_s": statistics.median(values) for name, values in took.items()}
+    return {"switches": SWITCHES, **medians, "cached_after": session.turns[-1].cached_tokens}
 
 
 def main() -> None:
