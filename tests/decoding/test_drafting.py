@@ -21,7 +21,7 @@ from lowvram_lab.decoding.speculate import (
     speculate,
 )
 from lowvram_lab.sampling import Sampling, distribution
-from tests.helpers.scripted import Always, ScriptedDecoder
+from tests.helpers.scripted import Always, ScriptedDecoder, interrupting
 from tests.helpers.tiny import seeded
 
 (HIGH,) = HighPlane.kinds
@@ -340,16 +340,7 @@ def test_closed_early_the_cache_holds_what_was_read_and_perhaps_more(read):
 @pytest.mark.parametrize("method", ["draft", "decode_several"])
 def test_an_interrupt_leaves_the_cache_as_it_was(method, at, monkeypatch):
     made, decoder = answer()
-    inner, left = getattr(decoder, method), [at]
-
-    def interrupted(tokens):
-        found = inner(tokens)  # the worst moment: it is all written
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return found
-
-    monkeypatch.setattr(decoder, method, interrupted)
+    monkeypatch.setattr(decoder, method, interrupting(getattr(decoder, method), at))
     tokens = []
     with pytest.raises(KeyboardInterrupt):
         tokens.extend(made)

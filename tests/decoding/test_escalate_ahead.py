@@ -17,7 +17,7 @@ from lowvram_lab.sampling import Sampling
 from tests.decoding.test_drafting import BOTH, HIGH_ALONE, p_values
 from tests.decoding.test_two_planes import CASES
 from tests.helpers.planes import in_two_planes
-from tests.helpers.scripted import Always, ScriptedDecoder
+from tests.helpers.scripted import Always, ScriptedDecoder, interrupting
 from tests.helpers.tiny import random_ids, seeded
 
 CHAIN = seeded(300, 300, seed=5)
@@ -128,16 +128,7 @@ def test_it_stays_within_the_context(room):
 def test_an_interrupt_leaves_nothing_of_an_undecided_token(method, at, monkeypatch):
     expected = list(answer(0.3)[0])
     made, decoder, drafting = answer(0.3)
-    inner, left = getattr(decoder, method), [at]
-
-    def interrupted(tokens):
-        found = inner(tokens)  # the worst moment: it is all written
-        left[0] -= 1
-        if not left[0]:
-            raise KeyboardInterrupt
-        return found
-
-    monkeypatch.setattr(decoder, method, interrupted)
+    monkeypatch.setattr(decoder, method, interrupting(getattr(decoder, method), at))
     tokens = []
     with pytest.raises(KeyboardInterrupt):
         tokens.extend(made)
