@@ -61,7 +61,7 @@ print(json.dumps({"seconds": seconds, "before": host.before_rss_bytes, "peak": h
 
 def convert(model: str, reduce: str, output: Path, kill_after: float | None = None) -> dict | None:
     """Runs ``lowvram convert``; killed after so many seconds, if it is still running, it returns None."""
-    command = [sys.executable, "-m", "lowvram_lab.faces.cli.main", "convert", "--input", model, "--output", str(output)]
+    command = [sys.executable, "-m", "lowvram_lab.cli.main", "convert", "--input", model, "--output", str(output)]
     process = subprocess.Popen(
         [*command, "--reduce", reduce, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,1 +1,1 @@
-"""What people touch: pictures, panels, exercises and the command line. The only place that imports their libraries."""
+"""What people look at and touch: pictures, panels and exercises. The only place that imports their libraries."""

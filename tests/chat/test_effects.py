@@ -17,10 +17,10 @@ import torch
 from lowvram_lab import machine
 from lowvram_lab.chat.effect_report import CLAIMS, Effect, EffectReport, judged
 from lowvram_lab.chat.effects import NOT_HERE, STAGES, Stage, effects, open_case, run_stage
+from lowvram_lab.cli import report as cli_report
+from lowvram_lab.cli.report import add_report, run_report, write_report
 from lowvram_lab.conversion.convert import convert
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.faces.cli import report as cli_report
-from lowvram_lab.faces.cli.report import add_report, run_report, write_report
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source

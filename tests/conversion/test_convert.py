@@ -503,7 +503,7 @@ def test_kill_9_and_again_ends_in_the_same_bytes(tmp_path):
     source = write_model(tmp_path / "source", "qwen2")
     text = tmp_path / "calibration.txt"
     text.write_text(calibration_text()[:2100], encoding="utf-8")
-    command = [sys.executable, "-m", "lowvram_lab.faces.cli.main", "convert", "--json", "--format", "int3"]
+    command = [sys.executable, "-m", "lowvram_lab.cli.main", "convert", "--json", "--format", "int3"]
     command += ["--calibration", text, "--input", source, "--output"]
     options = {"stdout": subprocess.DEVNULL, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     subprocess.run([*command, tmp_path / "whole"], timeout=300, check=True, **options)

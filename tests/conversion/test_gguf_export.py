@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from lowvram_lab.cli import export as cli_export
 from lowvram_lab.conversion import gguf_export
 from lowvram_lab.conversion.convert import convert
 from lowvram_lab.conversion.gguf_export import TYPES, export_gguf
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
-from lowvram_lab.faces.cli import export as cli_export
 from lowvram_lab.model import low_plane
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.compressed import quantization_config

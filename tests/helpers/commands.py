@@ -1,6 +1,6 @@
 """The command line, run in this process."""
 
-from lowvram_lab.faces.cli import main as cli
+from lowvram_lab.cli import main as cli
 
 
 def run_command(capsys, *words):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowvram_lab.faces.cli import doctor
+from lowvram_lab.cli import doctor
 from lowvram_lab.memory import odd_cards
 from tests.helpers.fake_card import on_fake_card
 
@@ -16,7 +16,7 @@ class Kept(logging.Handler):
         said.append(record.getMessage())
 logging.getLogger("lowvram_lab").addHandler(Kept())
 from lowvram_lab import LowvramError, open_gpu
-from lowvram_lab.faces.cli import doctor
+from lowvram_lab.cli import doctor
 doctor.KERNELS = ()  # without arithmetic a product says nothing
 try:
     opened = open_gpu("4GiB").name

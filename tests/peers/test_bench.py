@@ -14,8 +14,8 @@ import psutil
 import pytest
 import torch
 
+from lowvram_lab.cli import bench as cli_bench
 from lowvram_lab.errors import LowvramError, PlanError
-from lowvram_lab.faces.cli import bench as cli_bench
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source
 from lowvram_lab.peers import contest

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
+from lowvram_lab.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import CARDS
 from lowvram_lab.memory.dry_run import DryRunGpu
@@ -75,7 +75,7 @@ def test_suggestions_for_a_t4_name_nf4():
 
 
 def test_the_command_says_it_first(capsys, monkeypatch):
-    monkeypatch.setattr("lowvram_lab.faces.cli.plan._speed", lambda plan, ram: Speed())
+    monkeypatch.setattr("lowvram_lab.cli.plan._speed", lambda plan, ram: Speed())
     status, out, _ = run_command(capsys, "plan", "qwen1.5-4b", "--gpu", "6GiB", "--card", "t4")
     assert status == 0
     assert out.startswith("- the card has capability 7.5: fp16, not bf16")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lowvram_lab import timing
+from lowvram_lab.cli import main as cli
 from lowvram_lab.errors import PlanError
-from lowvram_lab.faces.cli import main as cli
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner import tune as tune_module
 from lowvram_lab.planner.profile import Workload

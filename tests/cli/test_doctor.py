@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowvram_lab import __version__
-from lowvram_lab.faces.cli import doctor
+from lowvram_lab.cli import doctor
 
 
 @pytest.fixture(scope="module")

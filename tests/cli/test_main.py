@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowvram_lab.faces.cli import plan as plan_command
+from lowvram_lab.cli import plan as plan_command
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.speed import forecast_speed
 from tests.helpers.commands import run_command as run
@@ -27,7 +27,7 @@ def offline(monkeypatch, tmp_path):
 @pytest.fixture
 def known_rates(monkeypatch):
     """A machine whose rates need not be measured, which takes some twenty seconds for plans that are new to a cache."""
-    monkeypatch.setattr("lowvram_lab.faces.cli.plan.Machine", lambda on_measure: Made())
+    monkeypatch.setattr("lowvram_lab.cli.plan.Machine", lambda on_measure: Made())
 
 
 def directory_with(tmp_path, **changes):
@@ -349,7 +349,7 @@ def test_a_directory_chats_without_a_cache_folder_and_says_what_is_not_kept(
 
 
 def test_a_model_that_lies_in_a_read_only_cache_folder_is_not_refused(monkeypatch, tmp_path):
-    from lowvram_lab.faces.cli.common import require_cache
+    from lowvram_lab.cli.common import require_cache
     from lowvram_lab.model.source import Source
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: pytest.fail("nothing has to be written"))
@@ -409,7 +409,7 @@ def test_chat_answers_one_prompt(capsys):
 
 def doing(monkeypatch, action):
     """Has ``lowvram doctor`` do something else."""
-    monkeypatch.setattr("lowvram_lab.faces.cli.doctor.run_doctor", lambda args: action())
+    monkeypatch.setattr("lowvram_lab.cli.doctor.run_doctor", lambda args: action())
 
 
 def library_function(code):
@@ -458,6 +458,6 @@ def test_what_nobody_foresaw_is_one_line_and_how_to_see_more(capsys, monkeypatch
 
 
 def test_help_waits_for_no_library():
-    code = "import sys; from lowvram_lab.faces.cli.main import main\n"
+    code = "import sys; from lowvram_lab.cli.main import main\n"
     code += "try: main(['--help'])\nexcept SystemExit: sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0

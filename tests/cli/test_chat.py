@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lowvram_lab.faces.cli.chat import add_chat, add_complete
-from lowvram_lab.faces.cli.main import _Parser
+from lowvram_lab.cli.chat import add_chat, add_complete
+from lowvram_lab.cli.main import _Parser
 from lowvram_lab.model.source import Source, find_source
 from tests.helpers.checkpoints import write_model
 from tests.helpers.commands import run_command as run
@@ -176,7 +176,7 @@ def test_a_template_that_no_chat_can_go_by_is_refused_before_weights_are_loaded(
 ):
     model = write_model(tmp_path / "m")
     (model / "chat_template.jinja").write_text(template)
-    monkeypatch.setattr("lowvram_lab.faces.cli.chat.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("lowvram_lab.cli.chat.load", lambda *_, **__: pytest.fail("weights were loaded"))
     status, out, err = run(capsys, "chat", model, *CARD, "--prompt", "hi")
     assert (status, out) == (2, "") and expected in err.splitlines()[-1]
 

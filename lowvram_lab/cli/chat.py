@@ -11,10 +11,10 @@ from lowvram_lab.chat.completion import CompletionSession
 from lowvram_lab.chat.prompt import StopStrings, checked_text
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.template import chat_template
+from lowvram_lab.cli.common import print_json, prose, share, spec_of, tokens
+from lowvram_lab.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import print_json, prose, share, spec_of, tokens
-from lowvram_lab.faces.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.sampling import Sampling
 from lowvram_lab.units import format_bytes

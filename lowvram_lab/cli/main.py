@@ -122,7 +122,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
     for name, (file, help) in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
         if name == asked:
-            module = importlib.import_module(f"lowvram_lab.faces.cli.{file}")
+            module = importlib.import_module(f"lowvram_lab.cli.{file}")
             command.set_defaults(run=getattr(module, f"run_{name}"))
             command.add_argument("--json", action="store_true", help="print JSON on stdout, everything else on stderr")
             if add_arguments := getattr(module, f"add_{name}", None):  # doctor and models have none

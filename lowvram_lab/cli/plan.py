@@ -5,8 +5,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from lowvram_lab.cli.common import positive, print_json, spec_of, table_note, tokens
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, spec_of, table_note, tokens
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu

@@ -5,9 +5,9 @@ import sys
 
 import torch
 
+from lowvram_lab.cli.common import positive, print_json, prose, several, spec_of, tokens
+from lowvram_lab.cli.plan import LONGEST, add_plan_options, chosen_plan
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, several, spec_of, tokens
-from lowvram_lab.faces.cli.plan import LONGEST, add_plan_options, chosen_plan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.peers.bench import BenchSettings, bench, peer_names

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
+from lowvram_lab.cli.common import positive, print_json, prose
 from lowvram_lab.conversion.gguf_export import TYPES, export_gguf
-from lowvram_lab.faces.cli.common import positive, print_json, prose
 from lowvram_lab.units import format_bytes
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from lowvram_lab.cli.common import positive, print_json, prose, spec_of, table_note
+from lowvram_lab.cli.plan import add_card_option, add_plan_options, options_between, stated_plan
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import positive, print_json, prose, spec_of, table_note
-from lowvram_lab.faces.cli.plan import add_card_option, add_plan_options, options_between, stated_plan
 from lowvram_lab.files import write_atomically
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu

@@ -5,9 +5,9 @@ import argparse
 import torch
 
 from lowvram_lab import __version__
+from lowvram_lab.cli.common import print_json
 from lowvram_lab.engine.layers import quantized_linear
 from lowvram_lab.errors import first_line
-from lowvram_lab.faces.cli.common import print_json
 from lowvram_lab.files import cache_dir
 from lowvram_lab.kernels.compiler import compiler, without_compiler
 from lowvram_lab.machine import facts

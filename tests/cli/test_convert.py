@@ -45,7 +45,7 @@ def converted(folder, source):
     """A directory converted by the command, and what it printed."""
     output = folder / "converted"
     words = ["--input", source, "--output", output, "--calibration", folder / "calibration.txt", "--json"]
-    command = [sys.executable, "-m", "lowvram_lab.faces.cli.main", "convert", "--format", "int4", *map(str, words)]
+    command = [sys.executable, "-m", "lowvram_lab.cli.main", "convert", "--format", "int4", *map(str, words)]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in helpers/tiny.py: a second thread only waits for a busy core
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
     assert done.returncode == 0, done.stderr
@@ -327,7 +327,7 @@ def test_a_mistake_in_evaluating_is_one_line(capsys, converted, source, folder, 
 
 def test_no_ram_for_both_models_is_one_line_before_the_first_is_loaded(capsys, converted, source, monkeypatch):
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
-    monkeypatch.setattr("lowvram_lab.faces.cli.evaluate.load", None)
+    monkeypatch.setattr("lowvram_lab.cli.evaluate.load", None)
     result = evaluate(capsys, converted[0], "--reference", source)
     one_line(*result, "a model and its 16-bit reference take")
     assert "of RAM, found 1.0 MiB free" in result[2]

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from lowvram_lab.faces.cli.plan import add_plan_options, options_between, stated_plan
+from lowvram_lab.cli.plan import add_plan_options, options_between, stated_plan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.moves import head_modules

@@ -3,10 +3,10 @@
 import argparse
 import sys
 
+from lowvram_lab.cli.common import print_json, prose, share, spec_of, tokens
+from lowvram_lab.cli.evaluate import stated_format
 from lowvram_lab.conversion.convert import convert
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.faces.cli.common import print_json, prose, share, spec_of, tokens
-from lowvram_lab.faces.cli.evaluate import stated_format
 from lowvram_lab.planner.card_recipe import CardBudget
 from lowvram_lab.repository.text import windows_in_words
 from lowvram_lab.units import format_bytes
