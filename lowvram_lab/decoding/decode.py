@@ -21,7 +21,7 @@ from lowvram_lab.sampling import Sampling, choose
 
 
 def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
-    """Reads a prompt by the model's own forward, at once or in pieces of the plan's ``prefill_chunk``.
+    """Reads a prompt by the model's own forward, at once or in the plan's pieces.
 
     Of ids ``(batch, tokens)`` behind those in the cache it returns the last one's logits, ``(batch, vocab)``.
 
@@ -34,7 +34,7 @@ def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache)
     wanted = cache.get_seq_length() + ids.shape[1]
     if wanted > cache.max_tokens:  # before the first piece is written
         raise BudgetError(f"the KV cache holds {cache.max_tokens} tokens, asked for {wanted}; plan a longer context")
-    for piece in ids.split(loaded(model).plan.prefill_chunk or ids.shape[1], dim=1):
+    for piece in ids.split(loaded(model).plan.pieces(cache.get_seq_length(), ids.shape[1]), dim=1):
         logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     return logits
 

@@ -41,6 +41,13 @@ class FixedLayer(CacheLayerMixin):
         """What it keeps, by the names of ``CACHED``."""
         return {name: tensor for name in CACHED if (tensor := getattr(self, name, None)) is not None}
 
+    def span(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """Views of all that it keeps of the tokens from ``start`` up to ``end``, by name.
+
+        Both are whole numbers of the tokens that share a scale (32 in int4, else 1).
+        """
+        return {name: tensor[:, :, start:end] for name, tensor in self.tensors().items()}
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: everything is there."""
 

@@ -38,6 +38,12 @@ class Int4Layer(FixedLayer):
         self.value_scale = gpu.zeros((batch, heads, self.max_tokens, 2, value_dim // GROUP), SCALE_DTYPE, place)
         self.device, self.is_initialized = self.keys.device, True
 
+    def span(self, start: int, end: int) -> dict[str, torch.Tensor]:
+        """See ``FixedLayer``: keys in groups of 32 tokens, which are full."""
+        groups, tokens = slice(start // GROUP, end // GROUP), slice(start, end)
+        places = {"keys": groups, "key_scale": groups, "values": tokens, "value_scale": tokens}
+        return {name: getattr(self, name)[:, :, place] for name, place in places.items()}
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes new keys and values behind those there are; returns all of them, dequantised."""
         start, end = self.tokens, self.end_of(key_states, value_states)

@@ -48,7 +48,7 @@ class PreallocatedCache(Cache):
                 room = kv and kv.room(batch_size, self.max_tokens)  # or it reads another layer's
                 layers.append(held_as(self.gpu, place, room, DTYPES[plan.dtype]) if room else DummyLayer())
         super().__init__(layers=layers)
-        self._held = [layer for layer in layers if isinstance(layer, FixedLayer)]
+        self.held = [layer for layer in layers if isinstance(layer, FixedLayer)]
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         """See ``Cache.update``. Keys and values: ``(batch, kv_heads, tokens, head_dim)``."""
@@ -59,10 +59,15 @@ class PreallocatedCache(Cache):
 
     def keep(self, tokens: int) -> None:
         """Forgets all but the first ``tokens`` tokens."""
-        for layer in self._held:
+        for layer in self.held:
             layer.keep(tokens)
+
+    def holds(self, tokens: int) -> None:
+        """Says that keys and values of so many tokens, a whole number of blocks, have been put there."""
+        for layer in self.held:
+            layer.tokens = tokens
 
     @property
     def forgettable(self) -> int:
         """How many tokens may be added and then forgotten without a trace."""
-        return min(layer.forgettable for layer in self._held)
+        return min(layer.forgettable for layer in self.held)

@@ -22,6 +22,7 @@ from lowvram_lab.files import write_atomically
 from lowvram_lab.model.formats import DTYPES, canonical_name, get_format
 from lowvram_lab.model.geometry import KVLayer
 from lowvram_lab.model.rules import (
+    BLOCK_TOKENS,
     Assignment,
     check_modules,
     check_precision,
@@ -55,6 +56,10 @@ class Plan:
         prefill_chunk: Prompts are read so many tokens at a time, which bounds their activations; ``None`` for at once.
         precision: Of weights in two planes: tokens are decoded by ``"fast"`` (the high plane alone), ``"precise"``
             (both) or ``"auto"`` (both where the high plane is unsure); ``None`` for both. Prompts are read by both.
+        remember: Most bytes of prompts' keys and values that are kept on disk for later chats; ``None`` for nothing.
+            Where anything is remembered, prompts are read in blocks of 128 tokens, so that a block's keys and values
+            depend on what is before it alone.
+        remember_ram: The same in RAM, for as long as the process lives; taken at once, in whole blocks.
         asked: The recipe that ``uniform`` was asked for, so that ``summary`` can say what could not be given. It is no
             part of what a plan is: two plans that differ in it alone are equal, and its JSON lacks it.
 
@@ -71,6 +76,8 @@ class Plan:
     stream_from: int | None = None
     prefill_chunk: int | None = None
     precision: str | None = None
+    remember: int | None = None
+    remember_ram: int | None = None
     asked: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -85,9 +92,23 @@ class Plan:
             threads=self.threads,
             stream_from=self.stream_from,
             prefill_chunk=self.prefill_chunk,
+            remembers=self.remembers,
         )
         if self.precision is not None:
             check_precision(self.spec, self.precision, self.low_planes())
+        for name in ("remember", "remember_ram"):
+            self._check_remembered(name, getattr(self, name))
+
+    def _check_remembered(self, name: str, size: int | None) -> None:
+        """Refuses what no block fits in."""
+        if size is None:
+            return
+        whole_number(name, size, 1)
+        if size < self.block_bytes:
+            raise PlanError(
+                f"{name}: a block of {BLOCK_TOKENS} tokens takes {format_bytes(self.block_bytes)} in a KV cache of "
+                f"{self.kv_format}, found room for {format_bytes(size)}; give more, or remember nothing"
+            )
 
     @property
     def model(self) -> str:
@@ -250,6 +271,40 @@ class Plan:
         placed = zip(self.spec.kv_layers, self.layer_places(), strict=True)
         return sum(self._layer_kv_bytes(held, tokens) for held, place in placed if held and device in (None, place))
 
+    @property
+    def remembers(self) -> bool:
+        """Whether keys and values of prompts are kept, on disk or in RAM."""
+        return self.remember is not None or self.remember_ram is not None
+
+    @property
+    def block_bytes(self) -> int:
+        """Exact bytes of keys and values of a block of 128 tokens that is remembered."""
+        return self.kv_bytes(BLOCK_TOKENS) - self.kv_bytes(0)  # in int4 the newest keys lie beside the blocks
+
+    @property
+    def remembered_ram_bytes(self) -> int:
+        """Exact bytes of RAM that ``remember_ram`` takes: whole blocks."""
+        return (self.remember_ram or 0) // self.block_bytes * self.block_bytes
+
+    @property
+    def piece_tokens(self) -> int | None:
+        """Most tokens of a prompt that are read at once; ``None`` for all of them."""
+        return min(self.prefill_chunk or BLOCK_TOKENS, BLOCK_TOKENS) if self.remembers else self.prefill_chunk
+
+    def pieces(self, start: int, tokens: int) -> list[int]:
+        """How many tokens are read at once, piece by piece, of so many behind ``start``.
+
+        Where prompts are remembered no piece reaches over the end of a block: whatever a prompt begins with is then
+        read in the same pieces, however it goes on.
+        """
+        most, end = self.piece_tokens or tokens, start + tokens
+        found = []
+        while start < end:
+            block_end = (start // BLOCK_TOKENS + 1) * BLOCK_TOKENS if self.remembers else end
+            found.append(min(most, end - start, block_end - start))
+            start += found[-1]
+        return found
+
     def _layer_kv_bytes(self, held: KVLayer, tokens: int) -> int:
         if self.kv_format == "int4":  # codes, scales and zeros in groups of 32; and the newest keys as they are
             values, keys = held.value_dim * tokens * 5 // 8, held.key_dim * -(-tokens // 32) * 20
@@ -291,6 +346,8 @@ class Plan:
             **({} if self.stream_from is None else {"stream_from": self.stream_from}),
             **({} if self.prefill_chunk is None else {"prefill_chunk": self.prefill_chunk}),
             **({} if self.precision is None else {"precision": self.precision}),
+            **({} if self.remember is None else {"remember": self.remember}),
+            **({} if self.remember_ram is None else {"remember_ram": self.remember_ram}),
             "modules": {name: _entry(assignment) for name, assignment in self.modules.items()},
         }
 
@@ -341,7 +398,9 @@ class Plan:
         head = "" if self.modules[self.spec.head].device == "gpu" or self.spec.tied else " and head on the CPU"
         apart = {each.low for each in self.modules.values() if each.low and each.low != each.device}
         low = f", low planes {'on disk' if 'disk' in apart else 'on the CPU'}" if apart else ""
-        pieces = f", prompts read {self.prefill_chunk} tokens at a time" if self.prefill_chunk else ""
+        pieces = f", prompts read {self.piece_tokens} tokens at a time" if self.piece_tokens else ""
+        kept = [f"{format_bytes(size)} {where}" for size, where in self._remembered() if size]
+        pieces += f", prompts remembered in {' and '.join(kept)}" if kept else ""
         return (
             f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
             f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}{head}{low}, {self.kv_format} KV, "
@@ -349,6 +408,9 @@ class Plan:
             f"{format_bytes(self.weight_bytes('gpu'))} GPU + {format_bytes(self.weight_bytes('cpu'))} CPU"
             f"{disk}{self._not_given_text()}"
         )
+
+    def _remembered(self) -> list[tuple[int, str]]:
+        return [(self.remembered_ram_bytes, "of RAM"), (self.remember or 0, "of disk")]
 
     def _not_given_text(self) -> str:
         lacking = self.not_given()
@@ -415,6 +477,7 @@ def _role(name: str) -> str:
 
 
 VERSION = 1
+_MAY_LACK = ("stream_from", "prefill_chunk", "precision", "remember", "remember_ram")
 _TYPES = {
     "model": (str, "str"),
     "fingerprint": (str, "str"),
@@ -425,6 +488,8 @@ _TYPES = {
     "stream_from": (int | None, "a whole number"),
     "prefill_chunk": (int | None, "a whole number"),
     "precision": (str | None, "text"),
+    "remember": (int | None, "a whole number"),
+    "remember_ram": (int | None, "a whole number"),
     "modules": (dict, "dict"),
 }
 
@@ -448,7 +513,7 @@ def read_values(text: str | Path) -> dict:
         raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
     if type(values.get("version")) is not int or values["version"] != VERSION:
         raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
-    values = {"stream_from": None, "prefill_chunk": None, "precision": None, **values}
+    values = {**dict.fromkeys(_MAY_LACK), **values}
     if odd := set(values) ^ {"version", *_TYPES}:
         name = sorted(odd)[0]
         raise PlanError(f"plan field {name!r} is {'missing' if name in _TYPES else 'not known'}")

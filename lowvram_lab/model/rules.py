@@ -22,6 +22,9 @@ MOST_THREADS = 1024
 INT4_GROUP = 32
 """Features of a value in one group of an int4 KV cache."""
 
+BLOCK_TOKENS = 128
+"""Tokens of a block of a prompt that is remembered; a whole number of the groups of any KV format."""
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -179,8 +182,11 @@ def check_settings(
     threads: int | None,
     stream_from: int | None,
     prefill_chunk: int | None,
+    remembers: bool,
 ) -> None:
-    """Checks what a plan says beside its modules and its precision. Arguments as the attributes of ``Plan``.
+    """Checks what a plan says beside its modules, its precision and how much it remembers.
+
+    Arguments as the attributes of ``Plan``.
 
     Raises:
         PlanError: Names the first setting that does not fit, and what would.
@@ -203,6 +209,11 @@ def check_settings(
             raise PlanError(
                 f"weights travel only beside keys and values that can go with them, found a KV cache {what}; leave "
                 f"stream_from out{', or take int8' if kv_format == 'int4' else ''}"
+            )
+        if remembers and stream_from > BLOCK_TOKENS:
+            raise PlanError(
+                f"prompts that are remembered are read {BLOCK_TOKENS} tokens at a time, found weights that travel for "
+                f"{stream_from} tokens or more (stream_from); leave stream_from out, or remember nothing"
             )
         if prefill_chunk is not None and prefill_chunk < stream_from:
             raise PlanError(

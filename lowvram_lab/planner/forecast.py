@@ -98,7 +98,7 @@ def _until_it_fails(plan: Plan, budget: GpuBudget, workload: Workload, last_piec
 
 def is_whole(plan: Plan, workload: Workload) -> bool:
     """Whether a sketch reads the whole prompt, and so is the forecast."""
-    return plan.prefill_chunk is None or workload.prompt_tokens <= LAST_PIECES * plan.prefill_chunk
+    return plan.piece_tokens is None or workload.prompt_tokens <= LAST_PIECES * plan.piece_tokens
 
 
 def _replay(

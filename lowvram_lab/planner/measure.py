@@ -9,6 +9,7 @@ from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.cache_layers import FixedLayer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.planner.profile import STAND_IN, MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.sampling import Sampling, choose
 
@@ -66,7 +67,8 @@ def run_workload(model: torch.nn.Module, workload: Workload, last_pieces: int | 
 
 def _pass_over(decoder: Decoder, tokens: int, last_pieces: int) -> int:
     """Makes a dry run's cache hold all of a prompt but its last pieces; how many tokens that is."""
-    chunk = loaded(decoder.model).plan.prefill_chunk
+    plan = loaded(decoder.model).plan
+    chunk = BLOCK_TOKENS if plan.remembers else plan.prefill_chunk  # a block begins new pieces
     if chunk is None:
         return 0
     held = max(0, -(-tokens // chunk) - last_pieces) * chunk

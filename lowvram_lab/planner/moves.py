@@ -116,7 +116,7 @@ def other_seconds(plan: Plan) -> float:
     """Seconds of one exchange that a plan's other choices take: what is read anew, what crosses, what is on disk."""
     spec = plan.spec
     prompt, answer = _exchange(plan)
-    passes = answer + math.ceil(prompt / (plan.prefill_chunk or prompt))
+    passes = answer + math.ceil(prompt / (plan.piece_tokens or prompt))
     places = [compute_place(plan.modules[spec.embedding].device), *plan.layer_places()]
     places.append(compute_place(plan.modules[spec.head].device))
     crossings = sum(here != there for here, there in zip(places, places[1:], strict=False))
@@ -186,7 +186,7 @@ def moves(plan: Plan) -> list[Move]:
     if not spec.tied and plan.modules[spec.embedding].device == "gpu":
         found.append(Move("embedding to the CPU", lambda p: p.with_modules(spec.embedding, device="cpu")))
     shortest = chunk_sizes(plan.context)[-1]
-    if shortest is not None and (plan.prefill_chunk or plan.context) > shortest:
+    if shortest is not None and (plan.piece_tokens or plan.context) > shortest:
         found.append(in_pieces(shortest))
     order = kv_formats(spec, plan.dtype)
     return found + [_in_kv_format(kv_format) for kv_format in order[order.index(plan.kv_format) + 1 :]]

@@ -108,7 +108,7 @@ def stream_threshold(plan: Plan, machine: Machine | None = None) -> int | None:
 
 def _prompt(plan: Plan, machine: Machine, tokens: int, ram: int | None) -> Counter:
     """Seconds of reading a prompt by the model's modules, by part, at once or in the plan's pieces."""
-    chunk = min(plan.prefill_chunk or tokens, tokens)
+    chunk = min(plan.piece_tokens or tokens, tokens)
     whole, rest = divmod(tokens, chunk)
     before = whole * chunk
     parts: Counter = Counter()

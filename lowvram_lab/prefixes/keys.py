@@ -1,0 +1,191 @@
+"""What remembered keys and values depend on: the tokens up to them, and a root of all else that decides their bits.
+
+A block of a prompt has a key of its own: a chain of hashes over the blocks before it and its ids. Two prompts share
+keys as far as they share whole blocks. The root is a list of named fields, so that of two keys that differ can be said
+in what. A salt goes into both: whoever does not know it can neither find nor recognise a block.
+
+Derived in: notebooks/10_remember.ipynb
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowvram_lab.engine import layers
+from lowvram_lab.engine.loaded import Loaded, loaded
+from lowvram_lab.files import known_sha256
+from lowvram_lab.kernels import library
+from lowvram_lab.kernels.compiler import compiler
+from lowvram_lab.machine import instruction_set, version
+from lowvram_lab.model.low_plane import FILE as LOW_PLANE
+from lowvram_lab.model.plan import Plan, compute_place
+from lowvram_lab.model.rules import BLOCK_TOKENS
+
+DIGITS = 32
+"""Hexadecimal digits of a key: 128 bits."""
+
+VERSION = "1"
+"""Of how blocks are written."""
+
+
+@dataclass(frozen=True)
+class Root:
+    """All that decides the bits of keys and values beside the tokens.
+
+    Attributes:
+        fields: Name → what it is, short or a digest, in the order in which a difference is named.
+        seed: What the chain of a text begins with: of the salt.
+    """
+
+    fields: dict[str, str]
+    seed: bytes
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all fields."""
+        return _digest(json.dumps(self.fields, sort_keys=True))
+
+    def difference(self, fields: dict[str, str]) -> str | None:
+        """The first field that is another there, in words; ``None`` where none is."""
+        for name, value in self.fields.items():
+            if (found := fields.get(name)) != value:
+                return f"{name}: {found or 'not said'} then, {value} now"
+        return None
+
+
+@dataclass(frozen=True)
+class Key:
+    """Of one block.
+
+    Attributes:
+        text: Of all tokens up to its end, and of the salt.
+        parent: The same of the block before; empty for the first.
+        root: Digest of the root.
+        start: Its first token's place.
+        ids: Its tokens.
+    """
+
+    text: str
+    parent: str
+    root: str
+    start: int
+    ids: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """What its file is called, without a suffix."""
+        return name_of(self.text, self.root)
+
+
+def name_of(text: str, root: str) -> str:
+    """What the file of a block is called that has this text and this root."""
+    return f"{text}-{root[: DIGITS // 2]}"
+
+
+def chain(root: Root, ids: Sequence[int]) -> list[Key]:
+    """The keys of a prompt's whole blocks, in order."""
+    keys, parent, text = [], "", root.seed.hex()
+    for start in range(0, len(ids) // BLOCK_TOKENS * BLOCK_TOKENS, BLOCK_TOKENS):
+        block = tuple(ids[start : start + BLOCK_TOKENS])
+        text = _digest(text.encode() + struct.pack(f"<{BLOCK_TOKENS}q", *block))
+        keys.append(Key(text, parent, root.digest, start, block))
+        parent = text
+    return keys
+
+
+def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False) -> Root:
+    """The root of a loaded model.
+
+    Args:
+        model: From ``load``, not a dry run.
+        salt: A secret; what one salt wrote, another neither finds nor recognises.
+        progress: Show that files of weights are hashed, which is done once for as long as they stay as they are.
+    """
+    state = loaded(model)
+    plan, config = state.plan, model.config.to_dict()
+    rope = {name: value for name, value in config.items() if "rope" in name or name == "max_position_embeddings"}
+    told, seed = _salted(salt)
+    fields = {
+        "weights": _weights(model, progress),
+        "formats": _digest(repr([(name, each.format) for name, each in plan.modules.items()]), plan.dtype),
+        "config": _digest(json.dumps(config, sort_keys=True, default=str)),
+        "rope": _digest(json.dumps(rope, sort_keys=True, default=str)),
+        "kv_format": plan.kv_format,
+        "places": _digest(repr(_kernels(state)), str(plan.stream_from)),
+        "pieces": f"{BLOCK_TOKENS} tokens, {plan.piece_tokens} at once",
+        "engine": _engine(model),
+        "torch": torch.__version__,
+        "transformers": version("transformers") or "?",
+        "processor": _digest(torch.backends.cpu.get_cpu_capability(), instruction_set()),
+        "card": _card(plan, state),
+        "threads": str(plan.threads or torch.get_num_threads()),
+        "salt": told,
+    }
+    return Root(fields, seed)
+
+
+def _digest(*parts: str | bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        found.update(struct.pack("<q", len(data)) + data)
+    return found.hexdigest()[:DIGITS]
+
+
+@functools.lru_cache(maxsize=16)
+def _salted(salt: str) -> tuple[str, bytes]:
+    """What is told of a salt, and what a chain begins with; neither gives it away, and trying many takes long."""
+    if not salt:
+        return "none", bytes(16)
+    made = hashlib.scrypt(salt.encode(), salt=b"lowvram_lab prefixes", n=2**13, r=8, p=1, dklen=32)
+    return made[:16].hex(), made[16:]
+
+
+def _weights(model: torch.nn.Module, progress: bool) -> str:
+    """Of the files of the weights, by what is in them; where there are none, of the tensors."""
+    state = loaded(model)
+    files = list(getattr(state.weights, "files", ()))
+    if files:
+        low = Path(state.weights.directory) / LOW_PLANE
+        files += [low] if state.plan.low_planes() and low not in files else []
+        return _digest(*(known_sha256(file, progress) for file in sorted(files)))
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return _digest(*(part for name, tensor in tensors for part in (name, _bytes(tensor))))
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _kernels(state: Loaded) -> list[tuple[str, ...]]:
+    """Whose kernels compute each module, of two planes of each: mapped weights or not is the same to them."""
+    plan, gpu = state.plan, state.gpu
+    modules = [tuple(gpu.kernels_of(compute_place(p)) for p in each.places) for each in plan.modules.values()]
+    return [*modules, tuple(gpu.kernels_of(place) for place in plan.layer_places())]
+
+
+def _card(plan: Plan, state: Loaded) -> str:
+    if state.gpu.kernels != "cuda" or "gpu" not in plan.layer_places():
+        return "none"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {_digest(repr(state.gpu.card))}"
+
+
+def _engine(model: torch.nn.Module) -> str:
+    """This library's own code that reads prompts, and what it is compiled by."""
+    compiled = compiler() if library.there() else "no compiler"
+    return _digest(_sources(), str(compiled), str(model.config._attn_implementation), VERSION)
+
+
+@functools.cache
+def _sources() -> str:
+    folders = [Path(module.__file__).parent for module in (layers, library)]
+    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".py", ".cpp", ".h"))
+    return _digest(*(file.read_bytes() for file in files))
