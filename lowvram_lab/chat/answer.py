@@ -19,8 +19,10 @@ from lowvram_lab.chat.prompt import StopStrings, stop_ids
 from lowvram_lab.decoding.decision import Decision
 from lowvram_lab.decoding.escalate import Margins, check_flip_rate
 from lowvram_lab.decoding.speculate import Drafting
+from lowvram_lab.engine.load import replan
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.prefixes.store import Remember
 from lowvram_lab.sampling import Sampling
 
 Question = TypeVar("Question")
@@ -37,7 +39,7 @@ class TurnStats:
 
     Attributes:
         prompt_tokens: Length of the whole prompt; of a chat, as it is rendered.
-        cached_tokens: How many of them were still in the KV cache.
+        cached_tokens: How many of them were still in the KV cache, or were put back there.
         new_tokens: Tokens generated, without the stop token.
         ttft_s: Seconds to the first token.
         tokens_per_s: Decoding speed after the first token, or ``None`` for a shorter answer.
@@ -47,6 +49,7 @@ class TurnStats:
         drafted: Tokens that were guessed and verified, where precision is not ``"fast"``.
         accepted: How many of them were right.
         precise_tokens: Of weights in two planes, tokens that both computed; else ``None``.
+        remembered_tokens: How many of the prompt's tokens were put back from what is remembered.
     """
 
     prompt_tokens: int
@@ -60,6 +63,7 @@ class TurnStats:
     drafted: int = 0
     accepted: int = 0
     precise_tokens: int | None = None
+    remembered_tokens: int = 0
 
     def to_dict(self) -> dict:
         """Plain data."""
@@ -79,6 +83,8 @@ class Session(Generic[Question]):
         progress: Show that it compiles.
         precision: Of weights in two planes: ``"fast"`` decodes by the high ones, ``"precise"`` by both (and lets the
             high ones guess ahead), ``"auto"`` by both where the high ones are unsure; by default what the plan says.
+        remember: What to remember of prompts, so that what begins alike need not be read again: bytes on disk, as
+            ``"2GiB"``, or a ``Remember``; by default what the plan says.
 
     Attributes:
         turns: What each answer took.
@@ -90,7 +96,7 @@ class Session(Generic[Question]):
             an answer; the next one is begun by both again. ``None`` until it is set.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (each a setting of its own)
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
@@ -101,6 +107,7 @@ class Session(Generic[Question]):
         compiled: bool | None = None,
         progress: bool = True,
         precision: str | None = None,
+        remember: Remember | str | int | None = None,
     ):
         self.model, self.tokenizer, self._flip_rate = model, tokenizer, FLIP_RATE
         self.decisions: list[Decision] = []
@@ -108,7 +115,9 @@ class Session(Generic[Question]):
         self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling()
         self.turns: list[TurnStats] = []
         self._stop_ids, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
-        self._live = LiveDecoder(model, compiled, progress, precision, self._threshold)
+        wanted = Remember.of(remember)
+        replan(model, wanted.planned(loaded(model).plan), progress=progress)
+        self._live = LiveDecoder(model, compiled, progress, precision, self._threshold, wanted)
         self._live.begun()  # now: compiling and allocating are no part of the first answer
 
     @property
@@ -240,6 +249,7 @@ class Answer(Generic[Question]):
         self._started = time.perf_counter()
         self._live.come_back()
         self._cached = self._live.reuse(prompt)
+        self._remembered = self._live.prompts.restored if self._live.prompts else 0
         self._gpu.reset_peak()
         self._live.drafting = Drafting()
         session.decisions = self._live.decisions
@@ -254,6 +264,7 @@ class Answer(Generic[Question]):
         finally:
             self._live.holds(self.prompt + self.tokens)
             self.session.turns.append(self._stats())
+            self._live.keep_prompt()
 
     def _until_it_ends(self) -> Iterator[str]:
         """Where there is no room left it goes on with less of the question, or with a smaller plan."""
@@ -320,6 +331,7 @@ class Answer(Generic[Question]):
             drafted=sum(self._live.drafting.drafted.values()),
             accepted=sum(self._live.drafting.accepted.values()),
             precise_tokens=self._precise_tokens(),
+            remembered_tokens=self._remembered,
         )
 
     def _precise_tokens(self) -> int | None:

@@ -27,6 +27,8 @@ from lowvram_lab.errors import BudgetError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import DEVICES, check_precision
 from lowvram_lab.planner.step_down import smaller_plans
+from lowvram_lab.prefixes.prompts import Prompts
+from lowvram_lab.prefixes.store import Remember, Remembered
 from lowvram_lab.sampling import Sampling
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class LiveDecoder:
     Arguments as ``Session``; ``threshold`` says from which margin on ``auto`` believes the high planes.
 
     Attributes:
+        prompts: What is remembered of prompts; ``None`` where nothing is.
         given_up: What was given up because the GPU was full, in words, since the list was last emptied.
         drafting: What drafting came to since it was last made anew, and how each token was decided in any precision.
         least_tokens_per_s: Where both planes are slower than this, the high ones decode the rest of an answer.
@@ -57,8 +60,10 @@ class LiveDecoder:
         progress: bool = True,
         precision: str | None = None,
         threshold: Callable[[], float] | None = None,
+        remember: Remember | None = None,
     ):
         self.model, self.given_up = model, []
+        self._remember, self.prompts = remember or Remember(), None
         self.drafting = Drafting()
         self.least_tokens_per_s: float | None = None
         self._too_slow = False
@@ -103,9 +108,16 @@ class LiveDecoder:
             try:
                 self._decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress, cache=kept)
                 self._held = held if kept else []
+                self.prompts = self._remembering(self._decoder.cache)
             except torch.OutOfMemoryError as error:
                 self.step_down(error)
         return self._decoder
+
+    def _remembering(self, cache: PreallocatedCache) -> Prompts | None:
+        if not loaded(self.model).plan.remembers:
+            return None
+        wanted = self._remember
+        return Prompts(Remembered(self.model, cache, wanted.salt, wanted.folder, self._progress))
 
     def stream(
         self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling, made: int = 0
@@ -122,7 +134,9 @@ class LiveDecoder:
         fed, left = list(ids), max_new_tokens
         while True:
             precision, took = self._affordable, deque(maxlen=JUDGED_TOKENS)
-            stream = self._stream(precision, fed, left, stop_ids, sampling, made + len(fed) - len(ids))
+            stream = self._noting_what_is_read(
+                fed, self._stream(precision, fed, left, stop_ids, sampling, made + len(fed) - len(ids))
+            )
             for token, seconds in _timed(stream):
                 yield token
                 fed.append(token)
@@ -134,6 +148,15 @@ class LiveDecoder:
                 return
             stream.close()
             self.holds(fed)
+
+    def _noting_what_is_read(self, ids: list[int], tokens: Iterator[int]) -> Iterator[int]:
+        """Tokens behind a prompt; with the first of them all of the prompt has been read."""
+        cached, began, is_read = self.reuse(ids), time.perf_counter(), False
+        for token in tokens:
+            if self.prompts and not is_read:
+                self.prompts.was_read(len(ids), cached, time.perf_counter() - began)
+            is_read = True
+            yield token
 
     @property
     def _affordable(self) -> str | None:
@@ -190,9 +213,17 @@ class LiveDecoder:
             if old != new:
                 break
             common += 1
-        cache.keep(common)
+        if self.prompts:
+            common = self.prompts.reuse(cache, self._held, ids, common)
+        else:
+            cache.keep(common)
         self._held = ids[:common]
         return common
+
+    def keep_prompt(self) -> None:
+        """Remembers what of the prompt was read, where the plan has room for it."""
+        if self.prompts and self._decoder:
+            self.prompts.keep(self._decoder.cache, self._held)
 
     def holds(self, ids: list[int]) -> None:
         """Says which ids were fed: the cache holds as many of them as it is long."""
@@ -200,7 +231,7 @@ class LiveDecoder:
 
     def forget(self) -> None:
         """Lets go of decoder and cache: their memory is free."""
-        self._decoder, self._held, self._pace, self._kept = None, [], None, None
+        self._decoder, self._held, self._pace, self._kept, self.prompts = None, [], None, None, None
 
     def forget_broken(self) -> None:
         """Lets go of a cache whose layers have different lengths: a forward pass was cut off."""

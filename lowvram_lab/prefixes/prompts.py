@@ -1,0 +1,73 @@
+"""Which tokens of a cache were read in whole blocks, and so may be remembered, and what a prompt can go on from.
+
+A chat's cache goes on behind its own answers. Those were decoded, token by token, which gives other last bits than
+reading them would: no block with such a token is remembered, nor any behind it. And where a prompt is not the going on
+of all that the cache holds, it goes on from a whole block, as it would without a cache: what a chat answers depends on
+what was said in it, never on what happens to be remembered.
+"""
+
+from __future__ import annotations
+
+from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.model.rules import BLOCK_TOKENS
+from lowvram_lab.prefixes.store import Remembered
+
+
+class Prompts:
+    """The prompts of one chat, read and remembered.
+
+    Args:
+        store: What is remembered.
+
+    Attributes:
+        store: As given.
+        restored: Tokens of the latest prompt that were put back.
+    """
+
+    def __init__(self, store: Remembered):
+        self.store, self.restored = store, 0
+        self._whole, self._kept = 0, 0  # tokens of blocks read whole, and how many of them are remembered
+        self._looked_for: list[int] = []
+        self._seconds = 0.0
+
+    def reuse(self, cache: PreallocatedCache, held: list[int], ids: list[int], common: int) -> int:
+        """Makes a cache hold as much of a prompt as it need not read; returns how many tokens that is.
+
+        Args:
+            cache: The cache.
+            held: Ids of what it holds.
+            ids: The prompt.
+            common: How many of ``held`` it begins with, its last token left out.
+        """
+        self.restored = 0
+        if common < len(held):
+            common = min(common, self._whole) // BLOCK_TOKENS * BLOCK_TOKENS
+        cache.keep(common)
+        self._whole = min(self._whole, common // BLOCK_TOKENS * BLOCK_TOKENS)
+        self._kept = min(self._kept, self._whole)
+        if common != self._whole or self._looked_for == ids:
+            return common
+        self._looked_for = list(ids)
+        self._whole = self.store.restore(cache, ids, common)
+        self.restored = self._whole - common
+        if self._kept == common:
+            self._kept = self._whole
+        return self._whole
+
+    def was_read(self, tokens: int, start: int, seconds: float) -> None:
+        """Notes that a prompt of so many tokens has been read from ``start`` on."""
+        if start == self._whole and tokens > start:
+            self._whole = tokens // BLOCK_TOKENS * BLOCK_TOKENS
+            self._seconds = seconds * BLOCK_TOKENS / (tokens - start)
+
+    def keep(self, cache: PreallocatedCache, held: list[int]) -> None:
+        """Remembers the whole blocks of what a cache holds.
+
+        Args:
+            cache: The cache.
+            held: Ids of what it holds.
+        """
+        whole = min(self._whole, len(held) // BLOCK_TOKENS * BLOCK_TOKENS)
+        if whole > self._kept:
+            self.store.keep(cache, held[:whole], self._seconds)
+            self._kept = whole

@@ -1,0 +1,281 @@
+"""What a model remembers of prompts: whole blocks of keys and values, looked for in RAM and then on disk.
+
+Warm and cold answers are equal to the bit by construction: a prompt is read in blocks at fixed places whether or not
+anything is remembered, so a block's keys and values depend on the tokens up to its end and on the root alone, and what
+is put back is what reading would write. A block is checked whole before any of it reaches the cache; where anything is
+not as it should be, its tokens are read, and ``missed`` says why.
+
+Derived in: notebooks/10_remember.ipynb
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.engine.loaded import loaded
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import BLOCK_TOKENS
+from lowvram_lab.prefixes.block_file import IDS, UnusableError, data_of
+from lowvram_lab.prefixes.folder import Folder
+from lowvram_lab.prefixes.keys import Key, Root, chain, name_of, root_of
+from lowvram_lab.prefixes.layout import Layout
+from lowvram_lab.prefixes.ram import OWNER, Slots
+from lowvram_lab.units import parse_bytes
+
+RAM, DISK = "RAM", "disk"
+"""Where a block is found."""
+
+FIELD = "root."
+"""What the names of the root's fields begin with in a file."""
+
+
+@dataclass(frozen=True)
+class Remember:
+    """What a chat is to remember of its prompts.
+
+    Attributes:
+        disk: Most bytes on disk, as ``"2GiB"``; ``None`` for nothing, or what the plan says.
+        ram: The same in RAM, for as long as the chat lives.
+        salt: A secret; what one salt wrote, another neither finds nor recognises.
+        folder: Where on disk; by default ``prefixes`` in the cache folder.
+    """
+
+    disk: str | int | None = None
+    ram: str | int | None = None
+    salt: str = ""
+    folder: Path | None = None
+
+    @classmethod
+    def of(cls, wanted: Remember | str | int | None) -> Remember:
+        """From a size on disk, too."""
+        return wanted if isinstance(wanted, cls) else cls(wanted)
+
+    def planned(self, plan: Plan) -> Plan:
+        """The plan, with the sizes that are said here.
+
+        Raises:
+            UnitError: One cannot be read.
+            PlanError: No block fits in one.
+        """
+        sizes = {"remember": self.disk, "remember_ram": self.ram}
+        return replace(plan, **{name: parse_bytes(size) for name, size in sizes.items() if size is not None})
+
+
+@dataclass(frozen=True)
+class Missed:
+    """Why a prompt's tokens are read from some place on.
+
+    Attributes:
+        token: That place.
+        reason: In words.
+    """
+
+    token: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """How much of a prompt is remembered.
+
+    Attributes:
+        tokens: Of the prompt.
+        places: Of each block that is there, ``"RAM"`` or ``"disk"``, in order.
+        missed: Why no more of it is; ``None`` where all of it is that could be.
+    """
+
+    tokens: int
+    places: tuple[str, ...]
+    missed: Missed | None
+
+    @property
+    def hit_tokens(self) -> int:
+        """Tokens that need not be read."""
+        return len(self.places) * BLOCK_TOKENS
+
+
+class Remembered:
+    """The blocks that a loaded model can use, and adds to.
+
+    Args:
+        model: From ``load``; its plan says how many bytes of RAM and disk.
+        cache: A cache of the model's, for one sequence.
+        salt: A secret; what one salt wrote, another does not find.
+        folder: Where on disk; by default in the cache folder.
+        progress: Show that files of weights are hashed.
+
+    Raises:
+        LowvramError: The folder cannot be used.
+
+    Attributes:
+        root: See ``root_of``.
+        folder: Where blocks are on disk; ``None`` where they are in RAM alone.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        cache: PreallocatedCache,
+        salt: str = "",
+        folder: Path | None = None,
+        progress: bool = False,
+    ):
+        if cache.held[0].shape.batch != 1:
+            raise LowvramError(f"expected a KV cache of one sequence, found {cache.held[0].shape.batch}")
+        state = loaded(model)
+        self._gpu, self._plan = state.gpu, state.plan
+        self.root: Root = root_of(model, salt, progress)
+        self._layout = Layout.of(cache)
+        self._slots = Slots(self._gpu, self._layout, self._plan.remembered_ram_bytes)
+        self.folder = Folder(folder, self._plan.remember) if self._plan.remember is not None else None
+        self._wanted = {part.name: (part.dtype, part.shape) for part in self._layout.parts}
+        self._wanted[IDS] = (torch.int32, (BLOCK_TOKENS,))
+        self._missing: tuple[Key, str] | None = None
+
+    @property
+    def missed(self) -> Missed | None:
+        """Why the latest prompt was not found any further; ``None`` where it was, or none was looked for."""
+        return self._missing and Missed(self._missing[0].start, self._why(*self._missing))
+
+    def restore(self, cache: PreallocatedCache, ids: Sequence[int], start: int = 0) -> int:
+        """Puts back what is remembered of a prompt, block by block, behind the tokens that the cache holds.
+
+        Args:
+            cache: Holds the first ``start`` tokens of the prompt.
+            ids: The prompt. At least its last token is left to be read.
+            start: A multiple of 128.
+
+        Returns:
+            How many tokens of the prompt the cache holds now.
+        """
+        self._missing, used, held = None, {}, start
+        with self._gpu.active(), self._gpu.meter.scope(owner=OWNER, category="kv"):
+            for key in chain(self.root, ids[:-1])[start // BLOCK_TOKENS :]:
+                try:
+                    tensors, _, seconds = self._find(key)
+                    self._layout.put(tensors, cache, held, self._gpu)
+                except (UnusableError, torch.OutOfMemoryError) as error:
+                    self._missing = key, str(error)  # looking for the exact reason takes longer than a token may
+                    break
+                held += BLOCK_TOKENS
+                cache.holds(held)
+                used[key.name] = seconds
+        self._note(used)
+        return held
+
+    def find(self, ids: Sequence[int]) -> Found:
+        """Says how much of a prompt ``restore`` would put back, and why no more."""
+        places = []
+        for key in chain(self.root, ids[:-1]):
+            try:
+                places.append(self._find(key)[1])
+            except UnusableError as error:
+                return Found(len(ids), tuple(places), Missed(key.start, self._why(key, str(error))))
+        return Found(len(ids), tuple(places), None)
+
+    def keep(self, cache: PreallocatedCache, ids: Sequence[int], seconds: float) -> int:
+        """Remembers the blocks of a prompt that a cache holds, as far as there is room.
+
+        Args:
+            cache: Its first tokens are these, read in blocks from the first on.
+            ids: The tokens of whole blocks.
+            seconds: What reading a block took.
+
+        Returns:
+            How many blocks are remembered now of these.
+        """
+        keys, added = chain(self.root, ids), {}
+        kept = {key.name for key in keys}
+        for count, key in enumerate(keys):
+            parent = key.parent and name_of(key.parent, key.root)
+            in_ram = key.name in self._slots
+            if not in_ram and (in_ram := self._slots.put(key.name, parent, kept, self._filler(cache, key))):
+                added[key.name] = seconds
+            on_disk = self.folder is not None and self.folder.file(key.name).exists()
+            if self.folder is not None and not on_disk:
+                on_disk = self.folder.write(key.name, self._data(cache, key, seconds), kept)
+                added |= {key.name: seconds} if on_disk else {}
+            if not in_ram and not on_disk:
+                self._note(added)
+                return count
+        self._note(added)
+        return len(keys)
+
+    def _filler(self, cache: PreallocatedCache, key: Key):
+        return lambda tensors: self._layout.take(cache, key.start, tensors, self._gpu)
+
+    def _data(self, cache: PreallocatedCache, key: Key, seconds: float) -> bytes:
+        """A block as a file."""
+        if key.name in self._slots:
+            tensors = self._slots.tensors(key.name)
+        else:
+            tensors = self._layout.views(torch.empty(self._layout.size, dtype=torch.uint8))
+            self._layout.take(cache, key.start, tensors, self._gpu)
+        facts = {FIELD + name: value for name, value in self.root.fields.items()}
+        facts |= {"text": key.text, "parent": key.parent, "root": key.root, "start": str(key.start)}
+        facts |= {"seconds": f"{seconds:.6g}", "model": self._plan.model, "block": str(BLOCK_TOKENS)}
+        return data_of({**tensors, IDS: torch.tensor(key.ids, dtype=torch.int32)}, facts)
+
+    def _find(self, key: Key) -> tuple[dict[str, torch.Tensor], str, float]:
+        """A block's tensors, where they are, and what they save.
+
+        Raises:
+            UnusableError: They are not there, or not as they should be.
+        """
+        if key.name in self._slots:
+            return self._slots.tensors(key.name), RAM, self._slots.seconds(key.name)
+        if self.folder is None:
+            raise UnusableError("not read before")
+        tensors, facts = self.folder.read(key.name, self._wanted)
+        if difference := self.root.difference(_fields(facts)):
+            raise UnusableError(difference)
+        said = {"text": key.text, "parent": key.parent, "root": key.root, "start": str(key.start)}
+        if said.items() - facts.items() or tensors[IDS].tolist() != list(key.ids):
+            raise UnusableError("it holds another text: the file was renamed or exchanged")
+        return tensors, DISK, float(facts["seconds"])
+
+    def _note(self, seconds: dict[str, float]) -> None:
+        """Notes which blocks were used or added."""
+        self._slots.used(seconds)
+        if self.folder is not None:
+            self.folder.used(seconds)
+
+    def _why(self, key: Key, reason: str) -> str:
+        """Why a block is not found, as exactly as what else is on disk tells."""
+        if self.folder is None or self.folder.file(key.name).exists():
+            return reason
+        entries = self.folder.entries()
+        for entry in entries:
+            if entry.facts.get("text") == key.text and (difference := self.root.difference(_fields(entry.facts))):
+                return difference
+        of_root = [entry for entry in entries if entry.facts.get("root") == key.root]
+        beside = [entry for entry in of_root if entry.facts.get("parent") == key.parent]
+        others = [found for entry in beside if (found := self._differs(entry.name, key)) is not None]
+        if others:
+            place = max(others)
+            return f"not read before: token {place} is another than in what is remembered"
+        if not of_root and any(self._differs_in_salt(_fields(entry.facts)) for entry in entries):
+            return "salt: what this model remembers is under another salt"
+        return "not read before"
+
+    def _differs(self, name: str, key: Key) -> int | None:
+        """The first place at which a remembered block has another token; ``None`` where it cannot be read."""
+        try:
+            ids = self.folder.read(name, self._wanted)[0][IDS].tolist()
+        except UnusableError:
+            return None
+        return key.start + next((at for at, (a, b) in enumerate(zip(ids, key.ids, strict=True)) if a != b), len(ids))
+
+    def _differs_in_salt(self, fields: dict[str, str]) -> bool:
+        return (self.root.difference({**fields, "salt": self.root.fields["salt"]}) is None) and bool(fields)
+
+
+def _fields(facts: dict[str, str]) -> dict[str, str]:
+    """The root's fields as a file says them."""
+    return {name.removeprefix(FIELD): value for name, value in facts.items() if name.startswith(FIELD)}

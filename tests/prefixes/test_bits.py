@@ -1,0 +1,51 @@
+"""Cold and warm answers are equal in every bit, whatever a prompt's length, its KV format, and where layers lie."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lowvram_lab.decoding.decode import generate
+from lowvram_lab.decoding.lean import decoder_for
+from lowvram_lab.engine.load import load
+from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.model.rules import BLOCK_TOKENS
+from lowvram_lab.prefixes.store import Remembered
+from tests.helpers.tiny import TINY, DictCheckpoint, random_ids, tiny_plan, tiny_state
+
+LENGTHS = (1, 127, 128, 129, 1000)
+
+
+def loaded_tiny(kind, placement="gpu", kv_format="bf16", recipe="bf16", ram=1 << 26, disk=1 << 28, **changes):
+    plan = tiny_plan(kind, recipe, placement, context=1024)
+    plan = replace(plan, kv_format=kv_format, remember=disk, remember_ram=ram, **changes)
+    return load(plan, open_gpu(), checkpoint=DictCheckpoint(tiny_state(kind)), progress=False)
+
+
+def answer(model, ids, folder, tokens=8, salt=""):
+    """Logits behind a prompt, the answer, and how many tokens were put back; then the prompt is remembered."""
+    decoder = decoder_for(model, 1024, progress=False)
+    store = Remembered(model, decoder.cache, salt, folder)
+    start = store.restore(decoder.cache, ids)
+    logits = decoder.prefill(torch.tensor([ids[start:]])).clone()
+    whole = len(ids) // BLOCK_TOKENS * BLOCK_TOKENS
+    store.keep(decoder.cache, ids[:whole], 0.1)
+    first = int(logits.argmax())
+    rest = list(generate(decoder, torch.tensor([[first]]), max_new_tokens=tokens)) if tokens else []
+    return logits, [first, *rest], start
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("placement", ["gpu", "half", "disk"])
+def test_logits_and_answers_are_the_same_cold_and_warm(kind, kv_format, placement, tmp_path):
+    model = loaded_tiny(kind, placement, kv_format, ram=None)
+    for length in LENGTHS:
+        # the prefix, and a question behind it
+        ids = random_ids(length + 3, seed=length)[0].tolist()
+        cold = answer(model, ids, tmp_path)
+        warm = answer(model, ids, tmp_path)
+        assert cold[2] == 0
+        assert warm[2] == (length + 2) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert torch.equal(cold[0].view(torch.int16), warm[0].view(torch.int16))
+        assert cold[1] == warm[1]

@@ -1,0 +1,58 @@
+"""A chat that remembers: same answers, sooner; and nothing it answers depends on what is remembered."""
+
+from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.prefixes.store import Remember
+from lowvram_lab.sampling import Sampling
+from tests.helpers.tiny import tiny_tokenizer
+from tests.prefixes.test_bits import loaded_tiny
+
+SYSTEM = "You are a keeper of plants. " * 20
+
+
+def chat(folder, *questions, kind="llama", salt="", **options):
+    model = loaded_tiny(kind, ram=None, disk=None)
+    wanted = Remember(disk="64MiB", salt=salt, folder=folder)
+    session = ChatSession(model, tiny_tokenizer(), system=SYSTEM, max_new_tokens=20, remember=wanted, **options)
+    return [session.ask(question) for question in questions], session
+
+
+def test_another_process_need_not_read_what_is_remembered(tmp_path):
+    cold, first = chat(tmp_path, "what is a fern?")
+    warm, second = chat(tmp_path, "what is a fern?")
+    assert cold == warm
+    assert first.turns[0].remembered_tokens == 0
+    whole = first.turns[0].prompt_tokens // 128 * 128
+    assert second.turns[0].remembered_tokens == second.turns[0].cached_tokens == whole
+
+
+def test_answers_do_not_depend_on_what_is_remembered(tmp_path):
+    questions = ["what is a fern?", "and a moss?", "what is a fern?"]
+    apart = [chat(tmp_path / str(at), *questions)[0] for at in range(2)]
+    again = chat(tmp_path / "0", *questions)[0]
+    assert apart[0] == apart[1] == again
+
+
+def test_another_question_in_the_same_chat_goes_on_from_a_whole_block(tmp_path):
+    _, session = chat(tmp_path, "what is a fern?")
+    session.history = session.history[:1]
+    again = session.ask("what is a moss?")
+    cold, _ = chat(tmp_path / "other", "what is a moss?")
+    assert [again] == cold
+    assert session.turns[-1].cached_tokens % 128 == 0
+
+
+def test_salts_share_nothing(tmp_path):
+    one, _ = chat(tmp_path, "what is a fern?", salt="one")
+    other, session = chat(tmp_path, "what is a fern?", salt="other")
+    assert one == other
+    assert session.turns[0].remembered_tokens == 0
+    again, session = chat(tmp_path, "what is a fern?", salt="one")
+    assert session.turns[0].remembered_tokens > 0
+
+
+def test_sampled_answers_too(tmp_path):
+    sampling = Sampling(temperature=1.0, seed=3)
+    cold, _ = chat(tmp_path, "what is a fern?", sampling=sampling)
+    warm, session = chat(tmp_path, "what is a fern?", sampling=sampling)
+    assert cold == warm
+    assert session.turns[0].remembered_tokens
