@@ -118,6 +118,30 @@ def test_forecast_and_counters_of_a_mid_size_model_in_two_planes(gpu_layers, low
     assert_near(dry, run_workload(load_mid(plan, gpu), workload))
 
 
+@pytest.mark.parametrize("kv_format", ["16 bits", "int8", "int4"])
+@pytest.mark.parametrize("placement", ["gpu", "half"])
+@pytest.mark.parametrize("kind", TINY)
+def test_forecast_and_counters_of_prompts_that_are_remembered(kind, placement, kv_format):
+    """Blocks are taken off the card and put back on it; what that takes there, and what crosses, is forecast."""
+    gpu, workload = open_gpu(), Workload(290, 3)
+    plan = replace(tiny_plan(kind, "int8", placement), remember_ram=1 << 20)
+    plan = replace(plan, kv_format=plan.dtype if kv_format == "16 bits" else kv_format)
+    dry = forecast(plan, gpu, workload=workload)
+    real = run_workload(load_tiny(kind, plan, gpu), workload)
+    assert_near(dry, real, SLACK)
+    assert dry.transferred_bytes == real.transferred_bytes
+    assert dry.remembered_bytes == real.remembered_bytes == plan.remembered_ram_bytes
+
+
+@pytest.mark.parametrize("gpu_layers", [8, 4])
+def test_forecast_and_counters_of_a_mid_size_model_that_remembers(gpu_layers):
+    gpu, spec = open_gpu(), mid_spec("qwen2")
+    plan = Plan.uniform(spec, "int4", context=2048).with_gpu_layers(gpu_layers)
+    plan, workload = replace(plan, remember_ram=64 * MiB), Workload(1500, 3, follow_up_tokens=100)
+    dry = forecast(plan, gpu, workload=workload)
+    assert_near(dry, run_workload(load_mid(plan, gpu), workload))
+
+
 @pytest.mark.parametrize("gpu_layers", [8, 4])
 @pytest.mark.parametrize("recipe", ["fp16", "int8", "int4", "nf4"])
 def test_forecast_and_counters_of_a_mid_size_model(recipe, gpu_layers):

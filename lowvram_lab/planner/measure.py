@@ -11,6 +11,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.planner.profile import STAND_IN, MemoryProfile, SpeedProfile, Workload
+from lowvram_lab.prefixes.ram import OWNER, Rehearsal
 from lowvram_lab.sampling import Sampling, choose
 
 
@@ -34,8 +35,12 @@ def run_workload(model: torch.nn.Module, workload: Workload, last_pieces: int | 
     earlier_kv = gpu.meter.category_bytes("kv")
     with gpu.phase("prefill"):
         decoder = decoder_for(model, workload.tokens, workload.batch_size, progress=False)
+        remembered = Rehearsal(model, decoder.cache) if plan.remembers and workload.batch_size == 1 else None
         passed_over = 0 if last_pieces is None else _pass_over(decoder, workload.prompt_tokens, last_pieces)
         token = _read(decoder, workload.prompt_tokens - passed_over, workload.batch_size)
+    if remembered:
+        with gpu.phase("remember"):
+            remembered.run()
     with gpu.phase("decode"):
         for _ in range(workload.new_tokens):
             token = decoder.choose(decoder.decode(token), Sampling())
@@ -56,6 +61,7 @@ def run_workload(model: torch.nn.Module, workload: Workload, last_pieces: int | 
         weights_bytes=plan.weight_bytes("gpu"),
         cpu_weights_bytes=plan.weight_bytes("cpu"),
         disk_weights_bytes=plan.weight_bytes("disk"),
+        remembered_bytes=dict(gpu.meter.holders("cpu")).get(OWNER, 0),
         kv_bytes=gpu.meter.category_bytes("kv") - earlier_kv,
         phases=(state.recording.phases[0], *recording.phases[earlier_phases:]),
         workload=workload,

@@ -76,11 +76,12 @@ class MemoryProfile:
         weights_bytes: Exact bytes of the weights on the GPU, without the allocator's rounding.
         cpu_weights_bytes: The same on the CPU.
         kv_bytes: KV cache on the GPU at the end of the run, in the allocator's blocks.
-        phases: In order: load, prefill, decode, perhaps a second turn.
+        phases: In order: load, prefill, perhaps what remembering the prompt takes, decode, perhaps a second turn.
         workload: What was run.
         first_oom: The first allocation that did not fit, or ``None``.
         transferred_bytes: Bytes that crossed between GPU and CPU after loading.
         disk_weights_bytes: Exact bytes of the weights that are mapped from disk.
+        remembered_bytes: What prompts that are remembered take of RAM (``Plan.remember_ram``).
         suggestions: What would make it fit, in words.
         timeline: Every allocation in order, if it was asked for.
     """
@@ -97,6 +98,7 @@ class MemoryProfile:
     first_oom: OomEvent | None = None
     transferred_bytes: int = 0
     disk_weights_bytes: int = 0
+    remembered_bytes: int = 0
     suggestions: tuple[str, ...] = field(default=())
     timeline: Timeline | None = field(default=None, repr=False)
     engine: str = ""
@@ -203,6 +205,7 @@ class MemoryProfile:
             "weights_bytes": self.weights_bytes,
             "cpu_weights_bytes": self.cpu_weights_bytes,
             "disk_weights_bytes": self.disk_weights_bytes,
+            "remembered_bytes": self.remembered_bytes,
             "kv_bytes": self.kv_bytes,
             "activation_bytes": self.activation_bytes,
             "overhead_bytes": self.overhead_bytes,

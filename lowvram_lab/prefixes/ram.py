@@ -7,8 +7,11 @@ from collections.abc import Callable, Collection, Mapping
 import psutil
 import torch
 
+from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes.layout import Layout
 from lowvram_lab.prefixes.worth import Worth
 from lowvram_lab.units import format_bytes
@@ -90,3 +93,25 @@ class Slots:
             if name in self:
                 self._seconds[name] = seconds
                 self._worth.used(name, seconds, self._layout.size)
+
+
+class Rehearsal:
+    """What remembering takes, in a workload that is measured or forecast: no file is written, no text is kept.
+
+    Args:
+        model: From ``load``, real or a dry run.
+        cache: Of the model.
+    """
+
+    def __init__(self, model: torch.nn.Module, cache: PreallocatedCache):
+        state = loaded(model)
+        self._gpu, self._cache, self._layout = state.gpu, cache, Layout.of(cache)
+        self._slots = Slots(self._gpu, self._layout, state.plan.remembered_ram_bytes)
+
+    def run(self) -> None:
+        """Takes each whole block out of the cache, and puts it back."""
+        with self._gpu.active(), self._gpu.meter.scope(owner=OWNER, category="kv"):
+            block = self._layout.views(self._gpu.zeros((self._layout.size,), torch.uint8, "cpu"))
+            for start in range(0, self._cache.get_seq_length() // BLOCK_TOKENS * BLOCK_TOKENS, BLOCK_TOKENS):
+                self._layout.take(self._cache, start, block, self._gpu)
+                self._layout.put(block, self._cache, start, self._gpu)

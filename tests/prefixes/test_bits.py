@@ -49,3 +49,17 @@ def test_logits_and_answers_are_the_same_cold_and_warm(kind, kv_format, placemen
         assert warm[2] == (length + 2) // BLOCK_TOKENS * BLOCK_TOKENS
         assert torch.equal(cold[0].view(torch.int16), warm[0].view(torch.int16))
         assert cold[1] == warm[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("placement", ["gpu", "half"])
+def test_on_a_card(kind, kv_format, placement, tmp_path, values):
+    model = loaded_tiny(kind, placement, kv_format, ram=None)
+    for length in (129, 1000):
+        ids = random_ids(length + 3, seed=length)[0].tolist()
+        cold, warm = answer(model, ids, tmp_path), answer(model, ids, tmp_path)
+        assert warm[2] == (length + 2) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert torch.equal(cold[0].view(torch.int16), warm[0].view(torch.int16))
+        assert cold[1] == warm[1]
