@@ -385,8 +385,12 @@ class LeanDecoder(Decoder):
         return max(found, default=0)
 
     def _reads_several(self) -> bool:
-        """Whether several tokens are read in one pass, by the compiled layers: of weights in two planes, to verify."""
-        return self._nested and self.compiled and self.batch_size == 1 and why_not_several(self.model) == ""
+        """Whether several tokens are read in one pass, by the compiled layers: to verify what was guessed.
+
+        High planes guess, and so does what is remembered of an earlier answer.
+        """
+        wanted = self._nested or self._plan.remembers
+        return wanted and self.compiled and self.batch_size == 1 and why_not_several(self.model) == ""
 
     def _reserve(self) -> None:
         """Takes what decoding will need beside the cache: logits, if no graph has them, and a token's workspace."""
@@ -420,7 +424,7 @@ class LeanDecoder(Decoder):
             bound = self._ways[self._nested].bound
             wanted["several"] = [Library.called_with(bound[at][0], several + bound[at][1], True) for at in indices]
             wanted["heads"] = [Library.called_with(head[0], [rows, *head[1]], True)]
-            short = bind_short_head(self.model)
+            short = bind_short_head(self.model) if self._nested else None
             if short is not None:
                 wanted["short head"] = [Library.called_with(short[0], [one[0], *short[1]])]
         if head is not None:

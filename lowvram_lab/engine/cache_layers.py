@@ -48,6 +48,10 @@ class FixedLayer(CacheLayerMixin):
         """
         return {name: tensor[:, :, start:end] for name, tensor in self.tensors().items()}
 
+    def beginning(self, tokens: int) -> dict[str, torch.Tensor]:
+        """Views of all that it keeps of the first so many tokens, of any number of them, by name."""
+        return self.span(0, tokens)
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: everything is there."""
 

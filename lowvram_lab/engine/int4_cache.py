@@ -44,6 +44,10 @@ class Int4Layer(FixedLayer):
         places = {"keys": groups, "key_scale": groups, "values": tokens, "value_scale": tokens}
         return {name: getattr(self, name)[:, :, place] for name, place in places.items()}
 
+    def beginning(self, tokens: int) -> dict[str, torch.Tensor]:
+        """See ``FixedLayer``: the newest keys, whose group is not full, lie by themselves."""
+        return {**self.span(0, tokens), "recent": self.recent}
+
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         """Writes new keys and values behind those there are; returns all of them, dequantised."""
         start, end = self.tokens, self.end_of(key_states, value_states)

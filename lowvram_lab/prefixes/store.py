@@ -233,7 +233,7 @@ class Remembered:
         if self.folder is None:
             raise UnusableError("not read before")
         tensors, facts = self.folder.read(key.name, self._wanted)
-        if difference := self.root.difference(_fields(facts)):
+        if difference := self.root.difference(fields_of(facts)):
             raise UnusableError(difference)
         said = {"text": key.text, "parent": key.parent, "root": key.root, "start": str(key.start)}
         if said.items() - facts.items() or tensors[IDS].tolist() != list(key.ids):
@@ -252,7 +252,7 @@ class Remembered:
             return reason
         entries = self.folder.entries()
         for entry in entries:
-            if entry.facts.get("text") == key.text and (difference := self.root.difference(_fields(entry.facts))):
+            if entry.facts.get("text") == key.text and (difference := self.root.difference(fields_of(entry.facts))):
                 return difference
         of_root = [entry for entry in entries if entry.facts.get("root") == key.root]
         beside = [entry for entry in of_root if entry.facts.get("parent") == key.parent]
@@ -260,7 +260,7 @@ class Remembered:
         if others:
             place = max(others)
             return f"not read before: token {place} is another than in what is remembered"
-        if not of_root and any(self._differs_in_salt(_fields(entry.facts)) for entry in entries):
+        if not of_root and any(self._differs_in_salt(fields_of(entry.facts)) for entry in entries):
             return "salt: what this model remembers is under another salt"
         return "not read before"
 
@@ -276,6 +276,6 @@ class Remembered:
         return (self.root.difference({**fields, "salt": self.root.fields["salt"]}) is None) and bool(fields)
 
 
-def _fields(facts: dict[str, str]) -> dict[str, str]:
+def fields_of(facts: dict[str, str]) -> dict[str, str]:
     """The root's fields as a file says them."""
     return {name.removeprefix(FIELD): value for name, value in facts.items() if name.startswith(FIELD)}
