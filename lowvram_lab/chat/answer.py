@@ -116,7 +116,7 @@ class Session(Generic[Question]):
         self.turns: list[TurnStats] = []
         self._stop_ids, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
         wanted = Remember.of(remember)
-        replan(model, wanted.planned(loaded(model).plan), progress=progress)
+        replan(model, wanted.planned(loaded(model).plan), progress=False)  # loads nothing
         self._live = LiveDecoder(model, compiled, progress, precision, self._threshold, wanted)
         self._live.begun()  # now: compiling and allocating are no part of the first answer
 

@@ -53,6 +53,11 @@ class Root:
         """Of all fields."""
         return _digest(json.dumps(self.fields, sort_keys=True))
 
+    @functools.cached_property
+    def of_answers(self) -> Root:
+        """What an answer is found by. It is verified before it is said, so other weights may have given it."""
+        return Root({name: self.fields[name] for name in ("config", "salt")}, self.seed)
+
     def difference(self, fields: dict[str, str]) -> str | None:
         """The first field that is another there, in words; ``None`` where none is."""
         for name, value in self.fields.items():
@@ -99,6 +104,22 @@ def chain(root: Root, ids: Sequence[int]) -> list[Key]:
         keys.append(Key(text, parent, root.digest, start, block))
         parent = text
     return keys
+
+
+def answer_key(root: Root, ids: Sequence[int], how: str) -> Key:
+    """The key of what was answered to a prompt, to all of it.
+
+    Args:
+        root: Of the model; only its ``of_answers`` counts.
+        ids: The prompt.
+        how: What else decides an answer: how its tokens are chosen.
+    """
+    root = root.of_answers
+    blocks = chain(root, ids)
+    rest = ids[len(blocks) * BLOCK_TOKENS :]
+    before = blocks[-1].text if blocks else root.seed.hex()
+    text = _digest(before, struct.pack(f"<{len(rest)}q", *rest), how)
+    return Key(text, "", root.digest, len(ids), ())
 
 
 def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False) -> Root:

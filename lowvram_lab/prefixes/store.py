@@ -21,15 +21,19 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS
+from lowvram_lab.prefixes import block_file
 from lowvram_lab.prefixes.block_file import IDS, UnusableError, data_of
 from lowvram_lab.prefixes.folder import Folder
-from lowvram_lab.prefixes.keys import Key, Root, chain, name_of, root_of
+from lowvram_lab.prefixes.keys import Key, Root, answer_key, chain, name_of, root_of
 from lowvram_lab.prefixes.layout import Layout
 from lowvram_lab.prefixes.ram import OWNER, Slots
 from lowvram_lab.units import parse_bytes
 
 RAM, DISK = "RAM", "disk"
 """Where a block is found."""
+
+BLOCK, ANSWER = "block", "answer"
+"""Kinds of files."""
 
 FIELD = "root."
 """What the names of the root's fields begin with in a file."""
@@ -207,6 +211,45 @@ class Remembered:
         self._note(added)
         return len(keys)
 
+    def answer(self, ids: Sequence[int], how: str) -> list[int]:
+        """What was once answered to a prompt, perhaps by other weights: to be verified.
+
+        Args:
+            ids: The prompt.
+            how: How its tokens were chosen.
+        """
+        if self.folder is None:
+            return []
+        name = answer_key(self.root, ids, how).name
+        try:
+            facts = block_file.facts_of(self.folder.file(name))
+            count = int(facts.get("tokens", ""))
+            tensors, said = self.folder.read(name, {IDS: (torch.int32, (count,))})
+            self.folder.used({name: float(said["seconds"])})
+        except (UnusableError, ValueError, KeyError):
+            return []
+        return tensors[IDS].tolist()
+
+    def keep_answer(self, ids: Sequence[int], how: str, tokens: Sequence[int], seconds: float) -> None:
+        """Remembers what was answered to a prompt, where there is room on disk; in the place of another answer.
+
+        Args:
+            ids: The prompt.
+            how: See ``answer``.
+            tokens: The answer.
+            seconds: What it took.
+        """
+        if self.folder is None or not tokens:
+            return
+        if self.answer(ids, how) == list(tokens):
+            return
+        key = answer_key(self.root, ids, how)
+        self.folder.remove({key.name})
+        facts = {**self._facts(key, ANSWER, seconds), "tokens": str(len(tokens))}
+        data = data_of({IDS: torch.tensor(tokens, dtype=torch.int32)}, facts)
+        if self.folder.write(key.name, data, ()):
+            self.folder.used({key.name: seconds})
+
     def _filler(self, cache: PreallocatedCache, key: Key):
         return lambda tensors: self._layout.take(cache, key.start, tensors, self._gpu)
 
@@ -217,10 +260,14 @@ class Remembered:
         else:
             tensors = self._layout.views(torch.empty(self._layout.size, dtype=torch.uint8))
             self._layout.take(cache, key.start, tensors, self._gpu)
+        ids = torch.tensor(key.ids, dtype=torch.int32)
+        return data_of({**tensors, IDS: ids}, self._facts(key, BLOCK, seconds))
+
+    def _facts(self, key: Key, kind: str, seconds: float) -> dict[str, str]:
+        """What a file says of itself."""
         facts = {FIELD + name: value for name, value in self.root.fields.items()}
         facts |= {"text": key.text, "parent": key.parent, "root": key.root, "start": str(key.start)}
-        facts |= {"seconds": f"{seconds:.6g}", "model": self._plan.model, "block": str(BLOCK_TOKENS)}
-        return data_of({**tensors, IDS: torch.tensor(key.ids, dtype=torch.int32)}, facts)
+        return facts | {"kind": kind, "seconds": f"{seconds:.6g}", "model": self._plan.model}
 
     def _find(self, key: Key) -> tuple[dict[str, torch.Tensor], str, float]:
         """A block's tensors, where they are, and what they save.
@@ -254,7 +301,7 @@ class Remembered:
         for entry in entries:
             if entry.facts.get("text") == key.text and (difference := self.root.difference(fields_of(entry.facts))):
                 return difference
-        of_root = [entry for entry in entries if entry.facts.get("root") == key.root]
+        of_root = [e for e in entries if e.facts.get("root") == key.root and e.facts.get("kind") == BLOCK]
         beside = [entry for entry in of_root if entry.facts.get("parent") == key.parent]
         others = [found for entry in beside if (found := self._differs(entry.name, key)) is not None]
         if others:
