@@ -5,10 +5,12 @@ Derived in: notebooks/09_validated_chat.ipynb
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.answer import Answer, Session
+from lowvram_lab.chat.kept_ids import Turn, kept_ids
 from lowvram_lab.chat.prompt import chat_ids, checked_text
 from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.loaded import loaded
@@ -25,6 +27,8 @@ class ChatSession(Session[History]):
 
     A chat that outgrows the plan's context goes on without its oldest turns, whole ones, also in the middle of an
     answer; an answer that fills the context all by itself ends there (``TurnStats.stopped`` is false).
+
+    Earlier answers are read in the ids they were generated in, as long as the template writes them as they were said.
 
     Where the GPU is full in spite of the plan (another process took memory, say), the session goes on with a smaller
     plan: prompts in pieces, KV cache in int8 or int4, layers on the CPU, a shorter context. ``TurnStats.given_up`` and
@@ -67,6 +71,7 @@ class ChatSession(Session[History]):
             logger.warning("the chat template takes no system message; it goes before the first user message")
         self.history: History = [] if system is None else [{"role": "system", "content": system}]
         self.dropped_turns = 0
+        self._asked = self._said = Turn()  # of the answer on its way, and of the latest one that is in the history
         super().__init__(model, tokenizer, **options)
 
     def send(self, text: str) -> Iterator[str]:
@@ -90,10 +95,10 @@ class ChatSession(Session[History]):
         history = [*self.history, {"role": "user", "content": text}]
         return self._answer(history, *self._fitting_prompt(history))
 
-    def _answer(self, history: History, prompt: list[int], dropped: int) -> Iterator[str]:
-        answer = Answer(self, history, prompt)
+    def _answer(self, history: History, asked: Turn, dropped: int) -> Iterator[str]:
+        answer = Answer(self, history, asked.prompt)
         dropped_before = self.dropped_turns
-        self.history, self.dropped_turns = history, dropped
+        self.history, self.dropped_turns, self._asked = history, dropped, asked
         try:
             yield from answer.pieces()
         except (GeneratorExit, KeyboardInterrupt):
@@ -105,11 +110,13 @@ class ChatSession(Session[History]):
         finally:
             if self.history is history:
                 history.append({"role": "assistant", "content": answer.shown})
+                ended = bool(answer.tokens) and answer.tokens[-1] in self._stop_ids
+                self._said = replace(self._asked, answer=answer.tokens[:-1] if ended else answer.tokens)
 
     def _prompt(self, question: History, answered: int = 0) -> list[int]:
         """See ``Session``; from then on the turns that it leaves out are no longer seen."""
-        prompt, self.dropped_turns = self._fitting_prompt(question, answered)
-        return prompt
+        self._asked, self.dropped_turns = self._fitting_prompt(question, answered)
+        return self._asked.prompt
 
     def _can_shorten(self, question: History, answered: int) -> bool:
         """Whether an answer that has filled the context can go on without the oldest turn that is still seen."""
@@ -118,31 +125,37 @@ class ChatSession(Session[History]):
         except BudgetError:
             return False
 
-    def _fitting_prompt(self, history: History, answered: int = 0) -> tuple[list[int], int]:
-        """Renders a chat without its oldest turns, whole ones, so that there is room for an answer.
+    def _fitting_prompt(self, history: History, answered: int = 0) -> tuple[Turn, int]:
+        """A chat's prompt without its oldest turns, whole ones, so that there is room for an answer.
 
         Args:
             history: All of it, up to the user's last message.
             answered: Tokens of the answer that are there already.
 
         Returns:
-            Token ids, and how many turns they leave out.
+            The prompt, without an answer, and how many turns it leaves out.
         """
         context = loaded(self.model).plan.context
         first = 1 if history[0]["role"] == "system" else 0
         dropped = min(self.dropped_turns, (len(history) - first - 1) // 2)  # history may have been cut by its owner
+        wanted = max(1, min(self.max_new_tokens, answered + context // 4))
         while True:
             seen = history[:first] + history[first + 2 * dropped :]
-            prompt = chat_ids(self.tokenizer, seen, self.template_arguments)
-            wanted = max(1, min(self.max_new_tokens, answered + context // 4))
+            rendered = chat_ids(self.tokenizer, seen, self.template_arguments)
+            kept = kept_ids(rendered, self._said, self._decoded)
+            prompt = kept if len(kept) + wanted <= context else rendered  # a tokenizer's ids may be fewer
             if len(prompt) + wanted <= context:
-                return prompt, dropped
+                return Turn(rendered, prompt), dropped
             if len(seen) - first > 2:
                 dropped += 1
             elif len(prompt) + answered < context:
-                return prompt, dropped
+                return Turn(rendered, prompt), dropped
             else:
                 raise BudgetError(
                     f"this message takes {len(prompt) + answered} tokens, the plan's context is {context}; "
                     "shorten it or plan for more"
                 )
+
+    def _decoded(self, ids: list[int]) -> str:
+        """Text of ids as it is, control tokens included."""
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
