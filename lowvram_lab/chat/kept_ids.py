@@ -53,22 +53,17 @@ def kept_ids(rendered: list[int], last: Turn, decode: Decode) -> list[int]:
 
 def _end_of_answer(text: str, ids: list[int], decode: Decode) -> int | None:
     """How many of the ids spell an answer's text; ``None`` where no whole number of them does."""
-    end = _fewest(ids, len(text), lambda start: _whole(decode(start)))
+    end = _fewest(ids, len(text), decode)
     if decode(ids[:end]) == text:
         return end
     said = text.strip()
-    end = _fewest(ids, len(said), lambda start: _whole(decode(start)).strip())
+    end = _fewest(ids, len(said), lambda start: decode(start).strip())
     if decode(ids[:end]).strip() != said:
         return None
     may_be_its_own = text[-1:].isspace() and decode(ids[end : end + 1])[:1].isspace()
     return None if may_be_its_own else end  # the answer's space would come twice, were it not the template's
 
 
-def _fewest(ids: list[int], letters: int, read: Callable[[list[int]], str]) -> int:
-    """How many of the ids it takes to read so many letters."""
-    return bisect_left(range(len(ids)), letters, key=lambda count: len(read(ids[:count])))
-
-
-def _whole(text: str) -> str:
-    """Without the beginning of a character, which reads as up to three: a text is to grow with its tokens."""
-    return text.rstrip("\ufffd")
+def _fewest(ids: list[int], letters: int, read: Decode) -> int:
+    """How many of the ids it takes to read so many letters, whole ones: the beginning of one reads as up to three."""
+    return bisect_left(range(len(ids)), letters, key=lambda count: len(read(ids[:count]).rstrip("\ufffd")))

@@ -3,6 +3,7 @@
 Derived in: notebooks/09_validated_chat.ipynb
 """
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -139,10 +140,11 @@ class ChatSession(Session[History]):
         first = 1 if history[0]["role"] == "system" else 0
         dropped = min(self.dropped_turns, (len(history) - first - 1) // 2)  # history may have been cut by its owner
         wanted = max(1, min(self.max_new_tokens, answered + context // 4))
+        decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         while True:
             seen = history[:first] + history[first + 2 * dropped :]
             rendered = chat_ids(self.tokenizer, seen, self.template_arguments)
-            kept = kept_ids(rendered, self._said, self._decoded)
+            kept = kept_ids(rendered, self._said, decode)
             prompt = kept if len(kept) + wanted <= context else rendered  # a tokenizer's ids may be fewer
             if len(prompt) + wanted <= context:
                 return Turn(rendered, prompt), dropped
@@ -155,7 +157,3 @@ class ChatSession(Session[History]):
                     f"this message takes {len(prompt) + answered} tokens, the plan's context is {context}; "
                     "shorten it or plan for more"
                 )
-
-    def _decoded(self, ids: list[int]) -> str:
-        """Text of ids as it is, control tokens included."""
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
