@@ -38,7 +38,7 @@ class TurnStats:
     """What one answer took.
 
     Attributes:
-        prompt_tokens: Length of the whole prompt; of a chat, as it is rendered.
+        prompt_tokens: Length of the whole prompt; of a chat, with earlier answers as they were generated.
         cached_tokens: How many of them were still in the KV cache, or were put back there.
         new_tokens: Tokens generated, without the stop token.
         ttft_s: Seconds to the first token.

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import DEVICES, check_precision
 from lowvram_lab.planner.step_down import smaller_plans
 from lowvram_lab.prefixes.prompts import Prompts
+from lowvram_lab.prefixes.saved import put_cache, save_cache
 from lowvram_lab.prefixes.store import Remember, Remembered
 from lowvram_lab.sampling import Sampling
 
@@ -224,6 +226,17 @@ class LiveDecoder:
         """Remembers what of the prompt was read, where the plan has room for it."""
         if self.prompts and self._decoder:
             self.prompts.keep(self._decoder.cache, self._held)
+
+    def save(self, path: Path, said: dict) -> int:
+        """Writes the KV cache, and plain data with it; see ``save_cache``."""
+        return save_cache(path, self.model, self.begun().cache, self._held, said)
+
+    def open(self, path: Path) -> None:
+        """Puts a saved KV cache back; see ``put_cache``."""
+        cache = self.begun().cache
+        cache.keep(0)
+        self._held = []
+        self._held = put_cache(path, self.model, cache)
 
     def holds(self, ids: list[int]) -> None:
         """Says which ids were fed: the cache holds as many of them as it is long."""

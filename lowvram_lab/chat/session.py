@@ -3,16 +3,21 @@
 Derived in: notebooks/09_validated_chat.ipynb
 """
 
+import functools
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.answer import Answer, Session
+from lowvram_lab.chat.kept_ids import Turn, kept_ids
 from lowvram_lab.chat.prompt import chat_ids, checked_text
 from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.errors import BudgetError
+from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.prefixes.saved import said_of
 from lowvram_lab.repository.chat_template import base_model
 
 logger = logging.getLogger(__name__)
@@ -25,6 +30,8 @@ class ChatSession(Session[History]):
 
     A chat that outgrows the plan's context goes on without its oldest turns, whole ones, also in the middle of an
     answer; an answer that fills the context all by itself ends there (``TurnStats.stopped`` is false).
+
+    Earlier answers are read in the ids they were generated in, as long as the template writes them as they were said.
 
     Where the GPU is full in spite of the plan (another process took memory, say), the session goes on with a smaller
     plan: prompts in pieces, KV cache in int8 or int4, layers on the CPU, a shorter context. ``TurnStats.given_up`` and
@@ -67,6 +74,7 @@ class ChatSession(Session[History]):
             logger.warning("the chat template takes no system message; it goes before the first user message")
         self.history: History = [] if system is None else [{"role": "system", "content": system}]
         self.dropped_turns = 0
+        self._asked = self._said = Turn()  # of the answer on its way, and of the latest one that is in the history
         super().__init__(model, tokenizer, **options)
 
     def send(self, text: str) -> Iterator[str]:
@@ -90,10 +98,66 @@ class ChatSession(Session[History]):
         history = [*self.history, {"role": "user", "content": text}]
         return self._answer(history, *self._fitting_prompt(history))
 
-    def _answer(self, history: History, prompt: list[int], dropped: int) -> Iterator[str]:
-        answer = Answer(self, history, prompt)
+    def save(self, path: str | Path) -> int:
+        """Writes the conversation: history, ids and KV cache, in one file that nobody else may read.
+
+        Args:
+            path: A file; one that is there is replaced. It can be turned back into the text of the conversation.
+
+        Returns:
+            Its bytes.
+
+        Raises:
+            LowvramError: Nothing has been answered yet, or it cannot be written.
+        """
+        if not self._said.prompt:
+            raise LowvramError("expected a conversation of one answer or more to save, found none; ask something first")
+        said = {
+            "history": self.history,
+            "dropped_turns": self.dropped_turns,
+            "template_arguments": self.template_arguments,
+            "turn": asdict(self._said),
+        }
+        return self._live.save(Path(path), said)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        read_again: bool = False,
+        **options,
+    ) -> "ChatSession":
+        """Opens a saved conversation: it goes on as if it had never been closed, and nothing of it is read again.
+
+        Args:
+            path: From ``save``.
+            model: The model that it was held with, loaded from a plan of the same formats and places.
+            tokenizer: Its tokenizer.
+            read_again: Take the history alone, which the next message then has any model read.
+            **options: As for a new session; not ``system``, which the history has.
+
+        Raises:
+            LowvramError: The file is no conversation, is damaged, or belongs to another model, plan or version, which
+                is named.
+        """
+        said = said_of(Path(path))
+        history = checked_history(said.get("history"), str(path))
+        options = {"template_arguments": said.get("template_arguments") or {}, **options}
+        session = cls(model, tokenizer, **options)
+        if not read_again:
+            session._live.open(Path(path))
+            session._said = Turn(**said["turn"])
+            session.dropped_turns = said["dropped_turns"]
+        session.history = history
+        return session
+
+    def _answer(self, history: History, asked: Turn, dropped: int) -> Iterator[str]:
+        answer = Answer(self, history, asked.prompt)
         dropped_before = self.dropped_turns
-        self.history, self.dropped_turns = history, dropped
+        self.history, self.dropped_turns, self._asked = history, dropped, asked
         try:
             yield from answer.pieces()
         except (GeneratorExit, KeyboardInterrupt):
@@ -105,11 +169,13 @@ class ChatSession(Session[History]):
         finally:
             if self.history is history:
                 history.append({"role": "assistant", "content": answer.shown})
+                ended = bool(answer.tokens) and answer.tokens[-1] in self._stop_ids
+                self._said = replace(self._asked, answer=answer.tokens[:-1] if ended else answer.tokens)
 
     def _prompt(self, question: History, answered: int = 0) -> list[int]:
         """See ``Session``; from then on the turns that it leaves out are no longer seen."""
-        prompt, self.dropped_turns = self._fitting_prompt(question, answered)
-        return prompt
+        self._asked, self.dropped_turns = self._fitting_prompt(question, answered)
+        return self._asked.prompt
 
     def _can_shorten(self, question: History, answered: int) -> bool:
         """Whether an answer that has filled the context can go on without the oldest turn that is still seen."""
@@ -118,31 +184,49 @@ class ChatSession(Session[History]):
         except BudgetError:
             return False
 
-    def _fitting_prompt(self, history: History, answered: int = 0) -> tuple[list[int], int]:
-        """Renders a chat without its oldest turns, whole ones, so that there is room for an answer.
+    def _fitting_prompt(self, history: History, answered: int = 0) -> tuple[Turn, int]:
+        """A chat's prompt without its oldest turns, whole ones, so that there is room for an answer.
 
         Args:
             history: All of it, up to the user's last message.
             answered: Tokens of the answer that are there already.
 
         Returns:
-            Token ids, and how many turns they leave out.
+            The prompt, without an answer, and how many turns it leaves out.
         """
         context = loaded(self.model).plan.context
         first = 1 if history[0]["role"] == "system" else 0
         dropped = min(self.dropped_turns, (len(history) - first - 1) // 2)  # history may have been cut by its owner
+        wanted = max(1, min(self.max_new_tokens, answered + context // 4))
+        decode = functools.partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         while True:
             seen = history[:first] + history[first + 2 * dropped :]
-            prompt = chat_ids(self.tokenizer, seen, self.template_arguments)
-            wanted = max(1, min(self.max_new_tokens, answered + context // 4))
+            rendered = chat_ids(self.tokenizer, seen, self.template_arguments)
+            kept = kept_ids(rendered, self._said, decode)
+            prompt = kept if len(kept) + wanted <= context else rendered  # a tokenizer's ids may be fewer
             if len(prompt) + wanted <= context:
-                return prompt, dropped
+                return Turn(rendered, prompt), dropped
             if len(seen) - first > 2:
                 dropped += 1
             elif len(prompt) + answered < context:
-                return prompt, dropped
+                return Turn(rendered, prompt), dropped
             else:
                 raise BudgetError(
                     f"this message takes {len(prompt) + answered} tokens, the plan's context is {context}; "
                     "shorten it or plan for more"
                 )
+
+
+def checked_history(found: object, where: str) -> History:
+    """Messages as a file has them.
+
+    Raises:
+        LowvramError: They are none.
+    """
+    plain = isinstance(found, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+        for each in found
+    )
+    if not plain or not found:
+        raise LowvramError(f"{where}: expected a conversation's messages, found none that can be read")
+    return found

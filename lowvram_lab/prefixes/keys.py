@@ -62,7 +62,8 @@ class Root:
         """The first field that is another there, in words; ``None`` where none is."""
         for name, value in self.fields.items():
             if (found := fields.get(name)) != value:
-                return f"{name}: {found or 'not said'} then, {value} now"
+                is_digest = len(value) == DIGITS and value.isalnum()
+                return f"{name}: {'others then than now' if is_digest else f'{found} then, {value} now'}"
         return None
 
 
@@ -135,8 +136,8 @@ def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False) -> R
     rope = {name: value for name, value in config.items() if "rope" in name or name == "max_position_embeddings"}
     told, seed = _salted(salt)
     fields = {
-        "weights": _weights(model, progress),
         "formats": _digest(repr([(name, each.format) for name, each in plan.modules.items()]), plan.dtype),
+        "weights": _weights(model, progress),
         "config": _digest(json.dumps(config, sort_keys=True, default=str)),
         "rope": _digest(json.dumps(rope, sort_keys=True, default=str)),
         "kv_format": plan.kv_format,
