@@ -91,9 +91,25 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Reads ids ``(batch, tokens)`` behind those in the cache; logits of the last, ``(batch, vocab)``."""
+        """Reads ids behind those in the cache, by both planes where weights have two.
+
+        A single token behind others, as after a switch of precision, is decoded: that is several times faster than a
+        pass by the model's modules.
+
+        Args:
+            ids: ``(batch, tokens)`` int64.
+
+        Returns:
+            Logits of the last, ``(batch, vocab)`` in the plan's dtype. The next call may write over them.
+
+        Raises:
+            LowvramError: There is no token, they are of another batch size, or the model was planned anew.
+            BudgetError: The cache has no room for all of them.
+        """
         self._check_released()
         with self._planes.taking(both=True):
+            if ids.shape[1] == 1 and self.tokens:
+                return self.decode(ids)
             return prefill(self.model, ids, self.cache)
 
     @torch.inference_mode()

@@ -82,10 +82,22 @@ def test_within_an_answer_each_token_is_by_the_precision_of_its_time(model):
     answer = switching(session, "hi", ["precise"] * 3 + ["fast"] * 4 + ["precise"] * 9)
     prompt, *rest = notes
     assert prompt == session.turns[0].prompt_tokens
-    # the last token before a switch is read anew, by both; then one by one
-    assert rest == [True] * 3 + [1] + [False] * 3 + [1] + [True] * 3
+    # the last token before a switch is prefilled, by both; then one by one
+    assert rest == [True] * 3 + [1, True] + [False] * 3 + [1, True] + [True] * 3
     assert len(answer) == 12 and session.history[-1]["content"] == answer
     assert session.turns[0].precise_tokens == 4 + 1 + 4
+
+
+def test_after_a_switch_no_token_is_read_by_the_models_modules(model):
+    """They take several times as long as the decoder that decodes all other tokens."""
+    session, passes = chat(model, precision="auto", max_new_tokens=30), []
+    session.ask("hi")  # margins are read, by the modules
+    hook = model.register_forward_pre_hook(lambda *given: passes.append(1))
+    try:
+        answer = switching(session, "go on", [PRECISIONS[at % 3] for at in range(30)])
+    finally:
+        hook.remove()
+    assert len(answer) == 30 and len(passes) == 1  # the prompt
 
 
 def test_what_was_said_before_a_switch_is_as_without_it(model):
@@ -122,12 +134,11 @@ def test_sampled_a_switch_draws_anew_and_is_repeatable(model):
 
 
 def test_two_chats_of_one_model_have_each_its_own_precision(model):
-    fast, precise = chat(model, precision="fast"), chat(model, precision="precise")
-    alone = {session: session.ask("hello") for session in (fast, precise)}
-    assert alone[fast] != alone[precise]
-    fast.history.clear(), precise.history.clear()
-    both = zip(fast.send("hello"), precise.send("hello"), strict=True)
-    assert ["".join(pieces) for pieces in zip(*both, strict=True)] == [alone[fast], alone[precise]]
+    precisions = "fast", "precise"
+    alone = [chat(model, precision=precision).ask("hello") for precision in precisions]
+    assert alone[0] != alone[1]
+    both = zip(*(chat(model, precision=precision).send("hello") for precision in precisions), strict=True)
+    assert ["".join(pieces) for pieces in zip(*both, strict=True)] == alone
     assert loaded(model).planes.both  # as it was before
 
 

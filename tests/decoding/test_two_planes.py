@@ -126,6 +126,19 @@ def test_both_planes_are_taken_in_a_pass_of_several_and_high_ones_in_a_draft_wha
             assert loaded(decoder.model).planes.both == both
 
 
+@pytest.mark.parametrize("make", [ModuleDecoder, partial(LeanDecoder, compiled=False)], ids=["modules", "lean"])
+def test_one_token_behind_others_is_prefilled_as_it_is_decoded_by_both_planes(make):
+    decoder, ids = make(in_two_planes("llama")), random_ids(21)
+    wanted = decoded_by(decoder, True, ids, 19)
+    decoder.cache.keep(0)
+    decoder.prefill(ids[:, :19])
+    with loaded(decoder.model).planes.taking(False):
+        found = [decoder.prefill(token).float().clone() for token in ids[:, 19:].split(1, dim=1)]
+        assert not loaded(decoder.model).planes.both
+    assert torch.equal(torch.cat(found), wanted)
+    assert decoder.tokens == 21
+
+
 def test_a_head_of_the_commonest_tokens_says_the_same_of_them(monkeypatch):
     monkeypatch.setattr("lowvram_lab.decoding.bind.SHORT_HEAD", 96)
     monkeypatch.setattr("lowvram_lab.decoding.bind.HEAD_BOUND", 0.0)

@@ -96,7 +96,9 @@ def test_what_chats_takes_what_was_foretold(kind, recipe, placement, kv_format):
 def test_low_planes_off_the_card_take_what_was_foretold(kind, placement, low, precision):
     plan = PLACEMENTS[placement](tiny_plan(kind, "int4+4").with_modules("*", low=low))
     plan = replace(plan, precision=precision)
+    one = forecast_and_measure(kind, plan, Workload(70, 3, follow_up_tokens=1))  # decoded, by both planes
     dry, real = forecast_and_measure(kind, plan, Workload(70, 3, follow_up_tokens=20))
+    assert_the_same(*one)
     assert_the_same(dry, real)
     for place, figure in {"gpu": "weights_bytes", "cpu": "cpu_weights_bytes", "disk": "disk_weights_bytes"}.items():
         assert getattr(dry, figure) == plan.weight_bytes(place)
