@@ -169,8 +169,7 @@ class ChatSession(Session[History]):
         finally:
             if self.history is history:
                 history.append({"role": "assistant", "content": answer.shown})
-                ended = bool(answer.tokens) and answer.tokens[-1] in self._stop_ids
-                self._said = replace(self._asked, answer=answer.tokens[:-1] if ended else answer.tokens)
+                self._said = replace(self._asked, answer=answer.tokens)
 
     def _prompt(self, question: History, answered: int = 0) -> list[int]:
         """See ``Session``; from then on the turns that it leaves out are no longer seen."""

@@ -83,6 +83,14 @@ def test_it_does_so_turn_after_turn():
         before = prompt
 
 
+def test_the_token_that_ended_an_answer_is_the_templates_affair():
+    session = talk(letters("so there", 2), ended("ok"))  # <|endoftext|>, where the template writes <|im_end|>
+    list(session.send("one"))
+    said = session._asked.prompt + letters("so there")
+    prompt, anew = asked_again(session)
+    assert prompt[: len(said) + 1] == [*said, END] and decode(session, prompt) == decode(session, anew)
+
+
 def test_a_template_that_leaves_out_reasoning_is_followed():
     said = ended("<think>so</think>\n\nthe")
     session = talk(said, ended("ok"), template=QWEN3, words=THINKS)
@@ -181,9 +189,10 @@ def test_what_a_user_types_stays_text():
         ("so \n", CHAT_TEMPLATE.replace("{{ m.content }}", "{{ m.content | trim }} "), False),  # whose is the space?
         (" ", TRIMS, True),
         ("", CHAT_TEMPLATE, True),
+        ("so🙂", CHAT_TEMPLATE, True),  # its first byte reads as a letter, too
     ],
 )
-def test_whitespace_at_the_ends_of_an_answer(said, template, kept):
+def test_the_ends_of_an_answer(said, template, kept):
     session = talk(ended(said), ended("ok"), template=template, words=["so", "\n \n"])
     list(session.send("one"))
     asked = session._asked.prompt
