@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowvram_lab.chat.fidelity import Fidelity
 from lowvram_lab.conversion.convert import CALIBRATION_TOKENS
+from lowvram_lab.evaluation.fidelity import Fidelity
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text

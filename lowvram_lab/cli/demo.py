@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from lowvram_lab.chat.effects import QUESTIONS
-from lowvram_lab.chat.fidelity import load_reference
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.chat.validation import ValidationReport, validate
 from lowvram_lab.cli.common import print_json, prose, require_cache, tokens
 from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
+from lowvram_lab.evaluation.effects import QUESTIONS
+from lowvram_lab.evaluation.fidelity import load_reference
+from lowvram_lab.evaluation.validation import ValidationReport, validate
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import describe_holders

@@ -5,10 +5,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lowvram_lab.chat.fidelity import check_room, fidelity, load_reference, reference_plan
 from lowvram_lab.cli.common import positive, print_json, prose, spec_of, tokens
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.evaluation.fidelity import check_room, fidelity, load_reference, reference_plan
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan

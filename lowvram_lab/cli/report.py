@@ -6,10 +6,10 @@ import sys
 from html import escape
 from pathlib import Path
 
-from lowvram_lab.chat.effect_report import EffectReport
-from lowvram_lab.chat.effects import effects
 from lowvram_lab.cli.common import print_json, prose, require_cache, tokens
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.evaluation.effect_report import EffectReport
+from lowvram_lab.evaluation.effects import effects
 from lowvram_lab.files import write_atomically
 from lowvram_lab.model.source import find_source
 

@@ -9,9 +9,9 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import FuncFormatter
 
 from lowvram_lab.chat.answer import TurnStats
-from lowvram_lab.chat.fidelity import Fidelity
-from lowvram_lab.chat.validation import Limits
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.evaluation.fidelity import Fidelity
+from lowvram_lab.evaluation.validation import Limits
 from lowvram_lab.faces.plot_memory import BUDGET_COLOUR, COLOURS, legend, new_axes, stack_bars, unit_name, unit_of
 from lowvram_lab.units import format_bytes
 

@@ -5,8 +5,8 @@ import gc
 import pytest
 import torch
 
-from lowvram_lab.chat.effects import NOT_HERE, open_case
 from lowvram_lab.cli.demo import _provoke_oom
+from lowvram_lab.evaluation.effects import NOT_HERE, open_case
 from lowvram_lab.faces.panel import LayerSplitPanel
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lowvram_lab.chat.answer import TurnStats
-from lowvram_lab.chat.fidelity import Fidelity
-from lowvram_lab.chat.frontier import frontier
-from lowvram_lab.chat.validation import Limits
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.evaluation.fidelity import Fidelity
+from lowvram_lab.evaluation.frontier import frontier
+from lowvram_lab.evaluation.validation import Limits
 from lowvram_lab.faces.plot_chat import plot_fidelity, plot_frontier, plot_turns
 from lowvram_lab.faces.plot_memory import (
     BUDGET_COLOUR,
@@ -121,7 +121,7 @@ def test_pyplot_is_never_imported():
 
 
 def test_the_library_needs_no_matplotlib_to_be_imported():
-    code = "import sys, lowvram_lab, lowvram_lab.chat.validation; sys.exit('matplotlib' in sys.modules)"
+    code = "import sys, lowvram_lab, lowvram_lab.evaluation.validation; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

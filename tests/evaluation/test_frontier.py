@@ -6,9 +6,9 @@ import random
 import pandas as pd
 import pytest
 
-from lowvram_lab.chat.fidelity import Fidelity
-from lowvram_lab.chat.frontier import dominators, frontier
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.evaluation.fidelity import Fidelity
+from lowvram_lab.evaluation.frontier import dominators, frontier
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.moves import FORMAT_LOSS, forecast_loss
 from lowvram_lab.planner.profile import SpeedProfile

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowvram_lab.chat import fidelity as module
-from lowvram_lab.chat.fidelity import (
+from lowvram_lab.engine.load import load
+from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError
+from lowvram_lab.evaluation import fidelity as module
+from lowvram_lab.evaluation.fidelity import (
     SLICE,
     WINDOW,
     Fidelity,
@@ -22,8 +24,6 @@ from lowvram_lab.chat.fidelity import (
     reference_plan,
     repetition,
 )
-from lowvram_lab.engine.load import load
-from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.plan import Plan

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowvram_lab.chat.fidelity import fidelity, load_reference
 from lowvram_lab.conversion.convert import convert
 from lowvram_lab.engine.load import load
+from lowvram_lab.evaluation.fidelity import fidelity, load_reference
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan

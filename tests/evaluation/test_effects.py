@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from lowvram_lab import machine
-from lowvram_lab.chat.effect_report import CLAIMS, Effect, EffectReport, judged
-from lowvram_lab.chat.effects import NOT_HERE, STAGES, Stage, effects, open_case, run_stage
 from lowvram_lab.cli import report as cli_report
 from lowvram_lab.cli.report import add_report, run_report, write_report
 from lowvram_lab.conversion.convert import convert
 from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.evaluation.effect_report import CLAIMS, Effect, EffectReport, judged
+from lowvram_lab.evaluation.effects import NOT_HERE, STAGES, Stage, effects, open_case, run_stage
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
@@ -32,7 +32,7 @@ from tests.helpers.checkpoints import write_model
 from tests.helpers.machines import Made
 from tests.helpers.tiny import letters_state, tiny_spec, tiny_tokenizer
 
-module = importlib.import_module("lowvram_lab.chat.effects")  # the package gives the function of that name
+module = importlib.import_module("lowvram_lab.evaluation.effects")  # the package gives the function of that name
 
 TEXT = sample_text()[:600]
 QUANTITIES = [
@@ -52,7 +52,7 @@ def small():
     """Short answers and a short text."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ANSWER_TOKENS", 6)
-        patch.setattr("lowvram_lab.chat.fidelity.sample_text", lambda: TEXT)
+        patch.setattr("lowvram_lab.evaluation.fidelity.sample_text", lambda: TEXT)
         patch.setattr(module, "auto_plan", planned_once())
         patch.setattr("lowvram_lab.planner.speed.Machine", Made)  # to measure its rates is for tests/planner to check
         patch.setattr(module, "gc", SimpleNamespace(collect=lambda: None))  # a quarter of a second, ten times a report

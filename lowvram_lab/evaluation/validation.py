@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 from transformers import PreTrainedModel
 
-from lowvram_lab.chat.fidelity import Fidelity, fidelity, repetition
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.evaluation.fidelity import Fidelity, fidelity, repetition
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
 from lowvram_lab.repository.text import windows_in_words
 from lowvram_lab.units import format_bytes

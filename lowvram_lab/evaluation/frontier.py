@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from lowvram_lab.chat.fidelity import Fidelity
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.evaluation.fidelity import Fidelity
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.auto import DEFAULT_CONTEXT

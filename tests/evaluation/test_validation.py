@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowvram_lab.chat.session import ChatSession
-from lowvram_lab.chat.validation import Check, Limits, ValidationReport, validate
+from lowvram_lab.evaluation.validation import Check, Limits, ValidationReport, validate
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload

@@ -15,12 +15,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab import machine
-from lowvram_lab.chat.effect_report import CARD, CLAIMS, MODEL, Effect, EffectReport, judged
-from lowvram_lab.chat.fidelity import Fidelity, fidelity, load_reference
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import BudgetError, LowvramError, first_line
+from lowvram_lab.evaluation.effect_report import CARD, CLAIMS, MODEL, Effect, EffectReport, judged
+from lowvram_lab.evaluation.fidelity import Fidelity, fidelity, load_reference
 from lowvram_lab.files import read_marker
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu

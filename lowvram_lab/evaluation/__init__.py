@@ -1,0 +1,1 @@
+"""What compressing costs, measured: a model beside its original, and the figures that an article claims."""
