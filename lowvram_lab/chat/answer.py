@@ -240,7 +240,7 @@ class Answer(Generic[Question]):
     def __init__(self, session: Session[Question], question: Question, prompt: list[int]):
         self.session = session
         self.question = question
-        self.prompt = prompt
+        self.prompt = self._asked = prompt
         self.tokens: list[int] = []
         self.shown = ""
         self._live = session._live
@@ -265,6 +265,8 @@ class Answer(Generic[Question]):
             self._live.holds(self.prompt + self.tokens)
             self.session.turns.append(self._stats())
             self._live.keep_prompt()
+        if self.prompt == self._asked:  # all of it was answered to one prompt
+            self._live.keep_answer(self.prompt, self.tokens, self.session.sampling, time.perf_counter() - self._started)
 
     def _until_it_ends(self) -> Iterator[str]:
         """Where there is no room left it goes on with less of the question, or with a smaller plan."""

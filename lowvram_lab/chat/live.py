@@ -19,6 +19,7 @@ from lowvram_lab.decoding.decision import BOTH_PLANES, HIGH_PLANE, ONE_PLANE, De
 from lowvram_lab.decoding.decode import Decoder, generate
 from lowvram_lab.decoding.escalate import escalate
 from lowvram_lab.decoding.lean import decoder_for
+from lowvram_lab.decoding.replay import Replay
 from lowvram_lab.decoding.speculate import Drafting, Pace, speculate
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import low_planes_alone, replan
@@ -134,6 +135,16 @@ class LiveDecoder:
             made: How many of ``ids`` were answered: sampling goes on with other draws.
         """
         fed, left = list(ids), max_new_tokens
+        if replay := self._replaying(ids, sampling, made):
+            cached = self.reuse(ids)
+            tokens = replay.tokens(torch.tensor([ids[cached:]]), left, stop_ids)
+            for token in self._noting_what_is_read(ids, tokens):
+                yield token
+                fed.append(token)
+            left -= len(fed) - len(ids)
+            if replay.ended:
+                return
+            self.holds(fed)
         while True:
             precision, took = self._affordable, deque(maxlen=JUDGED_TOKENS)
             stream = self._noting_what_is_read(
@@ -150,6 +161,24 @@ class LiveDecoder:
                 return
             stream.close()
             self.holds(fed)
+
+    def _replaying(self, ids: list[int], sampling: Sampling, made: int) -> Replay | None:
+        """What gives a remembered answer to a prompt again; ``None`` where there is none, or it could not be verified.
+
+        It is verified by all planes there are, in one pass over several tokens.
+        """
+        decoder = self.begun()
+        precise = self._affordable in (None, "precise")
+        if made or not self.prompts or not sampling.takes_the_likeliest or not precise or decoder.most_tokens == 1:
+            return None
+        remembered = self.prompts.store.answer(ids)
+        return Replay(decoder, remembered, self.drafting) if remembered else None
+
+    def keep_answer(self, prompt: list[int], tokens: list[int], sampling: Sampling, seconds: float) -> None:
+        """Remembers what was answered greedily to a prompt in so many seconds."""
+        precise = self.precision in (None, "precise")
+        if self.prompts and sampling.takes_the_likeliest and precise and not self.given_up:
+            self.prompts.store.keep_answer(prompt, tokens, seconds)
 
     def _noting_what_is_read(self, ids: list[int], tokens: Iterator[int]) -> Iterator[int]:
         """Tokens behind a prompt; with the first of them all of the prompt has been read."""

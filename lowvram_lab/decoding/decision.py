@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 ONE_PLANE, HIGH_PLANE, BOTH_PLANES = "the only plane", "the high plane", "both planes"
 GUESS_OF_HIGH_PLANE, GUESS_BY_N_GRAMS = "a guess of the high plane", "a guess by n-grams"
+GUESS_OF_MEMORY = "an answer remembered"
 
 
 @dataclass(frozen=True)
@@ -14,8 +15,9 @@ class Decision:
         token: Its id.
         margin: Of the high planes' logits; ``None`` where they were not asked.
         entropy: Of the high planes' distribution, in nats; ``None`` where they were not asked.
-        by: ``"the high plane"`` alone, ``"both planes"``, ``"a guess of the high plane"`` or ``"a guess by n-grams"``
-            that both planes found right; ``"the only plane"`` of weights in one.
+        by: ``"the high plane"`` alone, ``"both planes"``, ``"a guess of the high plane"``, ``"a guess by n-grams"`` or
+            ``"an answer remembered"`` that both planes, or all there are, found right; ``"the only plane"`` of weights
+            in one.
     """
 
     token: int

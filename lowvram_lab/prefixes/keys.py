@@ -107,19 +107,13 @@ def chain(root: Root, ids: Sequence[int]) -> list[Key]:
     return keys
 
 
-def answer_key(root: Root, ids: Sequence[int], how: str) -> Key:
-    """The key of what was answered to a prompt, to all of it.
-
-    Args:
-        root: Of the model; only its ``of_answers`` counts.
-        ids: The prompt.
-        how: What else decides an answer: how its tokens are chosen.
-    """
+def answer_key(root: Root, ids: Sequence[int]) -> Key:
+    """The key of what was answered to a prompt, to all of it; of the model's root only ``of_answers`` counts."""
     root = root.of_answers
     blocks = chain(root, ids)
     rest = ids[len(blocks) * BLOCK_TOKENS :]
     before = blocks[-1].text if blocks else root.seed.hex()
-    text = _digest(before, struct.pack(f"<{len(rest)}q", *rest), how)
+    text = _digest(before, struct.pack(f"<{len(rest)}q", *rest), "answer")
     return Key(text, "", root.digest, len(ids), ())
 
 

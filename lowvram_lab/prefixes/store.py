@@ -211,16 +211,11 @@ class Remembered:
         self._note(added)
         return len(keys)
 
-    def answer(self, ids: Sequence[int], how: str) -> list[int]:
-        """What was once answered to a prompt, perhaps by other weights: to be verified.
-
-        Args:
-            ids: The prompt.
-            how: How its tokens were chosen.
-        """
+    def answer(self, ids: Sequence[int]) -> list[int]:
+        """What was once answered greedily to a prompt, perhaps by other weights: to be verified."""
         if self.folder is None:
             return []
-        name = answer_key(self.root, ids, how).name
+        name = answer_key(self.root, ids).name
         try:
             facts = block_file.facts_of(self.folder.file(name))
             count = int(facts.get("tokens", ""))
@@ -230,20 +225,19 @@ class Remembered:
             return []
         return tensors[IDS].tolist()
 
-    def keep_answer(self, ids: Sequence[int], how: str, tokens: Sequence[int], seconds: float) -> None:
-        """Remembers what was answered to a prompt, where there is room on disk; in the place of another answer.
+    def keep_answer(self, ids: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
+        """Remembers what was answered greedily to a prompt, where there is room on disk; in the place of another.
 
         Args:
             ids: The prompt.
-            how: See ``answer``.
             tokens: The answer.
             seconds: What it took.
         """
         if self.folder is None or not tokens:
             return
-        if self.answer(ids, how) == list(tokens):
+        if self.answer(ids) == list(tokens):
             return
-        key = answer_key(self.root, ids, how)
+        key = answer_key(self.root, ids)
         self.folder.remove({key.name})
         facts = {**self._facts(key, ANSWER, seconds), "tokens": str(len(tokens))}
         data = data_of({IDS: torch.tensor(tokens, dtype=torch.int32)}, facts)

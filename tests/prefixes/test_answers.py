@@ -1,0 +1,111 @@
+"""A remembered answer is verified, several tokens a pass: the same text sooner, and a stale one changes nothing."""
+
+import pytest
+import torch
+
+from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.decoding.decode import generate
+from lowvram_lab.decoding.lean import decoder_for
+from lowvram_lab.decoding.replay import KIND, Replay
+from lowvram_lab.decoding.speculate import Drafting
+from lowvram_lab.prefixes.store import Remember
+from lowvram_lab.sampling import Sampling
+from tests.helpers.tiny import TINY, random_ids, tiny_tokenizer
+from tests.prefixes.test_bits import loaded_tiny
+
+SPOILT = {
+    "right": lambda answer: answer,
+    "wrong at first": lambda answer: [answer[0] ^ 1, *answer[1:]],
+    "wrong within": lambda answer: [*answer[:11], answer[11] ^ 1, *answer[12:]],
+    "short": lambda answer: answer[:7],
+    "longer": lambda answer: [*answer, 7, 7],
+    "ids that are none": lambda answer: [*answer[:5], 10**6, -3],
+    "nothing": lambda answer: [],
+}
+
+
+ALL = [
+    pytest.param(kind, kv_format, marks=() if (kind, kv_format) == ("llama", "bf16") else pytest.mark.slow)
+    for kind in TINY
+    for kv_format in ("bf16", "int8", "int4")
+]
+"""A library is compiled for each, in some ten seconds."""
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize(("kind", "kv_format"), ALL)
+def test_it_gives_the_tokens_that_decoding_gives(kind, kv_format):
+    model = loaded_tiny(kind, "gpu", kv_format, recipe="int8", ram=None)
+    decoder = decoder_for(model, 512, compiled=True, progress=False)
+    assert decoder.most_tokens > 1
+    ids = random_ids(150, seed=1)
+    plain = list(generate(decoder, ids, max_new_tokens=60))
+    for name, spoil in SPOILT.items():
+        decoder.cache.keep(0)
+        drafting = Drafting()
+        replay = Replay(decoder, spoil(plain), drafting)
+        found = list(replay.tokens(ids, 60, frozenset()))
+        if not replay.ended:
+            rest = torch.tensor([[found[-1]]])
+            found += generate(decoder, rest, max_new_tokens=60 - len(found))
+        assert found == plain, name
+        if name == "right":
+            assert drafting.accepted[KIND] == drafting.drafted[KIND] > 40
+            assert drafting.passes < 30
+
+
+@pytest.mark.usefixtures("compiling")
+def test_it_ends_at_a_stop_token_and_at_the_most_tokens():
+    decoder = decoder_for(loaded_tiny("llama", recipe="int8", ram=None), 512, compiled=True, progress=False)
+    ids = random_ids(150, seed=1)
+    plain = list(generate(decoder, ids, max_new_tokens=60))
+    stop = max(plain, key=plain.index)
+    assert plain.index(stop) > 2
+    decoder.cache.keep(0)
+    replay = Replay(decoder, plain, Drafting())
+    assert list(replay.tokens(ids, 60, frozenset([stop]))) == plain[: plain.index(stop)]
+    assert replay.ended
+    decoder.cache.keep(0)
+    replay = Replay(decoder, plain, Drafting())
+    assert list(replay.tokens(ids, 13, frozenset())) == plain[:13]
+    assert replay.ended
+
+
+def asked_twice(folder, **options):
+    turns, answers = [], []
+    for _ in range(2):
+        model = loaded_tiny("llama", recipe="int8", ram=None, disk=None)
+        wanted = Remember(disk="64MiB", folder=folder)
+        session = ChatSession(model, tiny_tokenizer(), max_new_tokens=40, remember=wanted, compiled=True, **options)
+        answers.append(session.ask("what is a fern? " * 10))
+        turns.append(session.turns[-1])
+    return answers, turns, session
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_question_that_was_asked_before_is_answered_from_memory(tmp_path):
+    answers, turns, session = asked_twice(tmp_path)
+    assert answers[0] == answers[1]
+    assert (turns[0].drafted, turns[1].drafted) == (0, turns[1].accepted)
+    assert turns[1].accepted > 25
+    assert len(session.decisions) == turns[1].new_tokens
+    assert session.decisions[-2].by == "an answer remembered"
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_stale_answer_changes_nothing(tmp_path):
+    answers, _, session = asked_twice(tmp_path)
+    prompt = session._said.prompt
+    store = session._live.prompts.store
+    store.keep_answer(prompt, [5, 6, 7] * 10, 0.1)
+    session.history = []
+    assert session.ask("what is a fern? " * 10) == answers[0]
+    assert store.answer(prompt) == session._said.answer  # and is replaced by what was said
+
+
+@pytest.mark.usefixtures("compiling")
+def test_sampled_answers_are_not_remembered(tmp_path):
+    _, turns, _ = asked_twice(tmp_path, sampling=Sampling(temperature=0.8, seed=2))
+    assert turns[1].drafted == 0
+    _, turns, _ = asked_twice(tmp_path, sampling=Sampling(repetition_penalty=1.2))
+    assert turns[1].drafted == 0
