@@ -29,14 +29,23 @@ def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache)
         LowvramError: There is no token.
         BudgetError: The cache has no room for all of them.
     """
+    for piece in _pieces(model, ids, cache):
+        logits = _read(model, piece, cache)
+    return logits
+
+
+def _pieces(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache) -> tuple[torch.Tensor, ...]:
+    """What is read at once of a prompt, piece by piece; refused before the first is written."""
     if not ids.shape[1]:
         raise LowvramError("expected a prompt of one token or more, found none")
     wanted = cache.get_seq_length() + ids.shape[1]
-    if wanted > cache.max_tokens:  # before the first piece is written
+    if wanted > cache.max_tokens:
         raise BudgetError(f"the KV cache holds {cache.max_tokens} tokens, asked for {wanted}; plan a longer context")
-    for piece in ids.split(loaded(model).plan.pieces(cache.get_seq_length(), ids.shape[1]), dim=1):
-        logits = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    return logits
+    return ids.split(loaded(model).plan.pieces(cache.get_seq_length(), ids.shape[1]), dim=1)
+
+
+def _read(model: torch.nn.Module, piece: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
+    return model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 DECODED_PASSES = 2
@@ -112,13 +121,19 @@ class Decoder:
         """
         self._check_released()
         with self._planes.taking(both=True):
-            if ids.shape[1] == 1 and self.tokens:
-                return self.decode(ids)
-            if self.tokens and ids.shape[0] == 1 and ids.shape[1] <= DECODED_PASSES * self.most_tokens > DECODED_PASSES:
-                for piece in ids.split(self.most_tokens, dim=1):
-                    logits = self.decode_several(piece)[-1:]
-                return logits
-            return prefill(self.model, ids, self.cache)
+            for piece in _pieces(self.model, ids, self.cache):  # how one is read must not depend on where ids begin
+                logits = self._read_piece(piece)
+            return logits
+
+    def _read_piece(self, piece: torch.Tensor) -> torch.Tensor:
+        """Logits of the last of some tokens that are read at once."""
+        if piece.shape[1] == 1 and self.tokens:
+            return self.decode(piece)
+        if not self.tokens or self.most_tokens == 1 or piece.shape[1] > DECODED_PASSES * self.most_tokens:
+            return _read(self.model, piece, self.cache)
+        for tokens in piece.split(self.most_tokens, dim=1):
+            logits = self.decode_several(tokens)[-1:]
+        return logits
 
     @torch.inference_mode()
     def decode(self, token: torch.Tensor) -> torch.Tensor:

@@ -185,7 +185,7 @@ class LeanDecoder(Decoder):
     def most_tokens(self) -> int:
         """See ``Decoder``."""
         by_modules = self._nested and True not in self._ways  # a card's, by which one token is decoded too
-        return MOST_ROWS if by_modules or self._several is not None else 1
+        return MOST_ROWS if self.batch_size == 1 and (by_modules or self._several is not None) else 1
 
     def _likeliest(self, logits: torch.Tensor) -> torch.Tensor | None:
         for way in self._ways.values():

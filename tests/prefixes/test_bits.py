@@ -51,6 +51,17 @@ def test_logits_and_answers_are_the_same_cold_and_warm(kind, kv_format, placemen
         assert cold[1] == warm[1]
 
 
+@pytest.mark.usefixtures("compiling")
+def test_by_compiled_layers_too_which_read_the_end_of_a_prompt(tmp_path):
+    model = loaded_tiny("llama", "gpu", recipe="int8", ram=None)
+    for length in (129, 130, 140, 150, 300, 1000):
+        ids = random_ids(length, seed=length)[0].tolist()
+        cold, warm = answer(model, ids, tmp_path), answer(model, ids, tmp_path)
+        assert warm[2] == (length - 1) // BLOCK_TOKENS * BLOCK_TOKENS
+        assert torch.equal(cold[0].view(torch.int16), warm[0].view(torch.int16))
+        assert cold[1] == warm[1]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
