@@ -150,6 +150,16 @@ _PUBLIC = {
     "Limits": "evaluation.validation",
     "plot_turns": "faces.plot_chat",
     "plot_fidelity": "faces.plot_chat",
+    # 10 remember
+    "Remember": "prefixes.store",
+    "Remembered": "prefixes.store",
+    "root_of": "prefixes.keys",
+    "chain": "prefixes.keys",
+    "find_drift": "chat.drift",
+    "Seen": "chat.drift",
+    "first_token_table": "chat.first_token",
+    "break_even": "chat.first_token",
+    "plot_first_token": "faces.plot_prefixes",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -108,11 +108,12 @@ class Remembered:
     """The blocks that a loaded model can use, and adds to.
 
     Args:
-        model: From ``load``; its plan says how many bytes of RAM and disk.
+        model: From ``load``.
         cache: A cache of the model's, for one sequence.
         salt: A secret; what one salt wrote, another does not find.
         folder: Where on disk; by default in the cache folder.
         progress: Show that files of weights are hashed.
+        plan: What says how many bytes; by default the model's.
 
     Raises:
         LowvramError: The folder cannot be used.
@@ -129,11 +130,12 @@ class Remembered:
         salt: str = "",
         folder: Path | None = None,
         progress: bool = False,
+        plan: Plan | None = None,
     ):
         if cache.held[0].shape.batch != 1:
             raise LowvramError(f"expected a KV cache of one sequence, found {cache.held[0].shape.batch}")
         state = loaded(model)
-        self._gpu, self._plan = state.gpu, state.plan
+        self._gpu, self._plan = state.gpu, plan or state.plan
         self.root: Root = root_of(model, salt, progress)
         self._layout = Layout.of(cache)
         self._slots = Slots(self._gpu, self._layout, self._plan.remembered_ram_bytes)
