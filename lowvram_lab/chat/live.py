@@ -25,11 +25,11 @@ from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import low_planes_alone, replan
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.nested import Planes
-from lowvram_lab.errors import BudgetError
+from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.rules import DEVICES, check_precision
+from lowvram_lab.model.rules import BLOCK_TOKENS, DEVICES, check_precision
 from lowvram_lab.planner.step_down import smaller_plans
-from lowvram_lab.prefixes.prompts import Prompts
+from lowvram_lab.prefixes.prompts import Prompts, Reading
 from lowvram_lab.prefixes.saved import put_cache, save_cache
 from lowvram_lab.prefixes.store import Remember, Remembered
 from lowvram_lab.sampling import Sampling
@@ -42,6 +42,9 @@ COMFORT = 1.25
 
 JUDGED_TOKENS = 16
 """Tokens whose time says whether both planes are too slow: fewer may be one burst of right guesses, or one stall."""
+
+_NOT_READ = -1
+"""Stands for the token behind what is read: of a prompt, one at least is left to be read."""
 
 
 class LiveDecoder:
@@ -266,6 +269,51 @@ class LiveDecoder:
         cache.keep(0)
         self._held = []
         self._held = put_cache(path, self.model, cache)
+
+    def remembering(self) -> Prompts:
+        """What is remembered of prompts.
+
+        Raises:
+            LowvramError: Nothing is.
+        """
+        self.begun()
+        if self.prompts is None:
+            raise LowvramError("expected a session that remembers prompts, found one that does not; give it remember")
+        return self.prompts
+
+    def read(self, ids: list[int]) -> Reading:
+        """Reads the whole blocks that a prompt begins with, as an answer to it would, and remembers them.
+
+        Raises:
+            LowvramError: Nothing is remembered.
+            torch.OutOfMemoryError: No smaller plan fits either.
+        """
+        self.come_back()
+        self.remembering()
+        whole, began = ids[: len(ids) // BLOCK_TOKENS * BLOCK_TOKENS], time.perf_counter()
+        while True:
+            try:
+                cached = self._read_whole(whole) if whole else 0
+                break
+            except torch.OutOfMemoryError as error:
+                self.holds(whole)
+                self.step_down(error)
+            except BaseException:
+                self.forget_broken()
+                raise
+        prompts = self.remembering()
+        added, lacking = prompts.keep(self._decoder.cache, self._held) if whole else (0, 0)
+        restored = prompts.restored if whole else 0
+        return Reading(len(ids), cached, restored, added, lacking, time.perf_counter() - began)
+
+    def _read_whole(self, ids: list[int]) -> int:
+        """Makes the cache hold whole blocks and nothing more; how many of their tokens need not be read."""
+        cached, began = self.reuse([*ids, _NOT_READ]), time.perf_counter()
+        if cached < len(ids):
+            self.begun().prefill(torch.tensor([ids[cached:]]))
+            self.prompts.was_read(len(ids), cached, time.perf_counter() - began)
+        self.holds(ids)
+        return cached
 
     def holds(self, ids: list[int]) -> None:
         """Says which ids were fed: the cache holds as many of them as it is long."""

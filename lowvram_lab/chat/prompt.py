@@ -58,6 +58,30 @@ def chat_ids(
     return chat_template(tokenizer, template_arguments).ids(messages)
 
 
+_QUESTIONS = "quillwort", "9 x 9?"
+"""Two that begin differently: what chats have in common that go on with them, all have that begin so."""
+
+
+def opening_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    template_arguments: Mapping[str, object] | None = None,
+) -> list[int]:
+    """Token ids that all chats have that begin with some messages, up to where they go on with what a user says.
+
+    Arguments, and what is raised, as ``chat_ids``; where the last message is a user's, that goes on behind its text.
+    None at all is the beginning of any chat.
+    """
+    before, begun = messages, ""
+    if messages and messages[-1].get("role") == "user":
+        *before, last = messages
+        begun = last["content"]
+    whole = [[*before, {"role": "user", "content": begun + question}] for question in _QUESTIONS]
+    one, other = (chat_ids(tokenizer, each, template_arguments) for each in whole)
+    common = next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:common]
+
+
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text to go on with: begun as the tokenizer begins one (``<s>``, where it does), and not ended.
 

@@ -6,6 +6,7 @@ Derived in: notebooks/09_validated_chat.ipynb
 import functools
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.answer import Answer, Session
 from lowvram_lab.chat.kept_ids import Turn, kept_ids
-from lowvram_lab.chat.prompt import chat_ids, checked_text
+from lowvram_lab.chat.prompt import chat_ids, checked_text, opening_ids
 from lowvram_lab.chat.template import chat_template
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.prefixes.explanation import Explanation
+from lowvram_lab.prefixes.prompts import Reading
 from lowvram_lab.prefixes.saved import said_of
 from lowvram_lab.repository.chat_template import base_model
 
@@ -94,9 +97,79 @@ class ChatSession(Session[History]):
             LowvramError: The message is empty, or not text in any encoding (lone surrogates).
             SourceError: The model's chat template refuses the chat.
         """
-        text = checked_text(text if text.strip() else "", "a message")
-        history = [*self.history, {"role": "user", "content": text}]
+        history = self._with_message(text)
         return self._answer(history, *self._fitting_prompt(history))
+
+    def beginning(self, said: str | History) -> list[int]:
+        """Token ids of the prompt that a message would be sent with, or of what all chats have that begin alike.
+
+        Args:
+            said: The user's message, or the messages that chats begin with: up to where they go on with what the user
+                says, which is behind the last of them where that is a user's too.
+
+        Raises:
+            BudgetError: They are longer than the plan's context.
+            LowvramError, SourceError: See ``send``.
+        """
+        if isinstance(said, str):
+            return self._fitting_prompt(self._with_message(said))[0].prompt
+        ids, context = opening_ids(self.tokenizer, said, self.template_arguments), loaded(self.model).plan.context
+        if len(ids) >= context:
+            raise BudgetError(
+                f"these messages take {len(ids)} tokens, the plan's context is {context}; shorten them or plan for more"
+            )
+        return ids
+
+    def read(self, said: str | History, pin: bool = False) -> Reading:
+        """Reads whole blocks of a prompt and remembers them, so that whoever asks need not wait for it.
+
+        What the KV cache held of the chat is given up: the next message has it read again.
+
+        Args:
+            said: See ``beginning``.
+            pin: Let its blocks stay on disk, whatever else needs room.
+
+        Raises:
+            BudgetError: It is longer than the plan's context.
+            LowvramError: The session remembers nothing; or see ``send``.
+        """
+        ids = self.beginning(said)
+        done = self._live.read(ids)
+        if pin:
+            self._live.remembering().pin(ids)
+        return done
+
+    def explain(self, text: str) -> Explanation:
+        """Says how much of the prompt that a message would be sent with is remembered, and why no more; sends nothing.
+
+        Raises:
+            LowvramError: The session remembers nothing; or see ``send``.
+        """
+        store, ids = self._live.remembering().store, self.beginning(text)
+        found = store.find(ids)
+        if found.missed is None:
+            return Explanation(found.tokens, found.hit_tokens, found.places, None)
+        place = found.missed.differs_at
+        word = None if place is None else self.tokenizer.decode([ids[place]])
+        return Explanation(found.tokens, found.hit_tokens, found.places, found.missed.reason, place, word)
+
+    @contextmanager
+    def beside(self, history: History) -> Iterator[None]:
+        """Holds another chat for a while, which begins with some messages; then this one is again where it was.
+
+        Its KV cache is not: the next message has it read again.
+        """
+        before = self.history, self.dropped_turns, self._asked, self._said
+        self.history, self.dropped_turns, self._asked, self._said = history, 0, Turn(), Turn()
+        try:
+            yield
+        finally:
+            self.history, self.dropped_turns, self._asked, self._said = before
+
+    def _with_message(self, text: str) -> History:
+        """The chat with a user's message more."""
+        text = checked_text(text if text.strip() else "", "a message")
+        return [*self.history, {"role": "user", "content": text}]
 
     def save(self, path: str | Path) -> int:
         """Writes the conversation: history, ids and KV cache, in one file that nobody else may read.

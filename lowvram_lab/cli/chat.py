@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -14,10 +16,17 @@ from lowvram_lab.chat.template import chat_template
 from lowvram_lab.cli.common import print_json, prose, share, spec_of, tokens
 from lowvram_lab.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.engine.load import load
+from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.packaged import read_text
+from lowvram_lab.prefixes.store import Remember
 from lowvram_lab.sampling import Sampling
 from lowvram_lab.units import format_bytes
+
+SALT = "LOWVRAM_SALT"
+"""The environment variable of the salt where no file says it."""
 
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +34,20 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     add_plan_options(parser, budget_required=False)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
     parser.add_argument("--system", metavar="TEXT", help="system message")
+    add_session_options(parser)
+    _add_answer_options(parser)
+
+
+def add_complete(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``complete``."""
+    add_plan_options(parser, budget_required=False)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on with")
+    _add_salt_option(parser)
+    _add_answer_options(parser)
+
+
+def add_session_options(parser: argparse.ArgumentParser) -> None:
+    """What decides which prompt a chat begins with, and whether it is found among what is remembered."""
     parser.add_argument(
         "--template-argument",
         type=_template_argument,
@@ -33,14 +56,16 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="what the chat template takes beside messages, e.g. enable_thinking=false (repeatable)",
     )
-    _add_answer_options(parser)
+    _add_salt_option(parser)
 
 
-def add_complete(parser: argparse.ArgumentParser) -> None:
-    """Arguments of ``complete``."""
-    add_plan_options(parser, budget_required=False)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on with")
-    _add_answer_options(parser)
+def _add_salt_option(parser: argparse.ArgumentParser) -> None:
+    """The salt itself is no option: everybody on the machine could read it in the list of processes."""
+    parser.add_argument(
+        "--salt-file",
+        metavar="FILE",
+        help=f"a secret for --remember: what one salt wrote, another does not find (${SALT}, or none)",
+    )
 
 
 def _add_answer_options(parser: argparse.ArgumentParser) -> None:
@@ -80,7 +105,8 @@ def _template_argument(text: str) -> tuple[str, object]:
         return name, value
 
 
-def _template_arguments(args: argparse.Namespace) -> dict[str, object]:
+def template_arguments(args: argparse.Namespace) -> dict[str, object]:
+    """What ``--template-argument`` says, by name."""
     arguments = dict(args.template_argument)
     if len(arguments) < len(args.template_argument):
         twice = next(name for name in arguments if [given for given, _ in args.template_argument].count(name) > 1)
@@ -98,7 +124,7 @@ def run_chat(args: argparse.Namespace) -> int:
         checked_text(args.prompt, "a prompt")
     if args.system:
         checked_text(args.system, "a system message")
-    session = _open(args, ChatSession, system=args.system, template_arguments=_template_arguments(args))
+    session = _open(args, ChatSession, system=args.system, template_arguments=template_arguments(args))
     return _converse(session) if args.prompt is None else _answer(session, args)
 
 
@@ -109,16 +135,42 @@ def run_complete(args: argparse.Namespace) -> int:
 
 
 def _open(args: argparse.Namespace, kind: type[Session], **options):
-    """A session of that kind with the model that was asked for; what can be refused is refused before it is loaded."""
+    """A session that answers as it was asked to."""
     sampling = Sampling(args.temperature, args.top_p, args.seed, args.top_k, args.min_p, args.repetition_penalty)
     StopStrings(args.stop)
+    session = open_session(
+        args,
+        kind,
+        lambda plan: check_least(args.least_tokens_per_s, bool(plan.low_planes())),
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop=args.stop,
+        **options,
+    )
+    session.flip_rate, session.least_tokens_per_s = args.flip_rate, args.least_tokens_per_s
+    return session
+
+
+def open_session(args: argparse.Namespace, kind: type[Session], check: Callable[[Plan], None] | None = None, **options):
+    """A session of that kind with the model that was asked for; what can be refused is refused before it is loaded.
+
+    Args:
+        args: With plan options, and ``--salt-file``.
+        kind: Of which kind.
+        check: Refuses a plan that what was asked for does not go with.
+        **options: The session's; a chat's ``template_arguments`` among them.
+    """
+    salt = _salt(args)
     gpu = open_gpu(args.gpu, args.cuda_context)
     source, spec = spec_of(args.model, runs=True)
     source.require_tokenizer()
     if kind is ChatSession:
         source.require_chat_template(options["template_arguments"])
     plan, profile, _ = chosen_plan(args, spec, gpu)
-    check_least(args.least_tokens_per_s, bool(plan.low_planes()))
+    if args.salt_file and not plan.remembers:
+        raise LowvramError("--salt-file is for prompts that are remembered; give --remember SIZE as well")
+    if check:
+        check(plan)
     source.fetch(sys.stderr.isatty())
     if (of_files := source.spec()).fingerprint != spec.fingerprint:  # a head of its own, where the config ties it
         plan, profile, _ = chosen_plan(args, of_files, gpu)
@@ -128,18 +180,19 @@ def _open(args: argparse.Namespace, kind: type[Session], **options):
     if kind is ChatSession:
         chat_template(tokenizer, options["template_arguments"])
     model = load(plan, gpu, progress=sys.stderr.isatty())
-    session = kind(
-        model,
-        tokenizer,
-        max_new_tokens=args.max_new_tokens,
-        sampling=sampling,
-        stop=args.stop,
-        progress=sys.stderr.isatty(),
-        **options,
-    )
-    session.flip_rate, session.least_tokens_per_s = args.flip_rate, args.least_tokens_per_s
+    session = kind(model, tokenizer, progress=sys.stderr.isatty(), remember=Remember(salt=salt), **options)
     print(f"decoded by {session.engine}", file=sys.stderr)
     return session
+
+
+def _salt(args: argparse.Namespace) -> str:
+    """The secret that what is remembered is kept by; ``""`` for none."""
+    if not args.salt_file:
+        return os.environ.get(SALT, "")
+    salt = read_text(args.salt_file).strip()
+    if not salt:
+        raise LowvramError(f"{args.salt_file}: expected a salt, found an empty file; write a long random text into it")
+    return salt
 
 
 def _answer(session: Session, args: argparse.Namespace) -> int:
@@ -162,7 +215,7 @@ def _answer(session: Session, args: argparse.Namespace) -> int:
         print_json({"text": answer, **figures})
     else:
         say()
-        print(_turn_line(turn), file=sys.stderr)
+        print(_turn_line(session), file=sys.stderr)
     return 0
 
 
@@ -189,15 +242,24 @@ def _converse(session: Session) -> int:
             continue
         print()
         if session.turns:
-            print(_turn_line(session.turns[-1]), file=sys.stderr)
+            print(_turn_line(session), file=sys.stderr)
 
 
-def _turn_line(turn: TurnStats) -> str:
-    planes = ""
+def _turn_line(session: Session) -> str:
+    """What the latest answer took."""
+    turn, planes = session.turns[-1], ""
     if turn.drafted:
         planes = f", {turn.accepted} of {turn.drafted} guessed tokens right"
     elif turn.precise_tokens is not None:
         planes = f", {turn.precise_tokens} of {turn.new_tokens} tokens by both planes"
     speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
     less = f"; went on with less: {'; '.join(turn.given_up)}" if turn.given_up else ""
-    return f"[first token {turn.ttft_s:.2f} s{speed}{planes}, peak {format_bytes(turn.peak_bytes)}{less}]"
+    prompt = _prompt_words(turn) if loaded(session.model).plan.remembers else ""
+    return f"[first token {turn.ttft_s:.2f} s{prompt}{speed}{planes}, peak {format_bytes(turn.peak_bytes)}{less}]"
+
+
+def _prompt_words(turn: TurnStats) -> str:
+    """Where a prompt's tokens came from, where some may be remembered."""
+    held = turn.cached_tokens - turn.remembered_tokens
+    at_hand = f", {held} from the turn before" if held else ""
+    return f", {turn.remembered_tokens} of {turn.prompt_tokens} prompt tokens remembered{at_hand}"

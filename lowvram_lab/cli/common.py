@@ -9,7 +9,7 @@ from lowvram_lab.errors import UnitError
 from lowvram_lab.files import cache_dir, writable
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.planner.profile import MemoryProfile
-from lowvram_lab.units import format_bytes, parse_tokens
+from lowvram_lab.units import format_bytes, parse_bytes, parse_tokens
 
 
 def positive(text: str) -> int:
@@ -23,6 +23,14 @@ def tokens(text: str) -> int:
     """An argument that is a number of tokens, as ``4096`` or ``4k``."""
     try:
         return parse_tokens(text)
+    except UnitError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def size(text: str) -> int:
+    """An argument that is a number of bytes, as ``2GiB``."""
+    try:
+        return parse_bytes(text)
     except UnitError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

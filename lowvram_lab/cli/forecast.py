@@ -17,12 +17,14 @@ from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.planner.explain import explain_oom
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import MemoryProfile, Workload
 from lowvram_lab.planner.search import max_context
 from lowvram_lab.planner.suggest import Suggestion, suggest
+from lowvram_lab.units import format_bytes
 
 
 def add_forecast(parser: argparse.ArgumentParser) -> None:
@@ -52,11 +54,14 @@ def run_forecast(args: argparse.Namespace) -> int:
     profile = replace(profile, suggestions=tuple(map(str, found)))
     suggestions = [_as_dict(plan, suggestion, bool(args.plan)) for suggestion in found]
     result = {**profile.to_dict(), "plan": plan.digest, "suggestions": suggestions}
+    result |= {"remembered_ram_bytes": plan.remembered_ram_bytes, "remembered_disk_bytes": plan.remember or 0}
     say = prose(args)
     say(plan.summary())
     say(profile.table().to_string(index=False))
     say(table_note(profile))
     say(profile.summary())
+    if plan.remembers:
+        say(_remembered(plan))
     for suggestion, said in zip(found, suggestions, strict=True):
         options = said["options"]
         say(f"would fit: {suggestion}{options and f' ({options})'}")
@@ -72,6 +77,15 @@ def run_forecast(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     return 0
+
+
+def _remembered(plan: Plan) -> str:
+    """What remembering prompts takes beside the GPU, in words."""
+    blocks = plan.remembered_ram_bytes // plan.block_bytes
+    return (
+        f"remembered prompts take {format_bytes(plan.remembered_ram_bytes)} of RAM ({blocks} blocks of {BLOCK_TOKENS} "
+        f"tokens) and at most {format_bytes(plan.remember or 0)} of disk"
+    )
 
 
 def _as_dict(plan: Plan, suggestion: Suggestion, from_file: bool) -> dict:

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": ("plan", "choose the most precise plan that fits a GPU"),
     "chat": ("chat", "chat with a model inside a GPU budget"),
     "complete": ("chat", "go on with a text, as a base model does, inside a GPU budget"),
+    "cache": ("cache", "list, explain, fill or clear what is remembered of prompts"),
     "tune": ("plan", "measure a few splits and thread counts"),
     "convert": ("convert", "quantise a model once, into a directory"),
     "evaluate": ("evaluate", "compare a compressed model with its original"),
@@ -33,7 +34,7 @@ COMMANDS = {
 """Name → the file beside this one with its ``add_NAME`` (arguments) and ``run_NAME``, and what it does."""
 
 
-SIZE_OPTIONS = ("--gpu", "--ram", "--disk", "--cuda-context", "--weight-bytes")
+SIZE_OPTIONS = ("--gpu", "--ram", "--disk", "--cuda-context", "--weight-bytes", "--remember", "--remember-ram")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lowvram_lab.cli.common import positive, print_json, spec_of, table_note, tokens
+from lowvram_lab.cli.common import positive, print_json, size, spec_of, table_note, tokens
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
@@ -15,7 +15,7 @@ from lowvram_lab.model.formats import canonical_name
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import DEVICES, PRECISIONS, check_precision, has_low_plane
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.planner.auto import auto_plan
+from lowvram_lab.planner.auto import auto_plan, remembering
 from lowvram_lab.planner.constraints import ram_bytes
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.moves import head_modules
@@ -77,6 +77,7 @@ def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, 
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, int4, or the model's own 16 bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
     _add_plane_options(parser)
+    _add_remember_options(parser)
 
 
 def _add_plane_options(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +89,20 @@ def _add_plane_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         help="of int4+4 weights: fast (the high planes alone), precise (both), auto (both where the high are unsure)",
+    )
+
+
+def _add_remember_options(parser: argparse.ArgumentParser) -> None:
+    """Of prompts' keys and values that are kept."""
+    parser.add_argument(
+        "--remember",
+        type=size,
+        metavar="SIZE",
+        help="keep prompts' keys and values on disk for later chats, so many bytes at most, e.g. 2GiB (nothing); "
+        "prompts are then read 128 tokens at a time",
+    )
+    parser.add_argument(
+        "--remember-ram", type=size, metavar="SIZE", help="the same in RAM, for as long as the chat lives (nothing)"
     )
 
 
@@ -150,6 +165,8 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
         kv_format=args.kv or plan.kv_format,
         stream_from=args.stream_from or plan.stream_from,
         prefill_chunk=args.prefill_chunk or plan.prefill_chunk,
+        remember=args.remember or plan.remember,
+        remember_ram=args.remember_ram or plan.remember_ram,
     )
 
 
@@ -257,18 +274,34 @@ def _chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
         return plan, profile, ["as asked for: " + ("it fits" if profile.fits else "it does not fit")]
     if args.disk and not args.ram:
         raise LowvramError("--disk says what may lie on disk where --ram is too small: give --ram as well")
+    ram = _model_ram(args)
     choice = auto_plan(
         spec,
         gpu,
         None if args.context == LONGEST else args.context or 2048,
-        ram=args.ram,
+        ram=ram,
         disk=args.disk,
         prefer=args.prefer or "balance",
         gpu_layers=args.gpu_layers,
         kv_format=args.kv,
         threads=args.threads,
     )
+    if args.remember or args.remember_ram:
+        choice = remembering(choice, gpu, disk=args.remember, ram=args.remember_ram, model_ram=ram)
     return choice.plan, choice.forecast, list(choice.why)
+
+
+def _model_ram(args: argparse.Namespace) -> int | None:
+    """What --ram leaves to the model beside the prompts that are remembered there; ``None`` for no limit."""
+    if args.ram is None:
+        return None
+    left = parse_bytes(args.ram) - (args.remember_ram or 0)
+    if left < 1:
+        raise BudgetError(
+            f"--remember-ram {format_bytes(args.remember_ram)} leaves nothing of --ram {args.ram} to the model; give "
+            "more RAM, or remember less there"
+        )
+    return left
 
 
 def _check_ram(ram: str | None, plan: Plan) -> None:
@@ -323,7 +356,8 @@ def _speed(plan: Plan, ram: str | None) -> SpeedProfile:
             print("measuring how fast this machine is, for the speed: minutes the first time ...", file=sys.stderr)
         told.append(name)
 
-    return forecast_speed(plan, machine=Machine(on_measure=tell), ram=parse_bytes(ram) if ram else None)
+    for_model = max(1, parse_bytes(ram) - plan.remembered_ram_bytes) if ram else None
+    return forecast_speed(plan, machine=Machine(on_measure=tell), ram=for_model)
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:

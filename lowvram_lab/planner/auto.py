@@ -15,6 +15,7 @@ from lowvram_lab.errors import BudgetError, LowvramError, PlanError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.cheapest import Cheapest
 from lowvram_lab.planner.constraints import Room, margin, ram_bytes, refusal, shortage
@@ -238,8 +239,57 @@ def _with_streaming(choice: PlanChoice, room: Room, machine: Machine) -> PlanCho
         return choice
     if not profile:
         return choice
-    text = f"prompts of {tokens} tokens or more are faster with weights that travel to the GPU: {margin(profile)}"
-    return _changed(choice, plan, profile, text, room, machine)
+    return _changed(choice, plan, profile, _travelling(tokens, profile), room, machine)
+
+
+def _travelling(tokens: int, profile: MemoryProfile) -> str:
+    """Why weights travel, in words."""
+    return f"prompts of {tokens} tokens or more are faster with weights that travel to the GPU: {margin(profile)}"
+
+
+def remembering(
+    choice: PlanChoice,
+    gpu: str | int | GpuBudget | Gpu,
+    *,
+    disk: str | int | None = None,
+    ram: str | int | None = None,
+    model_ram: str | int | None = None,
+    machine: Machine | None = None,
+) -> PlanChoice:
+    """The choice with a plan that remembers prompts, and what is said of it true of that plan.
+
+    Such prompts are read 128 tokens at a time: weights that would travel for longer ones alone stay where they are.
+
+    Args:
+        choice: From ``auto_plan``.
+        gpu: As given to ``auto_plan``.
+        disk: Most bytes on disk, as ``"2GiB"``; ``None`` for nothing.
+        ram: The same in RAM.
+        model_ram: As given to ``auto_plan`` as RAM: what prompts take of it comes on top.
+        machine: As given to ``auto_plan``.
+
+    Raises:
+        UnitError: A size cannot be read.
+        PlanError: No block of 128 tokens fits in one.
+        BudgetError: The plan no longer fits the GPU.
+    """
+    before, budget = choice.plan, budget_of(gpu)
+    travels = before.stream_from if before.stream_from is not None and before.stream_from <= BLOCK_TOKENS else None
+    sizes = {"remember": disk, "remember_ram": ram}
+    sizes = {name: None if size is None else parse_bytes(size) for name, size in sizes.items()}
+    plan = replace(before, stream_from=travels, **sizes)
+    profile = forecast_if_possible(plan, budget)
+    if not profile:
+        raise BudgetError(
+            f"{plan.summary()} does not fit {format_bytes(budget.total_bytes)}; give more of the GPU, or remember "
+            "nothing"
+        )
+    if travels != before.stream_from:
+        stale = _travelling(before.stream_from, choice.forecast)
+        choice = replace(choice, why=tuple(line for line in choice.why if line != stale))
+    text = f"prompts that are remembered are read {plan.piece_tokens} tokens at a time: {margin(profile)}"
+    room = Room(plan.spec, budget, None if model_ram is None else parse_bytes(model_ram), None, plan.kv_format)
+    return _changed(choice, plan, profile, text, room, machine or Machine())
 
 
 def _budgets(max_memory: dict, ram: str | int | None, disk: str | int | None) -> tuple:

@@ -49,8 +49,8 @@ class Room:
 
 
 def ram_bytes(plan: Plan) -> int:
-    """What a plan takes of the host's memory beside Python and torch: weights, the load's transient, KV cache."""
-    return forecast_load_bytes(plan, gpu_in_ram=False) + plan.kv_bytes(plan.context, "cpu")
+    """What a plan takes of the host's memory beside Python and torch: load, KV cache, remembered prompts."""
+    return forecast_load_bytes(plan, gpu_in_ram=False) + plan.kv_bytes(plan.context, "cpu") + plan.remembered_ram_bytes
 
 
 def margin(profile: MemoryProfile) -> str:

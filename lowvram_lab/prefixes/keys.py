@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,11 +60,7 @@ class Root:
 
     def difference(self, fields: dict[str, str]) -> str | None:
         """The first field that is another there, in words; ``None`` where none is."""
-        for name, value in self.fields.items():
-            if (found := fields.get(name)) != value:
-                is_digest = len(value) == DIGITS and value.isalnum()
-                return f"{name}: {'others then than now' if is_digest else f'{found} then, {value} now'}"
-        return None
+        return difference(self.fields, fields)
 
 
 @dataclass(frozen=True)
@@ -89,6 +85,15 @@ class Key:
     def name(self) -> str:
         """What its file is called, without a suffix."""
         return name_of(self.text, self.root)
+
+
+def difference(now: Mapping[str, str], then: Mapping[str, str]) -> str | None:
+    """The first of the fields that there are now that was another then, in words; ``None`` where none was."""
+    for name, value in now.items():
+        if (found := then.get(name)) != value:
+            is_digest = len(value) == DIGITS and value.isalnum()
+            return f"{name}: {'others then than now' if is_digest else f'{found} then, {value} now'}"
+    return None
 
 
 def name_of(text: str, root: str) -> str:
@@ -137,15 +142,23 @@ def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False) -> R
         "kv_format": plan.kv_format,
         "places": _digest(repr(_kernels(state)), str(plan.stream_from)),
         "pieces": f"{BLOCK_TOKENS} tokens, {plan.piece_tokens} at once",
-        "engine": _engine(model),
-        "torch": torch.__version__,
-        "transformers": version("transformers") or "?",
-        "processor": _digest(torch.backends.cpu.get_cpu_capability(), instruction_set()),
+        "attention": str(model.config._attn_implementation),
+        **machine_fields(),
         "card": _card(plan, state),
         "threads": str(plan.threads or torch.get_num_threads()),
         "salt": told,
     }
     return Root(fields, seed)
+
+
+def machine_fields() -> dict[str, str]:
+    """The fields of a root that this machine decides, and what is installed on it: they are the same for all models."""
+    return {
+        "engine": _engine(),
+        "torch": torch.__version__,
+        "transformers": version("transformers") or "?",
+        "processor": _digest(torch.backends.cpu.get_cpu_capability(), instruction_set()),
+    }
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -194,10 +207,10 @@ def _card(plan: Plan, state: Loaded) -> str:
     return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {_digest(repr(state.gpu.card))}"
 
 
-def _engine(model: torch.nn.Module) -> str:
+def _engine() -> str:
     """This library's own code that reads prompts, and what it is compiled by."""
     compiled = compiler() if library.there() else "no compiler"
-    return _digest(_sources(), str(compiled), str(model.config._attn_implementation), VERSION)
+    return _digest(_sources(), str(compiled), VERSION)
 
 
 @functools.cache

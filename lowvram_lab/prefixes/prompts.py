@@ -8,9 +8,34 @@ what was said in it, never on what happens to be remembered.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lowvram_lab.engine.kv_cache import PreallocatedCache
+from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.rules import BLOCK_TOKENS
+from lowvram_lab.prefixes.keys import chain
 from lowvram_lab.prefixes.store import Remembered
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What it took to read a prompt that is not answered.
+
+    Attributes:
+        tokens: Of the prompt, or of what all prompts have that begin so.
+        cached_tokens: How many of them were still in the KV cache, or were put back there.
+        remembered_tokens: How many were put back from what is remembered.
+        blocks_added: Blocks of 128 tokens that are remembered now and were not before.
+        blocks_without_room: Blocks that are not remembered: there is no room for them.
+        seconds: All of it, with writing what is remembered.
+    """
+
+    tokens: int
+    cached_tokens: int = 0
+    remembered_tokens: int = 0
+    blocks_added: int = 0
+    blocks_without_room: int = 0
+    seconds: float = 0.0
 
 
 class Prompts:
@@ -60,14 +85,32 @@ class Prompts:
             self._whole = tokens // BLOCK_TOKENS * BLOCK_TOKENS
             self._seconds = seconds * BLOCK_TOKENS / (tokens - start)
 
-    def keep(self, cache: PreallocatedCache, held: list[int]) -> None:
+    def keep(self, cache: PreallocatedCache, held: list[int]) -> tuple[int, int]:
         """Remembers the whole blocks of what a cache holds.
 
         Args:
             cache: The cache.
             held: Ids of what it holds.
+
+        Returns:
+            How many blocks were added, and for how many there was no room.
         """
         whole = min(self._whole, len(held) // BLOCK_TOKENS * BLOCK_TOKENS)
-        if whole > self._kept:
-            self.store.keep(cache, held[:whole], self._seconds)
-            self._kept = whole
+        if whole <= self._kept:
+            return 0, 0
+        before = self._kept // BLOCK_TOKENS
+        remembered = self.store.keep(cache, held[:whole], self._seconds)
+        self._kept = whole
+        return max(0, remembered - before), whole // BLOCK_TOKENS - remembered
+
+    def pin(self, ids: list[int]) -> None:
+        """Lets the blocks of a prompt stay on disk, as far as they are there, whatever else needs room.
+
+        Raises:
+            LowvramError: What is remembered is in RAM alone.
+            OSError: It cannot be noted.
+        """
+        folder = self.store.folder
+        if folder is None:
+            raise LowvramError("prompts that stay are on disk, found some that are remembered in RAM alone; give disk")
+        folder.pin([key.name for key in chain(self.store.root, ids) if folder.file(key.name).exists()])

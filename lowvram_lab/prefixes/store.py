@@ -78,10 +78,12 @@ class Missed:
     Attributes:
         token: That place.
         reason: In words.
+        differs_at: The first token that is another than in what is remembered, where that is the reason.
     """
 
     token: int
     reason: str
+    differs_at: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Remembered:
     @property
     def missed(self) -> Missed | None:
         """Why the latest prompt was not found any further; ``None`` where it was, or none was looked for."""
-        return self._missing and Missed(self._missing[0].start, self._why(*self._missing))
+        return self._missing and self._why(*self._missing)
 
     def restore(self, cache: PreallocatedCache, ids: Sequence[int], start: int = 0) -> int:
         """Puts back what is remembered of a prompt, block by block, behind the tokens that the cache holds.
@@ -182,7 +184,7 @@ class Remembered:
             try:
                 places.append(self._find(key)[1])
             except UnusableError as error:
-                return Found(len(ids), tuple(places), Missed(key.start, self._why(key, str(error))))
+                return Found(len(ids), tuple(places), self._why(key, str(error)))
         return Found(len(ids), tuple(places), None)
 
     def keep(self, cache: PreallocatedCache, ids: Sequence[int], seconds: float) -> int:
@@ -289,23 +291,24 @@ class Remembered:
         if self.folder is not None:
             self.folder.used(seconds)
 
-    def _why(self, key: Key, reason: str) -> str:
+    def _why(self, key: Key, reason: str) -> Missed:
         """Why a block is not found, as exactly as what else is on disk tells."""
         if self.folder is None or self.folder.file(key.name).exists():
-            return reason
+            return Missed(key.start, reason)
         entries = self.folder.entries()
         for entry in entries:
             if entry.facts.get("text") == key.text and (difference := self.root.difference(fields_of(entry.facts))):
-                return difference
+                return Missed(key.start, difference)
         of_root = [e for e in entries if e.facts.get("root") == key.root and e.facts.get("kind") == BLOCK]
         beside = [entry for entry in of_root if entry.facts.get("parent") == key.parent]
         others = [found for entry in beside if (found := self._differs(entry.name, key)) is not None]
         if others:
             place = max(others)
-            return f"not read before: token {place} is another than in what is remembered"
+            text = f"not read before: token {place} is another than in what is remembered"
+            return Missed(key.start, text, place)
         if not of_root and any(self._differs_in_salt(fields_of(entry.facts)) for entry in entries):
-            return "salt: what this model remembers is under another salt"
-        return "not read before"
+            return Missed(key.start, "salt: what this model remembers is under another salt")
+        return Missed(key.start, "not read before")
 
     def _differs(self, name: str, key: Key) -> int | None:
         """The first place at which a remembered block has another token; ``None`` where it cannot be read."""

@@ -86,3 +86,22 @@ def test_low_planes_have_an_option_and_never_lie_nearer_than_the_high_ones(low, 
     suggested = options_between(before, after).split()
     assert suggested in ([], ["--low-plane", low])
     assert typed(spec, *words[:4], *suggested) == after
+
+
+def test_a_stated_plan_remembers_what_the_options_say():
+    plan = Plan.uniform(tiny_spec("qwen2"), "int8", context=64)
+    assert typed(plan.spec, "--remember", "64MiB") == replace(plan, remember=64 << 20)
+    assert typed(plan.spec, "--remember-ram", "1,5MiB") == replace(plan, remember_ram=3 << 19)
+
+
+def test_a_plan_from_a_file_keeps_what_it_remembers_unless_the_options_say_more(tmp_path):
+    plan = replace(Plan.uniform(tiny_spec("qwen2"), "int8", context=64), remember=64 << 20)
+    plan.to_json(tmp_path / "plan.json")
+    parser = argparse.ArgumentParser()
+    add_plan_options(parser, budget_required=False)
+    words = ["a model", "--plan", str(tmp_path / "plan.json")]
+    for more, remembered in (([], 64 << 20), (["--remember", "1GiB"], 1 << 30)):
+        found = stated_plan(
+            parser.parse_args([*words, *more]), plan.spec, GpuBudget.parse("8GiB", card="rtx3050"), None
+        )
+        assert found == replace(plan, remember=remembered)
