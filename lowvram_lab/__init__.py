@@ -153,6 +153,8 @@ _PUBLIC = {
     # 10 remember
     "Remember": "prefixes.store",
     "Remembered": "prefixes.store",
+    "warm": "chat.dialogues",
+    "read_dialogues": "chat.dialogues",
     "root_of": "prefixes.keys",
     "chain": "prefixes.keys",
     "find_drift": "chat.drift",

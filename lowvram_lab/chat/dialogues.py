@@ -120,6 +120,8 @@ def warm(
 ) -> pandas.DataFrame:
     """Reads prompts and remembers them, so that chats that begin so need not; questions without answers are answered.
 
+    Answers are remembered too, those that are given and those that are made: asked again, the model verifies them.
+
     What the session has talked about stays as it is; answers are greedy ones, and ``session.turns`` has them.
 
     Args:
@@ -161,6 +163,8 @@ def _warmed(session: ChatSession, dialogue: Dialogue, pin: bool) -> dict[str, in
         done = session.read(dialogue.said, pin)
         if dialogue.asks:
             session.ask(dialogue.message)
+        elif dialogue.answer is not None:
+            session.expect(dialogue.message, dialogue.answer)
     return {
         "tokens": done.tokens,
         "remembered_tokens": done.remembered_tokens,

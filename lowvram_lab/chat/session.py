@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lowvram_lab.chat.answer import Answer, Session
+from lowvram_lab.chat.drift import Seen, find_drift
 from lowvram_lab.chat.kept_ids import Turn, kept_ids
 from lowvram_lab.chat.prompt import chat_ids, checked_text, opening_ids
 from lowvram_lab.chat.template import chat_template
@@ -142,16 +143,41 @@ class ChatSession(Session[History]):
     def explain(self, text: str) -> Explanation:
         """Says how much of the prompt that a message would be sent with is remembered, and why no more; sends nothing.
 
+        Where the chat so far would be read as other tokens than it was, it says which, and what of the template did it.
+
         Raises:
             LowvramError: The session remembers nothing; or see ``send``.
         """
         store, ids = self._live.remembering().store, self.beginning(text)
-        found = store.find(ids)
+        found, drift = store.find(ids), self._drift(self._with_message(text), ids)
         if found.missed is None:
-            return Explanation(found.tokens, found.hit_tokens, found.places, None)
+            return Explanation(found.tokens, found.hit_tokens, found.places, None, drift=drift)
         place = found.missed.differs_at
         word = None if place is None else self.tokenizer.decode([ids[place]])
-        return Explanation(found.tokens, found.hit_tokens, found.places, found.missed.reason, place, word)
+        return Explanation(found.tokens, found.hit_tokens, found.places, found.missed.reason, place, word, drift)
+
+    def _drift(self, history: History, ids: list[int]) -> str | None:
+        """Why a prompt does not begin with the turn before it, in words."""
+        if not self._said.prompt:
+            return None
+        before = Seen(self.history, self._said.prompt + self._said.answer)
+        drift = find_drift(self.tokenizer, before, Seen(history, ids), self.template_arguments)
+        return drift and drift.text
+
+    def expect(self, text: str, answer: str) -> None:
+        """Remembers what the answer to a message will be, as far as that is known: asked, the model verifies it.
+
+        A wrong one costs a pass, and changes nothing.
+
+        Args:
+            text: The user's message, in this chat as it is now.
+            answer: Its answer.
+
+        Raises:
+            LowvramError: The session remembers nothing; or see ``send``.
+        """
+        tokens = self.tokenizer(checked_text(answer, "an answer"), add_special_tokens=False)["input_ids"]
+        self._live.remembering().store.keep_answer(self.beginning(text), tokens, 0.0)
 
     @contextmanager
     def beside(self, history: History) -> Iterator[None]:

@@ -23,6 +23,8 @@ class Explanation:
         reason: Why no more of it is, in words; ``None`` where only the rest is left: a block at most, always read.
         differs_at: Place of the first token that is another than in what is remembered, where that is the reason.
         differs_text: That token of the prompt as text.
+        drift: Why what was said before in this chat is no longer read as it was, in words: the first token that is
+            another, and what of the template did it; ``None`` where it is.
     """
 
     tokens: int
@@ -31,6 +33,7 @@ class Explanation:
     reason: str | None
     differs_at: int | None = None
     differs_text: str | None = None
+    drift: str | None = None
 
     @property
     def text(self) -> str:
@@ -39,6 +42,8 @@ class Explanation:
         where = " and ".join(f"{count} {place}" for place, count in counts.items() if count)
         blocks = f" (in blocks of {BLOCK_TOKENS}: {where})" if where else ""
         found = f"{self.hit_tokens} of {self.tokens} prompt tokens are remembered{blocks}"
+        if self.drift is not None:
+            found += f"; this chat is no longer what it was: {self.drift}"
         if self.reason is None:
             return f"{found}; the rest is at most a block, and always read"
         token = "" if self.differs_text is None else f" (the prompt has {self.differs_text!r} there)"

@@ -109,3 +109,18 @@ def test_sampled_answers_are_not_remembered(tmp_path):
     assert turns[1].drafted == 0
     _, turns, _ = asked_twice(tmp_path, sampling=Sampling(repetition_penalty=1.2))
     assert turns[1].drafted == 0
+
+
+@pytest.mark.usefixtures("compiling")
+def test_an_answer_that_is_expected_is_verified(tmp_path):
+    model = loaded_tiny("llama", recipe="int8", ram=None, disk=None)
+    wanted = Remember(disk="64MiB", folder=tmp_path)
+    plain = ChatSession(model, tiny_tokenizer(), max_new_tokens=24, compiled=True).ask("what is a fern?")
+    session = ChatSession(model, tiny_tokenizer(), max_new_tokens=24, remember=wanted, compiled=True)
+    store = session._live.prompts.store
+    for expected in (plain, "something else", plain[:9] + "?" + plain[10:]):
+        session.history = []
+        session.expect("what is a fern?", expected)
+        prompt = session.beginning("what is a fern?")
+        assert tiny_tokenizer().decode(store.answer(prompt)) == expected
+        assert session.ask("what is a fern?") == plain
