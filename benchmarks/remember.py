@@ -4,7 +4,7 @@
     python benchmarks/remember.py --shape qwen1.5-4b --threads 2 --rounds 2
 
 ``--directory`` is a converted model; ``--shape`` makes one of random weights in int4, whose answers mean nothing and
-whose times do. Cold and warm take turns within a round: the same prompt, a prefix and 16 tokens behind it, read whole,
+whose times do. Cold and warm take turns within a round: the same prompt, a prefix and 8 tokens behind it, read whole,
 put back from disk (which the system's page cache holds) and from RAM. The logits must be equal in every bit, else there
 is no result. Kept by model and threads in results/remember_cpu.json.
 """

@@ -25,7 +25,7 @@ from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes.store import Remembered
 
-BEHIND = 16
+BEHIND = 8
 """Tokens behind a prefix: a short question."""
 
 
@@ -36,7 +36,7 @@ def first_token_table(
 
     Args:
         model: From ``load``; its plan remembers while this is measured, in a folder of its own.
-        prefixes: Tokens of the beginning that is remembered, whole blocks of 128; 16 more come behind it.
+        prefixes: Tokens of the beginning that is remembered, whole blocks of 128; 8 more come behind it.
         rounds: Of which the medians are; one before them is not counted.
         progress: Show a bar.
 

@@ -48,10 +48,6 @@ def _read(model: torch.nn.Module, piece: torch.Tensor, cache: PreallocatedCache)
     return model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
-DECODED_PASSES = 2
-"""Passes over several tokens, by which the end of a prompt is read rather than by a pass of the model's modules."""
-
-
 def module_decoder_name(why: str) -> str:
     """What a ``ModuleDecoder`` calls itself."""
     return "the model's modules" + (f" ({why})" if why else "")
@@ -129,11 +125,9 @@ class Decoder:
         """Logits of the last of some tokens that are read at once."""
         if piece.shape[1] == 1 and self.tokens:
             return self.decode(piece)
-        if not self.tokens or self.most_tokens == 1 or piece.shape[1] > DECODED_PASSES * self.most_tokens:
-            return _read(self.model, piece, self.cache)
-        for tokens in piece.split(self.most_tokens, dim=1):
-            logits = self.decode_several(tokens)[-1:]
-        return logits
+        if self.tokens and 1 < piece.shape[1] <= self.most_tokens:
+            return self.decode_several(piece)[-1:]
+        return _read(self.model, piece, self.cache)
 
     @torch.inference_mode()
     def decode(self, token: torch.Tensor) -> torch.Tensor:
