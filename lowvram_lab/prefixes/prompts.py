@@ -47,8 +47,9 @@ class Prompts:
         self._kept = min(self._kept, self._whole)
         if common != self._whole or self._looked_for == ids:
             return common
-        self._looked_for = list(ids)
+        self._looked_for = []  # until all of it was: it may be interrupted
         self._whole = self.store.restore(cache, ids, common)
+        self._looked_for = list(ids)
         self.restored = self._whole - common
         if self._kept == common:
             self._kept = self._whole
