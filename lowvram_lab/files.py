@@ -193,7 +193,7 @@ def sha256_file(path: Path, progress: bool = False) -> str:
 
 
 def known_sha256(path: Path, progress: bool = False) -> str:
-    """Like :func:`sha256_file`, but remembers the answer for as long as path, size and modification time stay."""
+    """Like :func:`sha256_file`, but remembers the answer for as long as path, size and times of change stay."""
     digest = recorded_sha256(path)
     if digest is None:
         facts, record = _hashed(path)
@@ -215,7 +215,9 @@ def recorded_sha256(path: Path) -> str | None:
 def _hashed(path: Path) -> tuple[dict, Path]:
     """What must be unchanged for a hash to count, and where that is recorded."""
     stat = path.stat()
-    facts = {"path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    # the last of them nobody can set: a file put in its place may have the other's size and time, as from an archive
+    times = {"mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+    facts = {"path": str(path.resolve()), "size": stat.st_size, **times}
     return facts, cache_dir() / "hashes" / (hashlib.sha256(facts["path"].encode()).hexdigest()[:24] + ".json")
 
 

@@ -47,7 +47,8 @@ def kept_ids(rendered: list[int], last: Turn, decode: Decode) -> list[int]:
     if rendered[:begun] != last.rendered:
         return rendered
     behind = rendered[begun:]
-    end = _end_of_answer(decode(last.answer), behind, decode)
+    text = decode(last.answer)
+    end = _end_of_answer(text, behind, decode) if text else None  # no text could be anywhere
     return last.prompt + (behind if end is None else last.answer + behind[end:])
 
 

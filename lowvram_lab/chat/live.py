@@ -69,7 +69,7 @@ class LiveDecoder:
         remember: Remember | None = None,
     ):
         self.model, self.given_up = model, []
-        self._remember, self.prompts = remember or Remember(), None
+        self._remember, self.prompts, self._has_begun = remember or Remember(), None, False
         self.drafting = Drafting()
         self.least_tokens_per_s: float | None = None
         self._too_slow = False
@@ -115,6 +115,7 @@ class LiveDecoder:
                 self._decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress, cache=kept)
                 self._held = held if kept else []
                 self.prompts = self._remembering(self._decoder.cache)
+                self._has_begun = True
             except torch.OutOfMemoryError as error:
                 self.step_down(error)
         return self._decoder
@@ -123,7 +124,13 @@ class LiveDecoder:
         if not loaded(self.model).plan.remembers:
             return None
         wanted = self._remember
-        return Prompts(Remembered(self.model, cache, wanted.salt, wanted.folder, self._progress))
+        try:
+            return Prompts(Remembered(self.model, cache, wanted.salt, wanted.folder, self._progress))
+        except (LowvramError, OSError) as error:
+            if not self._has_begun:
+                raise
+            logger.warning("prompts are no longer remembered: %s", error)  # an answer goes on without
+            return None
 
     def stream(
         self, ids: list[int], max_new_tokens: int, stop_ids: frozenset[int], sampling: Sampling, made: int = 0
@@ -243,6 +250,7 @@ class LiveDecoder:
     def reuse(self, ids: list[int]) -> int:
         """Keeps the part of the KV cache that these ids begin with; returns its length in tokens."""
         cache, common = self.begun().cache, 0
+        self._held = self._held[: cache.get_seq_length()]  # fewer where putting back a prompt was interrupted
         for old, new in zip(self._held, ids[:-1], strict=False):  # at least one token must be fed
             if old != new:
                 break

@@ -1,10 +1,16 @@
 """One block on disk: a safetensors file, mapped, and checked whole before anything of it is used.
 
+A file holds its tokens' ids beside their keys and values: so a file under another's name is known, and it can be said
+from which token on a prompt is another. They are no greater secret than the rest, as keys and values can be turned back
+into text too. What keeps both from others is the mode of file and folder; a salt hides neither.
+
 Derived in: notebooks/10_remember.ipynb
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import mmap
 import os
@@ -12,8 +18,9 @@ import secrets
 import stat
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import save
@@ -25,7 +32,11 @@ PARTIAL = ".partial"
 IDS = "ids"
 """Name of the block's tokens among its tensors."""
 
+_FACTS = "__metadata__"
+"""What safetensors calls what is said of tensors."""
+
 _LONGEST_HEADER = 1 << 20
+_LARGEST_SMALL = 1 << 26
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
 _DTYPES |= {torch.int32: "I32"}
 
@@ -68,11 +79,30 @@ def facts_of(path: Path) -> dict[str, str]:
     Raises:
         UnusableError: It is no such file.
     """
-    with _opened(path) as file:
+    with _readable(path) as file:
         length = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))[0]
         if not 0 < length <= _LONGEST_HEADER:
             raise UnusableError("no header")
-        return _header(file.read(length)).get("__metadata__", {})
+        return _header(file.read(length)).get(_FACTS, {})
+
+
+def checked_facts(path: Path) -> dict[str, str]:
+    """What a file says of its block, whatever tensors it holds, after all of it was checked.
+
+    Raises:
+        UnusableError: It is not there, or not this user's, or damaged.
+    """
+    return _checked(path)[1]
+
+
+def small_file(path: Path) -> bytes:
+    """What lies in a small file of this user's.
+
+    Raises:
+        UnusableError: It is not there, or no plain file, or not this user's.
+    """
+    with _readable(path) as file:
+        return file.read(_LARGEST_SMALL)
 
 
 def read(path: Path, wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[dict, dict[str, str]]:
@@ -88,22 +118,10 @@ def read(path: Path, wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) 
     Raises:
         UnusableError: It is not there, or not this user's, or damaged, or holds other tensors.
     """
-    with _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise UnusableError(f"{size} bytes: cut short")
-        # a private mapping: torch takes only memory that can be written to
-        mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    view = memoryview(mapped)
-    entries, payload = _parsed(view)
-    facts = entries.pop("__metadata__", {})
+    entries, said, mapped, begin = _checked(path)
     found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
     if found != {name: (_DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in wanted.items()}:
         raise UnusableError("it holds tensors of other shapes")
-    said = {name: value for name, value in facts.items() if name != "crc32"}
-    if facts.get("crc32") != _checksum(entries, said, payload):
-        raise UnusableError("its checksum is another: damaged")
-    begin = len(view) - len(payload)
     tensors = {}
     for name, (dtype, shape) in wanted.items():
         first, last = entries[name]["data_offsets"]
@@ -112,18 +130,43 @@ def read(path: Path, wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) 
     return tensors, said
 
 
-def _opened(path: Path):
-    """The file, if it is a plain one of this user's that no other may write to."""
+def _checked(path: Path) -> tuple[dict, dict[str, str], mmap.mmap, int]:
+    """Entries of a file's tensors, what is said of them, the file as it is mapped, and where its tensors begin."""
+    with _readable(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size < 8:
+            raise UnusableError(f"{size} bytes: cut short")
+        try:  # a private mapping: torch takes only memory that can be written to
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except ValueError as error:  # shorter than a moment ago
+            raise UnusableError("it is cut short") from error
+    view = memoryview(mapped)
+    entries, payload = _parsed(view)
+    facts = entries.pop(_FACTS, {})
+    said = {name: value for name, value in facts.items() if name != "crc32"}
+    if facts.get("crc32") != _checksum(entries, said, payload):
+        raise UnusableError("its checksum is another: damaged")
+    return entries, said, mapped, len(view) - len(payload)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[BinaryIO]:
+    """A plain file of this user's that no other may write to; that it cannot be read is an ``UnusableError``."""
     try:
-        file = os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb")
+        # not blocking: a pipe in its place would be waited for
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        try:
+            found = os.fstat(handle)
+            ours = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+            if not stat.S_ISREG(found.st_mode) or not ours:
+                raise UnusableError("it is no plain file of this user's, or others may write to it")
+            with open(handle, "rb", closefd=False) as file:
+                yield file
+        finally:
+            os.close(handle)
     except OSError as error:
-        raise UnusableError(f"it cannot be opened ({error.strerror})") from error
-    found = os.fstat(file.fileno())
-    ours = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
-    if not stat.S_ISREG(found.st_mode) or not ours:
-        file.close()
-        raise UnusableError("it is no plain file of this user's, or others may write to it")
-    return file
+        why = "it is a link" if error.errno == errno.ELOOP else f"it cannot be read ({error.strerror})"
+        raise UnusableError(why) from error
 
 
 def _parsed(view: memoryview) -> tuple[dict, memoryview]:
@@ -136,26 +179,37 @@ def _parsed(view: memoryview) -> tuple[dict, memoryview]:
     if not 0 < length <= min(_LONGEST_HEADER, len(view) - 8):
         raise UnusableError("its header is cut short, or none")
     entries, payload = _header(bytes(view[8 : 8 + length])), view[8 + length :]
-    try:
-        places = sorted(tuple(e["data_offsets"]) for name, e in entries.items() if name != "__metadata__")
-        ends = [0, *(last for _, last in places)]
-        whole = [first for first, _ in places] == ends[:-1] and ends[-1] == len(payload)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnusableError("its header is damaged") from error
-    if not whole:
+    places = sorted(tuple(entry["data_offsets"]) for name, entry in entries.items() if name != _FACTS)
+    ends = [0, *(last for _, last in places)]
+    if [first for first, _ in places] != ends[:-1] or ends[-1] != len(payload):
         raise UnusableError("it is cut short, or longer than its header says")
     return entries, payload
 
 
 def _header(text: bytes) -> dict:
+    """What a header says, every entry of the kind that it must be.
+
+    Raises:
+        UnusableError: It is damaged.
+    """
     try:
         entries = json.loads(text)
-        plain = all(isinstance(entry, dict) for entry in entries.values())
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UnusableError("its header is damaged") from error
-    if not plain:
+    if not isinstance(entries, dict) or not all(_plain(name, entry) for name, entry in entries.items()):
         raise UnusableError("its header is damaged")
     return entries
+
+
+def _plain(name: str, entry: object) -> bool:
+    """Whether an entry says in text what is said of tensors, or of one tensor its dtype, shape and place."""
+    if not isinstance(entry, dict):
+        return False
+    if name == _FACTS:
+        return all(isinstance(value, str) for value in entry.values())
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    numbers = isinstance(shape, list) and isinstance(place, list) and all(type(n) is int for n in [*shape, *place])
+    return numbers and len(place) == 2 and isinstance(entry.get("dtype"), str)
 
 
 def _checksum(entries: dict, facts: Mapping[str, str], payload: memoryview) -> str:
@@ -163,5 +217,5 @@ def _checksum(entries: dict, facts: Mapping[str, str], payload: memoryview) -> s
 
     It is for accidents; that nobody else writes here is what the file's mode is for.
     """
-    said = json.dumps([{k: v for k, v in entries.items() if k != "__metadata__"}, dict(facts)], sort_keys=True)
+    said = json.dumps([{k: v for k, v in entries.items() if k != _FACTS}, dict(facts)], sort_keys=True)
     return f"{zlib.crc32(payload, zlib.crc32(said.encode())):08x}"

@@ -62,6 +62,10 @@ class Root:
         """The first field that is another there, in words; ``None`` where none is."""
         return difference(self.fields, fields)
 
+    def differences(self, fields: dict[str, str]) -> int:
+        """How many fields are others there."""
+        return sum(fields.get(name) != value for name, value in self.fields.items())
+
 
 @dataclass(frozen=True)
 class Key:
@@ -133,12 +137,13 @@ def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False) -> R
     state = loaded(model)
     plan, config = state.plan, model.config.to_dict()
     rope = {name: value for name, value in config.items() if "rope" in name or name == "max_position_embeddings"}
+    config = {name: value for name, value in config.items() if name not in rope}
     told, seed = _salted(salt)
-    fields = {
+    fields = {  # what decides others before them: with the formats, other tensors are weights too
         "formats": _digest(repr([(name, each.format) for name, each in plan.modules.items()]), plan.dtype),
-        "weights": _weights(model, progress),
-        "config": _digest(json.dumps(config, sort_keys=True, default=str)),
         "rope": _digest(json.dumps(rope, sort_keys=True, default=str)),
+        "config": _digest(json.dumps(config, sort_keys=True, default=str)),
+        "weights": _weights(model, progress),
         "kv_format": plan.kv_format,
         "places": _digest(repr(_kernels(state)), str(plan.stream_from)),
         "pieces": f"{BLOCK_TOKENS} tokens, {plan.piece_tokens} at once",
@@ -174,7 +179,9 @@ def _salted(salt: str) -> tuple[str, bytes]:
     """What is told of a salt, and what a chain begins with; neither gives it away, and trying many takes long."""
     if not salt:
         return "none", bytes(16)
-    made = hashlib.scrypt(salt.encode(), salt=b"lowvram_lab prefixes", n=2**13, r=8, p=1, dklen=32)
+    made = hashlib.scrypt(
+        salt.encode(errors="surrogatepass"), salt=b"lowvram_lab prefixes", n=2**13, r=8, p=1, dklen=32
+    )
     return made[:16].hex(), made[16:]
 
 

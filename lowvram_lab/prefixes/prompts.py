@@ -72,8 +72,9 @@ class Prompts:
         self._kept = min(self._kept, self._whole)
         if common != self._whole or self._looked_for == ids:
             return common
-        self._looked_for = list(ids)
+        self._looked_for = []  # until all of it was: it may be interrupted
         self._whole = self.store.restore(cache, ids, common)
+        self._looked_for = list(ids)
         self.restored = self._whole - common
         if self._kept == common:
             self._kept = self._whole
@@ -97,6 +98,7 @@ class Prompts:
         """
         whole = min(self._whole, len(held) // BLOCK_TOKENS * BLOCK_TOKENS)
         if whole <= self._kept:
+            self.store.note_uses()
             return 0, 0
         before = self._kept // BLOCK_TOKENS
         remembered = self.store.keep(cache, held[:whole], self._seconds)
@@ -113,4 +115,4 @@ class Prompts:
         folder = self.store.folder
         if folder is None:
             raise LowvramError("prompts that stay are on disk, found some that are remembered in RAM alone; give disk")
-        folder.pin([key.name for key in chain(self.store.root, ids) if folder.file(key.name).exists()])
+        folder.pin([key.name for key in chain(self.store.root, ids) if folder.has(key.name)])

@@ -81,10 +81,13 @@ class Slots:
             self._parents.pop(least)
             self._seconds.pop(least, None)
             self._free.append(self._at.pop(least))
-        slot = self._free[-1]
-        fill(self._layout.views(self._room[slot]))
+        slot = self._free.pop()
+        try:
+            fill(self._layout.views(self._room[slot]))
+        except BaseException:  # Ctrl-C too
+            self._free.append(slot)
+            raise
         self._at[name], self._parents[name] = slot, parent  # only now: whatever stops it before leaves no half of it
-        self._free.pop()
         return True
 
     def used(self, found: Mapping[str, float]) -> None:

@@ -10,6 +10,7 @@ Derived in: notebooks/10_remember.ipynb
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +24,13 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes import block_file
 from lowvram_lab.prefixes.block_file import IDS, UnusableError, data_of
-from lowvram_lab.prefixes.folder import Folder
+from lowvram_lab.prefixes.folder import Folder, seconds_of
 from lowvram_lab.prefixes.keys import Key, Root, answer_key, chain, name_of, root_of
 from lowvram_lab.prefixes.layout import Layout
 from lowvram_lab.prefixes.ram import OWNER, Slots
 from lowvram_lab.units import parse_bytes
+
+logger = logging.getLogger(__name__)
 
 RAM, DISK = "RAM", "disk"
 """Where a block is found."""
@@ -145,6 +148,8 @@ class Remembered:
         self._wanted = {part.name: (part.dtype, part.shape) for part in self._layout.parts}
         self._wanted[IDS] = (torch.int32, (BLOCK_TOKENS,))
         self._missing: tuple[Key, str] | None = None
+        self._uses: dict[str, float] = {}  # that are not noted yet: it takes longer than putting a block back
+        self._doubted = False  # whether a file could not be used: others may be as it is
 
     @property
     def missed(self) -> Missed | None:
@@ -160,21 +165,25 @@ class Remembered:
             start: A multiple of 128.
 
         Returns:
-            How many tokens of the prompt the cache holds now.
+            How many tokens of the prompt the cache holds now; where this is interrupted, ``start``. That blocks were
+            used is noted with the next that are kept, or by ``note_uses``.
         """
-        self._missing, used, held = None, {}, start
-        with self._gpu.active(), self._gpu.meter.scope(owner=OWNER, category="kv"):
-            for key in chain(self.root, ids[:-1])[start // BLOCK_TOKENS :]:
-                try:
-                    tensors, _, seconds = self._find(key)
-                    self._layout.put(tensors, cache, held, self._gpu)
-                except (UnusableError, torch.OutOfMemoryError) as error:
-                    self._missing = key, str(error)  # looking for the exact reason takes longer than a token may
-                    break
-                held += BLOCK_TOKENS
-                cache.holds(held)
-                used[key.name] = seconds
-        self._note(used)
+        self._missing, held = None, start
+        try:
+            with self._gpu.active(), self._gpu.meter.scope(owner=OWNER, category="kv"):
+                for key in chain(self.root, ids[:-1])[start // BLOCK_TOKENS :]:
+                    try:
+                        tensors, _, seconds = self._find(key)
+                        self._layout.put(tensors, cache, held, self._gpu)
+                    except (UnusableError, torch.OutOfMemoryError) as error:
+                        self._missing = key, str(error)  # looking for the exact reason takes longer than a token may
+                        break
+                    held += BLOCK_TOKENS
+                    cache.holds(held)
+                    self._uses[key.name] = seconds
+        except BaseException:  # Ctrl-C: who asked does not know of what was put there
+            cache.keep(start)
+            raise
         return held
 
     def find(self, ids: Sequence[int]) -> Found:
@@ -198,22 +207,42 @@ class Remembered:
         Returns:
             How many blocks are remembered now of these.
         """
-        keys, added = chain(self.root, ids), {}
-        kept = {key.name for key in keys}
-        for count, key in enumerate(keys):
-            parent = key.parent and name_of(key.parent, key.root)
-            in_ram = key.name in self._slots
-            if not in_ram and (in_ram := self._slots.put(key.name, parent, kept, self._filler(cache, key))):
-                added[key.name] = seconds
-            on_disk = self.folder is not None and self.folder.file(key.name).exists()
-            if self.folder is not None and not on_disk:
-                on_disk = self.folder.write(key.name, self._data(cache, key, seconds), kept)
-                added |= {key.name: seconds} if on_disk else {}
-            if not in_ram and not on_disk:
-                self._note(added)
-                return count
-        self._note(added)
-        return len(keys)
+        keys, count, added = chain(self.root, ids), 0, set()
+        self.note_uses()
+        kept, to_disk = {key.name for key in keys}, self.folder is not None
+        try:
+            for key in keys:
+                in_ram = self._keep_in_ram(cache, key, kept, added)
+                # behind one that is not there no block on disk can be found
+                to_disk = to_disk and self._keep_on_disk(cache, key, seconds, kept, added)
+                if not in_ram and not to_disk:
+                    break
+                count += 1
+        except (torch.OutOfMemoryError, MemoryError):
+            logger.warning("what was read is not remembered: no memory is left to copy it")
+        self._note(dict.fromkeys(added, seconds))
+        self._doubted = False
+        return count
+
+    def _keep_in_ram(self, cache: PreallocatedCache, key: Key, kept: set[str], added: set[str]) -> bool:
+        """Whether a block is there now; where it was not before, its name is added."""
+        if key.name in self._slots:
+            return True
+        parent = key.parent and name_of(key.parent, key.root)
+        if there := self._slots.put(key.name, parent, kept, self._filler(cache, key)):
+            added.add(key.name)
+        return there
+
+    def _keep_on_disk(
+        self, cache: PreallocatedCache, key: Key, seconds: float, kept: set[str], added: set[str]
+    ) -> bool:
+        """See ``_keep_in_ram``; a file that cannot be used is replaced."""
+        anew = self.folder.has(key.name)
+        if anew and not (self._doubted and not self._is_usable(key)):
+            return True
+        if there := self.folder.write(key.name, self._data(cache, key, seconds), kept, anew):
+            added.add(key.name)
+        return there
 
     def answer(self, ids: Sequence[int]) -> list[int]:
         """What was once answered greedily to a prompt, perhaps by other weights: to be verified."""
@@ -224,9 +253,9 @@ class Remembered:
             facts = block_file.facts_of(self.folder.file(name))
             count = int(facts.get("tokens", ""))
             tensors, said = self.folder.read(name, {IDS: (torch.int32, (count,))})
-            self.folder.used({name: float(said["seconds"])})
-        except (UnusableError, ValueError, KeyError):
+        except (UnusableError, ValueError):
             return []
+        self._uses[name] = seconds_of(said)
         return tensors[IDS].tolist()
 
     def keep_answer(self, ids: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
@@ -242,11 +271,10 @@ class Remembered:
         if self.answer(ids) == list(tokens):
             return
         key = answer_key(self.root, ids)
-        self.folder.remove({key.name})
         facts = {**self._facts(key, ANSWER, seconds), "tokens": str(len(tokens))}
         data = data_of({IDS: torch.tensor(tokens, dtype=torch.int32)}, facts)
-        if self.folder.write(key.name, data, ()):
-            self.folder.used({key.name: seconds})
+        if self.folder.write(key.name, data, (), anew=True):
+            self._note({key.name: seconds})
 
     def _filler(self, cache: PreallocatedCache, key: Key):
         return lambda tensors: self._layout.take(cache, key.start, tensors, self._gpu)
@@ -264,8 +292,7 @@ class Remembered:
     def _facts(self, key: Key, kind: str, seconds: float) -> dict[str, str]:
         """What a file says of itself."""
         facts = {FIELD + name: value for name, value in self.root.fields.items()}
-        facts |= {"text": key.text, "parent": key.parent, "root": key.root, "start": str(key.start)}
-        return facts | {"kind": kind, "seconds": f"{seconds:.6g}", "model": self._plan.model}
+        return facts | {**self._said(key), "kind": kind, "seconds": f"{seconds:.6g}", "model": self._plan.model}
 
     def _find(self, key: Key) -> tuple[dict[str, torch.Tensor], str, float]:
         """A block's tensors, where they are, and what they save.
@@ -277,13 +304,42 @@ class Remembered:
             return self._slots.tensors(key.name), RAM, self._slots.seconds(key.name)
         if self.folder is None:
             raise UnusableError("not read before")
+        try:
+            return self._read(key)
+        except UnusableError:
+            self._doubted = self._doubted or self.folder.has(key.name)
+            raise
+
+    def _read(self, key: Key) -> tuple[dict[str, torch.Tensor], str, float]:
+        """``_find`` on disk."""
         tensors, facts = self.folder.read(key.name, self._wanted)
         if difference := self.root.difference(fields_of(facts)):
             raise UnusableError(difference)
+        said = self._said(key)
+        if wrong := next((name for name, value in said.items() if facts.get(name) != value), None):
+            raise UnusableError(f"{wrong}: it is of another block, as where files were renamed or exchanged")
+        if tensors[IDS].tolist() != list(key.ids):
+            raise UnusableError("it holds another text than it says")
+        return tensors, DISK, seconds_of(facts)
+
+    def _is_usable(self, key: Key) -> bool:
+        """Whether what lies on disk in a block's place is that block."""
+        try:
+            self._read(key)
+        except UnusableError:
+            return False
+        return True
+
+    @staticmethod
+    def _said(key: Key) -> dict[str, str]:
+        """What a file says of the block that it holds."""
         said = {"text": key.text, "parent": key.parent, "root": key.root, "start": str(key.start)}
-        if said.items() - facts.items() or tensors[IDS].tolist() != list(key.ids):
-            raise UnusableError("it holds another text: the file was renamed or exchanged")
-        return tensors, DISK, float(facts["seconds"])
+        return {**said, "block": str(BLOCK_TOKENS)}
+
+    def note_uses(self) -> None:
+        """Notes what was put back since it was last noted, by which is decided what is given up first."""
+        uses, self._uses = self._uses, {}
+        self._note(uses)
 
     def _note(self, seconds: dict[str, float]) -> None:
         """Notes which blocks were used or added."""
@@ -293,12 +349,13 @@ class Remembered:
 
     def _why(self, key: Key, reason: str) -> Missed:
         """Why a block is not found, as exactly as what else is on disk tells."""
-        if self.folder is None or self.folder.file(key.name).exists():
+        if self.folder is None or self.folder.has(key.name):
             return Missed(key.start, reason)
         entries = self.folder.entries()
-        for entry in entries:
-            if entry.facts.get("text") == key.text and (difference := self.root.difference(fields_of(entry.facts))):
-                return Missed(key.start, difference)
+        same_text = [self._checked(entry.name) for entry in entries if entry.facts.get("text") == key.text]
+        nearest = min(filter(None, same_text), key=self.root.differences, default=self.root.fields)
+        if difference := self.root.difference(nearest):
+            return Missed(key.start, difference)
         of_root = [e for e in entries if e.facts.get("root") == key.root and e.facts.get("kind") == BLOCK]
         beside = [entry for entry in of_root if entry.facts.get("parent") == key.parent]
         others = [found for entry in beside if (found := self._differs(entry.name, key)) is not None]
@@ -317,6 +374,13 @@ class Remembered:
         except UnusableError:
             return None
         return key.start + next((at for at, (a, b) in enumerate(zip(ids, key.ids, strict=True)) if a != b), len(ids))
+
+    def _checked(self, name: str) -> dict[str, str]:
+        """The root's fields as a file of any root says them; none where it is damaged."""
+        try:
+            return fields_of(block_file.checked_facts(self.folder.file(name)))
+        except UnusableError:
+            return {}
 
     def _differs_in_salt(self, fields: dict[str, str]) -> bool:
         return (self.root.difference({**fields, "salt": self.root.fields["salt"]}) is None) and bool(fields)

@@ -9,6 +9,7 @@ Source: Cao and Irani 1997, "Cost-aware WWW proxy caching algorithms".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,25 +20,31 @@ class Worth:
 
     Attributes:
         level: What the last one that was given up was worth.
-        of: Name → worth; one that is not in it is worth its seconds a byte.
+        of: Name → worth; one that is not in it is worth nothing.
     """
 
     level: float = 0.0
     of: dict[str, float] = field(default_factory=dict)
 
     def used(self, name: str, seconds: float, size: int) -> None:
-        """Notes that a block was written or used, which saves so many seconds and takes so many bytes."""
-        self.of[name] = self.level + seconds / size
+        """Notes that a block was written or used, which saves so many seconds and takes so many bytes.
+
+        Seconds that are none, as a file may say them, are 0: such a block would stay for ever.
+        """
+        self.of[name] = self.level + (seconds / max(size, 1) if 0 <= seconds < math.inf else 0.0)
 
     def least(self, parents: Mapping[str, str], kept: Collection[str]) -> str | None:
         """The block to give up next: one that none follows, and that is not kept; ``None`` where there is none.
+
+        Where files say of blocks that they follow each other in a ring, it is one of these.
 
         Args:
             parents: Name of each block there is → name of the one before it.
             kept: Names of those that must stay.
         """
         followed = set(parents.values())
-        return min((n for n in parents if n not in followed and n not in kept), key=self._of, default=None)
+        may_go = [name for name in parents if name not in kept]
+        return min([name for name in may_go if name not in followed] or may_go, key=self._of, default=None)
 
     def given_up(self, name: str) -> None:
         """Notes that a block has gone."""

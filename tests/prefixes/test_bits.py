@@ -16,10 +16,12 @@ from tests.helpers.tiny import TINY, DictCheckpoint, random_ids, tiny_plan, tiny
 LENGTHS = (1, 127, 128, 129, 1000)
 
 
-def loaded_tiny(kind, placement="gpu", kv_format="bf16", recipe="bf16", ram=1 << 26, disk=1 << 28, **changes):
+def loaded_tiny(  # noqa: PLR0913
+    kind, placement="gpu", kv_format="bf16", recipe="bf16", ram=1 << 26, disk=1 << 28, state=None, **changes
+):
     plan = tiny_plan(kind, recipe, placement, context=1024)
     plan = replace(plan, kv_format=kv_format, remember=disk, remember_ram=ram, **changes)
-    return load(plan, open_gpu(), checkpoint=DictCheckpoint(tiny_state(kind)), progress=False)
+    return load(plan, open_gpu(), checkpoint=DictCheckpoint(state or tiny_state(kind)), progress=False)
 
 
 def answer(model, ids, folder, tokens=8, salt=""):

@@ -1,5 +1,9 @@
 """A chat that remembers: same answers, sooner; and nothing it answers depends on what is remembered."""
 
+import hashlib
+
+import torch
+
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.prefixes.store import Remember
 from lowvram_lab.sampling import Sampling
@@ -9,11 +13,18 @@ from tests.prefixes.test_bits import loaded_tiny
 SYSTEM = "You are a keeper of plants. " * 20
 
 
+def said(session, question):
+    """An answer, and the bits of all keys and values behind it: a tiny model's words say little of what it has read."""
+    answer, cache = session.ask(question), session._live.begun().cache
+    views = [view for layer in cache.held for view in layer.span(0, cache.get_seq_length()).values()]
+    return answer, hashlib.sha256(torch.cat([view.flatten() for view in views]).view(torch.uint8).numpy()).hexdigest()
+
+
 def chat(folder, *questions, kind="llama", salt="", **options):
     model = loaded_tiny(kind, ram=None, disk=None)
     wanted = Remember(disk="64MiB", salt=salt, folder=folder)
     session = ChatSession(model, tiny_tokenizer(), system=SYSTEM, max_new_tokens=20, remember=wanted, **options)
-    return [session.ask(question) for question in questions], session
+    return [said(session, question) for question in questions], session
 
 
 def test_another_process_need_not_read_what_is_remembered(tmp_path):
@@ -30,12 +41,13 @@ def test_answers_do_not_depend_on_what_is_remembered(tmp_path):
     apart = [chat(tmp_path / str(at), *questions)[0] for at in range(2)]
     again = chat(tmp_path / "0", *questions)[0]
     assert apart[0] == apart[1] == again
+    assert len({bits for _, bits in again}) == 3
 
 
 def test_another_question_in_the_same_chat_goes_on_from_a_whole_block(tmp_path):
     _, session = chat(tmp_path, "what is a fern?")
     session.history = session.history[:1]
-    again = session.ask("what is a moss?")
+    again = said(session, "what is a moss?")
     cold, _ = chat(tmp_path / "other", "what is a moss?")
     assert [again] == cold
     assert session.turns[-1].cached_tokens % 128 == 0

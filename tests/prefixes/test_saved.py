@@ -56,7 +56,7 @@ def test_nothing_to_save_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("other", "named"),
     [
-        ({"kind": "qwen2"}, "weights"),
+        ({"kind": "qwen2"}, "config"),
         ({"recipe": "int8"}, "formats"),
         ({"kv_format": "int8"}, "kv_format"),
     ],
