@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 
@@ -159,8 +160,8 @@ class Escalation(Speculation):
     def cycle(self, text: list[int], left: int) -> list[Decision]:
         """See ``Speculation``; one token where the high planes are sure of it.
 
-        Where verifying every guess is expected to be faster than asking margins, as in a text that repeats itself or
-        that they are unsure all along, that is done; now and then margins are asked all the same.
+        Where verifying a guess is expected to be faster than asking margins, as in a text that repeats itself or that
+        they are unsure all along, that is done; of the high plane's guesses margins are asked now and then anyway.
         """
         cache, began = self.decoder.cache, self.pace.clock()
         most = min(left, cache.forgettable) - 1
@@ -168,9 +169,10 @@ class Escalation(Speculation):
             return self.verified(text, None, began)
         self.n_grams.reads(text)
         kind, length, rate = self.promise(most)
-        if kind is not None and not self.pace.asks_margins(rate):
+        if not self.pace.asks_margins(kind, rate):
             decisions = self.verified(text, self.made(kind, length, text), began)
-            self.pace.came_of(kind, length, rate, len(decisions), self.pace.clock() - began)
+            if kind in HighPlane.kinds:
+                self.pace.came_of(kind, length, rate, len(decisions), self.pace.clock() - began)
             return decisions
         before = cache.get_seq_length()
         try:
@@ -179,7 +181,7 @@ class Escalation(Speculation):
             found, entropy = margin(penalised(logits, self.sampling, seen)).item(), _entropy(logits)
             if found >= self._threshold:
                 token = self.chosen(logits, text)
-                self._took(1, began)
+                self._note_by_margins([token], began)
                 self.pace.gave(None, 1, self.pace.clock() - began)
                 return [Decision(token, found, entropy, HIGH_PLANE)]
             guess = self._unsure(text, logits, most)
@@ -188,11 +190,16 @@ class Escalation(Speculation):
             raise
         cache.keep(before)
         first, *others = self.verified(text, guess, began)
-        self._took(1 + len(others), began)
+        self._note_by_margins([decision.token for decision in (first, *others)], began)
         return [replace(first, margin=found, entropy=entropy), *others]
 
-    def _took(self, tokens: int, began: float) -> None:
-        self.pace.decided(tokens, self.pace.clock() - began)
+    def _note_by_margins(self, tokens: list[int], began: float) -> None:
+        """Notes what these tokens took, and how many of them n-grams would have guessed: that costs no pass."""
+        self.pace.decided(len(tokens), self.pace.clock() - began)
+        guess = self.n_grams.guess(len(tokens))
+        if guess is not None:
+            right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guess.tokens, tokens, strict=False)))
+            self.pace.learns(guess.kind, len(guess.tokens), right)
 
     def _unsure(self, text: list[int], logits: torch.Tensor, most: int) -> Guess | None:
         """An unsure token with as many more guesses as are worth their time; nothing where it alone is not.

@@ -163,36 +163,43 @@ class Pace:
     Args:
         most: Longest draft.
         clock: Seconds.
+
+    Attributes:
+        rate: Tokens a second where margins decide, the slowest pass left out, which may be a stall; 0 before any.
+        honesty: Tokens that the high plane's guesses gave over those they promised, in which nothing between passes is.
     """
 
     def __init__(self, most: int, clock: Callable[[], float] = time.perf_counter):
         self.most, self.clock = most, clock
         self._seconds: dict[object, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT))
+        self._usual: dict[object, float] = {}  # the medians of these
         expected = HighPlane.kinds | NGrams.kinds | {UNSURE: 0.5}
         self._true = {kind: [PRIOR * share, PRIOR] for kind, share in expected.items()}
         self._tokens, self._due = 0, Counter()
         self._one_at = 0  # when a token was last decoded by itself
         self._decided: deque[tuple[int, float]] = deque(maxlen=MEMORY)
         self._given: deque[tuple[int, float]] = deque(maxlen=MEMORY)
+        self.rate, self.honesty = 0.0, 1.0
         self._to_ask, self._asked, self._unasked = TRIED, 0, 0
         self._tried_at = -REFRESH  # when guesses behind an unsure token were last tried without promising anything
 
     def took(self, what: object, seconds: float) -> None:
         """Notes a pass: ``"draft"`` for one drafted token, or the number of tokens that were verified."""
         self._seconds[what].append(seconds)
+        self._usual[what] = statistics.median(self._seconds[what])
         if what == 1:
             self._one_at = self._tokens
 
     @property
     def wants_one(self) -> bool:
         """Whether a token is to be decoded by itself, since what that takes is not known, or no more."""
-        return not self._seconds[1] or self._tokens - self._one_at >= REFRESH
+        return 1 not in self._usual or self._tokens - self._one_at >= REFRESH
 
     def seconds(self, what: object) -> float:
         """What a pass takes; before it was timed, what one over a single token lets expect."""
-        if self._seconds[what]:
-            return statistics.median(self._seconds[what])
-        one = statistics.median(self._seconds[1]) if self._seconds[1] else 1.0
+        if what in self._usual:
+            return self._usual[what]
+        one = self._usual.get(1, 1.0)
         return 0.6 * one if what == "draft" else one * (1 + 0.06 * (what - 1))
 
     def learns(self, kind: str, proposed: int, accepted: int) -> None:
@@ -220,30 +227,24 @@ class Pace:
     def decided(self, tokens: int, seconds: float) -> None:
         """Notes what tokens took whose margins decided who computes them."""
         self._decided.append((tokens, seconds))
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second where margins decide, the slowest pass left out, which may be a stall; 0 before any."""
-        counted = sorted(self._decided, key=lambda taken: taken[1] / taken[0])
-        counted = counted[: len(counted) - (len(counted) > TRIED)]
-        tokens, seconds = map(sum, zip(*counted, strict=True)) if counted else (0, 1.0)
-        return tokens / seconds
+        slowest = max(self._decided, key=lambda taken: taken[1] / taken[0]) if len(self._decided) > TRIED else (0, 0.0)
+        counted, took = map(sum, zip(*self._decided, strict=True))
+        self.rate = (counted - slowest[0]) / (took - slowest[1])
 
     def came_of(self, kind: str, length: int, rate: float, tokens: int, seconds: float) -> None:
-        """Notes what a guess gave that promised a rate, in tokens a second; a stall counts for twice its time."""
+        """Notes what a high plane's guess gave that promised tokens a second; a stall counts for twice its time."""
         self._given.append((tokens, min(rate * seconds, 2 * expected_tokens(self.share(kind), length))))
+        came, promised = map(sum, zip(*self._given, strict=True))
+        self.honesty = came / promised
 
-    @property
-    def honesty(self) -> float:
-        """Tokens that came over those promised: what is between passes is in no promise."""
-        tokens, promised = map(sum, zip(*self._given, strict=True)) if self._given else (1, 1.0)
-        return tokens / promised
+    def asks_margins(self, kind: str | None, rate: float) -> bool:
+        """Whether margins decide the next token, rather than that a guess of a kind is verified, which promises a rate.
 
-    def asks_margins(self, rate: float) -> bool:
-        """Whether margins decide the next token, rather than that all guesses are verified, which promises a rate.
-
-        The faster way; the other is tried now and then: texts change, and what was measured may have been a stall.
+        The faster way. Where the high plane would guess, the other is tried now and then: texts change, and what was
+        measured may have been a stall. N-grams guess here and there only, so margins are asked in between.
         """
+        if kind not in HighPlane.kinds:
+            return kind is None or rate <= self.rate
         if self._to_ask:
             self._to_ask -= 1
             return True

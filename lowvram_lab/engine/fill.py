@@ -53,7 +53,9 @@ class Filler:
             for key, buffer in self.model.get_submodule(module.tied_to).named_buffers(recurse=False):
                 layer.register_buffer(key, buffer)
         elif module.name in self.plan.spec.stored and not self.gpu.meta:
-            layer.fill(stored_tensors(module.name, fmt, self.weights), self._mover(module))
+            with self.gpu.unmetered():  # read and unpacked in RAM: of that no meter need see every step
+                stored = stored_tensors(module.name, fmt, self.weights)
+            layer.fill(stored, self._mover(module))
             if isinstance(layer, NestedLinear):
                 self._fill_low(module, layer)
         else:
@@ -80,7 +82,9 @@ class Filler:
             layer.low.store(torch.empty(module.weight_shape, device="meta"), mover)
         else:
             fmt = get_format(self.plan.modules[module.name].format)
-            layer.low.fill(stored_low_plane(module.name, fmt, self.weights), mover)
+            with self.gpu.unmetered():
+                stored = stored_low_plane(module.name, fmt, self.weights)
+            layer.low.fill(stored, mover)
 
     def _empty_layer(self, module: ModuleSpec) -> Quantized:
         assignment = self.plan.modules[module.name]

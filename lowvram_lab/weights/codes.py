@@ -5,6 +5,7 @@ row begins at bit ``i * bits`` and may straddle two words, so 32 codes fill exac
 what lies in memory. A test holds it to that library's own functions.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,20 +50,19 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         ``(rows, 32 * words / bits)`` int8.
     """
-    rows = words.shape[0]
-    mask = (1 << bits) - 1
-    offset = 1 << (bits - 1)
-    blocks = words.view(rows, words.shape[1] // bits, bits)
-    codes = words.new_empty(rows, blocks.shape[1], PACK_CODES, dtype=torch.int8)
-    # a dry run has no codes: of it those of the first word, and one more, allocate all that the others would again
-    for lane in range(-(-32 // bits) + 1 if words.is_meta else PACK_CODES):
-        word, shift = divmod(lane * bits, 32)
-        code = blocks[..., word] >> shift  # arithmetic: the mask takes the copied sign bits away
-        if shift + bits > 32:
-            code &= (1 << (32 - shift)) - 1
-            code |= blocks[..., word + 1] << (32 - shift)
-        codes[..., lane] = (code & mask) - offset
-    return codes.view(rows, words.shape[1] * 32 // bits)
+    rows, common = words.shape[0], math.gcd(bits, 8)
+    mask, offset = (1 << bits) - 1, 1 << (bits - 1)
+    # in bytes, the lowest of a word first: fewer codes than of words fill a whole number of them
+    span, lanes = bits // common, 8 // common
+    blocks = words.view(torch.uint8).view(rows, 4 * words.shape[1] // span, span)
+    codes = blocks.new_empty(rows, blocks.shape[1], lanes)
+    for lane in range(lanes):
+        byte, shift = divmod(lane * bits, 8)
+        code = blocks[..., byte] >> shift
+        if shift + bits > 8:
+            code |= blocks[..., byte + 1] << (8 - shift)
+        codes[..., lane] = (code & mask) - offset  # below zero it wraps around, and read as int8 is right
+    return codes.view(torch.int8).view(rows, lanes * blocks.shape[1])
 
 
 INT4_OFFSET = 8

@@ -55,7 +55,8 @@ def check_low_plane(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> 
 
 def stored_low_plane(name: str, fmt: Format, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """``stored_tensors`` of a module's low plane."""
-    read = checkpoint.low_plane.read
+    names = tensor_names(name, fmt.low_plane)
+    read = checkpoint.low_plane.read_together([names["codes"], names["scale"], _zero(name)]).__getitem__
     symmetric = read_stored(name, fmt.low_plane, read)
     return replace(symmetric, zero=_scale(_zero(name), read)).tensors(fmt.low_plane)
 

@@ -12,7 +12,7 @@ from lowvram_lab.decoding.decision import BOTH_PLANES, GUESS_BY_N_GRAMS, GUESS_O
 from lowvram_lab.decoding.decode import generate
 from lowvram_lab.decoding.escalate import escalate, margin
 from lowvram_lab.decoding.lean import LeanDecoder
-from lowvram_lab.decoding.speculate import UNSURE, Drafting, HighPlane, NGrams, Pace, speculate
+from lowvram_lab.decoding.speculate import TRIED, UNSURE, Drafting, HighPlane, NGrams, Pace, speculate
 from lowvram_lab.sampling import Sampling
 from tests.decoding.test_drafting import BOTH, HIGH_ALONE, p_values
 from tests.decoding.test_two_planes import CASES
@@ -176,6 +176,45 @@ def test_it_is_no_slower_than_verifying_everything(cycle, threshold):
     precise = ScriptedDecoder(chain, chain, seconds=seconds)
     list(speculate(precise, torch.tensor([[1]]), max_new_tokens=800, pace=Pace(7, precise.clock)))
     assert of_a_token < 1.1 * precise.now / 800
+
+
+def test_where_margins_decide_what_n_grams_would_have_guessed_is_noted():
+    """A text begins to repeat itself after one in which n-grams were always wrong: that is seen without a pass."""
+    rows, chain = torch.arange(512), torch.zeros(512, 512)
+    chain[rows, (rows + 1) % 9] = 1.0
+    decoder, drafting = ScriptedDecoder(chain, chain, seconds=seconds), Drafting()
+    pace = Pace(7, decoder.clock)
+    for kind in NGrams.kinds:
+        for _ in range(40):
+            pace.learns(kind, 7, 0)
+    before = {kind: pace.share(kind) for kind in NGrams.kinds}
+    made = escalate(decoder, torch.tensor([[1]]), threshold=0.5, max_new_tokens=60, pace=pace, drafting=drafting)
+    list(made)
+    longest = list(NGrams.kinds)[-1]
+    assert before[longest] < 0.15 < 0.5 < pace.share(longest)
+    by = [decision.by for decision in drafting.decisions]
+    assert GUESS_BY_N_GRAMS not in by[:9] and by.count(GUESS_BY_N_GRAMS) > 8
+
+
+@pytest.mark.parametrize("rate, asked", [(0.5, True), (1.0, True), (1.5, False)])
+def test_n_grams_are_believed_where_they_promise_more_than_margins_make(rate, asked):
+    pace, (high,) = Pace(7, lambda: 0.0), HighPlane.kinds
+    for _ in range(60):
+        pace.decided(1, 1.0)
+    assert pace.rate == 1.0
+    assert [pace.asks_margins(kind, rate) for kind in NGrams.kinds] == [asked] * 3
+    assert pace.asks_margins(None, 0.0)
+    assert [pace.asks_margins(high, 9.0) for _ in range(4)] == [True] * TRIED + [False]  # margins are tried first
+
+
+def test_of_what_margins_make_the_slowest_pass_does_not_count():
+    pace = Pace(7, lambda: 0.0)
+    assert pace.rate == 0
+    for took in (1.0, 1.0, 40.0, 1.0):
+        pace.decided(2, took)
+    assert pace.rate == 2.0
+    pace.decided(1, 2.0)
+    assert pace.rate == pytest.approx(7 / 5)
 
 
 class Stalling(ScriptedDecoder):

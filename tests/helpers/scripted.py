@@ -67,7 +67,7 @@ class Always:
         self.kinds, self.most, self.wants_one = kinds, most, False
         self.clock = lambda: 0.0
         self.took = self.learns = self.gave = self.decided = self.came_of = lambda *args: None
-        self.asks_margins = lambda rate: False
+        self.asks_margins = lambda kind, rate: kind is None
 
     def length(self, kind, available):
         return (min(self.most, available), 1.0) if kind in self.kinds else (0, 0.0)

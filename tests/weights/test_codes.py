@@ -57,6 +57,19 @@ def test_a_dry_run_takes_what_all_codes_take(bits):
     assert peaks[0] == peaks[1] > 64 * 256
 
 
+@given(st.sampled_from(BITS), st.integers(1, 4), st.integers(1, 3), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_any_words_are_read_bit_by_bit(bits, rows, blocks, seed):
+    """Beside the plain reference: each row is one long number."""
+    source = torch.Generator().manual_seed(seed)
+    words = torch.randint(-(2**31), 2**31, (rows, blocks * bits), generator=source).to(torch.int32)
+    expected = []
+    for row in words.tolist():
+        number = sum((word % 2**32) << (32 * at) for at, word in enumerate(row))
+        expected.append([(number >> (at * bits)) % 2**bits - 2 ** (bits - 1) for at in range(blocks * PACK_CODES)])
+    assert unpack(words, bits).tolist() == expected
+
+
 def test_three_bits_by_hand():
     codes = torch.zeros(1, 32, dtype=torch.int8) - 4  # stored as 0
     codes[0, 0], codes[0, 10], codes[0, 31] = -3, 3, 3  # 1; 7 over bits 30 and 31 and the next word's 0; 7 at the end
