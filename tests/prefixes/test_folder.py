@@ -146,6 +146,14 @@ def test_pinned_blocks_and_those_before_them_stay(tmp_path):
     assert folder.pinned == {chained[2].name}
 
 
+def test_where_all_is_pinned_nothing_goes_and_nothing_comes(tmp_path):
+    folder, chained = Folder(tmp_path / "prefixes", room_for(3)), keys("chained", 3)
+    assert write(folder, chained, seconds=0.0) == 3
+    folder.pin([chained[2].name])
+    assert write(folder, keys("new"), seconds=5.0) == 0
+    assert holds(folder) == {key.name for key in chained}
+
+
 def test_a_prompt_does_not_push_out_its_own_beginning(tmp_path):
     folder, chained = Folder(tmp_path / "prefixes", room_for(3)), keys("long", 6)
     assert write(folder, chained) == 3
@@ -263,6 +271,9 @@ def test_a_file_that_changed_is_looked_into_again(tmp_path):
     assert (folder.entries()[0].size, folder.entries()[0].facts) == (10, {})
     folder.write(key.name, data_of(key), (), anew=True)
     assert (folder.entries()[0].size, folder.entries()[0].facts) == (first.size, first.facts)
+    folder.path.joinpath("beside").write_bytes(data_of(key, seconds=2.0))  # or the new file may get the old one's inode
+    folder.path.joinpath("beside").rename(folder.file(key.name))
+    assert (folder.entries()[0].size, folder.entries()[0].seconds) == (first.size, 2.0)
 
 
 def test_leftovers_are_removed_by_whoever_writes_next_and_nothing_else_is(tmp_path):

@@ -93,6 +93,7 @@ def test_another_field_is_a_miss_that_names_it(field, kept, monkeypatch):
     assert store.missed.token == 0
     assert store.missed.reason.startswith(f"{field}: ")
     assert "\n" not in store.missed.reason
+    assert field != "rope" or store.root.fields["config"] == root_of(model_of()).fields["config"]
     same = model_of() if field in ("kv_format", "formats") else None
     assert same is None or Remembered(same, decoder_for(same, 512, progress=False).cache, "", kept).find(IDS).places
 
@@ -104,20 +105,19 @@ def test_nothing_changed_is_found(kept):
     assert store.find(IDS).missed is None
 
 
-def test_of_several_roots_the_nearest_says_what_is_another(kept, tmp_path, monkeypatch):
-    """Blocks of older versions stay in the folder: the latest change is what is to be named."""
+def test_of_several_roots_the_nearest_says_what_is_another(tmp_path, monkeypatch):
+    """Blocks of older versions stay in the folder: what it takes to use one of them is to be named."""
     other = tmp_path / "prefixes"
-    now = torch.__version__
-    for torch_version in ("0.1", now, "9.9"):
-        monkeypatch.setattr(torch, "__version__", torch_version)
-        model = model_of(prefill_chunk=64)
-        decoder = decoder_for(model, 512, progress=False)
-        decoder.prefill(torch.tensor([IDS]))
-        Remembered(model, decoder.cache, folder=other).keep(decoder.cache, IDS[:128], 0.1)
-    monkeypatch.setattr(torch, "__version__", now)
-    model = model_of(prefill_chunk=32)
+    for torch_version, chunk in [("0.1", 64), *((f"0.{at}", 32) for at in range(2, 9))]:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "__version__", torch_version)
+            model = model_of(prefill_chunk=chunk)
+            decoder = decoder_for(model, 512, progress=False)
+            decoder.prefill(torch.tensor([IDS]))
+            Remembered(model, decoder.cache, folder=other).keep(decoder.cache, IDS[:128], 0.1)
+    model = model_of(prefill_chunk=64)
     store = Remembered(model, decoder_for(model, 512, progress=False).cache, folder=other)
-    assert store.find(IDS).missed.reason == "pieces: 128 tokens, 64 at once then, 128 tokens, 32 at once now"
+    assert store.find(IDS).missed.reason == f"torch: 0.1 then, {torch.__version__} now"
 
 
 def test_a_reason_is_never_taken_from_a_damaged_file(kept, tmp_path, monkeypatch):
