@@ -7,7 +7,7 @@ import torch
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.prefixes.store import Remember
 from lowvram_lab.sampling import Sampling
-from tests.helpers.tiny import tiny_tokenizer
+from tests.helpers.tiny import letters_state, tiny_tokenizer
 from tests.prefixes.test_bits import loaded_tiny
 
 SYSTEM = "You are a keeper of plants. " * 20
@@ -20,8 +20,8 @@ def said(session, question):
     return answer, hashlib.sha256(torch.cat([view.flatten() for view in views]).view(torch.uint8).numpy()).hexdigest()
 
 
-def chat(folder, *questions, kind="llama", salt="", **options):
-    model = loaded_tiny(kind, ram=None, disk=None)
+def chat(folder, *questions, kind="llama", salt="", state=None, **options):
+    model = loaded_tiny(kind, ram=None, disk=None, state=state)
     wanted = Remember(disk="64MiB", salt=salt, folder=folder)
     session = ChatSession(model, tiny_tokenizer(), system=SYSTEM, max_new_tokens=20, remember=wanted, **options)
     return [said(session, question) for question in questions], session
@@ -68,3 +68,12 @@ def test_sampled_answers_too(tmp_path):
     warm, session = chat(tmp_path, "what is a fern?", sampling=sampling)
     assert cold == warm
     assert session.turns[0].remembered_tokens
+
+
+def test_an_explanation_says_why_a_chat_is_no_longer_what_it_was(tmp_path):
+    _, session = chat(tmp_path, "what is a fern?", kind="qwen2", state=letters_state())
+    assert session.explain("and a moss?").drift is None
+    session.history[1] = {"role": "user", "content": "what is a fir?"}
+    found = session.explain("and a moss?")
+    assert "the messages themselves differ (message 2, user)" in found.drift
+    assert found.drift in found.text
