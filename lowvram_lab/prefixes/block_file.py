@@ -35,6 +35,9 @@ IDS = "ids"
 _FACTS = "__metadata__"
 """What safetensors calls what is said of tensors."""
 
+_POPULATE_READ = 22
+"""``MADV_POPULATE_READ`` of Linux 5.14, which Python does not name."""
+
 _LONGEST_HEADER = 1 << 20
 _LARGEST_SMALL = 1 << 26
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
@@ -140,6 +143,8 @@ def _checked(path: Path) -> tuple[dict, dict[str, str], mmap.mmap, int]:
             mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
         except ValueError as error:  # shorter than a moment ago
             raise UnusableError("it is cut short") from error
+    with contextlib.suppress(OSError, ValueError):  # all pages at once, where the system can: it is read whole
+        mapped.madvise(_POPULATE_READ)
     view = memoryview(mapped)
     entries, payload = _parsed(view)
     facts = entries.pop(_FACTS, {})

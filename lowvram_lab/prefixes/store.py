@@ -11,7 +11,10 @@ Derived in: notebooks/10_remember.ipynb
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +34,9 @@ from lowvram_lab.prefixes.ram import OWNER, Slots
 from lowvram_lab.units import parse_bytes
 
 logger = logging.getLogger(__name__)
+
+AHEAD = 2
+"""Blocks that are read and checked while one before them is copied."""
 
 RAM, DISK = "RAM", "disk"
 """Where a block is found."""
@@ -170,10 +176,15 @@ class Remembered:
         """
         self._missing, held = None, start
         try:
-            with self._gpu.active(), self._gpu.meter.scope(owner=OWNER, category="kv"):
-                for key in chain(self.root, ids[:-1])[start // BLOCK_TOKENS :]:
+            keys = chain(self.root, ids[:-1])[start // BLOCK_TOKENS :]
+            with (
+                self._gpu.active(),
+                self._gpu.meter.scope(owner=OWNER, category="kv"),
+                self._looking_ahead(keys) as blocks,
+            ):
+                for key, block in zip(keys, blocks, strict=True):
                     try:
-                        tensors, _, seconds = self._find(key)
+                        tensors, _, seconds = block()
                         self._layout.put(tensors, cache, held, self._gpu)
                     except (UnusableError, torch.OutOfMemoryError) as error:
                         self._missing = key, str(error)  # looking for the exact reason takes longer than a token may
@@ -185,6 +196,23 @@ class Remembered:
             cache.keep(start)
             raise
         return held
+
+    @contextmanager
+    def _looking_ahead(self, keys: list[Key]) -> Iterator[Iterator[Callable[[], tuple]]]:
+        """For each key a call of ``_find``; the next two are read and checked by other threads meanwhile."""
+        with ThreadPoolExecutor(AHEAD) as pool:
+            begun = deque(pool.submit(self._find, key) for key in keys[:AHEAD])
+
+            def calls() -> Iterator[Callable[[], tuple]]:
+                for following in [*keys[AHEAD:], *[None] * AHEAD][: len(keys)]:
+                    if following:
+                        begun.append(pool.submit(self._find, following))
+                    yield begun.popleft().result
+
+            try:
+                yield calls()
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     def find(self, ids: Sequence[int]) -> Found:
         """Says how much of a prompt ``restore`` would put back, and why no more."""
