@@ -67,6 +67,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--directory", type=Path)
     which.add_argument("--shape", help="a model known by name, whose weights are made up")
+    parser.add_argument("--name", help="what to call the directory's model in the JSON; by default its name")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024])
     parser.add_argument("--kv", nargs="+", default=["bf16", "int8", "int4"])
     parser.add_argument("--threads", type=int, default=1)
@@ -92,7 +93,7 @@ def main() -> None:
             found[kv_format]["answers"] = answers(model, source.tokenizer(), args.rounds)
             print(found[kv_format]["answers"], flush=True)
     kept = json.loads(args.output.read_text("utf-8")) if args.output.is_file() else {}
-    kept[f"{spec.name if args.shape else args.directory.name}, {args.threads} threads"] = {
+    kept[f"{args.shape or args.name or args.directory.name}, {args.threads} threads"] = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": facts(),
         **found,

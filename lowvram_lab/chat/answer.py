@@ -19,7 +19,6 @@ from lowvram_lab.chat.prompt import StopStrings, stop_ids
 from lowvram_lab.decoding.decision import Decision
 from lowvram_lab.decoding.escalate import Margins, check_flip_rate
 from lowvram_lab.decoding.speculate import Drafting
-from lowvram_lab.engine.load import replan
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.prefixes.store import Remember
@@ -115,9 +114,7 @@ class Session(Generic[Question]):
         self.max_new_tokens, self.sampling = max_new_tokens, sampling or Sampling()
         self.turns: list[TurnStats] = []
         self._stop_ids, self._stop_strings = stop_ids(model, tokenizer), StopStrings(stop)
-        wanted = Remember.of(remember)
-        replan(model, wanted.planned(loaded(model).plan), progress=False)  # loads nothing
-        self._live = LiveDecoder(model, compiled, progress, precision, self._threshold, wanted)
+        self._live = LiveDecoder(model, compiled, progress, precision, self._threshold, Remember.of(remember))
         self._live.begun()  # now: compiling and allocating are no part of the first answer
 
     @property

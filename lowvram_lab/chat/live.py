@@ -22,7 +22,7 @@ from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.decoding.replay import Replay
 from lowvram_lab.decoding.speculate import Drafting, Pace, speculate
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.load import low_planes_alone, replan
+from lowvram_lab.engine.load import low_planes_alone, remember_for_now, replan
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.nested import Planes
 from lowvram_lab.errors import BudgetError, LowvramError
@@ -111,6 +111,8 @@ class LiveDecoder:
         while self._decoder is None or self._decoder.released:
             held, kept = self._held, self._kept
             self.forget()
+            # another chat on the model may have asked for something else
+            remember_for_now(self.model, *self._remember.sizes(loaded(self.model).remembers))
             try:
                 self._decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress, cache=kept)
                 self._held = held if kept else []
@@ -392,7 +394,9 @@ class LiveDecoder:
         held, cache = self._held, self._decoder.cache if self._decoder else None
         stays = cache is not None and low_planes_alone(loaded(self.model).plan, plan) and is_whole(cache)
         self.forget()
+        remembers = loaded(self.model).remembers
         replan(self.model, plan, progress=False)
+        loaded(self.model).remembers = remembers  # what this chat asked for is not what others did
         if stays:
             self._held, self._kept = held, cache
 

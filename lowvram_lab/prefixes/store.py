@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -69,15 +69,14 @@ class Remember:
         """From a size on disk, too."""
         return wanted if isinstance(wanted, cls) else cls(wanted)
 
-    def planned(self, plan: Plan) -> Plan:
-        """The plan, with the sizes that are said here.
+    def sizes(self, planned: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+        """Bytes on disk and in RAM: those that are said here, else as planned.
 
         Raises:
             UnitError: One cannot be read.
-            PlanError: No block fits in one.
         """
-        sizes = {"remember": self.disk, "remember_ram": self.ram}
-        return replace(plan, **{name: parse_bytes(size) for name, size in sizes.items() if size is not None})
+        said = (None if size is None else parse_bytes(size) for size in (self.disk, self.ram))
+        return tuple(plan if size is None else size for size, plan in zip(said, planned, strict=True))
 
 
 @dataclass(frozen=True)

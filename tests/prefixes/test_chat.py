@@ -1,10 +1,12 @@
 """A chat that remembers: same answers, sooner; and nothing it answers depends on what is remembered."""
 
 import hashlib
+from dataclasses import replace
 
 import torch
 
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.engine.load import replan
 from lowvram_lab.prefixes.store import Remember
 from lowvram_lab.sampling import Sampling
 from tests.helpers.tiny import letters_state, tiny_tokenizer
@@ -77,3 +79,19 @@ def test_an_explanation_says_why_a_chat_is_no_longer_what_it_was(tmp_path):
     found = session.explain("and a moss?")
     assert "the messages themselves differ (message 2, user)" in found.drift
     assert found.drift in found.text
+
+
+def test_a_chat_that_does_not_ask_remembers_nothing_and_disturbs_none_that_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
+    model = loaded_tiny("llama", ram=None, disk=None)
+    asks = ChatSession(model, tiny_tokenizer(), remember=Remember(disk="64MiB", folder=tmp_path / "asks"))
+    asks.ask("what is a fern? " * 20)
+    plain = ChatSession(model, tiny_tokenizer())
+    plain.ask("what is a fern? " * 20)
+    assert plain._live.prompts is None
+    assert not (tmp_path / "cache" / "prefixes").exists()
+    asks.history = []
+    asks.ask("what is a fern? " * 20)
+    assert asks.turns[-1].remembered_tokens > 128
+    replan(model, replace(model.lowvram.plan, remember=1 << 26), progress=False)
+    assert ChatSession(model, tiny_tokenizer())._live.prompts is not None
