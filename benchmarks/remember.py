@@ -45,7 +45,6 @@ def answers(model, tokenizer, rounds: int) -> dict:
             for question in QUESTIONS:
                 wanted = Remember(disk="1GiB", folder=Path(folder, str(turn)))
                 session = ChatSession(model, tokenizer, max_new_tokens=160, remember=wanted)
-                session._live.begun()
                 texts, rates = [], []
                 for _ in kept:
                     session.history = []

@@ -262,7 +262,7 @@ class Answer(Generic[Question]):
             self._live.holds(self.prompt + self.tokens)
             self.session.turns.append(self._stats())
             self._live.keep_prompt()
-        if self.prompt == self._asked:  # all of it was answered to one prompt
+        if self.prompt == self._asked and not self.session.turns[-1].given_up:  # all of it to one prompt, by one plan
             self._live.keep_answer(self.prompt, self.tokens, self.session.sampling, time.perf_counter() - self._started)
 
     def _until_it_ends(self) -> Iterator[str]:

@@ -57,10 +57,11 @@ def first_token_table(
     room = plan.block_bytes * (sum(prefixes) // BLOCK_TOKENS)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            replan(model, replace(plan, stream_from=None, remember=2 * room + (1 << 20)), progress=False)
+            on_disk = replace(plan, stream_from=None, remember=2 * room + (1 << 20), remember_ram=None)
+            replan(model, on_disk, progress=False)
             decoder = decoder_for(model, progress=False)
             stores = {"cold": None, "disk": Remembered(model, decoder.cache, folder=Path(folder))}
-            in_ram = replace(plan, stream_from=None, remember_ram=room)
+            in_ram = replace(on_disk, remember=None, remember_ram=room)
             stores["RAM"] = Remembered(model, decoder.cache, plan=in_ram)
             rows = [
                 _row(decoder, tokens, stores, rounds)

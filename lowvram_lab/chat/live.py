@@ -114,10 +114,11 @@ class LiveDecoder:
             # another chat on the model may have asked for something else
             remember_for_now(self.model, *self._remember.sizes(loaded(self.model).remembers))
             try:
-                self._decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress, cache=kept)
+                decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress, cache=kept)
+                prompts = self._remembering(decoder.cache)
+                # at once: Ctrl-C leaves no decoder that remembers nothing
+                self._decoder, self.prompts, self._has_begun = decoder, prompts, True
                 self._held = held if kept else []
-                self.prompts = self._remembering(self._decoder.cache)
-                self._has_begun = True
             except torch.OutOfMemoryError as error:
                 self.step_down(error)
         return self._decoder
@@ -188,8 +189,8 @@ class LiveDecoder:
 
     def keep_answer(self, prompt: list[int], tokens: list[int], sampling: Sampling, seconds: float) -> None:
         """Remembers what was answered greedily to a prompt in so many seconds."""
-        precise = self.precision in (None, "precise")
-        if self.prompts and sampling.takes_the_likeliest and precise and not self.given_up:
+        verified = self.begun().most_tokens > 1 and self._affordable in (None, "precise")
+        if self.prompts and sampling.takes_the_likeliest and verified:
             self.prompts.store.keep_answer(prompt, tokens, seconds)
 
     def _noting_what_is_read(self, ids: list[int], tokens: Iterator[int]) -> Iterator[int]:
@@ -318,10 +319,12 @@ class LiveDecoder:
 
     def _read_whole(self, ids: list[int]) -> int:
         """Makes the cache hold whole blocks and nothing more; how many of their tokens need not be read."""
+        prompts, cache = self.remembering(), self._decoder.cache
+        self._held = prompts.forget_answers(cache, self._held)
         cached, began = self.reuse([*ids, _NOT_READ]), time.perf_counter()
         if cached < len(ids):
             self.begun().prefill(torch.tensor([ids[cached:]]))
-            self.prompts.was_read(len(ids), cached, time.perf_counter() - began)
+            prompts.was_read(len(ids), cached, time.perf_counter() - began)
         self.holds(ids)
         return cached
 
@@ -411,7 +414,7 @@ def _timed(tokens: Iterator[int]) -> Iterator[tuple[int, float | None]]:
 
 def is_whole(cache: PreallocatedCache) -> bool:
     """Whether all layers hold equally many tokens: no forward pass was cut off."""
-    return len({layer.get_seq_length() for layer in cache.layers}) == 1
+    return len({layer.get_seq_length() for layer in cache.held}) == 1
 
 
 def _each_taking(planes: Planes, both: bool, tokens: Iterator[int]) -> Iterator[int]:

@@ -14,6 +14,7 @@ from lowvram_lab.decoding.decision import (
     BOTH_PLANES,
     GUESS_BY_N_GRAMS,
     GUESS_OF_HIGH_PLANE,
+    GUESS_OF_MEMORY,
     HIGH_PLANE,
     ONE_PLANE,
     Decision,
@@ -25,6 +26,7 @@ LOOKS = {  # background and line: tints of Okabe and Ito's colours, told apart b
     BOTH_PLANES: ("#fbdcc8", "4px double #d55e00", "both planes"),
     GUESS_OF_HIGH_PLANE: ("#cdeee1", "2px dashed #009e73", "guessed by the high plane, found right by both"),
     GUESS_BY_N_GRAMS: ("#fbf3b8", "3px dotted #7a6a00", "guessed by n-grams, found right by both"),
+    GUESS_OF_MEMORY: ("#ead6ea", "2px groove #cc79a7", "remembered, found right"),
     ONE_PLANE: ("#eeeeee", "1px solid #9e9e9e", "the only plane"),
 }
 """Who decided a token: how it is shown, and how the legend calls it."""

@@ -48,7 +48,7 @@ class ChatSession(Session[History]):
             a message out, it goes before the first user message, and a warning says so.
         template_arguments: What the chat template takes beside messages, such as ``{"enable_thinking": False}``.
         **options: See ``Session``: ``max_new_tokens``, ``sampling``, ``stop``, ``compiled``, ``progress``,
-            ``precision``.
+            ``precision``, ``remember``.
 
     Attributes:
         history: Messages so far, each with ``role`` and ``content``.
@@ -79,6 +79,7 @@ class ChatSession(Session[History]):
         self.history: History = [] if system is None else [{"role": "system", "content": system}]
         self.dropped_turns = 0
         self._asked = self._said = Turn()  # of the answer on its way, and of the latest one that is in the history
+        self._said_in: History = []  # the messages as they were then
         super().__init__(model, tokenizer, **options)
 
     def send(self, text: str) -> Iterator[str]:
@@ -160,7 +161,7 @@ class ChatSession(Session[History]):
         """Why a prompt does not begin with the turn before it, in words."""
         if not self._said.prompt:
             return None
-        before = Seen(self.history, self._said.prompt + self._said.answer)
+        before = Seen(self._said_in, self._said.prompt + self._said.answer)
         drift = find_drift(self.tokenizer, before, Seen(history, ids), self.template_arguments)
         return drift and drift.text
 
@@ -174,8 +175,10 @@ class ChatSession(Session[History]):
             answer: Its answer.
 
         Raises:
-            LowvramError: The session remembers nothing; or see ``send``.
+            LowvramError: The session remembers nothing on disk; or see ``send``.
         """
+        if self._live.remembering().store.folder is None:
+            raise LowvramError("answers are remembered on disk, found prompts that are in RAM alone; give disk")
         tokens = self.tokenizer(checked_text(answer, "an answer"), add_special_tokens=False)["input_ids"]
         self._live.remembering().store.keep_answer(self.beginning(text), tokens, 0.0)
 
@@ -185,12 +188,12 @@ class ChatSession(Session[History]):
 
         Its KV cache is not: the next message has it read again.
         """
-        before = self.history, self.dropped_turns, self._asked, self._said
-        self.history, self.dropped_turns, self._asked, self._said = history, 0, Turn(), Turn()
+        before = self.history, self.dropped_turns, self._asked, self._said, self._said_in
+        self.history, self.dropped_turns, self._asked, self._said, self._said_in = history, 0, Turn(), Turn(), []
         try:
             yield
         finally:
-            self.history, self.dropped_turns, self._asked, self._said = before
+            self.history, self.dropped_turns, self._asked, self._said, self._said_in = before
 
     def _with_message(self, text: str) -> History:
         """The chat with a user's message more."""
@@ -250,6 +253,7 @@ class ChatSession(Session[History]):
             session._live.open(Path(path))
             session._said = Turn(**said["turn"])
             session.dropped_turns = said["dropped_turns"]
+            session._said_in = [dict(message) for message in history]
         session.history = history
         return session
 
@@ -269,6 +273,7 @@ class ChatSession(Session[History]):
             if self.history is history:
                 history.append({"role": "assistant", "content": answer.shown})
                 self._said = replace(self._asked, answer=answer.tokens)
+                self._said_in = [dict(message) for message in history]
 
     def _prompt(self, question: History, answered: int = 0) -> list[int]:
         """See ``Session``; from then on the turns that it leaves out are no longer seen."""

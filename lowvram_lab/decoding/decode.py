@@ -17,6 +17,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.model.plan import compute_place
+from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.sampling import Sampling, choose
 
 
@@ -117,15 +118,19 @@ class Decoder:
         """
         self._check_released()
         with self._planes.taking(both=True):
-            for piece in _pieces(self.model, ids, self.cache):  # how one is read must not depend on where ids begin
-                logits = self._read_piece(piece)
+            pieces, plan = _pieces(self.model, ids, self.cache), loaded(self.model).plan
+            # blocks that may be remembered are read in one way, wherever ids begin and whatever decodes
+            whole = (self.tokens + ids.shape[1]) // BLOCK_TOKENS * BLOCK_TOKENS if plan.remembers else 0
+            for piece in pieces:
+                by_modules = not self.tokens or self.tokens + piece.shape[1] <= whole
+                logits = _read(self.model, piece, self.cache) if by_modules else self._read_behind(piece)
             return logits
 
-    def _read_piece(self, piece: torch.Tensor) -> torch.Tensor:
-        """Logits of the last of some tokens that are read at once."""
-        if piece.shape[1] == 1 and self.tokens:
+    def _read_behind(self, piece: torch.Tensor) -> torch.Tensor:
+        """Logits of the last of some tokens that are read at once, behind others."""
+        if piece.shape[1] == 1:
             return self.decode(piece)
-        if self.tokens and 1 < piece.shape[1] <= self.most_tokens:
+        if piece.shape[1] <= self.most_tokens:
             return self.decode_several(piece)[-1:]
         return _read(self.model, piece, self.cache)
 

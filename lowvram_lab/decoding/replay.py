@@ -51,6 +51,9 @@ class Replay:
         """
         cache, at = self._decoder.cache, 0
         found, by = [int(likeliest(self._decoder.prefill(ids))[0, 0])], self._first_by
+        self.ended = max_new_tokens < 1
+        if self.ended:
+            return
         while True:
             for token in found:
                 if token in stop_ids:

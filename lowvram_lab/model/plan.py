@@ -59,7 +59,7 @@ class Plan:
         remember: Most bytes of prompts' keys and values that are kept on disk for later chats; ``None`` for nothing.
             Where anything is remembered, prompts are read in blocks of 128 tokens, so that a block's keys and values
             depend on what is before it alone.
-        remember_ram: The same in RAM, for as long as the process lives; taken at once, in whole blocks.
+        remember_ram: The same in RAM, for as long as a chat's decoder lives; taken at once, in whole blocks.
         asked: The recipe that ``uniform`` was asked for, so that ``summary`` can say what could not be given. It is no
             part of what a plan is: two plans that differ in it alone are equal, and its JSON lacks it.
 

@@ -33,7 +33,7 @@ LONGEST_WAIT_S = 10
 """For another process that writes; then what was to be kept is not."""
 
 LONGEST_WAIT_TO_NOTE_S = 1
-"""The same where it is only noted what was used: a first token waits for that."""
+"""The same where it is only noted what was used: the end of an answer waits for that."""
 
 INDEX = "index.json"
 INDEX_ROOM = 320

@@ -76,9 +76,14 @@ class Prompts:
         self._whole = self.store.restore(cache, ids, common)
         self._looked_for = list(ids)
         self.restored = self._whole - common
-        if self._kept == common:
+        if self._kept == common and not self.store.keeps_in_ram:  # what was on disk is kept in RAM, too
             self._kept = self._whole
         return self._whole
+
+    def forget_answers(self, cache: PreallocatedCache, held: list[int]) -> list[int]:
+        """Lets a cache keep whole blocks alone, so that any prompt is read as it would be by itself; their ids."""
+        cache.keep(self._whole)
+        return held[: self._whole]
 
     def was_read(self, tokens: int, start: int, seconds: float) -> None:
         """Notes that a prompt of so many tokens has been read from ``start`` on."""

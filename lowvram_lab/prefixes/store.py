@@ -54,7 +54,7 @@ class Remember:
 
     Attributes:
         disk: Most bytes on disk, as ``"2GiB"``; ``None`` for nothing, or what the plan says.
-        ram: The same in RAM, for as long as the chat lives.
+        ram: The same in RAM, until the chat ends or the model is planned anew.
         salt: A secret; what one salt wrote, another neither finds nor recognises.
         folder: Where on disk; by default ``prefixes`` in the cache folder.
     """
@@ -157,6 +157,11 @@ class Remembered:
         self._doubted = False  # whether a file could not be used: others may be as it is
 
     @property
+    def keeps_in_ram(self) -> bool:
+        """Whether there is room for blocks in RAM."""
+        return self._plan.remembered_ram_bytes > 0
+
+    @property
     def missed(self) -> Missed | None:
         """Why the latest prompt was not found any further; ``None`` where it was, or none was looked for."""
         return self._missing and self._why(*self._missing)
@@ -238,13 +243,14 @@ class Remembered:
         self.note_uses()
         kept, to_disk = {key.name for key in keys}, self.folder is not None
         try:
-            for key in keys:
-                in_ram = self._keep_in_ram(cache, key, kept, added)
-                # behind one that is not there no block on disk can be found
-                to_disk = to_disk and self._keep_on_disk(cache, key, seconds, kept, added)
-                if not in_ram and not to_disk:
-                    break
-                count += 1
+            with self._gpu.active(), self._gpu.meter.scope(owner=OWNER, category="kv"):
+                for key in keys:
+                    in_ram = self._keep_in_ram(cache, key, kept, added)
+                    # behind one that is not there no block on disk can be found
+                    to_disk = to_disk and self._keep_on_disk(cache, key, seconds, kept, added)
+                    if not in_ram and not to_disk:
+                        break
+                    count += 1
         except (torch.OutOfMemoryError, MemoryError):
             logger.warning("what was read is not remembered: no memory is left to copy it")
         self._note(dict.fromkeys(added, seconds))
@@ -295,7 +301,7 @@ class Remembered:
         """
         if self.folder is None or not tokens:
             return
-        if self.answer(ids) == list(tokens):
+        if self.answer(ids)[: len(tokens)] == list(tokens):  # a longer one that begins so is worth more
             return
         key = answer_key(self.root, ids)
         facts = {**self._facts(key, ANSWER, seconds), "tokens": str(len(tokens))}

@@ -6,6 +6,7 @@ import pytest
 
 from lowvram_lab.chat.provenance import LOOKS, Html, TokenTexts, progress_line, token_html, tokens_html
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.decoding import decision as decisions_module
 from lowvram_lab.decoding.decision import (
     BOTH_PLANES,
     GUESS_BY_N_GRAMS,
@@ -106,7 +107,7 @@ def test_texts_of_tokens_are_the_text_though_characters_are_spread():
 def test_html_escapes_and_has_a_legend_and_differs_by_line_too():
     decisions = [Decision(index, None, None, by) for index, by in enumerate(LOOKS)]
     decisions.append(Decision(9, 0.25, 1.5, HIGH_PLANE))
-    page = tokens_html(["<script>", "&", '"', "", "ü", "e"], decisions)
+    page = tokens_html(["<script>", "&", '"', "", "ü", "o", "e"], decisions)
     assert "<script>" not in page and "&lt;script&gt;</span>" in page and "&amp;</span>" in page
     assert "margin 0.25 nats, entropy 1.50" in page
     assert "the high plane alone: 2 (33%)" in page
@@ -134,3 +135,8 @@ def test_progress_in_a_line():
     decisions = [Decision(0, None, None, BOTH_PLANES), Decision(1, None, None, HIGH_PLANE)]
     line = progress_line(decisions, 0.5, drafting)
     assert line == "2 tokens, 2.0 tokens/s, 3 of 4 guesses right (75%), 50% computed by both planes"
+
+
+def test_whoever_decides_a_token_has_a_look():
+    named = {name: value for name, value in vars(decisions_module).items() if name.isupper() and isinstance(value, str)}
+    assert set(LOOKS) == set(named.values())

@@ -124,3 +124,20 @@ def test_an_answer_that_is_expected_is_verified(tmp_path):
         prompt = session.beginning("what is a fern?")
         assert tiny_tokenizer().decode(store.answer(prompt)) == expected
         assert session.ask("what is a fern?") == plain
+
+
+@pytest.mark.usefixtures("compiling")
+def test_no_token_is_none():
+    decoder = decoder_for(loaded_tiny("llama", recipe="int8", ram=None), 512, compiled=True, progress=False)
+    replay = Replay(decoder, [5, 6, 7], Drafting())
+    assert list(replay.tokens(random_ids(150, seed=1), 0, frozenset())) == []
+    assert replay.ended
+
+
+@pytest.mark.usefixtures("compiling")
+def test_an_answer_cut_short_does_not_take_the_place_of_a_longer_one(tmp_path):
+    _, _, session = asked_twice(tmp_path)
+    store, prompt = session._live.prompts.store, session._said.prompt
+    whole = store.answer(prompt)
+    store.keep_answer(prompt, whole[:5], 0.1)
+    assert store.answer(prompt) == whole

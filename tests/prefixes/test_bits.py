@@ -76,3 +76,19 @@ def test_on_a_card(kind, kv_format, placement, tmp_path, values):
         assert warm[2] == (length + 2) // BLOCK_TOKENS * BLOCK_TOKENS
         assert torch.equal(cold[0].view(torch.int16), warm[0].view(torch.int16))
         assert cold[1] == warm[1]
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("chunk", [4, 120, 127])
+def test_blocks_are_read_alike_whatever_decodes(chunk, tmp_path):
+    """Pieces of a few tokens within a block, too."""
+    model, found = loaded_tiny("llama", "gpu", recipe="int8", ram=None, prefill_chunk=chunk), []
+    ids = random_ids(300, seed=3)[0].tolist()
+    for compiled in (False, True, False):
+        decoder = decoder_for(model, 1024, compiled=compiled, progress=False)
+        store = Remembered(model, decoder.cache, "", tmp_path)
+        decoder.prefill(torch.tensor([ids[:256]]))
+        found.append({name: t.clone() for name, t in decoder.cache.held[2].span(0, 256).items()})
+        assert store.keep(decoder.cache, ids[:256], 0.1) == 2
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in other)

@@ -95,3 +95,24 @@ def test_a_chat_that_does_not_ask_remembers_nothing_and_disturbs_none_that_does(
     assert asks.turns[-1].remembered_tokens > 128
     replan(model, replace(model.lowvram.plan, remember=1 << 26), progress=False)
     assert ChatSession(model, tiny_tokenizer())._live.prompts is not None
+
+
+def test_reading_goes_on_from_whole_blocks_behind_an_answer_too(tmp_path):
+    _, session = chat(tmp_path / "one", "what is a fern?", kind="qwen2", state=letters_state())
+    longer = "and a moss? " * 30
+    done = session.read(longer)
+    assert done.blocks_added >= 2
+    cold, other = chat(tmp_path / "two", "what is a fern?", kind="qwen2", state=letters_state())
+    assert other.explain(longer).hit_tokens <= session.explain(longer).hit_tokens - 256
+    del cold
+
+
+def test_what_was_on_disk_is_kept_in_ram_too(tmp_path):
+    chat(tmp_path, "what is a fern?")
+    model = loaded_tiny("llama", ram=None, disk=None)
+    wanted = Remember(disk="64MiB", ram="8MiB", folder=tmp_path)
+    session = ChatSession(model, tiny_tokenizer(), system=SYSTEM, max_new_tokens=20, remember=wanted)
+    for place in ("disk", "RAM"):
+        assert set(session.explain("what is a fern?").places) == {place}
+        session.ask("what is a fern?")
+        session.history = session.history[:1]
