@@ -270,8 +270,12 @@ class LiveDecoder:
         if self.prompts and self._decoder:
             self.prompts.keep(self._decoder.cache, self._held)
 
-    def save(self, path: Path, said: dict) -> int:
-        """Writes the KV cache, and plain data with it; see ``save_cache``."""
+    def save(self, path: Path, ids: list[int], said: dict) -> int:
+        """Writes what the KV cache holds of these ids, and plain data with it; see ``save_cache``.
+
+        What else it holds, another prompt say, is forgotten: it is to be in no file of theirs.
+        """
+        self.reuse([*ids, _NOT_READ])
         return save_cache(path, self.model, self.begun().cache, self._held, said)
 
     def open(self, path: Path) -> None:

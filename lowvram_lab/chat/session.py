@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -220,7 +220,7 @@ class ChatSession(Session[History]):
             "template_arguments": self.template_arguments,
             "turn": asdict(self._said),
         }
-        return self._live.save(Path(path), said)
+        return self._live.save(Path(path), self._said.prompt + self._said.answer, said)
 
     @classmethod
     def load(
@@ -245,16 +245,14 @@ class ChatSession(Session[History]):
             LowvramError: The file is no conversation, is damaged, or belongs to another model, plan or version, which
                 is named.
         """
-        said = said_of(Path(path))
-        history = checked_history(said.get("history"), str(path))
-        options = {"template_arguments": said.get("template_arguments") or {}, **options}
-        session = cls(model, tokenizer, **options)
+        said = _checked_said(said_of(Path(path)), str(path))
+        session = cls(model, tokenizer, **{"template_arguments": said["template_arguments"], **options})
         if not read_again:
             session._live.open(Path(path))
             session._said = Turn(**said["turn"])
             session.dropped_turns = said["dropped_turns"]
-            session._said_in = [dict(message) for message in history]
-        session.history = history
+            session._said_in = [dict(message) for message in said["history"]]
+        session.history = said["history"]
         return session
 
     def _answer(self, history: History, asked: Turn, dropped: int) -> Iterator[str]:
@@ -333,3 +331,19 @@ def checked_history(found: object, where: str) -> History:
     if not plain or not found:
         raise LowvramError(f"{where}: expected a conversation's messages, found none that can be read")
     return found
+
+
+def _checked_said(said: dict, where: str) -> dict:
+    """What ``ChatSession.save`` said of a conversation.
+
+    Raises:
+        LowvramError: Another version said it, or it is damaged.
+    """
+    checked_history(said.get("history"), where)
+    turn, dropped = said.get("turn"), said.get("dropped_turns")
+    is_turn = isinstance(turn, dict) and turn.keys() == {field.name for field in fields(Turn)}
+    is_turn = is_turn and all(isinstance(ids, list) and all(type(i) is int for i in ids) for ids in turn.values())
+    is_count = type(dropped) is int and dropped >= 0
+    if not (is_turn and is_count and isinstance(said.get("template_arguments"), dict)):
+        raise LowvramError(f"{where}: expected a conversation as this version saves it, found another")
+    return said

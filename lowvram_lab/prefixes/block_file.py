@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import mmap
 import os
 import secrets
@@ -54,10 +55,15 @@ def data_of(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> by
     Args:
         tensors: Name → tensor, on the CPU.
         facts: Name → text.
+
+    Raises:
+        UnusableError: Its header would be longer than readers take.
     """
     plain = save(dict(tensors))
     entries, payload = _parsed(memoryview(plain))
-    return save(dict(tensors), {**facts, "crc32": _checksum(entries, facts, payload)})
+    data = save(dict(tensors), {**facts, "crc32": _checksum(entries, facts, payload)})
+    _parsed(memoryview(data))
+    return data
 
 
 def write(path: Path, data: bytes) -> None:
@@ -125,12 +131,42 @@ def read(path: Path, wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) 
     found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
     if found != {name: (_DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in wanted.items()}:
         raise UnusableError("it holds tensors of other shapes")
-    tensors = {}
-    for name, (dtype, shape) in wanted.items():
-        first, last = entries[name]["data_offsets"]
-        tensors[name] = torch.frombuffer(mapped, dtype=torch.uint8, offset=begin + first, count=last - first)
-        tensors[name] = tensors[name].view(dtype).view(shape)
-    return tensors, said
+    return {name: _tensor(entries[name], dtype, mapped, begin) for name, (dtype, _) in wanted.items()}, said
+
+
+def read_one(path: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Maps a file and checks all of it, for one of its tensors, whatever others it holds.
+
+    Args:
+        path: The file.
+        name: Of the tensor.
+        dtype: Of the tensor.
+
+    Returns:
+        The tensor, in the shape that the file says.
+
+    Raises:
+        UnusableError: The file is not there, or not this user's, or damaged, or holds no such tensor.
+    """
+    entries, _, mapped, begin = _checked(path)
+    if entries.get(name, {}).get("dtype") != _DTYPES[dtype]:
+        raise UnusableError(f"it holds no tensor {name} of {_DTYPES[dtype]}")
+    return _tensor(entries[name], dtype, mapped, begin)
+
+
+def _tensor(entry: dict, dtype: torch.dtype, mapped: mmap.mmap, begin: int) -> torch.Tensor:
+    """A tensor of a mapped file whose tensors begin there.
+
+    Raises:
+        UnusableError: Its place is not as long as its shape takes.
+    """
+    (first, last), shape = entry["data_offsets"], entry["shape"]
+    if last - first != math.prod(shape) * dtype.itemsize:
+        raise UnusableError("its header gives a tensor another place than its shape takes")
+    if first == last:  # torch maps no memory of no bytes
+        return torch.empty(shape, dtype=dtype)
+    flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=begin + first, count=last - first)
+    return flat.view(dtype).view(shape)
 
 
 def _checked(path: Path) -> tuple[dict, dict[str, str], mmap.mmap, int]:
@@ -182,7 +218,7 @@ def _parsed(view: memoryview) -> tuple[dict, memoryview]:
     """
     length = struct.unpack("<Q", view[:8])[0]
     if not 0 < length <= min(_LONGEST_HEADER, len(view) - 8):
-        raise UnusableError("its header is cut short, or none")
+        raise UnusableError("its header is cut short, or none, or too long")
     entries, payload = _header(bytes(view[8 : 8 + length])), view[8 + length :]
     places = sorted(tuple(entry["data_offsets"]) for name, entry in entries.items() if name != _FACTS)
     ends = [0, *(last for _, last in places)]
@@ -213,8 +249,8 @@ def _plain(name: str, entry: object) -> bool:
     if name == _FACTS:
         return all(isinstance(value, str) for value in entry.values())
     shape, place = entry.get("shape"), entry.get("data_offsets")
-    numbers = isinstance(shape, list) and isinstance(place, list) and all(type(n) is int for n in [*shape, *place])
-    return numbers and len(place) == 2 and isinstance(entry.get("dtype"), str)
+    lists = isinstance(shape, list) and isinstance(place, list) and len(place) == 2
+    return lists and all(type(n) is int and n >= 0 for n in shape + place) and isinstance(entry.get("dtype"), str)
 
 
 def _checksum(entries: dict, facts: Mapping[str, str], payload: memoryview) -> str:

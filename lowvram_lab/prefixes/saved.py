@@ -9,6 +9,7 @@ Derived in: notebooks/10_remember.ipynb
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from lowvram_lab.prefixes.keys import root_of
 from lowvram_lab.prefixes.store import FIELD, fields_of
 
 KIND = "conversation"
+SAID = "said"
+"""Name of what is said of the cache among the tensors, as JSON: a header has no room for a long conversation."""
 
 ALIKE = ("threads", "processor", "card", "salt")
 """Fields of the root that may be others: they move last bits, and a conversation has no other to be equal to."""
@@ -41,15 +44,21 @@ def save_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache, ids
         Bytes of the file.
 
     Raises:
-        LowvramError: It cannot be written.
+        LowvramError: It cannot be written, or the cache holds another number of tokens.
     """
-    gpu, tensors = loaded(model).gpu, {IDS: torch.tensor(ids, dtype=torch.int32)}
+    if os.path.isdir(path):
+        raise LowvramError(f"cannot write {path}: it is a folder; give the name of a file")
+    if len(ids) != (held := cache.get_seq_length()):
+        raise LowvramError(f"expected ids of the {held} tokens that the cache holds, found {len(ids)}")
+    text = bytearray(json.dumps(said).encode())
+    gpu = loaded(model).gpu
+    tensors = {IDS: torch.tensor(ids, dtype=torch.int32), SAID: torch.frombuffer(text, dtype=torch.uint8)}
     with gpu.active():
         for name, view in _views(cache, len(ids)).items():
             tensors[name] = gpu.move(view.contiguous(), "cpu")
     root = root_of(model)
     facts = {FIELD + name: value for name, value in root.fields.items()}
-    facts |= {"kind": KIND, "tokens": str(len(ids)), "said": json.dumps(said), "model": loaded(model).plan.model}
+    facts |= {"kind": KIND, "tokens": str(len(ids)), "said_bytes": str(len(text)), "model": loaded(model).plan.model}
     data = block_file.data_of(tensors, facts)
     try:
         block_file.write(path, data)
@@ -61,12 +70,21 @@ def save_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache, ids
 
 
 def said_of(path: Path) -> dict:
-    """What was said of a saved cache, unchecked.
+    """What was said of a saved cache, of any model, once all of the file has been checked.
 
     Raises:
-        LowvramError: The file is no such file.
+        LowvramError: The file is no such file, or damaged.
     """
-    return _said(path, _facts(path))
+    _facts(path)
+    try:
+        said = json.loads(block_file.read_one(path, SAID, torch.uint8).numpy().tobytes())
+    except UnusableError as error:
+        raise LowvramError(f"{path}: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise LowvramError(f"{path}: expected a saved conversation, found a damaged one") from error
+    if not isinstance(said, dict):
+        raise LowvramError(f"{path}: expected a saved conversation, found one of another version")
+    return said
 
 
 def put_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache) -> list[int]:
@@ -94,8 +112,9 @@ def put_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache) -> l
         raise BudgetError(f"{path}: holds {tokens} tokens, the plan a context of {cache.max_tokens}; plan for more")
     views = _views(cache, tokens)
     wanted = {name: (view.dtype, tuple(view.shape)) for name, view in views.items()}
+    wanted |= {IDS: (torch.int32, (tokens,)), SAID: (torch.uint8, (int(facts["said_bytes"]),))}
     try:
-        tensors, _ = block_file.read(path, {**wanted, IDS: (torch.int32, (tokens,))})
+        tensors, _ = block_file.read(path, wanted)
     except UnusableError as error:
         raise LowvramError(f"{path}: {error}; {again}") from error
     with gpu.active():
@@ -119,14 +138,8 @@ def _facts(path: Path) -> dict[str, str]:
         facts = block_file.facts_of(path)
     except UnusableError as error:
         raise LowvramError(f"{path}: expected a saved conversation: {error}") from error
-    if facts.get("kind") != KIND or not facts.get("tokens", "").isdecimal():
+    if facts.get("kind") != KIND:
         raise LowvramError(f"{path}: expected a saved conversation, found another file")
+    if "model" not in facts or not all(facts.get(name, "").isdecimal() for name in ("tokens", "said_bytes")):
+        raise LowvramError(f"{path}: expected a saved conversation, found one of another version")
     return facts
-
-
-def _said(path: Path, facts: dict[str, str]) -> dict:
-    try:
-        said = json.loads(facts["said"])
-    except (KeyError, ValueError) as error:
-        raise LowvramError(f"{path}: expected a saved conversation, found a damaged one") from error
-    return said

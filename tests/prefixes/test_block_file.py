@@ -131,3 +131,38 @@ def test_a_file_that_ends_while_it_is_opened_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(block_file.mmap, "mmap", shorter_by_then)
     with pytest.raises(UnusableError, match="cut short"):
         block_file.read(file, WANTED)
+
+
+@pytest.mark.parametrize("entry", [{"shape": [2, 4, 8]}, {"shape": [2, 4, 2]}, {"dtype": "I8"}])
+def test_a_place_that_does_not_fit_its_shape_is_refused_under_a_right_checksum(entry, tmp_path):
+    entries = {"keys": {**header()["keys"], **entry}}
+    payload = DATA[8 + struct.unpack("<Q", DATA[:8])[0] :]
+    facts = {"crc32": block_file._checksum(entries, {}, memoryview(payload))}
+    file = tmp_path / "block.safetensors"
+    file.write_bytes(with_header(json.dumps({**entries, "__metadata__": facts})))
+    dtype = {"BF16": torch.bfloat16, "I8": torch.int8}[entries["keys"]["dtype"]]
+    wanted = {"keys": (dtype, tuple(entries["keys"]["shape"]))}
+    for call in (lambda: block_file.read(file, wanted), lambda: block_file.read_one(file, "keys", dtype)):
+        with pytest.raises(UnusableError, match="another place"):
+            call()
+
+
+def test_a_header_that_no_reader_takes_is_not_written():
+    with pytest.raises(UnusableError, match="too long"):
+        block_file.data_of(TENSORS, {"text": "a" * (1 << 20)})
+
+
+def test_one_tensor_is_read_whatever_others_there_are(tmp_path):
+    file = tmp_path / "block.safetensors"
+    said, nothing = torch.arange(5, dtype=torch.uint8), torch.empty(0, 3, dtype=torch.int32)
+    data = block_file.data_of({**TENSORS, "said": said, "nothing": nothing}, {})
+    file.write_bytes(data)
+    assert torch.equal(block_file.read_one(file, "said", torch.uint8), said)
+    assert block_file.read_one(file, "nothing", torch.int32).shape == (0, 3)
+    for name, dtype in (("said", torch.int8), ("other", torch.uint8)):
+        with pytest.raises(UnusableError, match=f"no tensor {name}"):
+            block_file.read_one(file, name, dtype)
+    at = data.index(bytes(said.tolist()))
+    file.write_bytes(data[:at] + b"x" + data[at + 1 :])
+    with pytest.raises(UnusableError, match="damaged"):
+        block_file.read_one(file, "said", torch.uint8)

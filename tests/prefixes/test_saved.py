@@ -9,6 +9,10 @@ import torch
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.prefixes import block_file
+from lowvram_lab.prefixes.block_file import IDS
+from lowvram_lab.prefixes.saved import said_of, save_cache
+from lowvram_lab.prefixes.store import Remember
 from tests.helpers.tiny import TINY, tiny_tokenizer
 from tests.prefixes.test_bits import loaded_tiny
 
@@ -84,8 +88,9 @@ def test_a_shorter_context_is_refused(tmp_path):
         ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer())
 
 
+@pytest.mark.parametrize("read_again", [False, True])
 @pytest.mark.parametrize("at", [3, 20, 300, -1000, -1])
-def test_a_damaged_one_is_refused(at, tmp_path):
+def test_a_damaged_one_is_refused(at, read_again, tmp_path):
     model = loaded_tiny("llama", ram=None, disk=None)
     session = chat(model)
     session.ask("what is a fern?")
@@ -94,7 +99,7 @@ def test_a_damaged_one_is_refused(at, tmp_path):
     data[at] ^= 64
     (tmp_path / "a.chat").write_bytes(data)
     with pytest.raises(LowvramError, match=r"a\.chat: "):
-        ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer())
+        ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), read_again=read_again)
 
 
 def test_what_is_no_conversation_is_refused(tmp_path):
@@ -103,3 +108,96 @@ def test_what_is_no_conversation_is_refused(tmp_path):
     for name in ("a.chat", "none.chat", "."):
         with pytest.raises(LowvramError, match="expected a saved conversation"):
             ChatSession.load(tmp_path / name, model, tiny_tokenizer())
+
+
+@pytest.mark.parametrize("read_again", [False, True])
+def test_a_history_longer_than_a_header_is_opened_again(read_again, tmp_path):
+    model = loaded_tiny("llama", ram=None, disk=None)
+    session = chat(model)
+    session.ask("what is a fern?")
+    session.history[1:1] = [{"role": "user", "content": "é" * (1 << 19)}, {"role": "assistant", "content": "yes"}]
+    assert session.save(tmp_path / "a.chat") > 1 << 20
+    opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), read_again=read_again)
+    assert opened.history == session.history
+
+
+def without(said, name):
+    return {key: value for key, value in said.items() if key != name}
+
+
+SAID_OTHERWISE = {
+    "a list": lambda said: [said],
+    "nothing": lambda said: {},
+    "no history": lambda said: without(said, "history"),
+    "messages of another kind": lambda said: {**said, "history": [["user", "hello"]]},
+    "no turn": lambda said: without(said, "turn"),
+    "no dropped turns": lambda said: without(said, "dropped_turns"),
+    "fewer than no dropped turns": lambda said: {**said, "dropped_turns": -1},
+    "arguments that are a list": lambda said: {**said, "template_arguments": ["a"]},
+    "a turn that is a list": lambda said: {**said, "turn": [1, 2]},
+    "a turn with a key more": lambda said: {**said, "turn": {**said["turn"], "seconds": 1}},
+    "a turn with a key fewer": lambda said: {**said, "turn": without(said["turn"], "rendered")},
+    "a turn of texts": lambda said: {**said, "turn": {**said["turn"], "answer": "yes"}},
+}
+
+
+@pytest.mark.parametrize("change", SAID_OTHERWISE.values(), ids=SAID_OTHERWISE)
+def test_what_another_version_said_is_refused_in_one_line(change, tmp_path):
+    model = loaded_tiny("llama", ram=None, disk=None)
+    session = chat(model)
+    session.ask("what is a fern?")
+    session.save(tmp_path / "a.chat")
+    live = session._live
+    save_cache(tmp_path / "a.chat", model, live.begun().cache, live._held, change(said_of(tmp_path / "a.chat")))
+    for read_again in (False, True):
+        with pytest.raises(LowvramError, match=r"^[^\n]*a\.chat: expected a [^\n]*$"):
+            ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), read_again=read_again)
+
+
+def test_a_folder_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = chat(loaded_tiny("llama", ram=None, disk=None))
+    session.ask("what is a fern?")
+    for path in (".", "", "..", "/", tmp_path):
+        with pytest.raises(LowvramError, match=r"^cannot write [^\n]*: it is a folder[^\n]*$"):
+            session.save(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("tokens", [20, 0])
+def test_ids_that_the_cache_does_not_hold_are_never_written(kv_format, tokens, tmp_path):
+    model = loaded_tiny("llama", kv_format=kv_format, ram=None, disk=None)
+    session = chat(model)
+    session.ask("what is a fern?")
+    live = session._live
+    with pytest.raises(LowvramError, match="that the cache holds"):
+        save_cache(tmp_path / "a.chat", model, live.begun().cache, [*live._held, 1], {})
+    live.begun().cache.keep(tokens)  # as a restore that was interrupted leaves it
+    session.save(tmp_path / "a.chat")
+    opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40)
+    assert opened._live._held == live._held == session._said.prompt[:tokens]
+    assert opened.ask("and a moss?") == session.ask("and a moss?")
+    assert opened.turns[0].cached_tokens == tokens
+
+
+@pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("remembers", [False, True])
+@pytest.mark.parametrize("system", ["You keep plants.", "zebras only"])
+def test_what_was_read_beside_it_is_not_in_its_file(kv_format, remembers, system, tmp_path):
+    model = loaded_tiny("llama", kv_format=kv_format, ram=None, disk=None)
+    remember = Remember(disk="64MiB", folder=tmp_path / "prefixes") if remembers else None
+    session = chat(model, remember=remember)
+    session.ask("what is a fern? " * 20)
+    with session.beside([{"role": "system", "content": system}]):
+        session.ask("my secret is 1234 " * 20)
+    said = session._said.prompt + session._said.answer
+    assert session._live._held != said[: len(session._live._held)]
+    session.save(tmp_path / "a.chat")
+    kept = block_file.read_one(tmp_path / "a.chat", IDS, torch.int32).tolist()
+    assert kept == session._live._held == said[: len(kept)]
+    assert session._live.begun().cache.get_seq_length() == len(kept)
+    assert not remembers or len(kept) >= 128  # its blocks were put back
+    opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40, remember=remember)
+    assert opened.ask("and a moss?") == session.ask("and a moss?")
+    assert opened.history == session.history
