@@ -196,7 +196,8 @@ def split_plan(state: SplitState, spec: ModelSpec, base: Plan | None = None) -> 
         plan = plan.with_modules(*names, device="cpu" if state.embedding_on_cpu else "gpu")
     plan = replace(plan, context=state.context, kv_format=state.kv_format, threads=state.threads)
     if base is not None:
-        plan = replace(plan, stream_from=base.stream_from)
+        kept = {name: getattr(base, name) for name in ("stream_from", "prefill_chunk", "remember", "remember_ram")}
+        plan = replace(plan, **kept)
     return plan
 
 

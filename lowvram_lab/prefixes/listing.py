@@ -70,7 +70,7 @@ def _row(model: str, root: str, entries: list[Entry], pinned: set[str], now: dic
 
 
 def bytes_remembered(folder: Path | None = None) -> int:
-    """Bytes of all that is remembered on disk, and of what is noted beside it."""
+    """Bytes of all files where prompts are remembered on disk, of which the budget is kept."""
     found = _opened(folder)
     return found.bytes if found else 0
 
@@ -112,5 +112,8 @@ def _same_model(name: str, asked: str) -> bool:
     """Whether two names are one, or one directory."""
     if name == asked:
         return True
-    here, there = Path(name).expanduser(), Path(asked).expanduser()
-    return there.exists() and here.resolve() == there.resolve()
+    try:
+        here, there = Path(name).expanduser(), Path(asked).expanduser()
+        return there.exists() and here.resolve() == there.resolve()
+    except (RuntimeError, OSError):  # ~ of a user who is not there
+        return False

@@ -87,9 +87,9 @@ class Prompts:
 
     def was_read(self, tokens: int, start: int, seconds: float) -> None:
         """Notes that a prompt of so many tokens has been read from ``start`` on."""
-        if start == self._whole and tokens > start:
-            self._whole = tokens // BLOCK_TOKENS * BLOCK_TOKENS
-            self._seconds = seconds * BLOCK_TOKENS / (tokens - start)
+        whole = tokens // BLOCK_TOKENS * BLOCK_TOKENS
+        if start == self._whole < whole:
+            self._whole, self._seconds = whole, seconds * BLOCK_TOKENS / (tokens - start)
 
     def keep(self, cache: PreallocatedCache, held: list[int]) -> tuple[int, int]:
         """Remembers the whole blocks of what a cache holds.

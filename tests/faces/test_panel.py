@@ -93,6 +93,9 @@ def test_a_plans_settings_give_the_plan_back(kind, recipe, placement):
     assert moved.layer_devices() == ["cpu", "gpu", "gpu"]
     assert {n: a.format for n, a in moved.modules.items()} == {n: a.format for n, a in plan.modules.items()}
     assert split_plan(replace(state, recipe="int8"), spec, plan).dtype == plan.dtype
+    remembering = replace(plan, remember=1 << 30, prefill_chunk=64)
+    other = split_plan(replace(state, recipe="int8"), spec, remembering)
+    assert (other.remember, other.prefill_chunk) == (1 << 30, 64)
 
 
 def test_settings_a_model_does_not_have_are_refused():
