@@ -26,7 +26,7 @@ KIND = "conversation"
 SAID = "said"
 """Name of what is said of the cache among the tensors, as JSON: a header has no room for a long conversation."""
 
-ALIKE = ("threads", "processor", "card", "salt")
+ALIKE = ("pieces", "threads", "processor", "card", "salt")
 """Fields of the root that may be others: they move last bits, and a conversation has no other to be equal to."""
 
 

@@ -397,7 +397,7 @@ class Remembered:
             text = f"not read before: token {place} is another than in what is remembered"
             return Missed(key.start, text, place)
         if not of_root and any(self._differs_in_salt(fields_of(entry.facts)) for entry in entries):
-            return Missed(key.start, "salt: what this model remembers is under another salt")
+            return Missed(key.start, "salt: what this model remembers is under another salt, or none")
         return Missed(key.start, "not read before")
 
     def _differs(self, name: str, key: Key) -> int | None:

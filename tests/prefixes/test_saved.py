@@ -13,7 +13,7 @@ from lowvram_lab.prefixes import block_file
 from lowvram_lab.prefixes.block_file import IDS
 from lowvram_lab.prefixes.saved import said_of, save_cache
 from lowvram_lab.prefixes.store import Remember
-from tests.helpers.tiny import TINY, tiny_tokenizer
+from tests.helpers.tiny import TINY, letters_state, tiny_tokenizer
 from tests.prefixes.test_bits import loaded_tiny
 
 
@@ -201,3 +201,16 @@ def test_what_was_read_beside_it_is_not_in_its_file(kv_format, remembers, system
     opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40, remember=remember)
     assert opened.ask("and a moss?") == session.ask("and a moss?")
     assert opened.history == session.history
+
+
+def test_one_that_remembered_opens_where_nothing_is_remembered_and_the_other_way_round(tmp_path):
+    model = loaded_tiny("qwen2", ram=None, disk=None, state=letters_state())
+    wanted = Remember(disk="64MiB", folder=tmp_path / "prefixes")
+    for first, then in ((wanted, None), (None, wanted)):
+        session = chat(model, remember=first)
+        session.ask("what is a fern? " * 20)
+        session.save(tmp_path / "a.chat")
+        held = session._live.begun().tokens
+        opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40, remember=then)
+        opened.ask("and a moss?")
+        assert opened.turns[0].cached_tokens >= held
