@@ -163,8 +163,7 @@ def products(model: str, layers: int, lengths: tuple[int, ...], rounds: int, kv_
     for cached in lengths:
         found = {"decode": [], "products": []}
         for turn in range(rounds + 2):
-            for held in decoder.cache.layers:
-                held.tokens = cached
+            decoder.cache.holds(cached)
             for name, call in (("decode", lambda: decoder.decode(token)), ("products", calls)):
                 started = time.perf_counter()
                 call()

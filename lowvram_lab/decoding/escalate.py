@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 import torch
 
@@ -24,6 +23,7 @@ from lowvram_lab.decoding.speculate import (
     HighPlane,
     Pace,
     Speculation,
+    came_true,
     seen_tokens,
 )
 from lowvram_lab.engine.loaded import loaded
@@ -198,8 +198,7 @@ class Escalation(Speculation):
         self.pace.decided(len(tokens), self.pace.clock() - began)
         guess = self.n_grams.guess(len(tokens))
         if guess is not None:
-            right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guess.tokens, tokens, strict=False)))
-            self.pace.learns(guess.kind, len(guess.tokens), right)
+            self.pace.learns(guess.kind, len(guess.tokens), came_true(guess.tokens, tokens))
 
     def _unsure(self, text: list[int], logits: torch.Tensor, most: int) -> Guess | None:
         """An unsure token with as many more guesses as are worth their time; nothing where it alone is not.

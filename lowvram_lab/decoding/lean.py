@@ -248,9 +248,7 @@ class LeanDecoder(Decoder):
             crossed = self._crossed_bytes + (self._crossed_to_low if self._planes.both else Counter())
             for crossing, size in crossed.items():
                 self._gpu.recording.transfers[crossing] += tokens * size
-        position = self.tokens
-        for held in self.cache.layers:
-            held.tokens = position + tokens
+        self.cache.holds(self.tokens + tokens)
 
     def _run(self, way: _Way, token: torch.Tensor, position: int, head: Callable | None = None) -> torch.Tensor:
         """Logits of a token, in order: the lookup, layers off the card, those on it, those off it behind them, head."""

@@ -14,7 +14,7 @@ import torch
 
 from lowvram_lab.decoding.decision import BOTH_PLANES, GUESS_OF_MEMORY, ONE_PLANE, Decision
 from lowvram_lab.decoding.decode import Decoder
-from lowvram_lab.decoding.speculate import Drafting
+from lowvram_lab.decoding.speculate import Drafting, came_true
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.sampling import likeliest
 
@@ -78,8 +78,7 @@ class Replay:
             except BaseException:  # Ctrl-C too
                 cache.keep(before)
                 raise
-            same = [guessed == token for guessed, token in zip(guess, said, strict=False)]
-            kept = same.index(False) if False in same else len(guess)
+            kept = came_true(guess, said)
             cache.keep(before + kept + 1)
             found = said[: kept + 1]
             self._note(len(guess), kept)

@@ -428,8 +428,7 @@ class Speculation:
         drafted = guess.tokens if guess else []
         if self.sampling.takes_the_likeliest:
             said = likeliest(logits)[:, 0].tolist()
-            same = [a == b for a, b in zip(drafted, said, strict=False)]
-            kept = same.index(False) if False in same else len(drafted)
+            kept = came_true(drafted, said)
             return kept, said[kept]
         for at, token in enumerate(drafted):
             before = [*text, *drafted[:at]]
@@ -463,6 +462,12 @@ class Speculation:
         self.drafting.drafted[kind] += proposed
         self.drafting.accepted[kind] += accepted
         self.pace.learns(kind, proposed, accepted)
+
+
+def came_true(guessed: list[int], said: list[int]) -> int:
+    """How many guessed tokens were said, up to the first that was not."""
+    same = [a == b for a, b in zip(guessed, said, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def seen_tokens(sampling: Sampling, text: list[int], logits: torch.Tensor) -> torch.Tensor | None:

@@ -63,7 +63,7 @@ class PreallocatedCache(Cache):
             layer.keep(tokens)
 
     def holds(self, tokens: int) -> None:
-        """Says that keys and values of so many tokens have been put there."""
+        """Says that keys and values of so many tokens have been put there, or are taken for there."""
         for layer in self.held:
             layer.tokens = tokens
 

@@ -6,7 +6,6 @@ import torch
 
 from lowvram_lab.decoding.decode import Decoder
 from lowvram_lab.decoding.lean import decoder_for
-from lowvram_lab.engine.cache_layers import FixedLayer
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS
@@ -78,9 +77,7 @@ def _pass_over(decoder: Decoder, tokens: int, last_pieces: int) -> int:
     if chunk is None:
         return 0
     held = max(0, -(-tokens // chunk) - last_pieces) * chunk
-    for layer in decoder.cache.layers:
-        if isinstance(layer, FixedLayer):  # others read another layer's keys and values
-            layer.tokens = held
+    decoder.cache.holds(held)
     return held
 
 

@@ -501,8 +501,7 @@ def _decoding(decoder: Decoder, cached: int) -> Callable[[], None]:
         layer.update(*states)
 
     def call() -> None:
-        for layer in decoder.cache.layers:  # all of them were filled; another length's turn may have been before
-            layer.tokens = cached
+        decoder.cache.holds(cached)  # all layers were filled; another length's turn may have been before
         int(likeliest(decoder.decode(token)))
 
     return call
