@@ -10,15 +10,14 @@ what a switch takes. Kept by threads in results/precision_cpu.json.
 """
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas
 import torch
+from kept import keep
 
 from lowvram_lab.chat.margins import MOST_TOKENS, WINDOW, margins_of, tokens_for
 from lowvram_lab.chat.prompt import chat_ids
@@ -29,7 +28,6 @@ from lowvram_lab.decoding.escalate import Margins, read_margins
 from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.decoding.speculate import Drafting, speculate
 from lowvram_lab.engine.load import load
-from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import PRECISIONS
@@ -152,13 +150,7 @@ def main() -> None:
     print(pandas.DataFrame(found["flips"]).to_string(index=False), flush=True)
     found["switches"] = switches(model, tokenizer)
     print(found["sixteen_bits_tokens_per_s"], found["switches"])
-    kept = json.loads(args.output.read_text("utf-8")) if args.output.is_file() else {}
-    kept[f"{args.original}, {args.threads} threads"] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": facts(),
-        **found,
-    }
-    args.output.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    keep(args.output, f"{args.original}, {args.threads} threads", found)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,17 @@ is no result. Kept by model and threads in results/remember_cpu.json.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from kept import keep
 
 from lowvram_lab.chat.first_token import break_even, first_token_table
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.load import load
-from lowvram_lab.machine import facts
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
@@ -91,13 +89,7 @@ def main() -> None:
         if args.directory:
             found[kv_format]["answers"] = answers(model, source.tokenizer(), args.rounds)
             print(found[kv_format]["answers"], flush=True)
-    kept = json.loads(args.output.read_text("utf-8")) if args.output.is_file() else {}
-    kept[f"{args.shape or args.name or args.directory.name}, {args.threads} threads"] = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": facts(),
-        **found,
-    }
-    args.output.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    keep(args.output, f"{args.shape or args.name or args.directory.name}, {args.threads} threads", found)
 
 
 if __name__ == "__main__":
