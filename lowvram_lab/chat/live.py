@@ -22,7 +22,7 @@ from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.decoding.replay import Replay
 from lowvram_lab.decoding.speculate import Drafting, Pace, speculate
 from lowvram_lab.engine.kv_cache import PreallocatedCache
-from lowvram_lab.engine.load import low_planes_alone, remember_for_now, replan
+from lowvram_lab.engine.load import low_planes_alone, replan
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.engine.nested import Planes
 from lowvram_lab.errors import BudgetError, LowvramError
@@ -111,11 +111,11 @@ class LiveDecoder:
         while self._decoder is None or self._decoder.released:
             held, kept = self._held, self._kept
             self.forget()
-            # another chat on the model may have asked for something else
-            remember_for_now(self.model, *self._remember.sizes(loaded(self.model).remembers))
+            plan = self._remember.wanted(loaded(self.model).plan)
+            options = {"compiled": self._compiled, "progress": self._progress}
             try:
-                decoder = decoder_for(self.model, compiled=self._compiled, progress=self._progress, cache=kept)
-                prompts = self._remembering(decoder.cache)
+                decoder = decoder_for(self.model, **options, cache=kept, plan=plan)
+                prompts = self._remembering(decoder)
                 # at once: Ctrl-C leaves no decoder that remembers nothing
                 self._decoder, self.prompts, self._has_begun = decoder, prompts, True
                 self._held = held if kept else []
@@ -123,12 +123,12 @@ class LiveDecoder:
                 self.step_down(error)
         return self._decoder
 
-    def _remembering(self, cache: PreallocatedCache) -> Prompts | None:
-        if not loaded(self.model).plan.remembers:
+    def _remembering(self, decoder: Decoder) -> Prompts | None:
+        if not decoder.plan.remembers:
             return None
-        wanted = self._remember
+        salt, folder = self._remember.salt, self._remember.folder
         try:
-            return Prompts(Remembered(self.model, cache, wanted.salt, wanted.folder, self._progress))
+            return Prompts(Remembered(self.model, decoder.cache, salt, folder, self._progress, decoder.plan))
         except (LowvramError, OSError) as error:
             if not self._has_begun:
                 raise
@@ -401,9 +401,7 @@ class LiveDecoder:
         held, cache = self._held, self._decoder.cache if self._decoder else None
         stays = cache is not None and low_planes_alone(loaded(self.model).plan, plan) and is_whole(cache)
         self.forget()
-        remembers = loaded(self.model).remembers
         replan(self.model, plan, progress=False)
-        loaded(self.model).remembers = remembers  # what this chat asked for is not what others did
         if stays:
             self._held, self._kept = held, cache
 

@@ -16,7 +16,7 @@ from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.machine import cpu_threads
-from lowvram_lab.model.plan import compute_place
+from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.sampling import Sampling, choose
 
@@ -30,19 +30,19 @@ def prefill(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache)
         LowvramError: There is no token.
         BudgetError: The cache has no room for all of them.
     """
-    for piece in _pieces(model, ids, cache):
+    for piece in _pieces(loaded(model).plan, ids, cache):
         logits = _read(model, piece, cache)
     return logits
 
 
-def _pieces(model: torch.nn.Module, ids: torch.Tensor, cache: PreallocatedCache) -> tuple[torch.Tensor, ...]:
+def _pieces(plan: Plan, ids: torch.Tensor, cache: PreallocatedCache) -> tuple[torch.Tensor, ...]:
     """What is read at once of a prompt, piece by piece; refused before the first is written."""
     if not ids.shape[1]:
         raise LowvramError("expected a prompt of one token or more, found none")
     wanted = cache.get_seq_length() + ids.shape[1]
     if wanted > cache.max_tokens:
         raise BudgetError(f"the KV cache holds {cache.max_tokens} tokens, asked for {wanted}; plan a longer context")
-    return ids.split(loaded(model).plan.pieces(cache.get_seq_length(), ids.shape[1]), dim=1)
+    return ids.split(plan.pieces(cache.get_seq_length(), ids.shape[1]), dim=1)
 
 
 def _read(model: torch.nn.Module, piece: torch.Tensor, cache: PreallocatedCache) -> torch.Tensor:
@@ -63,9 +63,11 @@ class Decoder:
         batch_size: Sequences, all of one length.
         why: Why it is not a faster one, in words; nothing where there is none.
         cache: One that an earlier decoder of the model has filled, of that length and batch size; by default a new one.
+        plan: The model's, with what its owner wants remembered; by default as it is.
 
     Attributes:
         model: The model.
+        plan: What it was made for.
         cache: The ``PreallocatedCache`` that prompt and answer are in.
         released: Whether the model was planned anew since; then it decodes no more.
         reads_ids_at: Where token ids are looked up, ``"gpu"`` or ``"cpu"``: a token that is there need not be moved.
@@ -83,10 +85,12 @@ class Decoder:
         batch_size: int = 1,
         why: str = "",
         cache: PreallocatedCache | None = None,
+        plan: Plan | None = None,
     ):
         self.model, self.batch_size, self.why, self.released = model, batch_size, why, False
         self.cache = PreallocatedCache(model, max_tokens, batch_size) if cache is None else cache
-        plan, self._gpu, self._planes = loaded(model).plan, loaded(model).gpu, loaded(model).planes
+        self._gpu, self._planes = loaded(model).gpu, loaded(model).planes
+        self.plan = plan = plan or loaded(model).plan
         self.reads_ids_at = compute_place(plan.modules[plan.spec.embedding].device)
         on_cpu = "cpu" in {self._gpu.kernels_of(place) for place in plan.layer_places()} and not self._gpu.meta
         counts = thread_counts() if plan.threads is None and on_cpu else ()
@@ -118,9 +122,9 @@ class Decoder:
         """
         self._check_released()
         with self._planes.taking(both=True):
-            pieces, plan = _pieces(self.model, ids, self.cache), loaded(self.model).plan
+            pieces = _pieces(self.plan, ids, self.cache)
             # blocks that may be remembered are read in one way, wherever ids begin and whatever decodes
-            whole = (self.tokens + ids.shape[1]) // BLOCK_TOKENS * BLOCK_TOKENS if plan.remembers else 0
+            whole = (self.tokens + ids.shape[1]) // BLOCK_TOKENS * BLOCK_TOKENS if self.plan.remembers else 0
             for piece in pieces:
                 by_modules = not self.tokens or self.tokens + piece.shape[1] <= whole
                 logits = _read(self.model, piece, self.cache) if by_modules else self._read_behind(piece)

@@ -35,7 +35,7 @@ from lowvram_lab.kernels.library import there
 from lowvram_lab.kernels.product import MOST_ROWS
 from lowvram_lab.machine import cpu_threads
 from lowvram_lab.model.formats import DTYPES
-from lowvram_lab.model.plan import compute_place
+from lowvram_lab.model.plan import Plan, compute_place
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def decoder_for(
     compiled: bool | None = None,
     progress: bool = True,
     cache: PreallocatedCache | None = None,
+    plan: Plan | None = None,
 ) -> Decoder:
     """The fastest decoder there is for a loaded model: lean, or by its modules; ``name`` says which, and why.
 
@@ -58,6 +59,7 @@ def decoder_for(
         compiled: See ``LeanDecoder``.
         progress: See ``LeanDecoder``.
         cache: See ``Decoder``.
+        plan: See ``Decoder``.
 
     Raises:
         LowvramError: The model is not from ``load``.
@@ -66,8 +68,8 @@ def decoder_for(
     state = loaded(model)
     reason = why_not(state.plan, state.gpu.kernels, max_tokens)
     if reason:
-        return ModuleDecoder(model, max_tokens, batch_size, reason, cache)
-    return LeanDecoder(model, max_tokens, batch_size, compiled=compiled, progress=progress, cache=cache)
+        return ModuleDecoder(model, max_tokens, batch_size, reason, cache, plan)
+    return LeanDecoder(model, max_tokens, batch_size, compiled=compiled, progress=progress, cache=cache, plan=plan)
 
 
 @dataclass
@@ -137,6 +139,7 @@ class LeanDecoder(Decoder):
         compiled: bool | None = None,
         progress: bool = True,
         cache: PreallocatedCache | None = None,
+        plan: Plan | None = None,
     ):
         state = loaded(model)
         if reason := why_not(state.plan, state.gpu.kernels, max_tokens):
@@ -144,11 +147,11 @@ class LeanDecoder(Decoder):
         if compiled and not compiler():
             missing = without_compiler() or "LOWVRAM_COMPILE=0 says not to compile; unset it"
             raise LowvramError(f"{missing}, or leave compiled=True out")
-        super().__init__(model, max_tokens, batch_size, cache=cache)
-        self._plan, self._spec, self._planes = state.plan, state.plan.spec, state.planes
-        self._nested = bool(self._plan.low_planes())
-        self._places = self._plan.layer_places()
-        self._head_place = compute_place(self._plan.modules[self._spec.head].device)
+        super().__init__(model, max_tokens, batch_size, cache=cache, plan=plan)
+        self._spec, self.planes = state.plan.spec, state.planes
+        self._nested = bool(self.plan.low_planes())
+        self._places = self.plan.layer_places()
+        self._head_place = compute_place(self.plan.modules[self._spec.head].device)
         self._crossed_bytes, self._crossed_to_low = self._crossings(), self._crossings_to_low_planes()
         self._head = partial(_modules_head, model)
         self._normed_on = model.model.norm.weight.device
@@ -195,14 +198,14 @@ class LeanDecoder(Decoder):
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
         position = self._position(1)
-        if self._planes.both and self._nested and True not in self._ways:  # the low planes compute off the card
+        if self.planes.both and self._nested and True not in self._ways:  # the low planes compute off the card
             return self._by_modules(token)[:, -1]
-        way = self._ways[self._planes.both and self._nested]
+        way = self._ways[self.planes.both and self._nested]
         if self._gpu.meta:
             self._foresee(way, token, position)
             logits = way.graphed.result if self._logits is None else self._logits
         else:
-            with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
+            with self._gpu.lock, cpu_threads(self.plan.threads), self._gpu.unmetered():
                 found = self._run(way, token, position)
                 logits = found if self._logits is None else self._logits.copy_(found)
         self._count(1)
@@ -212,7 +215,7 @@ class LeanDecoder(Decoder):
         if self._short_head is None or self._gpu.meta:
             return self._decode(token)
         position = self._position(1)
-        with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
+        with self._gpu.lock, cpu_threads(self.plan.threads), self._gpu.unmetered():
             logits = self._run(self._ways[False], token, position, self._short_head)
         self._count(1)
         return logits
@@ -222,7 +225,7 @@ class LeanDecoder(Decoder):
         if self._several is None:
             return super()._decode_several(tokens)
         if not self._gpu.meta:
-            with self._gpu.lock, cpu_threads(self._plan.threads), self._gpu.unmetered():
+            with self._gpu.lock, cpu_threads(self.plan.threads), self._gpu.unmetered():
                 hidden = self._embedded(tokens)
                 seen, rows = self._positions[: position + count], slice(position, position + count)
                 way = self._ways[self._nested]
@@ -245,7 +248,7 @@ class LeanDecoder(Decoder):
     def _count(self, tokens: int) -> None:
         """Notes what crossed, and how many tokens the cache holds now."""
         if self._gpu.moves:
-            crossed = self._crossed_bytes + (self._crossed_to_low if self._planes.both else Counter())
+            crossed = self._crossed_bytes + (self._crossed_to_low if self.planes.both else Counter())
             for crossing, size in crossed.items():
                 self._gpu.recording.transfers[crossing] += tokens * size
         self.cache.holds(self.tokens + tokens)
@@ -297,7 +300,7 @@ class LeanDecoder(Decoder):
 
     def _crossings(self) -> Counter:
         """Bytes of hidden states that one token takes from place to place; the stand-in only counts them."""
-        embedding = compute_place(self._plan.modules[self._spec.embedding].device)
+        embedding = compute_place(self.plan.modules[self._spec.embedding].device)
         order = [embedding, *self._places, self._head_place]
         crossed = Counter()
         for place, following in zip(order, order[1:], strict=False):
@@ -307,9 +310,9 @@ class LeanDecoder(Decoder):
 
     def _crossings_to_low_planes(self) -> Counter:
         """The same of what low planes multiply that lie elsewhere, and of their products, where both planes decode."""
-        crossed, size = Counter(), self.batch_size * DTYPES[self._plan.dtype].itemsize
-        for name in self._plan.apart():
-            home, place = map(compute_place, self._plan.modules[name].places)
+        crossed, size = Counter(), self.batch_size * DTYPES[self.plan.dtype].itemsize
+        for name in self.plan.apart():
+            home, place = map(compute_place, self.plan.modules[name].places)
             rows, columns = self._spec.module(name).weight_shape
             crossed[home, place] += size * columns
             crossed[place, home] += size * rows
@@ -333,7 +336,7 @@ class LeanDecoder(Decoder):
 
     def _choices(self) -> tuple[bool, ...]:
         """By which planes this decoder decodes: the high ones, and both where they compute in one place."""
-        if not self._nested or (self._on_card and self._plan.apart()):
+        if not self._nested or (self._on_card and self.plan.apart()):
             return (False,)
         return (False, True)
 
@@ -387,7 +390,7 @@ class LeanDecoder(Decoder):
 
         High planes guess, and so does what is remembered of an earlier answer.
         """
-        wanted = self._nested or self._plan.remembers
+        wanted = self._nested or self.plan.remembers
         return wanted and self.compiled and self.batch_size == 1 and why_not_several(self.model) == ""
 
     def _reserve(self) -> None:

@@ -119,17 +119,6 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
     plan = plan.made_for(old.spec)
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
-    if replace(plan, remember=old.remember, remember_ram=old.remember_ram) == old:
-        remember_for_now(model, plan.remember, plan.remember_ram)
-    else:
-        _replan(model, plan, progress)
-    state.remembers = plan.remember, plan.remember_ram
-
-
-def _replan(model: PreTrainedModel, plan: Plan, progress: bool) -> None:
-    """``replan`` to a plan of other formats, places or settings."""
-    state = loaded(model)
-    old = state.plan
     changed = [m for m in plan.spec.modules if plan.modules[m.name] != old.modules[m.name]]
     if low_planes_alone(old, plan):
         _move_low_planes(model, changed, plan)
@@ -144,25 +133,6 @@ def _replan(model: PreTrainedModel, plan: Plan, progress: bool) -> None:
         raise
     if plan.decodes_by != old.decodes_by:
         state.planes.both = plan.decodes_by != "fast"
-
-
-def remember_for_now(model: PreTrainedModel, disk: int | None, ram: int | None) -> None:
-    """Lets a loaded model remember so many bytes of prompts, until another chat asks for others; loads nothing.
-
-    Args:
-        model: From ``load``.
-        disk: See ``Plan.remember``.
-        ram: See ``Plan.remember_ram``.
-
-    Raises:
-        PlanError: No block fits in a size, or the plan's weights travel for longer prompts than a block.
-    """
-    state = loaded(model)
-    plan = replace(state.plan, remember=disk, remember_ram=ram)
-    if plan != state.plan:
-        for decoder in list(state.decoders):  # prompts are read in other pieces from here on
-            decoder.release()
-        state.plan = plan
 
 
 def low_planes_alone(before: Plan, after: Plan) -> bool:

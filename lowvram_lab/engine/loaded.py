@@ -42,8 +42,6 @@ class Loaded:
         mapped: Files of the weights that lie on disk.
         decoders: Every ``Decoder`` on its weights.
         planes: Of weights in two, which are multiplied by.
-        remembers: ``Plan.remember`` and ``Plan.remember_ram`` as it was loaded or planned; a chat that asks for others
-            changes ``plan`` for as long as it decodes.
     """
 
     plan: Plan
@@ -54,10 +52,6 @@ class Loaded:
     mapped: list[WeightsOnDisk] = field(default_factory=list)
     decoders: weakref.WeakSet = field(default_factory=weakref.WeakSet)
     planes: Planes = field(default_factory=Planes)
-    remembers: tuple[int | None, int | None] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.remembers = self.plan.remember, self.plan.remember_ram
 
 
 def loaded(model: torch.nn.Module) -> Loaded:

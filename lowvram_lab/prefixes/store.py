@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.errors import LowvramError
+from lowvram_lab.errors import LowvramError, UnitError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes import block_file
@@ -69,14 +69,23 @@ class Remember:
         """From a size on disk, too."""
         return wanted if isinstance(wanted, cls) else cls(wanted)
 
-    def sizes(self, planned: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
-        """Bytes on disk and in RAM: those that are said here, else as planned.
+    def wanted(self, plan: Plan) -> Plan:
+        """A plan that remembers as much as is said here; what is not said, as it was planned.
 
         Raises:
-            UnitError: One cannot be read.
+            UnitError: A size cannot be read.
+            PlanError: No block fits in one.
         """
-        said = (None if size is None else parse_bytes(size) for size in (self.disk, self.ram))
-        return tuple(plan if size is None else size for size, plan in zip(said, planned, strict=True))
+        said = {"remember": self.disk, "remember_ram": self.ram}
+        return replace(plan, **{name: _size(name, size) for name, size in said.items() if size is not None})
+
+
+def _size(name: str, size: str | int) -> int:
+    """Bytes of a size that is given as an argument of this name."""
+    try:
+        return parse_bytes(size)
+    except UnitError as error:
+        raise UnitError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
