@@ -49,6 +49,7 @@ class TurnStats:
         accepted: How many of them were right.
         precise_tokens: Of weights in two planes, tokens that both computed; else ``None``.
         remembered_tokens: How many of the prompt's tokens were put back from what is remembered.
+        missed: Why no more of them were, in words; ``None`` where all were that could be, or the KV cache held them.
     """
 
     prompt_tokens: int
@@ -63,6 +64,7 @@ class TurnStats:
     accepted: int = 0
     precise_tokens: int | None = None
     remembered_tokens: int = 0
+    missed: str | None = None
 
     def to_dict(self) -> dict:
         """Plain data."""
@@ -331,6 +333,7 @@ class Answer(Generic[Question]):
             accepted=sum(self._live.drafting.accepted.values()),
             precise_tokens=self._precise_tokens(),
             remembered_tokens=self._remembered,
+            missed=self._live.why_missed(self.prompt),
         )
 
     def _precise_tokens(self) -> int | None:

@@ -104,7 +104,9 @@ def _dialogue(place: str, line: str) -> Dialogue:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise LowvramError(f"{place}: expected a JSON object, found {first_line(error)}; {example}") from error
+        raise LowvramError(
+            f"{place}: expected a JSON object, found no JSON ({first_line(error)}); {example}"
+        ) from error
     if not isinstance(values, dict):
         raise LowvramError(f"{place}: expected a JSON object, found {line.strip()!r:.60}; {example}")
     if unknown := [name for name in values if name not in KEYS]:
@@ -131,9 +133,10 @@ def warm(
         progress: Show a progress bar.
 
     Returns:
-        A row for each dialogue: ``prompt`` (its number, from 1 on), ``tokens``, ``remembered_tokens`` (before),
-        ``blocks_added``, ``blocks_without_room`` (not remembered), ``bytes`` (of keys and values that were added),
-        ``answer_tokens`` and ``seconds``. A DataFrame.
+        A row for each dialogue: ``prompt`` (its number, from 1 on), ``tokens``, ``cached_tokens`` (that need not be
+        read: the KV cache held them still, or they were remembered before), ``blocks_added``, ``blocks_without_room``
+        (not remembered), ``bytes`` (of keys and values that were added), ``answer_tokens`` (of the answer that is
+        remembered now, 0 for none) and ``seconds``. A DataFrame.
 
     Raises:
         BudgetError: One is longer than the plan's context; said before the first is read.
@@ -165,12 +168,13 @@ def _warmed(session: ChatSession, dialogue: Dialogue, pin: bool) -> dict[str, in
             session.ask(dialogue.message)
         elif dialogue.answer is not None:
             session.expect(dialogue.message, dialogue.answer)
+        answer_tokens = 0 if dialogue.question is None else len(session._remembered_answer(dialogue.message))
     return {
         "tokens": done.tokens,
-        "remembered_tokens": done.remembered_tokens,
+        "cached_tokens": done.cached_tokens,
         "blocks_added": done.blocks_added,
         "blocks_without_room": done.blocks_without_room,
         "bytes": done.blocks_added * loaded(session.model).plan.block_bytes,
-        "answer_tokens": session.turns[-1].new_tokens if dialogue.asks else 0,
+        "answer_tokens": answer_tokens,
         "seconds": time.perf_counter() - began,
     }

@@ -30,7 +30,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS, DEVICES, check_precision
 from lowvram_lab.planner.step_down import smaller_plans
 from lowvram_lab.prefixes.prompts import Prompts, Reading
-from lowvram_lab.prefixes.saved import put_cache, save_cache
+from lowvram_lab.prefixes.saved import Saved, put_cache, save_cache
 from lowvram_lab.prefixes.store import Remember, Remembered
 from lowvram_lab.sampling import Sampling
 
@@ -265,6 +265,11 @@ class LiveDecoder:
         self._held = ids[:common]
         return common
 
+    def why_missed(self, prompt: list[int]) -> str | None:
+        """Why no more of a prompt was put back, in words; to be asked before it is kept."""
+        missed = self.prompts and self.prompts.missed(prompt)
+        return missed and missed.reason
+
     def keep_prompt(self) -> None:
         """Remembers what of the prompt was read, where the plan has room for it."""
         if self.prompts and self._decoder:
@@ -278,12 +283,12 @@ class LiveDecoder:
         self.reuse([*ids, _NOT_READ])
         return save_cache(path, self.model, self.begun().cache, self._held, said)
 
-    def open(self, path: Path) -> None:
+    def open(self, saved: Saved) -> None:
         """Puts a saved KV cache back; see ``put_cache``."""
         cache = self.begun().cache
         cache.keep(0)
         self._held = []
-        self._held = put_cache(path, self.model, cache)
+        self._held = put_cache(saved, self.model, cache)
 
     def remembering(self) -> Prompts:
         """What is remembered of prompts.

@@ -21,7 +21,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.prefixes.explanation import Explanation
 from lowvram_lab.prefixes.prompts import Reading
-from lowvram_lab.prefixes.saved import said_of
+from lowvram_lab.prefixes.saved import opened
 from lowvram_lab.repository.chat_template import base_model
 
 logger = logging.getLogger(__name__)
@@ -150,12 +150,23 @@ class ChatSession(Session[History]):
             LowvramError: The session remembers nothing; or see ``send``.
         """
         store, ids = self._live.remembering().store, self.beginning(text)
-        found, drift = store.find(ids), self._drift(self._with_message(text), ids)
-        if found.missed is None:
-            return Explanation(found.tokens, found.hit_tokens, found.places, None, drift=drift)
-        place = found.missed.differs_at
-        word = None if place is None else self.tokenizer.decode([ids[place]])
-        return Explanation(found.tokens, found.hit_tokens, found.places, found.missed.reason, place, word, drift)
+        found, place = store.find(ids), None
+        if found.missed is not None:
+            place = found.missed.differs_at
+        return Explanation(
+            tokens=found.tokens,
+            hit_tokens=found.hit_tokens,
+            places=found.places,
+            reason=found.missed and found.missed.reason,
+            differs_at=place,
+            differs_text=None if place is None else self.tokenizer.decode([ids[place]]),
+            drift=self._drift(self._with_message(text), ids),
+            answer_tokens=len(store.answer(ids)),
+        )
+
+    def _remembered_answer(self, text: str) -> list[int]:
+        """The tokens that are remembered as the answer to a message."""
+        return self._live.remembering().store.answer(self.beginning(text))
 
     def _drift(self, history: History, ids: list[int]) -> str | None:
         """Why a prompt does not begin with the turn before it, in words."""
@@ -245,10 +256,11 @@ class ChatSession(Session[History]):
             LowvramError: The file is no conversation, is damaged, or belongs to another model, plan or version, which
                 is named.
         """
-        said = _checked_said(said_of(Path(path)), str(path))
+        saved = opened(Path(path))
+        said = _checked_said(saved.said, str(path))
         session = cls(model, tokenizer, **{"template_arguments": said["template_arguments"], **options})
         if not read_again:
-            session._live.open(Path(path))
+            session._live.open(saved)
             session._said = Turn(**said["turn"])
             session.dropped_turns = said["dropped_turns"]
             session._said_in = [dict(message) for message in said["history"]]

@@ -11,7 +11,7 @@ from lowvram_lab.cli.common import print_json, prose, tokens
 from lowvram_lab.cli.plan import add_plan_options
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.prefixes.folder import default_folder
-from lowvram_lab.prefixes.listing import bytes_remembered, forget, remembered_models
+from lowvram_lab.prefixes.listing import UNREADABLE, bytes_remembered, forget, let_go, remembered_models
 from lowvram_lab.units import GiB, format_bytes
 
 LOOKED_AT = 2 * GiB
@@ -63,10 +63,23 @@ def _add_clear(parser: argparse.ArgumentParser) -> None:
 def _clear(args: argparse.Namespace) -> int:
     """Removes, and says how much that was."""
     freed, folder = forget(args.model), str(default_folder())
+    total = sum(freed.values())
     if args.json:
-        print_json({"bytes": freed, "model": args.model, "folder": folder})
+        print_json({"bytes": total, "models": freed, "folder": folder})
+        return 0
+    for model, size in sorted(freed.items()):
+        print(f"{model or UNREADABLE}: {format_bytes(size)}")
+    print(f"{format_bytes(total)} freed in {folder}")
+    return 0
+
+
+def _unpin(args: argparse.Namespace) -> int:
+    """Unpins, and says how many blocks that were."""
+    count, folder = let_go(args.model), str(default_folder())
+    if args.json:
+        print_json({"blocks": count, "model": args.model, "folder": folder})
     else:
-        print(f"{format_bytes(freed)} freed in {folder}")
+        print(f"{count} blocks in {folder} are pinned no longer")
     return 0
 
 
@@ -126,16 +139,17 @@ def _warm(args: argparse.Namespace) -> int:
     )
     table, say = warm(session, dialogues, args.pin, progress=sys.stderr.isatty()), prose(args)
     sums = {name: table[name].sum().item() for name in ("tokens", "blocks_added", "blocks_without_room", "bytes")}
+    answers = int((table["answer_tokens"] > 0).sum())
     seconds = table["seconds"].sum().item()
     say(table.assign(bytes=table["bytes"].map(format_bytes)).round({"seconds": 2}).to_string(index=False))
     lacking = sums["blocks_without_room"]
     say(
         f"{len(table)} prompts, {sums['tokens']} tokens: {sums['blocks_added']} blocks added "
-        f"({format_bytes(sums['bytes'])}) in {seconds:.1f} s"
+        f"({format_bytes(sums['bytes'])}), {answers} answers remembered, in {seconds:.1f} s"
         + (f"; no room for {lacking} blocks: give a larger --remember, or clear something" if lacking else "")
     )
     if args.json:
-        found = {"prompts": len(table), **sums, "seconds": seconds, "folder": str(default_folder())}
+        found = {"prompts": len(table), **sums, "answers": answers, "seconds": seconds, "folder": str(default_folder())}
         print_json({"rows": table.to_dict("records"), **found})
     return 0
 
@@ -149,6 +163,7 @@ _ACTIONS = {
     "list": ("list what is remembered of prompts, model by model", _add_list, _list),
     "explain": ("say how much of a prompt is remembered, and why no more", _add_explain, _explain),
     "clear": ("remove what is remembered, and say how much that was", _add_clear, _clear),
+    "unpin": ("let prompts that were pinned go where there is need of room", _add_clear, _unpin),
     "warm": ("read prompts from a file and remember them, before anybody asks", _add_warm, _warm),
 }
 """Name → what it does, what adds its arguments, what runs it."""

@@ -15,6 +15,7 @@ from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.chat.template import chat_template
 from lowvram_lab.cli.common import print_json, prose, share, spec_of, tokens
 from lowvram_lab.cli.plan import add_plan_options, chosen_plan
+from lowvram_lab.decoding.replay import KIND
 from lowvram_lab.engine.load import load
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import LowvramError
@@ -249,7 +250,8 @@ def _turn_line(session: Session) -> str:
     """What the latest answer took."""
     turn, planes = session.turns[-1], ""
     if turn.drafted:
-        planes = f", {turn.accepted} of {turn.drafted} guessed tokens right"
+        guesses = "tokens of the answer remembered" if set(session.drafting.drafted) == {KIND} else "guessed tokens"
+        planes = f", {turn.accepted} of {turn.drafted} {guesses} right"
     elif turn.precise_tokens is not None:
         planes = f", {turn.precise_tokens} of {turn.new_tokens} tokens by both planes"
     speed = f", {turn.tokens_per_s:.1f} tokens/s" if turn.tokens_per_s else ""
@@ -262,4 +264,5 @@ def _prompt_words(turn: TurnStats) -> str:
     """Where a prompt's tokens came from, where some may be remembered."""
     held = turn.cached_tokens - turn.remembered_tokens
     at_hand = f", {held} from the turn before" if held else ""
-    return f", {turn.remembered_tokens} of {turn.prompt_tokens} prompt tokens remembered{at_hand}"
+    why = f" ({turn.missed})" if turn.missed else ""
+    return f", {turn.remembered_tokens} of {turn.prompt_tokens} prompt tokens remembered{why}{at_hand}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lowvram_lab.errors import CheckpointError, SourceError
+from lowvram_lab.errors import CheckpointError, SourceError, first_line
 from lowvram_lab.files import known_sha256
 from lowvram_lab.model.low_plane import FILE as LOW_PLANE
 from lowvram_lab.model.low_plane import checked_block
@@ -289,7 +289,9 @@ def _read_index(directory: Path) -> dict[str, str] | None:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = set(index.values())
     except (*_READ_ERRORS, AttributeError) as error:
-        raise CheckpointError(f"{path}: expected a JSON object with a weight_map, found {error!r}") from error
+        raise CheckpointError(
+            f"{path}: expected a JSON object with a weight_map, found none ({first_line(error)})"
+        ) from error
     # a shard name is a plain file name: anything else would read outside the directory
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise CheckpointError(f"{path}: expected plain file names in weight_map, found {sorted(map(str, names))[:3]}")

@@ -387,12 +387,14 @@ class Plan:
         rows = [(role, fmt, device, count) for (role, fmt, device), count in counts.items()]
         return pd.DataFrame(rows, columns=["modules", "format", "device", "count"])
 
+    @property
+    def weight_formats(self) -> str:
+        """The formats of its modules in words, as ``"int4/int8"``; the dtype alone where no module has another."""
+        return "/".join(dict.fromkeys(a.format for a in self.modules.values() if a.format != self.dtype)) or self.dtype
+
     def summary(self) -> str:
         """One line: recipe, split, KV format, pieces of a prompt, bytes on either side."""
         layers = self.layer_devices()
-        weights = (
-            "/".join(dict.fromkeys(a.format for a in self.modules.values() if a.format != self.dtype)) or self.dtype
-        )
         on_disk, lookup = self.weight_bytes("disk"), self.modules[self.spec.embedding].device
         disk = f" + {format_bytes(on_disk)} disk" if on_disk else ""
         head = "" if self.modules[self.spec.head].device == "gpu" or self.spec.tied else " and head on the CPU"
@@ -402,7 +404,7 @@ class Plan:
         kept = [f"{format_bytes(size)} {where}" for size, where in self._remembered() if size]
         pieces += f", prompts remembered in {' and '.join(kept)}" if kept else ""
         return (
-            f"{weights} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
+            f"{self.weight_formats} weights, {layers.count('gpu')} of {len(layers)} layers on the GPU, embedding on "
             f"{'disk' if lookup == 'disk' else f'the {lookup.upper()}'}{head}{low}, {self.kv_format} KV, "
             f"context {self.context}{pieces}: "
             f"{format_bytes(self.weight_bytes('gpu'))} GPU + {format_bytes(self.weight_bytes('cpu'))} CPU"

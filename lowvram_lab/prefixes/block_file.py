@@ -33,6 +33,8 @@ PARTIAL = ".partial"
 IDS = "ids"
 """Name of the block's tokens among its tensors."""
 
+IDS_DTYPE = torch.int32
+
 _FACTS = "__metadata__"
 """What safetensors calls what is said of tensors."""
 
@@ -41,8 +43,8 @@ _POPULATE_READ = 22
 
 _LONGEST_HEADER = 1 << 20
 _LARGEST_SMALL = 1 << 26
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.uint8: "U8"}
-_DTYPES |= {torch.int32: "I32"}
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES |= {"I8": torch.int8, "U8": torch.uint8, "I32": torch.int32}
 
 
 class UnusableError(LowvramError):
@@ -95,15 +97,6 @@ def facts_of(path: Path) -> dict[str, str]:
         return _header(file.read(length)).get(_FACTS, {})
 
 
-def checked_facts(path: Path) -> dict[str, str]:
-    """What a file says of its block, whatever tensors it holds, after all of it was checked.
-
-    Raises:
-        UnusableError: It is not there, or not this user's, or damaged.
-    """
-    return _checked(path)[1]
-
-
 def small_file(path: Path) -> bytes:
     """What lies in a small file of this user's.
 
@@ -115,52 +108,39 @@ def small_file(path: Path) -> bytes:
 
 
 def read(path: Path, wanted: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[dict, dict[str, str]]:
-    """Maps a file and checks all of it.
+    """``read_all`` of a file that holds tensors of these names, dtypes and shapes, and no others.
 
-    Args:
-        path: The file.
-        wanted: Name → dtype and shape of each tensor.
+    Raises:
+        UnusableError: See ``read_all``; or it holds other tensors.
+    """
+    tensors, said = read_all(path)
+    if {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} != dict(wanted):
+        raise UnusableError("it holds tensors of other shapes")
+    return tensors, said
+
+
+def read_all(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Maps a file and checks all of it.
 
     Returns:
         Name → tensor, and what is said of them.
 
     Raises:
-        UnusableError: It is not there, or not this user's, or damaged, or holds other tensors.
+        UnusableError: It is not there, or not this user's, or damaged, or of a dtype that none of ours is.
     """
     entries, said, mapped, begin = _checked(path)
-    found = {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in entries.items()}
-    if found != {name: (_DTYPES[dtype], tuple(shape)) for name, (dtype, shape) in wanted.items()}:
-        raise UnusableError("it holds tensors of other shapes")
-    return {name: _tensor(entries[name], dtype, mapped, begin) for name, (dtype, _) in wanted.items()}, said
+    return {name: _tensor(entry, mapped, begin) for name, entry in entries.items()}, said
 
 
-def read_one(path: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """Maps a file and checks all of it, for one of its tensors, whatever others it holds.
-
-    Args:
-        path: The file.
-        name: Of the tensor.
-        dtype: Of the tensor.
-
-    Returns:
-        The tensor, in the shape that the file says.
-
-    Raises:
-        UnusableError: The file is not there, or not this user's, or damaged, or holds no such tensor.
-    """
-    entries, _, mapped, begin = _checked(path)
-    if entries.get(name, {}).get("dtype") != _DTYPES[dtype]:
-        raise UnusableError(f"it holds no tensor {name} of {_DTYPES[dtype]}")
-    return _tensor(entries[name], dtype, mapped, begin)
-
-
-def _tensor(entry: dict, dtype: torch.dtype, mapped: mmap.mmap, begin: int) -> torch.Tensor:
+def _tensor(entry: dict, mapped: mmap.mmap, begin: int) -> torch.Tensor:
     """A tensor of a mapped file whose tensors begin there.
 
     Raises:
-        UnusableError: Its place is not as long as its shape takes.
+        UnusableError: Its dtype is none of ours, or its place not as long as its shape takes.
     """
-    (first, last), shape = entry["data_offsets"], entry["shape"]
+    (first, last), shape, dtype = entry["data_offsets"], entry["shape"], _DTYPES.get(entry["dtype"])
+    if dtype is None:
+        raise UnusableError("it holds tensors of another dtype")
     if last - first != math.prod(shape) * dtype.itemsize:
         raise UnusableError("its header gives a tensor another place than its shape takes")
     if first == last:  # torch maps no memory of no bytes

@@ -25,6 +25,7 @@ class Explanation:
         differs_text: That token of the prompt as text.
         drift: Why what was said before in this chat is no longer read as it was, in words: the first token that is
             another, and what of the template did it; ``None`` where it is.
+        answer_tokens: Tokens of the answer that is remembered, which the model verifies; 0 where there is none.
     """
 
     tokens: int
@@ -34,6 +35,7 @@ class Explanation:
     differs_at: int | None = None
     differs_text: str | None = None
     drift: str | None = None
+    answer_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -42,6 +44,8 @@ class Explanation:
         where = " and ".join(f"{count} {place}" for place, count in counts.items() if count)
         blocks = f" (in blocks of {BLOCK_TOKENS}: {where})" if where else ""
         found = f"{self.hit_tokens} of {self.tokens} prompt tokens are remembered{blocks}"
+        if self.answer_tokens:
+            found += f", and {self.answer_tokens} of an answer"
         if self.drift is not None:
             found += f"; this chat is no longer what it was: {self.drift}"
         if self.reason is None:

@@ -217,8 +217,20 @@ class Folder:
             worth, pinned = self._index()
             self._write_index(worth, pinned | set(names))
 
-    def remove(self, names: Collection[str] | None = None) -> int:
-        """Removes blocks, or all that are there, pinned ones too; returns how many bytes that were.
+    def unpin(self, names: Collection[str] | None = None) -> int:
+        """Lets pinned blocks go where there is need of room, or all that are pinned; returns how many that were.
+
+        Raises:
+            OSError, LowvramError: See ``pin``.
+        """
+        with self._locked(LONGEST_WAIT_S):
+            worth, pinned = self._index()
+            loose = pinned if names is None else pinned & set(names)
+            self._write_index(worth, pinned - loose)
+        return len(loose)
+
+    def remove(self, names: Collection[str] | None = None) -> dict[str, int]:
+        """Removes blocks, or all that are there, pinned ones too; returns the bytes of each, by name.
 
         Raises:
             OSError: One cannot be removed.
@@ -229,7 +241,7 @@ class Folder:
             for name in gone:
                 self.file(name).unlink(missing_ok=True)
             self._write_index(*self._index())
-        return sum(gone.values())
+        return gone
 
     def _make_room(self, needed: int, kept: Collection[str], worth: Worth, pinned: set[str]) -> bool:
         """Removes what is worth least until there is room for so many bytes; whether there is.

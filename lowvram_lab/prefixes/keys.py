@@ -32,6 +32,9 @@ from lowvram_lab.model.rules import BLOCK_TOKENS
 DIGITS = 32
 """Hexadecimal digits of a key: 128 bits."""
 
+_DIGEST = "#"
+"""What a digest in a field begins with."""
+
 VERSION = "1"
 """Of how blocks are written."""
 
@@ -41,7 +44,8 @@ class Root:
     """All that decides the bits of keys and values beside the tokens.
 
     Attributes:
-        fields: Name → what it is, short or a digest, in the order in which a difference is named.
+        fields: Name → what it is, in words, or a digest behind ``#``, or both, in the order in which a difference is
+            named.
         seed: What the chain of a text begins with: of the salt.
     """
 
@@ -95,9 +99,14 @@ def difference(now: Mapping[str, str], then: Mapping[str, str]) -> str | None:
     """The first of the fields that there are now that was another then, in words; ``None`` where none was."""
     for name, value in now.items():
         if (found := then.get(name)) != value:
-            is_digest = len(value) == DIGITS and value.isalnum()
-            return f"{name}: {'others then than now' if is_digest else f'{found} then, {value} now'}"
+            before, after = in_words(found or "nothing"), in_words(value)
+            return f"{name}: {'others then than now' if before == after else f'{before} then, {after} now'}"
     return None
+
+
+def in_words(field: str) -> str:
+    """A root's field without its digest; empty where it is a digest alone."""
+    return field.partition(_DIGEST)[0].rstrip()
 
 
 def name_of(text: str, root: str) -> str:
@@ -139,13 +148,14 @@ def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False) -> R
     rope = {name: value for name, value in config.items() if "rope" in name or name == "max_position_embeddings"}
     config = {name: value for name, value in config.items() if name not in rope}
     told, seed = _salted(salt)
+    formats = [(name, each.format) for name, each in plan.modules.items()]
     fields = {  # what decides others before them: with the formats, other tensors are weights too
-        "formats": _digest(repr([(name, each.format) for name, each in plan.modules.items()]), plan.dtype),
-        "rope": _digest(json.dumps(rope, sort_keys=True, default=str)),
-        "config": _digest(json.dumps(config, sort_keys=True, default=str)),
+        "formats": _field(plan.weight_formats, repr(formats), plan.dtype),
+        "rope": _field("", json.dumps(rope, sort_keys=True, default=str)),
+        "config": _field("", json.dumps(config, sort_keys=True, default=str)),
         "weights": _weights(model, progress),
         "kv_format": plan.kv_format,
-        "places": _digest(repr(_kernels(state)), str(plan.stream_from)),
+        "places": _field(_split(plan), repr(_kernels(state)), str(plan.stream_from)),
         "pieces": f"{BLOCK_TOKENS} tokens, {plan.piece_tokens} at once",
         "attention": str(model.config._attn_implementation),
         **machine_fields(),
@@ -162,8 +172,13 @@ def machine_fields() -> dict[str, str]:
         "engine": _engine(),
         "torch": torch.__version__,
         "transformers": version("transformers") or "?",
-        "processor": _digest(torch.backends.cpu.get_cpu_capability(), instruction_set()),
+        "processor": _field("", torch.backends.cpu.get_cpu_capability(), instruction_set()),
     }
+
+
+def _field(words: str, *parts: str | bytes) -> str:
+    """A root's field: what can be said of it, and a digest of what it is."""
+    return f"{words} {_DIGEST}{_digest(*parts)}".lstrip()
 
 
 def _digest(*parts: str | bytes) -> str:
@@ -182,7 +197,7 @@ def _salted(salt: str) -> tuple[str, bytes]:
     made = hashlib.scrypt(
         salt.encode(errors="surrogatepass"), salt=b"lowvram_lab prefixes", n=2**13, r=8, p=1, dklen=32
     )
-    return made[:16].hex(), made[16:]
+    return f"a secret {_DIGEST}{made[:16].hex()}", made[16:]
 
 
 def _weights(model: torch.nn.Module, progress: bool) -> str:
@@ -192,13 +207,18 @@ def _weights(model: torch.nn.Module, progress: bool) -> str:
     if files:
         low = Path(state.weights.directory) / LOW_PLANE
         files += [low] if state.plan.low_planes() and low not in files else []
-        return _digest(*(known_sha256(file, progress) for file in sorted(files)))
+        return _field("", *(known_sha256(file, progress) for file in sorted(files)))
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return _digest(*(part for name, tensor in tensors for part in (name, _bytes(tensor))))
+    return _field("", *(part for name, tensor in tensors for part in (name, _bytes(tensor))))
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _split(plan: Plan) -> str:
+    layers = plan.layer_devices()
+    return ", ".join(f"{layers.count(place)} layers on {place}" for place in dict.fromkeys(layers))
 
 
 def _kernels(state: Loaded) -> list[tuple[str, ...]]:
@@ -211,13 +231,13 @@ def _kernels(state: Loaded) -> list[tuple[str, ...]]:
 def _card(plan: Plan, state: Loaded) -> str:
     if state.gpu.kernels != "cuda" or "gpu" not in plan.layer_places():
         return "none"
-    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {_digest(repr(state.gpu.card))}"
+    return f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {_field('', repr(state.gpu.card))}"
 
 
 def _engine() -> str:
     """This library's own code that reads prompts, and what it is compiled by."""
     compiled = compiler() if library.there() else "no compiler"
-    return _digest(_sources(), str(compiled), VERSION)
+    return _field("", _sources(), str(compiled), VERSION)
 
 
 @functools.cache

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes.folder import Entry, Folder, default_folder
-from lowvram_lab.prefixes.keys import Root, difference, machine_fields
+from lowvram_lab.prefixes.keys import Root, difference, in_words, machine_fields
 from lowvram_lab.prefixes.store import ANSWER, fields_of
 
 if TYPE_CHECKING:
     import pandas
 
 UNREADABLE = "its files cannot be read: damaged"
-COLUMNS = ("model", "root", "kv_format", "salted", "blocks", "pinned", "tokens", "answers", "bytes", "unusable")
+COLUMNS = ("model", "root", "formats", "kv_format", "salted")
+COLUMNS += ("blocks", "pinned", "tokens", "answers", "bytes", "unusable")
 
 
 def remembered_models(folder: Path | None = None) -> pandas.DataFrame:
@@ -29,10 +30,10 @@ def remembered_models(folder: Path | None = None) -> pandas.DataFrame:
         folder: Where; by default in the cache folder.
 
     Returns:
-        ``model``, ``root`` (a digest), ``kv_format``, ``salted``, ``blocks``, ``pinned`` (how many of the blocks),
-        ``tokens`` (in blocks), ``answers`` (that were given there), ``bytes`` and ``unusable``: why this machine can
-        no longer use the blocks, as far as that is known without the model, else ``None``. The largest first. A
-        DataFrame.
+        ``model``, ``root`` (a digest), ``formats`` (of its weights), ``kv_format``, ``salted``, ``blocks``, ``pinned``
+        (how many of the blocks), ``tokens`` (in blocks), ``answers`` (that were given there), ``bytes`` and
+        ``unusable``: why this machine can no longer use the blocks, as far as that is known without the model, else
+        ``None``. The largest first. A DataFrame.
 
     Raises:
         LowvramError: The folder is somebody else's.
@@ -58,6 +59,7 @@ def _row(model: str, root: str, entries: list[Entry], pinned: set[str], now: dic
     return (
         model,
         root,
+        in_words(fields.get("formats", "")),
         fields.get("kv_format", ""),
         fields.get("salt", "none") != "none",
         len(blocks),
@@ -75,7 +77,7 @@ def bytes_remembered(folder: Path | None = None) -> int:
     return found.bytes if found else 0
 
 
-def forget(model: str | None = None, folder: Path | None = None) -> int:
+def forget(model: str | None = None, folder: Path | None = None) -> dict[str, int]:
     """Removes what is remembered on disk, pinned or not.
 
     Args:
@@ -83,23 +85,52 @@ def forget(model: str | None = None, folder: Path | None = None) -> int:
         folder: Where; by default in the cache folder.
 
     Returns:
-        How many bytes that were.
+        How many bytes that were, by model; ``""`` for files that could not be read.
 
     Raises:
         LowvramError: Nothing of that model is remembered, or the folder is somebody else's.
         OSError: A file cannot be removed.
     """
     found = _opened(folder)
-    if model is None:
-        return found.remove() if found else 0
-    entries = found.entries() if found else []
-    names = {entry.name for entry in entries if _same_model(entry.facts.get("model", ""), model)}
+    if found is None and model is None:
+        return {}
+    models = {entry.name: entry.facts.get("model", "") for entry in (found.entries() if found else ())}
+    freed: dict[str, int] = defaultdict(int)
+    for name, size in found.remove(_of_model(models, model)).items():
+        freed[models.get(name, "")] += size
+    return dict(freed)
+
+
+def let_go(model: str | None = None, folder: Path | None = None) -> int:
+    """Unpins blocks on disk, so that they may go where there is need of room.
+
+    Args:
+        model: See ``forget``.
+        folder: See ``forget``.
+
+    Returns:
+        How many blocks that were.
+
+    Raises:
+        LowvramError: Nothing of that model is remembered, or the folder is somebody else's.
+        OSError: It cannot be noted.
+    """
+    found = _opened(folder)
+    if found is None and model is None:
+        return 0
+    models = {entry.name: entry.facts.get("model", "") for entry in (found.entries() if found else ())}
+    return found.unpin(_of_model(models, model))
+
+
+def _of_model(models: dict[str, str], asked: str | None) -> set[str] | None:
+    """Which blocks are of a model, of those that are there; ``None`` for all of them."""
+    if asked is None:
+        return None
+    names = {name for name, model in models.items() if _same_model(model, asked)}
     if not names:
-        known = sorted({entry.facts["model"] for entry in entries if entry.facts.get("model")})
-        raise LowvramError(
-            f"expected a model of which prompts are remembered ({', '.join(known) or 'there is none'}), found {model!r}"
-        )
-    return found.remove(names)
+        known = ", ".join(sorted({model for model in models.values() if model})) or "there is none"
+        raise LowvramError(f"expected a model of which prompts are remembered ({known}), found {asked!r}")
+    return names
 
 
 def _opened(path: Path | None) -> Folder | None:

@@ -14,7 +14,7 @@ from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes.keys import chain
-from lowvram_lab.prefixes.store import Remembered
+from lowvram_lab.prefixes.store import Missed, Remembered
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class Prompts:
             self._kept = self._whole
         return self._whole
 
+    def missed(self, ids: list[int]) -> Missed | None:
+        """Why no more of a prompt was put back; ``None`` where all was that could be, or the cache held it."""
+        return self.store.missed if self._looked_for == ids else None
+
     def forget_answers(self, cache: PreallocatedCache, held: list[int]) -> list[int]:
         """Lets a cache keep whole blocks alone, so that any prompt is read as it would be by itself; their ids."""
         cache.keep(self._whole)
@@ -102,6 +106,7 @@ class Prompts:
             How many blocks were added, and for how many there was no room.
         """
         whole = min(self._whole, len(held) // BLOCK_TOKENS * BLOCK_TOKENS)
+        self._looked_for = []  # from here on there is more to be found
         if whole <= self._kept:
             self.store.note_uses()
             return 0, 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.prefixes import block_file
-from lowvram_lab.prefixes.block_file import IDS, UnusableError
+from lowvram_lab.prefixes.block_file import IDS, IDS_DTYPE, UnusableError
 from lowvram_lab.prefixes.keys import root_of
 from lowvram_lab.prefixes.store import FIELD, fields_of
 
@@ -52,13 +53,13 @@ def save_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache, ids
         raise LowvramError(f"expected ids of the {held} tokens that the cache holds, found {len(ids)}")
     text = bytearray(json.dumps(said).encode())
     gpu = loaded(model).gpu
-    tensors = {IDS: torch.tensor(ids, dtype=torch.int32), SAID: torch.frombuffer(text, dtype=torch.uint8)}
+    tensors = {IDS: torch.tensor(ids, dtype=IDS_DTYPE), SAID: torch.frombuffer(text, dtype=torch.uint8)}
     with gpu.active():
         for name, view in _views(cache, len(ids)).items():
             tensors[name] = gpu.move(view.contiguous(), "cpu")
     root = root_of(model)
     facts = {FIELD + name: value for name, value in root.fields.items()}
-    facts |= {"kind": KIND, "tokens": str(len(ids)), "said_bytes": str(len(text)), "model": loaded(model).plan.model}
+    facts |= {"kind": KIND, "model": loaded(model).plan.model}
     data = block_file.data_of(tensors, facts)
     try:
         block_file.write(path, data)
@@ -69,29 +70,52 @@ def save_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache, ids
     return len(data)
 
 
-def said_of(path: Path) -> dict:
-    """What was said of a saved cache, of any model, once all of the file has been checked.
+@dataclass(frozen=True)
+class Saved:
+    """A saved cache, mapped and checked whole.
+
+    Attributes:
+        path: Where it lies.
+        said: What its owner said of it.
+        facts: What its file says of it.
+        tensors: Name → tensor, with the tokens' ids.
+    """
+
+    path: Path
+    said: dict
+    facts: dict[str, str]
+    tensors: dict[str, torch.Tensor]
+
+
+def opened(path: Path) -> Saved:
+    """A saved cache of any model.
 
     Raises:
         LowvramError: The file is no such file, or damaged.
     """
-    _facts(path)
+    expected = f"{path}: expected a conversation that was saved (ChatSession.save), found"
     try:
-        said = json.loads(block_file.read_one(path, SAID, torch.uint8).numpy().tobytes())
+        tensors, facts = block_file.read_all(path)
     except UnusableError as error:
-        raise LowvramError(f"{path}: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise LowvramError(f"{path}: expected a saved conversation, found a damaged one") from error
-    if not isinstance(said, dict):
-        raise LowvramError(f"{path}: expected a saved conversation, found one of another version")
-    return said
+        raise LowvramError(f"{expected} a file that cannot be read as one ({error})") from error
+    if facts.get("kind") != KIND:
+        raise LowvramError(f"{expected} another file")
+    said = tensors.pop(SAID, torch.empty(0, dtype=torch.uint8))
+    try:
+        values = json.loads(said.numpy().tobytes())
+    except (ValueError, RecursionError):
+        values = None
+    ids = tensors.get(IDS)
+    if not isinstance(values, dict) or "model" not in facts or ids is None or ids.dim() != 1 or ids.dtype != IDS_DTYPE:
+        raise LowvramError(f"{expected} one of another version")
+    return Saved(path, values, facts, tensors)
 
 
-def put_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache) -> list[int]:
-    """Puts a saved cache back, once all of it has been checked.
+def put_cache(saved: Saved, model: torch.nn.Module, cache: PreallocatedCache) -> list[int]:
+    """Puts a saved cache back.
 
     Args:
-        path: From ``save_cache``.
+        saved: From ``opened``.
         model: From ``load``.
         cache: Of the model, empty.
 
@@ -99,29 +123,26 @@ def put_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache) -> l
         Ids of what it holds now.
 
     Raises:
-        LowvramError: It is damaged, or was saved by another model, plan or version, which is named.
+        LowvramError: It was saved by another model, plan or version, which is named.
         BudgetError: The cache has no room for it.
     """
-    facts, gpu = _facts(path), loaded(model).gpu
-    then, now = fields_of(facts), root_of(model)
+    path, gpu = saved.path, loaded(model).gpu
+    then, now = fields_of(saved.facts), root_of(model)
     again = "load it with read_again=True, which reads the conversation anew"
     if difference := now.difference({**then, **{name: now.fields[name] for name in ALIKE}}):
-        raise LowvramError(f"{path}: saved from {facts['model']} where other things held ({difference}); {again}")
-    tokens = int(facts["tokens"])
-    if tokens > cache.max_tokens:
+        raise LowvramError(f"{path}: saved from {saved.facts['model']} where other things held ({difference}); {again}")
+    ids = saved.tensors[IDS].tolist()
+    if (tokens := len(ids)) > cache.max_tokens:
         raise BudgetError(f"{path}: holds {tokens} tokens, the plan a context of {cache.max_tokens}; plan for more")
     views = _views(cache, tokens)
-    wanted = {name: (view.dtype, tuple(view.shape)) for name, view in views.items()}
-    wanted |= {IDS: (torch.int32, (tokens,)), SAID: (torch.uint8, (int(facts["said_bytes"]),))}
-    try:
-        tensors, _ = block_file.read(path, wanted)
-    except UnusableError as error:
-        raise LowvramError(f"{path}: {error}; {again}") from error
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in saved.tensors.items() if name != IDS}
+    if found != {name: (view.dtype, view.shape) for name, view in views.items()}:
+        raise LowvramError(f"{path}: it holds tensors of other shapes; {again}")
     with gpu.active():
         for name, view in views.items():
-            view.copy_(gpu.move(tensors[name], gpu.meter.place_of(view)))
+            view.copy_(gpu.move(saved.tensors[name], gpu.meter.place_of(view)))
     cache.holds(tokens)
-    return tensors[IDS].tolist()
+    return ids
 
 
 def _views(cache: PreallocatedCache, tokens: int) -> dict[str, torch.Tensor]:
@@ -131,15 +152,3 @@ def _views(cache: PreallocatedCache, tokens: int) -> dict[str, torch.Tensor]:
         for index, layer in enumerate(cache.held)
         for name, view in layer.beginning(tokens).items()
     }
-
-
-def _facts(path: Path) -> dict[str, str]:
-    try:
-        facts = block_file.facts_of(path)
-    except UnusableError as error:
-        raise LowvramError(f"{path}: expected a saved conversation: {error}") from error
-    if facts.get("kind") != KIND:
-        raise LowvramError(f"{path}: expected a saved conversation, found another file")
-    if "model" not in facts or not all(facts.get(name, "").isdecimal() for name in ("tokens", "said_bytes")):
-        raise LowvramError(f"{path}: expected a saved conversation, found one of another version")
-    return facts

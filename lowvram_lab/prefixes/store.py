@@ -26,7 +26,7 @@ from lowvram_lab.errors import LowvramError, UnitError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes import block_file
-from lowvram_lab.prefixes.block_file import IDS, UnusableError, data_of
+from lowvram_lab.prefixes.block_file import IDS, IDS_DTYPE, UnusableError, data_of
 from lowvram_lab.prefixes.folder import Folder, seconds_of
 from lowvram_lab.prefixes.keys import Key, Root, answer_key, chain, name_of, root_of
 from lowvram_lab.prefixes.layout import Layout
@@ -160,7 +160,7 @@ class Remembered:
         self._slots = Slots(self._gpu, self._layout, self._plan.remembered_ram_bytes)
         self.folder = Folder(folder, self._plan.remember) if self._plan.remember is not None else None
         self._wanted = {part.name: (part.dtype, part.shape) for part in self._layout.parts}
-        self._wanted[IDS] = (torch.int32, (BLOCK_TOKENS,))
+        self._wanted[IDS] = (IDS_DTYPE, (BLOCK_TOKENS,))
         self._missing: tuple[Key, str] | None = None
         self._uses: dict[str, float] = {}  # that are not noted yet: it takes longer than putting a block back
         self._doubted = False  # whether a file could not be used: others may be as it is
@@ -172,8 +172,11 @@ class Remembered:
 
     @property
     def missed(self) -> Missed | None:
-        """Why the latest prompt was not found any further; ``None`` where it was, or none was looked for."""
-        return self._missing and self._why(*self._missing)
+        """Why the latest prompt was not found any further; ``None`` where it was, or none was looked for.
+
+        Blocks with other tokens are not looked into: that would take a turn of a chat longer than is known before.
+        """
+        return self._missing and self._why(*self._missing, looks_into=False)
 
     def restore(self, cache: PreallocatedCache, ids: Sequence[int], start: int = 0) -> int:
         """Puts back what is remembered of a prompt, block by block, behind the tokens that the cache holds.
@@ -292,13 +295,13 @@ class Remembered:
             return []
         name = answer_key(self.root, ids).name
         try:
-            facts = block_file.facts_of(self.folder.file(name))
-            count = int(facts.get("tokens", ""))
-            tensors, said = self.folder.read(name, {IDS: (torch.int32, (count,))})
-        except (UnusableError, ValueError):
+            tensors, said = block_file.read_all(self.folder.file(name))
+        except UnusableError:
+            return []
+        if (ids := tensors.get(IDS)) is None or ids.dtype != IDS_DTYPE or ids.dim() != 1:
             return []
         self._uses[name] = seconds_of(said)
-        return tensors[IDS].tolist()
+        return ids.tolist()
 
     def keep_answer(self, ids: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
         """Remembers what was answered greedily to a prompt, where there is room on disk; in the place of another.
@@ -313,8 +316,7 @@ class Remembered:
         if self.answer(ids)[: len(tokens)] == list(tokens):  # a longer one that begins so is worth more
             return
         key = answer_key(self.root, ids)
-        facts = {**self._facts(key, ANSWER, seconds), "tokens": str(len(tokens))}
-        data = data_of({IDS: torch.tensor(tokens, dtype=torch.int32)}, facts)
+        data = data_of({IDS: torch.tensor(tokens, dtype=IDS_DTYPE)}, self._facts(key, ANSWER, seconds))
         if self.folder.write(key.name, data, (), anew=True):
             self._note({key.name: seconds})
 
@@ -328,7 +330,7 @@ class Remembered:
         else:
             tensors = self._layout.views(torch.empty(self._layout.size, dtype=torch.uint8))
             self._layout.take(cache, key.start, tensors, self._gpu)
-        ids = torch.tensor(key.ids, dtype=torch.int32)
+        ids = torch.tensor(key.ids, dtype=IDS_DTYPE)
         return data_of({**tensors, IDS: ids}, self._facts(key, BLOCK, seconds))
 
     def _facts(self, key: Key, kind: str, seconds: float) -> dict[str, str]:
@@ -389,8 +391,8 @@ class Remembered:
         if self.folder is not None:
             self.folder.used(seconds)
 
-    def _why(self, key: Key, reason: str) -> Missed:
-        """Why a block is not found, as exactly as what else is on disk tells."""
+    def _why(self, key: Key, reason: str, looks_into: bool = True) -> Missed:
+        """Why a block is not found, as exactly as what else is on disk tells; to look into it takes long."""
         if self.folder is None or self.folder.has(key.name):
             return Missed(key.start, reason)
         entries = self.folder.entries()
@@ -399,7 +401,7 @@ class Remembered:
         if difference := self.root.difference(nearest):
             return Missed(key.start, difference)
         of_root = [e for e in entries if e.facts.get("root") == key.root and e.facts.get("kind") == BLOCK]
-        beside = [entry for entry in of_root if entry.facts.get("parent") == key.parent]
+        beside = [entry for entry in of_root if looks_into and entry.facts.get("parent") == key.parent]
         others = [found for entry in beside if (found := self._differs(entry.name, key)) is not None]
         if others:
             place = max(others)
@@ -420,7 +422,7 @@ class Remembered:
     def _checked(self, name: str) -> dict[str, str]:
         """The root's fields as a file of any root says them; none where it is damaged."""
         try:
-            return fields_of(block_file.checked_facts(self.folder.file(name)))
+            return fields_of(block_file.read_all(self.folder.file(name))[1])
         except UnusableError:
             return {}
 

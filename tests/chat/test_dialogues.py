@@ -92,7 +92,10 @@ def test_a_question_is_answered_unless_it_has_an_answer(tmp_path):
     asked, answered = Dialogue(question="what is a fern?"), Dialogue(question="what is a moss?", answer="a plant")
     assert asked.asks and not answered.asks
     table = warm(session, [asked, answered], progress=False)
-    assert list(table["answer_tokens"]) == [session.turns[0].new_tokens, 0] and len(session.turns) == 1
+    verifies = session._live.begun().most_tokens > 1
+    tokens = session.tokenizer("a plant", add_special_tokens=False)["input_ids"]
+    assert list(table["answer_tokens"]) == [session.turns[0].new_tokens if verifies else 0, len(tokens)]
+    assert len(session.turns) == 1
 
 
 def test_what_is_remembered_is_not_read_again(tmp_path):

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from lowvram_lab.prefixes import block_file
 from lowvram_lab.prefixes.block_file import UnusableError
@@ -68,7 +69,7 @@ HOSTILE = {
 def test_a_hostile_file_is_refused_in_one_line(data, tmp_path):
     file = tmp_path / "block.safetensors"
     file.write_bytes(data)
-    for call in (lambda: block_file.read(file, WANTED), lambda: block_file.checked_facts(file)):
+    for call in (lambda: block_file.read(file, WANTED), lambda: block_file.read_all(file)):
         with pytest.raises(UnusableError) as refused:
             call()
         assert str(refused.value)
@@ -85,7 +86,7 @@ def test_every_bit_of_header_and_tensors_counts(tmp_path):
     file.write_bytes(DATA)
     tensors, facts = block_file.read(file, WANTED)
     assert torch.equal(tensors["keys"].view(torch.int16), TENSORS["keys"].view(torch.int16))
-    assert facts == block_file.checked_facts(file) == {"text": "a", "seconds": "1"}
+    assert facts == block_file.read_all(file)[1] == {"text": "a", "seconds": "1"}
     for at in range(len(DATA)):
         file.write_bytes(DATA[:at] + bytes([DATA[at] ^ 1 << at % 8]) + DATA[at + 1 :])
         with pytest.raises(UnusableError):
@@ -116,7 +117,7 @@ def test_what_is_no_plain_file_of_this_user_is_refused(kind, tmp_path):
         with pytest.raises(UnusableError, match=r"^it (is|cannot)[^\n]*$"):
             call()
     after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    assert after == before, "a file stayed open"
+    assert after <= before, "a file stayed open"  # fewer: another test's was let go meanwhile
 
 
 def test_a_file_that_ends_while_it_is_opened_is_refused(tmp_path, monkeypatch):
@@ -142,7 +143,7 @@ def test_a_place_that_does_not_fit_its_shape_is_refused_under_a_right_checksum(e
     file.write_bytes(with_header(json.dumps({**entries, "__metadata__": facts})))
     dtype = {"BF16": torch.bfloat16, "I8": torch.int8}[entries["keys"]["dtype"]]
     wanted = {"keys": (dtype, tuple(entries["keys"]["shape"]))}
-    for call in (lambda: block_file.read(file, wanted), lambda: block_file.read_one(file, "keys", dtype)):
+    for call in (lambda: block_file.read(file, wanted), lambda: block_file.read_all(file)):
         with pytest.raises(UnusableError, match="another place"):
             call()
 
@@ -152,17 +153,21 @@ def test_a_header_that_no_reader_takes_is_not_written():
         block_file.data_of(TENSORS, {"text": "a" * (1 << 20)})
 
 
-def test_one_tensor_is_read_whatever_others_there_are(tmp_path):
+def test_a_file_is_read_whatever_tensors_there_are(tmp_path):
     file = tmp_path / "block.safetensors"
     said, nothing = torch.arange(5, dtype=torch.uint8), torch.empty(0, 3, dtype=torch.int32)
     data = block_file.data_of({**TENSORS, "said": said, "nothing": nothing}, {})
     file.write_bytes(data)
-    assert torch.equal(block_file.read_one(file, "said", torch.uint8), said)
-    assert block_file.read_one(file, "nothing", torch.int32).shape == (0, 3)
-    for name, dtype in (("said", torch.int8), ("other", torch.uint8)):
-        with pytest.raises(UnusableError, match=f"no tensor {name}"):
-            block_file.read_one(file, name, dtype)
+    tensors, facts = block_file.read_all(file)
+    assert set(tensors) == {*TENSORS, "said", "nothing"} and facts == {}
+    assert torch.equal(tensors["said"], said)
+    assert tensors["nothing"].shape == (0, 3)
+    with pytest.raises(UnusableError, match="other shapes"):
+        block_file.read(file, WANTED)
     at = data.index(bytes(said.tolist()))
     file.write_bytes(data[:at] + b"x" + data[at + 1 :])
     with pytest.raises(UnusableError, match="damaged"):
-        block_file.read_one(file, "said", torch.uint8)
+        block_file.read_all(file)
+    file.write_bytes(save({"said": said.double()}))
+    with pytest.raises(UnusableError, match="checksum"):
+        block_file.read_all(file)

@@ -3,10 +3,12 @@
 import hashlib
 from dataclasses import replace
 
+import pytest
 import torch
 
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.load import replan
+from lowvram_lab.errors import UnitError
 from lowvram_lab.prefixes.store import Remember
 from lowvram_lab.sampling import Sampling
 from tests.helpers.tiny import letters_state, tiny_tokenizer
@@ -36,6 +38,42 @@ def test_another_process_need_not_read_what_is_remembered(tmp_path):
     assert first.turns[0].remembered_tokens == 0
     whole = first.turns[0].prompt_tokens // 128 * 128
     assert second.turns[0].remembered_tokens == second.turns[0].cached_tokens == whole
+
+
+def test_a_turn_says_why_no_more_was_remembered(tmp_path):
+    _, first = chat(tmp_path, "what is a fern? " * 10)
+    assert first.turns[0].missed == "not read before"
+    first.history = first.history[:1]
+    first.ask("what is a fern? " * 10)
+    assert first.turns[1].missed is None
+    _, other = chat(tmp_path, "what is a moss? " * 10)
+    assert other.turns[0].remembered_tokens and other.turns[0].missed == "not read before"
+    model = loaded_tiny("llama", ram=None, disk=None, kv_format="int8")
+    session = ChatSession(model, tiny_tokenizer(), system=SYSTEM, remember=Remember(disk="64MiB", folder=tmp_path))
+    session.ask("what is a fern? " * 10)
+    assert session.turns[0].missed == "kv_format: bf16 then, int8 now"
+
+
+def test_two_chats_of_one_model_answer_by_turns_whatever_each_remembers(tmp_path):
+    model = loaded_tiny("llama", ram=None, disk=None, state=letters_state())
+    options = {"system": SYSTEM, "max_new_tokens": 12}
+    asks = ChatSession(model, tiny_tokenizer(), remember=Remember(disk="64MiB", folder=tmp_path), **options)
+    plain = ChatSession(model, tiny_tokenizer(), **options)
+    alone = said(ChatSession(model, tiny_tokenizer(), **options), "what is a fern?")
+    pieces = asks.send("what is a fern?")
+    begun = next(pieces)
+    assert said(plain, "what is a fern?") == alone
+    answer = begun + "".join(pieces)
+    again = ChatSession(model, tiny_tokenizer(), remember=Remember(disk="64MiB", folder=tmp_path / "b"), **options)
+    assert answer == again.ask("what is a fern?") and asks.turns[0].new_tokens == again.turns[0].new_tokens
+    assert model.lowvram.plan.remember is None
+
+
+def test_a_size_that_cannot_be_read_is_named(tmp_path):
+    model = loaded_tiny("llama", ram=None, disk=None)
+    for wanted, name in ((Remember(disk="lots"), "remember"), (Remember(ram="2Gb"), "remember_ram")):
+        with pytest.raises(UnitError, match=f"^{name}: "):
+            ChatSession(model, tiny_tokenizer(), remember=wanted)
 
 
 def test_answers_do_not_depend_on_what_is_remembered(tmp_path):
@@ -92,7 +130,7 @@ def test_a_chat_that_does_not_ask_remembers_nothing_and_disturbs_none_that_does(
     assert not (tmp_path / "cache" / "prefixes").exists()
     asks.history = []
     asks.ask("what is a fern? " * 20)
-    assert asks.turns[-1].remembered_tokens > 128
+    assert asks.turns[-1].cached_tokens == 256 and asks.turns[-1].remembered_tokens == 0  # its KV cache held them
     replan(model, replace(model.lowvram.plan, remember=1 << 26), progress=False)
     assert ChatSession(model, tiny_tokenizer())._live.prompts is not None
 

@@ -251,7 +251,7 @@ def test_another_thing_in_place_of_a_block_is_written_anew(kind, tmp_path):
     assert folder.has(key.name)
     assert folder.write(key.name, data_of(key), ()) is True  # not looked into: that is for whoever reads it
     assert folder.write(key.name, data_of(key), (), anew=True) is True
-    assert block_file.checked_facts(file)["text"] == key.text
+    assert block_file.facts_of(file)["text"] == key.text
     assert own.read_text() == "mine"
 
 

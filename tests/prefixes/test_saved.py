@@ -9,9 +9,8 @@ import torch
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.prefixes import block_file
 from lowvram_lab.prefixes.block_file import IDS
-from lowvram_lab.prefixes.saved import said_of, save_cache
+from lowvram_lab.prefixes.saved import opened, save_cache
 from lowvram_lab.prefixes.store import Remember
 from tests.helpers.tiny import TINY, letters_state, tiny_tokenizer
 from tests.prefixes.test_bits import loaded_tiny
@@ -30,13 +29,11 @@ def test_it_goes_on_to_the_bit(kind, kv_format, placement, tmp_path):
     session.ask("what is a fern?")
     size = session.save(tmp_path / "ferns.chat")
     assert size == (tmp_path / "ferns.chat").stat().st_size
-    opened = ChatSession.load(
-        tmp_path / "ferns.chat", loaded_tiny(kind, **options), tiny_tokenizer(), max_new_tokens=40
-    )
-    assert opened.history == session.history
-    assert opened.ask("and a moss?") == session.ask("and a moss?")
-    assert opened.turns[0].cached_tokens == session.turns[1].cached_tokens >= 60
-    caches = [each._live.begun().cache for each in (session, opened)]
+    again = ChatSession.load(tmp_path / "ferns.chat", loaded_tiny(kind, **options), tiny_tokenizer(), max_new_tokens=40)
+    assert again.history == session.history
+    assert again.ask("and a moss?") == session.ask("and a moss?")
+    assert again.turns[0].cached_tokens == session.turns[1].cached_tokens >= 60
+    caches = [each._live.begun().cache for each in (session, again)]
     for one, other in zip(*(cache.held for cache in caches), strict=True):
         tokens = caches[0].get_seq_length()
         for name, tensor in one.beginning(tokens).items():
@@ -106,7 +103,7 @@ def test_what_is_no_conversation_is_refused(tmp_path):
     model = loaded_tiny("llama", ram=None, disk=None)
     (tmp_path / "a.chat").write_text("hello")
     for name in ("a.chat", "none.chat", "."):
-        with pytest.raises(LowvramError, match="expected a saved conversation"):
+        with pytest.raises(LowvramError, match="expected a conversation that was saved"):
             ChatSession.load(tmp_path / name, model, tiny_tokenizer())
 
 
@@ -117,8 +114,8 @@ def test_a_history_longer_than_a_header_is_opened_again(read_again, tmp_path):
     session.ask("what is a fern?")
     session.history[1:1] = [{"role": "user", "content": "é" * (1 << 19)}, {"role": "assistant", "content": "yes"}]
     assert session.save(tmp_path / "a.chat") > 1 << 20
-    opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), read_again=read_again)
-    assert opened.history == session.history
+    again = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), read_again=read_again)
+    assert again.history == session.history
 
 
 def without(said, name):
@@ -148,7 +145,7 @@ def test_what_another_version_said_is_refused_in_one_line(change, tmp_path):
     session.ask("what is a fern?")
     session.save(tmp_path / "a.chat")
     live = session._live
-    save_cache(tmp_path / "a.chat", model, live.begun().cache, live._held, change(said_of(tmp_path / "a.chat")))
+    save_cache(tmp_path / "a.chat", model, live.begun().cache, live._held, change(opened(tmp_path / "a.chat").said))
     for read_again in (False, True):
         with pytest.raises(LowvramError, match=r"^[^\n]*a\.chat: expected a [^\n]*$"):
             ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), read_again=read_again)
@@ -175,10 +172,10 @@ def test_ids_that_the_cache_does_not_hold_are_never_written(kv_format, tokens, t
         save_cache(tmp_path / "a.chat", model, live.begun().cache, [*live._held, 1], {})
     live.begun().cache.keep(tokens)  # as a restore that was interrupted leaves it
     session.save(tmp_path / "a.chat")
-    opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40)
-    assert opened._live._held == live._held == session._said.prompt[:tokens]
-    assert opened.ask("and a moss?") == session.ask("and a moss?")
-    assert opened.turns[0].cached_tokens == tokens
+    again = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40)
+    assert again._live._held == live._held == session._said.prompt[:tokens]
+    assert again.ask("and a moss?") == session.ask("and a moss?")
+    assert again.turns[0].cached_tokens == tokens
 
 
 @pytest.mark.parametrize("kv_format", ["bf16", "int8", "int4"])
@@ -194,13 +191,13 @@ def test_what_was_read_beside_it_is_not_in_its_file(kv_format, remembers, system
     said = session._said.prompt + session._said.answer
     assert session._live._held != said[: len(session._live._held)]
     session.save(tmp_path / "a.chat")
-    kept = block_file.read_one(tmp_path / "a.chat", IDS, torch.int32).tolist()
+    kept = opened(tmp_path / "a.chat").tensors[IDS].tolist()
     assert kept == session._live._held == said[: len(kept)]
     assert session._live.begun().cache.get_seq_length() == len(kept)
     assert not remembers or len(kept) >= 128  # its blocks were put back
-    opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40, remember=remember)
-    assert opened.ask("and a moss?") == session.ask("and a moss?")
-    assert opened.history == session.history
+    again = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40, remember=remember)
+    assert again.ask("and a moss?") == session.ask("and a moss?")
+    assert again.history == session.history
 
 
 def test_one_that_remembered_opens_where_nothing_is_remembered_and_the_other_way_round(tmp_path):
@@ -211,6 +208,6 @@ def test_one_that_remembered_opens_where_nothing_is_remembered_and_the_other_way
         session.ask("what is a fern? " * 20)
         session.save(tmp_path / "a.chat")
         held = session._live.begun().tokens
-        opened = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40, remember=then)
-        opened.ask("and a moss?")
-        assert opened.turns[0].cached_tokens >= held
+        again = ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), max_new_tokens=40, remember=then)
+        again.ask("and a moss?")
+        assert again.turns[0].cached_tokens >= held
