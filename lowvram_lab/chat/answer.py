@@ -255,12 +255,14 @@ class Answer(Generic[Question]):
 
     def pieces(self) -> Iterator[str]:
         """Yields the text. However that ends, the KV cache is whole then and ``session.turns`` has a turn more."""
+        self._live.answers = True
         try:
             yield from self._until_it_ends()
         except BaseException:
             self._live.forget_broken()
             raise
         finally:
+            self._live.answers = False
             self._live.holds(self.prompt + self.tokens)
             self.session.turns.append(self._stats())
             self._live.keep_prompt()

@@ -56,6 +56,7 @@ class LiveDecoder:
         prompts: What is remembered of prompts; ``None`` where nothing is.
         given_up: What was given up because the GPU was full, in words, since the list was last emptied.
         drafting: What drafting came to since it was last made anew, and how each token was decided in any precision.
+        answers: Whether an answer is on its way; while there is none, another chat's need of room has it let go.
         least_tokens_per_s: Where both planes are slower than this, the high ones decode the rest of an answer.
     """
 
@@ -68,7 +69,7 @@ class LiveDecoder:
         threshold: Callable[[], float] | None = None,
         remember: Remember | None = None,
     ):
-        self.model, self.given_up = model, []
+        self.model, self.given_up, self.answers = model, [], False
         self._remember, self.prompts, self._has_begun = remember or Remember(), None, False
         self.drafting = Drafting()
         self.least_tokens_per_s: float | None = None
@@ -83,6 +84,7 @@ class LiveDecoder:
         self._kept: PreallocatedCache | None = None  # of a decoder whose low planes have moved since
         self._away: dict[str, str] = {}  # where low planes are to be again once there is room
         self._stepped_to: Plan | None = None
+        loaded(model).chats.add(self)
 
     @property
     def precision(self) -> str | None:
@@ -351,11 +353,16 @@ class LiveDecoder:
             self.forget()
 
     def step_down(self, error: torch.OutOfMemoryError) -> None:
-        """Makes the model realise the next smaller plan that can be; ``given_up`` and a warning say what it costs.
+        """Makes room: other chats on the model let go, as long as they answer nothing; else it is planned smaller.
+
+        The next smaller plan that can be is realised; ``given_up`` and a warning say what it costs.
 
         Raises:
             torch.OutOfMemoryError: ``error``, where no smaller plan fits.
         """
+        if self._others_let_go():
+            self.forget_broken()
+            return
         full = error.with_traceback(None)  # its frames hold the tensors of the pass that failed
         full.__context__ = full.__cause__ = None
         if self._smaller is None:
@@ -375,6 +382,15 @@ class LiveDecoder:
             self._stepped_to = plan
             return
         raise full
+
+    def _others_let_go(self) -> bool:
+        """Whether another chat held a KV cache and holds it no longer: its next message has it read again."""
+        for other in list(loaded(self.model).chats):
+            if other is not self and not other.answers and other._decoder is not None:
+                other.forget()
+                logger.warning("the GPU has no room for the KV caches of several chats; the others are read again")
+                return True
+        return False
 
     def come_back(self) -> None:
         """Brings back low planes that had to leave: to the card where there is room again, to tokens in any case."""

@@ -41,6 +41,7 @@ class Loaded:
         placement: What makes each block compute at its place; ``remove()`` undoes it.
         mapped: Files of the weights that lie on disk.
         decoders: Every ``Decoder`` on its weights.
+        chats: Every chat's ``LiveDecoder`` on it: where there is no room for all, those that answer nothing let go.
         planes: Of weights in two, which are multiplied by.
     """
 
@@ -51,6 +52,7 @@ class Loaded:
     placement: Placement | None = None
     mapped: list[WeightsOnDisk] = field(default_factory=list)
     decoders: weakref.WeakSet = field(default_factory=weakref.WeakSet)
+    chats: weakref.WeakSet = field(default_factory=weakref.WeakSet)
     planes: Planes = field(default_factory=Planes)
 
 

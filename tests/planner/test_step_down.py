@@ -195,7 +195,7 @@ def test_a_chat_goes_on_where_ram_is_short_for_a_step(monkeypatch):
         real(plan, *args)
 
     monkeypatch.setattr(loader, "check_room_in_ram", short_once)
-    live = LiveDecoder(session.model)
+    live = session._live
     live.step_down(torch.OutOfMemoryError())
     assert len(live.given_up) == 1
     assert "1 more layer on the CPU" in live.given_up[0]
@@ -271,6 +271,32 @@ def test_an_answer_cut_by_a_full_gpu_is_finished_where_it_was(monkeypatch):
     assert session.turns[-1].new_tokens == 12
     assert session.turns[-1].given_up
     assert kept
+
+
+@SIMULATED
+def test_of_two_chats_on_a_full_card_the_idle_one_is_read_again(caplog):
+    caplog.set_level(logging.WARNING)
+    one = letters_chat(open_gpu("64MiB"), context=1024)
+    before, plan = one.ask("hi"), one.model.lowvram.plan
+    kept = filled(one.model.lowvram.gpu)
+    del kept[:12]  # room for a pass, not for a KV cache
+    other = ChatSession(one.model, tiny_tokenizer(), max_new_tokens=12)
+    assert one._live._decoder is None and "no room for the KV caches of several chats" in caplog.text
+    assert other.ask("hi") == before
+    assert one.ask("and now?") == fresh_answer(one, one.history[:2], "and now?")
+    assert one.turns[1].cached_tokens == 0 and other._live._decoder is None
+    assert kept and one.model.lowvram.plan == plan and not any(turn.given_up for turn in one.turns + other.turns)
+
+
+def test_a_chat_that_answers_lets_go_of_nothing():
+    one = letters_chat(open_gpu("64MiB"))
+    other, pieces = LiveDecoder(one.model), one.send("tell me")
+    next(pieces)
+    decoder = one._live._decoder
+    assert not other._others_let_go() and one._live._decoder is decoder
+    assert len("".join(pieces)) == 11
+    assert other._others_let_go() and one._live._decoder is None
+    assert not other._others_let_go()
 
 
 def test_a_chat_notices_that_its_model_was_replanned():
