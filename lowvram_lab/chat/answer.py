@@ -244,7 +244,7 @@ class Answer(Generic[Question]):
         self.shown = ""
         self._live = session._live
         self._gpu = loaded(session.model).gpu
-        self._ended, self._first_at = False, None
+        self._ended, self._is_fed, self._first_at = False, False, None
         self._started = time.perf_counter()
         self._live.come_back()
         self._cached = self._live.reuse(prompt)
@@ -263,7 +263,9 @@ class Answer(Generic[Question]):
             raise
         finally:
             self._live.answers = False
-            self._live.holds(self.prompt + self.tokens)
+            # the last token is fed by what follows it: where nothing did, it is the next turn's to feed, also where one
+            # pass has verified several
+            self._live.holds(self.prompt + (self.tokens if self._is_fed else self.tokens[:-1]))
             self.session.turns.append(self._stats())
             self._live.keep_prompt()
         if self.prompt == self._asked and not self.session.turns[-1].given_up:  # all of it to one prompt, by one plan
@@ -308,7 +310,7 @@ class Answer(Generic[Question]):
                 yield piece
             if self._ended:
                 return
-        self._ended = len(self.tokens) - made < room
+        self._ended = self._is_fed = len(self.tokens) - made < room
 
     def _held_back(self) -> Iterator[str]:
         """What might have become a stop string, and did not."""

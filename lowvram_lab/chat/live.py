@@ -199,10 +199,16 @@ class LiveDecoder:
         """Tokens behind a prompt; with the first of them all of the prompt has been read."""
         cached, began, is_read = self.reuse(ids), time.perf_counter(), False
         for token in tokens:
-            if self.prompts and not is_read:
-                self.prompts.was_read(len(ids), cached, time.perf_counter() - began)
+            if not is_read:
+                self._was_read(ids, cached, time.perf_counter() - began)
             is_read = True
             yield token
+        if not is_read and self._decoder and self._decoder.cache.get_seq_length() >= len(ids):  # it ended at once
+            self._was_read(ids, cached, time.perf_counter() - began)
+
+    def _was_read(self, ids: list[int], cached: int, seconds: float) -> None:
+        if self.prompts:
+            self.prompts.was_read(len(ids), cached, seconds)
 
     @property
     def _affordable(self) -> str | None:
@@ -340,8 +346,12 @@ class LiveDecoder:
         return cached
 
     def holds(self, ids: list[int]) -> None:
-        """Says which ids were fed: the cache holds as many of them as it is long."""
-        self._held = ids[: self._decoder.cache.get_seq_length()] if self._decoder else []
+        """Says which ids were fed: the cache holds as many of them as it is long, and forgets what is behind them."""
+        self._held = []
+        if self._decoder:
+            cache = self._decoder.cache
+            cache.keep(min(len(ids), cache.get_seq_length()))
+            self._held = ids[: cache.get_seq_length()]
 
     def forget(self) -> None:
         """Lets go of decoder and cache: their memory is free."""
@@ -375,7 +385,8 @@ class LiveDecoder:
             except (torch.OutOfMemoryError, BudgetError):  # RAM may be short too
                 continue
             logger.warning("the GPU is full; going on with less: %s", text)
-            self.given_up.append(text)
+            for chat in loaded(self.model).chats:  # it is every chat's plan
+                chat.given_up.append(text)
             if low_planes_alone(before, plan):
                 moved = {name: old.low for name, old in before.modules.items() if old != plan.modules[name]}
                 self._away = moved | self._away  # the first places are the ones that were planned

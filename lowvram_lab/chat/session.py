@@ -21,7 +21,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.prefixes.explanation import Explanation
 from lowvram_lab.prefixes.prompts import Reading
-from lowvram_lab.prefixes.saved import opened
+from lowvram_lab.prefixes.saved import check_saved, opened
 from lowvram_lab.repository.chat_template import base_model
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ class ChatSession(Session[History]):
         if not self._said.prompt:
             raise LowvramError("expected a conversation of one answer or more to save, found none; ask something first")
         said = {
-            "history": self.history,
+            "history": checked_history(self.history, "save"),
             "dropped_turns": self.dropped_turns,
             "template_arguments": self.template_arguments,
             "turn": asdict(self._said),
@@ -258,6 +258,8 @@ class ChatSession(Session[History]):
         """
         saved = opened(Path(path))
         said = _checked_said(saved.said, str(path))
+        if not read_again:
+            check_saved(saved, model)  # before a KV cache is taken for it
         session = cls(model, tokenizer, **{"template_arguments": said["template_arguments"], **options})
         if not read_again:
             session._live.open(saved)

@@ -123,10 +123,13 @@ class Decoder:
         self._check_released()
         with self._planes.taking(both=True):
             pieces = _pieces(self.plan, ids, self.cache)
-            # blocks that may be remembered are read in one way, wherever ids begin and whatever decodes
-            whole = (self.tokens + ids.shape[1]) // BLOCK_TOKENS * BLOCK_TOKENS if self.plan.remembers else 0
+            # blocks that may be remembered are read in one way, whatever decodes; one that begins with tokens which
+            # are there already may not be
+            begin, end = self.tokens, self.tokens + ids.shape[1]
+            first, last = -(-begin // BLOCK_TOKENS) * BLOCK_TOKENS, end // BLOCK_TOKENS * BLOCK_TOKENS
+            whole = range(first, last if self.plan.remembers else first)
             for piece in pieces:
-                by_modules = not self.tokens or self.tokens + piece.shape[1] <= whole
+                by_modules = not self.tokens or self.tokens in whole
                 logits = _read(self.model, piece, self.cache) if by_modules else self._read_behind(piece)
             return logits
 

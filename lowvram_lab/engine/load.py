@@ -119,6 +119,8 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
     plan = plan.made_for(old.spec)
     if plan.dtype != old.dtype:
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
+    if plan == old:
+        return
     changed = [m for m in plan.spec.modules if plan.modules[m.name] != old.modules[m.name]]
     if low_planes_alone(old, plan):
         _move_low_planes(model, changed, plan)

@@ -144,7 +144,7 @@ def _tensor(entry: dict, mapped: mmap.mmap, begin: int) -> torch.Tensor:
     if last - first != math.prod(shape) * dtype.itemsize:
         raise UnusableError("its header gives a tensor another place than its shape takes")
     if first == last:  # torch maps no memory of no bytes
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(0, dtype=dtype).view(shape)
     flat = torch.frombuffer(mapped, dtype=torch.uint8, offset=begin + first, count=last - first)
     return flat.view(dtype).view(shape)
 

@@ -30,7 +30,10 @@ from lowvram_lab.units import format_bytes
 logger = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 10
-"""For another process that writes; then what was to be kept is not."""
+"""For another process that writes, where a user asked for something to be pinned or removed."""
+
+LONGEST_WAIT_TO_WRITE_S = 2
+"""The same where a chat keeps what it read; then that is not kept, and the next does not wait."""
 
 LONGEST_WAIT_TO_NOTE_S = 1
 """The same where it is only noted what was used: the end of an answer waits for that."""
@@ -106,6 +109,7 @@ class Folder:
         self.path, self.budget = Path(path or default_folder()), budget
         self._known: dict[str, Entry] = {}
         self._said: set[str] = set()
+        self._waited = False  # in vain, the last time: whoever has the lock may have it for long
         self._make()
 
     def _make(self) -> None:
@@ -176,7 +180,7 @@ class Folder:
         if self.budget is None:
             return False
         try:
-            with self._locked(LONGEST_WAIT_S):
+            with self._locked(LONGEST_WAIT_TO_WRITE_S * (not self._waited)):
                 if anew:
                     self.file(name).unlink(missing_ok=True)
                 elif self.has(name):
@@ -195,7 +199,7 @@ class Folder:
         if not found or self.budget is None:
             return
         try:
-            with self._locked(LONGEST_WAIT_TO_NOTE_S):
+            with self._locked(LONGEST_WAIT_TO_NOTE_S * (not self._waited)):
                 worth, pinned = self._index()
                 sizes = self._block_sizes()
                 for name, seconds in found.items():
@@ -339,9 +343,11 @@ class Folder:
         self._make()  # before the lock does, which would make it for others too
         try:
             with FileLock(self.path / LOCK, timeout=wait_s, mode=0o600):
+                self._waited = False
                 self._remove_leftovers()
                 yield
         except Timeout as error:
+            self._waited = True
             raise OSError(0, f"another process has been writing there for {wait_s} s") from error
 
     def _say_where_none_fits(self, size: int) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,13 @@ from pathlib import Path
 
 import torch
 
-from lowvram_lab.engine import layers
+import lowvram_lab
 from lowvram_lab.engine.loaded import Loaded, loaded
 from lowvram_lab.files import known_sha256
 from lowvram_lab.kernels import library
 from lowvram_lab.kernels.compiler import compiler
 from lowvram_lab.machine import instruction_set, version
+from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.low_plane import FILE as LOW_PLANE
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.rules import BLOCK_TOKENS
@@ -34,6 +36,9 @@ DIGITS = 32
 
 _DIGEST = "#"
 """What a digest in a field begins with."""
+
+CODE = ("decoding", "engine", "kernels", "memory", "model", "prefixes", "weights")
+"""Folders of this library whose code decides the bits of keys and values, or how they are kept."""
 
 VERSION = "1"
 """Of how blocks are written."""
@@ -135,35 +140,55 @@ def answer_key(root: Root, ids: Sequence[int]) -> Key:
     return Key(text, "", root.digest, len(ids), ())
 
 
-def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False) -> Root:
+def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False, plan: Plan | None = None) -> Root:
     """The root of a loaded model.
 
     Args:
         model: From ``load``, not a dry run.
         salt: A secret; what one salt wrote, another neither finds nor recognises.
         progress: Show that files of weights are hashed, which is done once for as long as they stay as they are.
+        plan: By default the model's.
     """
     state = loaded(model)
-    plan, config = state.plan, model.config.to_dict()
+    plan, config = plan or state.plan, model.config.to_dict()
     rope = {name: value for name, value in config.items() if "rope" in name or name == "max_position_embeddings"}
     config = {name: value for name, value in config.items() if name not in rope}
     told, seed = _salted(salt)
     formats = [(name, each.format) for name, each in plan.modules.items()]
+    quantised_by = version("bitsandbytes") if any(get_format(name).kind == "nf4" for _, name in formats) else None
     fields = {  # what decides others before them: with the formats, other tensors are weights too
-        "formats": _field(plan.weight_formats, repr(formats), plan.dtype),
+        "formats": _field(plan.weight_formats, repr(formats), plan.dtype, str(quantised_by)),
         "rope": _field("", json.dumps(rope, sort_keys=True, default=str)),
         "config": _field("", json.dumps(config, sort_keys=True, default=str)),
         "weights": _weights(model, progress),
         "kv_format": plan.kv_format,
         "places": _field(_split(plan), repr(_kernels(state)), str(plan.stream_from)),
         "pieces": f"{BLOCK_TOKENS} tokens, {plan.piece_tokens} at once",
-        "attention": str(model.config._attn_implementation),
         **machine_fields(),
         "card": _card(plan, state),
-        "threads": str(plan.threads or torch.get_num_threads()),
+        **settings(model, plan),
         "salt": told,
     }
     return Root(fields, seed)
+
+
+def settings(model: torch.nn.Module, plan: Plan) -> dict[str, str]:
+    """The fields of a root that may be others at any time, by what a user sets."""
+    matmul, attention, onednn = torch.backends.cuda.matmul, torch.backends.cuda, torch.backends.mkldnn
+    by_precision = torch.backends, matmul, onednn, getattr(onednn, "matmul", None)
+    switches = (
+        onednn.enabled,
+        torch.are_deterministic_algorithms_enabled(),
+        [getattr(each, "fp32_precision", None) for each in by_precision],
+        (matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction),
+        (attention.flash_sdp_enabled(), attention.mem_efficient_sdp_enabled(), attention.math_sdp_enabled()),
+        [os.environ.get(name) for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")],
+    )
+    return {
+        "attention": str(model.config._attn_implementation),
+        "threads": str(plan.threads or torch.get_num_threads()),
+        "switches": _field("", repr(switches)),
+    }
 
 
 def machine_fields() -> dict[str, str]:
@@ -235,13 +260,13 @@ def _card(plan: Plan, state: Loaded) -> str:
 
 
 def _engine() -> str:
-    """This library's own code that reads prompts, and what it is compiled by."""
+    """This library's own code that quantises, reads and keeps, and what it is compiled by."""
     compiled = compiler() if library.there() else "no compiler"
     return _field("", _sources(), str(compiled), VERSION)
 
 
 @functools.cache
 def _sources() -> str:
-    folders = [Path(module.__file__).parent for module in (layers, library)]
-    files = sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".py", ".cpp", ".h"))
-    return _digest(*(file.read_bytes() for file in files))
+    package = Path(lowvram_lab.__file__).parent
+    files = [file for folder in CODE for file in (package / folder).iterdir() if file.suffix in (".py", ".cpp", ".h")]
+    return _digest(*(file.read_bytes() for file in sorted(files)))

@@ -141,8 +141,8 @@ def _opened(path: Path | None) -> Folder | None:
 
 def _same_model(name: str, asked: str) -> bool:
     """Whether two names are one, or one directory."""
-    if name == asked:
-        return True
+    if name == asked or not name:  # a damaged file says no name
+        return name == asked
     try:
         here, there = Path(name).expanduser(), Path(asked).expanduser()
         return there.exists() and here.resolve() == there.resolve()

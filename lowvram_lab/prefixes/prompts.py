@@ -110,10 +110,9 @@ class Prompts:
         if whole <= self._kept:
             self.store.note_uses()
             return 0, 0
-        before = self._kept // BLOCK_TOKENS
-        remembered = self.store.keep(cache, held[:whole], self._seconds)
+        remembered, added = self.store.keep(cache, held[:whole], self._seconds)
         self._kept = whole
-        return max(0, remembered - before), whole // BLOCK_TOKENS - remembered
+        return added, whole // BLOCK_TOKENS - remembered
 
     def pin(self, ids: list[int]) -> None:
         """Lets the blocks of a prompt stay on disk, as far as they are there, whatever else needs room.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import loaded
-from lowvram_lab.errors import BudgetError, LowvramError
+from lowvram_lab.errors import BudgetError, LowvramError, first_line
+from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes import block_file
 from lowvram_lab.prefixes.block_file import IDS, IDS_DTYPE, UnusableError
 from lowvram_lab.prefixes.keys import root_of
@@ -27,7 +29,7 @@ KIND = "conversation"
 SAID = "said"
 """Name of what is said of the cache among the tensors, as JSON: a header has no room for a long conversation."""
 
-ALIKE = ("pieces", "threads", "processor", "card", "salt")
+ALIKE = ("pieces", "threads", "switches", "processor", "card", "salt")
 """Fields of the root that may be others: they move last bits, and a conversation has no other to be equal to."""
 
 
@@ -47,16 +49,23 @@ def save_cache(path: Path, model: torch.nn.Module, cache: PreallocatedCache, ids
     Raises:
         LowvramError: It cannot be written, or the cache holds another number of tokens.
     """
+    if "\0" in str(path):
+        raise LowvramError(f"cannot write {str(path)!r}: no file is called that")
     if os.path.isdir(path):
         raise LowvramError(f"cannot write {path}: it is a folder; give the name of a file")
     if len(ids) != (held := cache.get_seq_length()):
         raise LowvramError(f"expected ids of the {held} tokens that the cache holds, found {len(ids)}")
-    text = bytearray(json.dumps(said).encode())
+    try:
+        text = bytearray(json.dumps(said).encode())
+    except (TypeError, ValueError) as error:
+        raise LowvramError(f"expected a conversation of plain data, found another ({first_line(error)})") from error
     gpu = loaded(model).gpu
     tensors = {IDS: torch.tensor(ids, dtype=IDS_DTYPE), SAID: torch.frombuffer(text, dtype=torch.uint8)}
     with gpu.active():
         for name, view in _views(cache, len(ids)).items():
-            tensors[name] = gpu.move(view.contiguous(), "cpu")
+            tensors[name] = torch.empty(view.shape, dtype=view.dtype)
+            for there, here in _in_spans(view, tensors[name]):
+                here.copy_(gpu.move(there.contiguous(), "cpu"))
     root = root_of(model)
     facts = {FIELD + name: value for name, value in root.fields.items()}
     facts |= {"kind": KIND, "model": loaded(model).plan.model}
@@ -95,8 +104,8 @@ def opened(path: Path) -> Saved:
     """
     expected = f"{path}: expected a conversation that was saved (ChatSession.save), found"
     try:
-        tensors, facts = block_file.read_all(path)
-    except UnusableError as error:
+        tensors, facts = block_file.read_all(Path(os.path.realpath(path)))  # a link of the user's own is followed
+    except (UnusableError, ValueError) as error:
         raise LowvramError(f"{expected} a file that cannot be read as one ({error})") from error
     if facts.get("kind") != KIND:
         raise LowvramError(f"{expected} another file")
@@ -126,23 +135,43 @@ def put_cache(saved: Saved, model: torch.nn.Module, cache: PreallocatedCache) ->
         LowvramError: It was saved by another model, plan or version, which is named.
         BudgetError: The cache has no room for it.
     """
-    path, gpu = saved.path, loaded(model).gpu
-    then, now = fields_of(saved.facts), root_of(model)
-    again = "load it with read_again=True, which reads the conversation anew"
-    if difference := now.difference({**then, **{name: now.fields[name] for name in ALIKE}}):
-        raise LowvramError(f"{path}: saved from {saved.facts['model']} where other things held ({difference}); {again}")
-    ids = saved.tensors[IDS].tolist()
+    check_saved(saved, model)
+    gpu, ids = loaded(model).gpu, saved.tensors[IDS].tolist()
     if (tokens := len(ids)) > cache.max_tokens:
-        raise BudgetError(f"{path}: holds {tokens} tokens, the plan a context of {cache.max_tokens}; plan for more")
+        raise BudgetError(
+            f"{saved.path}: holds {tokens} tokens, the KV cache {cache.max_tokens}; give it room for more"
+        )
     views = _views(cache, tokens)
     found = {name: (tensor.dtype, tensor.shape) for name, tensor in saved.tensors.items() if name != IDS}
     if found != {name: (view.dtype, view.shape) for name, view in views.items()}:
-        raise LowvramError(f"{path}: it holds tensors of other shapes; {again}")
+        raise LowvramError(f"{saved.path}: expected the KV cache of this plan, found tensors of other shapes")
     with gpu.active():
         for name, view in views.items():
-            view.copy_(gpu.move(saved.tensors[name], gpu.meter.place_of(view)))
+            for here, there in _in_spans(view, saved.tensors[name]):
+                here.copy_(gpu.move(there.contiguous(), gpu.meter.place_of(view)))
     cache.holds(tokens)
     return ids
+
+
+def _in_spans(one: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of two tensors of one shape, of a few tokens at a time: a card may have no room for more beside them."""
+    return zip(one.split(BLOCK_TOKENS, dim=2), other.split(BLOCK_TOKENS, dim=2), strict=True)
+
+
+def check_saved(saved: Saved, model: torch.nn.Module) -> None:
+    """Refuses what ``put_cache`` would refuse of another model, plan or version, before there is a cache.
+
+    Raises:
+        LowvramError: See ``put_cache``.
+        BudgetError: The plan's context has no room for it.
+    """
+    then, now, plan = fields_of(saved.facts), root_of(model), loaded(model).plan
+    if difference := now.difference({**then, **{name: now.fields[name] for name in ALIKE}}):
+        again = "load it with read_again=True, which reads the conversation anew"
+        found = f"saved from {saved.facts['model']} where other things held ({difference})"
+        raise LowvramError(f"{saved.path}: {found}; {again}")
+    if (tokens := len(saved.tensors[IDS])) > plan.context:
+        raise BudgetError(f"{saved.path}: holds {tokens} tokens, the plan a context of {plan.context}; plan for more")
 
 
 def _views(cache: PreallocatedCache, tokens: int) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes import block_file
 from lowvram_lab.prefixes.block_file import IDS, IDS_DTYPE, UnusableError, data_of
 from lowvram_lab.prefixes.folder import Folder, seconds_of
-from lowvram_lab.prefixes.keys import Key, Root, answer_key, chain, name_of, root_of
+from lowvram_lab.prefixes.keys import Key, Root, answer_key, chain, name_of, root_of, settings
 from lowvram_lab.prefixes.layout import Layout
 from lowvram_lab.prefixes.ram import OWNER, Slots
 from lowvram_lab.units import parse_bytes
@@ -154,14 +154,16 @@ class Remembered:
         if cache.held[0].shape.batch != 1:
             raise LowvramError(f"expected a KV cache of one sequence, found {cache.held[0].shape.batch}")
         state = loaded(model)
-        self._gpu, self._plan = state.gpu, plan or state.plan
-        self.root: Root = root_of(model, salt, progress)
+        self._model, self._gpu, self._plan = model, state.gpu, plan or state.plan
+        self._salt, self._progress = salt, progress
+        self.root: Root = root_of(model, salt, progress, self._plan)
         self._layout = Layout.of(cache)
         self._slots = Slots(self._gpu, self._layout, self._plan.remembered_ram_bytes)
         self.folder = Folder(folder, self._plan.remember) if self._plan.remember is not None else None
         self._wanted = {part.name: (part.dtype, part.shape) for part in self._layout.parts}
         self._wanted[IDS] = (IDS_DTYPE, (BLOCK_TOKENS,))
         self._missing: tuple[Key, str] | None = None
+        self._saves: dict[str, float] = {}  # seconds, of each block of the latest prompt that was put back
         self._uses: dict[str, float] = {}  # that are not noted yet: it takes longer than putting a block back
         self._doubted = False  # whether a file could not be used: others may be as it is
 
@@ -190,7 +192,8 @@ class Remembered:
             How many tokens of the prompt the cache holds now; where this is interrupted, ``start``. That blocks were
             used is noted with the next that are kept, or by ``note_uses``.
         """
-        self._missing, held = None, start
+        self._missing, self._saves, held = None, {}, start
+        self._refresh()
         try:
             keys = chain(self.root, ids[:-1])[start // BLOCK_TOKENS :]
             with (
@@ -207,7 +210,7 @@ class Remembered:
                         break
                     held += BLOCK_TOKENS
                     cache.holds(held)
-                    self._uses[key.name] = seconds
+                    self._uses[key.name] = self._saves[key.name] = seconds
         except BaseException:  # Ctrl-C: who asked does not know of what was put there
             cache.keep(start)
             raise
@@ -232,6 +235,7 @@ class Remembered:
 
     def find(self, ids: Sequence[int]) -> Found:
         """Says how much of a prompt ``restore`` would put back, and why no more."""
+        self._refresh()
         places = []
         for key in chain(self.root, ids[:-1]):
             try:
@@ -240,7 +244,12 @@ class Remembered:
                 return Found(len(ids), tuple(places), self._why(key, str(error)))
         return Found(len(ids), tuple(places), None)
 
-    def keep(self, cache: PreallocatedCache, ids: Sequence[int], seconds: float) -> int:
+    def _refresh(self) -> None:
+        """Notices what was set since the root was last made, as a number of threads."""
+        if any(self.root.fields[name] != now for name, now in settings(self._model, self._plan).items()):
+            self.root = root_of(self._model, self._salt, self._progress, self._plan)
+
+    def keep(self, cache: PreallocatedCache, ids: Sequence[int], seconds: float) -> tuple[int, int]:
         """Remembers the blocks of a prompt that a cache holds, as far as there is room.
 
         Args:
@@ -249,44 +258,49 @@ class Remembered:
             seconds: What reading a block took.
 
         Returns:
-            How many blocks are remembered now of these.
+            How many blocks are remembered now of these, and how many of them were not before.
         """
-        keys, count, added = chain(self.root, ids), 0, set()
+        keys, count, to_ram, on_disk = chain(self.root, ids), 0, {}, {}
         self.note_uses()
         kept, to_disk = {key.name for key in keys}, self.folder is not None
         try:
             with self._gpu.active(), self._gpu.meter.scope(owner=OWNER, category="kv"):
                 for key in keys:
-                    in_ram = self._keep_in_ram(cache, key, kept, added)
+                    saves = self._saves.get(key.name, seconds)
+                    in_ram = self._keep_in_ram(cache, key, saves, kept, to_ram)
                     # behind one that is not there no block on disk can be found
-                    to_disk = to_disk and self._keep_on_disk(cache, key, seconds, kept, added)
+                    to_disk = to_disk and self._keep_on_disk(cache, key, saves, kept, on_disk)
                     if not in_ram and not to_disk:
                         break
                     count += 1
         except (torch.OutOfMemoryError, MemoryError):
             logger.warning("what was read is not remembered: no memory is left to copy it")
-        self._note(dict.fromkeys(added, seconds))
+        self._slots.used(to_ram)
+        if self.folder is not None:
+            self.folder.used(on_disk)
         self._doubted = False
-        return count
+        return count, len((to_ram.keys() | on_disk.keys()) - self._saves.keys())
 
-    def _keep_in_ram(self, cache: PreallocatedCache, key: Key, kept: set[str], added: set[str]) -> bool:
-        """Whether a block is there now; where it was not before, its name is added."""
+    def _keep_in_ram(
+        self, cache: PreallocatedCache, key: Key, seconds: float, kept: set[str], added: dict[str, float]
+    ) -> bool:
+        """Whether a block is there now; where it was not before, its name is added, and the seconds that it saves."""
         if key.name in self._slots:
             return True
         parent = key.parent and name_of(key.parent, key.root)
         if there := self._slots.put(key.name, parent, kept, self._filler(cache, key)):
-            added.add(key.name)
+            added[key.name] = seconds
         return there
 
     def _keep_on_disk(
-        self, cache: PreallocatedCache, key: Key, seconds: float, kept: set[str], added: set[str]
+        self, cache: PreallocatedCache, key: Key, seconds: float, kept: set[str], added: dict[str, float]
     ) -> bool:
         """See ``_keep_in_ram``; a file that cannot be used is replaced."""
         anew = self.folder.has(key.name)
         if anew and not (self._doubted and not self._is_usable(key)):
             return True
         if there := self.folder.write(key.name, self._data(cache, key, seconds), kept, anew):
-            added.add(key.name)
+            added[key.name] = seconds
         return there
 
     def answer(self, ids: Sequence[int]) -> list[int]:

@@ -50,7 +50,7 @@ class Prompts:
         store, kept = store or self.store(), 0
         for at in order:
             self.read(self.ids[at], 0)
-            kept += store.keep(self.decoder.cache, self.ids[at][: BLOCKS * 128], 0.01 * (1 + at))
+            kept += store.keep(self.decoder.cache, self.ids[at][: BLOCKS * 128], 0.01 * (1 + at))[0]
         return kept
 
     def wrong(self):

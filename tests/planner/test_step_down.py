@@ -245,6 +245,18 @@ def test_a_chat_goes_on_when_the_gpu_is_full(caplog):
 
 
 @SIMULATED
+def test_every_chat_of_a_model_is_told_that_it_was_planned_smaller():
+    session = letters_chat(open_gpu("4MiB"))
+    other = ChatSession(session.model, tiny_tokenizer(), max_new_tokens=12)
+    session.ask("x" * 300)
+    other.ask("hi")
+    assert (
+        session.turns[0].given_up
+        and other.turns[0].given_up[: len(session.turns[0].given_up)] == session.turns[0].given_up
+    )
+
+
+@SIMULATED
 def test_a_lean_answer_needs_no_memory_that_was_not_there_before():
     session, pieces = letters_chat(open_gpu("16MiB")), []
     assert session.engine.startswith("the lean decoder")

@@ -10,7 +10,7 @@ from lowvram_lab.decoding.replay import KIND, Replay
 from lowvram_lab.decoding.speculate import Drafting
 from lowvram_lab.prefixes.store import Remember
 from lowvram_lab.sampling import Sampling
-from tests.helpers.tiny import TINY, random_ids, tiny_tokenizer
+from tests.helpers.tiny import TINY, letters_state, random_ids, tiny_tokenizer
 from tests.prefixes.test_bits import loaded_tiny
 
 SPOILT = {
@@ -141,3 +141,52 @@ def test_an_answer_cut_short_does_not_take_the_place_of_a_longer_one(tmp_path):
     whole = store.answer(prompt)
     store.keep_answer(prompt, whole[:5], 0.1)
     assert store.answer(prompt) == whole
+
+
+def bits_of(session):
+    cache = session._live.begun().cache
+    return [view.clone() for layer in cache.held for view in layer.span(0, cache.get_seq_length()).values()]
+
+
+def remembering(folder, kind="llama", state=None, **options):
+    model = loaded_tiny(kind, recipe="int8", ram=None, disk=None, state=state)
+    options = {"remember": Remember(disk="64MiB", folder=folder), "compiled": True, "progress": False, **options}
+    return ChatSession(model, tiny_tokenizer(), **options)
+
+
+@pytest.mark.usefixtures("compiling")
+def test_a_draft_that_ends_where_a_block_ends_changes_no_bit(tmp_path):
+    """The token behind it is decoded like any other, not read by the modules as the last of a block would be."""
+    question = "what is a fern? " * 6
+    cold = remembering(tmp_path / "cold", max_new_tokens=60)
+    cold.ask(question)
+    prompt, answer, expected = cold._said.prompt, cold._said.answer, bits_of(cold)
+    at = -len(prompt) % 128
+    assert 2 < at < len(answer)
+    for name, draft in (("a", answer[:at]), ("b", [*answer[: at - 1], answer[at - 1] ^ 1]), ("c", answer[: at - 2])):
+        warm = remembering(tmp_path / name, max_new_tokens=60)
+        warm._live.prompts.store.keep_answer(prompt, draft, 0.1)
+        warm.ask(question)
+        assert warm._said.answer == answer
+        assert all(torch.equal(one, other) for one, other in zip(bits_of(warm), expected, strict=True)), name
+
+
+@pytest.mark.usefixtures("compiling")
+def test_an_answer_that_its_reader_cuts_off_leaves_what_decoding_leaves(tmp_path):
+    """One pass may have verified more than was read."""
+
+    def cut_off(folder, pieces):
+        session = remembering(folder, "qwen2", letters_state(), max_new_tokens=40)
+        answer = session.send("what is a fern?")
+        for _ in range(pieces):
+            next(answer)
+        answer.close()
+        held = session._live.begun().tokens, list(session._live._held)
+        return held, session.ask("and a moss?"), bits_of(session)
+
+    whole = remembering(tmp_path / "warm", "qwen2", letters_state(), max_new_tokens=40)
+    whole.ask("what is a fern?")
+    for pieces in (3, 5, 8):
+        cold, warm = cut_off(tmp_path / str(pieces), pieces), cut_off(tmp_path / "warm", pieces)
+        assert cold[:2] == warm[:2]
+        assert all(torch.equal(one, other) for one, other in zip(cold[2], warm[2], strict=True))

@@ -89,6 +89,6 @@ def test_blocks_are_read_alike_whatever_decodes(chunk, tmp_path):
         store = Remembered(model, decoder.cache, "", tmp_path)
         decoder.prefill(torch.tensor([ids[:256]]))
         found.append({name: t.clone() for name, t in decoder.cache.held[2].span(0, 256).items()})
-        assert store.keep(decoder.cache, ids[:256], 0.1) == 2
+        assert store.keep(decoder.cache, ids[:256], 0.1)[0] == 2
     for other in found[1:]:
         assert all(torch.equal(found[0][name], other[name]) for name in other)

@@ -1,6 +1,7 @@
 """A chat that remembers: same answers, sooner; and nothing it answers depends on what is remembered."""
 
 import hashlib
+import json
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,36 @@ def test_salts_share_nothing(tmp_path):
     assert session.turns[0].remembered_tokens == 0
     again, session = chat(tmp_path, "what is a fern?", salt="one")
     assert session.turns[0].remembered_tokens > 0
+
+
+def test_what_was_put_back_keeps_its_worth_and_is_not_added(tmp_path):
+    def worth():
+        return json.loads((tmp_path / "index.json").read_text())["worth"]
+
+    def session(ram):
+        model, wanted = loaded_tiny("llama", ram=None, disk=None), Remember(disk="64MiB", ram=ram, folder=tmp_path)
+        return ChatSession(model, tiny_tokenizer(), system=SYSTEM, max_new_tokens=4, remember=wanted)
+
+    session(None).ask("what is a fern?")
+    cold = worth()
+    assert len(cold) == 4 and all(cold.values())
+    for ram in (None, "8MiB"):
+        warm = session(ram)
+        for _ in range(2):  # from disk, and from where it was put meanwhile
+            warm.history = warm.history[:1]
+            warm.ask("what is a fern?")
+        assert worth() == pytest.approx(cold, rel=1e-4)  # a file has six digits
+        done = session(ram).read("what is a fern?")
+        assert done.blocks_added == 0 and done.remembered_tokens == 512
+
+
+def test_a_prompt_that_is_answered_with_nothing_is_remembered_too(tmp_path):
+    session = chat(tmp_path)[1]
+    session._stop_ids = frozenset(range(320))
+    assert session.ask("what is a fern?") == ""
+    assert session.turns[0].new_tokens == 0
+    _, again = chat(tmp_path, "what is a fern?")
+    assert again.turns[0].remembered_tokens == 512
 
 
 def test_sampled_answers_too(tmp_path):

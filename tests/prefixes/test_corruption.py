@@ -57,7 +57,7 @@ def remember(model, folder, ids, salt=""):
     decoder = decoder_for(model, 1024, progress=False)
     logits = decoder.prefill(torch.tensor([ids])).clone()
     store = Remembered(model, decoder.cache, salt, folder)
-    assert store.keep(decoder.cache, ids[: BLOCKS * 128], 0.1) == BLOCKS
+    assert store.keep(decoder.cache, ids[: BLOCKS * 128], 0.1)[0] == BLOCKS
     files = {file: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
     return SimpleNamespace(decoder=decoder, store=store, logits=logits, whole=files)
 
@@ -78,7 +78,7 @@ def check(made, ids):
     missed = store.missed
     logits = decoder.prefill(torch.tensor([ids[start:]]))
     assert torch.equal(logits.view(torch.int16), made.logits.view(torch.int16))
-    assert store.keep(decoder.cache, ids[: BLOCKS * 128], 0.1) == BLOCKS
+    assert store.keep(decoder.cache, ids[: BLOCKS * 128], 0.1)[0] == BLOCKS
     assert (missed is None) == (start == BLOCKS * 128)
     if missed:
         assert missed.token == start
@@ -173,10 +173,10 @@ def test_no_memory_to_copy_a_block_out_is_one_warning(tmp_path, monkeypatch, cap
         take(cache, start, into, gpu)
 
     monkeypatch.setattr(type(store._layout), "take", full_at_the_third)
-    assert store.keep(decoder.cache, ids[: BLOCKS * 128], 0.1) == 2
+    assert store.keep(decoder.cache, ids[: BLOCKS * 128], 0.1)[0] == 2
     assert len(caplog.messages) == 1
     assert store.find(ids).places == ("RAM", "RAM")
-    assert store.keep(decoder.cache, ids[: BLOCKS * 128], 0.1) == BLOCKS
+    assert store.keep(decoder.cache, ids[: BLOCKS * 128], 0.1)[0] == BLOCKS
     assert store.find(ids).places == ("RAM",) * BLOCKS  # no slot was lost
     before = [view.clone() for layer in decoder.cache.held for view in layer.span(0, BLOCKS * 128).values()]
     decoder.cache.keep(0)

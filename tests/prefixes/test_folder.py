@@ -315,14 +315,24 @@ def test_a_folder_that_goes_while_it_is_in_use(become, tmp_path, caplog):
 def test_another_process_that_writes_for_long_is_one_warning(tmp_path, caplog, monkeypatch):
     from filelock import FileLock
 
-    monkeypatch.setattr(folder_module, "LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr(folder_module, "LONGEST_WAIT_TO_WRITE_S", 0.01)
+    waited, made = [], FileLock.__init__
+
+    def noting(lock, *args, **named):
+        waited.append(named.get("timeout"))
+        made(lock, *args, **named)
+
+    monkeypatch.setattr(FileLock, "__init__", noting)
     folder = Folder(tmp_path / "prefixes", 1 << 20)
     with FileLock(folder.path / LOCK, mode=0o600):
         for seed in range(3):
             assert folder.write(keys(seed)[0].name, data_of(keys(seed)[0]), ()) is False
-    assert len(caplog.messages) == 1
-    assert "another process" in caplog.text
+        folder.used({keys(0)[0].name: 1.0})
+    assert waited[1:] == [0.01, 0, 0, 0]  # in vain once; after that no answer's end waits
+    assert all("another process" in message for message in caplog.messages)
     assert write(folder, keys(0)) == 1
+    folder.used({keys(0)[0].name: 1.0})
+    assert waited[-1] == folder_module.LONGEST_WAIT_TO_NOTE_S
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, caplog, monkeypatch):

@@ -5,6 +5,7 @@ What can be another here is; the rest (versions, processor, card, this library's
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,7 @@ OTHERS = {
     "processor": says("instruction_set", "another"),
     "card": says("_card", "another"),
     "threads": lambda _: model_of(threads=torch.get_num_threads() + 1),
+    "switches": lambda patch: patch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2") or model_of(),
     "salt": lambda _: model_of(),
 }
 """Field of the root → a model of which this field is another."""
@@ -73,7 +75,7 @@ def kept(tmp_path_factory):
     store = Remembered(model, decoder.cache, folder=folder)
     assert store.restore(decoder.cache, IDS) == 0
     decoder.prefill(torch.tensor([IDS]))
-    assert store.keep(decoder.cache, IDS[:256], 0.1) == 2
+    assert store.keep(decoder.cache, IDS[:256], 0.1)[0] == 2
     return folder
 
 
@@ -103,6 +105,25 @@ def test_nothing_changed_is_found(kept):
     store = Remembered(model, decoder_for(model, 512, progress=False).cache, folder=kept)
     assert store.find(IDS).places == ("disk", "disk")
     assert store.find(IDS).missed is None
+
+
+def test_what_is_set_while_a_chat_is_open_counts(kept, monkeypatch):
+    model = model_of()
+    store = Remembered(model, decoder_for(model, 512, progress=False).cache, folder=kept)
+    assert store.find(IDS).places
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    found = store.find(IDS)
+    assert not found.places and found.missed.reason.endswith(" then, 77 now")
+    monkeypatch.undo()
+    assert store.find(IDS).places
+
+
+def test_code_that_quantises_counts(monkeypatch):
+    files = []
+    real = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: files.append(path.parent.name) or real(path))
+    keys._sources.__wrapped__()
+    assert set(files) == {"decoding", "engine", "kernels", "memory", "model", "prefixes", "weights"}
 
 
 def test_of_several_roots_the_nearest_says_what_is_another(tmp_path, monkeypatch):

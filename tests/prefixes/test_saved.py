@@ -151,6 +151,62 @@ def test_what_another_version_said_is_refused_in_one_line(change, tmp_path):
             ChatSession.load(tmp_path / "a.chat", model, tiny_tokenizer(), read_again=read_again)
 
 
+def test_a_file_of_another_model_leaves_the_chat_that_is_open_as_it_is(tmp_path):
+    other = chat(loaded_tiny("qwen2", ram=None, disk=None))
+    other.ask("what is a fern?")
+    other.save(tmp_path / "other.chat")
+    model = loaded_tiny("llama", ram=None, disk=None)
+    session = chat(model)
+    session.ask("what is a fern?")
+    decoder, plan = session._live._decoder, model.lowvram.plan
+    with pytest.raises(LowvramError, match="saved from tiny-qwen2 where other things held"):
+        ChatSession.load(tmp_path / "other.chat", model, tiny_tokenizer(), remember="64MiB")
+    assert session._live._decoder is decoder and not decoder.released and model.lowvram.plan == plan
+
+
+def test_what_cannot_be_saved_or_opened_is_one_line(tmp_path):
+    model = loaded_tiny("llama", ram=None, disk=None)
+    session = chat(model)
+    session.ask("what is a fern?")
+    with pytest.raises(LowvramError, match="no file is called that"):
+        session.save(tmp_path / "a\0.chat")
+    with pytest.raises(LowvramError, match="expected a conversation that was saved"):
+        ChatSession.load(tmp_path / "a\0.chat", model, tiny_tokenizer())
+    history = session.history
+    session.history = [*history, {"role": "user", "content": "x", "more": object()}]
+    with pytest.raises(LowvramError, match=r"^expected a conversation of plain data, found another \("):
+        session.save(tmp_path / "a.chat")
+    session.history = [*history, {"role": "user", "content": [{"text": "x"}]}]
+    with pytest.raises(LowvramError, match="expected a conversation's messages"):
+        session.save(tmp_path / "a.chat")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_link_of_the_users_own_is_followed(tmp_path):
+    model = loaded_tiny("llama", ram=None, disk=None)
+    session = chat(model)
+    session.ask("what is a fern?")
+    session.save(tmp_path / "a.chat")
+    (tmp_path / "latest.chat").symlink_to(tmp_path / "a.chat")
+    assert ChatSession.load(tmp_path / "latest.chat", model, tiny_tokenizer()).history == session.history
+
+
+def test_a_card_needs_room_for_a_few_tokens_alone(tmp_path):
+    """Whole layers at once would take what no forecast has."""
+    model = loaded_tiny("llama", "gpu", ram=None, disk=None)
+    session = chat(model)
+    session.ask("what is a fern? " * 30)
+    gpu, cache = model.lowvram.gpu, session._live.begun().cache
+    layer = max(view.nbytes for view in cache.held[0].beginning(cache.get_seq_length()).values())
+    held = gpu.meter.allocated["gpu"]
+    gpu.reset_peak()
+    session.save(tmp_path / "a.chat")
+    saved = opened(tmp_path / "a.chat")
+    cache.keep(0)
+    session._live.open(saved)
+    assert 0 < gpu.peak_allocated_bytes - held < layer / 2
+
+
 def test_a_folder_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     session = chat(loaded_tiny("llama", ram=None, disk=None))
