@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,15 +71,30 @@ class Layout:
 
     def take(self, cache: PreallocatedCache, start: int, into: dict[str, torch.Tensor], gpu: Gpu) -> None:
         """Copies the block that begins at a token out of a cache."""
-        for part in self.parts:
-            for row, index in zip(into[part.name], part.layers, strict=True):
-                view = cache.held[index].span(start, start + BLOCK_TOKENS)[part.kind][0]
-                # what lies on a card is gathered there: a copy between places would do so too, out of sight
-                row.copy_(gpu.move(view.contiguous(), "cpu") if gpu.meter.place_of(view) == "gpu" else view)
+        for view, row in self._pairs(cache, start, into, gpu):
+            # what lies on a card is gathered there: a copy between places would do so too, out of sight
+            row.copy_(gpu.move(view.contiguous(), "cpu") if gpu.meter.place_of(view) == "gpu" else view)
 
     def put(self, tensors: dict[str, torch.Tensor], cache: PreallocatedCache, start: int, gpu: Gpu) -> None:
         """Copies a block into a cache, behind ``start`` tokens; the cache does not count it yet."""
-        for part in self.parts:
-            for row, index in zip(tensors[part.name], part.layers, strict=True):
-                view = cache.held[index].span(start, start + BLOCK_TOKENS)[part.kind][0]
-                view.copy_(gpu.move(row, gpu.meter.place_of(view)))
+        for view, row in self._pairs(cache, start, tensors, gpu):
+            view.copy_(gpu.move(row, gpu.meter.place_of(view)))
+
+    def _pairs(
+        self, cache: PreallocatedCache, start: int, tensors: dict[str, torch.Tensor], gpu: Gpu
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each layer and kind what the cache holds of a block, and what the block's tensors do.
+
+        Those that lie in RAM come first. Views, and copies within RAM, are out of the meter's sight: it has nothing to
+        count there, and to look at each takes longer than to copy it.
+        """
+        with gpu.unmetered():
+            spans = [layer.span(start, start + BLOCK_TOKENS) for layer in cache.held]
+            pairs = [
+                (spans[index][part.kind][0], row)
+                for part in self.parts
+                for row, index in zip(tensors[part.name], part.layers, strict=True)
+            ]
+            on_card = [gpu.meter.place_of(view) == "gpu" for view, _ in pairs]
+            yield from (pair for pair, there in zip(pairs, on_card, strict=True) if not there)
+        yield from (pair for pair, there in zip(pairs, on_card, strict=True) if there)
