@@ -1,0 +1,44 @@
+"""How far models with fewer layers are from the whole one: their predictions, compared from final hidden states.
+
+Derived in: notebooks/11_the_edge.ipynb
+"""
+
+from collections.abc import Hashable, Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lowvram_lab.weights.layerwise import LayerByLayer
+
+TOKENS, ROWS = 64, 4096
+"""Tokens and vocabulary rows of the head worked on at once: 64 x 152k logits are 37 MiB, 4096 x 2560 weights 40."""
+
+
+@torch.no_grad()
+def divergences(
+    stream: LayerByLayer, whole: torch.Tensor, others: Mapping[Hashable, torch.Tensor]
+) -> dict[Hashable, float]:
+    """Mean KL(whole || other) in nats a token, for each of several models that share norm and head.
+
+    Args:
+        stream: The model.
+        whole: Its final states ``(windows, tokens, hidden)``, before the norm.
+        others: The same of each other model, for the same tokens.
+    """
+    weight = stream.stored(f"{stream.owner(stream.spec.head)}.weight")
+    bias = stream.bias(stream.spec.head)
+
+    def predictions(states: torch.Tensor) -> torch.Tensor:
+        x = stream.norm(states)
+        pieces = [F.linear(x, rows.to(x.dtype)) for rows in weight.split(ROWS)]
+        logits = torch.cat(pieces, dim=-1)
+        return torch.log_softmax(logits if bias is None else logits + bias, dim=-1)
+
+    totals = dict.fromkeys(others, 0.0)
+    pieces = {name: states.flatten(0, 1).split(TOKENS) for name, states in others.items()}
+    for at, states in enumerate(whole.flatten(0, 1).split(TOKENS)):
+        expected = predictions(states)
+        for name in others:
+            found = predictions(pieces[name][at])
+            totals[name] += F.kl_div(found, expected, reduction="sum", log_target=True).item()
+    return {name: total / whole.shape[:-1].numel() for name, total in totals.items()}

@@ -1,0 +1,150 @@
+"""What removed layers added, regressed on what the last kept one knows, and folded into its weight: no new parameters.
+
+The layer before a gap ends with a linear module that writes into the residual stream (``down_proj``). What the gap's
+layers added there is approximated by a linear map of that module's input, by least squares over calibration tokens,
+and the map is added to its weight. The target is the whole model's own state behind the gap, so that what earlier gaps
+left wrong is made up for, too. Each token counts by the reciprocal of that state's length, since the norm of the next
+layer divides by it: else a few tokens with huge states would be all that is fitted.
+
+Derived in: notebooks/11_the_edge.ipynb
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.weights.layerwise import LayerByLayer
+from lowvram_lab.weights.moments import captured_inputs
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Of the mean diagonal; which one is chosen on windows that the map was not fitted to."""
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Weights that make up for removed layers, as far as a linear map can.
+
+    Attributes:
+        weights: Parameter name → its new value ``(out, in)``, float32.
+        explained: Index of the layer before each gap → the share of what the gap added that the map gives back, on
+            windows that it was not fitted to (weighted as above); a gap before the first layer has none.
+        tokens: Fitted to.
+    """
+
+    weights: dict[str, torch.Tensor]
+    explained: dict[int, float]
+    tokens: int
+
+
+@torch.no_grad()
+def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *, progress: bool = True) -> Repair:
+    """Finds for the last layer before each gap the weight that makes up for it best.
+
+    Args:
+        stream: The whole model.
+        removed: Indices of the layers that go.
+        ids: Tokens ``(windows, tokens)``; half of the windows choose how strongly to regularise.
+        progress: Show a progress bar.
+
+    Raises:
+        LowvramError: Fewer than two windows, or layers whose last linear module does not write into the residual
+            stream as it is.
+    """
+    if len(ids) < 2:
+        raise LowvramError(f"expected two windows of tokens or more, to fit and to choose on, found {len(ids)}")
+    whole = stream.embed(ids)
+    slim, weights, explained = whole.clone(), {}, {}
+    layers = iter(tqdm(range(len(stream)), desc="repair", unit="layer", disable=not progress, leave=False))
+    for index in layers:
+        with stream.layer(index) as layer:
+            stream.run_in_place(layer, whole)
+        if index in removed:  # a gap before the first layer: nothing can make up for it
+            continue
+        gap = [later for later in _run_of(removed, index + 1, len(stream))]
+        for _ in gap:
+            with stream.layer(next(layers)) as layer:
+                stream.run_in_place(layer, whole)
+        with stream.layer(index) as layer:
+            if gap:
+                name = stream.names(index)[-1]
+                last = stream.model.get_submodule(name)
+                _check_writes(stream, layer, last, slim[:1], name)
+                change, explained[index] = _solve(stream, layer, last, slim, whole)
+                weights[f"{name}.weight"] = last.weight.data.add_(change).clone()
+            stream.run_in_place(layer, slim)
+    return Repair(weights, explained, ids.numel())
+
+
+def _run_of(removed: Collection[int], start: int, end: int) -> Iterator[int]:
+    """The removed layers from ``start`` on, up to the first that is kept."""
+    for index in range(start, end):
+        if index not in removed:
+            return
+        yield index
+
+
+def _check_writes(
+    stream: LayerByLayer, layer: torch.nn.Module, last: torch.nn.Module, hidden: torch.Tensor, name: str
+) -> None:
+    """Refuses a layer that changes what its last linear module says before it is added to the residual stream."""
+    before = stream.run(layer, hidden)
+    handle = last.register_forward_hook(lambda module, inputs, output: output + 1)
+    try:
+        difference = stream.run(layer, hidden) - before
+    finally:
+        handle.remove()
+    if (difference - 1).abs().max() > 1e-2:
+        raise LowvramError(
+            f"{name}: expected a module whose output is added to the hidden states as it is, found one that is scaled "
+            "or normed first; leave the repair out"
+        )
+
+
+def _solve(
+    stream: LayerByLayer, layer: torch.nn.Module, last: torch.nn.Module, slim: torch.Tensor, whole: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """The change of a weight, and the share of what is missing that it explains on windows that it has not seen."""
+    halves = [_Moments(), _Moments()]
+    with captured_inputs({"last": last}) as seen:
+        for at, (window, target) in enumerate(zip(slim.split(1), whole.split(1), strict=True)):
+            missing = target - stream.run(layer, window)
+            weight = target.norm(dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()
+            halves[at % 2].add(seen["last"] * weight, missing * weight)
+    fitted, held_out = halves
+    by_ridge = {ridge: held_out.explained(fitted.map(ridge)) for ridge in RIDGES}
+    best = max(by_ridge, key=by_ridge.__getitem__)
+    return fitted.joined(held_out).map(best), by_ridge[best]
+
+
+class _Moments:
+    """Second moments of a regression of ``y`` ``(tokens, out)`` on ``x`` ``(tokens, in)``."""
+
+    def __init__(self):
+        self.xx = self.yx = self.yy = 0.0
+
+    def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Adds tokens."""
+        x, y = x.flatten(0, -2), y.flatten(0, -2)
+        self.xx = self.xx + x.T @ x
+        self.yx = self.yx + y.T @ x
+        self.yy = self.yy + y.double().square().sum().item()
+
+    def joined(self, other: "_Moments") -> "_Moments":
+        """Those of both."""
+        found = _Moments()
+        found.xx, found.yx, found.yy = self.xx + other.xx, self.yx + other.yx, self.yy + other.yy
+        return found
+
+    def map(self, ridge: float) -> torch.Tensor:
+        """``(out, in)``: the least squares' map, held back by a share of the mean diagonal."""
+        size = len(self.xx)
+        damped = self.xx + ridge * self.xx.diagonal().mean() * torch.eye(size)
+        return torch.linalg.solve(damped, self.yx.T).T
+
+    def explained(self, found: torch.Tensor) -> float:
+        """The share of ``y``'s squares that a map of ``x`` takes away; below 0 where it adds."""
+        left = self.yy - 2 * (found * self.yx).sum().item() + ((found @ self.xx) * found).sum().item()
+        return 1 - left / self.yy if self.yy else 0.0
