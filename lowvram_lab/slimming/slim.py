@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,10 +24,11 @@ from lowvram_lab.conversion.resumable import PartialDirectory, building
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
-from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
+from lowvram_lab.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, check_tensor
 from lowvram_lab.model.source import Source, config_from_values, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text
+from lowvram_lab.repository import hub
 from lowvram_lab.repository.text import first_ids
 from lowvram_lab.slimming.card import slim_card
 from lowvram_lab.slimming.tokenizer_cut import (
@@ -47,10 +49,14 @@ from lowvram_lab.slimming.vocabulary import (
 )
 from lowvram_lab.units import MiB, format_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LEAST_LETTERS = 1024
 """A text shorter than this says nothing about what a model will read."""
 
-_SHARD_BYTES = 256 * MiB  # held at once, twice: as read and as written
+_SHARD_BYTES = 512 * MiB  # held at once, as read and as written
+_ON_HUB = ("hub", "config")
 _COPIED = ("special_tokens_map.json", "chat_template*", "LICENSE*")
 SLIM = "slim.json"
 
@@ -112,9 +118,9 @@ def slim_vocabulary(
 ) -> Slimmed:
     """Writes a model without the tokens that a text has no use for.
 
-    A text all of whose tokens stay is read as the same tokens, and their logits are the same numbers. Any other text
-    is spelt in more tokens. Killed, it goes on where it was when called again with the same arguments, and ends in the
-    same bytes.
+    A text all of whose tokens stay is read as the same tokens, and their logits are the same (a product of fewer rows
+    may be summed in another order). Any other text is spelt in more tokens. Killed, it goes on where it was when called
+    again with the same arguments, and ends in the same bytes.
 
     Args:
         model: Name, hub id, directory or .gguf file of a 16-bit model with byte-pair tokens.
@@ -139,18 +145,18 @@ def slim_vocabulary(
     source = find_source(model)
     spec = _float_spec(source)
     checkpoint = source.checkpoint(progress)
-    files = _Files(checkpoint.directory, source)
     _check_weights(spec, checkpoint)
+    files, tokenizer = _Files(checkpoint.directory, source), source.tokenizer()
     rows = spec.module(spec.embedding).weight_shape[0]
     files.refuse_foreign_ids(rows)
-    tokenizer = source.tokenizer()
-    files.add_tokens(tokenizer)
+    files.add_tokens(tokenizer, rows)
     of_text = set().union(*(text_tokens(tokenizer, text) for text in read.values()))
     needed = of_text | chat_tokens(tokenizer) | set(first_ids(tokenizer)) | files.ids()
     needed = with_parents(needed, parents_of(files.tokenizer))
     kept = kept_tokens(files.tokenizer, needed, wanted, rows)
     files.cut(kept, spec)
     cut = _cut_parameters(spec, ModelSpec.from_config(config_from_values(files.config, "config.json"), spec.name))
+    small = _Smaller(checkpoint, torch.tensor(kept), cut)
     facts = {
         "source": source.public_name,
         "vocab_before": rows,
@@ -158,17 +164,67 @@ def slim_vocabulary(
         "needed_tokens": len(needed),
         "tokens_of_text": len(of_text),
         "texts": [{"name": name, "sha256": _hash(text)} for name, text in read.items()],
-        "source_weight_bytes": sum(_nbytes(checkpoint, name) for name in checkpoint),
-        "weight_bytes": sum(_nbytes(checkpoint, name, len(kept) if name in cut else None) for name in checkpoint),
+        "source_weight_bytes": small.source_nbytes,
+        "weight_bytes": small.nbytes,
     }
     weights = {file.name: known_sha256(file, progress) for file in checkpoint.files}
     with building(output, {"weights": weights, "files": files.hash(), "facts": facts, "by": __version__}) as partial:
         require_space(partial.path, facts["weight_bytes"], "the smaller model")
-        _write_weights(partial, checkpoint, kept, cut, progress)
+        small.write(partial, progress)
         files.write(partial, facts, kept)
         partial.publish()
     sizes = {name: facts[name] for name in Slimmed.__annotations__ if name in facts}
     return Slimmed(output=str(output), **sizes, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
+
+
+class _Smaller:
+    """A checkpoint's tensors with the rows of the tokens that stay, read one at a time.
+
+    Attributes:
+        source_nbytes: Of the tensors before.
+        nbytes: Of what is left of them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rows: torch.Tensor, cut: frozenset[str]):
+        self._checkpoint, self._rows, self._cut = checkpoint, rows, cut
+        self._sizes = {name: self._nbytes(name, len(rows) if name in cut else None) for name in checkpoint}
+        self.source_nbytes = sum(self._nbytes(name) for name in checkpoint)
+        self.nbytes = sum(self._sizes.values())
+
+    def write(self, partial: PartialDirectory, progress: bool) -> None:
+        """Writes the shards that are not finished yet, and their index where there are several."""
+        from tqdm.auto import tqdm
+
+        shards, weight_map = self._shards(), {}
+        for number, names in enumerate(tqdm(shards, desc="writing weights", disable=not progress), 1):
+            shard = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map |= dict.fromkeys(names, shard)
+            if not partial.finished(shard):
+                partial.save_tensors(shard, {name: self._read(name) for name in names})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+            partial.save_json(INDEX_NAME, index)
+
+    def _read(self, name: str) -> torch.Tensor:
+        value = self._checkpoint.read(name)
+        return value[self._rows] if name in self._cut else value
+
+    def _nbytes(self, name: str, rows: int | None = None) -> int:
+        """Of a tensor, or of so many rows of it."""
+        shape = self._checkpoint.shape(name)
+        shape = shape if rows is None else (rows, *shape[1:])
+        return math.prod(shape) * self._checkpoint.dtype(name).itemsize
+
+    def _shards(self) -> list[list[str]]:
+        """Names of the tensors in each file, in the order in which they lie on disk."""
+        shards, size = [[]], 0
+        for name, nbytes in self._sizes.items():
+            if shards[-1] and size + nbytes > _SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += nbytes
+        return shards
 
 
 class _Files:
@@ -216,11 +272,14 @@ class _Files:
                 "not of one model; take both from one repository"
             )
 
-    def add_tokens(self, tokenizer) -> None:
-        """Puts what transformers adds to the vocabulary of its own accord into ``tokenizer.json``: their ids change."""
+    def add_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Puts what transformers adds to the vocabulary by itself into ``tokenizer.json``: their ids change as well.
+
+        Those without a row were of no use before, and are left to it.
+        """
         known = {*self.tokenizer["model"]["vocab"], *(token["content"] for token in self.tokenizer["added_tokens"])}
         for index, token in sorted(tokenizer.added_tokens_decoder.items()):
-            if token.content not in known:
+            if token.content not in known and index < rows:
                 self.tokenizer["added_tokens"].append({"id": index, **token.__getstate__()})
 
     def cut(self, kept: list[int], spec: ModelSpec) -> None:
@@ -291,9 +350,19 @@ def _float_spec(source: Source) -> ModelSpec:
         raise LowvramError(
             f"{source.name} is a converted model; make the 16-bit original it was made from smaller, then convert that"
         )
-    if source.kind == "directory":
-        _tokenizer_json(source.path())
+    if (directory := _small_files(source)) is not None:
+        refuse_other_models(_tokenizer_json(directory), source.name)
     return spec
+
+
+def _small_files(source: Source) -> Path | None:
+    """Where a tokenizer can be looked at before weights are fetched, if anywhere."""
+    if source.kind == "directory":
+        return source.path()
+    try:
+        return hub.snapshot(source.public_name, hub.TOKENIZER, progress=False) if source.kind in _ON_HUB else None
+    except SourceError:
+        return None  # fetching says what is wrong
 
 
 def _tokenizer_json(directory: Path) -> dict:
@@ -332,6 +401,8 @@ def _cut_parameters(spec: ModelSpec, small: ModelSpec) -> frozenset[str]:
                     "and head alone do, it is not supported"
                 )
             names.add(f"{before.name}.{key}")
+    if f"{spec.embedding}.weight" not in names:
+        raise CheckpointError(f"{spec.name}: expected rows of the embedding by the config's vocabulary, found others")
     return frozenset(names)
 
 
@@ -340,45 +411,6 @@ def _check_weights(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     for module in spec.modules:
         for key, shape in module.own.items():
             check_tensor(f"{module.name}.{key}", shape, checkpoint)
-
-
-def _nbytes(checkpoint: Checkpoint, name: str, rows: int | None = None) -> int:
-    """Of a tensor, or of so many rows of it."""
-    shape = checkpoint.shape(name)
-    shape = shape if rows is None else (rows, *shape[1:])
-    return math.prod(shape) * checkpoint.dtype(name).itemsize
-
-
-def _write_weights(
-    partial: PartialDirectory, checkpoint: Checkpoint, kept: list[int], cut: frozenset[str], progress: bool
-) -> None:
-    from tqdm.auto import tqdm
-
-    shards = _shards(checkpoint, len(kept), cut)
-    rows, weight_map = torch.tensor(kept), {}
-    for number, names in enumerate(tqdm(shards, desc="writing weights", disable=not progress), 1):
-        shard = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= dict.fromkeys(names, shard)
-        if not partial.finished(shard):
-            read = ((name, checkpoint.read(name)) for name in names)
-            partial.save_tensors(shard, {name: value[rows] if name in cut else value for name, value in read})
-    if len(shards) > 1:
-        total = sum(_nbytes(checkpoint, name, len(kept) if name in cut else None) for name in checkpoint)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        partial.save_json("model.safetensors.index.json", index)
-
-
-def _shards(checkpoint: Checkpoint, rows: int, cut: frozenset[str]) -> list[list[str]]:
-    """Names of the tensors in each file, in the order in which they lie on disk."""
-    shards, size = [[]], 0
-    for name in checkpoint:
-        nbytes = _nbytes(checkpoint, name, rows if name in cut else None)
-        if shards[-1] and size + nbytes > _SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += nbytes
-    return shards
 
 
 def _hash(text: str) -> str:

@@ -22,7 +22,7 @@ from lowvram_lab.packaged import sample_text
 from lowvram_lab.slimming.slim import slim_vocabulary
 from tests.helpers.checkpoints import read_state, spoilt_state, write_model
 from tests.helpers.tiny import tiny_spec
-from tests.slimming.tiny import KINDS, ROWS, SPECIALS, texts, write
+from tests.slimming.tiny import KINDS, ROWS, SPECIALS, texts, tokenizer_of, write
 
 module = importlib.import_module("lowvram_lab.slimming.slim")
 
@@ -273,7 +273,7 @@ def changed_model(source, folder, **values):
 
 def refused(source, output, error=LowvramError, **options) -> str:
     """The one line that a call is refused with; nothing is left behind."""
-    text = options.pop("texts", source.parents[0] / "text.txt")
+    text = options.pop("texts", None) if "texts" in options else source.parent / "text.txt"
     beside = set(output.parent.iterdir())
     with pytest.raises(error) as found:
         slim_vocabulary(str(source), output, **{"vocab": "text", "texts": text, "progress": False, **options})
@@ -435,6 +435,26 @@ def test_ids_that_the_config_leaves_to_transformers_are_written(folder, tmp_path
     run(source, tmp_path / "out")
     new, stock = new_ids(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out").config
     assert (stock.bos_token_id, stock.eos_token_id) == (new[1], new[2])  # LlamaConfig's own
+
+
+def test_a_token_that_only_transformers_adds_and_no_row_has_is_left_to_it(folder, tmp_path):
+    shutil.copy(folder / "text.txt", tmp_path)
+    tokens = len(tokenizer_of("Qwen's"))
+    source = write(tmp_path / "source", "Qwen's", "qwen2", rows=tokens)
+    other = changed(source, tmp_path / "other", "tokenizer_config.json", pad_token="<|padding|>")
+    assert AutoTokenizer.from_pretrained(other).pad_token_id == tokens
+    made = run(other, tmp_path / "out")
+    assert max(new_ids(tmp_path / "out")) < tokens
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id >= made.vocab_after
+
+
+def test_a_repository_s_tokenizer_is_refused_before_its_weights_are_fetched(source, tmp_path, monkeypatch):
+    other = changed_model(source, tmp_path / "other", type="Unigram")
+    asked = []
+    monkeypatch.setattr(module.hub, "snapshot", lambda name, patterns, **_: asked.append(patterns) or other)
+    said = refused("some/model", tmp_path / "out", SourceError, texts=source.parent / "text.txt")
+    assert "some/model: expected byte-pair merges" in said
+    assert not any("*.safetensors" in patterns for patterns in asked[-1:])
 
 
 @pytest.mark.slow

@@ -80,12 +80,12 @@ def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def write(folder: Path, kind: str = "Qwen's", model: str = "qwen2", **options) -> Path:
+def write(folder: Path, kind: str = "Qwen's", model: str = "qwen2", rows: int = ROWS, **options) -> Path:
     """A model directory with such a tokenizer; settings name its special tokens, in lists and pairs too."""
     tokenizer = tokenizer_of(kind)
     ids = dict(zip(SPECIALS, tokenizer.convert_tokens_to_ids(SPECIALS), strict=True))
     stops = {"bos_token_id": ids["<s>"], "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["</s>"]}
-    write_model(folder, model, vocab_size=ROWS, **stops, **options)
+    write_model(folder, model, vocab_size=rows, **stops, **options)
     for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
