@@ -35,8 +35,8 @@ weight is the original's to the bit.
 
 A text all of whose tokens stayed is read as the same tokens, and each of them gets the same logit as before (a product
 of fewer rows may be summed in another order); the probability of the removed tokens is shared out among those that
-stayed. Any other text is spelt in more and shorter
-tokens, at worst byte by byte: it takes longer, and the model has seldom seen it spelt so. Measure it on your own text.
+stayed. Any other text is spelt in more and shorter tokens, at worst byte by byte: it takes longer, and the model has
+seldom seen it spelt so. Measure it on your own text.
 
 `slim.json` has the texts' hashes and the old id of every token that stayed, in the new order.
 """
