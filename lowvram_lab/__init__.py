@@ -75,6 +75,8 @@ _PUBLIC = {
     "CardBudget": "planner.card_recipe",
     "convert": "conversion.convert",
     "export_gguf": "conversion.gguf_export",
+    "slim_vocabulary": "slimming.slim",
+    "Slimmed": "slimming.slim",
     "frontier": "evaluation.frontier",
     "plot_frontier": "faces.plot_chat",
     # 05 split the layers

@@ -25,6 +25,7 @@ COMMANDS = {
     "cache": ("cache", "list, explain, fill or clear what is remembered of prompts"),
     "tune": ("plan", "measure a few splits and thread counts"),
     "convert": ("convert", "quantise a model once, into a directory"),
+    "slim": ("slim", "remove what is not needed, say what it costs"),
     "evaluate": ("evaluate", "compare a compressed model with its original"),
     "export": ("export", "write a model as a file that another engine opens"),
     "bench": ("bench", "measure a model beside other engines"),

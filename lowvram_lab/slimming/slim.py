@@ -1,0 +1,417 @@
+"""slim_vocabulary: a model without the tokens that a text has no use for, in a directory that stock transformers opens.
+
+Chooses the tokens, then copies tensor by tensor: rows of embedding and head are picked, everything else stays to the
+bit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowvram_lab import __version__
+from lowvram_lab.conversion.resumable import PartialDirectory, building
+from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
+from lowvram_lab.files import known_sha256, refuse_occupied, require_space
+from lowvram_lab.memory.host import peak_rss_bytes
+from lowvram_lab.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, check_tensor
+from lowvram_lab.model.source import Source, config_from_values, find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import calibration_text
+from lowvram_lab.repository import hub
+from lowvram_lab.repository.text import first_ids
+from lowvram_lab.slimming.card import slim_card
+from lowvram_lab.slimming.tokenizer_cut import (
+    cut_tokenizer,
+    ids_found,
+    with_added_ids,
+    with_setting_ids,
+    with_tokenizer_ids,
+)
+from lowvram_lab.slimming.vocabulary import (
+    byte_tokens,
+    chat_tokens,
+    kept_tokens,
+    parents_of,
+    refuse_other_models,
+    text_tokens,
+    with_parents,
+)
+from lowvram_lab.units import MiB, format_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LEAST_LETTERS = 1024
+"""A text shorter than this says nothing about what a model will read."""
+
+_SHARD_BYTES = 512 * MiB  # held at once, as read and as written
+_ON_HUB = ("hub", "config")
+_COPIED = ("special_tokens_map.json", "chat_template*", "LICENSE*")
+SLIM = "slim.json"
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    """What was left out of a model, and what is left.
+
+    Attributes:
+        output: The directory.
+        vocab_before: Rows of the model's embedding.
+        vocab_after: Rows that are left.
+        weight_bytes: Of all tensors, as the files hold them.
+        source_weight_bytes: Of the model's tensors before.
+        needed_tokens: Tokens that stay whatever size is wanted: the text's, the chat template's, bytes, added ones,
+            and what these are merged from.
+        tokens_of_text: Different tokens in the text.
+        seconds: Of this run; one that was resumed counts from the resumption.
+        peak_rss_bytes: Highest resident memory of this process so far.
+    """
+
+    output: str
+    vocab_before: int
+    vocab_after: int
+    weight_bytes: int
+    source_weight_bytes: int
+    needed_tokens: int
+    tokens_of_text: int
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def reduction(self) -> float:
+        """Share of the model's bytes that are saved."""
+        return 1 - self.weight_bytes / self.source_weight_bytes
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return {**asdict(self), "reduction": self.reduction}
+
+    def summary(self) -> str:
+        """What a person wants to know, in three lines."""
+        return (
+            f"{self.output}: {self.vocab_after:,} of {self.vocab_before:,} tokens; the text has "
+            f"{self.tokens_of_text:,} different ones and needs {self.needed_tokens:,}\n"
+            f"{format_bytes(self.weight_bytes)} of weights instead of {format_bytes(self.source_weight_bytes)}, "
+            f"{self.reduction:.1%} less\n"
+            f"{self.seconds:.0f} s, peak resident memory {format_bytes(self.peak_rss_bytes)}"
+        )
+
+
+def slim_vocabulary(
+    model: str,
+    output: str | Path,
+    *,
+    vocab: int | str = 16384,
+    texts: str | Path | Sequence[str | Path] | None = None,
+    progress: bool = True,
+) -> Slimmed:
+    """Writes a model without the tokens that a text has no use for.
+
+    A text all of whose tokens stay is read as the same tokens, and their logits are the same (a product of fewer rows
+    may be summed in another order). Any other text is spelt in more tokens. Killed, it goes on where it was when called
+    again with the same arguments, and ends in the same bytes.
+
+    Args:
+        model: Name, hub id, directory or .gguf file of a 16-bit model with byte-pair tokens.
+        output: A new or empty directory.
+        vocab: How many tokens stay, rounded up to a multiple of 64, or ``"text"``: as many as the text needs.
+        texts: Files with text like what the model will read; by default the library's own text.
+        progress: Show progress bars, on stderr.
+
+    Returns:
+        Sizes before and after.
+
+    Raises:
+        LowvramError: Output not empty, text too short, fewer tokens wanted than it needs, no disk space.
+        SourceError: No such model, or a tokenizer that cannot be cut.
+        CheckpointError: Damaged weights, or a model with more than embedding and head to cut.
+    """
+    began = time.monotonic()
+    output = Path(output).expanduser()
+    wanted = _wanted(vocab)
+    refuse_occupied(output)
+    read = _read_texts(texts)
+    source = find_source(model)
+    spec = _float_spec(source)
+    checkpoint = source.checkpoint(progress)
+    _check_weights(spec, checkpoint)
+    files, tokenizer = _Files(checkpoint.directory, source), source.tokenizer()
+    rows = spec.module(spec.embedding).weight_shape[0]
+    files.refuse_foreign_ids(rows)
+    files.add_tokens(tokenizer, rows)
+    of_text = set().union(*(text_tokens(tokenizer, text) for text in read.values()))
+    needed = of_text | chat_tokens(tokenizer) | set(first_ids(tokenizer)) | files.ids()
+    needed = with_parents(needed, parents_of(files.tokenizer))
+    kept = kept_tokens(files.tokenizer, needed, wanted, rows)
+    files.cut(kept, spec)
+    cut = _cut_parameters(spec, ModelSpec.from_config(config_from_values(files.config, "config.json"), spec.name))
+    small = _Smaller(checkpoint, torch.tensor(kept), cut)
+    facts = {
+        "source": source.public_name,
+        "vocab_before": rows,
+        "vocab_after": len(kept),
+        "needed_tokens": len(needed),
+        "tokens_of_text": len(of_text),
+        "texts": [{"name": name, "sha256": _hash(text)} for name, text in read.items()],
+        "source_weight_bytes": small.source_nbytes,
+        "weight_bytes": small.nbytes,
+    }
+    weights = {file.name: known_sha256(file, progress) for file in checkpoint.files}
+    with building(output, {"weights": weights, "files": files.hash(), "facts": facts, "by": __version__}) as partial:
+        require_space(partial.path, facts["weight_bytes"], "the smaller model")
+        small.write(partial, progress)
+        files.write(partial, facts, kept)
+        partial.publish()
+    sizes = {name: facts[name] for name in Slimmed.__annotations__ if name in facts}
+    return Slimmed(output=str(output), **sizes, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
+
+
+class _Smaller:
+    """A checkpoint's tensors with the rows of the tokens that stay, read one at a time.
+
+    Attributes:
+        source_nbytes: Of the tensors before.
+        nbytes: Of what is left of them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, rows: torch.Tensor, cut: frozenset[str]):
+        self._checkpoint, self._rows, self._cut = checkpoint, rows, cut
+        self._sizes = {name: self._nbytes(name, len(rows) if name in cut else None) for name in checkpoint}
+        self.source_nbytes = sum(self._nbytes(name) for name in checkpoint)
+        self.nbytes = sum(self._sizes.values())
+
+    def write(self, partial: PartialDirectory, progress: bool) -> None:
+        """Writes the shards that are not finished yet, and their index where there are several."""
+        from tqdm.auto import tqdm
+
+        shards, weight_map = self._shards(), {}
+        for number, names in enumerate(tqdm(shards, desc="writing weights", disable=not progress), 1):
+            shard = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map |= dict.fromkeys(names, shard)
+            if not partial.finished(shard):
+                partial.save_tensors(shard, {name: self._read(name) for name in names})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+            partial.save_json(INDEX_NAME, index)
+
+    def _read(self, name: str) -> torch.Tensor:
+        value = self._checkpoint.read(name)
+        return value[self._rows] if name in self._cut else value
+
+    def _nbytes(self, name: str, rows: int | None = None) -> int:
+        """Of a tensor, or of so many rows of it."""
+        shape = self._checkpoint.shape(name)
+        shape = shape if rows is None else (rows, *shape[1:])
+        return math.prod(shape) * self._checkpoint.dtype(name).itemsize
+
+    def _shards(self) -> list[list[str]]:
+        """Names of the tensors in each file, in the order in which they lie on disk."""
+        shards, size = [[]], 0
+        for name, nbytes in self._sizes.items():
+            if shards[-1] and size + nbytes > _SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += nbytes
+        return shards
+
+
+class _Files:
+    """A directory's small files: their token ids, and the same files for a part of the vocabulary.
+
+    Attributes:
+        tokenizer: Content of ``tokenizer.json``.
+        config: Of ``config.json``, with the ids that transformers takes where it states none.
+    """
+
+    def __init__(self, directory: Path, source: Source):
+        self.directory = directory
+        self.tokenizer = _tokenizer_json(directory)
+        refuse_other_models(self.tokenizer, directory)
+        config = source.config()
+        self.config = _read_json(directory / "config.json")
+        self._vocab_size = type(config).attribute_map.get("vocab_size", "vocab_size")
+        assumed = {key: value for key, value in config.to_dict().items() if key.endswith("_token_id")}
+        self.config |= {
+            key: value
+            for key, value in assumed.items()
+            if key not in self.config and isinstance(value, int) and 0 <= value < config.vocab_size
+        }
+        self.generation = _read_json(directory / "generation_config.json")
+        self.tokenizer_config = _read_json(directory / "tokenizer_config.json")
+        self.added = _read_json(directory / "added_tokens.json")
+
+    def ids(self) -> set[int]:
+        """All that the files name, the tokens of bytes among them."""
+        return (
+            byte_tokens(self.tokenizer)
+            | ids_found(with_tokenizer_ids, self.tokenizer)
+            | ids_found(with_added_ids, self.tokenizer_config)
+            | ids_found(with_setting_ids, self.config)
+            | ids_found(with_setting_ids, self.generation)
+            | set(self.added.values())
+        )
+
+    def refuse_foreign_ids(self, rows: int) -> None:
+        """Refuses tokens that the embedding has no row for."""
+        highest = max(self.ids() | set(self.tokenizer["model"]["vocab"].values()))
+        if highest >= rows:
+            raise CheckpointError(
+                f"{self.directory}: token {highest} has no row among the embedding's {rows}: tokenizer and weights are "
+                "not of one model; take both from one repository"
+            )
+
+    def add_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Puts what transformers adds to the vocabulary by itself into ``tokenizer.json``: their ids change as well.
+
+        Those without a row were of no use before, and are left to it.
+        """
+        known = {*self.tokenizer["model"]["vocab"], *(token["content"] for token in self.tokenizer["added_tokens"])}
+        for index, token in sorted(tokenizer.added_tokens_decoder.items()):
+            if token.content not in known and index < rows:
+                self.tokenizer["added_tokens"].append({"id": index, **token.__getstate__()})
+
+    def cut(self, kept: list[int], spec: ModelSpec) -> None:
+        """Leaves the tokens that are kept, numbered in their order."""
+        new = {old: index for index, old in enumerate(kept)}
+        self.tokenizer = cut_tokenizer(self.tokenizer, new)
+        self.tokenizer_config = with_added_ids(self.tokenizer_config, new.__getitem__)
+        self.added = {token: new[index] for token, index in self.added.items()}
+        self.generation = with_setting_ids(self.generation, new.__getitem__)
+        self.config = with_setting_ids(self.config, new.__getitem__)
+        self.config |= {self._vocab_size: len(kept), "tie_word_embeddings": spec.tied}  # which the files decided
+
+    def hash(self) -> str:
+        """Of all that is written of them but what is copied."""
+        return _hash(json.dumps([self.tokenizer, self.tokenizer_config, self.added, self.generation, self.config]))
+
+    def write(self, partial: PartialDirectory, facts: dict, kept: list[int]) -> None:
+        """Writes everything beside the weights; files that hold the old vocabulary once more are left out."""
+        partial.save_json("tokenizer.json", self.tokenizer)
+        others = {
+            "tokenizer_config.json": self.tokenizer_config,
+            "added_tokens.json": self.added,
+            "generation_config.json": self.generation,
+        }
+        for name, values in others.items():
+            if values:
+                partial.save_json(name, values)
+        for file in sorted(self.directory.iterdir()):
+            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COPIED):
+                shutil.copyfile(file, partial.path / file.name)
+        partial.save_json(SLIM, facts | {"kept_ids": kept})
+        (partial.path / "README.md").write_text(slim_card(facts), encoding="utf-8")
+        partial.save_json("config.json", self.config)  # last: a directory without it opens nowhere
+
+
+def _wanted(vocab: int | str) -> int | None:
+    """A number of tokens; ``None`` for as many as are needed."""
+    if vocab == "text":
+        return None
+    if isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < 1:
+        raise LowvramError(f'expected a number of tokens above zero or "text" as vocab, found {vocab!r}')
+    return vocab
+
+
+def _read_texts(texts: str | Path | Iterable[str | Path] | None) -> dict[str, str]:
+    """Name → text."""
+    if texts is None:
+        return {"the text that comes with lowvram_lab": calibration_text()}
+    files = [Path(file) for file in ([texts] if isinstance(texts, str | Path) else texts)]
+    read: dict[str, str] = {}
+    for file in files:
+        if file.name in read:
+            raise LowvramError(f"{file}: expected texts of different names, found two called {file.name}; rename one")
+        read[file.name] = calibration_text(file)
+    letters = sum(len(text.strip()) for text in read.values())
+    if letters < LEAST_LETTERS:
+        raise LowvramError(
+            f"{', '.join(map(str, files)) or 'no file'}: expected a text of {LEAST_LETTERS} letters or more to choose "
+            f"tokens by, found {letters}; give one like what the model will read"
+        )
+    return read
+
+
+def _float_spec(source: Source) -> ModelSpec:
+    """The spec of a model that is not quantised, and whose tokenizer is not known to be of another kind."""
+    spec = source.spec(source.public_name)
+    if spec.stored:
+        raise LowvramError(
+            f"{source.name} is a converted model; make the 16-bit original it was made from smaller, then convert that"
+        )
+    if (directory := _small_files(source)) is not None:
+        refuse_other_models(_tokenizer_json(directory), source.name)
+    return spec
+
+
+def _small_files(source: Source) -> Path | None:
+    """Where a tokenizer can be looked at before weights are fetched, if anywhere."""
+    if source.kind == "directory":
+        return source.path()
+    try:
+        return hub.snapshot(source.public_name, hub.TOKENIZER, progress=False) if source.kind in _ON_HUB else None
+    except SourceError:
+        return None  # fetching says what is wrong
+
+
+def _tokenizer_json(directory: Path) -> dict:
+    if not (directory / "tokenizer.json").is_file():
+        found = [file.name for name in ("*.model", "vocab*", "*.tiktoken") for file in sorted(directory.glob(name))]
+        raise SourceError(
+            f"{directory}: expected tokenizer.json, found {', '.join(found) or 'no tokenizer'}; open it with "
+            "AutoTokenizer and save_pretrained, which writes one"
+        )
+    return _read_json(directory / "tokenizer.json")
+
+
+def _read_json(file: Path) -> dict:
+    """A file's content, ``{}`` where it is not there."""
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{file}: not readable as JSON ({first_line(error)[:160]}); download it again") from error
+    if not isinstance(values, dict):
+        raise SourceError(f"{file}: expected a JSON object, found {type(values).__name__}; download it again")
+    return values
+
+
+def _cut_parameters(spec: ModelSpec, small: ModelSpec) -> frozenset[str]:
+    """Names of the parameters that have a row for each token."""
+    names = set()
+    for before, after in zip(spec.modules, small.modules, strict=True):
+        for key, shape in before.parameters.items():
+            if after.parameters[key] == shape:
+                continue
+            if before.name not in (spec.embedding, spec.head) or after.parameters[key][1:] != shape[1:]:
+                raise CheckpointError(
+                    f"{spec.name}: {before.name}.{key} depends on the vocabulary too; expected a model whose embedding "
+                    "and head alone do, it is not supported"
+                )
+            names.add(f"{before.name}.{key}")
+    if f"{spec.embedding}.weight" not in names:
+        raise CheckpointError(f"{spec.name}: expected rows of the embedding by the config's vocabulary, found others")
+    return frozenset(names)
+
+
+def _check_weights(spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Refuses files that lack a tensor, or hold one of another shape, before any is written."""
+    for module in spec.modules:
+        for key, shape in module.own.items():
+            check_tensor(f"{module.name}.{key}", shape, checkpoint)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
