@@ -1,0 +1,131 @@
+"""Layers left out: the proposals against plain models, the choice against all that was tried, the repair against lstsq."""
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.slimming.choice import choose_layers
+from lowvram_lab.slimming.divergence import divergences
+from lowvram_lab.slimming.influence import layer_influence
+from lowvram_lab.slimming.repair import RIDGES, repair
+from lowvram_lab.weights.layerwise import LayerByLayer
+from tests.helpers.tiny import TINY, DictCheckpoint, random_ids, tiny_spec, tiny_state, tiny_stock
+
+IDS = random_ids(48, batch=6, seed=5)
+
+
+def stream_of(kind, state=None):
+    return LayerByLayer(tiny_spec(kind), DictCheckpoint(state or tiny_state(kind)))
+
+
+@torch.no_grad()
+def cut(kind, removed, state=None):
+    """The stock model without some layers."""
+    model = tiny_stock(kind, state)
+    kept = [layer for index, layer in enumerate(model.model.layers) if index not in removed]
+    model.model.layers = torch.nn.ModuleList(kept)
+    for index, layer in enumerate(kept):
+        layer.self_attn.layer_idx = index
+    model.config.num_hidden_layers = len(kept)
+    return model
+
+
+@torch.no_grad()
+def kl(kind, removed, state=None, ids=IDS):
+    whole = torch.log_softmax(tiny_stock(kind)(ids).logits, -1)
+    found = torch.log_softmax(cut(kind, removed, state)(ids).logits, -1)
+    return F.kl_div(found, whole, reduction="sum", log_target=True).item() / ids.numel()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", TINY)
+def test_influence_is_that_of_the_stock_models_states(kind):
+    states = tiny_stock(kind).model(IDS, output_hidden_states=True).hidden_states
+    found = layer_influence(stream_of(kind), IDS, longest_run=2, progress=False)
+    layers = len(found.table)
+    assert found.tokens == IDS.numel() and list(found.table["layer"]) == list(range(layers))
+    for index in range(layers - 1):  # behind the last, the stock model gives what the norm made of it
+        cosine = F.cosine_similarity(states[index], states[index + 1], dim=-1)
+        assert found.table["influence"][index] == pytest.approx(1 - cosine.mean().item(), abs=1e-5)
+        assert found.table["angle"][index] == pytest.approx((cosine.arccos() / torch.pi).mean().item(), abs=1e-4)
+        assert found.runs[1][index] == pytest.approx(found.table["angle"][index])
+    over_two = F.cosine_similarity(states[0], states[2], dim=-1)
+    assert found.runs[2][0] == pytest.approx((over_two.arccos() / torch.pi).mean().item(), abs=1e-4)
+    assert found.runs[2].isna().sum() == 1
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_the_choice_is_the_least_kl_of_all_that_was_tried(kind):
+    found = choose_layers(stream_of(kind), IDS, 2, proposals=3, progress=False)
+    assert len(found.removed) == len(found.kl) == 2 and len(set(found.removed)) == 2
+    first = found.tried[found.tried["step"] == 1]
+    assert sorted(first["layer"]) == [0, 1, 2]
+    for row in first.itertuples():
+        assert row.kl == pytest.approx(kl(kind, {row.layer}), rel=1e-3)
+    assert found.removed[0] == first["layer"][first["kl"].idxmin()]
+    assert found.kl[1] == pytest.approx(kl(kind, set(found.removed)), rel=1e-3)
+    second = found.tried[found.tried["step"] == 2]
+    assert found.kl[1] == second["kl"].min() and found.removed[0] not in set(second["layer"])
+
+
+def test_fewer_are_tried_than_there_are():
+    found = choose_layers(stream_of("llama"), IDS, 1, proposals=1, progress=False)
+    influence = layer_influence(stream_of("llama"), IDS, progress=False).table["influence"]
+    assert list(found.tried["layer"]) == [int(influence.idxmin())] == list(found.removed)
+
+
+@pytest.mark.parametrize(("count", "proposals"), [(0, 6), (3, 6), (-1, 6), (1, 0)])
+def test_more_layers_than_there_are_is_refused(count, proposals):
+    with pytest.raises(LowvramError, match="^expected"):
+        choose_layers(stream_of("llama"), IDS, count, proposals=proposals, progress=False)
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("removed", [{1}, {2}, {1, 2}])
+def test_the_repair_is_least_squares_and_lessens_the_kl(kind, removed):
+    stream, ids = stream_of(kind), random_ids(64, batch=24, seed=9)
+    found = repair(stream, removed, ids, progress=False)
+    name = f"model.layers.{min(removed) - 1}.mlp.down_proj.weight"
+    assert set(found.weights) == {name} and set(found.explained) == {min(removed) - 1}
+    assert found.weights[name].shape == tiny_state(kind)[name].shape
+    state = {**tiny_state(kind), **found.weights}
+    assert kl(kind, removed, state) < kl(kind, removed)
+    assert 0 < found.explained[min(removed) - 1] < 1
+    assert torch.equal(stream.weight(name.removesuffix(".weight")), tiny_state(kind)[name])  # the stream has its own
+
+
+@torch.no_grad()
+def test_the_repair_is_what_lstsq_finds_on_the_stock_models_states():
+    ids = random_ids(64, batch=8, seed=9)
+    stock, seen = tiny_stock("llama"), {}
+    last = stock.model.layers[0].mlp.down_proj
+    last.register_forward_pre_hook(lambda module, inputs: seen.update(x=inputs[0]))
+    states = stock.model(ids, output_hidden_states=True).hidden_states
+    x, missing, length = seen["x"], states[2] - states[1], states[2].norm(dim=-1, keepdim=True)
+    x, missing = ((each / length).flatten(0, 1).double() for each in (x, missing))
+    found = repair(stream_of("llama"), {1}, ids, progress=False)
+    change = found.weights["model.layers.0.mlp.down_proj.weight"].double() - last.weight.double()
+    errors = []
+    for ridge in RIDGES:
+        damped = (ridge * x.square().sum(0).mean()).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+        rows = torch.cat([x, damped]), torch.cat([missing, torch.zeros(x.shape[1], missing.shape[1], dtype=x.dtype)])
+        errors.append(((torch.linalg.lstsq(*rows).solution.T - change).norm() / change.norm()).item())
+    assert min(errors) < 1e-3
+
+
+def test_a_gap_before_the_first_layer_is_left_as_it_is():
+    found = repair(stream_of("llama"), {0}, IDS, progress=False)
+    assert found.weights == {} and found.explained == {}
+
+
+def test_one_window_is_not_enough_to_choose_on():
+    with pytest.raises(LowvramError, match="two windows"):
+        repair(stream_of("llama"), {1}, IDS[:1], progress=False)
+
+
+@torch.no_grad()
+def test_divergence_of_the_whole_model_from_itself_is_none():
+    stream = stream_of("qwen2")
+    hidden = stream.embed(IDS)
+    assert divergences(stream, hidden, {"same": hidden.clone()})["same"] == pytest.approx(0, abs=1e-7)
