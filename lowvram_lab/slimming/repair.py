@@ -9,7 +9,7 @@ layer divides by it: else a few tokens with huge states would be all that is fit
 Derived in: notebooks/11_the_edge.ipynb
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +63,7 @@ def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *,
             stream.run_in_place(layer, whole)
         if index in removed:  # a gap before the first layer: nothing can make up for it
             continue
-        gap = [later for later in _run_of(removed, index + 1, len(stream))]
+        gap = gap_behind(removed, index, len(stream))
         for _ in gap:
             with stream.layer(next(layers)) as layer:
                 stream.run_in_place(layer, whole)
@@ -78,12 +78,14 @@ def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *,
     return Repair(weights, explained, ids.numel())
 
 
-def _run_of(removed: Collection[int], start: int, end: int) -> Iterator[int]:
-    """The removed layers from ``start`` on, up to the first that is kept."""
-    for index in range(start, end):
-        if index not in removed:
-            return
-        yield index
+def gap_behind(removed: Collection[int], index: int, count: int) -> list[int]:
+    """The removed layers behind one, up to the first that is kept."""
+    found = []
+    for later in range(index + 1, count):
+        if later not in removed:
+            break
+        found.append(later)
+    return found
 
 
 def _check_writes(

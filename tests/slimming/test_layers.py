@@ -1,4 +1,4 @@
-"""Layers left out: the proposals against plain models, the choice against all that was tried, the repair against lstsq."""
+"""Layers left out: proposals against plain models, the choice against all that was tried, the repair against lstsq."""
 
 import pytest
 import torch
