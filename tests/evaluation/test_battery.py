@@ -421,7 +421,7 @@ def test_what_cannot_be_asked_is_refused_before_anything_is():
         battery(model, tokenizer, [SHORT[0], SHORT[0]], progress=False)
 
 
-def test_a_model_that_is_not_the_same_any_more_loses(monkeypatch):
+def test_a_model_that_is_not_the_same_any_more_loses():
     """Weights of noise where the reference's are: what only says letters no longer does."""
     rule = {"name": "regex", "pattern": "[a-z]+"}
     items = [item(f"i{n}", prompt=f"Say {n}.", rule=rule) for n in range(8)]
