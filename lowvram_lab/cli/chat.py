@@ -49,6 +49,12 @@ def add_complete(parser: argparse.ArgumentParser) -> None:
 
 def add_session_options(parser: argparse.ArgumentParser) -> None:
     """What decides which prompt a chat begins with, and whether it is found among what is remembered."""
+    add_template_option(parser)
+    _add_salt_option(parser)
+
+
+def add_template_option(parser: argparse.ArgumentParser) -> None:
+    """What a chat template takes beside messages."""
     parser.add_argument(
         "--template-argument",
         type=_template_argument,
@@ -57,7 +63,6 @@ def add_session_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="what the chat template takes beside messages, e.g. enable_thinking=false (repeatable)",
     )
-    _add_salt_option(parser)
 
 
 def _add_salt_option(parser: argparse.ArgumentParser) -> None:

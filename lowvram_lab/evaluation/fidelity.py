@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import Loaded
 from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, first_line
+from lowvram_lab.evaluation.chance import wilson_interval
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import DTYPES
 from lowvram_lab.model.host_bytes import in_flight_bytes, weights_in_ram
@@ -31,9 +32,6 @@ WINDOW = 128
 
 SLICE = 16
 """Tokens fed at once to a model under a budget: their logits (slice x vocab) must find room beside a full card."""
-
-Z_95 = 1.959964
-"""Standard deviations of a normal distribution's middle 95 %."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,8 @@ class Fidelity:
 
     @property
     def top1_interval(self) -> tuple[float, float]:
-        """The 95 % confidence interval of ``top1_agreement``, positions taken as independent.
-
-        Source: Wilson 1927, doi:10.1080/01621459.1927.10502953.
-        """
-        n, share = self.tokens, self.top1_agreement
-        middle, margin = share + Z_95**2 / (2 * n), Z_95 * math.sqrt(share * (1 - share) / n + (Z_95 / (2 * n)) ** 2)
-        return (middle - margin) / (1 + Z_95**2 / n), (middle + margin) / (1 + Z_95**2 / n)
+        """The 95 % confidence interval of ``top1_agreement``, positions taken as independent: ``wilson_interval``."""
+        return wilson_interval(self.top1_agreement, self.tokens)
 
     def summary(self) -> str:
         """Three lines."""

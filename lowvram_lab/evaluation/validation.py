@@ -9,6 +9,8 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from lowvram_lab.chat.session import ChatSession
+from lowvram_lab.evaluation.battery import battery as run_battery
+from lowvram_lab.evaluation.battery_report import Battery
 from lowvram_lab.evaluation.fidelity import Fidelity, fidelity, repetition
 from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile
 from lowvram_lab.repository.text import windows_in_words
@@ -60,12 +62,14 @@ class ValidationReport:
         gpu: Where it ran, in words.
         checks: One line each.
         fidelity: The comparison with the reference, if one was made.
+        battery: The generation battery, if it was asked; beside the reference's, if there is one.
     """
 
     model: str
     gpu: str
     checks: tuple[Check, ...]
     fidelity: Fidelity | None = None
+    battery: Battery | None = None
 
     @property
     def passed(self) -> bool:
@@ -95,6 +99,7 @@ class ValidationReport:
             "passed": self.passed,
             "checks": [asdict(check) for check in self.checks],
             "fidelity": self.fidelity and self.fidelity.to_dict(),
+            "battery": self.battery and self.battery.to_dict(),
         }
 
     def __repr__(self) -> str:
@@ -104,7 +109,7 @@ class ValidationReport:
         return f"<b>{self.summary()}</b>" + self.table().to_html(index=False)
 
 
-def validate(
+def validate(  # noqa: PLR0913  (each a part of the report)
     session: ChatSession,
     *,
     reference: PreTrainedModel | None = None,
@@ -113,6 +118,7 @@ def validate(
     speed: SpeedProfile | None = None,
     text: str | None = None,
     limits: Limits | None = None,
+    battery: bool = False,
     progress: bool = True,
 ) -> ValidationReport:
     """Checks a chat that has had at least one turn. Each argument left out leaves its checks out.
@@ -125,6 +131,8 @@ def validate(
         speed: From ``run_speed``.
         text: Text for the fidelity; by default the library's own.
         limits: What to demand.
+        battery: Ask ``battery_items`` as well (sixty short answers): how many pass is reported, and with a reference,
+            which is asked the same, the model must not be worse by more than chance.
         progress: Show progress bars.
     """
     limits, model = limits or Limits(), session.model
@@ -141,7 +149,12 @@ def validate(
         Check("repeated 4-grams", f"{worst:.0%}", f"at most {limits.repetition:.0%}", worst <= limits.repetition)
     )
     checks += _speed_figures(session, speed)
-    return ValidationReport(model.lowvram.plan.model, model.lowvram.gpu.name, tuple(checks), found)
+    asked = None
+    if battery:  # last: it gives up what the chat's KV cache held, and has peaks of its own
+        options = {"template_arguments": session.template_arguments, "precision": session.precision}
+        asked = run_battery(model, session.tokenizer, compare=reference, **options, progress=progress)
+        checks += _battery_checks(asked)
+    return ValidationReport(model.lowvram.plan.model, model.lowvram.gpu.name, tuple(checks), found, asked)
 
 
 def _memory_checks(session: ChatSession, measured: MemoryProfile | None) -> list[Check]:
@@ -185,6 +198,18 @@ def _fidelity_checks(found: Fidelity, limits: Limits) -> list[Check]:
             found.top1_agreement >= limits.top1_agreement,
         ),
     ]
+
+
+def _battery_checks(asked: Battery) -> list[Check]:
+    checks = [Check("generation battery", f"{asked.score()}, by {asked.way}")]
+    if compared := asked.comparison:
+        value = (
+            f"{compared.difference:+.1%}: {len(compared.lost)} lost, {len(compared.gained)} gained, "
+            f"p = {compared.p_value:.2g}"
+        )
+        not_worse = compared.verdict != "worse"
+        checks.append(Check("battery against the reference", value, "not worse by more than chance", not_worse))
+    return checks
 
 
 def _speed_figures(session: ChatSession, speed: SpeedProfile | None) -> list[Check]:
