@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.conversion.convert import convert
@@ -21,7 +21,7 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.packaged import sample_text
 from lowvram_lab.slimming.slim import slim_vocabulary
 from tests.helpers.checkpoints import read_state, spoilt_state, write_model
-from tests.helpers.tiny import tiny_spec
+from tests.helpers.tiny import seeded, tiny_spec
 from tests.slimming.tiny import KINDS, ROWS, SPECIALS, texts, tokenizer_of, write
 
 module = importlib.import_module("lowvram_lab.slimming.slim")
@@ -446,6 +446,33 @@ def test_a_token_that_only_transformers_adds_and_no_row_has_is_left_to_it(folder
     made = run(other, tmp_path / "out")
     assert max(new_ids(tmp_path / "out")) < tokens
     assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id >= made.vocab_after
+
+
+OTHERS = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128},  # a table of positions
+    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8},  # a head with biases
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16},  # scaled embeddings, capped logits
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.no_grad()
+def test_other_architectures_compute_the_same_bits(folder, tmp_path, kind):
+    sizes = {"num_attention_heads": 4, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+    sizes = OTHERS[kind] if "n_embd" in OTHERS[kind] else {**sizes, **OTHERS[kind]}
+    stops = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=ROWS, **stops, **sizes))
+    for number, parameter in enumerate(model.parameters()):
+        parameter.copy_(seeded(*parameter.shape, seed=number) * 0.05)
+    shutil.copy(folder / "text.txt", tmp_path)
+    model.save_pretrained(tmp_path / kind)
+    tokenizer_of("GPT-2's").save_pretrained(tmp_path / kind)
+    run(tmp_path / kind, tmp_path / "out")
+    kept = sorted(new_ids(tmp_path / "out"))
+    before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in (kind, "out"))
+    ids = torch.arange(0, len(kept), len(kept) // 60)[None]
+    assert torch.equal(after(ids).logits, before(torch.tensor(kept)[ids]).logits[..., kept])
 
 
 def test_a_repository_s_tokenizer_is_refused_before_its_weights_are_fetched(source, tmp_path, monkeypatch):
