@@ -77,6 +77,12 @@ _PUBLIC = {
     "export_gguf": "conversion.gguf_export",
     "slim_vocabulary": "slimming.slim",
     "Slimmed": "slimming.slim",
+    "slim_layers": "slimming.slim_layers",
+    "SlimmedLayers": "slimming.slim_layers",
+    "choose_layers": "slimming.choice",
+    "LayerChoice": "slimming.choice",
+    "layer_influence": "slimming.influence",
+    "Influence": "slimming.influence",
     "frontier": "evaluation.frontier",
     "plot_frontier": "faces.plot_chat",
     # 05 split the layers

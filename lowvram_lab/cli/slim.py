@@ -1,35 +1,46 @@
-"""``lowvram slim``: a model without the tokens that are not needed."""
+"""``lowvram slim``: a model without the tokens or the layers that are not needed."""
 
 import argparse
 import sys
 
 from lowvram_lab.cli.common import print_json, prose, tokens
-from lowvram_lab.slimming.slim import slim_vocabulary
+from lowvram_lab.errors import LowvramError
+from lowvram_lab.slimming.slim import Slimmed, slim_vocabulary
+from lowvram_lab.slimming.slim_layers import SlimmedLayers, slim_layers
 
 
 def add_slim(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``slim``."""
     parser.add_argument("--input", required=True, dest="model", metavar="MODEL", help="a 16-bit model, by name or path")
     parser.add_argument("--output", required=True, metavar="DIR", help="a new or empty directory")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--vocab",
-        required=True,
         type=_vocab,
         metavar="N|text",
         help="tokens that stay, e.g. 16k, or text: as many as the text needs",
+    )
+    what.add_argument(
+        "--layers",
+        type=_layers,
+        metavar="N|A,B,...",
+        help="how many layers are left out, those that cost least; or which, e.g. 13,14,17",
     )
     parser.add_argument(
         "--text",
         action="append",
         metavar="FILE",
-        help="a text like what the model will read, may be given more than once (the library's)",
+        help="a text like what the model will read, for --vocab more than one (the library's)",
+    )
+    parser.add_argument("--no-repair", action="store_true", help="with --layers: leave the others as they are")
+    parser.add_argument(
+        "--heal", action="store_true", help="with --layers: let the others learn to make up for them, in minutes"
     )
 
 
 def run_slim(args: argparse.Namespace) -> int:
-    """Writes the smaller model, and prints its sizes."""
-    made = slim_vocabulary(args.model, args.output, vocab=args.vocab, texts=args.text, progress=sys.stderr.isatty())
-    say = prose(args)
+    """Writes the smaller model, and prints its sizes and what they cost."""
+    say, made = prose(args), _made(args)
     say(made.summary())
     say(f"next: lowvram chat {made.output}")
     if args.json:
@@ -37,5 +48,32 @@ def run_slim(args: argparse.Namespace) -> int:
     return 0
 
 
+def _made(args: argparse.Namespace) -> Slimmed | SlimmedLayers:
+    shown = sys.stderr.isatty()
+    if args.layers is None:
+        if args.no_repair or args.heal:
+            raise LowvramError("--no-repair and --heal go with --layers: a vocabulary leaves the other weights alone")
+        return slim_vocabulary(args.model, args.output, vocab=args.vocab, texts=args.text, progress=shown)
+    if args.text and len(args.text) > 1:
+        raise LowvramError(f"--layers takes one --text, found {len(args.text)}; put them into one file")
+    return slim_layers(
+        args.model,
+        args.output,
+        args.layers,
+        text=args.text[0] if args.text else None,
+        repaired=not args.no_repair,
+        healed=args.heal,
+        progress=shown,
+    )
+
+
 def _vocab(text: str) -> int | str:
     return text if text == "text" else tokens(text)
+
+
+def _layers(text: str) -> int | list[int]:
+    """How many, or which: ``13,14`` names two, and ``13,`` one."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts if part or len(parts) == 1):
+        raise argparse.ArgumentTypeError(f"expected a number of layers or indices such as 13,14,17, found {text!r}")
+    return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts if part]

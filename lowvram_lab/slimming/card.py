@@ -40,3 +40,32 @@ seldom seen it spelt so. Measure it on your own text.
 
 `slim.json` has the texts' hashes and the old id of every token that stayed, in the new order.
 """
+
+
+def layers_card(facts: dict) -> str:
+    """The same of a directory with fewer layers."""
+    left = facts["layers_before"] - len(facts["removed"])
+    saved = 1 - facts["weight_bytes"] / facts["source_weight_bytes"]
+    weights = f"{format_bytes(facts['weight_bytes'])} instead of {format_bytes(facts['source_weight_bytes'])}"
+    costs = "\n".join(f"| KL to the original, {stage} | {kl:.4f} nats a token |" for stage, kl in facts["kl"].items())
+    return f"""---
+base_model: {json.dumps(facts["source"], ensure_ascii=False)}
+library_name: transformers
+tags: [layers-removed, lowvram-lab]
+---
+# {facts["source"]}, with {left} layers
+
+Made by lowvram_lab {__version__} from `{facts["source"]}`; the licence of that model holds for these weights too.
+
+| | |
+|---|---|
+| layers | {left} of {facts["layers_before"]}, without {", ".join(map(str, facts["removed"]))} |
+| weights | {weights}, -{saved:.1%} |
+| chosen and fitted on | {facts["text"]}, {facts["text_tokens"]} tokens |
+{costs}
+| measured on | {facts["kl_tokens"]} tokens that nothing was fitted to |
+| opens in | stock transformers (`AutoModelForCausalLM.from_pretrained`), and lowvram_lab |
+
+A model without layers may classify as before and no longer write: ask it something (`lowvram evaluate DIR --battery`)
+before you rely on it, and compare it with what quantising reaches in the same bytes.
+"""

@@ -1,0 +1,377 @@
+"""slim_layers: a model without some of its layers, repaired and healed, in a directory that stock transformers opens.
+
+Chooses the layers by measured KL, folds what they added into the layers before them, heals those that are left, and
+says of each of the three what it comes to on a text that none of them has seen.
+
+Derived in: notebooks/11_the_edge.ipynb
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lowvram_lab import __version__
+from lowvram_lab.conversion.convert import hash_of
+from lowvram_lab.conversion.resumable import PartialDirectory, building
+from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.files import known_sha256, refuse_occupied, require_space
+from lowvram_lab.memory.host import peak_rss_bytes
+from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.source import config_from_values, find_source
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.packaged import calibration_text, sample_text
+from lowvram_lab.repository.hub import TOKENIZER
+from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
+from lowvram_lab.slimming.card import layers_card
+from lowvram_lab.slimming.choice import choose_layers
+from lowvram_lab.slimming.divergence import divergences
+from lowvram_lab.slimming.heal import heal
+from lowvram_lab.slimming.repair import repair
+from lowvram_lab.slimming.rewritten import Changed, Rewritten
+from lowvram_lab.slimming.slim import SLIM
+from lowvram_lab.units import format_bytes
+from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
+from lowvram_lab.weights.layerwise import LayerByLayer
+
+TOKENS, CHOICE_TOKENS = 16384, 2048
+"""Of the text that repair and healing are fitted to, and that candidates are tried on."""
+
+CUT, REPAIRED, HEALED = "cut", "repaired", "healed"
+"""How far a model is that has fewer layers."""
+
+
+@dataclass(frozen=True)
+class SlimmedLayers:
+    """What was left out of a model, and what that costs.
+
+    Attributes:
+        output: The directory.
+        layers_before: Of the model.
+        removed: Indices of those that were left out, in the order of the model.
+        weight_bytes: Of all tensors, as the files hold them.
+        source_weight_bytes: Of the model's tensors before.
+        kl: Mean KL to the whole model in nats a token, on a text that nothing was fitted to: ``"cut"``, and where they
+            were asked for ``"repaired"`` and ``"healed"``.
+        kl_tokens: Measured on.
+        explained: Index of the layer before each gap → the share of what the gap added that it gives back.
+        seconds: Of this run; one that was resumed counts from the resumption.
+        peak_rss_bytes: Highest resident memory of this process so far.
+    """
+
+    output: str
+    layers_before: int
+    removed: tuple[int, ...]
+    weight_bytes: int
+    source_weight_bytes: int
+    kl: dict[str, float]
+    kl_tokens: int
+    explained: dict[int, float]
+    seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def reduction(self) -> float:
+        """Share of the model's bytes that are saved."""
+        return 1 - self.weight_bytes / self.source_weight_bytes
+
+    def to_dict(self) -> dict:
+        """Plain data."""
+        return {**asdict(self), "removed": list(self.removed), "reduction": self.reduction}
+
+    def summary(self) -> str:
+        """What a person wants to know, in three lines."""
+        costs = ", ".join(
+            f"{name} {kl:.4f}" + (f" ({1 - kl / self.kl[CUT]:.0%} of it gone)" if name != CUT else "")
+            for name, kl in self.kl.items()
+        )
+        left = self.layers_before - len(self.removed)
+        return (
+            f"{self.output}: {left} of {self.layers_before} layers, without {', '.join(map(str, self.removed))}\n"
+            f"KL to the whole model, nats a token on a text that nothing was fitted to: {costs}\n"
+            f"{format_bytes(self.weight_bytes)} of weights instead of {format_bytes(self.source_weight_bytes)}, "
+            f"{self.reduction:.1%} less; {self.seconds:.0f} s, peak resident memory "
+            f"{format_bytes(self.peak_rss_bytes)}"
+        )
+
+
+def slim_layers(
+    model: str,
+    output: str | Path,
+    layers: int | Sequence[int],
+    *,
+    text: str | Path | None = None,
+    tokens: int = TOKENS,
+    repaired: bool = True,
+    healed: bool = False,
+    progress: bool = True,
+) -> SlimmedLayers:
+    """Writes a model without some of its layers.
+
+    Killed, it goes on where it was when called again with the same arguments: what was chosen, repaired and healed is
+    kept.
+
+    Args:
+        model: Name, hub id, directory or .gguf file of a 16-bit model.
+        output: A new or empty directory.
+        layers: How many are left out, those whose absence is measured to cost least; or which, by index.
+        text: A file like what the model will read; by default the library's own text.
+        tokens: Read so many tokens of it at most.
+        repaired: Fold what the layers added into those before them (``repair``).
+        healed: Learn low-rank changes of the layers that are left (``heal``); takes minutes.
+        progress: Show progress bars, on stderr.
+
+    Returns:
+        What was left out, sizes before and after, and KL at each stage.
+
+    Raises:
+        LowvramError: Output not empty, text too short, layers that there are not, no disk space.
+        SourceError: No such model.
+        CheckpointError: Damaged weights, or layers that cannot be run by themselves.
+    """
+    began = time.monotonic()
+    output = Path(output).expanduser()
+    refuse_occupied(output)
+    if tokens < LEAST_TOKENS:
+        raise LowvramError(f"expected {LEAST_TOKENS} tokens of text or more, found {tokens}")
+    source = find_source(model)
+    spec = source.spec(source.public_name)
+    if spec.stored:
+        raise LowvramError(
+            f"{model} is a converted model; leave layers of the 16-bit original out, then convert what is left"
+        )
+    wanted = _checked_layers(layers, spec)
+    checkpoint, tokenizer = source.checkpoint(progress), source.tokenizer()
+    ids = calibration_windows(tokenizer, calibration_text(text), tokens, spec.max_position_embeddings)
+    held_out = equal_windows(plain_ids(tokenizer, sample_text()), first_ids(tokenizer), ids.shape[1])
+    stream = LayerByLayer(spec, checkpoint)
+    identity = {
+        "weights": {file.name: known_sha256(file, progress) for file in checkpoint.files},
+        "layers": wanted,
+        "text": [hash_of(ids), hash_of(held_out)],
+        "ways": [repaired, healed],
+        "threads": torch.get_num_threads(),
+        "by": __version__,
+    }
+    with building(output, identity) as partial:
+        removed = _removed(partial, stream, ids, wanted, progress)
+        config = _config(checkpoint.directory, spec, removed)
+        work = _Work(partial, stream, removed, ids, progress)
+        weights, kl = {}, {CUT: work.kl(held_out, {})}
+        if repaired:
+            weights = work.repaired()
+            kl[REPAIRED] = work.kl(held_out, weights)
+        if healed:
+            weights = weights | work.healed(weights)
+            kl[HEALED] = work.kl(held_out, weights)
+        rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), _changes(checkpoint, weights))
+        require_space(partial.path, rewritten.nbytes, "the smaller model")
+        facts = {
+            "source": source.public_name,
+            "layers_before": len(stream),
+            "removed": removed,
+            "text": Path(text).name if text else "the text that comes with lowvram_lab",
+            "text_tokens": ids.numel(),
+            "kl": kl,
+            "kl_tokens": held_out.numel(),
+            "explained": work.explained,
+            "weight_bytes": rewritten.nbytes,
+            "source_weight_bytes": rewritten.source_nbytes,
+        }
+        rewritten.write(partial, progress)
+        _finish(partial, checkpoint.directory, facts, config)
+        partial.publish()
+    return SlimmedLayers(
+        output=str(output),
+        layers_before=len(stream),
+        removed=tuple(removed),
+        weight_bytes=rewritten.nbytes,
+        source_weight_bytes=rewritten.source_nbytes,
+        kl=kl,
+        kl_tokens=held_out.numel(),
+        explained={int(layer): share for layer, share in work.explained.items()},
+        seconds=time.monotonic() - began,
+        peak_rss_bytes=peak_rss_bytes(),
+    )
+
+
+class _Work:
+    """What is fitted, kept in the directory's state.
+
+    Attributes:
+        explained: See ``Repair``; empty until it was repaired. Keys are text, as in a file.
+    """
+
+    def __init__(
+        self, partial: PartialDirectory, stream: LayerByLayer, removed: list[int], ids: torch.Tensor, progress: bool
+    ):
+        self._partial, self._stream, self._removed, self._ids = partial, stream, removed, ids
+        self._progress, self.explained = progress, {}
+
+    def repaired(self) -> dict[str, torch.Tensor]:
+        """Weights by name."""
+        facts, tensors = self._partial.load_json("state/repair.json"), None
+        if facts is not None:
+            tensors = self._partial.load_tensors("state/repair.safetensors") if facts["explained"] else {}
+        if tensors is None:
+            found = repair(self._stream, self._removed, self._ids, progress=self._progress)
+            facts, tensors = {"explained": {str(at): share for at, share in found.explained.items()}}, found.weights
+            if tensors:
+                self._partial.save_tensors("state/repair.safetensors", tensors)
+            self._partial.save_json("state/repair.json", facts)
+        self.explained = facts["explained"]
+        return tensors
+
+    def healed(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Weights by name."""
+
+        def keep(index: int, make) -> dict[str, torch.Tensor]:
+            file = f"state/heal-{index}.safetensors"
+            found = self._partial.load_tensors(file)
+            if found is None:
+                found = make()
+                self._partial.save_tensors(file, found)
+            return found
+
+        slim = _with(self._stream, weights)
+        return heal(self._stream, slim, self._removed, self._ids, keep=keep, progress=self._progress).weights
+
+    @torch.no_grad()
+    def kl(self, ids: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> float:
+        """Mean KL of the whole model and the one with these weights and fewer layers."""
+        slim, whole = _with(self._stream, weights), self._stream.embed(ids)
+        states = slim.embed(ids)
+        for index in range(len(self._stream)):
+            with self._stream.layer(index) as layer:
+                self._stream.run_in_place(layer, whole)
+            if index not in self._removed:
+                with slim.layer(index) as layer:
+                    slim.run_in_place(layer, states)
+        return divergences(self._stream, whole, {CUT: states})[CUT]
+
+
+class _Patched:
+    """A checkpoint, but for some tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]):
+        self._checkpoint, self._tensors = checkpoint, tensors
+
+    def __getattr__(self, name: str):
+        return getattr(self._checkpoint, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._checkpoint
+
+    def read(self, name: str) -> torch.Tensor:
+        """Rounded as the file will have it."""
+        original = self._checkpoint.read(name)
+        return self._tensors[name].to(original.dtype) if name in self._tensors else original
+
+
+def _with(stream: LayerByLayer, weights: Mapping[str, torch.Tensor]) -> LayerByLayer:
+    return LayerByLayer(stream.spec, _Patched(stream.checkpoint, weights), stream.dtype)
+
+
+def _checked_layers(layers: int | Sequence[int], spec: ModelSpec) -> int | list[int]:
+    count = spec.num_hidden_layers
+    if isinstance(layers, int) and not isinstance(layers, bool):
+        if not 1 <= layers < count:
+            raise LowvramError(
+                f"expected 1 to {count - 1} layers to leave out ({spec.name} has {count}), found {layers}"
+            )
+        return layers
+    chosen = sorted(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [None]
+    if not all(type(index) is int and 0 <= index < count for index in chosen) or len(set(chosen)) != len(chosen):
+        raise LowvramError(
+            f"expected a number of layers, or different indices of 0 to {count - 1}, found {layers!r:.60}"
+        )
+    if not 1 <= len(chosen) < count:
+        raise LowvramError(f"expected 1 to {count - 1} layers to leave out, found {len(chosen)}")
+    return chosen
+
+
+def _removed(
+    partial: PartialDirectory, stream: LayerByLayer, ids: torch.Tensor, wanted: int | list[int], progress: bool
+) -> list[int]:
+    """Indices in the order of the model."""
+    if not isinstance(wanted, int):
+        return wanted
+    known = partial.load_json("state/choice.json")
+    if known is None:
+        some = ids[evenly(len(ids), max(2, CHOICE_TOKENS // ids.shape[1]))]
+        known = {"removed": list(choose_layers(stream, some, wanted, progress=progress).removed)}
+        partial.save_json("state/choice.json", known)
+    return sorted(known["removed"])
+
+
+def _config(directory: Path, spec: ModelSpec, removed: list[int]) -> dict:
+    """The config of what is left: everything in it that has an entry for each layer loses those of the removed."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    count = spec.num_hidden_layers
+    key = type(spec.pretrained_config()).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for name, values in config.items():
+        if isinstance(values, list) and len(values) == count and name.startswith(("layer", "no_rope", "block")):
+            config[name] = [value for index, value in enumerate(values) if index not in removed]
+    config |= {key: count - len(removed), "tie_word_embeddings": spec.tied}
+    if config.get("max_window_layers", 0) > config[key]:
+        config["max_window_layers"] = config[key]
+    _check_same(spec, ModelSpec.from_config(config_from_values(config, "config.json"), spec.name), removed)
+    return config
+
+
+def _check_same(spec: ModelSpec, slim: ModelSpec, removed: list[int]) -> None:
+    """Refuses a config whose layers would be others than those that are kept."""
+    renamed = _renamed(spec, removed)
+    before = {new: m.parameters for m in spec.modules if (new := renamed(m.name)) is not None}
+    after = {module.name: module.parameters for module in slim.modules}
+    if before != after:
+        odd = sorted(before.keys() ^ after.keys()) or [name for name in before if before[name] != after[name]]
+        raise CheckpointError(
+            f"{spec.name}: without these layers {odd[0]} would be another module than it was; leave other layers out"
+        )
+
+
+def _renamed(spec: ModelSpec, removed: list[int]):
+    """A module's or tensor's name → its new one; ``None`` for one of a removed layer."""
+    kept = [index for index in range(spec.num_hidden_layers) if index not in removed]
+    new = {old: index for index, old in enumerate(kept)}
+    of_layer = re.compile(rf"{re.escape(spec.layers_path)}\.(\d+)\.(.*)", re.DOTALL)
+
+    def rename(name: str) -> str | None:
+        found = of_layer.fullmatch(name)
+        if found is None:
+            return name
+        index = int(found[1])
+        return f"{spec.layers_path}.{new[index]}.{found[2]}" if index in new else None
+
+    return rename
+
+
+def _names(checkpoint: Checkpoint, spec: ModelSpec, removed: list[int]) -> dict[str, str]:
+    renamed = _renamed(spec, removed)
+    return {name: new for name in checkpoint if (new := renamed(name)) is not None}
+
+
+def _changes(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> dict[str, Changed]:
+    def rounded(weight: torch.Tensor):
+        return lambda original: weight.to(original.dtype)
+
+    return {name: Changed(checkpoint.shape(name), rounded(weight)) for name, weight in weights.items()}
+
+
+def _finish(partial: PartialDirectory, directory: Path, facts: dict, config: dict) -> None:
+    """Writes everything beside the weights."""
+    for file in sorted(directory.iterdir()):
+        if any(fnmatch.fnmatch(file.name, pattern) for pattern in [*TOKENIZER, "generation_config.json", "LICENSE*"]):
+            shutil.copyfile(file, partial.path / file.name)
+    partial.save_json(SLIM, facts)
+    (partial.path / "README.md").write_text(layers_card(facts), encoding="utf-8")
+    partial.save_json("config.json", config)  # last: a directory without it opens nowhere
