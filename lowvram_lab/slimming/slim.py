@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -24,13 +23,14 @@ from lowvram_lab.conversion.resumable import PartialDirectory, building
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
-from lowvram_lab.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, check_tensor
+from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.source import Source, config_from_values, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.repository import hub
 from lowvram_lab.repository.text import first_ids
 from lowvram_lab.slimming.card import slim_card
+from lowvram_lab.slimming.rows import FewerRows
 from lowvram_lab.slimming.tokenizer_cut import (
     cut_tokenizer,
     ids_found,
@@ -47,7 +47,7 @@ from lowvram_lab.slimming.vocabulary import (
     text_tokens,
     with_parents,
 )
-from lowvram_lab.units import MiB, format_bytes
+from lowvram_lab.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 LEAST_LETTERS = 1024
 """A text shorter than this says nothing about what a model will read."""
 
-_SHARD_BYTES = 512 * MiB  # held at once, as read and as written
 _ON_HUB = ("hub", "config")
 _COPIED = ("special_tokens_map.json", "chat_template*", "LICENSE*")
 SLIM = "slim.json"
@@ -156,7 +155,7 @@ def slim_vocabulary(
     kept = kept_tokens(files.tokenizer, needed, wanted, rows)
     files.cut(kept, spec)
     cut = _cut_parameters(spec, ModelSpec.from_config(config_from_values(files.config, "config.json"), spec.name))
-    small = _Smaller(checkpoint, torch.tensor(kept), cut)
+    small = FewerRows(checkpoint, torch.tensor(kept), cut)
     facts = {
         "source": source.public_name,
         "vocab_before": rows,
@@ -175,56 +174,6 @@ def slim_vocabulary(
         partial.publish()
     sizes = {name: facts[name] for name in Slimmed.__annotations__ if name in facts}
     return Slimmed(output=str(output), **sizes, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
-
-
-class _Smaller:
-    """A checkpoint's tensors with the rows of the tokens that stay, read one at a time.
-
-    Attributes:
-        source_nbytes: Of the tensors before.
-        nbytes: Of what is left of them.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, rows: torch.Tensor, cut: frozenset[str]):
-        self._checkpoint, self._rows, self._cut = checkpoint, rows, cut
-        self._sizes = {name: self._nbytes(name, len(rows) if name in cut else None) for name in checkpoint}
-        self.source_nbytes = sum(self._nbytes(name) for name in checkpoint)
-        self.nbytes = sum(self._sizes.values())
-
-    def write(self, partial: PartialDirectory, progress: bool) -> None:
-        """Writes the shards that are not finished yet, and their index where there are several."""
-        from tqdm.auto import tqdm
-
-        shards, weight_map = self._shards(), {}
-        for number, names in enumerate(tqdm(shards, desc="writing weights", disable=not progress), 1):
-            shard = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            weight_map |= dict.fromkeys(names, shard)
-            if not partial.finished(shard):
-                partial.save_tensors(shard, {name: self._read(name) for name in names})
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-            partial.save_json(INDEX_NAME, index)
-
-    def _read(self, name: str) -> torch.Tensor:
-        value = self._checkpoint.read(name)
-        return value[self._rows] if name in self._cut else value
-
-    def _nbytes(self, name: str, rows: int | None = None) -> int:
-        """Of a tensor, or of so many rows of it."""
-        shape = self._checkpoint.shape(name)
-        shape = shape if rows is None else (rows, *shape[1:])
-        return math.prod(shape) * self._checkpoint.dtype(name).itemsize
-
-    def _shards(self) -> list[list[str]]:
-        """Names of the tensors in each file, in the order in which they lie on disk."""
-        shards, size = [[]], 0
-        for name, nbytes in self._sizes.items():
-            if shards[-1] and size + nbytes > _SHARD_BYTES:
-                shards.append([])
-                size = 0
-            shards[-1].append(name)
-            size += nbytes
-        return shards
 
 
 class _Files:

@@ -19,6 +19,7 @@ from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.packaged import sample_text
+from lowvram_lab.slimming import rows
 from lowvram_lab.slimming.slim import slim_vocabulary
 from tests.helpers.checkpoints import read_state, spoilt_state, write_model
 from tests.helpers.tiny import seeded, tiny_spec
@@ -220,7 +221,7 @@ def killer(monkeypatch, name: str, count: int):
 
 @pytest.fixture
 def in_shards(monkeypatch):
-    monkeypatch.setattr(module, "_SHARD_BYTES", 2**18)
+    monkeypatch.setattr(rows, "_SHARD_BYTES", 2**18)
 
 
 @pytest.fixture(scope="module")
