@@ -161,63 +161,54 @@ def slim_layers(
         "threads": torch.get_num_threads(),
         "by": __version__,
     }
+    facts = {
+        "source": source.public_name,
+        "layers_before": len(stream),
+        "text": Path(text).name if text else "the text that comes with lowvram_lab",
+        "text_tokens": ids.numel(),
+    }
     with building(output, identity) as partial:
         removed = _removed(partial, stream, ids, wanted, progress)
         config = _config(checkpoint.directory, spec, removed)
         work = _Work(partial, stream, removed, ids, progress)
-        weights, kl = {}, {CUT: work.kl(held_out, {})}
-        if repaired:
-            weights = work.repaired()
-            kl[REPAIRED] = work.kl(held_out, weights)
-        if healed:
-            weights = weights | work.healed(weights)
-            kl[HEALED] = work.kl(held_out, weights)
-        rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), _changes(checkpoint, weights))
+        facts |= {"removed": removed, **work.stages(held_out, repaired, healed)}
+        rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), _changes(checkpoint, work.weights))
         require_space(partial.path, rewritten.nbytes, "the smaller model")
-        facts = {
-            "source": source.public_name,
-            "layers_before": len(stream),
-            "removed": removed,
-            "text": Path(text).name if text else "the text that comes with lowvram_lab",
-            "text_tokens": ids.numel(),
-            "kl": kl,
-            "kl_tokens": held_out.numel(),
-            "explained": work.explained,
-            "weight_bytes": rewritten.nbytes,
-            "source_weight_bytes": rewritten.source_nbytes,
-        }
+        facts |= {"weight_bytes": rewritten.nbytes, "source_weight_bytes": rewritten.source_nbytes}
         rewritten.write(partial, progress)
         _finish(partial, checkpoint.directory, facts, config)
         partial.publish()
-    return SlimmedLayers(
-        output=str(output),
-        layers_before=len(stream),
-        removed=tuple(removed),
-        weight_bytes=rewritten.nbytes,
-        source_weight_bytes=rewritten.source_nbytes,
-        kl=kl,
-        kl_tokens=held_out.numel(),
-        explained={int(layer): share for layer, share in work.explained.items()},
-        seconds=time.monotonic() - began,
-        peak_rss_bytes=peak_rss_bytes(),
-    )
+    found = {name: facts[name] for name in SlimmedLayers.__annotations__ if name in facts}
+    found |= {"removed": tuple(removed), "explained": {int(at): share for at, share in facts["explained"].items()}}
+    return SlimmedLayers(output=str(output), **found, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
 
 
 class _Work:
     """What is fitted, kept in the directory's state.
 
     Attributes:
-        explained: See ``Repair``; empty until it was repaired. Keys are text, as in a file.
+        weights: Those that are others now, by name.
     """
 
     def __init__(
         self, partial: PartialDirectory, stream: LayerByLayer, removed: list[int], ids: torch.Tensor, progress: bool
     ):
         self._partial, self._stream, self._removed, self._ids = partial, stream, removed, ids
-        self._progress, self.explained = progress, {}
+        self._progress, self.weights = progress, {}
 
-    def repaired(self) -> dict[str, torch.Tensor]:
-        """Weights by name."""
+    def stages(self, held_out: torch.Tensor, repaired: bool, healed: bool) -> dict:
+        """Repairs and heals as far as that is wanted, and measures each stage on a text that it was not fitted to."""
+        kl, explained = {CUT: self._kl(held_out)}, {}
+        if repaired:
+            explained = self._repair()
+            kl[REPAIRED] = self._kl(held_out)
+        if healed:
+            self._heal()
+            kl[HEALED] = self._kl(held_out)
+        return {"kl": kl, "kl_tokens": held_out.numel(), "explained": explained}
+
+    def _repair(self) -> dict[str, float]:
+        """See ``Repair.explained``; its keys are text, as in a file."""
         facts, tensors = self._partial.load_json("state/repair.json"), None
         if facts is not None:
             tensors = self._partial.load_tensors("state/repair.safetensors") if facts["explained"] else {}
@@ -227,12 +218,10 @@ class _Work:
             if tensors:
                 self._partial.save_tensors("state/repair.safetensors", tensors)
             self._partial.save_json("state/repair.json", facts)
-        self.explained = facts["explained"]
-        return tensors
+        self.weights = tensors
+        return facts["explained"]
 
-    def healed(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Weights by name."""
-
+    def _heal(self) -> None:
         def keep(index: int, make) -> dict[str, torch.Tensor]:
             file = f"state/heal-{index}.safetensors"
             found = self._partial.load_tensors(file)
@@ -241,13 +230,14 @@ class _Work:
                 self._partial.save_tensors(file, found)
             return found
 
-        slim = _with(self._stream, weights)
-        return heal(self._stream, slim, self._removed, self._ids, keep=keep, progress=self._progress).weights
+        slim = _with(self._stream, self.weights)
+        found = heal(self._stream, slim, self._removed, self._ids, keep=keep, progress=self._progress)
+        self.weights = self.weights | found.weights
 
     @torch.no_grad()
-    def kl(self, ids: torch.Tensor, weights: Mapping[str, torch.Tensor]) -> float:
+    def _kl(self, ids: torch.Tensor) -> float:
         """Mean KL of the whole model and the one with these weights and fewer layers."""
-        slim, whole = _with(self._stream, weights), self._stream.embed(ids)
+        slim, whole = _with(self._stream, self.weights), self._stream.embed(ids)
         states = slim.embed(ids)
         for index in range(len(self._stream)):
             with self._stream.layer(index) as layer:
