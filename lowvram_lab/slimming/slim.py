@@ -266,7 +266,11 @@ class _Files:
 
 def _picked_rows(checkpoint: Checkpoint, rows: torch.Tensor, cut: Iterable[str]) -> dict[str, Changed]:
     """What becomes of the tensors that have a row for each token."""
-    return {name: Changed((len(rows), *checkpoint.shape(name)[1:]), lambda value: value[rows]) for name in cut}
+    return {
+        name: Changed((len(rows), *checkpoint.shape(name)[1:]), lambda value: value[rows])
+        for name in cut
+        if name in checkpoint
+    }
 
 
 def _wanted(vocab: int | str) -> int | None:
