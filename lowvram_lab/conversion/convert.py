@@ -5,10 +5,8 @@ Plans the bits, then lets ``layer_quantizer`` make the shards, then adds config,
 Derived in: notebooks/04_compress.ipynb
 """
 
-import fnmatch
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -284,8 +282,6 @@ def _finish(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     partial.save_json("model.safetensors.index.json", index)
     partial.save_json(RECIPE, facts)
-    for file in sorted(directory.iterdir()):
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in [*TOKENIZER, "generation_config.json", "LICENSE*"]):
-            shutil.copyfile(file, partial.path / file.name)
+    partial.copy(directory, [*TOKENIZER, "generation_config.json", "LICENSE*"])
     (partial.path / "README.md").write_text(model_card(facts, spec, total), encoding="utf-8")
     partial.save_json("config.json", config)  # last: a directory without it opens nowhere

@@ -14,7 +14,6 @@ Source: fitting to the original's outputs over the quantised model's inputs, Ara
 
 import logging
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +27,7 @@ from lowvram_lab.model.low_plane import FILE as LOW_PLANE
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight, rows_of
+from lowvram_lab.weights.head import HEAD_TOKENS, head_logits
 from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments
 from lowvram_lab.weights.solve import solve
@@ -43,9 +43,6 @@ Measured at -70 %: stories15M's KL is 0.042, 0.035, 0.146 at 0, 0.5, 1; smollm2-
 
 DAMPING = 0.01
 """Of the mean moment, against directions the calibration text hardly has."""
-
-HEAD_TOKENS, HEAD_ROWS = 64, 4096
-"""Tokens and vocabulary rows of the head worked on at once: 64 x 152k logits are 37 MiB, 4096 x 2560 weights 40."""
 
 
 @dataclass
@@ -279,8 +276,10 @@ class LayerQuantizer:
         last = self.held_out.shape[1] - 1  # of a window; it predicts nothing that is in the window
         counted = (torch.arange(self.held_out.numel()) % (last + 1) < last).split(HEAD_TOKENS)
         for (theirs_x, ours_x), target, count in zip(self._final("held_out", ours), targets, counted, strict=True):
-            theirs = torch.log_softmax(_logits(theirs_x[count], lambda s: original[s].float(), len(original), bias), -1)
-            mine = torch.log_softmax(_logits(ours_x[count], head_rows, len(original), bias), -1)
+            theirs = torch.log_softmax(
+                head_logits(theirs_x[count], lambda s: original[s].float(), len(original), bias), -1
+            )
+            mine = torch.log_softmax(head_logits(ours_x[count], head_rows, len(original), bias), -1)
             target = target[count].unsqueeze(1)
             totals["nll"] -= mine.gather(1, target).sum().item()
             totals["reference_nll"] -= theirs.gather(1, target).sum().item()
@@ -321,12 +320,3 @@ def stored_rows(tensors: dict, name: str, fmt: Format):
 
 def _perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # beyond that a float overflows, and nobody cares by how much
-
-
-def _logits(
-    x: torch.Tensor, rows: Callable[[slice], torch.Tensor], count: int, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """``(tokens, vocab)``, some rows of the head at a time."""
-    pieces = [F.linear(x, rows(slice(start, start + HEAD_ROWS))) for start in range(0, count, HEAD_ROWS)]
-    logits = torch.cat(pieces, dim=-1)
-    return logits + bias if bias is not None else logits

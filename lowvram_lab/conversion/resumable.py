@@ -6,10 +6,12 @@ the journal is replaced whole.
 """
 
 import contextlib
+import fnmatch
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,6 +92,12 @@ class PartialDirectory:
             return load_file(self.path / name)
         except (SafetensorError, OSError):
             return None
+
+    def copy(self, directory: Path, patterns: Iterable[str]) -> None:
+        """Copies files of another directory whose names are like these."""
+        for file in sorted(directory.iterdir()):
+            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
+                shutil.copyfile(file, self.path / file.name)
 
     def save_json(self, name: str, values: dict) -> None:
         """Writes a JSON file that counts as finished."""

@@ -8,10 +8,8 @@ from collections.abc import Hashable, Mapping
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from lowvram_lab.weights.head import HEAD_TOKENS, head_logits
 from lowvram_lab.weights.layerwise import LayerByLayer
-
-TOKENS, ROWS = 64, 4096
-"""Tokens and vocabulary rows of the head worked on at once: 64 x 152k logits are 37 MiB, 4096 x 2560 weights 40."""
 
 
 @torch.no_grad()
@@ -30,13 +28,11 @@ def divergences(
 
     def predictions(states: torch.Tensor) -> torch.Tensor:
         x = stream.norm(states)
-        pieces = [F.linear(x, rows.to(x.dtype)) for rows in weight.split(ROWS)]
-        logits = torch.cat(pieces, dim=-1)
-        return torch.log_softmax(logits if bias is None else logits + bias, dim=-1)
+        return torch.log_softmax(head_logits(x, lambda rows: weight[rows].to(x.dtype), len(weight), bias), dim=-1)
 
     totals = dict.fromkeys(others, 0.0)
-    pieces = {name: states.flatten(0, 1).split(TOKENS) for name, states in others.items()}
-    for at, states in enumerate(whole.flatten(0, 1).split(TOKENS)):
+    pieces = {name: states.flatten(0, 1).split(HEAD_TOKENS) for name, states in others.items()}
+    for at, states in enumerate(whole.flatten(0, 1).split(HEAD_TOKENS)):
         expected = predictions(states)
         for name in others:
             found = predictions(pieces[name][at])

@@ -6,10 +6,8 @@ bit.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -256,9 +254,7 @@ class _Files:
         for name, values in others.items():
             if values:
                 partial.save_json(name, values)
-        for file in sorted(self.directory.iterdir()):
-            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COPIED):
-                shutil.copyfile(file, partial.path / file.name)
+        partial.copy(self.directory, _COPIED)
         partial.save_json(SLIM, facts | {"kept_ids": kept})
         (partial.path / "README.md").write_text(slim_card(facts), encoding="utf-8")
         partial.save_json("config.json", self.config)  # last: a directory without it opens nowhere

@@ -8,10 +8,8 @@ Derived in: notebooks/11_the_edge.ipynb
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -359,9 +357,7 @@ def _changes(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> dic
 
 def _finish(partial: PartialDirectory, directory: Path, facts: dict, config: dict) -> None:
     """Writes everything beside the weights."""
-    for file in sorted(directory.iterdir()):
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in [*TOKENIZER, "generation_config.json", "LICENSE*"]):
-            shutil.copyfile(file, partial.path / file.name)
+    partial.copy(directory, [*TOKENIZER, "generation_config.json", "LICENSE*"])
     partial.save_json(SLIM, facts)
     (partial.path / "README.md").write_text(layers_card(facts), encoding="utf-8")
     partial.save_json("config.json", config)  # last: a directory without it opens nowhere
