@@ -26,10 +26,24 @@ MARKER = "lowvram.json"
 _CHUNK_BYTES = 1 << 20
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with ``~`` written out.
+
+    Raises:
+        LowvramError: It begins with the name of a user that this machine does not have.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise LowvramError(
+            f"{path}: expected the home of a user that this machine has, found none; write the whole path"
+        ) from error
+
+
 def cache_dir() -> Path:
     """The folder for converted and downloaded models: ``LOWVRAM_CACHE``, else the platform's cache folder."""
     if override := os.environ.get("LOWVRAM_CACHE"):
-        return Path(override).expanduser()
+        return expanded(override)
     if sys.platform == "darwin":
         base = _home() / "Library" / "Caches"
     elif sys.platform == "win32":
@@ -274,7 +288,7 @@ def settled(target: Path) -> Path:
     Raises:
         LowvramError: A place that no other directory can be renamed to: the current one, or a mount point.
     """
-    real = target.expanduser().resolve()
+    real = expanded(target).resolve()
     if real == Path.cwd() or os.path.ismount(real):
         what = "the current directory" if real == Path.cwd() else "a mount point"
         raise LowvramError(f"{target}: expected a directory of its own for the output, found {what}; name one in it")

@@ -10,7 +10,7 @@ from lowvram_lab.cli.common import print_json, prose, require_cache, tokens
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluation.effect_report import EffectReport
 from lowvram_lab.evaluation.effects import effects
-from lowvram_lab.files import write_atomically
+from lowvram_lab.files import expanded, write_atomically
 from lowvram_lab.model.source import find_source
 
 ENDINGS = (".md", ".html", ".json")
@@ -70,7 +70,7 @@ def _output(path: str | Path | None) -> Path | None:
     """The file to write, refused before minutes are spent on what would go there."""
     if path is None:
         return None
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.suffix.lower() not in ENDINGS:
         raise LowvramError(f"expected a report's name ending in {', '.join(ENDINGS)}, found {str(path)!r}")
     if path.is_dir():

@@ -18,7 +18,7 @@ from lowvram_lab.conversion.layer_quantizer import LayerQuantizer
 from lowvram_lab.conversion.model_card import model_card
 from lowvram_lab.conversion.resumable import PartialDirectory, building
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.files import cache_dir, known_sha256, refuse_occupied, remember, require_space
+from lowvram_lab.files import cache_dir, expanded, known_sha256, refuse_occupied, remember, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model import low_plane
 from lowvram_lab.model.compressed import quantization_config
@@ -108,7 +108,7 @@ def convert(
         CheckpointError: Weights that are missing, not finite, or cannot be held in their format.
     """
     began = time.monotonic()
-    output = Path(output).expanduser()
+    output = expanded(output)
     _check_arguments(plan, solver, calibration_tokens)
     refuse_occupied(output)
     source = find_source(model)

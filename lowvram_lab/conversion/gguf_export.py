@@ -23,7 +23,7 @@ from gguf import GGMLQuantizationType as GgmlType
 
 from lowvram_lab.conversion.gguf_vocab import vocabulary as vocabulary_of
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.files import locked, require_space
+from lowvram_lab.files import expanded, locked, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.formats import get_format
@@ -159,7 +159,7 @@ def export_gguf(
     from tqdm.auto import tqdm
 
     began = time.monotonic()
-    output = Path(output).expanduser()
+    output = expanded(output)
     if tensor_type not in TYPES:
         raise LowvramError(f"expected type {', '.join(TYPES)}, found {tensor_type!r}")
     _refuse_output(output)

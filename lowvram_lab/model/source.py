@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
-from lowvram_lab.files import writable
+from lowvram_lab.files import expanded, writable
 from lowvram_lab.model import low_plane
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
 from lowvram_lab.model.compressed import stored_formats
@@ -290,7 +290,10 @@ def find_source(name: str | os.PathLike) -> Source:
         raise SourceError(f"expected a model name, a path or a hub id, found {name!r}")
     if isinstance(name, str) and (key := text.strip().lower()) in packaged_facts():
         return Source(key, "builtin" if key == builtin.DEFAULT_NAME else "config")
-    path = Path(text).expanduser()
+    try:
+        path = expanded(text)
+    except LowvramError as error:
+        raise SourceError(str(error)) from error
     if path.is_dir():
         return _directory_source(text, path)
     if path.exists():

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lowvram_lab.errors import LowvramError, SourceError
-from lowvram_lab.files import build_directory, cache_dir
+from lowvram_lab.files import build_directory, cache_dir, expanded
 from lowvram_lab.machine import fresh_python, why_ended
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
@@ -51,7 +51,7 @@ def stated_type(stated: str | os.PathLike | None) -> str | None:
     name = os.fspath(stated)
     if (kind := SHORT.get(name.upper(), name.upper())) in TYPES:
         return kind
-    if not Path(name).expanduser().is_file():
+    if not expanded(name).is_file():
         raise LowvramError(f"expected a .gguf file or a type ({', '.join(TYPES)}), found neither in {name!r}")
     return None
 
@@ -92,7 +92,7 @@ def gguf_file(
     """
     kind = stated_type(stated)
     if stated and not kind:
-        return Path(stated).expanduser(), ""
+        return expanded(stated), ""
     if not kind and source.kind == "gguf":
         return source.path(progress), "the model's own file"
     kind = kind or nearest_type(plan)

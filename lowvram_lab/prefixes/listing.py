@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.files import expanded
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes.folder import Entry, Folder, default_folder
 from lowvram_lab.prefixes.keys import Root, difference, in_words, machine_fields
@@ -144,7 +145,7 @@ def _same_model(name: str, asked: str) -> bool:
     if name == asked or not name:  # a damaged file says no name
         return name == asked
     try:
-        here, there = Path(name).expanduser(), Path(asked).expanduser()
+        here, there = expanded(name), expanded(asked)
         return there.exists() and here.resolve() == there.resolve()
-    except (RuntimeError, OSError):  # ~ of a user who is not there
+    except (LowvramError, OSError):  # ~ of a user who is not there
         return False

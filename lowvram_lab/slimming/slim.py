@@ -19,7 +19,7 @@ import torch
 from lowvram_lab import __version__
 from lowvram_lab.conversion.resumable import PartialDirectory, building
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
-from lowvram_lab.files import known_sha256, refuse_occupied, require_space
+from lowvram_lab.files import expanded, known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.source import Source, config_from_values, find_source
@@ -135,7 +135,7 @@ def slim_vocabulary(
         CheckpointError: Damaged weights, or a model with more than embedding and head to cut.
     """
     began = time.monotonic()
-    output = Path(output).expanduser()
+    output = expanded(output)
     wanted = _wanted(vocab)
     refuse_occupied(output)
     read = _read_texts(texts)

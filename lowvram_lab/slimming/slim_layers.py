@@ -21,7 +21,7 @@ from lowvram_lab import __version__
 from lowvram_lab.conversion.convert import hash_of
 from lowvram_lab.conversion.resumable import PartialDirectory, building
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.files import known_sha256, refuse_occupied, require_space
+from lowvram_lab.files import expanded, known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.source import config_from_values, find_source
@@ -136,7 +136,7 @@ def slim_layers(
         CheckpointError: Damaged weights, or layers that cannot be run by themselves.
     """
     began = time.monotonic()
-    output = Path(output).expanduser()
+    output = expanded(output)
     refuse_occupied(output)
     if tokens < LEAST_TOKENS:
         raise LowvramError(f"expected {LEAST_TOKENS} tokens of text or more, found {tokens}")

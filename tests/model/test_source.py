@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowvram_lab import files as cache
@@ -146,6 +146,7 @@ def test_unknown_names(name, says):
     assert re.search(says.replace("?", r"\?"), refused(find_source, name, error=SourceError))
 
 
+@example("~0")
 @given(st.text(max_size=30) | st.from_regex(r"\A(https://)?(huggingface|hf)?(\.co)?/?[\w.-]{0,5}/[\w.:/-]{0,12}\Z"))
 def test_any_text_names_a_source_or_is_refused_in_one_line(text):
     try:
