@@ -79,6 +79,9 @@ def heal(
     states, weights, rows = slim.embed(ids), {}, []
     kept = [index for index in range(len(whole)) if index not in removed]
     first = min(removed, default=len(whole))
+    for index in range(kept[0]):  # a gap before the first kept layer: it is the whole model's all the same
+        with whole.layer(index) as layer:
+            whole.run_in_place(layer, target)
     for index in tqdm(kept, desc="healing", unit="layer", disable=not progress, leave=False):
         for later in [index, *gap_behind(removed, index, len(whole))]:
             with whole.layer(later) as layer:

@@ -7,6 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.slimming.choice import choose_layers
 from lowvram_lab.slimming.divergence import divergences
+from lowvram_lab.slimming.heal import heal
 from lowvram_lab.slimming.influence import layer_influence
 from lowvram_lab.slimming.repair import RIDGES, repair
 from lowvram_lab.weights.layerwise import LayerByLayer
@@ -122,6 +123,23 @@ def test_a_gap_before_the_first_layer_is_left_as_it_is():
 def test_one_window_is_not_enough_to_choose_on():
     with pytest.raises(LowvramError, match="two windows"):
         repair(stream_of("llama"), {1}, IDS[:1], progress=False)
+
+
+@pytest.mark.parametrize("removed", [{0}, {0, 1}, {1}])
+def test_healing_learns_the_whole_models_states(removed):
+    ids = random_ids(64, batch=8, seed=9)
+    found = heal(stream_of("llama"), stream_of("llama"), removed, ids, progress=False)
+    last = found.table.iloc[-1]
+    with torch.no_grad():
+        states = tiny_stock("llama").model(ids, output_hidden_states=True).hidden_states[-1]
+        norm = tiny_stock("llama").model.norm
+        seen = []
+        model = cut("llama", removed)
+        model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        model(ids, use_cache=False)
+    assert norm(seen[0]).shape == states.shape and not torch.allclose(norm(seen[0]), states)
+    assert last["after"] < last["before"] and last["before"] > 1e-3
+    assert kl("llama", removed, {**tiny_state("llama"), **found.weights}) < kl("llama", removed)
 
 
 @torch.no_grad()
