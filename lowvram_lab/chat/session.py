@@ -150,9 +150,8 @@ class ChatSession(Session[History]):
             LowvramError: The session remembers nothing; or see ``send``.
         """
         store, ids = self._live.remembering().store, self.beginning(text)
-        found, place = store.find(ids), None
-        if found.missed is not None:
-            place = found.missed.differs_at
+        found = store.find(ids)
+        place = found.missed and found.missed.differs_at
         return Explanation(
             tokens=found.tokens,
             hit_tokens=found.hit_tokens,

@@ -148,7 +148,7 @@ class LeanDecoder(Decoder):
             missing = without_compiler() or "LOWVRAM_COMPILE=0 says not to compile; unset it"
             raise LowvramError(f"{missing}, or leave compiled=True out")
         super().__init__(model, max_tokens, batch_size, cache=cache, plan=plan)
-        self._spec, self.planes = state.plan.spec, state.planes
+        self._spec = state.plan.spec
         self._nested = bool(self.plan.low_planes())
         self._places = self.plan.layer_places()
         self._head_place = compute_place(self.plan.modules[self._spec.head].device)
@@ -198,9 +198,9 @@ class LeanDecoder(Decoder):
 
     def _decode(self, token: torch.Tensor) -> torch.Tensor:
         position = self._position(1)
-        if self.planes.both and self._nested and True not in self._ways:  # the low planes compute off the card
+        if self._planes.both and self._nested and True not in self._ways:  # the low planes compute off the card
             return self._by_modules(token)[:, -1]
-        way = self._ways[self.planes.both and self._nested]
+        way = self._ways[self._planes.both and self._nested]
         if self._gpu.meta:
             self._foresee(way, token, position)
             logits = way.graphed.result if self._logits is None else self._logits
@@ -248,7 +248,7 @@ class LeanDecoder(Decoder):
     def _count(self, tokens: int) -> None:
         """Notes what crossed, and how many tokens the cache holds now."""
         if self._gpu.moves:
-            crossed = self._crossed_bytes + (self._crossed_to_low if self.planes.both else Counter())
+            crossed = self._crossed_bytes + (self._crossed_to_low if self._planes.both else Counter())
             for crossing, size in crossed.items():
                 self._gpu.recording.transfers[crossing] += tokens * size
         self.cache.holds(self.tokens + tokens)

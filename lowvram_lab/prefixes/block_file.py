@@ -132,6 +132,12 @@ def read_all(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     return {name: _tensor(entry, mapped, begin) for name, entry in entries.items()}, said
 
 
+def ids_in(tensors: Mapping[str, torch.Tensor]) -> list[int] | None:
+    """The tokens' ids among a file's tensors; ``None`` where there are none that can be."""
+    ids = tensors.get(IDS)
+    return ids.tolist() if ids is not None and ids.dtype == IDS_DTYPE and ids.dim() == 1 else None
+
+
 def _tensor(entry: dict, mapped: mmap.mmap, begin: int) -> torch.Tensor:
     """A tensor of a mapped file whose tensors begin there.
 

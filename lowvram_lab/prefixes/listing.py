@@ -95,7 +95,7 @@ def forget(model: str | None = None, folder: Path | None = None) -> dict[str, in
     found = _opened(folder)
     if found is None and model is None:
         return {}
-    models = {entry.name: entry.facts.get("model", "") for entry in (found.entries() if found else ())}
+    models = _models_in(found)
     freed: dict[str, int] = defaultdict(int)
     for name, size in found.remove(_of_model(models, model)).items():
         freed[models.get(name, "")] += size
@@ -119,8 +119,12 @@ def let_go(model: str | None = None, folder: Path | None = None) -> int:
     found = _opened(folder)
     if found is None and model is None:
         return 0
-    models = {entry.name: entry.facts.get("model", "") for entry in (found.entries() if found else ())}
-    return found.unpin(_of_model(models, model))
+    return found.unpin(_of_model(_models_in(found), model))
+
+
+def _models_in(folder: Folder | None) -> dict[str, str]:
+    """Name of each block → the model that it is of; empty for one that cannot be read."""
+    return {entry.name: entry.facts.get("model", "") for entry in (folder.entries() if folder else ())}
 
 
 def _of_model(models: dict[str, str], asked: str | None) -> set[str] | None:

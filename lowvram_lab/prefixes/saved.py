@@ -21,7 +21,7 @@ from lowvram_lab.engine.loaded import loaded
 from lowvram_lab.errors import BudgetError, LowvramError, first_line
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes import block_file
-from lowvram_lab.prefixes.block_file import IDS, IDS_DTYPE, UnusableError
+from lowvram_lab.prefixes.block_file import IDS, IDS_DTYPE, UnusableError, ids_in
 from lowvram_lab.prefixes.keys import root_of
 from lowvram_lab.prefixes.store import FIELD, fields_of
 
@@ -114,8 +114,7 @@ def opened(path: Path) -> Saved:
         values = json.loads(said.numpy().tobytes())
     except (ValueError, RecursionError):
         values = None
-    ids = tensors.get(IDS)
-    if not isinstance(values, dict) or "model" not in facts or ids is None or ids.dim() != 1 or ids.dtype != IDS_DTYPE:
+    if not isinstance(values, dict) or "model" not in facts or ids_in(tensors) is None:
         raise LowvramError(f"{expected} one of another version")
     return Saved(path, values, facts, tensors)
 

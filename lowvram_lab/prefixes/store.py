@@ -26,7 +26,7 @@ from lowvram_lab.errors import LowvramError, UnitError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS
 from lowvram_lab.prefixes import block_file
-from lowvram_lab.prefixes.block_file import IDS, IDS_DTYPE, UnusableError, data_of
+from lowvram_lab.prefixes.block_file import IDS, IDS_DTYPE, UnusableError, data_of, ids_in
 from lowvram_lab.prefixes.folder import Folder, seconds_of
 from lowvram_lab.prefixes.keys import Key, Root, answer_key, chain, name_of, root_of, settings
 from lowvram_lab.prefixes.layout import Layout
@@ -312,10 +312,10 @@ class Remembered:
             tensors, said = block_file.read_all(self.folder.file(name))
         except UnusableError:
             return []
-        if (ids := tensors.get(IDS)) is None or ids.dtype != IDS_DTYPE or ids.dim() != 1:
+        if (ids := ids_in(tensors)) is None:
             return []
         self._uses[name] = seconds_of(said)
-        return ids.tolist()
+        return ids
 
     def keep_answer(self, ids: Sequence[int], tokens: Sequence[int], seconds: float) -> None:
         """Remembers what was answered greedily to a prompt, where there is room on disk; in the place of another.
