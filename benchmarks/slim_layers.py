@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas
 from kept import keep
+from texts import add_text_option, named_texts
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.evaluation.battery import battery
@@ -20,7 +21,7 @@ from lowvram_lab.evaluation.fidelity import fidelity, load_reference
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
-from lowvram_lab.packaged import calibration_text, read_text, sample_text
+from lowvram_lab.packaged import calibration_text
 from lowvram_lab.slimming.choice import choose_layers
 from lowvram_lab.slimming.slim_layers import CHOICE_TOKENS, slim_layers
 from lowvram_lab.weights.calibration import calibration_windows, evenly
@@ -60,13 +61,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 3, 6], help="layers left out")
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="beside the bilingual one")
+    add_text_option(parser)
     parser.add_argument("--tokens", type=int, default=4096, help="read at most so many of each text")
     parser.add_argument("--output", type=Path, default=RESULTS / "slim_layers_cpu.json")
     args = parser.parse_args()
-    texts = {"bilingual": sample_text()}
-    for name, _, file in (text.partition("=") for text in args.text):
-        texts[name] = read_text(file)
+    texts = named_texts(args)
     removed, source = chosen(args.model, max(args.counts)), find_source(args.model)
     plan = Plan.uniform(source.spec(), "bf16", context=1024).with_modules("*", device="cpu")
     reference = load_reference(plan, progress=False)

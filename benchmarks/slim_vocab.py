@@ -19,9 +19,9 @@ from pathlib import Path
 import pandas
 import torch
 from kept import keep
+from texts import add_text_option, named_texts
 
 from lowvram_lab.model.source import find_source
-from lowvram_lab.packaged import read_text, sample_text
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 from lowvram_lab.slimming.slim import slim_vocabulary
 
@@ -115,14 +115,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--vocab", default="16384", help="tokens that stay, or text")
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="beside the bilingual one")
+    add_text_option(parser)
     parser.add_argument("--begin", default="<|endoftext|>", help="a token that comes before each text")
     parser.add_argument("--tokens", type=int, default=4096, help="read at most so many of each text, each way")
     parser.add_argument("--output", type=Path, default=RESULTS / "slim_vocab_cpu.json")
     args = parser.parse_args()
-    texts = {"bilingual": sample_text()}
-    for name, _, file in (text.partition("=") for text in args.text):
-        texts[name] = read_text(file)
+    texts = named_texts(args)
     vocab = args.vocab if args.vocab == "text" else int(args.vocab)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "slim"

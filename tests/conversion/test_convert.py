@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 
 from lowvram_lab.conversion.convert import Conversion, convert
 from lowvram_lab.conversion.layer_quantizer import CORRECTION, DAMPING, corrected
-from lowvram_lab.conversion.resumable import PartialDirectory
 from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError, LowvramError, PlanError
 from lowvram_lab.memory.cuda import open_gpu
@@ -42,6 +41,7 @@ from lowvram_lab.weights.recipe import WeightBudget
 from lowvram_lab.weights.solve import relative_error as output_change
 from lowvram_lab.weights.solvers import round_to_nearest
 from tests.helpers.checkpoints import directory_spec, read_state, restored_state, spoilt_state, write_model
+from tests.helpers.killed_run import Killed, contents, killer
 from tests.helpers.tiny import (
     TOLERANCES,
     random_ids,
@@ -295,10 +295,6 @@ def test_the_recipe_makes_it_again(made, sources, folder, name):
     assert contents(again) == contents(directory)
 
 
-def contents(directory) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
 @pytest.mark.parametrize("name", PLANS)
 def test_the_model_card_says_what_it_costs_and_who_opens_it(made, name):
     yaml = pytest.importorskip("yaml")
@@ -362,24 +358,6 @@ def whole(folder, tinier):
         return contents(folder / f"whole {name}")
 
     return make
-
-
-class Killed(BaseException):
-    """Not an ``Exception``: nothing may catch it, as nothing catches a kill."""
-
-
-def killer(monkeypatch, name: str, count: int):
-    """Makes the ``count``-th call of a method raise, before it does anything; returns how often it was called."""
-    calls, method = [], getattr(PartialDirectory, name)
-
-    def wrapped(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == count:
-            raise Killed
-        return method(self, *arguments)
-
-    monkeypatch.setattr(PartialDirectory, name, wrapped)
-    return calls
 
 
 # embedding, two layers and head: four shards, three states, three reports, index, recipe and config

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.conversion.convert import convert
 from lowvram_lab.conversion.gguf_export import export_gguf
-from lowvram_lab.conversion.resumable import PartialDirectory
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.memory.cuda import open_gpu
@@ -22,6 +21,7 @@ from lowvram_lab.packaged import sample_text
 from lowvram_lab.slimming import rewritten
 from lowvram_lab.slimming.slim import slim_vocabulary
 from tests.helpers.checkpoints import read_state, spoilt_state, write_model
+from tests.helpers.killed_run import Killed, contents, killer
 from tests.helpers.tiny import seeded, tiny_spec
 from tests.slimming.tiny import KINDS, ROWS, SPECIALS, texts, tokenizer_of, write
 
@@ -195,28 +195,6 @@ def test_a_number_is_rounded_up_and_reads_more_texts_as_before(folder, pair):
     few, _ = compared(before, AutoTokenizer.from_pretrained(output), new, FEW)
     more, _ = compared(before, AutoTokenizer.from_pretrained(larger), new_ids(larger), FEW)
     assert more > few
-
-
-def contents(place) -> dict[str, bytes]:
-    return {str(file.relative_to(place)): file.read_bytes() for file in place.rglob("*") if file.is_file()}
-
-
-class Killed(BaseException):
-    """Not an ``Exception``: nothing may catch it."""
-
-
-def killer(monkeypatch, name: str, count: int):
-    """Makes the ``count``-th call of a method raise, before it does anything; returns the calls."""
-    calls, method = [], getattr(PartialDirectory, name)
-
-    def wrapped(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == count:
-            raise Killed
-        return method(self, *arguments)
-
-    monkeypatch.setattr(PartialDirectory, name, wrapped)
-    return calls
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.conversion.convert import convert
-from lowvram_lab.conversion.resumable import PartialDirectory
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.cuda import open_gpu
@@ -18,6 +17,7 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.slimming.slim_layers import CUT, HEALED, REPAIRED, slim_layers
 from tests.helpers.checkpoints import read_state, write_model
 from tests.helpers.commands import run_command
+from tests.helpers.killed_run import Killed, contents, killer
 from tests.helpers.tiny import random_ids
 
 KINDS = ["llama", "qwen2"]
@@ -90,37 +90,18 @@ def test_every_engine_opens_it_and_says_the_same(source, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("hello")["input_ids"] == tokenizer("hello")["input_ids"]
 
 
-class Killed(BaseException):
-    pass
-
-
-def contents(directory):
-    return {file.name: file.read_bytes() for file in directory.iterdir()}
-
-
 def test_killed_at_any_stage_and_resumed_the_bytes_are_the_same(llama, tmp_path):
-    real, calls = PartialDirectory._adopt, []
-
-    def run_until(output, count):
-        calls.clear()
-
-        def adopt(self, *arguments):
-            calls.append(arguments)
-            if len(calls) == count:
-                raise Killed
-            return real(self, *arguments)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(PartialDirectory, "_adopt", adopt)
-            run(llama, output, 1, healed=True)
-
-    run_until(tmp_path / "whole", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        calls = killer(patch, "_adopt", 0)
+        run(llama, tmp_path / "whole", 1, healed=True)
     expected, stages = contents(tmp_path / "whole"), len(calls)
     assert stages >= 7 and not any(name.startswith("state") for name in expected)
     for count in range(1, stages + 1):
         output = tmp_path / str(count)
-        with pytest.raises(Killed):
-            run_until(output, count)
+        with pytest.MonkeyPatch.context() as patch:
+            killer(patch, "_adopt", count)
+            with pytest.raises(Killed):
+                run(llama, output, 1, healed=True)
         assert not output.exists()
         run(llama, output, 1, healed=True)
         assert contents(output) == expected, count
