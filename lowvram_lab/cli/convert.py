@@ -63,7 +63,7 @@ def run_convert(args: argparse.Namespace) -> int:
             f"that is the high plane alone; both: perplexity {both['perplexity']:.3f}, KL {both['kl_mean']:.4f}, "
             f"same most likely token {both['top1_agreement']:.1%}"
         )
-    say(f"{made.seconds:.0f} s, peak resident memory {format_bytes(made.peak_rss_bytes)}")
+    say(made.effort)
     say(f"next: lowvram chat {made.output}")
     if args.json:
         print_json(made.to_dict())

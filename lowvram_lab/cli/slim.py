@@ -34,7 +34,9 @@ def add_slim(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-repair", action="store_true", help="with --layers: leave the others as they are")
     parser.add_argument(
-        "--heal", action="store_true", help="with --layers: let the others learn to make up for them, in minutes"
+        "--heal",
+        action="store_true",
+        help="with --layers: the others learn to make up for it (minutes; a large model: hours)",
     )
 
 

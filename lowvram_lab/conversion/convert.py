@@ -8,7 +8,7 @@ Derived in: notebooks/04_compress.ipynb
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from lowvram_lab import __version__
 from lowvram_lab.conversion.layer_quantizer import LayerQuantizer
 from lowvram_lab.conversion.model_card import model_card
 from lowvram_lab.conversion.resumable import PartialDirectory, building
+from lowvram_lab.conversion.smaller import Smaller
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, expanded, known_sha256, refuse_occupied, remember, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
@@ -40,42 +41,27 @@ SENSITIVITY_TOKENS = 4096
 RECIPE = "recipe.json"
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion made and how well.
+@dataclass(frozen=True, kw_only=True)
+class Conversion(Smaller):
+    """What a conversion made and how well; see ``Smaller`` for sizes, which are those in memory.
 
     Attributes:
-        output: The directory.
         plan: Formats by module, everything on the GPU.
-        weight_bytes: What the weights take in memory, by the format table.
         file_bytes: What the files take.
-        source_weight_bytes: The 16-bit model's weights.
         estimated_kl: What the recipe foretold, or ``None`` for a given plan.
         measured: ``tokens``, ``perplexity``, ``reference_perplexity``, ``kl_mean``, ``top1_agreement`` on a held-out
             text, against the original in float32; its ``window`` and what each ``begins_with``. Of weights in two
             planes that is the high one's; under ``both_planes`` the same by both.
-        seconds: Of this run; one that was resumed counts from the resumption.
-        peak_rss_bytes: Highest resident memory of this process so far.
     """
 
-    output: str
     plan: Plan
-    weight_bytes: int
     file_bytes: int
-    source_weight_bytes: int
     estimated_kl: float | None
     measured: dict
-    seconds: float
-    peak_rss_bytes: int
-
-    @property
-    def reduction(self) -> float:
-        """Share of the 16-bit model's bytes that are saved in memory."""
-        return 1 - self.weight_bytes / self.source_weight_bytes
 
     def to_dict(self) -> dict:
         """Plain data."""
-        return {**asdict(self), "plan": self.plan.digest, "reduction": self.reduction}
+        return {**super().to_dict(), "plan": self.plan.digest}
 
 
 def convert(

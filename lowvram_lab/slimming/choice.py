@@ -2,8 +2,6 @@
 
 Influence and angle only propose; what decides is measured. All candidates go through the layers side by side, each from
 the layer that it leaves out, so that a model is read once for each step and never held whole.
-
-Derived in: notebooks/11_the_edge.ipynb
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,4 @@
-"""How far models with fewer layers are from the whole one: their predictions, compared from final hidden states.
-
-Derived in: notebooks/11_the_edge.ipynb
-"""
+"""How far models with fewer layers are from the whole one: their predictions, compared from final hidden states."""
 
 from collections.abc import Hashable, Mapping
 

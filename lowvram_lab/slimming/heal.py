@@ -1,15 +1,15 @@
 """Low-rank changes that bring a model with fewer layers back to the states of the whole one, layer by layer.
 
-Each kept layer behind the first gap is given what the layers before it really say, and learns to say what the whole
-model has there. Only a change of low rank to each linear module is learnt, and added to its weight: no new parameters.
-A token's error counts as a share of the whole model's state, as the next norm sees it.
+Each kept layer from the one before the first gap on is given what the layers before it really say, and learns to say
+what the whole model has there. Only a change of low rank to each linear module is learnt, and added to its weight: no
+new parameters. A token's error counts as a share of the whole model's state, as the next norm sees it.
 
 Source: low-rank changes as in Hu et al. 2021, arXiv:2106.09685; healing after layers were left out as in Gromov et al.
-2024, arXiv:2403.17887, there by the loss of the whole model, here layer by layer, in the memory of one.
-Derived in: notebooks/11_the_edge.ipynb
+2024, arXiv:2403.17887, there by the loss of the whole model, here layer by layer: with gradients and activations of one
+at a time, and the new weights of all.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -75,28 +75,31 @@ def heal(
     """
     if rank < 1 or passes < 1:
         raise LowvramError(f"expected a rank and a number of passes of one or more, found {rank} and {passes}")
-    target = whole.embed(ids)
-    states, weights, rows = slim.embed(ids), {}, []
-    kept = [index for index in range(len(whole)) if index not in removed]
+    target, states, weights, rows = whole.embed(ids), slim.embed(ids), {}, []
     first = min(removed, default=len(whole))
-    for index in range(kept[0]):  # a gap before the first kept layer: it is the whole model's all the same
-        with whole.layer(index) as layer:
-            whole.run_in_place(layer, target)
+    _run(whole, range(first - 1), target)  # up to there both models are one
+    states.copy_(target)
+    if first == 0:  # a gap before the first kept layer: it is the whole model's all the same
+        _run(whole, [0, *gap_behind(removed, 0, len(whole))], target)
+    kept = [index for index in range(max(first - 1, 0), len(whole)) if index not in removed]
     for index in tqdm(kept, desc="healing", unit="layer", disable=not progress, leave=False):
-        for later in [index, *gap_behind(removed, index, len(whole))]:
-            with whole.layer(later) as layer:
-                whole.run_in_place(layer, target)
+        _run(whole, [index, *gap_behind(removed, index, len(whole))], target)
         with slim.layer(index) as layer:
-            if index >= first - 1:
-                before = _error(slim, layer, states, target)
-                make = _Learning(slim, layer, index, states, target, rank, passes)
-                found = keep(index, make) if keep else make()
-                for name, weight in found.items():
-                    slim.model.get_submodule(name.removesuffix(".weight")).weight.data.copy_(weight)
-                rows.append((index, before, _error(slim, layer, states, target)))
-                weights |= found
+            before = _error(slim, layer, states, target)
+            make = _Learning(slim, layer, index, states, target, rank, passes)
+            found = keep(index, make) if keep else make()
+            for name, weight in found.items():
+                slim.model.get_submodule(name.removesuffix(".weight")).weight.data.copy_(weight)
+            rows.append((index, before, _error(slim, layer, states, target)))
+            weights |= found
             slim.run_in_place(layer, states)
     return Healed(weights, pd.DataFrame(rows, columns=["layer", "before", "after"]), ids.numel())
+
+
+def _run(stream: LayerByLayer, layers: Iterable[int], states: torch.Tensor) -> None:
+    for index in layers:
+        with stream.layer(index) as layer:
+            stream.run_in_place(layer, states)
 
 
 class _Learning:

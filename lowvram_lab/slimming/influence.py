@@ -5,7 +5,6 @@ costs, ``choose_layers`` measures.
 
 Source: block influence, Men et al. 2024, arXiv:2403.03853; angular distance of a run of layers, Gromov et al. 2024,
 arXiv:2403.17887.
-Derived in: notebooks/11_the_edge.ipynb
 """
 
 import math

@@ -5,8 +5,6 @@ layers added there is approximated by a linear map of that module's input, by le
 and the map is added to its weight. The target is the whole model's own state behind the gap, so that what earlier gaps
 left wrong is made up for, too. Each token counts by the reciprocal of that state's length, since the norm of the next
 layer divides by it: else a few tokens with huge states would be all that is fitted.
-
-Derived in: notebooks/11_the_edge.ipynb
 """
 
 from collections.abc import Collection
@@ -17,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.weights.layerwise import LayerByLayer
-from lowvram_lab.weights.moments import captured_inputs
+from lowvram_lab.weights.moments import accumulate, captured_inputs
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean diagonal; which one is chosen on windows that the map was not fitted to."""
@@ -56,14 +54,16 @@ def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *,
     if len(ids) < 2:
         raise LowvramError(f"expected two windows of tokens or more, to fit and to choose on, found {len(ids)}")
     whole = stream.embed(ids)
-    slim, weights, explained = whole.clone(), {}, {}
+    slim, weights, explained = None, {}, {}  # the model with fewer layers: up to the first gap it is the whole one
     layers = iter(tqdm(range(len(stream)), desc="repair", unit="layer", disable=not progress, leave=False))
     for index in layers:
+        gap = gap_behind(removed, index, len(stream))
+        if slim is None and (gap or index in removed):
+            slim = whole.clone()
         with stream.layer(index) as layer:
             stream.run_in_place(layer, whole)
-        if index in removed:  # a gap before the first layer: nothing can make up for it
+        if slim is None or index in removed:  # a gap before the first layer: nothing can make up for it
             continue
-        gap = gap_behind(removed, index, len(stream))
         for _ in gap:
             with stream.layer(next(layers)) as layer:
                 stream.run_in_place(layer, whole)
@@ -125,19 +125,31 @@ class _Moments:
     """Second moments of a regression of ``y`` ``(tokens, out)`` on ``x`` ``(tokens, in)``."""
 
     def __init__(self):
-        self.xx = self.yx = self.yy = 0.0
+        self._sums: dict[str, torch.Tensor] = {}
+        self.yy = 0.0
+
+    @property
+    def xx(self) -> torch.Tensor:
+        """``(in, in)``, of ``x`` with itself."""
+        return self._sums["xx"]
+
+    @property
+    def yx(self) -> torch.Tensor:
+        """``(out, in)``, of ``y`` with ``x``."""
+        return self._sums["yx"]
 
     def add(self, x: torch.Tensor, y: torch.Tensor) -> None:
         """Adds tokens."""
         x, y = x.flatten(0, -2), y.flatten(0, -2)
-        self.xx = self.xx + x.T @ x
-        self.yx = self.yx + y.T @ x
-        self.yy = self.yy + y.double().square().sum().item()
+        accumulate(self._sums, "xx", x, x)
+        accumulate(self._sums, "yx", y, x)
+        self.yy += y.double().square().sum().item()
 
     def joined(self, other: "_Moments") -> "_Moments":
         """Those of both."""
         found = _Moments()
-        found.xx, found.yx, found.yy = self.xx + other.xx, self.yx + other.yx, self.yy + other.yy
+        found._sums = {name: mine + other._sums[name] for name, mine in self._sums.items()}
+        found.yy = self.yy + other.yy
         return found
 
     def map(self, ridge: float) -> torch.Tensor:

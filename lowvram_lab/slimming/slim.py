@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import torch
 
 from lowvram_lab import __version__
 from lowvram_lab.conversion.resumable import PartialDirectory, building
+from lowvram_lab.conversion.smaller import Smaller
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import expanded, known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
@@ -45,7 +46,6 @@ from lowvram_lab.slimming.vocabulary import (
     text_tokens,
     with_parents,
 )
-from lowvram_lab.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,50 +58,28 @@ _COPIED = ("special_tokens_map.json", "chat_template*", "LICENSE*")
 SLIM = "slim.json"
 
 
-@dataclass(frozen=True)
-class Slimmed:
-    """What was left out of a model, and what is left.
+@dataclass(frozen=True, kw_only=True)
+class Slimmed(Smaller):
+    """What was left out of a model, and what is left; see ``Smaller`` for sizes, which are those of the files.
 
     Attributes:
-        output: The directory.
         vocab_before: Rows of the model's embedding.
         vocab_after: Rows that are left.
-        weight_bytes: Of all tensors, as the files hold them.
-        source_weight_bytes: Of the model's tensors before.
         needed_tokens: Tokens that stay whatever size is wanted: the text's, the chat template's, bytes, added ones,
             and what these are merged from.
         tokens_of_text: Different tokens in the text.
-        seconds: Of this run; one that was resumed counts from the resumption.
-        peak_rss_bytes: Highest resident memory of this process so far.
     """
 
-    output: str
     vocab_before: int
     vocab_after: int
-    weight_bytes: int
-    source_weight_bytes: int
     needed_tokens: int
     tokens_of_text: int
-    seconds: float
-    peak_rss_bytes: int
-
-    @property
-    def reduction(self) -> float:
-        """Share of the model's bytes that are saved."""
-        return 1 - self.weight_bytes / self.source_weight_bytes
-
-    def to_dict(self) -> dict:
-        """Plain data."""
-        return {**asdict(self), "reduction": self.reduction}
 
     def summary(self) -> str:
         """What a person wants to know, in three lines."""
         return (
             f"{self.output}: {self.vocab_after:,} of {self.vocab_before:,} tokens; the text has "
-            f"{self.tokens_of_text:,} different ones and needs {self.needed_tokens:,}\n"
-            f"{format_bytes(self.weight_bytes)} of weights instead of {format_bytes(self.source_weight_bytes)}, "
-            f"{self.reduction:.1%} less\n"
-            f"{self.seconds:.0f} s, peak resident memory {format_bytes(self.peak_rss_bytes)}"
+            f"{self.tokens_of_text:,} different ones and needs {self.needed_tokens:,}\n{self.sizes}\n{self.effort}"
         )
 
 
@@ -116,8 +94,8 @@ def slim_vocabulary(
     """Writes a model without the tokens that a text has no use for.
 
     A text all of whose tokens stay is read as the same tokens, and their logits are the same (a product of fewer rows
-    may be summed in another order). Any other text is spelt in more tokens. Killed, it goes on where it was when called
-    again with the same arguments, and ends in the same bytes.
+    may be summed in another order). Any other text is mostly spelt in more tokens. Killed, it goes on where it was
+    when called again with the same arguments, and ends in the same bytes.
 
     Args:
         model: Name, hub id, directory or .gguf file of a 16-bit model with byte-pair tokens.
@@ -170,7 +148,7 @@ def slim_vocabulary(
         small.write(partial, progress)
         files.write(partial, facts, kept)
         partial.publish()
-    sizes = {name: facts[name] for name in Slimmed.__annotations__ if name in facts}
+    sizes = {field.name: facts[field.name] for field in fields(Slimmed) if field.name in facts}
     return Slimmed(output=str(output), **sizes, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
 
 

@@ -2,8 +2,6 @@
 
 Chooses the layers by measured KL, folds what they added into the layers before them, heals those that are left, and
 says of each of the three what it comes to on a text that none of them has seen.
-
-Derived in: notebooks/11_the_edge.ipynb
 """
 
 from __future__ import annotations
@@ -11,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ import torch
 from lowvram_lab import __version__
 from lowvram_lab.conversion.convert import hash_of
 from lowvram_lab.conversion.resumable import PartialDirectory, building
+from lowvram_lab.conversion.smaller import Smaller
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import expanded, known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
@@ -36,7 +35,6 @@ from lowvram_lab.slimming.heal import heal
 from lowvram_lab.slimming.repair import repair
 from lowvram_lab.slimming.rewritten import Changed, Rewritten
 from lowvram_lab.slimming.slim import SLIM
-from lowvram_lab.units import format_bytes
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
 from lowvram_lab.weights.layerwise import LayerByLayer
 
@@ -47,43 +45,28 @@ CUT, REPAIRED, HEALED = "cut", "repaired", "healed"
 """How far a model is that has fewer layers."""
 
 
-@dataclass(frozen=True)
-class SlimmedLayers:
-    """What was left out of a model, and what that costs.
+@dataclass(frozen=True, kw_only=True)
+class SlimmedLayers(Smaller):
+    """What was left out of a model, and what that costs; see ``Smaller`` for sizes, which are those of the files.
 
     Attributes:
-        output: The directory.
         layers_before: Of the model.
         removed: Indices of those that were left out, in the order of the model.
-        weight_bytes: Of all tensors, as the files hold them.
-        source_weight_bytes: Of the model's tensors before.
         kl: Mean KL to the whole model in nats a token, on a text that nothing was fitted to: ``"cut"``, and where they
             were asked for ``"repaired"`` and ``"healed"``.
         kl_tokens: Measured on.
         explained: Index of the layer before each gap → the share of what the gap added that it gives back.
-        seconds: Of this run; one that was resumed counts from the resumption.
-        peak_rss_bytes: Highest resident memory of this process so far.
     """
 
-    output: str
     layers_before: int
     removed: tuple[int, ...]
-    weight_bytes: int
-    source_weight_bytes: int
     kl: dict[str, float]
     kl_tokens: int
     explained: dict[int, float]
-    seconds: float
-    peak_rss_bytes: int
-
-    @property
-    def reduction(self) -> float:
-        """Share of the model's bytes that are saved."""
-        return 1 - self.weight_bytes / self.source_weight_bytes
 
     def to_dict(self) -> dict:
         """Plain data."""
-        return {**asdict(self), "removed": list(self.removed), "reduction": self.reduction}
+        return {**super().to_dict(), "removed": list(self.removed)}
 
     def summary(self) -> str:
         """What a person wants to know, in three lines."""
@@ -95,9 +78,7 @@ class SlimmedLayers:
         return (
             f"{self.output}: {left} of {self.layers_before} layers, without {', '.join(map(str, self.removed))}\n"
             f"KL to the whole model, nats a token on a text that nothing was fitted to: {costs}\n"
-            f"{format_bytes(self.weight_bytes)} of weights instead of {format_bytes(self.source_weight_bytes)}, "
-            f"{self.reduction:.1%} less; {self.seconds:.0f} s, peak resident memory "
-            f"{format_bytes(self.peak_rss_bytes)}"
+            f"{self.sizes}; {self.effort}"
         )
 
 
@@ -124,7 +105,8 @@ def slim_layers(
         text: A file like what the model will read; by default the library's own text.
         tokens: Read so many tokens of it at most.
         repaired: Fold what the layers added into those before them (``repair``).
-        healed: Learn low-rank changes of the layers that are left (``heal``); takes minutes.
+        healed: Learn low-rank changes of the layers that are left (``heal``): minutes for a small model, hours for
+            one of billions.
         progress: Show progress bars, on stderr.
 
     Returns:
@@ -168,15 +150,15 @@ def slim_layers(
     with building(output, identity) as partial:
         removed = _removed(partial, stream, ids, wanted, progress)
         config = _config(checkpoint.directory, spec, removed)
-        work = _Work(partial, stream, removed, ids, progress)
-        facts |= {"removed": removed, **work.stages(held_out, repaired, healed)}
+        work = _Work(partial, stream, removed, ids, held_out, progress)
+        facts |= {"removed": removed, **work.stages(repaired, healed)}
         rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), _changes(checkpoint, work.weights))
         require_space(partial.path, rewritten.nbytes, "the smaller model")
         facts |= {"weight_bytes": rewritten.nbytes, "source_weight_bytes": rewritten.source_nbytes}
         rewritten.write(partial, progress)
         _finish(partial, checkpoint.directory, facts, config)
         partial.publish()
-    found = {name: facts[name] for name in SlimmedLayers.__annotations__ if name in facts}
+    found = {field.name: facts[field.name] for field in fields(SlimmedLayers) if field.name in facts}
     found |= {"removed": tuple(removed), "explained": {int(at): share for at, share in facts["explained"].items()}}
     return SlimmedLayers(output=str(output), **found, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
 
@@ -189,21 +171,30 @@ class _Work:
     """
 
     def __init__(
-        self, partial: PartialDirectory, stream: LayerByLayer, removed: list[int], ids: torch.Tensor, progress: bool
+        self,
+        partial: PartialDirectory,
+        stream: LayerByLayer,
+        removed: list[int],
+        ids: torch.Tensor,
+        held_out: torch.Tensor,
+        progress: bool,
     ):
-        self._partial, self._stream, self._removed, self._ids = partial, stream, removed, ids
-        self._progress, self.weights = progress, {}
+        self._partial, self._stream, self._removed = partial, stream, removed
+        self._ids, self._held_out, self._progress = ids, held_out, progress
+        self._whole = self._final(stream, range(len(stream)))
+        self._kept = [index for index in range(len(stream)) if index not in removed]
+        self.weights: dict[str, torch.Tensor] = {}
 
-    def stages(self, held_out: torch.Tensor, repaired: bool, healed: bool) -> dict:
+    def stages(self, repaired: bool, healed: bool) -> dict:
         """Repairs and heals as far as that is wanted, and measures each stage on a text that it was not fitted to."""
-        kl, explained = {CUT: self._kl(held_out)}, {}
+        kl, explained = {CUT: self._kl()}, {}
         if repaired:
             explained = self._repair()
-            kl[REPAIRED] = self._kl(held_out)
+            kl[REPAIRED] = self._kl()
         if healed:
             self._heal()
-            kl[HEALED] = self._kl(held_out)
-        return {"kl": kl, "kl_tokens": held_out.numel(), "explained": explained}
+            kl[HEALED] = self._kl()
+        return {"kl": kl, "kl_tokens": self._held_out.numel(), "explained": explained}
 
     def _repair(self) -> dict[str, float]:
         """See ``Repair.explained``; its keys are text, as in a file."""
@@ -232,18 +223,19 @@ class _Work:
         found = heal(self._stream, slim, self._removed, self._ids, keep=keep, progress=self._progress)
         self.weights = self.weights | found.weights
 
+    def _kl(self) -> float:
+        """Mean KL of the whole model and the one with these weights and fewer layers, on the held-out text."""
+        states = self._final(_with(self._stream, self.weights), self._kept)
+        return divergences(self._stream, self._whole, {CUT: states})[CUT]
+
     @torch.no_grad()
-    def _kl(self, ids: torch.Tensor) -> float:
-        """Mean KL of the whole model and the one with these weights and fewer layers."""
-        slim, whole = _with(self._stream, self.weights), self._stream.embed(ids)
-        states = slim.embed(ids)
-        for index in range(len(self._stream)):
-            with self._stream.layer(index) as layer:
-                self._stream.run_in_place(layer, whole)
-            if index not in self._removed:
-                with slim.layer(index) as layer:
-                    slim.run_in_place(layer, states)
-        return divergences(self._stream, whole, {CUT: states})[CUT]
+    def _final(self, stream: LayerByLayer, layers: Iterable[int]) -> torch.Tensor:
+        """The held-out text's states behind some of a model's layers."""
+        states = stream.embed(self._held_out)
+        for index in layers:
+            with stream.layer(index) as layer:
+                stream.run_in_place(layer, states)
+        return states
 
 
 class _Patched:

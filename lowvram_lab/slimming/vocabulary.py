@@ -2,7 +2,8 @@
 
 A token stays together with all that any merge makes it of. So by induction over the merges a text all of whose tokens
 stay is read by the tokens that stay as it was by all: of the merges possible at each step the first is among those
-that are left. Any other text is spelt in more tokens, at worst byte by byte.
+that are left. Any other text is mostly spelt in more tokens, at worst byte
+by byte.
 
 Source: byte-pair encoding, Sennrich et al. 2016, https://arxiv.org/abs/1508.07909.
 """

@@ -58,9 +58,9 @@ class InputMoments:
                 continue
             leader, latest = name, tensor
             rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
-            _accumulate(self._sums, name, rows, rows)
+            accumulate(self._sums, name, rows, rows)
             if others is not None:
-                _accumulate(self._cross, name, others[name].detach().reshape(rows.shape).float(), rows)
+                accumulate(self._cross, name, others[name].detach().reshape(rows.shape).float(), rows)
         self.tokens += rows.shape[0]
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -121,7 +121,15 @@ class OutputGradients:
         return watch_output
 
 
-def _accumulate(sums: dict[str, torch.Tensor], name: str, left: torch.Tensor, right: torch.Tensor) -> None:
+def accumulate(sums: dict[str, torch.Tensor], name: str, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Adds ``left^T right`` to a sum by its name, in place.
+
+    Args:
+        sums: Name → sum; one that is not there is begun.
+        name: Of the sum.
+        left: ``(tokens, a)``.
+        right: ``(tokens, b)``.
+    """
     if name in sums:
         sums[name].addmm_(left.T, right)
     else:
