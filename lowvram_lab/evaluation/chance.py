@@ -20,7 +20,8 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """
     middle = share + Z_95**2 / (2 * count)
     margin = Z_95 * math.sqrt(share * (1 - share) / count + (Z_95 / (2 * count)) ** 2)
-    return (middle - margin) / (1 + Z_95**2 / count), (middle + margin) / (1 + Z_95**2 / count)
+    low, high = ((middle + sign * margin) / (1 + Z_95**2 / count) for sign in (-1, 1))
+    return max(0.0, low), min(1.0, high)  # rounding may lead out by a last bit
 
 
 def mcnemar_p_value(lost: int, gained: int) -> float:

@@ -248,6 +248,12 @@ def test_an_interval_is_wilsons(passed, count, low, high):
     assert found == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
 
 
+def test_an_interval_stays_within_0_and_1():
+    for count in range(1, 200):
+        (low, _), (_, high) = wilson_interval(0.0, count), wilson_interval(1.0, count)
+        assert low >= 0 and high <= 1 and f"{low:.1%}" == "0.0%", count
+
+
 @pytest.mark.parametrize(
     ("lost", "gained", "p"),
     [

@@ -69,6 +69,9 @@ def test_repaired_and_healed_are_nearer_on_text_that_neither_has_seen(source, tm
     made = run(source, tmp_path / "out", 1, healed=True)
     assert list(made.kl) == [CUT, REPAIRED, HEALED]
     assert made.kl[CUT] > made.kl[REPAIRED] and made.kl[CUT] > made.kl[HEALED] > 0
+    alone = run(source, tmp_path / "alone", list(made.removed), repaired=False, healed=True)
+    assert list(alone.kl) == [CUT, HEALED] and alone.kl[CUT] == pytest.approx(made.kl[CUT])
+    assert alone.kl[HEALED] < alone.kl[CUT]  # by healing, and nothing else
     assert len(made.removed) == 1 and made.kl_tokens > 100
     found = json.loads((tmp_path / "out" / "slim.json").read_text())
     assert found["kl"] == made.kl and found["removed"] == list(made.removed)
