@@ -23,12 +23,11 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.slimming.choice import choose_layers
-from lowvram_lab.slimming.slim_layers import CHOICE_TOKENS, slim_layers
+from lowvram_lab.slimming.slim_layers import CHOICE_TOKENS, STAGES, slim_layers
 from lowvram_lab.weights.calibration import calibration_windows, evenly
 from lowvram_lab.weights.layerwise import LayerByLayer
 
 RESULTS = Path(__file__).parent / "results"
-STAGES = {"cut": {"repaired": False}, "repaired": {}, "healed": {"healed": True}}
 
 
 def chosen(model: str, count: int) -> list[int]:
@@ -73,9 +72,9 @@ def main() -> None:
     found, rows = {"removed": removed, "battery of the whole": whole.to_dict(), "counts": {}}, []
     for count in args.counts:
         stages = {}
-        for stage, options in STAGES.items():
+        for stage in STAGES:
             with tempfile.TemporaryDirectory() as folder:
-                made = slim_layers(args.model, Path(folder) / stage, removed[:count], progress=False, **options)
+                made = slim_layers(args.model, Path(folder) / stage, removed[:count], stage=stage, progress=False)
                 each = measured(made.output, reference, whole, texts, args.tokens)
                 stages[stage] = {"slim": made.to_dict(), **each}
             figures = {name: value for name, value in each.items() if isinstance(value, float)}

@@ -6,7 +6,7 @@ import sys
 from lowvram_lab.cli.common import print_json, prose, tokens
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.slimming.slim import Slimmed, slim_vocabulary
-from lowvram_lab.slimming.slim_layers import SlimmedLayers, slim_layers
+from lowvram_lab.slimming.slim_layers import CUT, HEALED, REPAIRED, SlimmedLayers, slim_layers
 
 
 def add_slim(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +32,23 @@ def add_slim(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a text like what the model will read, for --vocab more than one (the library's)",
     )
-    parser.add_argument("--no-repair", action="store_true", help="with --layers: leave the others as they are")
-    parser.add_argument(
+    stage = parser.add_mutually_exclusive_group()
+    stage.add_argument(
+        "--no-repair",
+        dest="stage",
+        action="store_const",
+        const=CUT,
+        help="with --layers: leave the others as they are",
+    )
+    stage.add_argument(
         "--heal",
-        action="store_true",
+        dest="stage",
+        action="store_const",
+        const=HEALED,
         help="with --layers: the others learn to make up for it (minutes; a large model: hours)",
+    )
+    parser.add_argument(
+        "--no-referee", action="store_true", help="do not measure what quantising alone reaches in the same bytes"
     )
 
 
@@ -53,9 +65,16 @@ def run_slim(args: argparse.Namespace) -> int:
 def _made(args: argparse.Namespace) -> Slimmed | SlimmedLayers:
     shown = sys.stderr.isatty()
     if args.layers is None:
-        if args.no_repair or args.heal:
+        if args.stage:
             raise LowvramError("--no-repair and --heal go with --layers: a vocabulary leaves the other weights alone")
-        return slim_vocabulary(args.model, args.output, vocab=args.vocab, texts=args.text, progress=shown)
+        return slim_vocabulary(
+            args.model,
+            args.output,
+            vocab=args.vocab,
+            texts=args.text,
+            referee=not args.no_referee,
+            progress=shown,
+        )
     if args.text and len(args.text) > 1:
         raise LowvramError(f"--layers takes one --text, found {len(args.text)}; put them into one file")
     return slim_layers(
@@ -63,8 +82,8 @@ def _made(args: argparse.Namespace) -> Slimmed | SlimmedLayers:
         args.output,
         args.layers,
         text=args.text[0] if args.text else None,
-        repaired=not args.no_repair,
-        healed=args.heal,
+        stage=args.stage or REPAIRED,
+        referee=not args.no_referee,
         progress=shown,
     )
 

@@ -141,15 +141,7 @@ class Source:
         Raises:
             SourceError: No tokenizer, or one that needs the repository's own code.
         """
-        from transformers import AutoTokenizer
-
-        directory = self.fetch()
-        require_tokenizer_files(directory)
-        try:
-            with quiet_transformers():
-                return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # a damaged tokenizer.json surfaces as whatever the parser meets
-            raise cannot_open(directory, first_line(error)) from error
+        return open_tokenizer(self.fetch())
 
     def require_tokenizer(self) -> None:
         """Refuses a tokenizer that cannot be opened here for want of files or packages, before weights are loaded.
@@ -336,6 +328,22 @@ def read_config(directory: Path):
 def _say_without_low_plane(directory: str) -> None:
     """One line a model, however often its config is read."""
     logger.warning("%s: %s is not there, so this is an int4 model", directory, low_plane.FILE)
+
+
+def open_tokenizer(directory: Path):
+    """The tokenizer of a local model directory; never runs the repository's own code.
+
+    Raises:
+        SourceError: No tokenizer, or one that needs the repository's own code.
+    """
+    from transformers import AutoTokenizer
+
+    require_tokenizer_files(directory)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a damaged tokenizer.json surfaces as whatever the parser meets
+        raise cannot_open(directory, first_line(error)) from error
 
 
 def config_from_values(values: dict, where: str):

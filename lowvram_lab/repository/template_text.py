@@ -1,8 +1,9 @@
-"""A chat template's text: what it would write on another day, and which of its lines tests something."""
+"""A chat template's text: what it would write on a given day, and which of its lines tests something."""
 
 import re
 import string
-from datetime import datetime
+from collections.abc import Callable
+from datetime import date, datetime
 
 _TAG = r"\{[%{][^%}]*"
 DATE = (rf"{_TAG}strftime_now\s*\(", "strftime_now")
@@ -28,15 +29,31 @@ _QUOTED = 80  # letters of a line
 def on_another_day(template: str, now: datetime) -> str:
     """The same template with a clock that is wrong in every letter and digit, and writes as many as the right one.
 
-    transformers gives templates ``strftime_now``; a macro of that name takes its place in this one text, and no other
-    template sees it.
-
     Args:
         template: A chat template.
         now: What the right clock says.
     """
+    return _with_clock(template, lambda code: now.strftime(code).translate(_OTHER))
+
+
+def on_day(template: str, day: date) -> str:
+    """The same template with a clock that stands still on a day.
+
+    Args:
+        template: A chat template.
+        day: Which.
+    """
+    return _with_clock(template, day.strftime)
+
+
+def _with_clock(template: str, write: Callable[[str], str]) -> str:
+    """The same template with a clock that writes each code, such as ``%d``, so.
+
+    transformers gives templates ``strftime_now``; a macro of that name takes its place in this one text, and no other
+    template sees it.
+    """
     codes = sorted(set(re.findall("%-?[A-Za-z]", template)))
-    filters = [f" | replace({code!r}, {now.strftime(code).translate(_OTHER)!r})" for code in codes]
+    filters = [f" | replace({code!r}, {write(code)!r})" for code in codes]
     macro = "{% macro strftime_now(format) %}{{ format" + "".join(filters) + " }}{% endmacro %}"
     return f"{macro}\n{template}"  # Jinja drops that line's end, so the text begins as it did
 

@@ -15,6 +15,7 @@ def slim_card(facts: dict) -> str:
         "chosen on": ", ".join(text["name"] for text in facts["texts"]),
         "different tokens in it": f"{facts['tokens_of_text']:,}",
         "needed for it, chats and every byte": f"{facts['needed_tokens']:,}",
+        **_referee(facts),
     }
     head = _head(facts["source"], "vocabulary-reduced", f"{facts['vocab_after']:,} tokens", rows)
     return f"""{head}
@@ -39,6 +40,7 @@ def layers_card(facts: dict) -> str:
         "chosen and fitted on": f"{facts['text']}, {facts['text_tokens']} tokens",
         **{f"KL to the original, {stage}": f"{kl:.4f} nats a token" for stage, kl in facts["kl"].items()},
         "measured on": f"{facts['kl_tokens']} tokens that nothing was fitted to",
+        **_referee(facts),
     }
     return f"""{_head(facts["source"], "layers-removed", f"{left} layers", rows)}
 A model without layers may classify as before and no longer write: ask it something (`lowvram evaluate DIR --battery`)
@@ -62,6 +64,12 @@ Made by lowvram_lab {__version__} from `{source}`; the licence of that model hol
 |---|---|
 {table}
 """
+
+
+def _referee(facts: dict) -> dict[str, str]:
+    """Its word, as a row."""
+    verdict = facts.get("referee")
+    return {"quantising instead": verdict["summary"].replace("\n", "; ")} if verdict else {}
 
 
 def _weights(facts: dict) -> str:

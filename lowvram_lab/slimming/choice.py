@@ -27,7 +27,8 @@ class LayerChoice:
     Attributes:
         removed: Indices of the layers, in the order in which they went.
         kl: Mean KL to the whole model in nats a token, after each of them.
-        tried: ``step``, ``layer``, ``influence``, ``angle`` and ``kl`` of each candidate. A DataFrame.
+        tried: ``step``, ``layer``, ``influence``, ``angle`` and ``kl`` of each candidate, in the model that was left
+            when it was tried. A DataFrame.
         tokens: Measured on.
     """
 
@@ -76,7 +77,7 @@ def choose_layers(
             candidates = _proposed(turns, proposals)
             _, later, states = _run(stream, ids, kept, candidates)
             found = divergences(stream, whole, states)
-            rows += [(step, layer, *turns[layer], found[layer]) for layer in candidates]
+            rows += [(step, layer, *later[layer], found[layer]) for layer in candidates]
             gone = min(candidates, key=found.__getitem__)
             removed.append(gone)
             costs.append(found[gone])

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from lowvram_lab.weights.head import HEAD_TOKENS, head_logits
+from lowvram_lab.weights.head import HEAD_TOKENS
 from lowvram_lab.weights.layerwise import LayerByLayer
 
 
@@ -20,18 +20,11 @@ def divergences(
         whole: Its final states ``(windows, tokens, hidden)``, before the norm.
         others: The same of each other model, for the same tokens.
     """
-    weight = stream.stored(f"{stream.owner(stream.spec.head)}.weight")
-    bias = stream.bias(stream.spec.head)
-
-    def predictions(states: torch.Tensor) -> torch.Tensor:
-        x = stream.norm(states)
-        return torch.log_softmax(head_logits(x, lambda rows: weight[rows].to(x.dtype), len(weight), bias), dim=-1)
-
+    predict = stream.predictor()
     totals = dict.fromkeys(others, 0.0)
     pieces = {name: states.flatten(0, 1).split(HEAD_TOKENS) for name, states in others.items()}
     for at, states in enumerate(whole.flatten(0, 1).split(HEAD_TOKENS)):
-        expected = predictions(states)
+        expected = predict(states)
         for name in others:
-            found = predictions(pieces[name][at])
-            totals[name] += F.kl_div(found, expected, reduction="sum", log_target=True).item()
+            totals[name] += F.kl_div(predict(pieces[name][at]), expected, reduction="sum", log_target=True).item()
     return {name: total / whole.shape[:-1].numel() for name, total in totals.items()}

@@ -28,7 +28,8 @@ class Repair:
     Attributes:
         weights: Parameter name → its new value ``(out, in)``, float32.
         explained: Index of the layer before each gap → the share of what the gap added that the map gives back, on
-            windows that it was not fitted to (weighted as above); a gap before the first layer has none.
+            windows that it was not fitted to (weighted as above); 0 where no map gives any back, and the weight stays
+            as it is. A gap before the first layer has none.
         tokens: Fitted to.
     """
 
@@ -48,11 +49,9 @@ def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *,
         progress: Show a progress bar.
 
     Raises:
-        LowvramError: Fewer than two windows, or layers whose last linear module does not write into the residual
-            stream as it is.
+        LowvramError: See ``refuse_unrepairable``.
     """
-    if len(ids) < 2:
-        raise LowvramError(f"expected two windows of tokens or more, to fit and to choose on, found {len(ids)}")
+    refuse_unrepairable(stream, ids)
     whole = stream.embed(ids)
     slim, weights, explained = None, {}, {}  # the model with fewer layers: up to the first gap it is the whole one
     layers = iter(tqdm(range(len(stream)), desc="repair", unit="layer", disable=not progress, leave=False))
@@ -71,9 +70,9 @@ def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *,
             if gap:
                 name = stream.names(index)[-1]
                 last = stream.model.get_submodule(name)
-                _check_writes(stream, layer, last, slim[:1], name)
                 change, explained[index] = _solve(stream, layer, last, slim, whole)
-                weights[f"{name}.weight"] = last.weight.data.add_(change).clone()
+                if change is not None:
+                    weights[f"{name}.weight"] = last.weight.data.add_(change).clone()
             stream.run_in_place(layer, slim)
     return Repair(weights, explained, ids.numel())
 
@@ -88,27 +87,42 @@ def gap_behind(removed: Collection[int], index: int, count: int) -> list[int]:
     return found
 
 
-def _check_writes(
-    stream: LayerByLayer, layer: torch.nn.Module, last: torch.nn.Module, hidden: torch.Tensor, name: str
-) -> None:
-    """Refuses a layer that changes what its last linear module says before it is added to the residual stream."""
-    before = stream.run(layer, hidden)
-    handle = last.register_forward_hook(lambda module, inputs, output: output + 1)
-    try:
-        difference = stream.run(layer, hidden) - before
-    finally:
-        handle.remove()
+@torch.no_grad()
+def refuse_unrepairable(stream: LayerByLayer, ids: torch.Tensor) -> None:
+    """Refuses what cannot be repaired, before anything that takes long; the first layer stands for all.
+
+    Args:
+        stream: The whole model.
+        ids: Tokens ``(windows, tokens)``.
+
+    Raises:
+        LowvramError: Fewer than two windows, or layers that change what their last linear module says before it is
+            added to the residual stream.
+    """
+    if len(ids) < 2:
+        raise LowvramError(f"expected two windows of tokens or more, to fit and to choose on, found {len(ids)}")
+    hidden, name = stream.embed(ids[:1]), stream.names(0)[-1]
+    with stream.layer(0) as layer:
+        before = stream.run(layer, hidden)
+        handle = stream.model.get_submodule(name).register_forward_hook(lambda module, inputs, output: output + 1)
+        try:
+            difference = stream.run(layer, hidden) - before
+        finally:
+            handle.remove()
     if (difference - 1).abs().max() > 1e-2:
         raise LowvramError(
             f"{name}: expected a module whose output is added to the hidden states as it is, found one that is scaled "
-            "or normed first; leave the repair out"
+            "or normed first; leave the repair out (--no-repair)"
         )
 
 
 def _solve(
     stream: LayerByLayer, layer: torch.nn.Module, last: torch.nn.Module, slim: torch.Tensor, whole: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """The change of a weight, and the share of what is missing that it explains on windows that it has not seen."""
+) -> tuple[torch.Tensor | None, float]:
+    """The change of a weight, and the share of what is missing that it explains on windows that it has not seen.
+
+    ``None`` where each change that was tried leaves more missing there than no change.
+    """
     halves = [_Moments(), _Moments()]
     with captured_inputs({"last": last}) as seen:
         for at, (window, target) in enumerate(zip(slim.split(1), whole.split(1), strict=True)):
@@ -118,6 +132,8 @@ def _solve(
     fitted, held_out = halves
     by_ridge = {ridge: held_out.explained(fitted.map(ridge)) for ridge in RIDGES}
     best = max(by_ridge, key=by_ridge.__getitem__)
+    if by_ridge[best] <= 0:
+        return None, 0.0
     return fitted.joined(held_out).map(best), by_ridge[best]
 
 
@@ -154,8 +170,8 @@ class _Moments:
 
     def map(self, ridge: float) -> torch.Tensor:
         """``(out, in)``: the least squares' map, held back by a share of the mean diagonal."""
-        size = len(self.xx)
-        damped = self.xx + ridge * self.xx.diagonal().mean() * torch.eye(size)
+        damped = self.xx.clone()
+        damped.diagonal().add_(ridge * self.xx.diagonal().mean())
         return torch.linalg.solve(damped, self.yx.T).T
 
     def explained(self, found: torch.Tensor) -> float:

@@ -31,7 +31,7 @@ class Changed:
 
 
 class Rewritten:
-    """What is to be written of a checkpoint.
+    """What is to be written of a checkpoint; by the old names it is read as a checkpoint itself.
 
     Args:
         checkpoint: Its tensors.
@@ -39,6 +39,7 @@ class Rewritten:
         changed: Old name → what becomes of it; others stay to the bit.
 
     Attributes:
+        original: The checkpoint.
         source_nbytes: Of all tensors before.
         nbytes: Of what is written.
     """
@@ -49,11 +50,26 @@ class Rewritten:
         names: Mapping[str, str] | None = None,
         changed: Mapping[str, Changed] | None = None,
     ):
-        self._checkpoint, self._changed = checkpoint, changed or {}
+        self.original, self._changed = checkpoint, changed or {}
         self._names = {name: name for name in checkpoint} if names is None else names
         self.source_nbytes = sum(self._nbytes(name, checkpoint.shape(name)) for name in checkpoint)
-        self._sizes = {name: self._nbytes(name, self._shape(name)) for name in self._names}
+        self._sizes = {name: self._nbytes(name, self.shape(name)) for name in self._names}
         self.nbytes = sum(self._sizes.values())
+
+    def __getattr__(self, name: str):
+        return getattr(self.original, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.original
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's new shape, by its old name."""
+        return self._changed[name].shape if name in self._changed else self.original.shape(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor as it will be written, by its old name."""
+        value = self.original.read(name)
+        return self._changed[name].change(value) if name in self._changed else value
 
     def write(self, partial: PartialDirectory, progress: bool) -> None:
         """Writes the shards that are not finished yet, and their index where there are several."""
@@ -62,20 +78,13 @@ class Rewritten:
             shard = SINGLE_NAME if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= {self._names[name]: shard for name in names}
             if not partial.finished(shard):
-                partial.save_tensors(shard, {self._names[name]: self._read(name) for name in names})
+                partial.save_tensors(shard, {self._names[name]: self.read(name) for name in names})
         if len(shards) > 1:
             index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
             partial.save_json(INDEX_NAME, index)
 
-    def _read(self, name: str) -> torch.Tensor:
-        value = self._checkpoint.read(name)
-        return self._changed[name].change(value) if name in self._changed else value
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self._changed[name].shape if name in self._changed else self._checkpoint.shape(name)
-
     def _nbytes(self, name: str, shape: tuple[int, ...]) -> int:
-        return math.prod(shape) * self._checkpoint.dtype(name).itemsize
+        return math.prod(shape) * self.original.dtype(name).itemsize
 
     def _shards(self) -> list[list[str]]:
         """Names of the tensors in each file, in the order in which they lie on disk."""

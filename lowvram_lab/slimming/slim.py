@@ -18,17 +18,17 @@ import torch
 
 from lowvram_lab import __version__
 from lowvram_lab.conversion.resumable import PartialDirectory, building
-from lowvram_lab.conversion.smaller import Smaller
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import expanded, known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
-from lowvram_lab.model.source import Source, config_from_values, find_source
+from lowvram_lab.model.source import Source, config_from_values, find_source, open_tokenizer
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.packaged import calibration_text
+from lowvram_lab.packaged import calibration_text, sample_text
 from lowvram_lab.repository import hub
-from lowvram_lab.repository.text import first_ids
+from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 from lowvram_lab.slimming.card import slim_card
+from lowvram_lab.slimming.referee import Refereed, Verdict, rival_of
 from lowvram_lab.slimming.rewritten import Changed, Rewritten
 from lowvram_lab.slimming.tokenizer_cut import (
     cut_tokenizer,
@@ -46,6 +46,9 @@ from lowvram_lab.slimming.vocabulary import (
     text_tokens,
     with_parents,
 )
+from lowvram_lab.slimming.yardstick import WINDOW, Yardstick, nats_a_byte, renumbered
+from lowvram_lab.weights.calibration import evenly
+from lowvram_lab.weights.layerwise import LayerByLayer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,14 +56,18 @@ if TYPE_CHECKING:
 LEAST_LETTERS = 1024
 """A text shorter than this says nothing about what a model will read."""
 
+REFEREE_TOKENS = 2048
+"""Of the text that tokens were chosen by, for the referee."""
+
 _ON_HUB = ("hub", "config")
+_SMALL = [*hub.TOKENIZER, "config.json", "generation_config.json"]
 _COPIED = ("special_tokens_map.json", "chat_template*", "LICENSE*")
 SLIM = "slim.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slimmed(Smaller):
-    """What was left out of a model, and what is left; see ``Smaller`` for sizes, which are those of the files.
+class Slimmed(Refereed):
+    """What was left out of a model, and what is left; see ``Refereed``; sizes are those of the files.
 
     Attributes:
         vocab_before: Rows of the model's embedding.
@@ -79,7 +86,8 @@ class Slimmed(Smaller):
         """What a person wants to know, in three lines."""
         return (
             f"{self.output}: {self.vocab_after:,} of {self.vocab_before:,} tokens; the text has "
-            f"{self.tokens_of_text:,} different ones and needs {self.needed_tokens:,}\n{self.sizes}\n{self.effort}"
+            f"{self.tokens_of_text:,} different ones and needs {self.needed_tokens:,}\n{self.sizes}\n"
+            f"{self.effort}{self.verdict}"
         )
 
 
@@ -89,6 +97,7 @@ def slim_vocabulary(
     *,
     vocab: int | str = 16384,
     texts: str | Path | Sequence[str | Path] | None = None,
+    referee: bool = True,
     progress: bool = True,
 ) -> Slimmed:
     """Writes a model without the tokens that a text has no use for.
@@ -102,10 +111,11 @@ def slim_vocabulary(
         output: A new or empty directory.
         vocab: How many tokens stay, rounded up to a multiple of 64, or ``"text"``: as many as the text needs.
         texts: Files with text like what the model will read; by default the library's own text.
+        referee: Measure what quantising alone reaches in the bytes of the result.
         progress: Show progress bars, on stderr.
 
     Returns:
-        Sizes before and after.
+        Sizes before and after, and the referee's word.
 
     Raises:
         LowvramError: Output not empty, text too short, fewer tokens wanted than it needs, no disk space.
@@ -119,9 +129,8 @@ def slim_vocabulary(
     read = _read_texts(texts)
     source = find_source(model)
     spec = _float_spec(source)
-    checkpoint = source.checkpoint(progress)
-    _check_weights(spec, checkpoint)
-    files, tokenizer = _Files(checkpoint.directory, source), source.tokenizer()
+    directory = _small_files(source) or source.checkpoint(progress).directory
+    files, tokenizer = _Files(directory, source), open_tokenizer(directory)
     rows = spec.module(spec.embedding).weight_shape[0]
     files.refuse_foreign_ids(rows)
     files.add_tokens(tokenizer, rows)
@@ -129,8 +138,11 @@ def slim_vocabulary(
     needed = of_text | chat_tokens(tokenizer) | set(first_ids(tokenizer)) | files.ids()
     needed = with_parents(needed, parents_of(files.tokenizer))
     kept = kept_tokens(files.tokenizer, needed, wanted, rows)
+    checkpoint = source.checkpoint(progress)  # what is wrong with the text or the tokenizer was said before
+    _check_weights(spec, checkpoint)
     files.cut(kept, spec)
-    cut = _cut_parameters(spec, ModelSpec.from_config(config_from_values(files.config, "config.json"), spec.name))
+    small_spec = ModelSpec.from_config(config_from_values(files.config, "config.json"), spec.name)
+    cut = _cut_parameters(spec, small_spec)
     small = Rewritten(checkpoint, changed=_picked_rows(checkpoint, torch.tensor(kept), cut))
     facts = {
         "source": source.public_name,
@@ -146,6 +158,9 @@ def slim_vocabulary(
     with building(output, {"weights": weights, "files": files.hash(), "facts": facts, "by": __version__}) as partial:
         require_space(partial.path, facts["weight_bytes"], "the smaller model")
         small.write(partial, progress)
+        if referee:
+            text = _Text("\n".join(read.values()), tokenizer, files.tokenizer, kept)
+            facts["referee"] = _verdict(source, spec, small_spec, small, text, progress)
         files.write(partial, facts, kept)
         partial.publish()
     sizes = {field.name: facts[field.name] for field in fields(Slimmed) if field.name in facts}
@@ -190,7 +205,14 @@ class _Files:
 
     def refuse_foreign_ids(self, rows: int) -> None:
         """Refuses tokens that the embedding has no row for."""
+        added = {token["content"]: token["id"] for token in self.tokenizer["added_tokens"]} | self.added
+        without = [token for token, index in added.items() if index >= rows]
         highest = max(self.ids() | set(self.tokenizer["model"]["vocab"].values()))
+        if without and max(self.tokenizer["model"]["vocab"].values()) < rows:
+            raise CheckpointError(
+                f"{self.directory}: {without[0]!r} was added to the tokenizer and has no row among the embedding's "
+                f"{rows}; add one (resize_token_embeddings) or take the token out of the tokenizer"
+            )
         if highest >= rows:
             raise CheckpointError(
                 f"{self.directory}: token {highest} has no row among the embedding's {rows}: tokenizer and weights are "
@@ -236,6 +258,54 @@ class _Files:
         partial.save_json(SLIM, facts | {"kept_ids": kept})
         (partial.path / "README.md").write_text(slim_card(facts), encoding="utf-8")
         partial.save_json("config.json", self.config)  # last: a directory without it opens nowhere
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What tokens were chosen by, and how it is read.
+
+    Attributes:
+        text: All of it.
+        tokenizer: The whole model's.
+        cut: ``tokenizer.json`` with the tokens that stay.
+        kept: Old ids of these.
+    """
+
+    text: str
+    tokenizer: PreTrainedTokenizerBase
+    cut: dict
+    kept: list[int]
+
+    def windows(self) -> torch.Tensor:
+        """``(windows, WINDOW)`` of its tokens, evenly spread."""
+        ids = equal_windows(plain_ids(self.tokenizer, self.text), first_ids(self.tokenizer), WINDOW)
+        return ids[evenly(len(ids), REFEREE_TOKENS // WINDOW)]
+
+
+def _verdict(
+    source: Source, spec: ModelSpec, small_spec: ModelSpec, small: Rewritten, text: _Text, progress: bool
+) -> dict:
+    """What the cut costs beside quantising: on the text that tokens were chosen by, and on another.
+
+    Of a model whose layers cannot be run by themselves it says so instead: the cut does not need them.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        whole = LayerByLayer(spec, small.original)
+    except CheckpointError as error:
+        return {"summary": f"referee: not measured: {error}"}
+    other, first = sample_text(), first_ids(text.tokenizer)
+    yardstick, ids = Yardstick(whole, text.windows(), progress=progress), plain_ids(text.tokenizer, other)
+
+    def read(stream: LayerByLayer) -> float:
+        return nats_a_byte(stream, ids, first, other, progress)
+
+    rival = rival_of(source, whole, small.nbytes, yardstick, read=read, progress=progress)
+    spelt = torch.tensor(Tokenizer.from_str(json.dumps(text.cut)).encode(other, add_special_tokens=False).ids)
+    begun = renumbered(torch.tensor(first, dtype=torch.int64), text.kept).tolist() if first else []
+    this = nats_a_byte(LayerByLayer(small_spec, small), spelt, begun, other, progress)
+    return Verdict(small.nbytes, yardstick.distance(kept=text.kept), rival, (read(whole), this)).to_dict()
 
 
 def _picked_rows(checkpoint: Checkpoint, rows: torch.Tensor, cut: Iterable[str]) -> dict[str, Changed]:
@@ -292,7 +362,7 @@ def _small_files(source: Source) -> Path | None:
     if source.kind == "directory":
         return source.path()
     try:
-        return hub.snapshot(source.public_name, hub.TOKENIZER, progress=False) if source.kind in _ON_HUB else None
+        return hub.snapshot(source.public_name, _SMALL, progress=False) if source.kind in _ON_HUB else None
     except SourceError:
         return None  # fetching says what is wrong
 
@@ -304,7 +374,14 @@ def _tokenizer_json(directory: Path) -> dict:
             f"{directory}: expected tokenizer.json, found {', '.join(found) or 'no tokenizer'}; open it with "
             "AutoTokenizer and save_pretrained, which writes one"
         )
-    return _read_json(directory / "tokenizer.json")
+    found = _read_json(directory / "tokenizer.json")
+    model, added = found.get("model"), found.setdefault("added_tokens", [])
+    if not isinstance(model, dict) or not isinstance(added, list):
+        raise SourceError(
+            f"{directory / 'tokenizer.json'}: expected a model and added tokens, found neither or other "
+            "things; copy it anew from the model's own repository"
+        )
+    return found
 
 
 def _read_json(file: Path) -> dict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import torch
 from lowvram_lab import __version__
 from lowvram_lab.conversion.convert import hash_of
 from lowvram_lab.conversion.resumable import PartialDirectory, building
-from lowvram_lab.conversion.smaller import Smaller
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import expanded, known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
@@ -30,30 +29,32 @@ from lowvram_lab.repository.hub import TOKENIZER
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 from lowvram_lab.slimming.card import layers_card
 from lowvram_lab.slimming.choice import choose_layers
-from lowvram_lab.slimming.divergence import divergences
 from lowvram_lab.slimming.heal import heal
-from lowvram_lab.slimming.repair import repair
+from lowvram_lab.slimming.referee import Refereed, Verdict, rival_of
+from lowvram_lab.slimming.repair import refuse_unrepairable, repair
 from lowvram_lab.slimming.rewritten import Changed, Rewritten
 from lowvram_lab.slimming.slim import SLIM
+from lowvram_lab.slimming.yardstick import WINDOW, Distance, Yardstick
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
 from lowvram_lab.weights.layerwise import LayerByLayer
 
 TOKENS, CHOICE_TOKENS = 16384, 2048
 """Of the text that repair and healing are fitted to, and that candidates are tried on."""
 
-CUT, REPAIRED, HEALED = "cut", "repaired", "healed"
+STAGES = CUT, REPAIRED, HEALED = "cut", "repaired", "healed"
 """How far a model is that has fewer layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlimmedLayers(Smaller):
-    """What was left out of a model, and what that costs; see ``Smaller`` for sizes, which are those of the files.
+class SlimmedLayers(Refereed):
+    """What was left out of a model, and what that costs; see ``Refereed``; sizes are those of the files.
 
     Attributes:
         layers_before: Of the model.
         removed: Indices of those that were left out, in the order of the model.
         kl: Mean KL to the whole model in nats a token, on a text that nothing was fitted to: ``"cut"``, and where they
             were asked for ``"repaired"`` and ``"healed"``.
+        kl_interval: Stage → where the mean lies for 95 % of such texts, see ``Distance``.
         kl_tokens: Measured on.
         explained: Index of the layer before each gap → the share of what the gap added that it gives back.
     """
@@ -63,6 +64,7 @@ class SlimmedLayers(Smaller):
     kl: dict[str, float]
     kl_tokens: int
     explained: dict[int, float]
+    kl_interval: dict[str, list[float]]
 
     def to_dict(self) -> dict:
         """Plain data."""
@@ -70,16 +72,19 @@ class SlimmedLayers(Smaller):
 
     def summary(self) -> str:
         """What a person wants to know, in three lines."""
-        costs = ", ".join(
-            f"{name} {kl:.4f}" + (f" ({1 - kl / self.kl[CUT]:.0%} of it gone)" if name != CUT else "")
-            for name, kl in self.kl.items()
-        )
+        costs = ", ".join(f"{name} {kl:.4f}{self._gone(name)}" for name, kl in self.kl.items())
         left = self.layers_before - len(self.removed)
         return (
             f"{self.output}: {left} of {self.layers_before} layers, without {', '.join(map(str, self.removed))}\n"
             f"KL to the whole model, nats a token on a text that nothing was fitted to: {costs}\n"
-            f"{self.sizes}; {self.effort}"
+            f"{self.sizes}; {self.effort}{self.verdict}"
         )
+
+    def _gone(self, stage: str) -> str:
+        """How much of what the cut costs a stage takes away, in words."""
+        if stage == CUT or not self.kl[CUT]:
+            return ""
+        return f" ({1 - self.kl[stage] / self.kl[CUT]:.0%} of it gone)"
 
 
 def slim_layers(
@@ -89,8 +94,8 @@ def slim_layers(
     *,
     text: str | Path | None = None,
     tokens: int = TOKENS,
-    repaired: bool = True,
-    healed: bool = False,
+    stage: str = REPAIRED,
+    referee: bool = True,
     progress: bool = True,
 ) -> SlimmedLayers:
     """Writes a model without some of its layers.
@@ -104,13 +109,14 @@ def slim_layers(
         layers: How many are left out, those whose absence is measured to cost least; or which, by index.
         text: A file like what the model will read; by default the library's own text.
         tokens: Read so many tokens of it at most.
-        repaired: Fold what the layers added into those before them (``repair``).
-        healed: Learn low-rank changes of the layers that are left (``heal``): minutes for a small model, hours for
-            one of billions.
+        stage: How far: ``"cut"``; ``"repaired"``, which folds what the layers added into those before them
+            (``repair``); ``"healed"``, whose layers then learn low-rank changes (``heal``): minutes for a small model,
+            hours for one of billions.
+        referee: Measure what quantising alone reaches in the bytes of the result.
         progress: Show progress bars, on stderr.
 
     Returns:
-        What was left out, sizes before and after, and KL at each stage.
+        What was left out, sizes before and after, KL at each stage, and the referee's word.
 
     Raises:
         LowvramError: Output not empty, text too short, layers that there are not, no disk space.
@@ -120,6 +126,8 @@ def slim_layers(
     began = time.monotonic()
     output = expanded(output)
     refuse_occupied(output)
+    if stage not in STAGES:
+        raise LowvramError(f"expected a stage of {', '.join(STAGES)}, found {stage!r}")
     if tokens < LEAST_TOKENS:
         raise LowvramError(f"expected {LEAST_TOKENS} tokens of text or more, found {tokens}")
     source = find_source(model)
@@ -129,15 +137,18 @@ def slim_layers(
             f"{model} is a converted model; leave layers of the 16-bit original out, then convert what is left"
         )
     wanted = _checked_layers(layers, spec)
+    read = calibration_text(text)  # before weights are fetched: a text may be missing
     checkpoint, tokenizer = source.checkpoint(progress), source.tokenizer()
-    ids = calibration_windows(tokenizer, calibration_text(text), tokens, spec.max_position_embeddings)
-    held_out = equal_windows(plain_ids(tokenizer, sample_text()), first_ids(tokenizer), ids.shape[1])
+    ids = calibration_windows(tokenizer, read, tokens, spec.max_position_embeddings)
+    held_out = equal_windows(plain_ids(tokenizer, sample_text()), first_ids(tokenizer), min(WINDOW, ids.shape[1]))
     stream = LayerByLayer(spec, checkpoint)
+    if stage != CUT:
+        refuse_unrepairable(stream, ids)
+    files = [checkpoint.directory / "config.json", *checkpoint.files]
     identity = {
-        "weights": {file.name: known_sha256(file, progress) for file in checkpoint.files},
+        "weights": {file.name: known_sha256(file, progress) for file in files},
         "layers": wanted,
         "text": [hash_of(ids), hash_of(held_out)],
-        "ways": [repaired, healed],
         "threads": torch.get_num_threads(),
         "by": __version__,
     }
@@ -148,14 +159,18 @@ def slim_layers(
         "text_tokens": ids.numel(),
     }
     with building(output, identity) as partial:
+        _begin(partial, stage)
         removed = _removed(partial, stream, ids, wanted, progress)
         config = _config(checkpoint.directory, spec, removed)
         work = _Work(partial, stream, removed, ids, held_out, progress)
-        facts |= {"removed": removed, **work.stages(repaired, healed)}
+        facts |= {"removed": removed, **work.stages(stage)}
         rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), _changes(checkpoint, work.weights))
         require_space(partial.path, rewritten.nbytes, "the smaller model")
         facts |= {"weight_bytes": rewritten.nbytes, "source_weight_bytes": rewritten.source_nbytes}
         rewritten.write(partial, progress)
+        if referee:
+            rival = rival_of(source, stream, rewritten.nbytes, work.yardstick, progress=progress)
+            facts["referee"] = Verdict(rewritten.nbytes, work.distance, rival).to_dict()
         _finish(partial, checkpoint.directory, facts, config)
         partial.publish()
     found = {field.name: facts[field.name] for field in fields(SlimmedLayers) if field.name in facts}
@@ -163,12 +178,24 @@ def slim_layers(
     return SlimmedLayers(output=str(output), **found, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
 
 
+def _begin(partial: PartialDirectory, stage: str) -> None:
+    """Takes away weights that an earlier run wrote at another stage; what was chosen and fitted stays."""
+    if partial.load_json("state/stage.json") != {"stage": stage}:
+        for file in sorted(partial.path.glob("model*.safetensors")):
+            partial.forget(file.name)
+        partial.save_json("state/stage.json", {"stage": stage})
+
+
 class _Work:
     """What is fitted, kept in the directory's state.
 
     Attributes:
         weights: Those that are others now, by name.
+        yardstick: On the held-out text.
+        distance: After the last stage.
     """
+
+    distance: Distance
 
     def __init__(
         self,
@@ -180,21 +207,24 @@ class _Work:
         progress: bool,
     ):
         self._partial, self._stream, self._removed = partial, stream, removed
-        self._ids, self._held_out, self._progress = ids, held_out, progress
-        self._whole = self._final(stream, range(len(stream)))
+        self._ids, self._progress = ids, progress
+        self.yardstick = Yardstick(stream, held_out, progress=progress)
         self._kept = [index for index in range(len(stream)) if index not in removed]
         self.weights: dict[str, torch.Tensor] = {}
 
-    def stages(self, repaired: bool, healed: bool) -> dict:
+    def stages(self, last: str) -> dict:
         """Repairs and heals as far as that is wanted, and measures each stage on a text that it was not fitted to."""
-        kl, explained = {CUT: self._kl()}, {}
-        if repaired:
+        found, explained = {CUT: self._distance()}, {}
+        if last != CUT:
             explained = self._repair()
-            kl[REPAIRED] = self._kl()
-        if healed:
+            found[REPAIRED] = self._distance()
+        if last == HEALED:
             self._heal()
-            kl[HEALED] = self._kl()
-        return {"kl": kl, "kl_tokens": self._held_out.numel(), "explained": explained}
+            found[HEALED] = self._distance()
+        self.distance = found[last]
+        kl = {stage: distance.kl for stage, distance in found.items()}
+        intervals = {stage: list(distance.interval) for stage, distance in found.items()}
+        return {"kl": kl, "kl_interval": intervals, "kl_tokens": self.yardstick.tokens, "explained": explained}
 
     def _repair(self) -> dict[str, float]:
         """See ``Repair.explained``; its keys are text, as in a file."""
@@ -223,41 +253,15 @@ class _Work:
         found = heal(self._stream, slim, self._removed, self._ids, keep=keep, progress=self._progress)
         self.weights = self.weights | found.weights
 
-    def _kl(self) -> float:
-        """Mean KL of the whole model and the one with these weights and fewer layers, on the held-out text."""
-        states = self._final(_with(self._stream, self.weights), self._kept)
-        return divergences(self._stream, self._whole, {CUT: states})[CUT]
-
-    @torch.no_grad()
-    def _final(self, stream: LayerByLayer, layers: Iterable[int]) -> torch.Tensor:
-        """The held-out text's states behind some of a model's layers."""
-        states = stream.embed(self._held_out)
-        for index in layers:
-            with stream.layer(index) as layer:
-                stream.run_in_place(layer, states)
-        return states
-
-
-class _Patched:
-    """A checkpoint, but for some tensors."""
-
-    def __init__(self, checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]):
-        self._checkpoint, self._tensors = checkpoint, tensors
-
-    def __getattr__(self, name: str):
-        return getattr(self._checkpoint, name)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._checkpoint
-
-    def read(self, name: str) -> torch.Tensor:
-        """Rounded as the file will have it."""
-        original = self._checkpoint.read(name)
-        return self._tensors[name].to(original.dtype) if name in self._tensors else original
+    def _distance(self) -> Distance:
+        """From the whole model, of the one with these weights and fewer layers, on the held-out text."""
+        return self.yardstick.distance(_with(self._stream, self.weights), layers=self._kept)
 
 
 def _with(stream: LayerByLayer, weights: Mapping[str, torch.Tensor]) -> LayerByLayer:
-    return LayerByLayer(stream.spec, _Patched(stream.checkpoint, weights), stream.dtype)
+    """The same model but for some weights, rounded as the file will have them."""
+    changed = _changes(stream.checkpoint, weights)
+    return LayerByLayer(stream.spec, Rewritten(stream.checkpoint, changed=changed), stream.dtype)
 
 
 def _checked_layers(layers: int | Sequence[int], spec: ModelSpec) -> int | list[int]:
@@ -268,14 +272,14 @@ def _checked_layers(layers: int | Sequence[int], spec: ModelSpec) -> int | list[
                 f"expected 1 to {count - 1} layers to leave out ({spec.name} has {count}), found {layers}"
             )
         return layers
-    chosen = sorted(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [None]
+    chosen = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else [None]
     if not all(type(index) is int and 0 <= index < count for index in chosen) or len(set(chosen)) != len(chosen):
         raise LowvramError(
             f"expected a number of layers, or different indices of 0 to {count - 1}, found {layers!r:.60}"
         )
     if not 1 <= len(chosen) < count:
         raise LowvramError(f"expected 1 to {count - 1} layers to leave out, found {len(chosen)}")
-    return chosen
+    return sorted(chosen)
 
 
 def _removed(
@@ -293,11 +297,15 @@ def _removed(
 
 
 def _config(directory: Path, spec: ModelSpec, removed: list[int]) -> dict:
-    """The config of what is left: everything in it that has an entry for each layer loses those of the removed."""
+    """The config of what is left: everything in it that has an entry for each layer loses those of the removed.
+
+    What the class derives from a layer's index, where the file does not state it, is stated then: in fewer layers it
+    would be derived for others.
+    """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    count = spec.num_hidden_layers
-    key = type(spec.pretrained_config()).attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    for name, values in config.items():
+    count, known = spec.num_hidden_layers, spec.pretrained_config()
+    key = type(known).attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for name, values in known.to_dict().items():
         if isinstance(values, list) and len(values) == count and name.startswith(("layer", "no_rope", "block")):
             config[name] = [value for index, value in enumerate(values) if index not in removed]
     config |= {key: count - len(removed), "tie_word_embeddings": spec.tied}

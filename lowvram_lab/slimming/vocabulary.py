@@ -11,9 +11,11 @@ Source: byte-pair encoding, Sennrich et al. 2016, https://arxiv.org/abs/1508.079
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from datetime import date
 from typing import TYPE_CHECKING
 
 from lowvram_lab.errors import LowvramError, SourceError
+from lowvram_lab.repository.template_text import on_day
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,9 @@ _OVERLAP = 1 << 10  # of pieces, so that a cut hides no token
 _SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 _USER = {"role": "user", "content": "What is 2 + 2?"}
 _ASSISTANT = {"role": "assistant", "content": "2 + 2 is 4."}
+_DATES = tuple([date(2025 + month, 1 + month, 1) for month in range(12)] + [date(2026, 1, day) for day in range(1, 32)])
+"""That templates are rendered on: every month, every day of one, twelve years."""
+
 _CHATS = tuple([*system, *chat] for system in ([], [_SYSTEM]) for chat in ([_USER], [_USER, _ASSISTANT, _USER]))
 
 
@@ -39,7 +44,7 @@ def refuse_other_models(tokenizer_json: dict, where: object) -> None:
     Raises:
         SourceError: It is; what it is, in words.
     """
-    model = tokenizer_json["model"]
+    model = tokenizer_json.get("model") or {}
     kind = model.get("type") or ("BPE" if "merges" in model else "no type")
     odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if kind != "BPE" or odd:
@@ -73,20 +78,24 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> set[int]:
 
 
 def chat_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of what a chat template writes around messages, with a system message and without; none without one."""
+    """Ids of what a chat template writes around messages, with a system message and without; none without one.
+
+    One that writes the date writes those of ``_DATES``: what stays is the same whatever day it is.
+    """
     templates = getattr(tokenizer, "chat_template", None) or {}
     templates = templates if isinstance(templates, dict) else {"default": templates}
-    found: set[int] = set()
+    texts: set[str] = set()
     for template in templates.values():
         for chat in _CHATS:
-            try:
-                text = tokenizer.apply_chat_template(
-                    chat, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
-            except Exception:  # some refuse a system message, or want more than messages: such chats cannot be had
-                continue
-            found.update(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    return found
+            for dated in {on_day(template, day) for day in _DATES}:
+                try:
+                    text = tokenizer.apply_chat_template(
+                        chat, chat_template=dated, tokenize=False, add_generation_prompt=True
+                    )
+                except Exception:  # some refuse a system message, or want more than messages: such chats cannot be had
+                    continue
+                texts.add(text)
+    return set().union(*(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts))
 
 
 def kept_tokens(tokenizer_json: dict, needed: Iterable[int], wanted: int | None, rows: int) -> list[int]:

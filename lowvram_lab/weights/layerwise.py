@@ -6,16 +6,18 @@ from the checkpoint when its turn comes and given back after it. Knows nothing a
 Derived in: notebooks/04_compress.ipynb
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
+from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.spec import ModelSpec, build_on_meta
 from lowvram_lab.model.tensor_names import refuse_differing_ties
+from lowvram_lab.weights.head import head_logits
 from lowvram_lab.weights.solvers import is_finite
 
 TOKENS_AT_ONCE = 1024
@@ -85,7 +87,7 @@ class LayerByLayer:
             look_up: ``(tokens,)`` ids → their rows; by default of the checkpoint's embedding table.
         """
         if look_up is None:
-            look_up = self.stored(f"{self.spec.embedding}.weight").__getitem__
+            look_up = self.rows(f"{self.spec.embedding}.weight")
         if self.spec.sliding_window and ids.shape[1] > self.spec.sliding_window:
             raise LowvramError(
                 f"{self.spec.name} sees {self.spec.sliding_window} tokens at a time, found windows of {ids.shape[1]}"
@@ -143,18 +145,52 @@ class LayerByLayer:
         for window in hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])):
             window.copy_(self.run(layer, window))
 
+    def predictor(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """What makes log-probabilities ``(tokens, vocab)`` of final states ``(tokens, hidden)``, before the norm.
+
+        Give it ``HEAD_TOKENS`` of them at a time.
+        """
+        name, bias = f"{self.owner(self.spec.head)}.weight", self.bias(self.spec.head)
+        look_up, count = self.rows(name), self._shapes[name][0]
+
+        def rows(select: slice) -> torch.Tensor:
+            return look_up(select).to(self.dtype)
+
+        return lambda states: torch.log_softmax(head_logits(self.norm(states), rows, count, bias), dim=-1)
+
+    @torch.no_grad()
+    def final_states(
+        self, ids: torch.Tensor, layers: Iterable[int] | None = None, *, progress: bool = False
+    ) -> torch.Tensor:
+        """Behind the last layer, before the norm: ``(windows, tokens, hidden)``.
+
+        Args:
+            ids: Tokens ``(windows, tokens)``.
+            layers: Run these only, in this order; by default all.
+            progress: Show a progress bar.
+        """
+        states, run = self.embed(ids), range(len(self)) if layers is None else list(layers)
+        for index in tqdm(run, desc="measuring", unit="layer", disable=not progress, leave=False):
+            with self.layer(index) as layer:
+                self.run_in_place(layer, states)
+        return states
+
     def _fill(self, name: str):
         module = self.model.get_submodule(name)
         for key in self.spec.module(name).parameters:
             setattr(module, key, torch.nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False))
         return module
 
+    def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """Some rows of a weight, by slice or index: of a large table only those that are touched take RAM."""
+        return self.stored(name).__getitem__
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A checked tensor of the checkpoint, in ``dtype`` or else the stream's."""
         return self.stored(name).to(dtype or self.dtype)
 
     def stored(self, name: str) -> torch.Tensor:
-        """A checked tensor of the checkpoint, as it is: of a large table only the rows that are touched take RAM."""
+        """A checked tensor of the checkpoint, as it is."""
         check_tensor(name, self._shapes[name], self.checkpoint)
         tensor = self.checkpoint.read(name)
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:

@@ -74,11 +74,7 @@ class InputMoments:
 
 def head_moments(stream: LayerByLayer, ids: torch.Tensor) -> torch.Tensor:
     """Second moments ``(hidden, hidden)`` of what a model's head is given for tokens ``(windows, tokens)``."""
-    hidden = stream.embed(ids)
-    for index in range(len(stream)):
-        with stream.layer(index) as layer:
-            stream.run_in_place(layer, hidden)
-    return normed_moments(stream, hidden)
+    return normed_moments(stream, stream.final_states(ids))
 
 
 def normed_moments(stream: LayerByLayer, hidden: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_the_repair_is_least_squares_and_lessens_the_kl(kind, removed):
 
 @torch.no_grad()
 def test_the_repair_is_what_lstsq_finds_on_the_stock_models_states():
-    ids = random_ids(64, batch=8, seed=9)
+    ids = random_ids(64, batch=24, seed=9)
     stock, seen = tiny_stock("llama"), {}
     last = stock.model.layers[0].mlp.down_proj
     last.register_forward_pre_hook(lambda module, inputs: seen.update(x=inputs[0]))

@@ -16,7 +16,7 @@ from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
-from lowvram_lab.model.source import find_source
+from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.packaged import sample_text
 from lowvram_lab.slimming import rewritten
 from lowvram_lab.slimming.slim import slim_vocabulary
@@ -346,6 +346,28 @@ def test_tokens_beyond_the_rows_are_refused(source, folder, tmp_path):
     beyond = changed(source, tmp_path / "beyond", "generation_config.json", suppress_tokens=[ROWS + 3])
     said = refused(beyond, tmp_path / "out", CheckpointError, texts=folder / "text.txt")
     assert f"token {ROWS + 3} has no row among the embedding's {ROWS}" in said
+
+
+def test_a_token_that_was_added_without_a_row_is_named(source, folder, tmp_path):
+    added = [*json_of(source, "tokenizer.json")["added_tokens"]]
+    added.append({**added[-1], "id": ROWS, "content": "<|extra|>"})
+    beyond = changed(source, tmp_path / "beyond", "tokenizer.json", added_tokens=added)
+    said = refused(beyond, tmp_path / "out", CheckpointError, texts=folder / "text.txt")
+    assert f"'<|extra|>' was added to the tokenizer and has no row among the embedding's {ROWS}" in said
+
+
+@pytest.mark.parametrize("values", [{"model": None}, {"model": []}, {"added_tokens": {}}])
+def test_a_tokenizer_json_without_a_model_is_refused(source, folder, tmp_path, values):
+    other = changed(source, tmp_path / "other", "tokenizer.json", **values)
+    said = refused(other, tmp_path / "out", SourceError, texts=folder / "text.txt")
+    assert "tokenizer.json: expected a model and added tokens" in said
+
+
+def test_a_text_that_does_not_fit_is_refused_before_weights_are_fetched(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(Source, "checkpoint", lambda *_: pytest.fail("weights were fetched"))
+    assert "found 512" in refused(source, tmp_path / "out", vocab=512)
+    assert "nothing to remove" in refused(source, tmp_path / "out", vocab=ROWS)
+    assert "expected a text in UTF-8" in refused(source, tmp_path / "out", texts=tmp_path / "nowhere.txt")
 
 
 def test_damaged_weights_are_refused(folder, tmp_path):

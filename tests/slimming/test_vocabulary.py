@@ -1,5 +1,7 @@
 """Which tokens stay: every way to make one, the lowest ids first, padding last; texts in pieces lose none."""
 
+from datetime import date
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -59,6 +61,16 @@ def test_a_text_in_pieces_has_all_tokens_of_the_whole(kind, monkeypatch):
     monkeypatch.setattr(module, "_PIECE", 1000)
     monkeypatch.setattr(module, "_OVERLAP", 100)
     assert whole <= text_tokens(tokenizer, text)
+
+
+def test_a_template_that_writes_the_date_keeps_every_month():
+    tokenizer = tokenizer_of("GPT-2's")
+    tokenizer.chat_template = "{{ strftime_now('%d %B %Y') }}"
+    months = [date(2030, month, 1).strftime("%B") for month in range(1, 13)]
+    dates = [f"01 {month} {2025 + at}" for at, month in enumerate(months)]
+    assert set().union(*(tokenizer(text)["input_ids"] for text in dates)) <= chat_tokens(tokenizer)
+    tokenizer.chat_template = "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
+    assert set(tokenizer("31 Jan 2026")["input_ids"]) <= chat_tokens(tokenizer)
 
 
 def test_a_template_that_refuses_a_system_message_still_shows_the_rest():
