@@ -1,10 +1,11 @@
-"""``lowvram slim``: a model without the tokens or the layers that are not needed."""
+"""``lowvram slim``: a model without the tokens or the layers that are not needed, or of a given size."""
 
 import argparse
 import sys
 
-from lowvram_lab.cli.common import print_json, prose, tokens
+from lowvram_lab.cli.common import print_json, prose, size, tokens
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.slimming.joint import SlimmedToSize, slim_to_size
 from lowvram_lab.slimming.slim import Slimmed, slim_vocabulary
 from lowvram_lab.slimming.slim_layers import CUT, HEALED, REPAIRED, SlimmedLayers, slim_layers
 
@@ -26,11 +27,17 @@ def add_slim(parser: argparse.ArgumentParser) -> None:
         metavar="N|A,B,...",
         help="how many layers are left out, those that cost least; or which, e.g. 13,14,17",
     )
+    what.add_argument(
+        "--weight-bytes",
+        type=size,
+        metavar="SIZE",
+        help="what the weights may take: tokens, layers and bits are then chosen together (convert: bits alone)",
+    )
     parser.add_argument(
         "--text",
         action="append",
         metavar="FILE",
-        help="a text like what the model will read, for --vocab more than one (the library's)",
+        help="a text like what the model will read; but for --layers more than one (the library's)",
     )
     stage = parser.add_mutually_exclusive_group()
     stage.add_argument(
@@ -62,11 +69,17 @@ def run_slim(args: argparse.Namespace) -> int:
     return 0
 
 
-def _made(args: argparse.Namespace) -> Slimmed | SlimmedLayers:
+def _made(args: argparse.Namespace) -> Slimmed | SlimmedLayers | SlimmedToSize:
     shown = sys.stderr.isatty()
+    if args.layers is None and args.stage:
+        raise LowvramError("--no-repair and --heal go with --layers: a vocabulary leaves the other weights alone")
+    if args.weight_bytes is not None:
+        if args.no_referee:
+            raise LowvramError(
+                "--no-referee goes with --vocab and --layers: --weight-bytes measures bits alone as well"
+            )
+        return slim_to_size(args.model, args.output, args.weight_bytes, texts=args.text, progress=shown)
     if args.layers is None:
-        if args.stage:
-            raise LowvramError("--no-repair and --heal go with --layers: a vocabulary leaves the other weights alone")
         return slim_vocabulary(
             args.model,
             args.output,

@@ -117,7 +117,11 @@ def convert(
         require_space(partial.path, most, "the conversion")
         stream = LayerByLayer(spec, checkpoint)
         if recipe is None:
-            recipe = plan.recipe(spec, _sensitivity(stream, ids, weights, plan.formats, partial, progress))
+            windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
+            known = known_sensitivity(
+                stream, windows, weights, formats=plan.formats, scratch=partial.state, progress=progress
+            )
+            recipe = plan.recipe(spec, known)
         work = LayerQuantizer(stream, recipe.plan, partial, ids, held_out, solver, progress, recipe.lookup)
         measured = work.run() | {"window": held_out.shape[1], "begins_with": begins_with(tokenizer)}
         facts = _facts(recipe, source.public_name, calibration, ids)
@@ -208,23 +212,32 @@ def _try_for_free(maker: RecipeMaker, spec: ModelSpec) -> None:
     maker.recipe(spec, Sensitivity(free, free, 0))
 
 
-def _sensitivity(
+def known_sensitivity(
     stream: LayerByLayer,
-    ids: torch.Tensor,
-    weights: dict,
-    formats: tuple[str, ...] | None,
-    partial: PartialDirectory,
-    progress: bool,
+    windows: torch.Tensor,
+    weights: dict[str, str],
+    *,
+    formats: tuple[str, ...] | None = None,
+    scratch: Path | None = None,
+    progress: bool = True,
 ) -> Sensitivity:
-    """The estimate. It stays in the cache, for other sizes of the same model."""
-    windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
+    """``estimate_sensitivity``, which stays in the cache: for other sizes of the same model.
+
+    Args:
+        stream: The model.
+        windows: Tokens ``(windows, tokens)``.
+        weights: File name → SHA-256, of all that the model is made of.
+        formats: See ``estimate_sensitivity``.
+        scratch: See ``estimate_sensitivity``.
+        progress: Show a progress bar.
+    """
     facts = [weights, hash_of(windows), formats, __version__]
     kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
     try:
         return Sensitivity.from_dict(json.loads(kept.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         found = estimate_sensitivity(
-            stream.spec, stream.checkpoint, windows, formats=formats, scratch=partial.state, progress=progress
+            stream.spec, stream.checkpoint, windows, formats=formats, scratch=scratch, progress=progress
         )
     remember(kept, json.dumps(found.to_dict()))
     return found

@@ -48,6 +48,37 @@ before you rely on it, and compare it with what quantising reaches in the same b
 """
 
 
+def joint_card(facts: dict) -> str:
+    """The same of fewer tokens, layers and bits together."""
+    left, low, high = facts["layers_before"] - len(facts["removed"]), *facts["kl_interval"]
+    without = f", without {', '.join(map(str, facts['removed']))}" if facts["removed"] else ""
+    rows = {
+        "tokens": f"{facts['vocab_after']:,} of {facts['vocab_before']:,}",
+        "layers": f"{left} of {facts['layers_before']}{without}",
+        "weights": f"{_weights(facts)}; {8 * facts['weight_bytes'] / facts['parameters']:.1f} bits each",
+        "chosen and fitted on": ", ".join(facts["texts"]),
+        "distance from the original": f"{facts['kl']:.4f} nats a token ({low:.4f} to {high:.4f})",
+        "measured on": f"{facts['kl_tokens']} tokens that nothing was fitted to",
+    }
+    made = [row for row in facts["candidates"] if row["kl"] is not None]
+    tried = "\n".join(
+        f"| {row['kind']} | {row['tokens']:,} | {row['layers']} | {format_bytes(row['weight_bytes'])} "
+        f"| {row['estimated']:.4f} | {row['kl']:.4f} |"
+        for row in made
+    )
+    return f"""{_head(facts["source"], "quantized", f"{format_bytes(facts['weight_bytes'])} of weights", rows)}
+Tokens, layers and bits were chosen together for {format_bytes(facts["weight_budget"])}. These were made and measured:
+
+| by | tokens | layers | weights | estimated | measured |
+|---|---|---|---|---|---|
+{tried}
+
+Where tokens went, their probability is shared out among those that stayed, and what that costs is counted. Texts with
+other tokens are spelt in more of them: measure it on your own, and ask it something (`lowvram evaluate DIR --battery`).
+`slim.json` has all combinations that were weighed.
+"""
+
+
 def _head(source: str, tag: str, left: str, rows: dict[str, str]) -> str:
     rows = rows | {"opens in": "stock transformers (`AutoModelForCausalLM.from_pretrained`), and lowvram_lab"}
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -6,7 +6,6 @@ bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -17,28 +16,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowvram_lab import __version__
-from lowvram_lab.conversion.resumable import PartialDirectory, building
-from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
+from lowvram_lab.conversion.resumable import building
+from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import expanded, known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.source import Source, config_from_values, find_source, open_tokenizer
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text, sample_text
-from lowvram_lab.repository import hub
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
-from lowvram_lab.slimming.card import slim_card
 from lowvram_lab.slimming.referee import Refereed, Verdict, rival_of
 from lowvram_lab.slimming.rewritten import Changed, Rewritten
-from lowvram_lab.slimming.tokenizer_cut import (
-    cut_tokenizer,
-    ids_found,
-    with_added_ids,
-    with_setting_ids,
-    with_tokenizer_ids,
-)
+from lowvram_lab.slimming.small_files import SmallFiles, small_files, text_hash, tokenizer_json
 from lowvram_lab.slimming.vocabulary import (
-    byte_tokens,
     chat_tokens,
     kept_tokens,
     parents_of,
@@ -58,11 +48,6 @@ LEAST_LETTERS = 1024
 
 REFEREE_TOKENS = 2048
 """Of the text that tokens were chosen by, for the referee."""
-
-_ON_HUB = ("hub", "config")
-_SMALL = [*hub.TOKENIZER, "config.json", "generation_config.json"]
-_COPIED = ("special_tokens_map.json", "chat_template*", "LICENSE*")
-SLIM = "slim.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,18 +111,11 @@ def slim_vocabulary(
     output = expanded(output)
     wanted = _wanted(vocab)
     refuse_occupied(output)
-    read = _read_texts(texts)
+    read = read_texts(texts)
     source = find_source(model)
     spec = _float_spec(source)
-    directory = _small_files(source) or source.checkpoint(progress).directory
-    files, tokenizer = _Files(directory, source), open_tokenizer(directory)
-    rows = spec.module(spec.embedding).weight_shape[0]
-    files.refuse_foreign_ids(rows)
-    files.add_tokens(tokenizer, rows)
-    of_text = set().union(*(text_tokens(tokenizer, text) for text in read.values()))
-    needed = of_text | chat_tokens(tokenizer) | set(first_ids(tokenizer)) | files.ids()
-    needed = with_parents(needed, parents_of(files.tokenizer))
-    kept = kept_tokens(files.tokenizer, needed, wanted, rows)
+    chosen = choose_tokens(source, spec, read.values(), wanted, progress=progress)
+    files, kept, rows = chosen.files, chosen.kept, spec.module(spec.embedding).weight_shape[0]
     checkpoint = source.checkpoint(progress)  # what is wrong with the text or the tokenizer was said before
     _check_weights(spec, checkpoint)
     files.cut(kept, spec)
@@ -148,9 +126,9 @@ def slim_vocabulary(
         "source": source.public_name,
         "vocab_before": rows,
         "vocab_after": len(kept),
-        "needed_tokens": len(needed),
-        "tokens_of_text": len(of_text),
-        "texts": [{"name": name, "sha256": _hash(text)} for name, text in read.items()],
+        "needed_tokens": chosen.needed,
+        "tokens_of_text": chosen.of_text,
+        "texts": [{"name": name, "sha256": text_hash(text)} for name, text in read.items()],
         "source_weight_bytes": small.source_nbytes,
         "weight_bytes": small.nbytes,
     }
@@ -159,7 +137,7 @@ def slim_vocabulary(
         require_space(partial.path, facts["weight_bytes"], "the smaller model")
         small.write(partial, progress)
         if referee:
-            text = _Text("\n".join(read.values()), tokenizer, files.tokenizer, kept)
+            text = _Text("\n".join(read.values()), chosen.tokenizer, files.tokenizer, kept)
             facts["referee"] = _verdict(source, spec, small_spec, small, text, progress)
         files.write(partial, facts, kept)
         partial.publish()
@@ -167,97 +145,52 @@ def slim_vocabulary(
     return Slimmed(output=str(output), **sizes, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
 
 
-class _Files:
-    """A directory's small files: their token ids, and the same files for a part of the vocabulary.
+@dataclass(frozen=True)
+class ChosenTokens:
+    """Tokens that stay.
 
     Attributes:
-        tokenizer: Content of ``tokenizer.json``.
-        config: Of ``config.json``, with the ids that transformers takes where it states none.
+        files: The model's small files, which are whole still.
+        tokenizer: The whole model's.
+        kept: Old ids in ascending order; their places are the new ids.
+        needed: How many stay whatever size is wanted.
+        of_text: Different tokens in the text.
     """
 
-    def __init__(self, directory: Path, source: Source):
-        self.directory = directory
-        self.tokenizer = _tokenizer_json(directory)
-        refuse_other_models(self.tokenizer, directory)
-        config = source.config()
-        self.config = _read_json(directory / "config.json")
-        self._vocab_size = type(config).attribute_map.get("vocab_size", "vocab_size")
-        assumed = {key: value for key, value in config.to_dict().items() if key.endswith("_token_id")}
-        self.config |= {
-            key: value
-            for key, value in assumed.items()
-            if key not in self.config and isinstance(value, int) and 0 <= value < config.vocab_size
-        }
-        self.generation = _read_json(directory / "generation_config.json")
-        self.tokenizer_config = _read_json(directory / "tokenizer_config.json")
-        self.added = _read_json(directory / "added_tokens.json")
+    files: SmallFiles
+    tokenizer: PreTrainedTokenizerBase
+    kept: list[int]
+    needed: int
+    of_text: int
 
-    def ids(self) -> set[int]:
-        """All that the files name, the tokens of bytes among them."""
-        return (
-            byte_tokens(self.tokenizer)
-            | ids_found(with_tokenizer_ids, self.tokenizer)
-            | ids_found(with_added_ids, self.tokenizer_config)
-            | ids_found(with_setting_ids, self.config)
-            | ids_found(with_setting_ids, self.generation)
-            | set(self.added.values())
-        )
 
-    def refuse_foreign_ids(self, rows: int) -> None:
-        """Refuses tokens that the embedding has no row for."""
-        added = {token["content"]: token["id"] for token in self.tokenizer["added_tokens"]} | self.added
-        without = [token for token, index in added.items() if index >= rows]
-        highest = max(self.ids() | set(self.tokenizer["model"]["vocab"].values()))
-        if without and max(self.tokenizer["model"]["vocab"].values()) < rows:
-            raise CheckpointError(
-                f"{self.directory}: {without[0]!r} was added to the tokenizer and has no row among the embedding's "
-                f"{rows}; add one (resize_token_embeddings) or take the token out of the tokenizer"
-            )
-        if highest >= rows:
-            raise CheckpointError(
-                f"{self.directory}: token {highest} has no row among the embedding's {rows}: tokenizer and weights are "
-                "not of one model; take both from one repository"
-            )
+def choose_tokens(
+    source: Source, spec: ModelSpec, texts: Iterable[str], wanted: int | None, *, progress: bool = True
+) -> ChosenTokens:
+    """Chooses the tokens that stay, without the model's weights where its tokenizer can be had alone.
 
-    def add_tokens(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-        """Puts what transformers adds to the vocabulary by itself into ``tokenizer.json``: their ids change as well.
+    Args:
+        source: The model's.
+        spec: The same on paper.
+        texts: Like what the model will read.
+        wanted: How many stay; ``None`` for as many as the texts need.
+        progress: Show what is fetched, on stderr.
 
-        Those without a row were of no use before, and are left to it.
-        """
-        known = {*self.tokenizer["model"]["vocab"], *(token["content"] for token in self.tokenizer["added_tokens"])}
-        for index, token in sorted(tokenizer.added_tokens_decoder.items()):
-            if token.content not in known and index < rows:
-                self.tokenizer["added_tokens"].append({"id": index, **token.__getstate__()})
-
-    def cut(self, kept: list[int], spec: ModelSpec) -> None:
-        """Leaves the tokens that are kept, numbered in their order."""
-        new = {old: index for index, old in enumerate(kept)}
-        self.tokenizer = cut_tokenizer(self.tokenizer, new)
-        self.tokenizer_config = with_added_ids(self.tokenizer_config, new.__getitem__)
-        self.added = {token: new[index] for token, index in self.added.items()}
-        self.generation = with_setting_ids(self.generation, new.__getitem__)
-        self.config = with_setting_ids(self.config, new.__getitem__)
-        self.config |= {self._vocab_size: len(kept), "tie_word_embeddings": spec.tied}  # which the files decided
-
-    def hash(self) -> str:
-        """Of all that is written of them but what is copied."""
-        return _hash(json.dumps([self.tokenizer, self.tokenizer_config, self.added, self.generation, self.config]))
-
-    def write(self, partial: PartialDirectory, facts: dict, kept: list[int]) -> None:
-        """Writes everything beside the weights; files that hold the old vocabulary once more are left out."""
-        partial.save_json("tokenizer.json", self.tokenizer)
-        others = {
-            "tokenizer_config.json": self.tokenizer_config,
-            "added_tokens.json": self.added,
-            "generation_config.json": self.generation,
-        }
-        for name, values in others.items():
-            if values:
-                partial.save_json(name, values)
-        partial.copy(self.directory, _COPIED)
-        partial.save_json(SLIM, facts | {"kept_ids": kept})
-        (partial.path / "README.md").write_text(slim_card(facts), encoding="utf-8")
-        partial.save_json("config.json", self.config)  # last: a directory without it opens nowhere
+    Raises:
+        LowvramError: Fewer are wanted than the texts need, or none would go.
+        SourceError: A tokenizer that cannot be cut.
+        CheckpointError: Tokens that the embedding has no row for.
+    """
+    directory = small_files(source) or source.checkpoint(progress).directory
+    files, tokenizer = SmallFiles(directory, source), open_tokenizer(directory)
+    rows = spec.module(spec.embedding).weight_shape[0]
+    files.refuse_foreign_ids(rows)
+    files.add_tokens(tokenizer, rows)
+    of_text = set().union(*(text_tokens(tokenizer, text) for text in texts))
+    needed = of_text | chat_tokens(tokenizer) | set(first_ids(tokenizer)) | files.ids()
+    needed = with_parents(needed, parents_of(files.tokenizer))
+    kept = kept_tokens(files.tokenizer, needed, wanted, rows)
+    return ChosenTokens(files, tokenizer, kept, len(needed), len(of_text))
 
 
 @dataclass(frozen=True)
@@ -326,8 +259,12 @@ def _wanted(vocab: int | str) -> int | None:
     return vocab
 
 
-def _read_texts(texts: str | Path | Iterable[str | Path] | None) -> dict[str, str]:
-    """Name → text."""
+def read_texts(texts: str | Path | Iterable[str | Path] | None) -> dict[str, str]:
+    """Name → text of some files, or of the library's own.
+
+    Raises:
+        LowvramError: Not readable, too short to choose by, or two of one name.
+    """
     if texts is None:
         return {"the text that comes with lowvram_lab": calibration_text()}
     files = [Path(file) for file in ([texts] if isinstance(texts, str | Path) else texts)]
@@ -352,49 +289,9 @@ def _float_spec(source: Source) -> ModelSpec:
         raise LowvramError(
             f"{source.name} is a converted model; make the 16-bit original it was made from smaller, then convert that"
         )
-    if (directory := _small_files(source)) is not None:
-        refuse_other_models(_tokenizer_json(directory), source.name)
+    if (directory := small_files(source)) is not None:
+        refuse_other_models(tokenizer_json(directory), source.name)
     return spec
-
-
-def _small_files(source: Source) -> Path | None:
-    """Where a tokenizer can be looked at before weights are fetched, if anywhere."""
-    if source.kind == "directory":
-        return source.path()
-    try:
-        return hub.snapshot(source.public_name, _SMALL, progress=False) if source.kind in _ON_HUB else None
-    except SourceError:
-        return None  # fetching says what is wrong
-
-
-def _tokenizer_json(directory: Path) -> dict:
-    if not (directory / "tokenizer.json").is_file():
-        found = [file.name for name in ("*.model", "vocab*", "*.tiktoken") for file in sorted(directory.glob(name))]
-        raise SourceError(
-            f"{directory}: expected tokenizer.json, found {', '.join(found) or 'no tokenizer'}; open it with "
-            "AutoTokenizer and save_pretrained, which writes one"
-        )
-    found = _read_json(directory / "tokenizer.json")
-    model, added = found.get("model"), found.setdefault("added_tokens", [])
-    if not isinstance(model, dict) or not isinstance(added, list):
-        raise SourceError(
-            f"{directory / 'tokenizer.json'}: expected a model and added tokens, found neither or other "
-            "things; copy it anew from the model's own repository"
-        )
-    return found
-
-
-def _read_json(file: Path) -> dict:
-    """A file's content, ``{}`` where it is not there."""
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{file}: not readable as JSON ({first_line(error)[:160]}); download it again") from error
-    if not isinstance(values, dict):
-        raise SourceError(f"{file}: expected a JSON object, found {type(values).__name__}; download it again")
-    return values
 
 
 def _cut_parameters(spec: ModelSpec, small: ModelSpec) -> frozenset[str]:
@@ -420,7 +317,3 @@ def _check_weights(spec: ModelSpec, checkpoint: Checkpoint) -> None:
     for module in spec.modules:
         for key, shape in module.own.items():
             check_tensor(f"{module.name}.{key}", shape, checkpoint)
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

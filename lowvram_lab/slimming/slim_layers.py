@@ -33,7 +33,7 @@ from lowvram_lab.slimming.heal import heal
 from lowvram_lab.slimming.referee import Refereed, Verdict, rival_of
 from lowvram_lab.slimming.repair import refuse_unrepairable, repair
 from lowvram_lab.slimming.rewritten import Changed, Rewritten
-from lowvram_lab.slimming.slim import SLIM
+from lowvram_lab.slimming.small_files import SLIM
 from lowvram_lab.slimming.yardstick import WINDOW, Distance, Yardstick
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
 from lowvram_lab.weights.layerwise import LayerByLayer
@@ -161,7 +161,7 @@ def slim_layers(
     with building(output, identity) as partial:
         _begin(partial, stage)
         removed = _removed(partial, stream, ids, wanted, progress)
-        config = _config(checkpoint.directory, spec, removed)
+        config = config_without(checkpoint.directory, spec, removed)
         work = _Work(partial, stream, removed, ids, held_out, progress)
         facts |= {"removed": removed, **work.stages(stage)}
         rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), _changes(checkpoint, work.weights))
@@ -296,7 +296,7 @@ def _removed(
     return sorted(known["removed"])
 
 
-def _config(directory: Path, spec: ModelSpec, removed: list[int]) -> dict:
+def config_without(directory: Path, spec: ModelSpec, removed: list[int]) -> dict:
     """The config of what is left: everything in it that has an entry for each layer loses those of the removed.
 
     What the class derives from a layer's index, where the file does not state it, is stated then: in fewer layers it
@@ -317,7 +317,7 @@ def _config(directory: Path, spec: ModelSpec, removed: list[int]) -> dict:
 
 def _check_same(spec: ModelSpec, slim: ModelSpec, removed: list[int]) -> None:
     """Refuses a config whose layers would be others than those that are kept."""
-    renamed = _renamed(spec, removed)
+    renamed = renaming(spec, removed)
     before = {new: m.parameters for m in spec.modules if (new := renamed(m.name)) is not None}
     after = {module.name: module.parameters for module in slim.modules}
     if before != after:
@@ -327,7 +327,7 @@ def _check_same(spec: ModelSpec, slim: ModelSpec, removed: list[int]) -> None:
         )
 
 
-def _renamed(spec: ModelSpec, removed: list[int]):
+def renaming(spec: ModelSpec, removed: list[int]):
     """A module's or tensor's name → its new one; ``None`` for one of a removed layer."""
     kept = [index for index in range(spec.num_hidden_layers) if index not in removed]
     new = {old: index for index, old in enumerate(kept)}
@@ -344,7 +344,7 @@ def _renamed(spec: ModelSpec, removed: list[int]):
 
 
 def _names(checkpoint: Checkpoint, spec: ModelSpec, removed: list[int]) -> dict[str, str]:
-    renamed = _renamed(spec, removed)
+    renamed = renaming(spec, removed)
     return {name: new for name in checkpoint if (new := renamed(name)) is not None}
 
 
