@@ -5,7 +5,7 @@
 On the library's own bilingual text (held out: tokens are chosen on another) and on files that are named: the share of
 the text's tokens that stay, tokens a byte before and after, the probability that the original gives to what was removed
 (as nats that the rest gains by it), and nats a byte of both models in float32, over sentences all of whose tokens
-stay, over the others, and over lines whole. Each begins anew behind ``--begin``. Kept by model and number of tokens in
+stay, over the others, and over lines whole; and tokens a second, in turns. Each text begins anew behind ``--begin``. Kept by model and number of tokens in
 results/slim_vocab_cpu.json.
 """
 
@@ -15,13 +15,20 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 import pandas
 import torch
 from kept import keep
 from texts import add_text_option, named_texts
 
+from lowvram_lab.decoding.lean import decoder_for
+from lowvram_lab.engine.load import load
+from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
+from lowvram_lab.planner.measure import run_speed
+from lowvram_lab.planner.profile import Workload
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 from lowvram_lab.slimming.slim import slim_vocabulary
 
@@ -110,6 +117,22 @@ def measured(before: Reader, after: Reader, kept: list[int], text: str, tokens: 
     }
 
 
+def speeds(model: str, directory: str, recipe: str, rounds: int) -> dict:
+    """Tokens a second of both, decoded in turns by this library's decoder: medians, and the median of the ratios."""
+    decoders, found = {}, {"before": [], "after": []}
+    workload = Workload(prompt_tokens=64, new_tokens=64)
+    for name, source in (("before", find_source(model)), ("after", find_source(directory))):
+        plan = Plan.uniform(source.spec(), recipe, context=256).with_modules("*", device="cpu")
+        loaded = load(plan, StandInGpu(None), progress=False)
+        decoders[name] = loaded, decoder_for(loaded, workload.tokens, progress=False)
+    for _ in range(rounds + 1):  # the first one warms up
+        for name, (loaded, decoder) in decoders.items():
+            found[name].append(run_speed(loaded, workload, decoder).decode_tokens_per_s)
+    before, after = found["before"][1:], found["after"][1:]
+    ratios = [b / a for a, b in zip(before, after, strict=True)]
+    return {"before": median(before), "after": median(after), "ratio": median(ratios)}
+
+
 def main() -> None:
     """Measures, prints, writes the JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -118,6 +141,8 @@ def main() -> None:
     add_text_option(parser)
     parser.add_argument("--begin", default="<|endoftext|>", help="a token that comes before each text")
     parser.add_argument("--tokens", type=int, default=4096, help="read at most so many of each text, each way")
+    parser.add_argument("--recipes", nargs="+", default=["bf16", "int8", "int4"], help="that speeds are measured in")
+    parser.add_argument("--rounds", type=int, default=7, help="of each speed")
     parser.add_argument("--output", type=Path, default=RESULTS / "slim_vocab_cpu.json")
     args = parser.parse_args()
     texts = named_texts(args)
@@ -129,6 +154,10 @@ def main() -> None:
         before, after = Reader(find_source(args.model).fetch(), args.begin), Reader(output, args.begin)
         found = {"sizes": {key: value for key, value in made.to_dict().items() if key != "output"}}
         print(made.summary(), flush=True)
+        found["threads"] = torch.get_num_threads()
+        for recipe in args.recipes:
+            found[f"tokens/s, {recipe}"] = speeds(args.model, str(output), recipe, args.rounds)
+            print(recipe, found[f"tokens/s, {recipe}"], flush=True)
         for name, text in texts.items():
             found[name] = measured(before, after, kept, text, args.tokens)
             print(name, pandas.json_normalize(found[name]).T.to_string(header=False), sep="\n", flush=True)

@@ -83,6 +83,11 @@ _PUBLIC = {
     "LayerChoice": "slimming.choice",
     "layer_influence": "slimming.influence",
     "Influence": "slimming.influence",
+    "slim_to_size": "slimming.joint",
+    "SlimmedToSize": "slimming.joint",
+    "Yardstick": "slimming.yardstick",
+    "Distance": "slimming.yardstick",
+    "RestoredLayers": "weights.restored",
     "frontier": "evaluation.frontier",
     "plot_frontier": "faces.plot_chat",
     # 05 split the layers
@@ -174,6 +179,8 @@ _PUBLIC = {
     "first_token_table": "chat.first_token",
     "break_even": "chat.first_token",
     "plot_first_token": "faces.plot_prefixes",
+    "plot_influence": "faces.plot_slimming",
+    "plot_referee": "faces.plot_slimming",
 }
 
 __all__ = ["__version__", *_PUBLIC]
