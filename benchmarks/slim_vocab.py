@@ -5,8 +5,8 @@
 On the library's own bilingual text (held out: tokens are chosen on another) and on files that are named: the share of
 the text's tokens that stay, tokens a byte before and after, the probability that the original gives to what was removed
 (as nats that the rest gains by it), and nats a byte of both models in float32, over sentences all of whose tokens
-stay, over the others, and over lines whole; and tokens a second, in turns. Each text begins anew behind ``--begin``. Kept by model and number of tokens in
-results/slim_vocab_cpu.json.
+stay, over the others, and over lines whole. Each text begins anew behind ``--begin``. Beside them tokens a second of
+both, decoded in turns. Kept by model and number of tokens in results/slim_vocab_cpu.json.
 """
 
 import argparse

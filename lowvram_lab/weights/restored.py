@@ -14,7 +14,7 @@ from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.weights.codes import IntegerWeight, joined, rows_of
+from lowvram_lab.weights.codes import IntegerWeight, rows_of
 from lowvram_lab.weights.head import HEAD_ROWS
 from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.solvers import round_to_nearest
@@ -94,4 +94,9 @@ def _formats(plan: Plan) -> dict[str, str]:
 
 def _rounded(weight: torch.Tensor, fmt: Format) -> IntegerWeight:
     """To nearest, some rows at a time: each is rounded by itself, in float32."""
-    return joined([round_to_nearest(rows, fmt) for rows in weight.split(HEAD_ROWS)])
+    codes, scales = torch.empty(weight.shape, dtype=torch.int8), []
+    for rows, into in zip(weight.split(HEAD_ROWS), codes.split(HEAD_ROWS), strict=True):
+        piece = round_to_nearest(rows, fmt)
+        into.copy_(piece.codes)
+        scales.append(piece.scale)
+    return IntegerWeight(codes, torch.cat(scales))
