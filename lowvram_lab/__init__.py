@@ -106,6 +106,11 @@ _PUBLIC = {
     "TokenRates": "rates.figures",
     "AttentionRates": "rates.figures",
     "LinkRates": "rates.figures",
+    "Target": "rates.target",
+    "targets": "rates.target",
+    "find_target": "rates.target",
+    "plan_on": "planner.on_target",
+    "forecast_on": "planner.on_target",
     "LayerSplitPanel": "faces.panel",
     "trials_table": "faces.split",
     # 06 the engine

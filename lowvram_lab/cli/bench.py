@@ -15,7 +15,7 @@ from lowvram_lab.peers.bench import BenchSettings, bench, peer_names
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``bench``."""
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
     parser.add_argument(
         "--against",
         metavar="A,B",

@@ -84,7 +84,7 @@ def _unpin(args: argparse.Namespace) -> int:
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the message that would be sent")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_session_options(parser)
@@ -108,7 +108,7 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _add_warm(parser: argparse.ArgumentParser) -> None:
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
     parser.add_argument(
         "file",
         metavar="FILE",

@@ -32,7 +32,7 @@ SALT = "LOWVRAM_SALT"
 
 def add_chat(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``chat``."""
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; without it, a conversation")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     add_session_options(parser)
@@ -41,7 +41,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
 
 def add_complete(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``complete``."""
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="the text to go on with")
     _add_salt_option(parser)
     _add_answer_options(parser)

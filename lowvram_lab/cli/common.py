@@ -4,9 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from lowvram_lab.errors import UnitError
 from lowvram_lab.files import cache_dir, writable
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.planner.profile import MemoryProfile
 from lowvram_lab.units import format_bytes, parse_bytes, parse_tokens
@@ -54,6 +56,19 @@ def share(text: str) -> float:
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"expected a share such as 70% or 0.7, found {text!r}")
     return value
+
+
+def with_settings(args: argparse.Namespace, plan: Plan) -> Plan:
+    """A stated plan with what the options say beside its modules."""
+    return replace(
+        plan,
+        threads=args.threads or plan.threads,
+        kv_format=args.kv or plan.kv_format,
+        stream_from=args.stream_from or plan.stream_from,
+        prefill_chunk=args.prefill_chunk or plan.prefill_chunk,
+        remember=args.remember or plan.remember,
+        remember_ram=args.remember_ram or plan.remember_ram,
+    )
 
 
 def print_json(values: dict) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lowvram_lab.cli.common import positive, print_json, prose, spec_of, table_note
 from lowvram_lab.cli.plan import add_card_option, add_plan_options, options_between, stated_plan
+from lowvram_lab.cli.target import add_target_option, forecast_for_target
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import write_atomically
@@ -29,8 +30,9 @@ from lowvram_lab.units import format_bytes
 
 def add_forecast(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``forecast``."""
-    add_plan_options(parser, budget_required=False, chooses=False)
+    add_plan_options(parser, chooses=False)
     add_card_option(parser)
+    add_target_option(parser)
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="prompts at once (1)")
     parser.add_argument("--max-context", action="store_true", help="also find the longest context that fits --gpu")
     parser.add_argument("--plot", metavar="FILE", help="draw the memory timeline into a .png, .svg or .pdf file")
@@ -39,6 +41,8 @@ def add_forecast(parser: argparse.ArgumentParser) -> None:
 
 def run_forecast(args: argparse.Namespace) -> int:
     """Says what a model will take of a GPU."""
+    if args.target:
+        return forecast_for_target(args)
     if args.max_context and not args.gpu:
         raise LowvramError("--max-context needs --gpu: without a card every context fits")
     if args.card and (args.compare or not args.gpu):

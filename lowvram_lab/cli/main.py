@@ -18,6 +18,7 @@ EXIT_INTERRUPTED = 130
 COMMANDS = {
     "doctor": ("doctor", "say what this machine can do"),
     "models": ("doctor", "list the models known by name"),
+    "targets": ("target", "list the machines without a GPU that plans are forecast for"),
     "forecast": ("forecast", "say what a model will take of a GPU, without one and without weights"),
     "plan": ("plan", "choose the most precise plan that fits a GPU"),
     "chat": ("chat", "chat with a model inside a GPU budget"),

@@ -5,7 +5,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lowvram_lab.cli.common import positive, print_json, size, spec_of, table_note, tokens
+from lowvram_lab.cli.common import positive, print_json, size, spec_of, table_note, tokens, with_settings
+from lowvram_lab.cli.target import add_target_option, plan_for_target
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
@@ -33,10 +34,10 @@ CHOSEN = ("disk_layers", "stream_from", "prefill_chunk", "on_cpu", "low_plane")
 """Options of a stated plan that the planner chooses by itself."""
 
 
-def add_plan_options(parser: argparse.ArgumentParser, *, budget_required: bool, chooses: bool = True) -> None:
+def add_plan_options(parser: argparse.ArgumentParser, *, chooses: bool = True) -> None:
     """The options that say which plan."""
     parser.add_argument("model", metavar="MODEL", help="name (see lowvram models), hub id, directory or .gguf file")
-    parser.add_argument("--gpu", required=budget_required, metavar="SIZE", help="the card's memory, e.g. 4GiB")
+    parser.add_argument("--gpu", metavar="SIZE", help="the card's memory, e.g. 4GiB")
     parser.add_argument(
         "--cuda-context", metavar="SIZE", help="what of it the CUDA context takes (384MiB; 0 under 1GiB)"
     )
@@ -159,15 +160,7 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
         plan = plan.with_modules(*_ends(spec, args.on_cpu), device="cpu")
     if args.low_plane:
         plan = _with_low_planes(plan, args.low_plane)
-    return replace(
-        plan,
-        threads=args.threads or plan.threads,
-        kv_format=args.kv or plan.kv_format,
-        stream_from=args.stream_from or plan.stream_from,
-        prefill_chunk=args.prefill_chunk or plan.prefill_chunk,
-        remember=args.remember or plan.remember,
-        remember_ram=args.remember_ram or plan.remember_ram,
-    )
+    return with_settings(args, plan)
 
 
 def _with_low_planes(plan: Plan, place: str) -> Plan:
@@ -314,14 +307,19 @@ def _check_ram(ram: str | None, plan: Plan) -> None:
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``plan``."""
-    add_plan_options(parser, budget_required=True)
+    add_plan_options(parser)
     add_card_option(parser)
+    add_target_option(parser)
     parser.add_argument("--explain", action="store_true", help="also say where bytes and seconds go")
     parser.add_argument("--output", metavar="FILE", help="write the plan as JSON, for --plan")
 
 
 def run_plan(args: argparse.Namespace) -> int:
     """``lowvram plan``."""
+    if args.target:
+        return plan_for_target(args)
+    if not args.gpu:
+        raise LowvramError("expected --gpu, the card's memory, e.g. 4GiB, or --target, a machine without one")
     budget = GpuBudget.parse(args.gpu, args.cuda_context, args.card)
     _, spec = spec_of(args.model)
     plan, profile, why = chosen_plan(args, spec, DryRunGpu(budget, "cuda"))
@@ -362,7 +360,7 @@ def _speed(plan: Plan, ram: str | None) -> SpeedProfile:
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``tune``."""
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
 
 
 def run_tune(args: argparse.Namespace) -> int:

@@ -32,6 +32,19 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
 
     ``kernels`` are those of GPU modules, ``"cuda"`` or ``"cpu"`` for the stand-in; ``max_tokens`` see ``decoder_for``.
     """
+    if reason := other_than_llama(plan, max_tokens):
+        return reason
+    if kernels == "cuda" and not _side_by_side(plan):
+        return "its layers on the card do not lie side by side, with the head behind them"
+    if plan.kv_format == "int4" and kernels == "cuda" and "gpu" in plan.layer_places():
+        return "its KV cache on the card is in int4, which the modules read"
+    if plan.kv_format == "int4" and not there():
+        return "its KV cache is in int4, which without a C++ compiler the modules read"
+    return _format_without_kernel(plan, kernels)
+
+
+def other_than_llama(plan: Plan, max_tokens: int | None = None) -> str:
+    """Why a plan cannot be decoded by the lean decoder on any machine, in words, or nothing; see ``why_not``."""
     config = plan.spec.config
     kind, window = config.get("model_type"), config.get("sliding_window")
     if kind not in FAMILIES:
@@ -41,16 +54,10 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
     rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if "dynamic" in rope or rope == "longrope":
         return f"its rotary positions ({rope}) depend on the length"
-    if kernels == "cuda" and not _side_by_side(plan):
-        return "its layers on the card do not lie side by side, with the head behind them"
     slides = kind == "mistral" or "sliding_attention" in (config.get("layer_types") or ())
     if window and slides and (max_tokens or plan.context) > window:
         return f"its attention slides over {window} tokens"
-    if plan.kv_format == "int4" and kernels == "cuda" and "gpu" in plan.layer_places():
-        return "its KV cache on the card is in int4, which the modules read"
-    if plan.kv_format == "int4" and not there():
-        return "its KV cache is in int4, which without a C++ compiler the modules read"
-    return _format_without_kernel(plan, kernels)
+    return ""
 
 
 def _side_by_side(plan: Plan) -> bool:

@@ -234,7 +234,7 @@ class SpeedProfile:
         new_tokens: Tokens decoded.
         ttft_s: Seconds from prompt to first token.
         decode_tokens_per_s: Tokens a second after the first.
-        origin: ``"forecast"`` or ``"measured"``.
+        origin: ``"forecast"``, ``"measured"``, or ``"assumed"``: forecast for a machine that nobody measured.
         parts: Seconds per decoded token, keyed by operation (forecasts only).
         engine: The decoder that runs it, in words.
         rates: How old and how steady the rates of a forecast are, in words.
@@ -260,8 +260,9 @@ class SpeedProfile:
 
     def summary(self) -> str:
         """One line."""
+        rate = f"{self.decode_tokens_per_s:{'.1f' if self.decode_tokens_per_s >= 1 else '.2g'}}"
         return (
-            f"{self.decode_tokens_per_s:.1f} tokens/s, first token after {self.ttft_s:.2f} s for a prompt of "
+            f"{rate} tokens/s, first token after {self.ttft_s:.2f} s for a prompt of "
             f"{self.prompt_tokens} tokens ({self.origin}, {self.where}{self._by()})"
         )
 

@@ -9,21 +9,18 @@ Derived in: notebooks/05_split_the_layers.ipynb
 """
 
 import math
-import time
 from collections import Counter, defaultdict
 from dataclasses import replace
 
-import psutil
-
-from lowvram_lab.decoding.bind import product_of
-from lowvram_lab.decoding.kinds import GRAPHS, MODULES, engine_of, off_card
-from lowvram_lab.engine.layers import quantized_linear
-from lowvram_lab.model.formats import Format, get_format
+from lowvram_lab.decoding.kinds import GRAPHS, MODULES
+from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.planner.measure import where_it_runs
 from lowvram_lab.planner.profile import STAND_IN, SpeedProfile, Workload
+from lowvram_lab.rates.any_machine import AnyMachine
 from lowvram_lab.rates.machine import Machine
+from lowvram_lab.rates.profile import ASSUMED
 
 FEW_TOKENS = 64
 """Decoded after the prompt where no workload is given."""
@@ -34,28 +31,32 @@ the model decide."""
 
 
 def forecast_speed(
-    plan: Plan, workload: Workload | None = None, machine: Machine | None = None, ram: int | None = None
+    plan: Plan, workload: Workload | None = None, machine: AnyMachine | None = None, ram: int | None = None
 ) -> SpeedProfile:
-    """Forecasts first-token latency and decoding speed of a plan on this machine, without loading it.
+    """Forecasts first-token latency and decoding speed of a plan on this machine or a target, without loading it.
 
     Args:
         plan: The plan.
         workload: Prompt and answer; by default a prompt of half the context and ``FEW_TOKENS`` more.
-        machine: Its rates; by default this machine's, measured now where they are not known.
+        machine: Its rates; by default this machine's, measured now where they are not known. Or those of another
+            machine, ``Target.machine``.
         ram: Bytes of RAM there are for the model. Weights on disk for which there is room beside those of the CPU stay
-            in the system's cache; else all of them are read for every token. By default what is free now.
+            in the system's cache; else all of them are read for every token. By default what is free now, or what a
+            target's profile has for a model.
 
     Returns:
-        A profile with origin ``"forecast"``, of the decoder that ``decoder_for`` would give; ``parts`` has the seconds
+        A profile with origin ``"forecast"``, or ``"assumed"`` where the machine is a target's. It is of the decoder
+        that ``decoder_for`` would give; ``parts`` has the seconds
         of one decoded token by what takes them, ``rates`` how old and how steady the rates are. Weights in two planes
         are decoded by those that the plan's precision says, one token a pass; what drafts gain is
         ``forecast_speculation``'s.
     """
     machine = machine or Machine()
+    assumed = machine.origin == ASSUMED
     if workload is None:
         prompt = max(1, plan.context // 2)
         workload = Workload(prompt, max(1, min(FEW_TOKENS, plan.context - prompt)))
-    _, name = engine_of(plan, "cuda" if machine.cuda else "cpu")
+    _, name = machine.engine_of(plan)
     first = _prompt(plan, machine, workload.prompt_tokens, ram)
     cached = workload.prompt_tokens + workload.new_tokens // 2
     parts = token_parts(plan, machine, cached, both=plan.decodes_by in (None, "precise"))
@@ -63,19 +64,19 @@ def forecast_speed(
         parts["unsure tokens by both planes"] = ESCALATED * sum(token_parts(plan, machine, cached, both=True).values())
     parts["weights from disk"] += _disk_seconds(plan, machine, ram)
     return SpeedProfile(
-        where=where_it_runs(plan, machine.name if machine.cuda else STAND_IN),
+        where=machine.name if assumed else where_it_runs(plan, machine.name if machine.cuda else STAND_IN),
         prompt_tokens=workload.prompt_tokens,
         new_tokens=workload.new_tokens,
         ttft_s=sum(first.values()),
         decode_tokens_per_s=1 / sum(parts.values()),
-        origin="forecast",
+        origin=machine.origin,
         parts=dict(+parts),
         engine=name,
-        rates=machine.circumstances().words(time.time()),
+        rates=machine.words(),
     )
 
 
-def stream_threshold(plan: Plan, machine: Machine | None = None) -> int | None:
+def stream_threshold(plan: Plan, machine: AnyMachine | None = None) -> int | None:
     """The shortest prompt for which it is faster to send the CPU layers' weights to the GPU than to compute there.
 
     A layer's weights take as long to send for one token as for a thousand, its arithmetic on the CPU does not.
@@ -106,7 +107,7 @@ def stream_threshold(plan: Plan, machine: Machine | None = None) -> int | None:
     return high
 
 
-def _prompt(plan: Plan, machine: Machine, tokens: int, ram: int | None) -> Counter:
+def _prompt(plan: Plan, machine: AnyMachine, tokens: int, ram: int | None) -> Counter:
     """Seconds of reading a prompt by the model's modules, by part, at once or in the plan's pieces."""
     chunk = min(plan.piece_tokens or tokens, tokens)
     whole, rest = divmod(tokens, chunk)
@@ -124,7 +125,7 @@ def _prompt(plan: Plan, machine: Machine, tokens: int, ram: int | None) -> Count
     return +parts
 
 
-def _piece(plan: Plan, machine: Machine, tokens: int) -> tuple[Counter, float]:
+def _piece(plan: Plan, machine: AnyMachine, tokens: int) -> tuple[Counter, float]:
     """Seconds of one piece of a prompt without attention, by part, and those of a pair of tokens that see each other.
 
     Only a piece's last token goes through the head.
@@ -157,7 +158,7 @@ def _piece(plan: Plan, machine: Machine, tokens: int) -> tuple[Counter, float]:
     return parts, pair_s
 
 
-def token_parts(plan: Plan, machine: Machine, cached: int, *, both: bool = True) -> Counter:
+def token_parts(plan: Plan, machine: AnyMachine, cached: int, *, both: bool = True) -> Counter:
     """Seconds of one decoded token by the engine that decodes, by part.
 
     Args:
@@ -167,13 +168,13 @@ def token_parts(plan: Plan, machine: Machine, cached: int, *, both: bool = True)
         both: Of weights in two planes, multiply by both; else by the high ones.
     """
     spec = plan.spec
-    engine, _ = engine_of(plan, "cuda" if machine.cuda else "cpu")
+    engine, _ = machine.engine_of(plan)
     apart = plan.apart()
     if both and apart and machine.cuda:
         engine = MODULES  # a graph cannot wait for the CPU
     parts: Counter = Counter()
     places = plan.layer_places()
-    engines = {"gpu": engine, "cpu": off_card(plan) if engine == GRAPHS else engine}
+    engines = {"gpu": engine, "cpu": machine.off_card(plan) if engine == GRAPHS else engine}
     keys, formats = _key_features(spec), defaultdict(list)
     planes = [
         (module, *plane) for module in spec.modules if module.kind == "linear" for plane in _planes(plan, module, both)
@@ -182,9 +183,8 @@ def token_parts(plan: Plan, machine: Machine, cached: int, *, both: bool = True)
         rows, columns = module.weight_shape
         if module.layer is not None:
             formats[module.layer].append(fmt)
-        kernels, tied = "cuda" if place == "gpu" and machine.cuda else "cpu", bool(module.tied_to)
-        is_head = module.name == spec.head
-        if engine == MODULES or is_head and _multiplied_by_module(module, get_format(fmt), kernels):
+        tied, is_head = bool(module.tied_to), module.name == spec.head
+        if engine == MODULES or is_head and machine.leaves_to_module(module, get_format(fmt), place):
             rates = machine.kernel(fmt, place, plan.threads, tied)
             seconds = rates.seconds(rows * columns)
         else:
@@ -216,13 +216,6 @@ def _planes(plan: Plan, module: ModuleSpec, both: bool) -> list[tuple[str, str]]
     return [*high, (fmt.low_plane.name, compute_place(assignment.low))] if both and assignment.low else high
 
 
-def _multiplied_by_module(module: ModuleSpec, fmt: Format, kernels: str) -> bool:
-    """Whether the lean decoder leaves a head to its module, instead of multiplying by the weight itself."""
-    rows, columns = module.weight_shape
-    layer = None if fmt.kind == "float" else quantized_linear(columns, rows, fmt, kernels, shared=bool(module.tied_to))
-    return layer is not None and product_of(layer) is None
-
-
 def _query_features(spec: ModelSpec) -> int:
     return spec.num_attention_heads * spec.head_dim
 
@@ -247,7 +240,7 @@ class _Travel:
         compute_s: What computing them takes on the GPU; counted by who adds it up.
     """
 
-    def __init__(self, plan: Plan, machine: Machine):
+    def __init__(self, plan: Plan, machine: AnyMachine):
         spec = plan.spec
         self.plan, self.spec, self.link, self.compute_s = plan, spec, machine.link(), 0.0
         devices = plan.layer_devices()
@@ -269,7 +262,7 @@ class _Travel:
         return self.plan.kv_bytes(tokens, "cpu") / self.link.to_cpu
 
 
-def _crossing_seconds(plan: Plan, machine: Machine, places: list[str], tokens: int) -> float:
+def _crossing_seconds(plan: Plan, machine: AnyMachine, places: list[str], tokens: int) -> float:
     """Hidden states on their way between places; the stand-in lies in the same RAM, and a timing does not copy."""
     spec = plan.spec
     order = [compute_place(plan.modules[spec.embedding].device), *places, compute_place(plan.modules[spec.head].device)]
@@ -280,12 +273,12 @@ def _crossing_seconds(plan: Plan, machine: Machine, places: list[str], tokens: i
     return crossings * (link.crossing_s + 2 * tokens * spec.hidden_size / min(link.to_gpu, link.to_cpu))
 
 
-def _disk_seconds(plan: Plan, machine: Machine, ram: int | None) -> float:
+def _disk_seconds(plan: Plan, machine: AnyMachine, ram: int | None) -> float:
     """Weights on disk, read anew in every forward pass where RAM cannot hold them; of a lookup, next to nothing."""
     spec = plan.spec
     on_disk = plan.weight_bytes("disk")
     if not spec.tied and plan.modules[spec.embedding].device == "disk":
         on_disk -= plan.module_bytes(spec.module(spec.embedding))
-    ram = psutil.virtual_memory().available if ram is None else ram
+    ram = machine.free_ram() if ram is None else ram
     held = plan.weight_bytes("cpu") + plan.kv_bytes(plan.context, "cpu")
     return on_disk / machine.disk().read if on_disk > max(0, ram - held) else 0.0

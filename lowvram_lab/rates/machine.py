@@ -45,6 +45,7 @@ from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import DTYPES, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.rates.any_machine import AnyMachine
 from lowvram_lab.rates.figures import (
     AttentionRates,
     DiskRates,
@@ -90,7 +91,7 @@ DEEP = 96
 from a cache; else subtracting what their products take would leave nothing."""
 
 
-class Machine:
+class Machine(AnyMachine):
     """This machine's rates, each measured when it is first asked for and kept in the cache folder.
 
     Args:

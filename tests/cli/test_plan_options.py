@@ -14,7 +14,7 @@ from tests.helpers.tiny import tiny_spec
 
 def typed(spec, *words):
     parser = argparse.ArgumentParser()
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
     arguments = parser.parse_args(["a model", "--format", "int8", "--context", "64", *words])
     return stated_plan(arguments, spec, GpuBudget.parse("8GiB", card="rtx3050"), None)
 
@@ -98,7 +98,7 @@ def test_a_plan_from_a_file_keeps_what_it_remembers_unless_the_options_say_more(
     plan = replace(Plan.uniform(tiny_spec("qwen2"), "int8", context=64), remember=64 << 20)
     plan.to_json(tmp_path / "plan.json")
     parser = argparse.ArgumentParser()
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
     words = ["a model", "--plan", str(tmp_path / "plan.json")]
     for more, remembered in (([], 64 << 20), (["--remember", "1GiB"], 1 << 30)):
         found = stated_plan(

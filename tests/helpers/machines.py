@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.gpu import Gpu, StandInGpu
+from lowvram_lab.rates.any_machine import AnyMachine
 from lowvram_lab.rates.figures import (
     AttentionRates,
     DiskRates,
@@ -13,6 +14,7 @@ from lowvram_lab.rates.figures import (
     PromptRates,
     TokenRates,
 )
+from lowvram_lab.rates.target import Target
 from lowvram_lab.timing import Circumstances
 
 
@@ -25,7 +27,7 @@ def stand_in(gpu=None):
     return gpu if isinstance(gpu, Gpu) else replace(GpuBudget.parse(gpu), kernels="cpu")
 
 
-class Made:
+class Made(AnyMachine):
     """A machine of made-up rates that notes what it is asked."""
 
     name = "an imagined machine"
@@ -111,3 +113,21 @@ class Card(Made):
 
     def token(self, engine, fmt, kv_format, dtype="bf16", place="cpu", threads=None):
         return TokenRates(1e-4, 2e-4)
+
+
+BOARD = Target(
+    name="board",
+    title="an imagined board",
+    processor="2 cores at 1 GHz",
+    instructions="neon",
+    cores=2,
+    clock_hz=10**9,
+    lanes=4,
+    dense_products_per_s=2 * 10**9,
+    memory_bytes_per_s=4 * 10**9,
+    disk_bytes_per_s=10**8,
+    ram_bytes=4 << 30,
+    reserved_bytes=1 << 30,
+    sources={"cores": "made up"},
+)
+"""A target of round figures."""

@@ -96,7 +96,7 @@ def test_a_format_asked_for_leaves_the_rest_in_what_the_card_has_units_for(capsy
 def test_without_a_size_a_t4s_16_bits_are_fp16(monkeypatch):
     monkeypatch.setattr("lowvram_lab.memory.dry_run.this_card", lambda: CARDS["t4"])
     parser = argparse.ArgumentParser()
-    add_plan_options(parser, budget_required=False)
+    add_plan_options(parser)
     plan, _, _ = chosen_plan(parser.parse_args(["a model"]), packaged_spec("smollm2-135m"), DryRunGpu(None))
     assert held(plan) == {"fp16"}
 
