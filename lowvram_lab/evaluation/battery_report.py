@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 import pandas as pd
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.evaluation.answer_rules import check_rule, passes
+from lowvram_lab.evaluation.answer_rules import check_rule, passes, unfenced
 from lowvram_lab.evaluation.chance import mcnemar_p_value, wilson_interval
 from lowvram_lab.model.rules import whole_number
 
@@ -60,8 +60,8 @@ class Item:
         check_rule(f"item {self.id}", self.rule)
 
     def passes(self, answer: str) -> bool:
-        """Whether an answer passes the rule: of what comes before ``until``, white space at its beginning left out."""
-        judged = answer.lstrip()
+        """Whether what comes before ``until`` passes the rule, a fence and white space at its beginning left out."""
+        judged = unfenced(answer).lstrip()
         return passes(self.rule, judged.split(self.until, maxsplit=1)[0] if self.until else judged)
 
     def messages(self) -> list[dict[str, str]]:

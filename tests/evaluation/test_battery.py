@@ -1,4 +1,4 @@
-"""The generation battery: its rules on right and wrong answers, its items, its statistics, and models end to end."""
+"""The generation battery: its rules on right and wrong answers, its statistics, and models end to end."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import torch
 from lowvram_lab.chat.completion import CompletionSession
 from lowvram_lab.chat.session import ChatSession
 from lowvram_lab.errors import BudgetError, LowvramError
-from lowvram_lab.evaluation.answer_rules import RULES, check_rule, normalised, passes
+from lowvram_lab.evaluation.answer_rules import check_rule, normalised, passes, unfenced
 from lowvram_lab.evaluation.battery import battery, battery_context, battery_items, battery_way
 from lowvram_lab.evaluation.battery_report import Battery, Item, Result
 from lowvram_lab.evaluation.chance import mcnemar_p_value, wilson_interval
@@ -21,12 +21,11 @@ from tests.helpers.checkpoints import write_model
 from tests.helpers.commands import run_command as run
 from tests.helpers.tiny import letters_state, load_tiny, tiny_plan, tiny_stock, tiny_tokenizer
 
-KINDS = {"arithmetic", "brackets", "copying", "json", "format", "counting", "repetition", "facts"}
 ITEMS = battery_items()
 KEYS = {"name": "json_keys", "keys": ["a", "b"]}
 LINES = {"name": "lines_begin_with", "prefix": "- ", "count": 2}
 LIST = {"name": "items_in_list", "count": 3}
-OPEN = {"name": "balanced", "opened": "([{"}
+OPEN = {"name": "closes", "opened": "([{x} y"}
 FREE = {"name": "no_repetition", "mentions": ["fox", "狐"]}
 TOLD = "The fox went down to the river, drank, looked about, and saw nobody it knew."
 
@@ -39,6 +38,8 @@ TOLD = "The fox went down to the river, drank, looked about, and saw nobody it k
             (' "blue-fox-9".\n', True),
             ("Answer: blue-fox-9", True),
             ("ｂｌｕｅ-ｆｏｘ-９。", True),
+            ("**Answer:** blue-fox-9", True),
+            ("The answer is: blue-fox-9", True),
             ("Blue-Fox-9", False),
             ("blue-fox-9 blue-fox-9", False),
             ("blue fox 9", False),
@@ -46,6 +47,8 @@ TOLD = "The fox went down to the river, drank, looked about, and saw nobody it k
         ]),
         ({"name": "equals", "value": "窗户"}, "答：「窗户」。", True),
         ({"name": "equals", "value": "A, B"}, "A,  B", True),
+        ({"name": "equals", "value": "green lamp", "any_case": True}, "Green Lamp", True),
+        ({"name": "equals", "value": "green lamp", "any_case": True}, "Green Light", False),
         *(({"name": "number", "value": 12}, *pair) for pair in [
             ("12", True),
             ("7 + 5 = 12.", True),
@@ -71,6 +74,16 @@ TOLD = "The fox went down to the river, drank, looked about, and saw nobody it k
         ({"name": "number", "value": 3}, "1,2,3", True),
         ({"name": "number", "value": -4.5}, "(-4.5)", True),
         ({"name": "regex", "pattern": r"\d{4}-\d\d"}, " 2022-05\n", True),
+        *(({"name": "numbers", "values": [1, 2, -3]}, *pair) for pair in [
+            ("1, 2, -3", True),
+            ("１、 2、 -3。", True),
+            ("from 1 by 2 to -3.0", True),
+            ("2, 1, -3", False),
+            ("1, 2, -3, 4", False),
+            ("1, 2", False),
+            ("", False),
+        ]),
+        ({"name": "regex", "pattern": "a,b"}, "Answer: ａ，ｂ。", True),
         ({"name": "regex", "pattern": r"\d{4}-\d\d"}, "in 2022-05", False),
         ({"name": "regex", "pattern": r"\d{4}-\d\d"}, "2022-05-01", False),
         *((KEYS, *pair) for pair in [
@@ -102,10 +115,15 @@ TOLD = "The fox went down to the river, drank, looked about, and saw nobody it k
             ("-cat\n-dog", False),
             ("", False),
         ]),
+        ({**LINES, "among": ["Cat", "Dog", "Ox"]}, "- dog.\n- cat", True),
+        ({**LINES, "among": ["Cat", "Dog", "Ox"]}, "- dog\n- cow", False),
+        ({**LINES, "among": ["Cat", "Dog", "Ox"]}, "- dog\n- Dog.", False),
         *((LIST, *pair) for pair in [
             ("cat, dog, ox", True),
             ("猫，狗、牛。", True),
             ("Answer: cat, dog, ox.", True),
+            ("cat, dog, and ox", True),
+            ("cat, dog and ox", False),
             ("cat, dog", False),
             ("cat, dog, ox, cow", False),
             ("cat, dog, Cat", False),
@@ -115,25 +133,27 @@ TOLD = "The fox went down to the river, drank, looked about, and saw nobody it k
         ]),
         ({**LIST, "among": ["A", "B", "C"]}, "c, a, b", True),
         ({**LIST, "among": ["A", "B", "C"]}, "a, b, d", False),
+        ({**LIST, "among": ["A", "B", "C", "D"], "in_order": True}, "a, b, c", True),
+        ({**LIST, "among": ["A", "B", "C", "D"], "in_order": True}, "a, c, b", False),
+        ({**LIST, "among": ["A", "B", "C", "D"], "in_order": True}, "b, c, d", False),
         *((OPEN, *pair) for pair in [
-            ("}])", True),
-            ("} ] )", True),
-            ("([{}])", True),
-            ("([{x} y] z)", True),
-            ("}](x))", True),
-            (")]}", False),
-            ("}]", False),
-            ("}]))", False),
-            ("}])(", False),
-            ("([{", False),
-            ("closed", False),
+            ("])", True),
+            ("] )", True),
+            ("([{x} y])", True),
+            ("Answer: ( [{x} y] ).", True),
+            ("（[{x} y]）", True),
+            (")]", False),
+            ("]", False),
+            ("}])", False),
+            ("]))", False),
+            ("([{x} z])", False),
+            ("([{x} y", False),
+            ("([{x} y])([{x} y])", False),
             ("", False),
         ]),
-        ({"name": "balanced"}, "f(a[1])", True),
-        ({"name": "balanced"}, "no bracket", False),
-        ({"name": "balanced", "opened": "《"}, "《小河》", True),
-        ({"name": "balanced", "opened": "《"}, "》", True),
-        ({"name": "balanced", "opened": "《"}, "〉", False),
+        ({"name": "closes", "opened": "《小"}, "《小》", True),
+        ({"name": "closes", "opened": "《小"}, "《小〉", False),
+        ({"name": "closes", "opened": "(a) b"}, "(a) b", False),
         *((FREE, *pair) for pair in [
             (TOLD, True),
             ("从前有一只狐狸，它住在山的那一边，很少有人见过它。", True),
@@ -145,20 +165,45 @@ TOLD = "The fox went down to the river, drank, looked about, and saw nobody it k
             ("", False),
         ]),
         ({**FREE, "most": 1.0}, "The fox ran. " * 12, True),
-        *(({"name": "one_of", "values": ["cold", "冷"], "but_not": ["hot"]}, *pair) for pair in [
+        ({**FREE, "but_not": ["Saw nobody"]}, TOLD, False),
+        ({**FREE, "but_not": ["saw anybody"]}, TOLD, True),
+        *(({"name": "short_answer", "values": ["cold", "冷"], "beside": ["ice", "is", "it's", "冰", "是", "的"]}, *pair)
+          for pair in [
             ("Ice is COLD.", True),
             ("冰是冷的", True),
+            ("It’s (cold)", True),
+            ("Answer: **cold**", True),
+            ("not cold", False),
+            ("冰不是冷的", False),
             ("hot and cold", False),
             ("scolded", False),
-            ("cold, in a shot", True),
-            ("warm", False),
+            ("cold 7", False),
+            ("ice", False),
             ("", False),
         ]),
+        ({"name": "short_answer", "values": ["7", "seven"]}, "7 (Seven)", True),
+        ({"name": "short_answer", "values": ["7", "seven"]}, "-7", False),
+        ({"name": "short_answer", "values": ["7", "seven"]}, "7.5", False),
     ],
 )  # fmt: skip
 def test_a_rule_on_an_answer(rule, answer, right):
     check_rule("here", rule)
     assert passes(rule, answer) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("```\nab\n```", "ab\n"),
+        ("\n```json\n{}\n``` and more", "{}\n"),
+        ("```\nab", "ab"),
+        ("ab\n```\ncd\n```", "ab\n```\ncd\n```"),
+        ("```ab```", "```ab```"),
+        ("ab", "ab"),
+    ],
+)
+def test_a_fence_that_an_answer_begins_with_is_no_part_of_it(text, inside):
+    assert unfenced(text) == inside
 
 
 def test_normalising_leaves_the_inside_alone():
@@ -172,8 +217,8 @@ def test_normalising_leaves_the_inside_alone():
     [
         ({"name": "rhymes"}, "a rule with a name among equals, number"),
         ("equals", "a rule with a name among"),
-        ({"name": "equals"}, "expected equals with value, found"),
-        ({"name": "equals", "value": "a", "values": "b"}, "expected equals with value, found value, values"),
+        ({"name": "equals"}, "expected equals with value, any_case, found"),
+        ({"name": "equals", "value": "a", "values": "b"}, "expected equals with value, any_case, found value, values"),
     ],
 )
 def test_what_is_no_rule(rule, expected):
@@ -201,35 +246,10 @@ def test_what_is_no_item(changes, expected):
         item(**changes)
 
 
-def test_sixty_items_of_eight_kinds_half_of_each_in_either_language():
-    assert len({each.id for each in ITEMS}) == len(ITEMS) == 60
-    assert {each.kind for each in ITEMS} == KINDS
-    for kind in KINDS:
-        languages = [each.language for each in ITEMS if each.kind == kind]
-        assert languages.count("en") == languages.count("zh") >= 3
-    assert {each.rule["name"] for each in ITEMS} == set(RULES)
-    assert len({(each.shots, each.prompt) for each in ITEMS}) == 60
-
-
-@pytest.mark.parametrize("each", ITEMS, ids=lambda each: each.id)
-def test_an_item_can_be_answered_and_can_be_answered_wrongly(each):
-    assert each.id.startswith(f"{each.kind}-{each.language}-")
-    assert 8 <= each.max_new_tokens <= (96 if each.kind == "repetition" else 48)
-    assert each.passes(each.example)
-    assert each.passes(f"\n {each.example}")
-    assert not each.passes(each.counterexample)
-    assert not each.passes("")
-    assert not each.passes(each.prompt), "who repeats the question has not answered it"
-    said = "".join(message["content"] for message in each.messages())
-    assert each.language == "zh" or said.isascii()
-    assert len(each.messages()) == 2 * len(each.shots) + 1
-    # a shot that gave the answer away would be copied
-    assert each.example not in [answer for _, answer in each.shots]
-
-
 def test_what_comes_after_the_judged_part_does_not_count():
     cut = item(until="\n")
     assert cut.passes("ab\nand more")
+    assert cut.passes("```\nab\n```")
     assert cut.passes("\n\nab\n")
     assert not item().passes("ab\nand more")
 
