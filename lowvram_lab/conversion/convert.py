@@ -117,11 +117,8 @@ def convert(
         require_space(partial.path, most, "the conversion")
         stream = LayerByLayer(spec, checkpoint)
         if recipe is None:
-            windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
-            known = known_sensitivity(
-                stream, windows, weights, formats=plan.formats, scratch=partial.state, progress=progress
-            )
-            recipe = plan.recipe(spec, known)
+            options = {"formats": plan.formats, "scratch": partial.state, "progress": progress}
+            recipe = plan.recipe(spec, known_sensitivity(stream, ids, weights, **options))
         work = LayerQuantizer(stream, recipe.plan, partial, ids, held_out, solver, progress, recipe.lookup)
         measured = work.run() | {"window": held_out.shape[1], "begins_with": begins_with(tokenizer)}
         facts = _facts(recipe, source.public_name, calibration, ids)
@@ -214,23 +211,24 @@ def _try_for_free(maker: RecipeMaker, spec: ModelSpec) -> None:
 
 def known_sensitivity(
     stream: LayerByLayer,
-    windows: torch.Tensor,
+    ids: torch.Tensor,
     weights: dict[str, str],
     *,
     formats: tuple[str, ...] | None = None,
     scratch: Path | None = None,
     progress: bool = True,
 ) -> Sensitivity:
-    """``estimate_sensitivity``, which stays in the cache: for other sizes of the same model.
+    """``estimate_sensitivity`` on some windows of a text, which stays in the cache: for other sizes of the same model.
 
     Args:
         stream: The model.
-        windows: Tokens ``(windows, tokens)``.
+        ids: Tokens ``(windows, tokens)``; ``SENSITIVITY_TOKENS`` of them are taken, evenly spread.
         weights: File name → SHA-256, of all that the model is made of.
         formats: See ``estimate_sensitivity``.
         scratch: See ``estimate_sensitivity``.
         progress: Show a progress bar.
     """
+    windows = ids[evenly(len(ids), max(1, SENSITIVITY_TOKENS // ids.shape[1]))]
     facts = [weights, hash_of(windows), formats, __version__]
     kept = cache_dir() / "sensitivity" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.json"
     try:

@@ -15,7 +15,8 @@ from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.packaged import calibration_text, sample_text
-from lowvram_lab.slimming.joint import BITS, JOINT, SLIM_ALONE, slim_to_size
+from lowvram_lab.slimming.joint import slim_to_size
+from lowvram_lab.slimming.search import BITS, JOINT, SLIM_ALONE
 from lowvram_lab.slimming.slim import choose_tokens
 from tests.helpers.checkpoints import read_state
 from tests.helpers.commands import run_command
