@@ -29,7 +29,7 @@ from lowvram_lab.repository.hub import TOKENIZER
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 from lowvram_lab.slimming.card import layers_card
 from lowvram_lab.slimming.choice import choose_layers
-from lowvram_lab.slimming.heal import heal
+from lowvram_lab.slimming.heal import LowRank, heal, state_bytes
 from lowvram_lab.slimming.referee import Refereed, Verdict, rival_of
 from lowvram_lab.slimming.repair import refuse_unrepairable, repair
 from lowvram_lab.slimming.rewritten import Changed, Rewritten
@@ -164,7 +164,8 @@ def slim_layers(
         config = config_without(checkpoint.directory, spec, removed)
         work = _Work(partial, stream, removed, ids, held_out, progress)
         facts |= {"removed": removed, **work.stages(stage)}
-        rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), _changes(checkpoint, work.weights))
+        changed = _changes(checkpoint, work.weights, work.healed)
+        rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), changed)
         require_space(partial.path, rewritten.nbytes, "the smaller model")
         facts |= {"weight_bytes": rewritten.nbytes, "source_weight_bytes": rewritten.source_nbytes}
         rewritten.write(partial, progress)
@@ -190,7 +191,8 @@ class _Work:
     """What is fitted, kept in the directory's state.
 
     Attributes:
-        weights: Those that are others now, by name.
+        weights: Those that the repair makes others, by name.
+        healed: What healing adds to these and to others, by name.
         yardstick: On the held-out text.
         distance: After the last stage.
     """
@@ -211,20 +213,22 @@ class _Work:
         self.yardstick = Yardstick(stream, held_out, progress=progress)
         self._kept = [index for index in range(len(stream)) if index not in removed]
         self.weights: dict[str, torch.Tensor] = {}
+        self.healed: dict[str, LowRank] = {}
 
     def stages(self, last: str) -> dict:
         """Repairs and heals as far as that is wanted, and measures each stage on a text that it was not fitted to."""
-        found, explained = {CUT: self._distance()}, {}
+        found, explained, healing = {CUT: self._distance()}, {}, {}
         if last != CUT:
             explained = self._repair()
             found[REPAIRED] = self._distance()
         if last == HEALED:
-            self._heal()
+            healing = self._heal()
             found[HEALED] = self._distance()
         self.distance = found[last]
         kl = {stage: distance.kl for stage, distance in found.items()}
         intervals = {stage: list(distance.interval) for stage, distance in found.items()}
-        return {"kl": kl, "kl_interval": intervals, "kl_tokens": self.yardstick.tokens, "explained": explained}
+        measured = {"kl": kl, "kl_interval": intervals, "kl_tokens": self.yardstick.tokens}
+        return measured | {"explained": explained, "healing": healing}
 
     def _repair(self) -> dict[str, float]:
         """See ``Repair.explained``; its keys are text, as in a file."""
@@ -240,27 +244,51 @@ class _Work:
         self.weights = tensors
         return facts["explained"]
 
-    def _heal(self) -> None:
-        def keep(index: int, make) -> dict[str, torch.Tensor]:
-            file = f"state/heal-{index}.safetensors"
-            found = self._partial.load_tensors(file)
-            if found is None:
-                found = make()
-                self._partial.save_tensors(file, found)
-            return found
-
+    def _heal(self) -> dict:
+        """What is said of it in slim.json: the KL of each pass, in nats a token, while it was learnt on."""
+        keep = _Newest(self._partial)
+        if keep.load() is None:  # the one being written beside the one before
+            require_space(self._partial.path, 2 * state_bytes(self._stream, self._removed), "the state of healing")
         slim = _with(self._stream, self.weights)
         found = heal(self._stream, slim, self._removed, self._ids, keep=keep, progress=self._progress)
-        self.weights = self.weights | found.weights
+        self.healed = found.changes
+        return {"kl_while_learning": list(found.kl), "tokens": found.tokens}
 
     def _distance(self) -> Distance:
         """From the whole model, of the one with these weights and fewer layers, on the held-out text."""
-        return self.yardstick.distance(_with(self._stream, self.weights), layers=self._kept)
+        return self.yardstick.distance(_with(self._stream, self.weights, self.healed), layers=self._kept)
 
 
-def _with(stream: LayerByLayer, weights: Mapping[str, torch.Tensor]) -> LayerByLayer:
+class _Newest:
+    """The last of several states of healing, see ``Keeps``: written beside the one before, which goes after that."""
+
+    _FILES = "state/heal-a.safetensors", "state/heal-b.safetensors"
+
+    def __init__(self, partial: PartialDirectory):
+        self._partial, self._next = partial, self._FILES[0]
+
+    def load(self) -> dict[str, torch.Tensor] | None:
+        found = {file: tensors for file in self._FILES if (tensors := self._partial.load_tensors(file))}
+        if not found:
+            return None
+        file = max(found, key=lambda name: found[name]["step"].item())
+        self._next = self._other(file)
+        return found[file]
+
+    def save(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._partial.save_tensors(self._next, tensors)
+        self._next = self._other(self._next)
+        self._partial.forget(self._next)
+
+    def _other(self, file: str) -> str:
+        return self._FILES[1 - self._FILES.index(file)]
+
+
+def _with(
+    stream: LayerByLayer, weights: Mapping[str, torch.Tensor], healed: Mapping[str, LowRank] | None = None
+) -> LayerByLayer:
     """The same model but for some weights, rounded as the file will have them."""
-    changed = _changes(stream.checkpoint, weights)
+    changed = _changes(stream.checkpoint, weights, healed or {})
     return LayerByLayer(stream.spec, Rewritten(stream.checkpoint, changed=changed), stream.dtype)
 
 
@@ -348,11 +376,21 @@ def _names(checkpoint: Checkpoint, spec: ModelSpec, removed: list[int]) -> dict[
     return {name: new for name in checkpoint if (new := renamed(name)) is not None}
 
 
-def _changes(checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor]) -> dict[str, Changed]:
-    def rounded(weight: torch.Tensor):
-        return lambda original: weight.to(original.dtype)
+def _changes(
+    checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], healed: Mapping[str, LowRank]
+) -> dict[str, Changed]:
+    """What becomes of the weights that are replaced, added to, or both; made when one is read, and not held."""
 
-    return {name: Changed(checkpoint.shape(name), rounded(weight)) for name, weight in weights.items()}
+    def changed(name: str):
+        def change(original: torch.Tensor) -> torch.Tensor:
+            weight = weights.get(name, original)
+            if name in healed:
+                weight = healed[name].added_to(weight)
+            return weight.to(original.dtype)
+
+        return change
+
+    return {name: Changed(checkpoint.shape(name), changed(name)) for name in sorted(weights.keys() | healed.keys())}
 
 
 def _finish(partial: PartialDirectory, directory: Path, facts: dict, config: dict) -> None:

@@ -23,3 +23,16 @@ def head_logits(
     pieces = [F.linear(x, rows(slice(start, start + HEAD_ROWS))) for start in range(0, count, HEAD_ROWS)]
     logits = torch.cat(pieces, dim=-1)
     return logits + bias if bias is not None else logits
+
+
+def head_gradient(gradient: torch.Tensor, rows: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+    """The gradient at what the head is given, ``(tokens, hidden)``, from that at its logits.
+
+    Args:
+        gradient: ``(tokens, vocab)``.
+        rows: See ``head_logits``.
+    """
+    found = 0
+    for at, piece in enumerate(gradient.split(HEAD_ROWS, dim=-1)):
+        found = found + piece @ rows(slice(at * HEAD_ROWS, (at + 1) * HEAD_ROWS))
+    return found

@@ -150,13 +150,18 @@ class LayerByLayer:
 
         Give it ``HEAD_TOKENS`` of them at a time.
         """
-        name, bias = f"{self.owner(self.spec.head)}.weight", self.bias(self.spec.head)
-        look_up, count = self.rows(name), self._shapes[name][0]
+        rows, count, bias = self.head()
+        return lambda states: torch.log_softmax(head_logits(self.norm(states), rows, count, bias), dim=-1)
+
+    def head(self) -> tuple[Callable[[slice], torch.Tensor], int, torch.Tensor | None]:
+        """The head as ``head_logits`` takes it: some rows of its weight, how many there are, and its bias if any."""
+        name = f"{self.owner(self.spec.head)}.weight"
+        look_up = self.rows(name)
 
         def rows(select: slice) -> torch.Tensor:
             return look_up(select).to(self.dtype)
 
-        return lambda states: torch.log_softmax(head_logits(self.norm(states), rows, count, bias), dim=-1)
+        return rows, self._shapes[name][0], self.bias(self.spec.head)
 
     @torch.no_grad()
     def final_states(

@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.slimming.choice import choose_layers
 from lowvram_lab.slimming.divergence import divergences
-from lowvram_lab.slimming.heal import heal
+from lowvram_lab.slimming.heal import heal, state_bytes
 from lowvram_lab.slimming.influence import layer_influence
 from lowvram_lab.slimming.repair import RIDGES, repair
 from lowvram_lab.weights.layerwise import LayerByLayer
@@ -125,21 +125,113 @@ def test_one_window_is_not_enough_to_choose_on():
         repair(stream_of("llama"), {1}, IDS[:1], progress=False)
 
 
-@pytest.mark.parametrize("removed", [{0}, {0, 1}, {1}])
-def test_healing_learns_the_whole_models_states(removed):
-    ids = random_ids(64, batch=8, seed=9)
-    found = heal(stream_of("llama"), stream_of("llama"), removed, ids, progress=False)
-    last = found.table.iloc[-1]
-    with torch.no_grad():
-        states = tiny_stock("llama").model(ids, output_hidden_states=True).hidden_states[-1]
-        norm = tiny_stock("llama").model.norm
-        seen = []
-        model = cut("llama", removed)
-        model.model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        model(ids, use_cache=False)
-    assert norm(seen[0]).shape == states.shape and not torch.allclose(norm(seen[0]), states)
-    assert last["after"] < last["before"] and last["before"] > 1e-3
-    assert kl("llama", removed, {**tiny_state("llama"), **found.weights}) < kl("llama", removed)
+HEALED_ON = random_ids(64, batch=24, seed=9)
+
+
+def healed_state(kind, found):
+    """A tiny model's, with what was learnt added."""
+    state = tiny_state(kind)
+    return state | {name: change.added_to(state[name]) for name, change in found.changes.items()}
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("removed", [{0}, {0, 1}, {1}, {2}])
+def test_healing_lessens_the_kl_on_text_that_it_has_not_seen(kind, removed):
+    found = heal(stream_of(kind), stream_of(kind), removed, HEALED_ON, passes=4, progress=False)
+    assert kl(kind, removed, healed_state(kind, found)) < kl(kind, removed)
+    assert len(found.kl) == 4 and found.kl[3] < found.kl[0] and found.tokens == HEALED_ON.numel()
+    first = max(min(removed) - 1, 0)
+    assert {int(name.split(".")[2]) for name in found.changes} == set(range(first, 3)) - removed
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_each_change_is_of_low_rank(rank):
+    found = heal(stream_of("llama"), stream_of("llama"), {1}, HEALED_ON[:4], rank=rank, passes=1, progress=False)
+    for name, change in found.changes.items():
+        added = change.added_to(torch.zeros_like(tiny_state("llama")[name]))
+        assert added.shape == tiny_state("llama")[name].shape and torch.linalg.matrix_rank(added) == rank
+
+
+@pytest.mark.parametrize("options", [{"rank": 0}, {"passes": 0}])
+def test_healing_without_a_rank_or_a_pass_is_refused(options):
+    with pytest.raises(LowvramError, match="^expected a rank and a number of passes"):
+        heal(stream_of("llama"), stream_of("llama"), {1}, IDS, progress=False, **options)
+
+
+def test_a_step_is_adam_on_the_gradients_of_the_stock_models_kl():
+    """Of the first step: the sign of each gradient, in steps of the same size; then the KL's gradient itself."""
+    found = heal(stream_of("llama"), stream_of("llama"), {1}, IDS[:1], passes=1, progress=False)
+    model = cut("llama", {1})
+    weights = {name: parameter for name, parameter in model.named_parameters() if "_proj" in name}
+    loss = F.kl_div(
+        torch.log_softmax(model(IDS[:1], use_cache=False).logits, -1),
+        torch.log_softmax(tiny_stock("llama")(IDS[:1]).logits, -1).detach(),
+        reduction="sum",
+        log_target=True,
+    )
+    loss.backward()
+    assert found.kl[0] == pytest.approx(loss.item() / IDS[:1].numel(), rel=2e-2)
+    same = []
+    for name, change in found.changes.items():
+        here = name.replace("layers.2", "layers.1")
+        same.append((torch.sign(change.right) == -torch.sign(weights[here].grad @ change.left.T)).float().mean().item())
+    assert min(same) > 0.95 and len(same) == 14
+
+
+def test_one_layer_and_one_window_are_in_memory_at_a_time(monkeypatch):
+    """Weights of decoder layers that are not on the meta device, whenever a layer runs."""
+    seen, run = [], LayerByLayer.run
+
+    def watched(stream, layer, hidden):
+        weights = [module.weight for module in stream.model.model.layers.modules() if hasattr(module, "weight")]
+        seen.append((sum(not weight.is_meta for weight in weights), sum(1 for _ in layer.children()), len(hidden)))
+        return run(stream, layer, hidden)
+
+    monkeypatch.setattr(LayerByLayer, "run", watched)
+    heal(stream_of("llama"), stream_of("llama"), {1}, HEALED_ON, passes=1, progress=False)
+    assert {weights for weights, *_ in seen} == {9}  # seven linear modules and two norms
+
+
+class Kept:
+    """What a run saves, as ``Keeps``; kills it after so many times."""
+
+    def __init__(self, last=None):
+        self.last, self.state, self.saved = last, None, 0
+
+    def load(self):
+        return self.state
+
+    def save(self, tensors):
+        self.state = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.saved += 1
+        if self.saved == self.last:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("last", [1, 3, 6])
+def test_healing_goes_on_where_it_was_killed_to_the_same_bits(last, monkeypatch):
+    def healed(keep):
+        return heal(stream_of("llama"), stream_of("llama"), {1}, HEALED_ON, passes=2, keep=keep, progress=False)
+
+    expected, keep = healed(None), Kept(last)
+    with pytest.raises(KeyboardInterrupt):
+        healed(keep)
+    assert keep.state["step"] == 8 * last
+    found = healed(keep)
+    assert found.kl == expected.kl
+    for name, change in expected.changes.items():
+        assert torch.equal(found.changes[name].left, change.left)
+        assert torch.equal(found.changes[name].right, change.right)
+    assert keep.saved == 6
+    monkeypatch.setattr(LayerByLayer, "run", lambda *_: pytest.fail("learnt once more"))
+    assert healed(keep).kl == expected.kl
+
+
+def test_what_is_kept_is_as_large_as_was_said():
+    keep = Kept()
+    heal(stream_of("llama"), stream_of("llama"), {1}, IDS, passes=1, keep=keep, progress=False)
+    size = sum(tensor.nbytes for name, tensor in keep.state.items() if name not in ("step", "totals"))
+    assert size == state_bytes(stream_of("llama"), {1})
 
 
 @torch.no_grad()
