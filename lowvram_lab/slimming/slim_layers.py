@@ -163,15 +163,10 @@ def slim_layers(
         removed = _removed(partial, stream, ids, wanted, progress)
         config = config_without(checkpoint.directory, spec, removed)
         work = _Work(partial, stream, removed, ids, held_out, progress)
-        facts |= {"removed": removed, **work.stages(stage)}
-        changed = _changes(checkpoint, work.weights, work.healed)
-        rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), changed)
-        require_space(partial.path, rewritten.nbytes, "the smaller model")
-        facts |= {"weight_bytes": rewritten.nbytes, "source_weight_bytes": rewritten.source_nbytes}
-        rewritten.write(partial, progress)
+        facts |= {"removed": removed, **work.stages(stage), **work.written()}
         if referee:
-            rival = rival_of(source, stream, rewritten.nbytes, work.yardstick, progress=progress)
-            facts["referee"] = Verdict(rewritten.nbytes, work.distance, rival).to_dict()
+            rival = rival_of(source, stream, facts["weight_bytes"], work.yardstick, progress=progress)
+            facts["referee"] = Verdict(facts["weight_bytes"], work.distance, rival).to_dict()
         _finish(partial, checkpoint.directory, facts, config)
         partial.publish()
     found = {field.name: facts[field.name] for field in fields(SlimmedLayers) if field.name in facts}
@@ -229,6 +224,15 @@ class _Work:
         intervals = {stage: list(distance.interval) for stage, distance in found.items()}
         measured = {"kl": kl, "kl_interval": intervals, "kl_tokens": self.yardstick.tokens}
         return measured | {"explained": explained, "healing": healing}
+
+    def written(self) -> dict[str, int]:
+        """Writes the weights; bytes of all that there were, and of those that are left."""
+        checkpoint = self._stream.checkpoint
+        names = _names(checkpoint, self._stream.spec, self._removed)
+        rewritten = Rewritten(checkpoint, names, _changes(checkpoint, self.weights, self.healed))
+        require_space(self._partial.path, rewritten.nbytes, "the smaller model")
+        rewritten.write(self._partial, self._progress)
+        return {"weight_bytes": rewritten.nbytes, "source_weight_bytes": rewritten.source_nbytes}
 
     def _repair(self) -> dict[str, float]:
         """See ``Repair.explained``; its keys are text, as in a file."""
