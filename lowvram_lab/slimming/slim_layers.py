@@ -132,10 +132,6 @@ def slim_layers(
         raise LowvramError(f"expected {LEAST_TOKENS} tokens of text or more, found {tokens}")
     source = find_source(model)
     spec = source.spec(source.public_name)
-    if spec.stored:
-        raise LowvramError(
-            f"{model} is a converted model; leave layers of the 16-bit original out, then convert what is left"
-        )
     wanted = _checked_layers(layers, spec)
     read = calibration_text(text)  # before weights are fetched: a text may be missing
     checkpoint, tokenizer = source.checkpoint(progress), source.tokenizer()
@@ -298,6 +294,10 @@ def _with(
 
 def _checked_layers(layers: int | Sequence[int], spec: ModelSpec) -> int | list[int]:
     count = spec.num_hidden_layers
+    if spec.stored:
+        raise LowvramError(
+            f"{spec.name} is a converted model; leave layers of the 16-bit original out, then convert what is left"
+        )
     if isinstance(layers, int) and not isinstance(layers, bool):
         if not 1 <= layers < count:
             raise LowvramError(
