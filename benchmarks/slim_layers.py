@@ -23,7 +23,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.slimming.choice import choose_layers
-from lowvram_lab.slimming.slim_layers import CHOICE_TOKENS, STAGES, slim_layers
+from lowvram_lab.slimming.slim_layers import CHOICE_TOKENS, STAGES, TOKENS, slim_layers
 from lowvram_lab.weights.calibration import calibration_windows, evenly
 from lowvram_lab.weights.layerwise import LayerByLayer
 
@@ -34,7 +34,7 @@ def chosen(model: str, count: int) -> list[int]:
     """Layers in the order in which they go, by the text and windows that ``slim_layers`` takes."""
     source = find_source(model)
     spec = source.spec()
-    ids = calibration_windows(source.tokenizer(), calibration_text(), 16384, spec.max_position_embeddings)
+    ids = calibration_windows(source.tokenizer(), calibration_text(), TOKENS, spec.max_position_embeddings)
     some = ids[evenly(len(ids), max(2, CHOICE_TOKENS // ids.shape[1]))]
     found = choose_layers(LayerByLayer(spec, source.checkpoint()), some, count)
     print(found.summary(), flush=True)

@@ -6,8 +6,9 @@ window of the text forwards, a layer at a time, then backwards, a layer at a tim
 gradients; layers before the first gap are run once, for all steps. So only one layer's weights are in memory, the
 states of one window between layers, and what the optimiser keeps of the changes.
 
-The gradients are those of the whole chain of layers: what one layer cannot give back, a later one may make up for. To
-match hidden states layer by layer instead takes no step backwards through other layers, and gave back less.
+The gradients are those of the whole chain of layers: what one layer cannot give back, a later one may make up for.
+How far that goes is limited: a text of some ten thousand tokens is partly learnt by heart in a second pass already
+(SmolLM2-135M without three layers: KL 0.12 on it, 0.16 on text it has not seen), so by default there is no third.
 
 Source: low-rank changes as in Hu et al. 2021, arXiv:2106.09685; healing after layers were left out as in Gromov et al.
 2024, arXiv:2403.17887; learning from a larger model's predictions, Hinton et al. 2015, arXiv:1503.02531; Adam, Kingma
@@ -119,7 +120,7 @@ def heal(
         given, expected = _both_ends(whole, _first(removed, len(whole)), ids)
         slim.embed(ids[:1])  # what it hands its layers beside states
         bar = tqdm(desc="healing", total=learning.steps, initial=learning.step, disable=not progress, leave=False)
-        with bar:
+        with bar, _rounded_products():
             while learning.step < learning.steps:
                 at_pass, at = divmod(learning.step, len(ids))
                 window = _order(at_pass, len(ids))[at]
@@ -170,6 +171,17 @@ def _run(stream: LayerByLayer, layers: Iterable[int], states: torch.Tensor) -> N
 def _shapes(stream: LayerByLayer, index: int) -> dict[str, tuple[int, ...]]:
     """Of the weights of a layer's linear modules."""
     return {name: tuple(stream.spec.module(name).weight_shape) for name in stream.names(index)}
+
+
+@contextmanager
+def _rounded_products() -> Iterator[None]:
+    """Matrices are rounded to bfloat16 before they are multiplied, where the CPU can: steps take half the time."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Learning:

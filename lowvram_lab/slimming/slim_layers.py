@@ -38,7 +38,7 @@ from lowvram_lab.slimming.yardstick import WINDOW, Distance, Yardstick
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
 from lowvram_lab.weights.layerwise import LayerByLayer
 
-TOKENS, CHOICE_TOKENS = 16384, 2048
+TOKENS, CHOICE_TOKENS = 24576, 2048
 """Of the text that repair and healing are fitted to, and that candidates are tried on."""
 
 STAGES = CUT, REPAIRED, HEALED = "cut", "repaired", "healed"

@@ -15,6 +15,7 @@ from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.slimming import slim_layers as module
+from lowvram_lab.slimming.heal import PASSES, heal
 from lowvram_lab.slimming.slim_layers import CUT, HEALED, REPAIRED, slim_layers
 from tests.helpers.checkpoints import read_state, write_model
 from tests.helpers.commands import run_command
@@ -74,6 +75,7 @@ def test_repaired_and_healed_are_nearer_on_text_that_neither_has_seen(source, tm
     assert len(made.removed) == 1 and made.kl_tokens > 100
     found = json.loads((tmp_path / "out" / "slim.json").read_text())
     assert found["kl"] == made.kl and found["removed"] == list(made.removed)
+    assert len(found["healing"]["kl_while_learning"]) == PASSES and found["healing"]["tokens"] == found["text_tokens"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"without {made.removed[0]}" in card and f"healed | {made.kl[HEALED]:.4f}" in card
     assert made.output in made.summary() and "of it gone" in made.summary()
@@ -107,6 +109,31 @@ def test_killed_at_any_stage_and_resumed_the_bytes_are_the_same(llama, tmp_path)
         assert not output.exists()
         run(llama, output, 1, stage=HEALED)
         assert contents(output) == expected, count
+
+
+def test_no_room_for_what_healing_keeps_is_said_before_it_begins(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "state_bytes", lambda *_: 2**60)
+    monkeypatch.setattr(module, "heal", lambda *_, **__: pytest.fail("begun"))
+    with pytest.raises(LowvramError, match="the state of healing needs"):
+        run(llama, tmp_path / "out", 1, stage=HEALED)
+
+
+def test_what_is_written_is_what_was_learnt_added_to_the_weights(llama, tmp_path, monkeypatch):
+    learnt = []
+    monkeypatch.setattr(module, "heal", lambda *args, **options: learnt.append(heal(*args, **options)) or learnt[0])
+    run(llama, tmp_path / "repaired", [1], referee=False)
+    run(llama, tmp_path / "out", [1], stage=HEALED, referee=False)
+    repaired, healed = read_state(tmp_path / "repaired"), read_state(tmp_path / "out")
+    changes = {name.replace("layers.2", "layers.1"): change for name, change in learnt[0].changes.items()}
+    assert len(changes) == 14
+    for name, weight in repaired.items():
+        if name not in changes:
+            assert torch.equal(healed[name], weight), name
+        else:
+            expected = changes[name].added_to(weight)
+            assert not torch.equal(healed[name], weight)
+            rounded = 2**-8 * (weight.float().abs() + expected.abs())  # as repaired, and as healed
+            assert bool(((healed[name].float() - expected).abs() <= rounded).all()), name
 
 
 @pytest.mark.parametrize("layers", [0, 3, -1, [], [3], [1, 1], ["1"], [1, "0"], "1", True, [0, 1, 2]])
