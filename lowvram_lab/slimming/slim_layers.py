@@ -132,10 +132,7 @@ def slim_layers(
         raise LowvramError(f"expected {LEAST_TOKENS} tokens of text or more, found {tokens}")
     source = find_source(model)
     spec = source.spec(source.public_name)
-    if spec.stored:
-        raise LowvramError(
-            f"{model} is a converted model; leave layers of the 16-bit original out, then convert what is left"
-        )
+    _refuse_converted(spec, model)
     wanted = _checked_layers(layers, spec)
     read = calibration_text(text)  # before weights are fetched: a text may be missing
     checkpoint, tokenizer = source.checkpoint(progress), source.tokenizer()
@@ -144,14 +141,7 @@ def slim_layers(
     stream = LayerByLayer(spec, checkpoint)
     if stage != CUT:
         refuse_unrepairable(stream, ids)
-    files = [checkpoint.directory / "config.json", *checkpoint.files]
-    identity = {
-        "weights": {file.name: known_sha256(file, progress) for file in files},
-        "layers": wanted,
-        "text": [hash_of(ids), hash_of(held_out)],
-        "threads": torch.get_num_threads(),
-        "by": __version__,
-    }
+    identity = _identity(checkpoint, wanted, [ids, held_out], progress)
     facts = {
         "source": source.public_name,
         "layers_before": len(stream),
@@ -164,8 +154,7 @@ def slim_layers(
         config = _config(checkpoint.directory, spec, removed)
         work = _Work(partial, stream, removed, ids, held_out, progress)
         facts |= {"removed": removed, **work.stages(stage)}
-        changed = _changes(checkpoint, work.weights, work.healed)
-        rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), changed)
+        rewritten = Rewritten(checkpoint, _names(checkpoint, spec, removed), work.changed())
         require_space(partial.path, rewritten.nbytes, "the smaller model")
         facts |= {"weight_bytes": rewritten.nbytes, "source_weight_bytes": rewritten.source_nbytes}
         rewritten.write(partial, progress)
@@ -177,6 +166,25 @@ def slim_layers(
     found = {field.name: facts[field.name] for field in fields(SlimmedLayers) if field.name in facts}
     found |= {"removed": tuple(removed), "explained": {int(at): share for at, share in facts["explained"].items()}}
     return SlimmedLayers(output=str(output), **found, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
+
+
+def _refuse_converted(spec: ModelSpec, model: str) -> None:
+    if spec.stored:
+        raise LowvramError(
+            f"{model} is a converted model; leave layers of the 16-bit original out, then convert what is left"
+        )
+
+
+def _identity(checkpoint: Checkpoint, wanted: int | list[int], texts: list[torch.Tensor], progress: bool) -> dict:
+    """What the work is made from: another run goes on with it only where all of this is the same."""
+    files = [checkpoint.directory / "config.json", *checkpoint.files]
+    return {
+        "weights": {file.name: known_sha256(file, progress) for file in files},
+        "layers": wanted,
+        "text": [hash_of(ids) for ids in texts],
+        "threads": torch.get_num_threads(),
+        "by": __version__,
+    }
 
 
 def _begin(partial: PartialDirectory, stage: str) -> None:
@@ -253,6 +261,10 @@ class _Work:
         found = heal(self._stream, slim, self._removed, self._ids, keep=keep, progress=self._progress)
         self.healed = found.changes
         return {"kl_while_learning": list(found.kl), "tokens": found.tokens}
+
+    def changed(self) -> dict[str, Changed]:
+        """What becomes of weights, by name."""
+        return _changes(self._stream.checkpoint, self.weights, self.healed)
 
     def _distance(self) -> Distance:
         """From the whole model, of the one with these weights and fewer layers, on the held-out text."""
