@@ -140,14 +140,7 @@ def slim_layers(
     stream = LayerByLayer(spec, checkpoint)
     if stage != CUT:
         refuse_unrepairable(stream, ids)
-    files = [checkpoint.directory / "config.json", *checkpoint.files]
-    identity = {
-        "weights": {file.name: known_sha256(file, progress) for file in files},
-        "layers": wanted,
-        "text": [hash_of(ids), hash_of(held_out)],
-        "threads": torch.get_num_threads(),
-        "by": __version__,
-    }
+    identity = _identity(checkpoint, wanted, [ids, held_out], progress)
     facts = {
         "source": source.public_name,
         "layers_before": len(stream),
@@ -168,6 +161,18 @@ def slim_layers(
     found = {field.name: facts[field.name] for field in fields(SlimmedLayers) if field.name in facts}
     found |= {"removed": tuple(removed), "explained": {int(at): share for at, share in facts["explained"].items()}}
     return SlimmedLayers(output=str(output), **found, seconds=time.monotonic() - began, peak_rss_bytes=peak_rss_bytes())
+
+
+def _identity(checkpoint: Checkpoint, wanted: int | list[int], texts: list[torch.Tensor], progress: bool) -> dict:
+    """What the work is made from: another run goes on with it only where all of this is the same."""
+    files = [checkpoint.directory / "config.json", *checkpoint.files]
+    return {
+        "weights": {file.name: known_sha256(file, progress) for file in files},
+        "layers": wanted,
+        "text": [hash_of(ids) for ids in texts],
+        "threads": torch.get_num_threads(),
+        "by": __version__,
+    }
 
 
 def _begin(partial: PartialDirectory, stage: str) -> None:
