@@ -26,7 +26,6 @@ import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.weights.head import HEAD_TOKENS, head_gradient, head_logits
 from lowvram_lab.weights.layerwise import LayerByLayer
 
@@ -167,7 +166,6 @@ def _run(stream: LayerByLayer, layers: Iterable[int], states: torch.Tensor) -> N
     for index in layers:
         with stream.layer(index) as layer:
             stream.run_in_place(layer, states)
-        give_back_heap()
 
 
 def _shapes(stream: LayerByLayer, index: int) -> dict[str, tuple[int, ...]]:
@@ -238,7 +236,6 @@ class _Learning:
             inputs.append(states)
             with self._stream.layer(index) as layer, self._changed(index, self._value[index]), torch.no_grad():
                 states = self._stream.run(layer, states)
-            give_back_heap()
         arriving, kl = _kl_gradient(self._stream, states[0], expected.to(states.dtype))
         arriving = arriving[None]
         rate = RATE * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
@@ -253,7 +250,6 @@ class _Learning:
         given = given.detach().requires_grad_()
         with self._stream.layer(index) as layer, self._changed(index, value), torch.enable_grad():
             self._stream.run(layer, given).backward(arriving)
-        give_back_heap()
         self._adam(index, value.grad, rate)
         return given.grad
 

@@ -14,14 +14,20 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from lowvram_lab.errors import CheckpointError, LowvramError
+from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.spec import ModelSpec, build_on_meta
 from lowvram_lab.model.tensor_names import refuse_differing_ties
+from lowvram_lab.units import MiB
 from lowvram_lab.weights.head import head_logits
 from lowvram_lab.weights.solvers import is_finite
 
 TOKENS_AT_ONCE = 1024
 """Tokens of a forward pass: activations of the widest layer stay near 30 MiB for a 4 B model in float32."""
+
+
+TRIMMED_BYTES = 64 * MiB
+"""A layer larger than this leaves gaps in the heap that the next one does not fit into: it goes back to the system."""
 
 
 class LayerByLayer:
@@ -119,9 +125,12 @@ class LayerByLayer:
                     self._fill(module.name)
             yield layer
         finally:
+            size = sum(parameter.nbytes for parameter in layer.parameters())
             for module in layer.modules():  # not layer.to("meta"): buffers the constructor made are not in the file
                 for key, parameter in module.named_parameters(recurse=False):
                     setattr(module, key, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
+            if size > TRIMMED_BYTES:
+                give_back_heap()
 
     def names(self, index: int) -> list[str]:
         """The linear modules of a layer, in forward order."""
