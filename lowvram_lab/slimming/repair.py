@@ -7,6 +7,8 @@ left wrong is made up for, too. Each token counts by the reciprocal of that stat
 layer divides by it: else a few tokens with huge states would be all that is fitted.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -66,13 +68,15 @@ def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *,
         for _ in gap:
             with stream.layer(next(layers)) as layer:
                 stream.run_in_place(layer, whole)
+        name, change = stream.names(index)[-1], None
+        last = stream.model.get_submodule(name)
+        if gap:
+            with stream.layer(index) as layer:
+                halves = _halves(stream, layer, last, slim, whole)
+            change, explained[index] = _solve(*halves)  # without the layer: both take room
         with stream.layer(index) as layer:
-            if gap:
-                name = stream.names(index)[-1]
-                last = stream.model.get_submodule(name)
-                change, explained[index] = _solve(stream, layer, last, slim, whole)
-                if change is not None:
-                    weights[f"{name}.weight"] = last.weight.data.add_(change).clone()
+            if change is not None:
+                weights[f"{name}.weight"] = last.weight.data.add_(change).clone()
             stream.run_in_place(layer, slim)
     return Repair(weights, explained, ids.numel())
 
@@ -116,25 +120,30 @@ def refuse_unrepairable(stream: LayerByLayer, ids: torch.Tensor) -> None:
         )
 
 
-def _solve(
+def _halves(
     stream: LayerByLayer, layer: torch.nn.Module, last: torch.nn.Module, slim: torch.Tensor, whole: torch.Tensor
-) -> tuple[torch.Tensor | None, float]:
-    """The change of a weight, and the share of what is missing that it explains on windows that it has not seen.
-
-    ``None`` where each change that was tried leaves more missing there than no change.
-    """
-    halves = [_Moments(), _Moments()]
+) -> tuple[_Moments, _Moments]:
+    """What is missing behind a layer, with what its last module is given: of every second window, and of the others."""
+    halves = _Moments(), _Moments()
     with captured_inputs({"last": last}) as seen:
         for at, (window, target) in enumerate(zip(slim.split(1), whole.split(1), strict=True)):
             missing = target - stream.run(layer, window)
             weight = target.norm(dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()
             halves[at % 2].add(seen["last"] * weight, missing * weight)
-    fitted, held_out = halves
+    return halves
+
+
+def _solve(fitted: _Moments, held_out: _Moments) -> tuple[torch.Tensor | None, float]:
+    """The change of a weight, and the share of what is missing that it explains on windows that it has not seen.
+
+    ``None`` where each change that was tried leaves more missing there than no change.
+    """
     by_ridge = {ridge: held_out.explained(fitted.map(ridge)) for ridge in RIDGES}
     best = max(by_ridge, key=by_ridge.__getitem__)
     if by_ridge[best] <= 0:
         return None, 0.0
-    return fitted.joined(held_out).map(best), by_ridge[best]
+    fitted.join(held_out)
+    return fitted.map(best), by_ridge[best]
 
 
 class _Moments:
@@ -161,18 +170,21 @@ class _Moments:
         accumulate(self._sums, "yx", y, x)
         self.yy += y.double().square().sum().item()
 
-    def joined(self, other: "_Moments") -> "_Moments":
-        """Those of both."""
-        found = _Moments()
-        found._sums = {name: mine + other._sums[name] for name, mine in self._sums.items()}
-        found.yy = self.yy + other.yy
-        return found
+    def join(self, other: _Moments) -> None:
+        """Adds another's, in place: at a large width a matrix is hundreds of MiB."""
+        for name, mine in self._sums.items():
+            mine.add_(other._sums[name])
+        self.yy += other.yy
 
     def map(self, ridge: float) -> torch.Tensor:
         """``(out, in)``: the least squares' map, held back by a share of the mean diagonal."""
         damped = self.xx.clone()
         damped.diagonal().add_(ridge * self.xx.diagonal().mean())
-        return torch.linalg.solve(damped, self.yx.T).T
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if failed:  # rounded, the moments are no longer those of any vectors: nothing is known
+            return torch.zeros_like(self.yx)
+        return torch.cholesky_solve(self.yx.T, factor).T
 
     def explained(self, found: torch.Tensor) -> float:
         """The share of ``y``'s squares that a map of ``x`` takes away; below 0 where it adds."""
