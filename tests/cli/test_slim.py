@@ -48,7 +48,7 @@ def test_several_texts_are_one(folder, tmp_path, capsys):
     [
         (["--vocab", "many"], {}, "expected a whole number of tokens above zero"),
         (["--vocab", "0"], {}, "expected a whole number of tokens above zero"),
-        ([], {}, "one of the arguments --vocab --layers is required"),
+        ([], {}, "one of the arguments --vocab --layers --weight-bytes is required"),
         (["--vocab", "64"], {}, "tokens, found 64; ask for"),
         (["--vocab", "16k"], {}, "there is nothing to remove"),
         (["--vocab", "text"], {"text": "nowhere.txt"}, "expected a text in UTF-8"),

@@ -25,7 +25,7 @@ from tests.helpers.killed_run import Killed, contents, killer
 from tests.helpers.tiny import seeded, tiny_spec
 from tests.slimming.tiny import KINDS, ROWS, SPECIALS, texts, tokenizer_of, write
 
-module = importlib.import_module("lowvram_lab.slimming.slim")
+module = importlib.import_module("lowvram_lab.slimming.small_files")
 
 MODELS = {"Qwen's": "qwen2", "GPT-2's": "llama", "whole words": "llama", "byte fallback": "llama"}
 FEW, MANY = 400, 10_000
