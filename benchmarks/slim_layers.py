@@ -22,9 +22,9 @@ from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.packaged import calibration_text
-from lowvram_lab.slimming.choice import choose_layers
-from lowvram_lab.slimming.slim_layers import CHOICE_TOKENS, STAGES, TOKENS, slim_layers
-from lowvram_lab.weights.calibration import calibration_windows, evenly
+from lowvram_lab.slimming.choice import choice_windows, choose_layers
+from lowvram_lab.slimming.slim_layers import STAGES, TOKENS, slim_layers
+from lowvram_lab.weights.calibration import calibration_windows
 from lowvram_lab.weights.layerwise import LayerByLayer
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,8 +35,7 @@ def chosen(model: str, count: int) -> list[int]:
     source = find_source(model)
     spec = source.spec()
     ids = calibration_windows(source.tokenizer(), calibration_text(), TOKENS, spec.max_position_embeddings)
-    some = ids[evenly(len(ids), max(2, CHOICE_TOKENS // ids.shape[1]))]
-    found = choose_layers(LayerByLayer(spec, source.checkpoint()), some, count)
+    found = choose_layers(LayerByLayer(spec, source.checkpoint()), choice_windows(ids), count)
     print(found.summary(), flush=True)
     return list(found.removed)
 

@@ -14,7 +14,11 @@ from tqdm.auto import tqdm
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.slimming.divergence import divergences
 from lowvram_lab.slimming.influence import angle
+from lowvram_lab.weights.calibration import evenly
 from lowvram_lab.weights.layerwise import LayerByLayer
+
+CHOICE_TOKENS = 2048
+"""Of a text, that candidates are tried on."""
 
 PROPOSALS = 6
 """Layers that are tried at each step; each takes ``tokens x hidden x 4`` bytes and half a pass through the model."""
@@ -86,6 +90,11 @@ def choose_layers(
             bar.update()
     tried = pd.DataFrame(rows, columns=["step", "layer", "influence", "angle", "kl"])
     return LayerChoice(tuple(removed), tuple(costs), tried, ids.numel())
+
+
+def choice_windows(ids: torch.Tensor) -> torch.Tensor:
+    """Those of a text's windows ``(windows, tokens)`` that candidates are tried on, evenly spread over it."""
+    return ids[evenly(len(ids), max(2, CHOICE_TOKENS // ids.shape[1]))]
 
 
 def _proposed(turns: dict[int, tuple[float, float]], count: int) -> list[int]:

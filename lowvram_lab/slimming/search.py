@@ -20,13 +20,13 @@ from lowvram_lab.model.source import Source, config_from_values, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 from lowvram_lab.slimming.card import joint_card
-from lowvram_lab.slimming.choice import choose_layers
+from lowvram_lab.slimming.choice import choice_windows, choose_layers
 from lowvram_lab.slimming.slim import choose_tokens, slim_vocabulary
-from lowvram_lab.slimming.slim_layers import CHOICE_TOKENS, config_without, renaming, slim_layers
+from lowvram_lab.slimming.slim_layers import config_without, renaming, slim_layers
 from lowvram_lab.slimming.small_files import SLIM
 from lowvram_lab.slimming.yardstick import WINDOW, Yardstick
 from lowvram_lab.units import format_bytes
-from lowvram_lab.weights.calibration import calibration_windows, evenly
+from lowvram_lab.weights.calibration import calibration_windows
 from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.recipe import WeightBudget, recipe
 from lowvram_lab.weights.restored import RestoredLayers
@@ -149,7 +149,7 @@ class Search:
         }
 
     def run(self, folder: Folder, most: int) -> dict:
-        """Prices all combinations, makes and measures the best, and gives what ``slim.json`` says of the closest.
+        """Prices all combinations, makes and measures the best; gives what ``slim.json`` says of the closest, and where it is.
 
         Args:
             folder: For the parts.
@@ -174,7 +174,6 @@ class Search:
             found[each.key] = folder.kept(f"found-{each.key}", lambda each=each: self._found(each))
         rows = [self._row(each, found.get(each.key)) for each in sorted(candidates, key=lambda each: each.estimated)]
         best = min((each for each in candidates if each.key in found), key=lambda each: found[each.key]["kl"])
-        self.best = folder.path / found[best.key]["directory"]
         return {
             "source": self.source.public_name,
             "layers_before": self.spec.num_hidden_layers,
@@ -198,8 +197,7 @@ class Search:
         """The order in which layers go, and what each step costs in all."""
         if not most:
             return {"removed": [], "kl": []}
-        some = self.ids[evenly(len(self.ids), max(2, CHOICE_TOKENS // self.ids.shape[1]))]
-        found = choose_layers(self.whole, some, most, progress=self.progress)
+        found = choose_layers(self.whole, choice_windows(self.ids), most, progress=self.progress)
         return {"removed": list(found.removed), "kl": list(found.kl)}
 
     def _candidates(self) -> list[Candidate]:
@@ -280,8 +278,16 @@ class Search:
         }
 
     def publish(self, output: Path, facts: dict) -> None:
-        """Moves the best to its place, says there what it is, and removes the rest."""
-        best = self.best
+        """Moves the best to its place, says there what it is, and removes the rest.
+
+        Args:
+            output: Its place.
+            facts: From ``run``.
+
+        Raises:
+            LowvramError: Something stands in the way.
+        """
+        best = self.folder.path / facts.pop("directory")
         write_atomically(best / SLIM, json.dumps(facts, indent=1) + "\n")
         write_atomically(best / "README.md", joint_card(facts))
         recipe_file = best / "recipe.json"

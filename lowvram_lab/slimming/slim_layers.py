@@ -28,18 +28,18 @@ from lowvram_lab.packaged import calibration_text, sample_text
 from lowvram_lab.repository.hub import TOKENIZER
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 from lowvram_lab.slimming.card import layers_card
-from lowvram_lab.slimming.choice import choose_layers
+from lowvram_lab.slimming.choice import choice_windows, choose_layers
 from lowvram_lab.slimming.heal import LowRank, heal, state_bytes
 from lowvram_lab.slimming.referee import Refereed, Verdict, rival_of
 from lowvram_lab.slimming.repair import refuse_unrepairable, repair
 from lowvram_lab.slimming.rewritten import Changed, Rewritten
 from lowvram_lab.slimming.small_files import SLIM
 from lowvram_lab.slimming.yardstick import WINDOW, Distance, Yardstick
-from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows, evenly
+from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows
 from lowvram_lab.weights.layerwise import LayerByLayer
 
-TOKENS, CHOICE_TOKENS = 24576, 2048
-"""Of the text that repair and healing are fitted to, and that candidates are tried on."""
+TOKENS = 24576
+"""Of the text that repair and healing are fitted to."""
 
 STAGES = CUT, REPAIRED, HEALED = "cut", "repaired", "healed"
 """How far a model is that has fewer layers."""
@@ -327,8 +327,7 @@ def _removed(
         return wanted
     known = partial.load_json("state/choice.json")
     if known is None:
-        some = ids[evenly(len(ids), max(2, CHOICE_TOKENS // ids.shape[1]))]
-        known = {"removed": list(choose_layers(stream, some, wanted, progress=progress).removed)}
+        known = {"removed": list(choose_layers(stream, choice_windows(ids), wanted, progress=progress).removed)}
         partial.save_json("state/choice.json", known)
     return sorted(known["removed"])
 
