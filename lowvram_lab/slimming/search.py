@@ -149,7 +149,7 @@ class Search:
         }
 
     def run(self, folder: Folder, most: int) -> dict:
-        """Prices all combinations, makes and measures the best; gives what ``slim.json`` says of the closest, and where it is.
+        """Prices all combinations, makes and measures the best; gives what ``slim.json`` says of it, and where it is.
 
         Args:
             folder: For the parts.
