@@ -85,7 +85,9 @@ def main() -> None:
         if not table["same"].all():
             raise SystemExit("logits differ cold and warm")
         found[kv_format] = {"first_token": table.to_dict("records"), "break_even_tokens": break_even(table)}
-        print(f"break-even at {found[kv_format]['break_even_tokens']:.1f} tokens", flush=True)
+        even, shortest = found[kv_format]["break_even_tokens"], table["tokens"].min()
+        drawn_out = f" (lines drawn out: the shortest tried is {shortest})" if even < shortest else ""
+        print(f"break-even at {even:.1f} tokens{drawn_out}", flush=True)
         if args.directory:
             found[kv_format]["answers"] = answers(model, source.tokenizer(), args.rounds)
             print(found[kv_format]["answers"], flush=True)

@@ -107,6 +107,9 @@ def _read(decoder: Decoder, ids: list[int], store: Remembered | None) -> tuple[f
 def break_even(table: pandas.DataFrame, place: str = "disk") -> float:
     """From how many tokens on putting back takes less time than reading, by a straight line through each.
 
+    Where that is below the shortest length of the table it is drawn out, not measured; 0 says that the lines cross at
+    no length at all.
+
     Args:
         table: From ``first_token_table``.
         place: ``"disk"`` or ``"RAM"``.

@@ -4,7 +4,7 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -200,6 +200,14 @@ class Checkpoint:
         (file,) = {self._file_of[name] for name in names}
         found = _read_tensors(file, [self._stored_names.get(name, name) for name in names])
         return dict(zip(names, found, strict=True))
+
+    def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """What gives some rows of a tensor, by slice or index.
+
+        The file is mapped anew each time: of a table of which all rows are used one after another, only those in use
+        take RAM.
+        """
+        return lambda select: self.read(name)[select]
 
     def _fact(self, name: str) -> dict:
         try:

@@ -71,6 +71,10 @@ class Rewritten:
         value = self.original.read(name)
         return self._changed[name].change(value) if name in self._changed else value
 
+    def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """See ``Checkpoint``; a changed tensor stays in RAM."""
+        return self.read(name).__getitem__ if name in self._changed else self.original.rows(name)
+
     def write(self, partial: PartialDirectory, progress: bool) -> None:
         """Writes the shards that are not finished yet, and their index where there are several."""
         shards, weight_map = self._shards(), {}

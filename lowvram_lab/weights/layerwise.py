@@ -196,8 +196,9 @@ class LayerByLayer:
         return module
 
     def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
-        """Some rows of a weight, by slice or index: of a large table only those that are touched take RAM."""
-        return self.stored(name).__getitem__
+        """What gives some rows of a checked weight, by slice or index: of a large table only these take RAM."""
+        self.stored(name)
+        return self.checkpoint.rows(name)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """A checked tensor of the checkpoint, in ``dtype`` or else the stream's."""

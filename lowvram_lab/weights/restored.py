@@ -5,6 +5,7 @@ The arithmetic is then the stream's own, in float32: what is off is off by the c
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -34,7 +35,8 @@ class Restored:
         self._checkpoint = checkpoint
         self._shapes = {f"{module.name}.weight": module.weight_shape for module in spec.modules}
         formats = spec.without_low_planes().stored if plan is None else _formats(plan)
-        self._formats = {f"{name}.weight": get_format(fmt) for name, fmt in formats.items()}
+        tied = {module.name for module in spec.modules if module.tied_to}
+        self._formats = {f"{name}.weight": get_format(fmt) for name, fmt in formats.items() if name not in tied}
         self._rounds = plan is not None
 
     def __getattr__(self, name: str):
@@ -42,6 +44,10 @@ class Restored:
 
     def __contains__(self, name: str) -> bool:
         return name in self._formats or name in self._checkpoint
+
+    def quantized(self, name: str) -> bool:
+        """Whether a tensor is read from codes."""
+        return name in self._formats
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the plain weight."""
@@ -58,8 +64,22 @@ class Restored:
         if fmt is None:
             return None
         if self._rounds:
-            return _rounded(self._checkpoint.read(name), fmt)
+            return _rounded(self._checkpoint.rows(name), self.shape(name), fmt)
         return read_stored(name.removesuffix(".weight"), fmt, self._checkpoint.read)
+
+    def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
+        """See ``Checkpoint``; of a quantised table the codes stay in RAM, and rows are restored when they are due."""
+        fmt, plain = self._formats.get(name), self._checkpoint.rows
+        if fmt is None:
+            return plain(name)
+        codes = functools.cache(lambda: self.codes(name))
+
+        def look_up(select: slice | torch.Tensor) -> torch.Tensor:
+            if self._rounds and isinstance(select, torch.Tensor):  # tokens' own rows, and each is rounded by itself
+                return round_to_nearest(plain(name)(select), fmt).dequantize()
+            return rows_of(codes(), select).dequantize()
+
+        return look_up
 
 
 class RestoredLayers(LayerByLayer):
@@ -78,25 +98,22 @@ class RestoredLayers(LayerByLayer):
         super().__init__(replace(spec, stored={}), Restored(spec, checkpoint, plan))
 
     def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
-        """See ``LayerByLayer``; of a quantised table the codes stay in RAM, and rows are restored when they are due."""
-        codes = self.checkpoint.codes(name)
-        if codes is None:
-            return super().rows(name)
-        return lambda select: rows_of(codes, select).dequantize()
+        """See ``LayerByLayer``; a quantised table is not read whole to be checked: its scales are."""
+        return self.checkpoint.rows(name) if self.checkpoint.quantized(name) else super().rows(name)
 
 
 def _formats(plan: Plan) -> dict[str, str]:
-    """Module name → format, of those that a plan rounds and that own their weight."""
-    owners = [module for module in plan.spec.modules if module.kind != "other" and not module.tied_to]
-    chosen = {module.name: plan.modules[module.name].format for module in owners}
+    """Module name → format, of those that a plan rounds."""
+    modules = [module for module in plan.spec.modules if module.kind != "other"]
+    chosen = {module.name: plan.modules[module.name].format for module in modules}
     return {name: fmt for name, fmt in chosen.items() if get_format(fmt).kind != "float"}
 
 
-def _rounded(weight: torch.Tensor, fmt: Format) -> IntegerWeight:
+def _rounded(rows: Callable[[slice], torch.Tensor], shape: tuple[int, ...], fmt: Format) -> IntegerWeight:
     """To nearest, some rows at a time: each is rounded by itself, in float32."""
-    codes, scales = torch.empty(weight.shape, dtype=torch.int8), []
-    for rows, into in zip(weight.split(HEAD_ROWS), codes.split(HEAD_ROWS), strict=True):
-        piece = round_to_nearest(rows, fmt)
+    codes, scales = torch.empty(shape, dtype=torch.int8), []
+    for start, into in zip(range(0, shape[0], HEAD_ROWS), codes.split(HEAD_ROWS), strict=True):
+        piece = round_to_nearest(rows(slice(start, start + HEAD_ROWS)), fmt)
         into.copy_(piece.codes)
         scales.append(piece.scale)
     return IntegerWeight(codes, torch.cat(scales))

@@ -59,6 +59,9 @@ class DictCheckpoint:
     def read(self, name):
         return self.tensors[name].clone()
 
+    def rows(self, name):
+        return lambda select: self.read(name)[select]
+
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normal noise, the same at every call."""
