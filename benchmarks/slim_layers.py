@@ -23,7 +23,7 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
 from lowvram_lab.packaged import calibration_text
 from lowvram_lab.slimming.choice import choice_windows, choose_layers
-from lowvram_lab.slimming.slim_layers import STAGES, TOKENS, slim_layers
+from lowvram_lab.slimming.slim_layers import HEALED, STAGES, TOKENS, slim_layers
 from lowvram_lab.weights.calibration import calibration_windows
 from lowvram_lab.weights.layerwise import LayerByLayer
 
@@ -73,7 +73,14 @@ def main() -> None:
         stages = {}
         for stage in STAGES:
             with tempfile.TemporaryDirectory() as folder:
-                made = slim_layers(args.model, Path(folder) / stage, removed[:count], stage=stage, progress=False)
+                made = slim_layers(
+                    args.model,
+                    Path(folder) / stage,
+                    removed[:count],
+                    stage=stage,
+                    referee=stage == HEALED,  # of the best alone: quantising is the same for all three
+                    progress=False,
+                )
                 each = measured(made.output, reference, whole, texts, args.tokens)
                 stages[stage] = {"slim": made.to_dict(), **each}
             figures = {name: value for name, value in each.items() if isinstance(value, float)}

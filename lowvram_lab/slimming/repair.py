@@ -74,6 +74,7 @@ def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *,
             with stream.layer(index) as layer:
                 halves = _halves(stream, layer, last, slim, whole)
             change, explained[index] = _solve(*halves)  # without the layer: both take room
+            del halves
         with stream.layer(index) as layer:
             if change is not None:
                 weights[f"{name}.weight"] = last.weight.data.add_(change).clone()

@@ -67,15 +67,17 @@ def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     if not bool(torch.isfinite(moments).all()):
         raise CheckpointError("expected finite calibration moments, found NaN or infinite values")
     ordered = moments[order][:, order]
-    mean = ordered.diagonal().mean().clamp(min=1e-30)
+    diagonal = ordered.diagonal().clone()
+    mean = diagonal.mean().clamp(min=1e-30)
     for damping in DAMPINGS:
-        damped = ordered + torch.eye(len(ordered)) * (damping * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        ordered.diagonal().copy_(diagonal + damping * mean)
+        found, failed = torch.linalg.cholesky_ex(ordered)
         if failed:
             continue
-        inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-        if not failed and bool(torch.isfinite(inverse).all()):
-            return inverse
+        found = torch.cholesky_inverse(found)  # each takes the place of the one before: they are hundreds of MiB
+        found, failed = torch.linalg.cholesky_ex(found, upper=True)
+        if not failed and bool(torch.isfinite(found).all()):
+            return found
     # beyond repair by damping: rounding each column for itself is what remains
     return torch.eye(len(ordered))
 

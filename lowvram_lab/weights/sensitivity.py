@@ -20,7 +20,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -32,6 +31,7 @@ from lowvram_lab.model.formats import GROUP_SIZES, Format, get_format
 from lowvram_lab.model.spec import ModelSpec, ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.gptq import gptq, output_error
+from lowvram_lab.weights.head import head_gradient, head_logits
 from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, OutputGradients, captured_inputs
 from lowvram_lab.weights.solvers import round_to_nearest, search_clip
@@ -175,10 +175,10 @@ def _head(stream: LayerByLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
     Returns:
         The gradient at the last layer's output, the moments of the head's inputs, and ``G_o`` of its rows.
     """
-    name, generator = stream.spec.head, _generator(0)
-    weight, bias = stream.weight(name), stream.bias(name)
+    generator = _generator(0)
+    rows, count, bias = stream.head()
     moments = 0
-    importance = torch.zeros(weight.shape[0])
+    importance = torch.zeros(count)
     tokens = hidden.shape[:-1].numel()
     gradient = torch.empty_like(hidden)
     pieces = [states.flatten(0, 1).split(HEAD_TOKENS) for states in (hidden, gradient)]
@@ -187,12 +187,12 @@ def _head(stream: LayerByLayer, hidden: torch.Tensor) -> tuple[torch.Tensor, tor
         with torch.enable_grad():
             normed = stream.norm(states)
         x = normed.detach()
-        probabilities = torch.softmax(F.linear(x, weight, bias), dim=-1)
+        probabilities = torch.softmax(head_logits(x, rows, count, bias), dim=-1)
         labels = torch.multinomial(probabilities, 1, generator=generator)
         importance += (probabilities - probabilities.square()).sum(dim=0)
         moments = moments + x.T @ x
         probabilities.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=x.dtype))  # now d(-log p) / dlogits
-        normed.backward(probabilities @ weight)
+        normed.backward(head_gradient(probabilities, rows))
         into.copy_(states.grad)
     return gradient, moments / tokens, importance / tokens
 
@@ -217,9 +217,9 @@ class _Estimate:
                     stream.run(layer, states).backward(arriving)
                     arriving.copy_(states.grad)
                     inputs.add(seen)
-            for name, module in named.items():
-                importance = outputs[name] / inputs.tokens
-                self._add(stream.spec.module(name), module.weight.detach(), inputs[name], importance)
+        for name in named:  # without the layer: what GPTQ needs takes as much room again
+            importance = outputs[name] / inputs.tokens
+            self._add(stream.spec.module(name), stream.stored(f"{name}.weight"), inputs[name], importance)
 
     def add_tables(
         self, ids: torch.Tensor, gradient: torch.Tensor, moments: torch.Tensor, importance: torch.Tensor
