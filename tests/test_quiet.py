@@ -14,8 +14,9 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository.gguf import convert_gguf
 from tests.helpers.checkpoints import write_model
+from tests.helpers.gguf_files import write_gguf
 from tests.helpers.tiny import tiny_config
-from tests.model.test_source import LLAMA, write_gguf
+from tests.model.test_source import LLAMA
 
 NESTED = "\x1b[A"  # what tqdm writes to leave the line of an inner bar
 

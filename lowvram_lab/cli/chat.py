@@ -177,11 +177,10 @@ def open_session(args: argparse.Namespace, kind: type[Session], check: Callable[
         raise LowvramError("--salt-file is for prompts that are remembered; give --remember SIZE as well")
     if check:
         check(plan)
-    source.fetch(sys.stderr.isatty())
+    source.small_files(sys.stderr.isatty())
     if (of_files := source.spec()).fingerprint != spec.fingerprint:  # a head of its own, where the config ties it
         plan, profile, _ = chosen_plan(args, of_files, gpu)
     print(f"{plan.summary()}; on {gpu.name}\n{profile.summary()}", file=sys.stderr)
-    source.fetch(progress=sys.stderr.isatty())
     tokenizer = source.tokenizer()
     if kind is ChatSession:
         chat_template(tokenizer, options["template_arguments"])

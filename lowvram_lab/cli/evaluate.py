@@ -120,7 +120,7 @@ def _battery_tokenizer(source: Source):
 
 def _evaluated_plan(args: argparse.Namespace, spec: ModelSpec, window: int):
     """The stated plan, or the model as it is, on the CPU in the dtype asked for."""
-    plan = stated_format(args, spec) or Plan.uniform(spec, "stored" if spec.stored else "bf16", context=window)
+    plan = stated_format(args, spec) or Plan.uniform(spec, "stored" if spec.as_it_is else "bf16", context=window)
     modules = {
         name: a.stored_as(args.dtype if get_format(a.format).kind == "float" else a.format).moved("cpu")
         for name, a in plan.modules.items()

@@ -141,7 +141,7 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
         if args.context:
             plan = replace(plan, context=args.context)
     elif args.format or default_format:
-        recipe = args.format or ("stored" if spec.stored else default_format)
+        recipe = args.format or ("stored" if spec.as_it_is else default_format)
         if recipe == SIXTEEN_BITS:
             recipe = sixteen_bits(spec, card, args.context)
         dtype = None if names_its_dtype(recipe) else sixteen_bits(spec, card, args.context)

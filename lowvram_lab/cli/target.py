@@ -106,7 +106,7 @@ def _stated(args: argparse.Namespace, spec: ModelSpec, target: Target) -> Plan:
         plan = replace(plan, context=args.context or plan.context)
         plan = plan if args.disk_layers is None else to_cpu(plan, args.disk_layers)
     else:
-        recipe = args.format or ("stored" if spec.stored else "bf16")
+        recipe = args.format or ("stored" if spec.as_it_is else "bf16")
         plan = to_cpu(Plan.uniform(spec, recipe, context=args.context or 2048), args.disk_layers or 0)
     plan = with_settings(args, plan)
     return replace(plan, threads=threads_of(target, plan.threads), precision=args.precision or plan.precision)

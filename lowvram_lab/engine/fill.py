@@ -10,11 +10,11 @@ from lowvram_lab.engine.nested import Elsewhere, NestedLinear, Planes
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.checkpoint import Checkpoint
-from lowvram_lab.model.formats import DTYPES, get_format
+from lowvram_lab.model.formats import DTYPES, Format, get_format
 from lowvram_lab.model.plan import Plan, compute_place
 from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.solvers import is_finite
-from lowvram_lab.weights.stored import stored_low_plane, stored_tensors
+from lowvram_lab.weights.stored import kept_tensors, stored_low_plane, stored_tensors
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Filler:
             layer.fill(stored, self._mover(module))
             if isinstance(layer, NestedLinear):
                 self._fill_low(module, layer)
+        elif (kept := self._kept(module, fmt)) is not None:
+            layer.fill(kept, self._mover(module))
         else:
             weight = self._read(module, "weight")
             weight = weight.T.contiguous() if module.transposed else weight
@@ -68,6 +70,13 @@ class Filler:
         if "bias" in module.parameters:
             layer.bias = self._parameter(module, "bias")
         return layer
+
+    def _kept(self, module: ModuleSpec, fmt: Format) -> dict[str, torch.Tensor] | None:
+        """See ``kept_tensors``."""
+        if self.gpu.meta or fmt.planes > 1:
+            return None
+        with self.gpu.unmetered():
+            return kept_tensors(module.name, fmt, self.weights)
 
     def fill_low_plane(self, module: ModuleSpec) -> None:
         """Gives a module that is there the low plane of the plan, as it is stored."""

@@ -176,14 +176,15 @@ class QuantizedLinear(Quantized):
 
 
 class _Int8Rows:
-    """One int8 code a weight, one bf16 scale an output feature."""
+    """One int8 code a weight, one bf16 scale an output feature or, of formats with groups, a group of inputs."""
 
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See ``Quantized``."""
         codes, scale = self.weight[select], self.scale[select]
         if self.dequantises(select, dtype):
             return product.dequantized(codes, scale, codes.shape[0], 8, dtype)
-        return codes.to(dtype).mul_(scale.to(dtype).unsqueeze(1))
+        groups = codes.to(dtype).view(codes.shape[0], -1, self.format.group_size or codes.shape[1])
+        return groups.mul_(scale.to(dtype).view(*groups.shape[:2], 1)).view(codes.shape)
 
 
 class _Int4Rows:
@@ -219,7 +220,7 @@ class _PackedRows:
 
 
 class Int8Linear(_Int8Rows, QuantizedLinear):
-    """Our kernel on the CPU; without a compiler torch's, for widths that it reads."""
+    """Our kernel on the CPU; without a compiler torch's, for widths that it reads and scales of whole rows."""
 
     held = ("weight", "scale")
 
@@ -231,7 +232,8 @@ class Int8Linear(_Int8Rows, QuantizedLinear):
 
     def by_torch(self) -> bool:
         """Whether torch's kernel multiplies few tokens."""
-        return self.kernels == "cpu" and self.in_features % INT8_COLUMNS == 0 and not self.has_our_kernel()
+        known = self.format.group_size is None and self.in_features % INT8_COLUMNS == 0
+        return known and self.kernels == "cpu" and not self.has_our_kernel()
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         """A CPU kernel for few tokens, dequantised tiles for many and on CUDA."""

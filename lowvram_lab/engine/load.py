@@ -73,7 +73,7 @@ def load(
     spec = plan.spec
     gpu = gpu or open_gpu()
     if checkpoint is None:
-        checkpoint = find_source(plan.model).checkpoint()
+        checkpoint = find_source(plan.model).checkpoint(progress)
     _check_names_and_shapes(plan, checkpoint)
     if not gpu.meta:
         _check_machine(plan, spec.modules, checkpoint, gpu)

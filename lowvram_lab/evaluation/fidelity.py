@@ -24,6 +24,8 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import sample_text
 from lowvram_lab.quiet import quiet_transformers
+from lowvram_lab.repository.gguf import dequantised
+from lowvram_lab.repository.gguf_weights import GgufWeights
 from lowvram_lab.repository.text import begins_with, first_ids, plain_ids, windows_in_words
 from lowvram_lab.units import format_bytes
 
@@ -151,7 +153,10 @@ def load_reference(
     """
     whole = reference_plan(plan, spec)
     check_room(whole)
-    directory = (checkpoint or find_source(whole.model).checkpoint()).directory
+    checkpoint = checkpoint or find_source(whole.model).checkpoint()
+    directory = checkpoint.directory
+    if isinstance(checkpoint, GgufWeights):
+        return dequantised(checkpoint.files[0]).to(DTYPES[plan.dtype]).eval().requires_grad_(False)
     with tqdm(total=1, desc="reference", unit="model", disable=not progress, leave=False), quiet_transformers():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -239,7 +239,7 @@ def check_tensor(name: str, shape: tuple[int, ...], weights: object) -> None:
 
 def misfit(name: str, weights: object, expected: str) -> CheckpointError:
     """The error of a tensor that is not what the config says: the file that holds it, both shapes, and what to do."""
-    where = weights.where(name) if isinstance(weights, Checkpoint) else name
+    where = weights.where(name) if hasattr(weights, "where") else name
     return CheckpointError(
         f"{where}: expected {expected}; config.json and the weights are not of one model: take both from one repository"
     )

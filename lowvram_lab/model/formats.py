@@ -69,8 +69,8 @@ class Format:
 
     Attributes:
         name: As written in a plan, e.g. ``"int4-g128"``.
-        kind: ``"float"``, ``"int8"`` (one scale per output channel), ``"int4"`` (scale and zero per group of
-            ``group_size`` inputs, as torch's kernels want them), ``"packed"`` (2 to 6 bits packed tight, a scale per
+        kind: ``"float"``, ``"int8"`` (a scale per output channel or per group), ``"int4"`` (scale and zero per group
+            of ``group_size`` inputs, as torch's kernels want them), ``"packed"`` (2 to 6 bits packed tight, a scale per
             group; on the CPU a kernel of ours) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
         bits: Bits of one code, without scales.
         group_size: Weights that share a scale, or ``None`` for a whole row.
@@ -117,7 +117,8 @@ class Format:
             return {"weight": TensorSpec(tuple(shape), DTYPES.get(self.name, dtype))}
         rows, columns = shape
         if self.kind == "int8":
-            return {"weight": TensorSpec((rows, columns), torch.int8), "scale": TensorSpec((rows,), SCALE_DTYPE)}
+            scales = (rows, columns // self.group_size) if self.group_size else (rows,)
+            return {"weight": TensorSpec((rows, columns), torch.int8), "scale": TensorSpec(scales, SCALE_DTYPE)}
         if self.kind == "int4":
             groups = columns // self.group_size
             return {
@@ -150,7 +151,7 @@ class Format:
         if module_kind not in self.modules:
             return f"{self.name} is for {' and '.join(self.modules)} modules, found a module of kind {module_kind}"
         rows, columns = shape
-        if self.kind in ("int4", "packed") and columns % self.group_size:
+        if self.kind in ("int8", "int4", "packed") and columns % (self.group_size or 1):
             return f"{self.name} needs in_features divisible by {self.group_size}, found {columns}"
         if self.kind == "nf4" and rows * columns % self.group_size:
             return f"{self.name} needs a multiple of {self.group_size} weights, found {rows} x {columns}"
@@ -171,6 +172,7 @@ def _table() -> dict[str, Format]:
         Format("bf16", "float", 16, modules=everything),
         Format("fp16", "float", 16, modules=everything),
         Format("int8", "int8", 8, modules=tables),
+        Format("int8-g32", "int8", 8, 32, tables),  # what llama.cpp's Q8_0 holds
         *(grouped(bits, size) for bits in (6, 5, 4, 3, 2) for size in (64, *(s for s in GROUP_SIZES if s != 64))),
         Format("nf4", "nf4", 4, group_size=64),
         *(Format(f"int4+4{'' if size == 64 else f'-g{size}'}", "int4", 4, size, planes=2) for size in sizes),

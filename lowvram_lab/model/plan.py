@@ -134,7 +134,7 @@ class Plan:
         recipe = "stored" if str(recipe).lower() == "stored" else get_format(recipe).name
         if recipe == "stored":
             dtype = dtype or "bf16"
-            formats = {m.name: spec.stored.get(m.name, dtype) for m in spec.modules}
+            formats = {m.name: spec.as_it_is.get(m.name, dtype) for m in spec.modules}
         else:
             dtype = dtype or (recipe if get_format(recipe).kind == "float" else "bf16")
             formats = {m.name: _uniform_format(m, spec, recipe, dtype) for m in spec.modules}

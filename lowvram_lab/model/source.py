@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,8 @@ from lowvram_lab.repository.tokenizer_files import cannot_open, require_tokenize
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from lowvram_lab.repository.gguf_weights import GgufWeights
 
 logger = logging.getLogger(__name__)
 
@@ -102,6 +104,8 @@ class Source:
         """
         config = self.config()
         spec = ModelSpec.from_config(config, name or self.name)
+        if self.kind == "gguf":
+            return replace(spec, held=self._held(spec))
         shares = any(module.tied_to or module.shared for module in spec.modules)
         checkpoint = self._checkpoint_here() if shares else None
         differing = differing_ties(spec, with_model_names(spec, checkpoint)) if checkpoint else []
@@ -111,8 +115,23 @@ class Source:
         config.tie_word_embeddings = False
         return ModelSpec.from_config(config, spec.name)
 
+    def _held(self, spec: ModelSpec) -> dict[str, str]:
+        """``ModelSpec.held`` of a ``.gguf`` file, from its header alone."""
+        from lowvram_lab.repository.gguf_config import is_read_here
+        from lowvram_lab.repository.gguf_header import read_gguf_header
+        from lowvram_lab.repository.gguf_weights import kept_formats, tensor_names
+
+        header = read_gguf_header(self.path())
+        if not is_read_here(header):
+            return {}
+        matrices = [module for module in spec.modules if module.kind != "other"]
+        weights = {f"{module.name}.weight": module.name for module in matrices if not module.tied_to}
+        names = tensor_names(header, weights, spec.num_hidden_layers)
+        found = kept_formats(header, {weights[parameter]: name for parameter, name in names.items()})
+        return found | {module.name: found[module.tied_to] for module in matrices if module.tied_to in found}
+
     def fetch(self, progress: bool = True) -> Path:
-        """A finished local directory: ``config.json``, ``*.safetensors`` and the tokenizer's files.
+        """A finished local directory that stock transformers opens: config, ``*.safetensors``, the tokenizer's files.
 
         Args:
             progress: Show what is going on, on stderr.
@@ -141,7 +160,30 @@ class Source:
         Raises:
             SourceError: No tokenizer, or one that needs the repository's own code.
         """
-        return open_tokenizer(self.fetch())
+        return open_tokenizer(self.small_files())
+
+    def small_files(self, progress: bool = True) -> Path:
+        """A directory with its config, tokenizer and generation config; weights are beside them unless it is a GGUF.
+
+        Args:
+            progress: Show what is going on, on stderr.
+
+        Raises:
+            CheckpointError: As :meth:`fetch`.
+            SourceError: As :meth:`fetch`.
+        """
+        if self.kind != "gguf" or not self._is_read_as_it_is():
+            return self.fetch(progress)
+        from lowvram_lab.repository.gguf import small_files
+
+        return small_files(self.path(progress), progress)
+
+    def _is_read_as_it_is(self) -> bool:
+        """Whether a ``.gguf`` file's tensors are read from it, without a conversion."""
+        from lowvram_lab.repository.gguf_config import is_read_here
+        from lowvram_lab.repository.gguf_header import read_gguf_header
+
+        return is_read_here(read_gguf_header(self.path()))
 
     def require_tokenizer(self) -> None:
         """Refuses a tokenizer that cannot be opened here for want of files or packages, before weights are loaded.
@@ -170,10 +212,10 @@ class Source:
             return False
         if self.kind != "gguf":
             return False
-        from lowvram_lab.repository.gguf import is_converted
+        from lowvram_lab.repository.gguf import has_small_files
 
         here = Path(self.name).expanduser()
-        return not (here.exists() and is_converted(here))
+        return not (here.exists() and has_small_files(here))
 
     def require_chat_template(self, arguments: Collection[str] = ()) -> None:
         """Refuses a model that cannot chat so, before anything large is fetched, converted or loaded.
@@ -202,10 +244,11 @@ class Source:
         if found is not None:
             chat_template.check_arguments(found, arguments)
 
-    def checkpoint(self, progress: bool = True) -> Checkpoint:
+    def checkpoint(self, progress: bool = True) -> Checkpoint | GgufWeights:
         """The model's tensors, to be read one at a time by the names of its parameters, as transformers renames them.
 
-        Those of an architecture that has no spec here bear the names in the files.
+        Those of an architecture that has no spec here bear the names in the files. A ``.gguf`` file is read where it
+        lies.
 
         Args:
             progress: Show what is going on, on stderr.
@@ -214,6 +257,8 @@ class Source:
             CheckpointError: As :meth:`fetch`; or a tensor would have to be computed from several stored ones.
             SourceError: As :meth:`fetch`.
         """
+        if self.kind == "gguf" and self._is_read_as_it_is():
+            return self._gguf_weights(progress)
         checkpoint, config = Checkpoint(self.fetch(progress)), self.config()
         _refuse_other_files(config, checkpoint)
         try:
@@ -221,6 +266,18 @@ class Source:
         except CheckpointError:
             return checkpoint
         return with_model_names(spec, checkpoint)
+
+    def _gguf_weights(self, progress: bool) -> GgufWeights:
+        """The tensors of a ``.gguf`` file, where they lie."""
+        from lowvram_lab.repository.gguf_header import read_gguf_header
+        from lowvram_lab.repository.gguf_weights import GgufWeights
+
+        path, config = self.path(progress), self.config()
+        spec = ModelSpec.from_config(config, self.name)
+        shapes = {f"{module.name}.{key}": shape for module in spec.modules for key, shape in module.own.items()}
+        heads = config.num_attention_heads, config.num_key_value_heads
+        header = read_gguf_header(path)
+        return GgufWeights(path, header, shapes, spec.num_hidden_layers, heads, self.small_files(progress))
 
     def _checkpoint_here(self) -> Checkpoint | None:
         """The files of a model whose config may err, where all of them are on this machine."""

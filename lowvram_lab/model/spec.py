@@ -86,6 +86,8 @@ class ModelSpec:
         head: Path of the head.
         tied: Whether the head shares the embedding's weight.
         stored: Module name → format of the modules a converted checkpoint holds quantised; empty for 16-bit ones.
+        held: Module name → format in which a file holds a weight that can be read in floats as well: what the recipe
+            ``"stored"`` means then, and another format may be made of.
     """
 
     name: str
@@ -102,6 +104,12 @@ class ModelSpec:
     head: str = "lm_head"
     tied: bool = False
     stored: dict[str, str] = field(default_factory=dict, repr=False)
+    held: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def as_it_is(self) -> dict[str, str]:
+        """Module name → format, of what the model's files hold quantised."""
+        return self.stored or self.held
 
     @classmethod
     def from_config(cls, config: PretrainedConfig, name: str = "") -> ModelSpec:

@@ -31,7 +31,7 @@ from lowvram_lab.planner.profile import MemoryProfile, SpeedProfile, Workload
 from lowvram_lab.planner.search import CONTEXT_STEP, budget_of, forecast_if_possible, largest_fitting, most_layers
 from lowvram_lab.planner.speed import forecast_speed, stream_threshold
 from lowvram_lab.planner.suggest import SHORTEST_CONTEXT
-from lowvram_lab.planner.suited import names_its_dtype, quick_recipes, suited
+from lowvram_lab.planner.suited import names_its_dtype, not_above_held, quick_recipes, suited
 from lowvram_lab.rates.machine import Machine
 from lowvram_lab.units import format_bytes, parse_bytes
 
@@ -115,6 +115,7 @@ def auto_plan(
         gpu, ram, disk = _budgets(gpu, ram, disk)
     budget = budget_of(gpu)
     usual, dtype, of_card = (("stored",), None, "") if spec.stored else suited(spec, budget, context)
+    usual = not_above_held(spec, usual)
     if recipes is None:
         recipes = quick_recipes(usual) if prefer == "speed" and not spec.stored else usual
     elif recipes != usual:

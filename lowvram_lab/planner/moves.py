@@ -87,7 +87,9 @@ def weights_loss(plan: Plan) -> float:
         if module.kind in ("linear", "embedding"):
             weights = math.prod(module.weight_shape)
             total += weights
-            lost += weights * FORMAT_LOSS.get(plan.modules[module.name].format.partition("-")[0], 0.0)
+            chosen = plan.modules[module.name].format
+            if chosen != plan.spec.held.get(module.name):  # of the codes that a file holds nothing is lost
+                lost += weights * FORMAT_LOSS.get(chosen.partition("-")[0], 0.0)
     return lost / total if total else 0.0
 
 

@@ -20,7 +20,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.moves import chunk_sizes, forecast_loss, kv_formats
 from lowvram_lab.planner.profile import SpeedProfile, Workload
 from lowvram_lab.planner.speed import forecast_speed
-from lowvram_lab.planner.suited import RECIPES, quick_recipes
+from lowvram_lab.planner.suited import RECIPES, not_above_held, quick_recipes
 from lowvram_lab.rates.profile import ASSUMED
 from lowvram_lab.rates.target import Target
 from lowvram_lab.units import MiB, format_bytes, parse_bytes
@@ -196,7 +196,7 @@ def plan_on(
     if prefer not in PREFERENCES:
         raise PlanError(f"expected prefer {', '.join(PREFERENCES)}, found {prefer!r}")
     disk_bytes = None if disk is None else parse_bytes(disk)
-    recipes = ("stored",) if spec.stored else quick_recipes(RECIPES)
+    recipes = ("stored",) if spec.stored else quick_recipes(not_above_held(spec, RECIPES))
     settings["threads"] = threads_of(target, settings.get("threads"))
     bases = [
         replace(to_cpu(Plan.uniform(spec, recipe, context=context)), kv_format=kv, **settings)

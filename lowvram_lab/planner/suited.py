@@ -34,6 +34,17 @@ def quick_recipes(recipes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted((*recipes, *QUICK), key=lambda name: FORMAT_LOSS.get(name, 0.0)))
 
 
+def not_above_held(spec: ModelSpec, recipes: tuple[str, ...]) -> tuple[str, ...]:
+    """Recipes for a model whose file holds codes: these as they are, then those that take fewer bytes.
+
+    One of more bytes would hold the same values.
+    """
+    if not spec.held:
+        return recipes
+    held = Plan.uniform(spec, "stored", context=2).weight_bytes()
+    return ("stored", *(name for name in recipes if Plan.uniform(spec, name, context=2).weight_bytes() < held))
+
+
 def names_its_dtype(recipe: str) -> bool:
     """Whether a recipe says itself in which dtype to compute: a float format, or what a checkpoint holds.
 

@@ -1,11 +1,13 @@
-"""Open a ``.gguf`` file: check its header, read its config in milliseconds, convert it once to a safetensors directory.
+"""Open a ``.gguf`` file: check its header, read its config in milliseconds, write its tokenizer once.
 
-De-quantising is transformers' and gguf's.
+Where a directory is wanted that stock transformers opens, or of an architecture whose tensors are not read here, it is
+converted to one, once. De-quantising is transformers' and gguf's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository.gguf_config import ROPE_FACTORS, check_keys, complete, config_values, is_read_here
 from lowvram_lab.repository.gguf_header import GgufHeader, read_gguf_header, read_gguf_tensor
 from lowvram_lab.repository.gguf_tokenizer import check_reopens, read_tokenizer
+from lowvram_lab.repository.gguf_weights import tensor_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -71,15 +74,43 @@ def fetch_gguf(path: Path, progress: bool = True) -> Path:
     )
 
 
-def is_converted(path: Path) -> bool:
-    """Whether :func:`fetch_gguf` would return at once."""
+def small_files(path: Path, progress: bool = True) -> Path:
+    """A directory with a ``.gguf`` file's config, tokenizer and generation config: made once, without its weights.
+
+    Raises:
+        CheckpointError: Damaged file.
+        LowvramError: The cache folder cannot be written to.
+    """
+    header = read_gguf_header(path)  # a damaged file is refused before it is hashed
+    if recorded_sha256(path) is None:
+        writable(cache_dir())  # so is a folder that could not keep the files
+    digest = known_sha256(path, progress)
+    if is_finished(converted_path(path.stem, digest), converted_identity(digest)):
+        return converted_path(path.stem, digest)  # they are beside the converted weights
+    return build_directory(
+        _small_path(path.stem, digest),
+        converted_identity(digest),
+        lambda directory: _write_small_files(path, header, directory),
+        source=str(path.absolute()),
+    )
+
+
+def has_small_files(path: Path) -> bool:
+    """Whether they are there: by themselves, or beside converted weights."""
     digest = recorded_sha256(path)
-    return bool(digest) and is_finished(converted_path(path.stem, digest), converted_identity(digest))
+    if not digest:
+        return False
+    folders = converted_path(path.stem, digest), _small_path(path.stem, digest)
+    return any(is_finished(folder, converted_identity(digest)) for folder in folders)
 
 
 def converted_path(stem: str, sha256: str) -> Path:
     """Where the conversion of a GGUF file with this hash is cached."""
     return cache_dir() / "gguf" / f"{stem[:60]}-{sha256[:16]}"
+
+
+def _small_path(stem: str, sha256: str) -> Path:
+    return converted_path(stem, sha256).with_name(f"{stem[:60]}-{sha256[:16]}-files")
 
 
 def converted_identity(sha256: str) -> dict:
@@ -97,12 +128,10 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
         CheckpointError: The file is damaged, lacks tensors, or holds some that the model has no place for.
     """
     from tqdm.auto import tqdm
-    from transformers import AutoTokenizer
 
     header, config = read_gguf_header(path), gguf_config(path)
-    empty = directory / "_empty"  # transformers also looks beside the file, for adapters and tokenizer settings
-    empty.mkdir()
-    location = {"gguf_file": str(path.absolute()), "trust_remote_code": False}
+    empty = _empty(directory)
+    location = _location(path)
     with (
         tqdm(total=3, desc="converting GGUF", disable=not progress, leave=False) as steps,
         _one_line_errors(path, "convert it"),
@@ -118,12 +147,53 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
         steps.update()
 
         steps.set_postfix_str("converting the tokenizer")
-        tokenizer = read_tokenizer(header, path) or AutoTokenizer.from_pretrained(str(empty), **location)
-        tokenizer.model_max_length = config.max_position_embeddings  # GGUF has no such field, and 1e30 helps nobody
-        tokenizer.save_pretrained(directory)
-        check_reopens(tokenizer, directory, header, path)
+        _save_tokenizer(path, header, config, directory, empty)
         steps.update()
     empty.rmdir()
+
+
+def dequantised(path: Path) -> PreTrainedModel:
+    """A ``.gguf`` file as stock transformers opens it: in RAM, in floats.
+
+    Raises:
+        CheckpointError: The file is damaged, lacks tensors, or holds some that the model has no place for.
+    """
+    header, config = read_gguf_header(path), gguf_config(path)
+    with tempfile.TemporaryDirectory() as empty, _one_line_errors(path, "read it"), quiet_transformers():
+        loaded, report = _dequantised(Path(empty), config, _location(path))
+        _check_complete(path, header, loaded, report)
+    return loaded
+
+
+def _write_small_files(path: Path, header: GgufHeader, directory: Path) -> None:
+    config, empty = gguf_config(path), _empty(directory)
+    with _one_line_errors(path, "read its tokenizer"), quiet_transformers():
+        fresh = _fresh(config, header)
+        config.architectures = [type(fresh).__name__]
+        config.save_pretrained(directory)
+        fresh.generation_config.save_pretrained(directory)
+        _save_tokenizer(path, header, config, directory, empty)
+    empty.rmdir()
+
+
+def _empty(directory: Path) -> Path:
+    """A folder to read from: transformers also looks beside a file, for adapters and tokenizer settings."""
+    empty = directory / "_empty"
+    empty.mkdir()
+    return empty
+
+
+def _location(path: Path) -> dict:
+    return {"gguf_file": str(path.absolute()), "trust_remote_code": False}
+
+
+def _save_tokenizer(path: Path, header: GgufHeader, config: PretrainedConfig, directory: Path, empty: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = read_tokenizer(header, path) or AutoTokenizer.from_pretrained(str(empty), **_location(path))
+    tokenizer.model_max_length = config.max_position_embeddings  # GGUF has no such field, and 1e30 helps nobody
+    tokenizer.save_pretrained(directory)
+    check_reopens(tokenizer, directory, header, path)
 
 
 def _dequantised(empty: Path, config: PretrainedConfig, location: dict) -> tuple:
@@ -146,15 +216,21 @@ def _save(loaded: PreTrainedModel, config: PretrainedConfig, header: GgufHeader,
 
     The loaded model calls itself quantised and refuses ``save_pretrained``: its tensors go to one that is not.
     """
+    fresh = _fresh(config, header)
+    fresh.load_state_dict(loaded.state_dict(), assign=True)
+    fresh.tie_weights()
+    fresh.save_pretrained(directory, max_shard_size="2GB")
+
+
+def _fresh(config: PretrainedConfig, header: GgufHeader) -> PreTrainedModel:
+    """The model on meta, with the file's generation config."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     with torch.device("meta"):
         fresh = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
-    fresh.load_state_dict(loaded.state_dict(), assign=True)
-    fresh.tie_weights()
     token_ids = {name: getattr(config, name, None) for name in ("bos_token_id", "pad_token_id")}
     fresh.generation_config = GenerationConfig(eos_token_id=_stop_ids(header), **token_ids)
-    fresh.save_pretrained(directory, max_shard_size="2GB")
+    return fresh
 
 
 def _check_complete(path: Path, header: GgufHeader, model: PreTrainedModel, report: dict) -> None:
@@ -162,25 +238,12 @@ def _check_complete(path: Path, header: GgufHeader, model: PreTrainedModel, repo
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"{path}: lacks {len(missing)} tensors, first {missing[0]}; download the file again")
     read = {ROPE_FACTORS} if is_read_here(header) else set()  # which are in the config
-    if dropped := sorted(header.tensors.keys() - _tensor_names(header, model) - read):
+    known = set(tensor_names(header, model.state_dict(), model.config.num_hidden_layers).values())
+    if dropped := sorted(header.tensors.keys() - known - read):
         raise CheckpointError(
             f"{path}: holds {len(dropped)} tensors that a {header.architecture} model has no place for, first "
             f"{dropped[0]}; pick a plain conversion of the model"
         )
-
-
-def _tensor_names(header: GgufHeader, model: PreTrainedModel) -> set[str]:
-    """What GGUF calls the model's parameters."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
-    names = get_tensor_name_map(number, model.config.num_hidden_layers)
-    found = set()
-    for name in model.state_dict():
-        module, _, key = name.rpartition(".")
-        for path in (module, module.partition(".")[2]):  # some were converted from the model without its head
-            found.add(f"{names.get_name(path)}.{key}")
-    return found
 
 
 def _stop_ids(header: GgufHeader) -> int | list[int] | None:

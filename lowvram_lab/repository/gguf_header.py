@@ -8,6 +8,7 @@ Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -44,6 +45,12 @@ class GgufHeader:
             return "float16"
         return "float32" if kinds <= {_GGML_F32, _GGML_F16} else "bfloat16"
 
+    def type_name(self, name: str) -> str:
+        """GGML's name for the type of a tensor, such as ``"Q4_K"``."""
+        from gguf import GGMLQuantizationType
+
+        return GGMLQuantizationType(self.places[name][0]).name
+
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Reads metadata and the tensor table, and checks that every tensor lies within the file.
@@ -52,8 +59,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
         CheckpointError: Not a GGUF file, an unknown version, truncated, or damaged.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _parse(data)
+        facts = path.stat()
+        return _parse_file(path.absolute(), (facts.st_size, facts.st_mtime_ns))
     except (OSError, ValueError, KeyError, struct.error, OverflowError) as error:
         raise CheckpointError(
             f"{path}: damaged or truncated GGUF ({error or 'unreadable'}); download the file again"
@@ -68,6 +75,12 @@ def read_gguf_tensor(path: Path, header: GgufHeader, name: str) -> np.ndarray:
     shape, (kind, start) = header.tensors[name], header.places[name]
     data = np.fromfile(path, np.uint8, _tensor_bytes(name, shape, kind), offset=start)
     return dequantize(data, GGMLQuantizationType(kind)).reshape(shape)
+
+
+@functools.lru_cache(maxsize=4)  # of a vocabulary, parsed whenever a spec is asked for
+def _parse_file(path: Path, _stamp: tuple) -> GgufHeader:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _parse(data)
 
 
 def _parse(data: mmap.mmap) -> GgufHeader:
@@ -103,13 +116,24 @@ def _parse(data: mmap.mmap) -> GgufHeader:
     return GgufHeader(metadata, {name: shape for name, (shape, _, _) in tensors.items()}, places)
 
 
-def _tensor_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
+def row_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
+    """Bytes of a tensor's row.
+
+    Raises:
+        ValueError: An unknown type, or a row that is no whole number of blocks.
+    """
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     if kind not in GGMLQuantizationType.__members__.values():
         raise ValueError(f"tensor {name} has the unknown type {kind}")
     block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-    return math.prod(shape) // block_elements * block_bytes
+    if shape and shape[-1] % block_elements:
+        raise ValueError(f"tensor {name} has rows of {shape[-1]} weights, expected blocks of {block_elements}")
+    return (shape[-1] if shape else 1) // block_elements * block_bytes
+
+
+def _tensor_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
+    return math.prod(shape[:-1]) * row_bytes(name, shape, kind)
 
 
 def _string(data: mmap.mmap, position: int) -> tuple[str, int]:

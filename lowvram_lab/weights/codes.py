@@ -94,9 +94,9 @@ class IntegerWeight:
         """What a layer of the format holds.
 
         Returns:
-            int8: ``weight`` int8 ``(out, in)``, ``scale`` ``(out,)``. int4: ``codes`` uint8 ``(out, in)`` of 0…15 (the
-            layer packs them as its kernel likes), ``scale_and_zero`` ``(groups, out, 2)``. Packed formats: ``packed``
-            int32, ``scale`` ``(out, groups)``.
+            int8: ``weight`` int8 ``(out, in)``, ``scale`` ``(out,)`` or, with groups, ``(out, groups)``. int4:
+            ``codes`` uint8 ``(out, in)`` of 0…15 (the layer packs them as its kernel likes), ``scale_and_zero``
+            ``(groups, out, 2)``. Packed formats: ``packed`` int32, ``scale`` ``(out, groups)``.
 
         Raises:
             PlanError: Zero points, in a format without a place for them.
@@ -104,7 +104,7 @@ class IntegerWeight:
         if fmt.kind != "int4" and self.zero is not None:
             raise PlanError(f"{fmt.name} has no place for zero points; give it a symmetric solution")
         if fmt.kind == "int8":
-            return {"weight": self.codes, "scale": self.scale.squeeze(1)}
+            return {"weight": self.codes, "scale": self.scale if fmt.group_size else self.scale.squeeze(1)}
         if fmt.kind == "int4":
             zero = torch.zeros_like(self.scale) if self.zero is None else self.zero
             pairs = torch.stack((self.scale.T, zero.T), dim=-1).contiguous()

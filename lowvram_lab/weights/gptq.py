@@ -50,7 +50,8 @@ def gptq(
     step = max(64, ROW_BYTES // (4 * weight.shape[1]))
     search = search_clip if symmetric else search_range
     pieces = []
-    for rows in weight.float().split(step):
+    for rows in weight.split(step):
+        rows = rows.float()
         start = search(rows, fmt, moments.diagonal())
         pieces.append(_gptq_rows(rows, fmt, start, spread, order))
     return joined(pieces)

@@ -42,22 +42,35 @@ def solve(
     Raises:
         CheckpointError: Even that is useless.
     """
-    solutions, pieces = {}, weight.split(SOLVE_ROWS)
-    if solver == "gptq" and moments is not None:
-        solutions["gptq"] = gptq(weight, fmt, moments, symmetric=symmetric)
-    if solver != "rtn":
-        importance = moments.diagonal() if moments is not None else None
-        search = search_clip if symmetric else search_range
-        solutions["clip"] = joined([search(rows, fmt, importance) for rows in pieces])
-    if solver == "rtn" or fmt.kind == "int8":
-        solutions["rtn"] = joined([round_to_nearest(rows, fmt, symmetric=symmetric) for rows in pieces])
-    errors = {kind: relative_error(weight, solution, moments) for kind, solution in solutions.items()}
-    best = min(errors, key=errors.get)
-    if not errors[best] <= WORST_OUTPUT_ERROR:  # NaN too
-        raise CheckpointError(
-            f"{name}: in {fmt.name} its output is off by {errors[best]:.0%} of itself; give it more bits"
-        )
-    return solutions[best], best, errors[best]
+    best = None
+    for kind in _kinds(fmt, moments, solver):  # a table's solution is hundreds of MiB: two are there at a time
+        found = _solved(weight, fmt, moments, kind, symmetric)
+        error = relative_error(weight, found, moments)
+        if best is None or error < best[2]:
+            best = found, kind, error
+    if not best[2] <= WORST_OUTPUT_ERROR:  # NaN too
+        raise CheckpointError(f"{name}: in {fmt.name} its output is off by {best[2]:.0%} of itself; give it more bits")
+    return best
+
+
+def _kinds(fmt: Format, moments: torch.Tensor | None, solver: str) -> list[str]:
+    """Solvers that are tried."""
+    kinds = ["gptq"] if solver == "gptq" and moments is not None else []
+    kinds += ["clip"] if solver != "rtn" else []
+    return [*kinds, "rtn"] if solver == "rtn" or fmt.kind == "int8" else kinds
+
+
+def _solved(
+    weight: torch.Tensor, fmt: Format, moments: torch.Tensor | None, kind: str, symmetric: bool
+) -> IntegerWeight:
+    if kind == "gptq":
+        return gptq(weight, fmt, moments, symmetric=symmetric)
+    pieces = weight.split(SOLVE_ROWS)
+    if kind == "rtn":
+        return joined([round_to_nearest(rows, fmt, symmetric=symmetric) for rows in pieces])
+    importance = moments.diagonal() if moments is not None else None
+    search = search_clip if symmetric else search_range
+    return joined([search(rows, fmt, importance) for rows in pieces])
 
 
 def relative_error(weight: torch.Tensor, solution: IntegerWeight, moments: torch.Tensor | None) -> float:

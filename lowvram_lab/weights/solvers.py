@@ -53,8 +53,9 @@ def quantize(weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
     if not is_finite(weight):
         raise CheckpointError(f"cannot quantise to {fmt.name}: the weight has NaN or infinite values")
     if fmt.kind == "nf4":
-        return by_rows(weight, lambda chunk: _nf4(chunk, fmt))
-    return by_rows(weight, lambda chunk: round_to_nearest(chunk, fmt, symmetric=fmt.kind != "int4").tensors(fmt))
+        return by_rows(weight.shape, lambda rows: _nf4(weight[rows], fmt))
+    symmetric = fmt.kind != "int4"
+    return by_rows(weight.shape, lambda rows: round_to_nearest(weight[rows], fmt, symmetric=symmetric).tensors(fmt))
 
 
 def low_plane(weight: torch.Tensor, high: dict[str, torch.Tensor], fmt: Format) -> dict[str, torch.Tensor]:
@@ -65,31 +66,28 @@ def low_plane(weight: torch.Tensor, high: dict[str, torch.Tensor], fmt: Format) 
         high: What ``quantize`` made of it.
         fmt: A format of two planes.
     """
-    done = 0
 
-    def solve(chunk: torch.Tensor) -> dict[str, torch.Tensor]:
-        nonlocal done
-        rows = slice(done, done + len(chunk))
-        done = rows.stop
+    def solve(rows: slice) -> dict[str, torch.Tensor]:
         part = {"codes": high["codes"][rows], "scale_and_zero": high["scale_and_zero"][:, rows]}
-        return quantize(chunk.float() - dequantize(part, fmt.plane), fmt.low_plane)
+        return quantize(weight[rows].float() - dequantize(part, fmt.plane), fmt.low_plane)
 
-    return by_rows(weight, solve)
+    return by_rows(weight.shape, solve)
 
 
-def by_rows(weight: torch.Tensor, solve: Callable[[torch.Tensor], dict]) -> dict[str, torch.Tensor]:
-    """Solves a chunk of rows at a time and joins the tensors; see ``CHUNK_BYTES``."""
-    rows, step = weight.shape[0], max(64, CHUNK_BYTES // (4 * weight.shape[1]) // 64 * 64)
+def by_rows(shape: tuple[int, int], solve: Callable[[slice], dict]) -> dict[str, torch.Tensor]:
+    """Solves some rows of a weight of ``shape`` at a time and joins the tensors; see ``CHUNK_BYTES``."""
+    rows, step = shape[0], max(64, CHUNK_BYTES // (4 * shape[1]) // 64 * 64)
     result: dict[str, torch.Tensor] = {}
     filled: dict[str, int] = {}
-    for chunk in weight.split(step):
-        for name, piece in solve(chunk).items():
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        for name, piece in solve(slice(begin, end)).items():
             along = 1 if name == "scale_and_zero" else 0  # its first dimension is the group; others begin with the row
             size, start = piece.shape[along], filled.get(name, 0)
             if name not in result:
-                shape = list(piece.shape)
-                shape[along] = size * rows // len(chunk)
-                result[name] = piece.new_empty(shape)
+                whole = list(piece.shape)
+                whole[along] = size * rows // (end - begin)
+                result[name] = piece.new_empty(whole)
             result[name].narrow(along, start, size).copy_(piece)
             filled[name] = start + size
     return result
@@ -109,7 +107,8 @@ def dequantize(tensors: dict[str, torch.Tensor], fmt: Format, dtype: torch.dtype
         dtype: Result dtype.
     """
     if fmt.kind == "int8":
-        return IntegerWeight(tensors["weight"], tensors["scale"].unsqueeze(1)).dequantize(dtype)
+        codes, scale = tensors["weight"], tensors["scale"]
+        return IntegerWeight(codes, scale.view(codes.shape[0], -1)).dequantize(dtype)
     if fmt.kind == "int4":
         scale, zero = tensors["scale_and_zero"].transpose(0, 1).unbind(-1)  # each (out, groups)
         return IntegerWeight(tensors["codes"].to(torch.int8) - INT4_OFFSET, scale, zero).dequantize(dtype)

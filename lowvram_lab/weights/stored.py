@@ -9,7 +9,9 @@ from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.checkpoint import Checkpoint, misfit
 from lowvram_lab.model.formats import SCALE_DTYPE, Format
 from lowvram_lab.model.spec import ModuleSpec
+from lowvram_lab.repository.gguf_weights import GgufWeights
 from lowvram_lab.weights.codes import IntegerWeight, pack, unpack
+from lowvram_lab.weights.solvers import by_rows
 
 
 def tensor_names(name: str, fmt: Format) -> dict[str, str]:
@@ -83,6 +85,23 @@ def check_stored(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> Non
             raise misfit(name, checkpoint, f"shape {shape}{of}, found {found[0]} of {found[1]}")
 
 
+def kept_tensors(name: str, fmt: Format, weights: object) -> dict[str, torch.Tensor] | None:
+    """What a layer of a format is filled with, where a ``.gguf`` file holds the very codes; else ``None``.
+
+    Scales and zeros are rounded to the layer's, which is all that is lost.
+    """
+    weight = f"{name}.weight"
+    if not isinstance(weights, GgufWeights) or weights.integer_format(weight) != fmt.name:
+        return None
+
+    def keep(rows: slice) -> dict[str, torch.Tensor]:
+        codes, scale, zero = weights.integers(weight, rows)
+        scale, zero = (None if each is None else _finite(weight, each).to(SCALE_DTYPE) for each in (scale, zero))
+        return IntegerWeight(codes, scale, zero).tensors(fmt)
+
+    return by_rows(weights.shape(weight), keep)
+
+
 def read_stored(name: str, fmt: Format, read: Callable[[str], torch.Tensor]) -> IntegerWeight:
     """A module's stored codes and scales; ``read`` gives a tensor for its name.
 
@@ -103,7 +122,10 @@ def stored_tensors(name: str, fmt: Format, checkpoint: Checkpoint) -> dict[str, 
 
 
 def _scale(name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-    scale = read(name)
+    return _finite(name, read(name)).to(SCALE_DTYPE)
+
+
+def _finite(name: str, scale: torch.Tensor) -> torch.Tensor:
     if not bool(torch.isfinite(scale).all()):
         raise CheckpointError(f"{name}: expected finite scales, found NaN or infinite values; fetch it anew")
-    return scale.to(SCALE_DTYPE)
+    return scale

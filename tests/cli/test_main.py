@@ -354,7 +354,7 @@ def test_a_model_that_lies_in_a_read_only_cache_folder_is_not_refused(monkeypatc
 
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: pytest.fail("nothing has to be written"))
     monkeypatch.setattr("lowvram_lab.repository.builtin.default_is_cached", lambda: True)
-    monkeypatch.setattr("lowvram_lab.repository.gguf.is_converted", lambda path: path.name == "converted.gguf")
+    monkeypatch.setattr("lowvram_lab.repository.gguf.has_small_files", lambda path: path.name == "converted.gguf")
     (tmp_path / "converted.gguf").touch()
     for source in (
         Source("smollm2-135m", "builtin"),

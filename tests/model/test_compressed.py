@@ -123,7 +123,7 @@ def test_compressed_tensors_reads_the_block_the_same_way():
         assert (weights.num_bits, weights.group_size, weights.symmetric) == (fmt.bits, fmt.group_size, True)
         assert weights.strategy == ("group" if fmt.group_size else "channel")
         assert found[module].input_activations is None
-        assert found[module].format == ("naive-quantized" if name == "int8" else "pack-quantized")
+        assert found[module].format == ("naive-quantized" if fmt.kind == "int8" else "pack-quantized")
 
 
 @pytest.mark.parametrize(

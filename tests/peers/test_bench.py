@@ -408,7 +408,8 @@ def test_llama_cpp_runs_the_very_file(tmp_path, monkeypatch):
     pytest.importorskip("llama_cpp")
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.model.test_source import LLAMA, write_gguf
+    from tests.helpers.gguf_files import write_gguf
+    from tests.model.test_source import LLAMA
 
     monkeypatch.setenv("LOWVRAM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("shutil.which", lambda name: None)

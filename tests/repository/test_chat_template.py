@@ -8,7 +8,8 @@ from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.files import cache_dir
 from lowvram_lab.model.source import find_source
 from tests.helpers.checkpoints import write_model
-from tests.model.test_source import tiny, write_gguf  # noqa: F401 (a fixture)
+from tests.helpers.gguf_files import write_gguf
+from tests.model.test_source import tiny  # noqa: F401 (a fixture)
 
 HUB = "some/model"
 

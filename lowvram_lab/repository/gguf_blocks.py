@@ -1,0 +1,128 @@
+"""The blocks of a ``.gguf`` file's quantised tensors: integers, scales and zeros as they lie, and weights in floats.
+
+A weight is ``code * scale + zero``, with one scale, and perhaps a zero, for every group of codes. What a type of block
+holds by other rules (codes that look values up, scales for fewer codes than a kernel reads together) has no place in a
+format here: such a tensor is read in floats.
+
+Source: ggml's ``ggml-common.h`` and ``ggml-quants.c`` (ggml-org/llama.cpp), where the blocks are described; a test
+holds every type to ``gguf.quants``, another reader of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+SUPER = 256
+"""Weights of a block of the K types, which has scales of its scales."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a type of block holds.
+
+    Attributes:
+        name: GGML's.
+        bits: Of a code.
+        group_size: Codes that share a scale.
+        zeros: Whether a group has a zero beside its scale.
+    """
+
+    name: str
+    bits: int
+    group_size: int
+    zeros: bool
+
+
+BLOCKS = {
+    2: Block("Q4_0", 4, 32, False),
+    3: Block("Q4_1", 4, 32, True),
+    6: Block("Q5_0", 5, 32, False),
+    8: Block("Q8_0", 8, 32, False),
+    12: Block("Q4_K", 4, 32, True),
+}
+"""GGML's number of a type → what it holds, of types whose codes can be kept."""
+
+
+def codes_of(kind: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scales and zeros of some rows.
+
+    Args:
+        kind: Of ``BLOCKS``.
+        data: ``(rows, bytes of a row)`` uint8.
+
+    Returns:
+        Codes ``(rows, columns)`` int8, signed and of ``bits`` bits; scales and zeros ``(rows, groups)`` float32, the
+        latter ``None`` for types that have none.
+    """
+    rows = data.shape[0]
+    codes, scale, zero = _READERS[kind](data)
+    shape = rows, -1
+    return codes.reshape(shape), scale.reshape(shape), None if zero is None else zero.reshape(shape)
+
+
+def _q4_0(data: torch.Tensor) -> tuple:
+    scale, nibbles = _parts(data, 2, 16)
+    return _nibbles(nibbles).sub_(8), _floats(scale), None
+
+
+def _q4_1(data: torch.Tensor) -> tuple:
+    scale, least, nibbles = _parts(data, 2, 2, 16)
+    scale = _floats(scale)
+    return _nibbles(nibbles).sub_(8), scale, _floats(least) + 8 * scale
+
+
+def _q5_0(data: torch.Tensor) -> tuple:
+    scale, fifth, nibbles = _parts(data, 2, 4, 16)
+    return (_nibbles(nibbles) + 16 * _bits(fifth)).sub_(16), _floats(scale), None
+
+
+def _q8_0(data: torch.Tensor) -> tuple:
+    scale, codes = _parts(data, 2, 32)
+    return codes.view(torch.int8), _floats(scale), None
+
+
+def _q4_k(data: torch.Tensor) -> tuple:
+    scale, least, packed, nibbles = _parts(data, 2, 2, 12, 128)
+    scales, least_codes = _six_bits(packed)
+    scale, least = _floats(scale) * scales, _floats(least) * least_codes
+    # 32 bytes hold 64 weights: the lower halves the first 32, the upper halves the others
+    codes = _nibbles(nibbles.reshape(*nibbles.shape[:-1], 4, 32))
+    return codes.sub_(8), scale, 8 * scale - least
+
+
+_READERS = {2: _q4_0, 3: _q4_1, 6: _q5_0, 8: _q8_0, 12: _q4_k}
+
+
+def _parts(data: torch.Tensor, *sizes: int) -> tuple[torch.Tensor, ...]:
+    """``(rows, blocks, bytes)`` of each part of the blocks, which follow one another without gaps."""
+    return data.reshape(data.shape[0], -1, sum(sizes)).split(sizes, dim=-1)
+
+
+def _floats(half: torch.Tensor) -> torch.Tensor:
+    """``(…, 1)`` float32 of two bytes each."""
+    return half.contiguous().view(torch.float16).float()
+
+
+def _nibbles(data: torch.Tensor) -> torch.Tensor:
+    """All lower halves of the last dimension's bytes, then all upper ones, int8."""
+    return torch.cat((data & 15, data >> 4), dim=-1).view(torch.int8)
+
+
+def _bits(data: torch.Tensor) -> torch.Tensor:
+    """The bits of the last dimension's bytes, the lowest of each first, int8."""
+    shifts = torch.arange(8, dtype=torch.uint8)
+    return ((data.unsqueeze(-1) >> shifts) & 1).flatten(-2).view(torch.int8)
+
+
+def _six_bits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight scales and eight least values of 6 bits each, ``(rows, blocks, 8)``, from their 12 bytes.
+
+    The first four of each are the lower bits of bytes 0 to 3 and 4 to 7; of the last four these bytes hold the two
+    upper bits, and bytes 8 to 11 the four lower ones: the scales' below, the least values' above.
+    """
+    first, second, third = packed.split(4, dim=-1)
+    scales = torch.cat((first & 63, (third & 15) | (first >> 6 << 4)), dim=-1)
+    least = torch.cat((second & 63, (third >> 4) | (second >> 6 << 4)), dim=-1)
+    return scales.float(), least.float()
