@@ -27,6 +27,7 @@ from lowvram_lab.machine import cpu_threads
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.disk import WeightsOnDisk
 from lowvram_lab.memory.gpu import Gpu
+from lowvram_lab.memory.host import give_back_heap
 from lowvram_lab.memory.recording import Recording
 from lowvram_lab.memory.timeline import Timeline
 from lowvram_lab.model.checkpoint import ShapesOnly, check_tensor
@@ -38,9 +39,13 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModuleSpec, build_on_meta
 from lowvram_lab.model.tensor_names import refuse_differing_ties
 from lowvram_lab.quiet import quiet_transformers
+from lowvram_lab.units import MiB
 from lowvram_lab.weights.stored import check_low_plane, check_stored
 
 logger = logging.getLogger(__name__)
+
+TRIMMED_BYTES = 4 * MiB
+"""Of weights that are filled before the heap is given back."""
 
 
 def load(
@@ -231,13 +236,17 @@ def _fill(model: PreTrainedModel, modules: Sequence[ModuleSpec], plan: Plan, pro
     gpu = state.gpu
     filler = Filler(model, plan, state.weights, gpu, state.planes)
     to_disk = [] if gpu.meta else [m for m in modules if must_be_mapped(m, plan, state.weights)]
-    disk = WeightsOnDisk() if to_disk else None
+    disk, filled = WeightsOnDisk() if to_disk else None, 0
     with gpu.noting_oom(state):
         for module in tqdm(modules, desc="load", unit="module", disable=not progress or gpu.meta, leave=False):
             with gpu.meter.scope(owner=module.name):
                 filler.fill(module)
                 if module in to_disk:
                     _map(model.get_submodule(module.name), plan.modules[module.name], disk)
+            filled += 0 if gpu.meta else plan.module_bytes(module)
+            if filled >= TRIMMED_BYTES:  # temporaries leave gaps between the weights, in sum as large as these
+                give_back_heap()
+                filled = 0
         if disk is not None:
             state.mapped.append(disk)
         devices = block_devices(model, plan)

@@ -3,6 +3,8 @@
 No arithmetic of gguf-py's is in the library's way to read codes, none of the library's in what is compared with.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.repository.gguf_blocks import BLOCKS, codes_of
 from lowvram_lab.repository.gguf_weights import KEPT, NEAR, GgufWeights
+from lowvram_lab.units import MiB
 from tests.helpers.gguf_files import blocks, write_gguf
 from tests.helpers.tiny import relative_error
 
@@ -218,3 +221,35 @@ def test_a_held_format_is_no_law(tmp_path):
     Plan.uniform(spec, "bf16", context=64)
     with pytest.raises(PlanError, match="converted model that holds it in"):
         Plan.uniform(replace(spec, stored=spec.held, held={}), "bf16", context=64)
+
+
+LOADING = """
+import gc, sys
+from lowvram_lab.engine.load import load
+from lowvram_lab.memory.gpu import StandInGpu
+from lowvram_lab.memory.host import give_back_heap, watch_host
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.source import find_source
+
+source = find_source(sys.argv[1])
+plan = Plan.uniform(source.spec(), "stored", context=64).with_modules("*", device="cpu")
+weights = source.checkpoint(False)
+load(plan, StandInGpu(None), checkpoint=weights, progress=False)  # what it imports stays
+gc.collect()
+give_back_heap()
+with watch_host() as seen:
+    model = load(plan, StandInGpu(None), checkpoint=weights, progress=False)
+print(seen.growth_bytes, plan.weight_bytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory as Linux counts it")
+def test_loading_takes_little_more_ram_than_the_weights(tmp_path):
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    path = tmp_path / "larger.gguf"
+    write_gguf(path, LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)), kind="Q4_1")
+    ran = subprocess.run([sys.executable, "-c", LOADING, str(path)], capture_output=True, text=True, check=True)
+    growth, size = map(int, ran.stdout.split())
+    assert size > 75 * MiB
+    assert growth < 1.15 * size + 48 * MiB  # packing a module of 4 million weights takes half of that
