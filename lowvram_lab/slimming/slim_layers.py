@@ -239,10 +239,11 @@ class _Work:
         """See ``Repair.explained``; its keys are text, as in a file."""
         facts, tensors = self._partial.load_json("state/repair.json"), None
         if facts is not None:
-            tensors = self._partial.load_tensors("state/repair.safetensors") if facts["explained"] else {}
+            tensors = self._partial.load_tensors("state/repair.safetensors") if facts["changed"] else {}
         if tensors is None:
             found = repair(self._stream, self._removed, self._ids, progress=self._progress)
             facts, tensors = {"explained": {str(at): share for at, share in found.explained.items()}}, found.weights
+            facts["changed"] = bool(tensors)
             if tensors:
                 self._partial.save_tensors("state/repair.safetensors", tensors)
             self._partial.save_json("state/repair.json", facts)

@@ -199,11 +199,26 @@ def test_what_a_class_derives_from_a_layers_index_stays_with_the_layer(tmp_path)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["no_rope_layers"] == [1, 1, 0, 1]
 
 
-def test_a_layer_that_adds_nothing_costs_nothing_and_needs_no_repair(tmp_path):
+def idle(folder):
+    """A model whose second layer adds nothing."""
     state = tiny_state("llama")
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         state[f"model.layers.1.{name}.weight"] = torch.zeros_like(state[f"model.layers.1.{name}.weight"])
-    source = write_model(tmp_path / "idle", "llama", state=state)
+    return write_model(folder / "idle", "llama", state=state)
+
+
+def test_a_repair_that_changes_nothing_is_not_sought_again(tmp_path, monkeypatch):
+    source = idle(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "rival_of", lambda *_, **__: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(source, tmp_path / "out", [1])
+    monkeypatch.setattr(module, "repair", lambda *_, **__: pytest.fail("sought again"))
+    assert run(source, tmp_path / "out", [1]).explained == {0: 0.0}
+
+
+def test_a_layer_that_adds_nothing_costs_nothing_and_needs_no_repair(tmp_path):
+    source = idle(tmp_path)
     made = run(source, tmp_path / "out", [1])
     assert made.kl == {CUT: 0.0, REPAIRED: 0.0} and made.explained == {0: 0.0}
     assert "cut 0.0000, repaired 0.0000" in made.summary()
