@@ -127,7 +127,9 @@ class Source:
         matrices = [module for module in spec.modules if module.kind != "other"]
         weights = {f"{module.name}.weight": module.name for module in matrices if not module.tied_to}
         names = tensor_names(header, weights, spec.num_hidden_layers)
-        found = kept_formats(header, {weights[parameter]: name for parameter, name in names.items()})
+        found, other = kept_formats(header, {weights[parameter]: name for parameter, name in names.items()})
+        if other:
+            _say_in_floats(self.public_name, tuple(other), header.dtype)
         return found | {module.name: found[module.tied_to] for module in matrices if module.tied_to in found}
 
     def fetch(self, progress: bool = True) -> Path:
@@ -514,6 +516,12 @@ def _refuse_other_files(config: PretrainedConfig, checkpoint: Checkpoint) -> Non
         raise CheckpointError(f"{directory}: its config has transformers load {stated}; expected the usual file names")
     if (directory / "adapter_config.json").is_file():
         logger.warning("%s: the adapter beside the model is not applied; merge it into the weights first", directory)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_in_floats(name: str, types: tuple[str, ...], dtype: str) -> None:
+    """One line a file, however often its spec is asked for."""
+    logger.warning("%s: no format here holds %s: its weights are read in %s", name, " or ".join(types), dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -29,7 +29,7 @@ NEAR = {"Q5_1": "int8-g32", "Q5_K": "int8-g32", "Q6_K": "int8-g32"}
 _PERMUTED = ("attn_q", "attn_k")
 
 
-def kept_formats(header: GgufHeader, names: dict[str, str]) -> dict[str, str]:
+def kept_formats(header: GgufHeader, names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """In which formats a file's matrices can be held as they lie, or nearly.
 
     Args:
@@ -37,18 +37,13 @@ def kept_formats(header: GgufHeader, names: dict[str, str]) -> dict[str, str]:
         names: Module name → what GGUF calls its weight, of the matrices.
 
     Returns:
-        Module name → format; what the file holds in floats is not among them. Empty where one of the others has no
-        such format: the file is then read in floats.
+        Module name → format; what the file holds in floats is not among them. And the types that no format is near to:
+        where there are any, the file is read in floats.
     """
-    found = {}
-    for module, name in names.items():
-        kind = header.type_name(name)
-        if kind in ("F32", "F16", "BF16"):
-            continue
-        if kind not in KEPT | NEAR:
-            return {}
-        found[module] = (KEPT | NEAR)[kind]
-    return found
+    kinds = {module: header.type_name(name) for module, name in names.items()}
+    known = KEPT | NEAR
+    other = sorted(set(kinds.values()) - known.keys() - {"F32", "F16", "BF16"})
+    return {} if other else {module: known[kind] for module, kind in kinds.items() if kind in known}, other
 
 
 def tensor_names(header: GgufHeader, parameters: Iterable[str], layers: int) -> dict[str, str]:

@@ -177,9 +177,11 @@ def test_the_planner_takes_what_the_file_holds_before_anything_larger(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "IQ4_NL"])
-def test_a_type_without_a_format_is_read_in_floats(tmp_path, kind):
+def test_a_type_without_a_format_is_read_in_floats_and_that_is_said(tmp_path, kind, caplog):
     spec = find_source(written(tmp_path, "Q8_0", kinds={"ffn_up": kind})).spec()
     assert spec.held == {}
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"Q8_0.gguf: no format here holds {kind}: its weights are read in bfloat16"]
     assert set(Plan.uniform(spec, "stored", context=64).modules[m.name].format for m in spec.modules) == {"bf16"}
 
 
