@@ -158,7 +158,8 @@ def bench(
     settings.check(spec)
     budget = _budget(gpu)
     plan = settings.planned(_plan(plan, spec, budget, settings.context))
-    directory = source.fetch(progress)
+    source.checkpoint(progress)  # is fetched here, where that shows
+    directory = source.fetch(progress) if set(names) - {*OURS, "llama.cpp"} else ""
     load_before = _load_average()
     questions, origin = _questions(source, spec, settings)
     total = (budget.total_bytes, budget.context_bytes) if budget else None

@@ -9,7 +9,6 @@ import importlib.util
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -66,7 +65,7 @@ class Task:
 
     Attributes:
         model: Name, path or hub id.
-        directory: Its fetched directory.
+        directory: Its fetched directory, where one of the engines opens such; else empty.
         plan: For our engines, as JSON.
         budget: Total and context bytes of the card to be, or ``None`` for all of it.
         questions: What is asked of it, one after the other.
@@ -215,7 +214,7 @@ class Ours(Engine):
         spec = task.spec()
         plan = Plan.from_json(task.plan, spec)
         self._counting = False
-        self.model = load(plan, task.gpu(), checkpoint=find_source(Path(task.directory)).checkpoint(), progress=False)
+        self.model = load(plan, task.gpu(), progress=False)
         self.weight_bytes = self.read_bytes = plan.weight_bytes()
         if not spec.tied:
             self.read_bytes -= plan.module_bytes(spec.module(spec.embedding))
