@@ -133,7 +133,7 @@ class Trial:
 
 
 def recipes_of(spec: ModelSpec, plan: Plan | None = None) -> tuple[str, ...]:
-    """The recipes a model can be split with: 16 bits, int8, int4; of a converted model what it holds.
+    """The recipes a model can be split with: 16 bits, int8, int4; of a converted model what it holds, of a GGUF first.
 
     Args:
         spec: The model.
@@ -143,7 +143,7 @@ def recipes_of(spec: ModelSpec, plan: Plan | None = None) -> tuple[str, ...]:
     if spec.stored:
         return ("stored",)
     dtype = plan.dtype if plan else RECIPES[0]
-    recipes = (dtype, *RECIPES[1:])
+    recipes = (*(["stored"] if spec.held else []), dtype, *RECIPES[1:])
     known = plan is None or any(_formats(plan) == _formats(_uniform(spec, recipe, plan)) for recipe in recipes)
     return recipes if known else (AS_LOADED, *recipes)
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-SUPER = 256
-"""Weights of a block of the K types, which has scales of its scales."""
-
 
 @dataclass(frozen=True)
 class Block:

@@ -99,7 +99,7 @@ class GgufWeights:
         directory: Path,
     ):
         self.files, self.directory = [path], directory
-        self._path, self._header, self._shapes, self._heads = path, header, shapes, heads
+        self._path, self._header, self._heads = path, header, heads
         self._names = tensor_names(header, shapes, layers)
         missing = [parameter for parameter in shapes if parameter not in self._names]
         if missing:

@@ -19,6 +19,7 @@ from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.evaluation.fidelity import load_reference
+from lowvram_lab.faces.split import SplitState, recipes_of, split_plan
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.checkpoint import Checkpoint
@@ -255,3 +256,10 @@ def test_loading_takes_little_more_ram_than_the_weights(tmp_path):
     growth, size = map(int, ran.stdout.split())
     assert size > 75 * MiB
     assert growth < 1.15 * size + 48 * MiB  # packing a module of 4 million weights takes half of that
+
+
+def test_the_panel_offers_what_the_file_holds_first(tmp_path):
+    spec = find_source(written(tmp_path, "Q4_1")).spec()
+    assert recipes_of(spec) == ("stored", "bf16", "int8", "int4")
+    plan = split_plan(SplitState(spec.num_hidden_layers, 64, recipe="stored"), spec)
+    assert plan.modules == Plan.uniform(spec, "stored", context=64).modules
