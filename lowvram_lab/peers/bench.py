@@ -158,12 +158,11 @@ def bench(
     settings.check(spec)
     budget = _budget(gpu)
     plan = settings.planned(_plan(plan, spec, budget, settings.context))
-    source.checkpoint(progress)  # is fetched here, where that shows
-    directory = source.fetch(progress) if set(names) - {*OURS, "llama.cpp"} else ""
+    directory = _directory(source, names, progress)
     load_before = _load_average()
     questions, origin = _questions(source, spec, settings)
     total = (budget.total_bytes, budget.context_bytes) if budget else None
-    task = Task(source.name, str(directory), plan.to_json(), total, questions, plan.threads)
+    task = Task(source.name, directory, plan.to_json(), total, questions, plan.threads)
     with cpu_threads(plan.threads), tempfile.TemporaryDirectory() as folder:
         reasons = {name: ENGINES[name].absent(torch.cuda.is_available()) for name in names if name not in OURS}
         if not reasons.get("llama.cpp", "not asked for"):
@@ -246,6 +245,12 @@ def peer_names(against: tuple[str, ...] | None, gguf: str | os.PathLike | None) 
         )
     stated_type(gguf)
     return list(dict.fromkeys(against))
+
+
+def _directory(source: Source, names: Sequence[str], progress: bool) -> str:
+    """Where the fetched directory lies, if an engine opens one. Weights are brought here anyhow, where that shows."""
+    source.checkpoint(progress)
+    return str(source.fetch(progress)) if set(names) - {*OURS, "llama.cpp"} else ""
 
 
 def _budget(gpu: str | int | GpuBudget | Gpu | None) -> GpuBudget | None:

@@ -144,8 +144,8 @@ def test_a_prompt_read_in_pieces_is_the_prompt(chunk, kv_format):
     whole, pieces = (load_tiny("qwen2", replace(plan, prefill_chunk=size)) for size in (None, chunk))
     with torch.no_grad():
         expected, found = (prefill(m, random_ids(33), PreallocatedCache(m)) for m in (whole, pieces))
-    # a rounded code may fall to the other side
-    assert relative_error(found, expected) < (1e-3 if kv_format == "int8" else TOLERANCES["fp32"])
+    # a rounded code may fall to the other side: one here, two on a processor with AMX
+    assert relative_error(found, expected) < (3e-3 if kv_format == "int8" else TOLERANCES["fp32"])
 
 
 def test_pieces_bound_the_activations_and_the_forecast_says_so():
