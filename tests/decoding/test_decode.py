@@ -20,6 +20,7 @@ from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.load import replan
 from lowvram_lab.errors import LowvramError, PlanError
+from lowvram_lab.machine import processor_name
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
@@ -144,8 +145,9 @@ def test_a_prompt_read_in_pieces_is_the_prompt(chunk, kv_format):
     whole, pieces = (load_tiny("qwen2", replace(plan, prefill_chunk=size)) for size in (None, chunk))
     with torch.no_grad():
         expected, found = (prefill(m, random_ids(33), PreallocatedCache(m)) for m in (whole, pieces))
-    # a rounded code may fall to the other side: one here, two on a processor with AMX
-    assert relative_error(found, expected) < (3e-3 if kv_format == "int8" else TOLERANCES["fp32"])
+    # a rounded code may fall to the other side; 0.0019 by MKL's AVX-512 products on an Intel, below 1e-3 by AVX2
+    rounded = 3e-3 if "Intel" in processor_name() else 1e-3
+    assert relative_error(found, expected) < (rounded if kv_format == "int8" else TOLERANCES["fp32"])
 
 
 def test_pieces_bound_the_activations_and_the_forecast_says_so():

@@ -78,13 +78,17 @@ def test_a_head_takes_what_is_kept_for_it(kind, fmt, batch_size, tmp_path):
 
 
 def test_a_bf16_product_takes_scratch_that_neither_meter_nor_workspace_sees(tmp_path):
-    """Measured beside the very product, so that it is known how much: 64 rows of the weight, and some KiB with AMX."""
+    """Measured beside the very product, so that it is known how much: 64 rows of the weight at most.
+
+    With AMX oneDNN takes 5 KiB more, and not where ONEDNN_MAX_CPU_ISA keeps it from it.
+    """
     decoder = LeanDecoder(wide_headed("llama", "bf16", "bf16"), compiled=False)
     found = of_the_last_token(decoder, 1, tmp_path / "trace.json")
     weight, x = torch.zeros(20_000, 128, dtype=torch.bfloat16), torch.zeros(1, 128, dtype=torch.bfloat16)
     alone = allocated(lambda: torch.nn.functional.linear(x, weight), tmp_path / "trace.json")
     scratch = alone - 20_000 * 2
-    assert 0 <= scratch <= 64 * 128 * 2 + 16 * BLOCK
+    tiles = 10 * BLOCK if torch.cpu._is_amx_tile_supported() else 4 * BLOCK
+    assert 0 <= scratch <= 64 * 128 * 2 + tiles
     assert found - scratch <= decoder.workspace_bytes < found - scratch + 4 * BLOCK
 
 
