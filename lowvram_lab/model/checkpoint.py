@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from lowvram_lab.files import known_sha256
 from lowvram_lab.model.low_plane import FILE as LOW_PLANE
 from lowvram_lab.model.low_plane import checked_block
 from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.units import MiB
 
 
 class ShapesOnly:
@@ -39,6 +41,9 @@ class ShapesOnly:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _SHARD_NAME = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
+STAYS_MAPPED = 64 * MiB
+"""A smaller table is mapped once, and all of its pages may be in RAM."""
+
 _TILE_ELEMENTS = 2**22  # compared at once: 16 MiB in float32
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors' own header check names the file's defect, not the file; these are the ways reading it can fail
@@ -204,9 +209,11 @@ class Checkpoint:
     def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
         """What gives some rows of a tensor, by slice or index.
 
-        The file is mapped anew each time: of a table of which all rows are used one after another, only those in use
-        take RAM.
+        For a large table the file is mapped anew each time: where all rows are used one after another, only those in
+        use take RAM. Of a small one that would cost more time than it saves room.
         """
+        if math.prod(self.shape(name)) * self.dtype(name).itemsize < STAYS_MAPPED:
+            return self.read(name).__getitem__
         return lambda select: self.read(name)[select]
 
     def _fact(self, name: str) -> dict:

@@ -19,7 +19,7 @@ from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository.gguf_config import ROPE_FACTORS, check_keys, complete, config_values, is_read_here
 from lowvram_lab.repository.gguf_header import GgufHeader, read_gguf_header, read_gguf_tensor
 from lowvram_lab.repository.gguf_tokenizer import check_reopens, read_tokenizer
-from lowvram_lab.repository.gguf_weights import tensor_names
+from lowvram_lab.repository.gguf_weights import refuse_incomplete, tensor_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -235,15 +235,8 @@ def _fresh(config: PretrainedConfig, header: GgufHeader) -> PreTrainedModel:
 
 def _check_complete(path: Path, header: GgufHeader, model: PreTrainedModel, report: dict) -> None:
     """The loader fills a missing tensor with random numbers and drops one it cannot name; neither may pass here."""
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(f"{path}: lacks {len(missing)} tensors, first {missing[0]}; download the file again")
-    read = {ROPE_FACTORS} if is_read_here(header) else set()  # which are in the config
     known = set(tensor_names(header, model.state_dict(), model.config.num_hidden_layers).values())
-    if dropped := sorted(header.tensors.keys() - known - read):
-        raise CheckpointError(
-            f"{path}: holds {len(dropped)} tensors that a {header.architecture} model has no place for, first "
-            f"{dropped[0]}; pick a plain conversion of the model"
-        )
+    refuse_incomplete(path, header, sorted(report["missing_keys"]), known)
 
 
 def _stop_ids(header: GgufHeader) -> int | list[int] | None:

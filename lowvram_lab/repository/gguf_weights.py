@@ -6,7 +6,7 @@ the file holds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.repository.gguf_blocks import codes_of
-from lowvram_lab.repository.gguf_config import ROPE_FACTORS
+from lowvram_lab.repository.gguf_config import ROPE_FACTORS, is_read_here
 from lowvram_lab.repository.gguf_header import GgufHeader, row_bytes
 
 ROWS_AT_ONCE = 1 << 22
@@ -67,6 +67,28 @@ def tensor_names(header: GgufHeader, parameters: Iterable[str], layers: int) -> 
     return found
 
 
+def refuse_incomplete(path: Path, header: GgufHeader, missing: Sequence[str], known: set[str]) -> None:
+    """Refuses a file that does not hold a model's tensors, all of them and no others.
+
+    Args:
+        path: The file, for messages.
+        header: Of it.
+        missing: Parameters of the model that it has no tensor for.
+        known: GGUF's names of the model's tensors.
+
+    Raises:
+        CheckpointError: It lacks tensors, or holds some that the model has no place for.
+    """
+    if missing:
+        raise CheckpointError(f"{path}: lacks {len(missing)} tensors, first {missing[0]}; download the file again")
+    read = {ROPE_FACTORS} if is_read_here(header) else set()  # which are in the config
+    if dropped := sorted(header.tensors.keys() - known - read):
+        raise CheckpointError(
+            f"{path}: holds {len(dropped)} tensors that a {header.architecture} model has no place for, first "
+            f"{dropped[0]}; pick a plain conversion of the model"
+        )
+
+
 class GgufWeights:
     """A file's tensors by the names of a model's parameters.
 
@@ -102,14 +124,7 @@ class GgufWeights:
         self._path, self._header, self._heads = path, header, heads
         self._names = tensor_names(header, shapes, layers)
         missing = [parameter for parameter in shapes if parameter not in self._names]
-        if missing:
-            raise CheckpointError(f"{path}: lacks {len(missing)} tensors, first {missing[0]}; download the file again")
-        known = {*self._names.values(), ROPE_FACTORS}  # factors are in the config
-        if dropped := sorted(header.tensors.keys() - known):
-            raise CheckpointError(
-                f"{path}: holds {len(dropped)} tensors that a {header.architecture} model has no place for, first "
-                f"{dropped[0]}; pick a plain conversion of the model"
-            )
+        refuse_incomplete(path, header, missing, set(self._names.values()))
 
     def __contains__(self, name: str) -> bool:
         return name in self._names

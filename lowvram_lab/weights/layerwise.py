@@ -61,6 +61,7 @@ class LayerByLayer:
         self._shapes = {f"{m.name}.{key}": tuple(shape) for m in spec.modules for key, shape in m.parameters.items()}
         self.norm = self._fill(norms[0])
         self._arguments: tuple[tuple, dict] = (), {}
+        self._checked: set[str] = set()
 
     def __len__(self) -> int:
         return self.spec.num_hidden_layers
@@ -197,7 +198,9 @@ class LayerByLayer:
 
     def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
         """What gives some rows of a checked weight, by slice or index: of a large table only these take RAM."""
-        self.stored(name)
+        if name not in self._checked:  # once: it reads the table whole
+            self.stored(name)
+            self._checked.add(name)
         return self.checkpoint.rows(name)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
