@@ -45,7 +45,7 @@ def stay(tensor):
 
 def step_of(tensors, fmt) -> torch.Tensor:
     """The distance between two codes, for every weight."""
-    if fmt.kind == "int8":
+    if fmt.kind == "int8" and not fmt.group_size:
         return tensors["scale"].float().unsqueeze(1)
     scale = tensors["scale_and_zero"][..., 0].T if fmt.kind == "int4" else tensors["scale"]
     return scale.float().abs().repeat_interleave(fmt.group_size, dim=1)  # of a packed format it may be negative
