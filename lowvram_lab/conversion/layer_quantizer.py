@@ -14,6 +14,7 @@ Source: fitting to the original's outputs over the quantised model's inputs, Ara
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -150,7 +151,7 @@ class LayerQuantizer:
             moments = head_moments(self.stream, quarter) if self.spec.tied else None
             if self.lookup:
                 moments = moments + self.lookup * torch.eye(len(moments))
-            solution = self._solve(module, self.stream.stored(f"{module.name}.weight"), moments)
+            solution = self._solve(module, self.stream.rows(f"{module.name}.weight"), moments)
             tensors |= to_stored(module.name, solution, fmt)
             if fmt.kind == "int8" and self.spec.tied:  # stock transformers looks for the head's scales by themselves
                 tensors[f"{self.spec.head}.weight_scale"] = solution.scale.clone()
@@ -179,7 +180,7 @@ class LayerQuantizer:
                 if fmt.kind != "float":
                     weight = named[module.name].weight
                     target = corrected(weight, moments[module.name], moments.cross(module.name))
-                    solution = self._solve(module, target, moments[module.name])
+                    solution = self._solve(module, target.__getitem__, moments[module.name])
                     tensors |= to_stored(module.name, solution, fmt)
                     high = solution.dequantize()
                     if fmt.planes > 1:
@@ -230,8 +231,8 @@ class LayerQuantizer:
                 moments = InputMoments()
                 for original, quantised in self._final("calibration", "calibration_quantised"):
                     moments.add({module.name: quantised}, {module.name: original})
-                weight = self.stream.stored(f"{module.name}.weight")
-                solution = self._solve(module, weight, moments[module.name])
+                rows = self.stream.rows(f"{module.name}.weight")
+                solution = self._solve(module, rows, moments[module.name])
                 tensors |= to_stored(module.name, solution, fmt)
         return tensors
 
@@ -244,16 +245,19 @@ class LayerQuantizer:
     def _format(self, module: ModuleSpec) -> Format:
         return get_format(self.plan.modules[module.name].format)
 
-    def _solve(self, module: ModuleSpec, weight: torch.Tensor, moments: torch.Tensor | None) -> IntegerWeight:
-        fmt = self._format(module)
-        solution, kind, error = solve(weight, fmt.plane, moments, self.solver, module.name)
+    def _solve(
+        self, module: ModuleSpec, rows: Callable[[slice], torch.Tensor], moments: torch.Tensor | None
+    ) -> IntegerWeight:
+        fmt, count = self._format(module), module.weight_shape[0]
+        solution, kind, error = solve(rows, count, fmt.plane, moments, self.solver, module.name)
         self.modules[module.name] = {"format": fmt.name, "solver": kind, "output_error": error}
         return solution
 
     def _solve_low(self, module: ModuleSpec, residual: torch.Tensor, moments: torch.Tensor) -> IntegerWeight:
         """The low plane of a module whose high plane is off by ``residual``."""
         fmt = self._format(module).low_plane
-        solution, kind, share = solve(residual, fmt, moments, self.solver, module.name, symmetric=False)
+        rows, count = residual.__getitem__, len(residual)
+        solution, kind, share = solve(rows, count, fmt, moments, self.solver, module.name, symmetric=False)
         # a share of what the high plane's own product is off by
         self.modules[module.name] |= {"low_solver": kind, "low_output_error": share}
         return solution
@@ -267,20 +271,17 @@ class LayerQuantizer:
     def _measure(self, ours: str) -> dict:
         """Compares predictions of the held-out text, the original's and those of final states by their name."""
         head, owner = self.spec.head, self.stream.owner(self.spec.head)
-        original = self.stream.stored(f"{owner}.weight")
+        rows, count, bias = self.stream.head()
         file = self.shards[0 if owner == self.spec.embedding else -1]
         head_rows = stored_rows(self.partial.load_tensors(file), owner, self._format(self.spec.module(head)))
-        bias = self.stream.bias(head)
         totals = dict.fromkeys(("nll", "reference_nll", "kl", "agree"), 0.0)
         targets = self.held_out.flatten().roll(-1).split(HEAD_TOKENS)
         last = self.held_out.shape[1] - 1  # of a window; it predicts nothing that is in the window
         counted = (torch.arange(self.held_out.numel()) % (last + 1) < last).split(HEAD_TOKENS)
-        for (theirs_x, ours_x), target, count in zip(self._final("held_out", ours), targets, counted, strict=True):
-            theirs = torch.log_softmax(
-                head_logits(theirs_x[count], lambda s: original[s].float(), len(original), bias), -1
-            )
-            mine = torch.log_softmax(head_logits(ours_x[count], head_rows, len(original), bias), -1)
-            target = target[count].unsqueeze(1)
+        for (theirs_x, ours_x), target, counts in zip(self._final("held_out", ours), targets, counted, strict=True):
+            theirs = torch.log_softmax(head_logits(theirs_x[counts], rows, count, bias), -1)
+            mine = torch.log_softmax(head_logits(ours_x[counts], head_rows, count, bias), -1)
+            target = target[counts].unsqueeze(1)
             totals["nll"] -= mine.gather(1, target).sum().item()
             totals["reference_nll"] -= theirs.gather(1, target).sum().item()
             totals["agree"] += (mine.argmax(1) == theirs.argmax(1)).sum().item()
@@ -311,11 +312,10 @@ def corrected(weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor) 
 
 
 def stored_rows(tensors: dict, name: str, fmt: Format):
-    """Slice → those rows of a stored weight in float32."""
+    """Slice → those rows of a stored weight in float32, restored when they are due."""
     if fmt.kind == "float":
         return lambda select: tensors[f"{name}.weight"][select].float()
-    solution = read_stored(name, fmt, tensors.__getitem__)
-    return lambda select: rows_of(solution, select).dequantize()
+    return lambda select: read_stored(name, fmt, lambda key: tensors[key][select]).dequantize()
 
 
 def _perplexity(loss: float) -> float:

@@ -8,6 +8,8 @@ Derived in: notebooks/04_compress.ipynb
 Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1; static groups with act-order, AutoGPTQ's ``static_groups``.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from lowvram_lab.errors import CheckpointError
@@ -35,6 +37,20 @@ def gptq(
 
     Args:
         weight: ``(out, in)``, any float dtype.
+        fmt: See ``gptq_of``, as the rest and the errors.
+        moments: See there.
+        act_order: See there.
+        symmetric: See there.
+    """
+    return gptq_of(fmt, moments, act_order=act_order, symmetric=symmetric)(weight)
+
+
+def gptq_of(
+    fmt: Format, moments: torch.Tensor, *, act_order: bool = True, symmetric: bool = True
+) -> Callable[[torch.Tensor], IntegerWeight]:
+    """What quantises weights, or some rows of one, whose inputs have these moments.
+
+    Args:
         fmt: An integer format.
         moments: ``(in, in)`` float32, second moments of the layer's inputs, ``E[x x^T]``.
         act_order: Take columns by falling moment; else from left to right.
@@ -43,18 +59,20 @@ def gptq(
     Raises:
         CheckpointError: The moments have NaN or infinite values.
     """
-    order = moments.diagonal().argsort(descending=True, stable=True)
-    if not act_order:
-        order = torch.arange(len(order))
+    importance = moments.diagonal()
+    order = importance.argsort(descending=True, stable=True) if act_order else torch.arange(len(moments))
     spread = error_spread(moments, order)
-    step = max(64, ROW_BYTES // (4 * weight.shape[1]))
     search = search_clip if symmetric else search_range
-    pieces = []
-    for rows in weight.split(step):
-        rows = rows.float()
-        start = search(rows, fmt, moments.diagonal())
-        pieces.append(_gptq_rows(rows, fmt, start, spread, order))
-    return joined(pieces)
+    step = max(64, ROW_BYTES // (4 * len(moments)))
+
+    def quantise(weight: torch.Tensor) -> IntegerWeight:
+        pieces = []
+        for rows in weight.split(step):
+            rows = rows.float()
+            pieces.append(_gptq_rows(rows, fmt, search(rows, fmt, importance), spread, order))
+        return joined(pieces)
+
+    return quantise
 
 
 def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

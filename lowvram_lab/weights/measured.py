@@ -98,6 +98,7 @@ def measure_sensitivity(
             )
     stream = LayerByLayer(spec, checkpoint)
     fit = ids[::2]
+    rows = spec.module(spec.embedding).weight_shape[0]
     held_out = ids[1::2]
     heads: dict[tuple[str, str], object] = {}
     fitted, states = stream.embed(fit), {None: stream.embed(held_out)}
@@ -107,8 +108,8 @@ def measure_sensitivity(
         if tables and spec.tied:
             moments = head_moments(stream, fit) + sensitivity.lookup * torch.eye(spec.hidden_size)
         for name, fmt in tables:
-            table = stream.stored(f"{name}.weight")
-            solution, *_ = solve(table, get_format(fmt), moments, solver, name)
+            table = stream.rows(f"{name}.weight")
+            solution, *_ = solve(table, rows, get_format(fmt), moments, solver, name)
             states[name, fmt] = stream.embed(held_out, lambda ids, of=solution: rows_of(of, ids).dequantize())
             if spec.tied:
                 heads[name, fmt] = solution
@@ -117,8 +118,8 @@ def measure_sensitivity(
             bar.update()
         for name, fmt in pairs:
             if name == spec.head and not spec.tied:
-                weight = stream.stored(f"{name}.weight")
-                heads[name, fmt], *_ = solve(weight, get_format(fmt), normed_moments(stream, fitted), solver, name)
+                table, moments = stream.rows(f"{name}.weight"), normed_moments(stream, fitted)
+                heads[name, fmt], *_ = solve(table, rows, get_format(fmt), moments, solver, name)
         measured = _divergences(stream, states, heads, pairs)
         bar.update()
     rows = [(n, f, measured[n, f], sensitivity.costs[n][f], sensitivity.activation_costs[n][f]) for n, f in pairs]
@@ -148,7 +149,8 @@ def _through_layer(
             if name in named:
                 weight = named[name].weight
                 original = weight.clone()
-                solution, *_ = solve(original, get_format(fmt), moments[name], solver, name)
+                rows, count = original.__getitem__, len(original)
+                solution, *_ = solve(rows, count, get_format(fmt), moments[name], solver, name)
                 weight.copy_(solution.dequantize())
                 departing[name, fmt] = states[None].clone()
                 stream.run_in_place(layer, departing[name, fmt])

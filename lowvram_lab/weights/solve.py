@@ -1,11 +1,18 @@
-"""One weight, quantised as well as it can be: candidates of several solvers, the one whose output moves least."""
+"""One weight, quantised as well as it can be: candidates of several solvers, the one whose output moves least.
+
+Rows do not depend on each other, so they are read, solved and chosen some at a time: of a table of embeddings neither
+the weight nor a second solution is ever there as a whole.
+"""
+
+from collections import Counter
+from collections.abc import Callable
 
 import torch
 
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.formats import Format
-from lowvram_lab.weights.codes import IntegerWeight, joined, rows_of
-from lowvram_lab.weights.gptq import gptq, output_error
+from lowvram_lab.weights.codes import IntegerWeight
+from lowvram_lab.weights.gptq import gptq_of, output_error
 from lowvram_lab.weights.solvers import round_to_nearest, search_clip, search_range
 
 SOLVERS = ("gptq", "clip", "rtn")
@@ -16,9 +23,13 @@ WORST_OUTPUT_ERROR = 1.0
 SOLVE_ROWS = 1024
 """Rows solved at once; a search holds eight temporaries of them."""
 
+Solver = Callable[[torch.Tensor], IntegerWeight]
+"""Some rows of a weight, ``(rows, in)`` → their codes and scales."""
+
 
 def solve(
-    weight: torch.Tensor,
+    rows: Callable[[slice], torch.Tensor],
+    count: int,
     fmt: Format,
     moments: torch.Tensor | None,
     solver: str,
@@ -29,7 +40,8 @@ def solve(
     """Quantises a weight.
 
     Args:
-        weight: ``(out, in)``.
+        rows: Some rows of it ``(rows, in)``, from where to where.
+        count: How many rows there are.
         fmt: An integer format.
         moments: ``(in, in)`` second moments of its inputs; without them GPTQ is left out.
         solver: Of ``SOLVERS``, the most that is tried.
@@ -37,20 +49,33 @@ def solve(
         symmetric: Scales alone; else, of int4, scales and zero points.
 
     Returns:
-        The best solution, which solver found it, and its ``relative_error``.
+        The best solution, which solver found most of it, and the mean square of the output's change over that of the
+        output (of the weight's own without moments).
 
     Raises:
         CheckpointError: Even that is useless.
     """
-    best = None
-    for kind in _kinds(fmt, moments, solver):  # a table's solution is hundreds of MiB: two are there at a time
-        found = _solved(weight, fmt, moments, kind, symmetric)
-        error = relative_error(weight, found, moments)
-        if best is None or error < best[2]:
-            best = found, kind, error
-    if not best[2] <= WORST_OUTPUT_ERROR:  # NaN too
-        raise CheckpointError(f"{name}: in {fmt.name} its output is off by {best[2]:.0%} of itself; give it more bits")
-    return best
+    solvers = {kind: _solver(kind, fmt, moments, symmetric) for kind in _kinds(fmt, moments, solver)}
+    squares = (lambda m: output_error(m, moments)) if moments is not None else (lambda m: m.square())
+    whole, off, taken, chosen = None, 0.0, 0.0, Counter()
+    for start in range(0, count, SOLVE_ROWS):
+        here = slice(start, min(start + SOLVE_ROWS, count))
+        piece = rows(here)
+        best = None
+        for kind, of in solvers.items():
+            found = of(piece)
+            error = squares(found.dequantize() - piece.float()).sum().item()
+            if best is None or error < best[0]:
+                best = error, kind, found
+        error, kind, found = best
+        whole = whole or _empty(found, count)
+        _put(whole, here, found)
+        off, taken = off + error, taken + squares(piece.float()).sum().item()
+        chosen[kind] += len(piece)
+    share = off / taken if taken > 0 else 0.0
+    if not share <= WORST_OUTPUT_ERROR:  # NaN too
+        raise CheckpointError(f"{name}: in {fmt.name} its output is off by {share:.0%} of itself; give it more bits")
+    return whole, chosen.most_common(1)[0][0], share
 
 
 def _kinds(fmt: Format, moments: torch.Tensor | None, solver: str) -> list[str]:
@@ -60,25 +85,26 @@ def _kinds(fmt: Format, moments: torch.Tensor | None, solver: str) -> list[str]:
     return [*kinds, "rtn"] if solver == "rtn" or fmt.kind == "int8" else kinds
 
 
-def _solved(
-    weight: torch.Tensor, fmt: Format, moments: torch.Tensor | None, kind: str, symmetric: bool
-) -> IntegerWeight:
+def _solver(kind: str, fmt: Format, moments: torch.Tensor | None, symmetric: bool) -> Solver:
     if kind == "gptq":
-        return gptq(weight, fmt, moments, symmetric=symmetric)
-    pieces = weight.split(SOLVE_ROWS)
+        return gptq_of(fmt, moments, symmetric=symmetric)
     if kind == "rtn":
-        return joined([round_to_nearest(rows, fmt, symmetric=symmetric) for rows in pieces])
+        return lambda rows: round_to_nearest(rows, fmt, symmetric=symmetric)
     importance = moments.diagonal() if moments is not None else None
     search = search_clip if symmetric else search_range
-    return joined([search(rows, fmt, importance) for rows in pieces])
+    return lambda rows: search(rows, fmt, importance)
 
 
-def relative_error(weight: torch.Tensor, solution: IntegerWeight, moments: torch.Tensor | None) -> float:
-    """Mean square of the output's change over that of the output; of the weight's own without moments."""
-    changed, whole = 0.0, 0.0
-    for start in range(0, len(weight), SOLVE_ROWS):
-        rows = weight[start : start + SOLVE_ROWS].float()
-        change = rows_of(solution, slice(start, start + SOLVE_ROWS)).dequantize() - rows
-        for_ = (lambda m: output_error(m, moments)) if moments is not None else (lambda m: m.square())
-        changed, whole = changed + for_(change).sum().item(), whole + for_(rows).sum().item()
-    return changed / whole if whole > 0 else 0.0
+def _empty(like: IntegerWeight, count: int) -> IntegerWeight:
+    """Room for ``count`` rows."""
+
+    def room(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.new_empty((count, tensor.shape[1]))
+
+    return IntegerWeight(room(like.codes), room(like.scale), None if like.zero is None else room(like.zero))
+
+
+def _put(whole: IntegerWeight, rows: slice, part: IntegerWeight) -> None:
+    for into, what in ((whole.codes, part.codes), (whole.scale, part.scale), (whole.zero, part.zero)):
+        if into is not None:
+            into[rows] = what

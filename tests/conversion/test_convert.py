@@ -36,10 +36,10 @@ from lowvram_lab.planner.card_recipe import CardBudget
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.weights.gptq import output_error
+from lowvram_lab.weights.gptq import gptq, output_error
 from lowvram_lab.weights.recipe import WeightBudget
-from lowvram_lab.weights.solve import relative_error as output_change
-from lowvram_lab.weights.solvers import round_to_nearest
+from lowvram_lab.weights.solve import solve
+from lowvram_lab.weights.solvers import round_to_nearest, search_clip
 from tests.helpers.checkpoints import directory_spec, read_state, restored_state, spoilt_state, write_model
 from tests.helpers.killed_run import Killed, contents, killer
 from tests.helpers.tiny import (
@@ -1218,19 +1218,37 @@ def test_corrected_leaves_a_weight_alone_that_has_nothing_to_make_up_for():
     assert torch.equal(corrected(weight, moments * float("nan"), moments), weight)
 
 
-@pytest.mark.parametrize("rows", [5, 9000])  # 9000: more than are looked at at once
-def test_relative_error_is_of_the_outputs(rows):
-    weight, inputs = seeded(rows, 32), seeded(100, 32, seed=1)
-    solution, moments = round_to_nearest(weight, get_format("int4-g32")), inputs.T @ inputs / 100
+@pytest.mark.parametrize("rows", [5, 3000])  # 3000: more than are solved at once
+def test_the_error_is_of_the_outputs(rows):
+    weight, inputs, fmt = seeded(rows, 32), seeded(100, 32, seed=1), get_format("int4-g32")
+    moments = inputs.T @ inputs / 100
+    solution, kind, error = solve(weight.__getitem__, rows, fmt, moments, "rtn", "w")
+    assert kind == "rtn" and torch.equal(solution.codes, round_to_nearest(weight, fmt).codes)
     change = (solution.dequantize() - weight).double() @ inputs.double().T
     whole = weight.double() @ inputs.double().T
-    assert output_change(weight, solution, moments) == pytest.approx(
-        float(change.square().sum() / whole.square().sum()), rel=1e-4
-    )
-    assert output_change(weight, solution, None) == pytest.approx(
-        relative_error(solution.dequantize(), weight) ** 2, rel=1e-4
-    )
+    assert error == pytest.approx(float(change.square().sum() / whole.square().sum()), rel=1e-4)
+    *_, plain = solve(weight.__getitem__, rows, fmt, None, "rtn", "w")
+    assert plain == pytest.approx(relative_error(solution.dequantize(), weight) ** 2, rel=1e-4)
     assert float(output_error(solution.dequantize() - weight, moments).sum()) == pytest.approx(
         float(change.square().sum() / 100), rel=1e-4
     )
-    assert output_change(torch.zeros(4, 32), round_to_nearest(torch.zeros(4, 32), get_format("int4-g32")), moments) == 0
+    assert solve(torch.zeros(4, 32).__getitem__, 4, fmt, moments, "rtn", "w")[2] == 0
+
+
+def test_rows_take_the_solver_that_suits_them_and_a_large_weight_is_read_some_at_a_time():
+    weight, inputs, fmt = seeded(3000, 32), seeded(100, 32, seed=1), get_format("int4-g32")
+    moments, most = inputs.T @ inputs / 100, 0
+
+    def rows(select: slice) -> torch.Tensor:
+        nonlocal most
+        most = max(most, select.stop - select.start)
+        return weight[select]
+
+    solution, kind, error = solve(rows, 3000, fmt, moments, "gptq", "w")
+    assert kind == "gptq" and most <= 1024
+    assert torch.equal(solution.codes, gptq(weight, fmt, moments).codes)
+    int8 = get_format("int8")
+    best = solve(rows, 3000, int8, moments, "gptq", "w")[2]
+    for of in (gptq(weight, int8, moments), round_to_nearest(weight, int8), search_clip(weight, int8, None)):
+        change = output_error(of.dequantize() - weight, moments).sum()
+        assert best <= float(change / output_error(weight, moments).sum()) * (1 + 1e-5)

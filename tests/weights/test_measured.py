@@ -54,7 +54,8 @@ def test_it_is_the_divergence_of_two_whole_models(kind, estimates):
         elif spec.tied:
             moments = moments_in_stock(kind, spec.head)
             moments = moments + estimates[kind].lookup * torch.eye(len(moments))
-        solution, *_ = solve(state[f"{row.module}.weight"], get_format(row.format), moments, "gptq", row.module)
+        weight = state[f"{row.module}.weight"]
+        solution, *_ = solve(weight.__getitem__, len(weight), get_format(row.format), moments, "gptq", row.module)
         model = tiny_stock(kind)
         model.get_submodule(row.module).weight.copy_(solution.dequantize())
         changed = model(HELD_OUT).logits.double().log_softmax(-1)
