@@ -38,6 +38,25 @@ PRE_TOKENIZERS = {
     ((_THREE_DIGITS,), True): "llama-bpe",
     ((_THREE_DIGITS,), False): "smaug-bpe",
 }
+OTHER_NAMES = {
+    "gpt-2": (
+        *("phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "modern-bert"),
+        *("mpt", "olmo", "jais", "trillion", "granite-docling", "roberta-bpe", "exaone4"),
+    ),
+    "smollm": ("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"),
+    "qwen2": ("stablelm2", "hunyuan"),
+}
+"""Other names of llama.cpp's under which a text is split as under the first."""
+
+UNNAMED = "default"
+_UNNAMED_PATTERNS = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+"""What llama.cpp splits by, one after the other, where a file names no pre-tokenizer (``llama-vocab.cpp``)."""
+
 NORMALISED = ("qwen2",)
 """Names of pre-tokenizers whose models also normalise Unicode (NFC), of which GGUF has no word."""
 
@@ -53,7 +72,7 @@ def read_tokenizer(header: GgufHeader, path: Path) -> PreTrainedTokenizerBase | 
         path: The file, for messages.
 
     Raises:
-        CheckpointError: Its lists do not fit together.
+        CheckpointError: Its lists do not fit together, or its text is split in a way that is not known here.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -101,7 +120,7 @@ def check_reopens(tokenizer: PreTrainedTokenizerBase, directory: Path, header: G
     """
     from transformers import AutoTokenizer
 
-    if header.metadata.get("tokenizer.ggml.pre", "default") == "default":
+    if header.metadata.get("tokenizer.ggml.pre", UNNAMED) == UNNAMED:
         return  # the file asks for none: the family's is as good a guess as any
     opened = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
     saved, found = (
@@ -116,17 +135,23 @@ def check_reopens(tokenizer: PreTrainedTokenizerBase, directory: Path, header: G
 
 def _byte_level(found: dict, path: Path) -> dict:
     """Normalizer, pre-tokenizer, model and decoder of a byte-level vocabulary."""
-    name = found.get("pre", "default")
-    steps = [_byte_level_step(False)]
-    split = next((done for (done, _), known in PRE_TOKENIZERS.items() if known == name), None) or _pattern(name)
+    name = found.get("pre", UNNAMED)
+    split = _split(name)
     if split is None:
-        logger.warning("%s: unknown pre-tokenizer %r: text is split by GPT-2's pattern", path.name, name)
-    if split is None or split[-1] == GPT2_PATTERN:
-        steps = [{"type": "Digits", "individual_digits": True}] * (split is not None and split[0] == DIGITS)
+        raise CheckpointError(
+            f"{path}: its text is split as {name!r} asks for, which is not known here; open the model's own directory"
+        )
+    if name == UNNAMED:
+        logger.warning("%s: names no pre-tokenizer: text is split as llama.cpp does then (by guess)", path.name)
+    if split[-1] == GPT2_PATTERN:
+        steps = [{"type": "Digits", "individual_digits": True}] * (split[0] == DIGITS)
         steps.append(_byte_level_step(True))
     else:
-        split_step = {"type": "Split", "pattern": {"Regex": split[0]}, "behavior": "Isolated", "invert": False}
-        steps.insert(0, split_step)
+        steps = [
+            {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            for pattern in split
+        ]
+        steps.append(_byte_level_step(False))
     merges = [merge.split(" ") for merge in found["merges"]]
     return {
         "normalizer": {"type": "NFC"} if name in NORMALISED else None,
@@ -138,6 +163,14 @@ def _byte_level(found: dict, path: Path) -> dict:
 
 def _byte_level_step(pattern: bool) -> dict:
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pattern}
+
+
+def _split(name: str) -> tuple[str, ...] | None:
+    """What is done to a text before the merges, by llama.cpp's name for it; ``None`` of a name that is not known."""
+    name = next((first for first, others in OTHER_NAMES.items() if name in others), name)
+    if name == UNNAMED:
+        return _UNNAMED_PATTERNS
+    return next((done for (done, _), known in PRE_TOKENIZERS.items() if known == name), None) or _pattern(name)
 
 
 def _pattern(name: str) -> tuple[str] | None:

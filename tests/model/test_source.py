@@ -818,10 +818,11 @@ def test_gguf_whose_text_transformers_would_split_otherwise(tmp_path):
     assert find_source(tmp_path / "u.gguf").tokenizer()("he").input_ids == [256]
 
 
-def test_gguf_whose_way_to_split_text_is_unknown(tmp_path, tiny, caplog):
+def test_gguf_whose_way_to_split_text_is_unknown(tmp_path, tiny):
     write_gguf(tmp_path / "t.gguf", tiny, tokenizer__ggml__pre="of tomorrow")
-    assert find_source(tmp_path / "t.gguf").tokenizer()("he").input_ids == [256]
-    assert "t.gguf: unknown pre-tokenizer 'of tomorrow': text is split by GPT-2's pattern" in caplog.text
+    says = "t.gguf: its text is split as 'of tomorrow' asks for, which is not known here"
+    refused(find_source(tmp_path / "t.gguf").tokenizer, error=CheckpointError, match=says)
+    assert finished_directories() == []
 
 
 def test_gguf_that_leaves_the_heads_of_keys_out(tmp_path, tiny):
