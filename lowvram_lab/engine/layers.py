@@ -16,10 +16,11 @@ from torch import nn
 from lowvram_lab.kernels import product
 from lowvram_lab.kernels.int4_layout import cpu_block_rows, pack_for_cpu, two_per_byte, unpack_from_cpu
 from lowvram_lab.kernels.library import library, multiplies_pairs, opened, there
+from lowvram_lab.layouts.packing import unpack
 from lowvram_lab.memory.card import Card, this_card
 from lowvram_lab.model.formats import Format, get_format
 from lowvram_lab.units import MiB
-from lowvram_lab.weights.codes import INT4_OFFSET, unpack
+from lowvram_lab.weights.codes import INT4_OFFSET
 from lowvram_lab.weights.solvers import quantize
 
 TILE_BYTES = 16 * MiB

@@ -7,10 +7,10 @@ the head has its own copy of the scales; an *embedding* below 8 bits does not op
 initialise), only here.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 
 from lowvram_lab.errors import CheckpointError, SourceError
+from lowvram_lab.layouts.compressed import closest, matches, targets
 from lowvram_lab.model.formats import FORMATS, get_format
 
 METHOD = "compressed-tensors"
@@ -50,11 +50,24 @@ def quantization_config(formats: Mapping[str, str]) -> dict:
     }
 
 
+def is_plain(block: dict) -> bool:
+    """Whether a config's block is of compressed-tensors, and every scheme of it is one that a format here stands for.
+
+    Of such a directory the files' own tensors are what a layer holds; others are read through ``layouts``.
+    """
+    if not isinstance(block, dict) or block.get("quant_method") != METHOD:
+        return False
+    groups = block.get("config_groups")
+    if not isinstance(groups, dict) or block.get("kv_cache_scheme"):
+        return False
+    return all(isinstance(group, dict) and _format_of(group, block) for group in groups.values())
+
+
 def stored_formats(block: dict, modules: Iterable, where: str) -> dict[str, str]:
     """Which format each module is stored in.
 
     Args:
-        block: A ``quantization_config``.
+        block: A ``quantization_config`` that ``is_plain``.
         modules: The model's ``ModuleSpec``s.
         where: What to call the model in messages.
 
@@ -62,20 +75,15 @@ def stored_formats(block: dict, modules: Iterable, where: str) -> dict[str, str]
         Module name → format, quantised modules only.
 
     Raises:
-        SourceError: Another method, or a scheme that no format here stands for; both are named.
+        CheckpointError: A module whose shape its format does not fit.
+        SourceError: One of two tied modules is quantised, the other is not.
     """
-    if not isinstance(block, dict) or block.get("quant_method") != METHOD:
-        method = block.get("quant_method", "unnamed") if isinstance(block, dict) else "unnamed"
-        raise SourceError(
-            f"{where}: already quantised ({method}); expected 16-bit weights or {METHOD}: name the 16-bit original"
-        )
-    schemes = [(_targets(group), _format_of(group, block, where)) for group in _groups(block, where)]
-    ignored, found = _targets({"targets": block.get("ignore") or []}), {}
+    schemes = [(targets(group), _format_of(group, block)) for group in block["config_groups"].values()]
+    ignored, found = targets({"targets": block.get("ignore") or []}), {}
     for module in modules:
-        if module.kind not in ("linear", "embedding") or _matches(module, ignored):
+        if module.kind not in ("linear", "embedding") or matches(module, ignored):
             continue
-        matching = [(_closeness(module, targets), fmt) for targets, fmt in schemes if _matches(module, targets)]
-        for _, fmt in sorted(matching, key=lambda entry: entry[0])[:1]:
+        if fmt := closest(module, schemes):
             if reason := get_format(fmt).refuse(module.kind, module.weight_shape):
                 raise CheckpointError(f"{where}: {module.name}: {reason}")
             found[module.name] = fmt
@@ -90,16 +98,8 @@ def stored_formats(block: dict, modules: Iterable, where: str) -> dict[str, str]
     return found
 
 
-def _groups(block: dict, where: str) -> list[dict]:
-    groups = block.get("config_groups")
-    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
-        raise SourceError(f"{where}: expected config_groups in its quantization_config, found {groups!r}"[:300])
-    if block.get("kv_cache_scheme"):
-        raise SourceError(f"{where}: a quantised KV cache scheme is not supported; remove it from the config")
-    return list(groups.values())
-
-
-def _format_of(group: dict, block: dict, where: str) -> str:
+def _format_of(group: dict, block: dict) -> str | None:
+    """The format here that a group's tensors are those of, if there is one."""
     weights = group.get("weights") or {}
     layout = group.get("format") or block.get("format")
     size = weights.get("group_size") if weights.get("strategy") == "group" else None
@@ -107,33 +107,12 @@ def _format_of(group: dict, block: dict, where: str) -> str:
         weights.get("type", "int") == "int"
         and weights.get("symmetric", True)
         and not weights.get("dynamic")
+        and weights.get("strategy") in ("group", "channel")
         and weights.get("actorder") not in ("group", True)
-        and not group.get("input_activations")
         and not group.get("output_activations")
     )
     for fmt in FORMATS.values():
         same = (fmt.bits, fmt.group_size, _LAYOUTS.get(fmt.kind)) == (weights.get("num_bits"), size, layout)
-        if plain and same:
+        if plain and same and fmt.planes == 1:
             return fmt.name
-    raise SourceError(
-        f"{where}: its weights are stored as {layout} with {weights.get('num_bits')} bits, strategy "
-        f"{weights.get('strategy')}, group size {size}, symmetric {weights.get('symmetric')}; expected symmetric "
-        "integers of 2 to 6 bits in groups (pack-quantized) or 8 bits a row (naive-quantized): name the 16-bit original"
-    )
-
-
-def _targets(group: dict) -> list[str]:
-    return [target for target in group.get("targets") or [] if isinstance(target, str)]
-
-
-def _matches(module, targets: list[str]) -> bool:
-    """compressed-tensors' rule: a class name, a module's name, or ``re:`` and a pattern."""
-    names = {module.name, {"linear": "Linear", "embedding": "Embedding"}.get(module.kind)}
-    return any(re.match(t[3:], module.name) if t.startswith("re:") else t in names for t in targets)
-
-
-def _closeness(module, targets: list[str]) -> int:
-    """Of a match: a name counts before a pattern, a pattern before a class."""
-    if module.name in targets:
-        return 0
-    return 1 if _matches(module, [t for t in targets if t.startswith("re:")]) else 2
+    return None

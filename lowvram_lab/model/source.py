@@ -17,11 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError, first_line
 from lowvram_lab.files import expanded, writable
+from lowvram_lab.layouts.block import layouts_of
+from lowvram_lab.layouts.weights import QuantizedWeights
 from lowvram_lab.model import low_plane
 from lowvram_lab.model.checkpoint import PICKLE_SUFFIXES, Checkpoint, refuse_pickle
-from lowvram_lab.model.compressed import stored_formats
+from lowvram_lab.model.compressed import is_plain
 from lowvram_lab.model.rules import is_whole_number
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.model.tensor_names import differing_ties, with_model_names
@@ -246,11 +250,11 @@ class Source:
         if found is not None:
             chat_template.check_arguments(found, arguments)
 
-    def checkpoint(self, progress: bool = True) -> Checkpoint | GgufWeights:
+    def checkpoint(self, progress: bool = True) -> Checkpoint | GgufWeights | QuantizedWeights:
         """The model's tensors, to be read one at a time by the names of its parameters, as transformers renames them.
 
         Those of an architecture that has no spec here bear the names in the files. A ``.gguf`` file is read where it
-        lies.
+        lies, and so are codes of other tools' making.
 
         Args:
             progress: Show what is going on, on stderr.
@@ -267,7 +271,12 @@ class Source:
             spec = ModelSpec.from_config(config, self.name)
         except CheckpointError:
             return checkpoint
-        return with_model_names(spec, checkpoint)
+        if not spec.held:
+            return with_model_names(spec, checkpoint)
+        layouts = layouts_of(config.quantization_config, spec.modules, self.name)
+        beside = [f"{module}.{key}" for module, layout in layouts.items() for key in layout.tensors()]
+        dtype = config.dtype if config.dtype in (torch.float16, torch.float32) else torch.bfloat16
+        return QuantizedWeights(with_model_names(spec, checkpoint, beside), layouts, dtype)
 
     def _gguf_weights(self, progress: bool) -> GgufWeights:
         """The tensors of a ``.gguf`` file, where they lie."""
@@ -413,7 +422,9 @@ def config_from_values(values: dict, where: str):
         raise CheckpointError(f"{where}: expected a JSON object, found {type(values).__name__}")
     values = _without_code(values, where)
     if values.get("quantization_config"):
-        stored_formats(values["quantization_config"], (), where)  # refuses what the loader could not open
+        block = values["quantization_config"]
+        if not is_plain(block):
+            layouts_of(block, (), where)  # refuses what the loader could not open
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f'{where}: lacks model_type; expected e.g. "model_type": "qwen2"')

@@ -18,7 +18,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.errors import CheckpointError, PlanError, first_line
-from lowvram_lab.model.compressed import stored_formats
+from lowvram_lab.layouts.block import layouts_of
+from lowvram_lab.model.compressed import is_plain, stored_formats
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.geometry import KVLayer, kv_layers_of, unsupported
 from lowvram_lab.model.kinds import kind_of
@@ -290,7 +291,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     if head is None or embedding is None:
         raise CheckpointError(f"{config.model_type}: expected input and output embeddings, found a model without them")
     modules = _modules_of(model, layers_path, embedding)
-    stored = stored_formats(block, modules, name or config.model_type) if block else {}
+    stored, held = _of_files(block, modules, name or config.model_type)
     return ModelSpec(
         name=name,
         config=config_dict,
@@ -306,7 +307,17 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
         head=names[id(head)],
         tied=embedding.weight is head.weight,
         stored=in_two_planes(stored, low_plane),
+        held=held,
     )
+
+
+def _of_files(block: dict | None, modules: tuple[ModuleSpec, ...], where: str) -> tuple[dict, dict]:
+    """``ModelSpec.stored`` and ``ModelSpec.held`` by a config's ``quantization_config``."""
+    if not block:
+        return {}, {}
+    if is_plain(block):
+        return stored_formats(block, modules, where), {}
+    return {}, {name: layout.held for name, layout in layouts_of(block, modules, where).items()}
 
 
 def _modules_of(model: PreTrainedModel, layers_path: str, embedding: torch.nn.Module) -> tuple[ModuleSpec, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,12 +27,13 @@ logger = logging.getLogger(__name__)
 _QUANTISED = ("weight_packed", "weight_scale", "weight_shape")
 
 
-def with_model_names(spec: ModelSpec, checkpoint: Checkpoint) -> Checkpoint:
+def with_model_names(spec: ModelSpec, checkpoint: Checkpoint, beside: Iterable[str] = ()) -> Checkpoint:
     """A checkpoint that is read by the names of the model's parameters.
 
     Args:
         spec: The model, as its config alone describes it.
         checkpoint: Its tensors, by the names in the files.
+        beside: Names of tensors that parameters are made of, by the names of the model's modules.
 
     Returns:
         The same files. Tensors that the model has no place for are left out, see ``Checkpoint.unknown``. Of parameters
@@ -43,7 +44,7 @@ def with_model_names(spec: ModelSpec, checkpoint: Checkpoint) -> Checkpoint:
             that is not the class's own.
     """
     model = _empty_model(json.dumps(spec.config, sort_keys=True))
-    stored, unknown = _stored_names(model, spec, checkpoint)
+    stored, unknown = _stored_names(model, spec, checkpoint, beside)
     _check_buffers(model, stored, checkpoint)
     _share(spec, stored)
     named = checkpoint.renamed(stored, tuple(unknown))
@@ -88,7 +89,9 @@ def _shared(spec: ModelSpec) -> Iterator[tuple[str, str]]:
             yield f"{module.name}.{key}", owner
 
 
-def _stored_names(model: PreTrainedModel, spec: ModelSpec, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
+def _stored_names(
+    model: PreTrainedModel, spec: ModelSpec, checkpoint: Checkpoint, beside: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
     """The model's name → the name in the files, and the files' names that are none of the model's.
 
     Source: ``convert_and_load_state_dict_in_model`` in transformers/core_model_loading.py (5.23): in natural order,
@@ -102,6 +105,7 @@ def _stored_names(model: PreTrainedModel, spec: ModelSpec, checkpoint: Checkpoin
     renamings = [transform for transform in transforms if not isinstance(transform, WeightConverter)]
     known = dict(model.state_dict())
     known |= dict.fromkeys((f"{name}.{key}" for name in spec.stored for key in _QUANTISED), ())
+    known |= dict.fromkeys(beside, ())
     stored, unknown = {}, []
     for name in sorted(checkpoint, key=dot_natural_key):
         renamed, computed = rename_source_key(name, renamings, converters, model.base_model_prefix, known)

@@ -182,7 +182,7 @@ class GgufWeights:
         whole = torch.from_numpy(dequantize(self._data(name).numpy(), kind)).to(dtype)
         return (whole if order is None else whole[order]).__getitem__
 
-    def integer_format(self, name: str) -> str | None:
+    def held_format(self, name: str) -> str | None:
         """The name of the format that takes a tensor's ``integers`` as they lie, if there is one."""
         return KEPT.get(self._header.type_name(self._names[name]))
 

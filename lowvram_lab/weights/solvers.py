@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 
 from lowvram_lab.errors import CheckpointError, PlanError
+from lowvram_lab.layouts.packing import unpack
 from lowvram_lab.model.formats import SCALE_DTYPE, Format
 from lowvram_lab.units import MiB
-from lowvram_lab.weights.codes import INT4_OFFSET, IntegerWeight, unpack
+from lowvram_lab.weights.codes import INT4_OFFSET, IntegerWeight
 
 CHUNK_BYTES = 4 * MiB
 """Rows are quantised in chunks of this many float32 bytes: the temporaries of an embedding table would not be small.

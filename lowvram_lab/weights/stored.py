@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 
 from lowvram_lab.errors import CheckpointError
+from lowvram_lab.layouts.packing import pack, unpack
+from lowvram_lab.layouts.weights import QuantizedWeights
 from lowvram_lab.model.checkpoint import Checkpoint, misfit
 from lowvram_lab.model.formats import SCALE_DTYPE, Format
 from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.repository.gguf_weights import GgufWeights
-from lowvram_lab.weights.codes import IntegerWeight, pack, unpack
+from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.solvers import by_rows
 
 
@@ -86,13 +88,15 @@ def check_stored(module: ModuleSpec, fmt: Format, checkpoint: Checkpoint) -> Non
 
 
 def kept_tensors(name: str, fmt: Format, weights: object) -> dict[str, torch.Tensor] | None:
-    """What a layer of a format is filled with, where a ``.gguf`` file holds the very codes; else ``None``.
+    """What a layer of a format is filled with, where the files hold the very codes; else ``None``.
 
     Scales and zeros are rounded to the layer's, which is all that is lost.
     """
     weight = f"{name}.weight"
-    if not isinstance(weights, GgufWeights) or weights.integer_format(weight) != fmt.name:
+    if not isinstance(weights, GgufWeights | QuantizedWeights) or weights.held_format(weight) != fmt.name:
         return None
+    if fmt.kind == "nf4":
+        return weights.blocks(weight)
 
     def keep(rows: slice) -> dict[str, torch.Tensor]:
         codes, scale, zero = weights.integers(weight, rows)

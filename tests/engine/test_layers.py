@@ -12,6 +12,7 @@ from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.kernels import int4_layout
+from lowvram_lab.layouts.packing import unpack
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import find_card
 from lowvram_lab.memory.dry_run import DryRunGpu
@@ -19,7 +20,6 @@ from lowvram_lab.model.checkpoint import ShapesOnly
 from lowvram_lab.model.formats import FORMATS, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
-from lowvram_lab.weights.codes import unpack
 from lowvram_lab.weights.solvers import dequantize, quantize, search_clip
 from tests.helpers.tiny import (
     dequantised_state,

@@ -11,7 +11,7 @@ from lowvram_lab.kernels import library as kernels
 from lowvram_lab.kernels import product
 from lowvram_lab.kernels.int4_layout import cpu_block_rows, pack_for_cpu
 from lowvram_lab.kernels.product import dequantized, quantized_product
-from lowvram_lab.weights.codes import pack
+from lowvram_lab.layouts.packing import pack
 from tests.helpers.kernels import WAYS
 from tests.helpers.tiny import relative_error
 
@@ -193,7 +193,7 @@ def test_nothing_beside_the_codes_is_read():
     script = """
 import ctypes, itertools, mmap, torch
 from lowvram_lab.kernels.product import quantized_product
-from lowvram_lab.weights.codes import pack
+from lowvram_lab.layouts.packing import pack
 libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
 for bits, (features, columns) in itertools.product((2, 3, 4, 5, 6), ((8, 288), (10, 32), (9, 64), (1, 32))):
     codes = pack(torch.zeros(features, columns, dtype=torch.int8), bits)

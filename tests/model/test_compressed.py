@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, PlanError, SourceError
+from lowvram_lab.layouts.block import layouts_of
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.model.compressed import quantization_config, stored_formats
+from lowvram_lab.model.compressed import is_plain, quantization_config, stored_formats
 from lowvram_lab.model.formats import FORMATS, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source, read_config
@@ -190,18 +191,13 @@ def test_the_most_specific_target_counts_as_in_compressed_tensors(targets, order
 
 
 REFUSED = {
-    "asymmetric": ({"weights_symmetric": False}, "symmetric False"),
-    "weights chosen while running": ({"weights_dynamic": True}, "expected symmetric integers"),
-    "floats": ({"weights_type": "float", "weights_num_bits": 8}, "8 bits"),
+    "weights chosen while running": ({"weights_dynamic": True}, "quantised while running"),
+    "floats in words": ({"weights_type": "float", "weights_num_bits": 8}, "pack-quantized of floats with 8 bits"),
     "blocks": ({"weights_strategy": "block"}, "strategy block"),
-    "a scale for the whole tensor": ({"weights_strategy": "tensor"}, "strategy tensor"),
-    "a group no format has": ({"weights_group_size": 512}, "group size 512"),
-    "bits no format has": ({"weights_num_bits": 7}, "7 bits"),
-    "columns in another order": ({"weights_actorder": "group"}, "pack-quantized"),
-    "activations": ({"input_activations": {"num_bits": 8, "type": "int"}}, "expected symmetric integers"),
-    "outputs": ({"output_activations": {"num_bits": 8, "type": "int"}}, "expected symmetric integers"),
+    "bits no word holds": ({"weights_num_bits": 9}, "9 bits"),
+    "outputs": ({"output_activations": {"num_bits": 8, "type": "int"}}, "outputs"),
     "a quantised cache": ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "KV cache"),
-    "another method": ({"quant_method": "gptq"}, r"already quantised \(gptq\)"),
+    "another method": ({"quant_method": "aqlm"}, r"already quantised \(aqlm\)"),
     "no method": ({"quant_method": None}, "already quantised"),
     "no groups": ({"config_groups": None}, "config_groups"),
     "a named scheme": ({"config_groups": {"W4A16": ["Linear"]}}, "config_groups"),
@@ -213,7 +209,8 @@ def test_what_no_format_stands_for_is_refused(tmp_path, name):
     changes, words = REFUSED[name]
     block = by_llm_compressor(**changes)
     with pytest.raises(SourceError, match=words) as error:
-        stored_formats(block, tiny_spec("llama").modules, "my-model")
+        layouts_of(block, tiny_spec("llama").modules, "my-model")
+    assert not is_plain(block)
     assert str(error.value).startswith("my-model: ")
     assert "\n" not in str(error.value)
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("llama").to_dict() | {"quantization_config": block}))
@@ -224,7 +221,7 @@ def test_what_no_format_stands_for_is_refused(tmp_path, name):
 @pytest.mark.parametrize("block", ["int4", ["gptq"], {"bits": 4}])
 def test_a_block_that_is_none(block):
     with pytest.raises(SourceError, match="already quantised"):
-        stored_formats(block, (), "x")
+        layouts_of(block, (), "x")
 
 
 def test_a_tied_head_stored_apart_from_its_table_is_refused():

@@ -297,7 +297,7 @@ def test_an_unknown_release_is_answered_with_the_nearest_known():
         ({"num_hidden_layers": True}, "expected a positive whole number"),
         ({"rms_norm_eps": "small"}, "not a valid llama config"),
         ({"auto_map": {"AutoConfig": "evil.Config"}}, "auto_map.*refused"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "already quantised .gptq.*16-bit original"),
+        ({"quantization_config": {"quant_method": "quip"}}, "already quantised .quip.*16-bit original"),
         ({"model_type": "gpt2"}, "lacks n_embd, n_layer"),
         ({"model_type": "gemma3"}, "lacks hidden_size, num_hidden_layers, num_attention_heads;"),
         ({"model_type": "bloom"}, "lacks hidden_size, n_layer, n_head;"),

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowvram_lab.layouts.packing import PACK_CODES, pack, unpack
 from lowvram_lab.memory.temporaries import _Temporaries as Temporaries
-from lowvram_lab.weights.codes import PACK_CODES, pack, unpack
 
 BITS = range(2, 9)
 

@@ -1,0 +1,1 @@
+"""How others store quantised weights, and which format here takes their codes as they lie."""
