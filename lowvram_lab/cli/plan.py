@@ -144,7 +144,7 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
         recipe = args.format or ("stored" if spec.as_it_is else default_format)
         if recipe == SIXTEEN_BITS:
             recipe = sixteen_bits(spec, card, args.context)
-        dtype = None if names_its_dtype(recipe) else sixteen_bits(spec, card, args.context)
+        dtype = None if names_its_dtype(recipe, spec) else sixteen_bits(spec, card, args.context)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048, dtype=dtype)
     elif given := [f"--{name.replace('_', '-')}" for name in CHOSEN if getattr(args, name) is not None]:
         verb = "goes" if len(given) == 1 else "go"

@@ -191,6 +191,9 @@ class LayerQuantizer:
                         weight.copy_(high + low.dequantize())
                     else:
                         weight.copy_(high)
+                    del target, solution, high
+                    moments.forget(module.name)
+                    give_back_heap()
             if "held_out_both" in states:
                 self.stream.run_in_place(layer, states["held_out_both"])
             for weight, high in high_planes:
@@ -304,11 +307,14 @@ def corrected(weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor) 
         moments: ``E[x x^T]`` of the inputs the layer will get.
         cross: ``E[y x^T]`` with the inputs ``y`` it should have got.
     """
-    damped = moments + torch.eye(len(moments)) * (DAMPING * moments.diagonal().mean().clamp(min=1e-30))
-    shift, failed = torch.linalg.solve_ex(damped, (cross - moments).T)
+    damped = moments.clone()
+    damped.diagonal().add_(DAMPING * moments.diagonal().mean().clamp(min=1e-30))
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # the matrices of a wide layer are hundreds of MiB: no third one is made
+    shift = torch.cholesky_solve((weight @ cross - weight @ moments).T, factor).T
     if failed or not bool(torch.isfinite(shift).all()):
         return weight
-    return weight + CORRECTION * (weight @ shift.T)
+    return weight + CORRECTION * shift
 
 
 def stored_rows(tensors: dict, name: str, fmt: Format):

@@ -65,11 +65,6 @@ class FourBits(Layout):
         return self.kind == "nf4" and self.rows * self.columns % BLOCK == 0
 
     @property
-    def why(self) -> str:
-        """See ``Layout``."""
-        return self.kind
-
-    @property
     def _state(self) -> str:
         return f"weight.quant_state.bitsandbytes__{self.kind}"
 

@@ -60,11 +60,6 @@ class Layout(ABC):
     def exact(self) -> bool:
         """Whether that format takes the codes as they lie; else floats are rounded to it."""
 
-    @property
-    @abstractmethod
-    def why(self) -> str:
-        """In a few words what no format has, where it is not exact."""
-
     @abstractmethod
     def tensors(self) -> dict[str, Stored]:
         """What the files hold of it: the part of the name behind the module's → shape and dtype."""
@@ -138,14 +133,6 @@ class Integers(Layout):
     def held(self) -> str:
         """See ``Layout``."""
         return self._home[0] if self._home else self.near
-
-    @property
-    def why(self) -> str:
-        """See ``Layout``."""
-        if self.reordered:
-            return "groups whose columns do not lie together"
-        zeros = " with zero points" if self.shifted else ""
-        return f"{self.bits} bits{zeros} in groups of {self.group_size}"
 
     def floats(self, read: Read, rows: slice) -> torch.Tensor:
         """See ``Layout``."""

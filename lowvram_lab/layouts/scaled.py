@@ -77,11 +77,6 @@ class Fp8(Layout):
         """See ``Layout``."""
         return False
 
-    @property
-    def why(self) -> str:
-        """See ``Layout``."""
-        return "fp8"
-
     def tensors(self) -> dict[str, Stored]:
         """See ``Layout``."""
         grid = tuple(-(-size // of) for size, of in zip((self.rows, self.columns), self.block, strict=True))

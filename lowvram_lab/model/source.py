@@ -109,7 +109,12 @@ class Source:
         config = self.config()
         spec = ModelSpec.from_config(config, name or self.name)
         if self.kind == "gguf":
-            return replace(spec, held=self._held(spec))
+            spec = self._as_held(spec)
+        if spec.rounded:
+            formats = sorted({spec.held[module] for module in spec.rounded})
+            _say_rounded(self.public_name, len(spec.rounded), " or ".join(formats))
+        if self.kind == "gguf":
+            return spec
         shares = any(module.tied_to or module.shared for module in spec.modules)
         checkpoint = self._checkpoint_here() if shares else None
         differing = differing_ties(spec, with_model_names(spec, checkpoint)) if checkpoint else []
@@ -119,22 +124,26 @@ class Source:
         config.tie_word_embeddings = False
         return ModelSpec.from_config(config, spec.name)
 
-    def _held(self, spec: ModelSpec) -> dict[str, str]:
-        """``ModelSpec.held`` of a ``.gguf`` file, from its header alone."""
+    def _as_held(self, spec: ModelSpec) -> ModelSpec:
+        """The spec of a ``.gguf`` file with ``held`` and ``rounded``, from its header alone."""
         from lowvram_lab.repository.gguf_config import is_read_here
         from lowvram_lab.repository.gguf_header import read_gguf_header
-        from lowvram_lab.repository.gguf_weights import kept_formats, tensor_names
+        from lowvram_lab.repository.gguf_weights import kept_formats, refuse_misfits, tensor_names
 
         header = read_gguf_header(self.path())
         if not is_read_here(header):
-            return {}
+            return spec
+        shapes = {f"{module.name}.{key}": shape for module in spec.modules for key, shape in module.own.items()}
+        names = tensor_names(header, shapes, spec.num_hidden_layers)
+        refuse_misfits(self.path(), header, {names[parameter]: shapes[parameter] for parameter in names})
         matrices = [module for module in spec.modules if module.kind != "other"]
-        weights = {f"{module.name}.weight": module.name for module in matrices if not module.tied_to}
-        names = tensor_names(header, weights, spec.num_hidden_layers)
-        found, other = kept_formats(header, {weights[parameter]: name for parameter, name in names.items()})
+        weights = {module.name: names.get(f"{module.name}.weight") for module in matrices if not module.tied_to}
+        found, near, other = kept_formats(header, {module: name for module, name in weights.items() if name})
         if other:
             _say_in_floats(self.public_name, tuple(other), header.dtype)
-        return found | {module.name: found[module.tied_to] for module in matrices if module.tied_to in found}
+        tied = {module.name: module.tied_to for module in matrices if module.tied_to in found}
+        held = found | {module: found[owner] for module, owner in tied.items()}
+        return replace(spec, held=held, rounded=near | {module for module, owner in tied.items() if owner in near})
 
     def fetch(self, progress: bool = True) -> Path:
         """A finished local directory that stock transformers opens: config, ``*.safetensors``, the tokenizer's files.
@@ -533,6 +542,13 @@ def _refuse_other_files(config: PretrainedConfig, checkpoint: Checkpoint) -> Non
 def _say_in_floats(name: str, types: tuple[str, ...], dtype: str) -> None:
     """One line a file, however often its spec is asked for."""
     logger.warning("%s: no format here holds %s: its weights are read in %s", name, " or ".join(types), dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_rounded(name: str, count: int, formats: str) -> None:
+    """One line a model, however often its spec is asked for."""
+    text = "%s: no format here takes the codes of %d of its matrices as they lie: these are rounded to %s"
+    logger.warning(text, name, count, formats)
 
 
 @functools.lru_cache(maxsize=64)

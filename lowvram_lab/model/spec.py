@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from lowvram_lab.errors import CheckpointError, PlanError, first_line
 from lowvram_lab.layouts.block import layouts_of
+from lowvram_lab.layouts.layout import Layout
 from lowvram_lab.model.compressed import is_plain, stored_formats
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.geometry import KVLayer, kv_layers_of, unsupported
@@ -89,6 +90,7 @@ class ModelSpec:
         stored: Module name → format of the modules a converted checkpoint holds quantised; empty for 16-bit ones.
         held: Module name → format in which a file holds a weight that can be read in floats as well: what the recipe
             ``"stored"`` means then, and another format may be made of.
+        rounded: Of ``held``, the modules whose codes that format does not take as they lie: they are rounded to it.
     """
 
     name: str
@@ -106,6 +108,7 @@ class ModelSpec:
     tied: bool = False
     stored: dict[str, str] = field(default_factory=dict, repr=False)
     held: dict[str, str] = field(default_factory=dict, repr=False)
+    rounded: frozenset[str] = field(default=frozenset(), repr=False)
 
     @property
     def as_it_is(self) -> dict[str, str]:
@@ -291,7 +294,7 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
     if head is None or embedding is None:
         raise CheckpointError(f"{config.model_type}: expected input and output embeddings, found a model without them")
     modules = _modules_of(model, layers_path, embedding)
-    stored, held = _of_files(block, modules, name or config.model_type)
+    stored, layouts = _of_files(block, modules, name or config.model_type)
     return ModelSpec(
         name=name,
         config=config_dict,
@@ -307,17 +310,18 @@ def _spec_from_json(config_json: str, name: str) -> ModelSpec:
         head=names[id(head)],
         tied=embedding.weight is head.weight,
         stored=in_two_planes(stored, low_plane),
-        held=held,
+        held={name: layout.held for name, layout in layouts.items()},
+        rounded=frozenset(name for name, layout in layouts.items() if not layout.exact),
     )
 
 
-def _of_files(block: dict | None, modules: tuple[ModuleSpec, ...], where: str) -> tuple[dict, dict]:
-    """``ModelSpec.stored`` and ``ModelSpec.held`` by a config's ``quantization_config``."""
+def _of_files(block: dict | None, modules: tuple[ModuleSpec, ...], where: str) -> tuple[dict, dict[str, Layout]]:
+    """``ModelSpec.stored`` by a config's ``quantization_config``, or the layouts of other tools' files."""
     if not block:
         return {}, {}
     if is_plain(block):
         return stored_formats(block, modules, where), {}
-    return {}, {name: layout.held for name, layout in layouts_of(block, modules, where).items()}
+    return {}, layouts_of(block, modules, where)
 
 
 def _modules_of(model: PreTrainedModel, layers_path: str, embedding: torch.nn.Module) -> tuple[ModuleSpec, ...]:

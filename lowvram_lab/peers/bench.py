@@ -263,7 +263,7 @@ def _plan(plan: Plan | None, spec: ModelSpec, budget: GpuBudget | None, tokens: 
     if plan is not None:
         return plan.made_for(spec)
     if budget is None:
-        return Plan.uniform(spec, "stored" if spec.stored else "bf16", context=tokens)
+        return Plan.uniform(spec, "stored" if spec.as_it_is else "bf16", context=tokens)
     return auto_plan(spec, replace(budget, kernels="cuda" if torch.cuda.is_available() else "cpu"), tokens).plan
 
 

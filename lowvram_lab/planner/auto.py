@@ -115,9 +115,10 @@ def auto_plan(
         gpu, ram, disk = _budgets(gpu, ram, disk)
     budget = budget_of(gpu)
     usual, dtype, of_card = (("stored",), None, "") if spec.stored else suited(spec, budget, context)
-    usual = not_above_held(spec, usual)
+    quick = prefer == "speed" and not spec.stored
+    offered = not_above_held(spec, quick_recipes(usual) if quick else usual, fidelity=prefer == "fidelity")
     if recipes is None:
-        recipes = quick_recipes(usual) if prefer == "speed" and not spec.stored else usual
+        recipes = offered
     elif recipes != usual:
         of_card = ""
     if not recipes:
@@ -165,7 +166,7 @@ def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
 
 def _bases(recipe: str, context: int, room: Room, wishes: _Wishes) -> list[Plan]:
     """A recipe's plans that differ in the KV format, the most precise first."""
-    dtype = None if names_its_dtype(recipe) else wishes.dtype
+    dtype = None if names_its_dtype(recipe, room.spec) else wishes.dtype
     plan = replace(Plan.uniform(room.spec, recipe, context=context, dtype=dtype), threads=wishes.threads)
     if wishes.gpu_layers is not None:
         plan = plan.with_gpu_layers(wishes.gpu_layers)

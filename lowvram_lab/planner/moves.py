@@ -88,7 +88,8 @@ def weights_loss(plan: Plan) -> float:
             weights = math.prod(module.weight_shape)
             total += weights
             chosen = plan.modules[module.name].format
-            if chosen != plan.spec.held.get(module.name):  # of the codes that a file holds nothing is lost
+            kept = chosen == plan.spec.held.get(module.name) and module.name not in plan.spec.rounded
+            if not kept:  # of the codes that a file holds nothing is lost
                 lost += weights * FORMAT_LOSS.get(chosen.partition("-")[0], 0.0)
     return lost / total if total else 0.0
 

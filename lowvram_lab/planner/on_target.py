@@ -196,7 +196,8 @@ def plan_on(
     if prefer not in PREFERENCES:
         raise PlanError(f"expected prefer {', '.join(PREFERENCES)}, found {prefer!r}")
     disk_bytes = None if disk is None else parse_bytes(disk)
-    recipes = ("stored",) if spec.stored else quick_recipes(not_above_held(spec, RECIPES))
+    recipes = ("stored",) if spec.stored else quick_recipes(RECIPES)
+    recipes = not_above_held(spec, recipes, fidelity=prefer == "fidelity")
     settings["threads"] = threads_of(target, settings.get("threads"))
     bases = [
         replace(to_cpu(Plan.uniform(spec, recipe, context=context)), kv_format=kv, **settings)

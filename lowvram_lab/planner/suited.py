@@ -34,24 +34,32 @@ def quick_recipes(recipes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(sorted((*recipes, *QUICK), key=lambda name: FORMAT_LOSS.get(name, 0.0)))
 
 
-def not_above_held(spec: ModelSpec, recipes: tuple[str, ...]) -> tuple[str, ...]:
-    """Recipes for a model whose file holds codes: these as they are, then those that take fewer bytes.
+def not_above_held(spec: ModelSpec, recipes: tuple[str, ...], *, fidelity: bool = False) -> tuple[str, ...]:
+    """Recipes for a model whose files hold codes: these as they are, then those that take fewer bytes.
 
-    One of more bytes would hold the same values.
+    One of more bytes would hold the same values, or, where some codes have no home here and are rounded again, hardly
+    others.
+
+    Args:
+        spec: The model.
+        recipes: From the most precise.
+        fidelity: Keep floats before the codes, where some of these are rounded again.
     """
     if not spec.held:
         return recipes
     held = Plan.uniform(spec, "stored", context=2).weight_bytes()
-    return ("stored", *(name for name in recipes if Plan.uniform(spec, name, context=2).weight_bytes() < held))
+    floats = [name for name in recipes if fidelity and spec.rounded and get_format(name).kind == "float"]
+    smaller = [name for name in recipes if Plan.uniform(spec, name, context=2).weight_bytes() < held]
+    return (*floats, "stored", *smaller)
 
 
-def names_its_dtype(recipe: str) -> bool:
-    """Whether a recipe says itself in which dtype to compute: a float format, or what a checkpoint holds.
+def names_its_dtype(recipe: str, spec: ModelSpec) -> bool:
+    """Whether a recipe says itself in which dtype to compute: a float format, or what a converted directory holds.
 
     Raises:
         PlanError: There is no such format.
     """
-    return recipe == "stored" or get_format(recipe).kind == "float"
+    return bool(spec.stored) if recipe == "stored" else get_format(recipe).kind == "float"
 
 
 def sixteen_bits(spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> str:

@@ -24,7 +24,7 @@ from lowvram_lab.repository.gguf_weights import refuse_incomplete, tensor_names
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-CONVERSION = 2  # raise it when the same GGUF would give other files: older cached directories are then built again
+CONVERSION = 3  # raise it when the same GGUF would give other files: older cached directories are then built again
 _CONTROL_TOKEN = 3
 _STOP_WORDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 

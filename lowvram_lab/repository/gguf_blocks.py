@@ -10,51 +10,37 @@ holds every type to ``gguf.quants``, another reader of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Block:
-    """What a type of block holds.
+class Kept(NamedTuple):
+    """A type of block whose codes a format takes as they lie; scales and zeros are rounded to the format's.
 
     Attributes:
-        name: GGML's.
-        bits: Of a code.
-        group_size: Codes that share a scale.
-        zeros: Whether a group has a zero beside its scale.
+        format: The format's name.
+        read: ``(rows, bytes of a row)`` → codes, scales and zeros, block by block.
     """
 
-    name: str
-    bits: int
-    group_size: int
-    zeros: bool
+    format: str
+    read: Callable[[torch.Tensor], tuple]
 
 
-BLOCKS = {
-    2: Block("Q4_0", 4, 32, False),
-    3: Block("Q4_1", 4, 32, True),
-    6: Block("Q5_0", 5, 32, False),
-    8: Block("Q8_0", 8, 32, False),
-    12: Block("Q4_K", 4, 32, True),
-}
-"""GGML's number of a type → what it holds, of types whose codes can be kept."""
-
-
-def codes_of(kind: int, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def codes_of(kind: str, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scales and zeros of some rows.
 
     Args:
-        kind: Of ``BLOCKS``.
+        kind: GGML's name of a type, of ``KEPT``.
         data: ``(rows, bytes of a row)`` uint8.
 
     Returns:
-        Codes ``(rows, columns)`` int8, signed and of ``bits`` bits; scales and zeros ``(rows, groups)`` float32, the
+        Codes ``(rows, columns)`` int8, signed and of the type's bits; scales and zeros ``(rows, groups)`` float32, the
         latter ``None`` for types that have none.
     """
     rows = data.shape[0]
-    codes, scale, zero = _READERS[kind](data)
+    codes, scale, zero = KEPT[kind].read(data)
     shape = rows, -1
     return codes.reshape(shape), scale.reshape(shape), None if zero is None else zero.reshape(shape)
 
@@ -89,7 +75,14 @@ def _q4_k(data: torch.Tensor) -> tuple:
     return codes.sub_(8), scale, 8 * scale - least
 
 
-_READERS = {2: _q4_0, 3: _q4_1, 6: _q5_0, 8: _q8_0, 12: _q4_k}
+KEPT = {
+    "Q4_0": Kept("int4-g32", _q4_0),
+    "Q4_1": Kept("int4-g32", _q4_1),
+    "Q4_K": Kept("int4-g32", _q4_k),
+    "Q5_0": Kept("int5-g32", _q5_0),
+    "Q8_0": Kept("int8-g32", _q8_0),
+}
+"""By GGML's name of a type."""
 
 
 def _parts(data: torch.Tensor, *sizes: int) -> tuple[torch.Tensor, ...]:

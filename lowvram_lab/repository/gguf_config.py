@@ -37,17 +37,19 @@ _SIZES = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",  # without it transformers' reader leaves q and k as they lie
     "intermediate_size": "feed_forward_length",
     "max_position_embeddings": "context_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
+_NONE_IF_0 = ("rope.scaling.factor", "rope.scale_linear")
+_MAY_BE_MISSING = ("rope.freq_base", "rope.scaling.original_context_length", *_NONE_IF_0)
 _TOKENS = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
 
 # ---- the keys of an architecture, and what becomes of each ----
 
 _READ = {
     *_SIZES.values(),
-    "attention.head_count_kv",
     "attention.key_length",
     "attention.sliding_window",
     "attention.value_length",
@@ -253,17 +255,13 @@ def config_values(path: Path, header: GgufHeader, factors: np.ndarray | None) ->
     def refuse(key: str, value: object, expected: str) -> CheckpointError:
         return CheckpointError(f"{path}: its metadata has {value!r} for {prefix}.{key}; expected {expected}")
 
-    def needed(key: str):
-        value = metadata.get(f"{prefix}.{key}")
-        if not isinstance(value, int | float) or value <= 0:
-            raise refuse(key, value, "a positive number")
-        return value
-
-    values = {name: needed(key) for name, key in _SIZES.items()}
+    values = _sizes(header, refuse)
     heads = values["num_attention_heads"]
     if "token_embd.weight" not in header.tensors:
         raise CheckpointError(f"{path}: lacks token_embd.weight; expected a whole language model")
-    kv_heads = needed("attention.head_count_kv")  # transformers' reader leaves q and k as they lie without it
+    tokens, rows = len(metadata.get("tokenizer.ggml.tokens", ())), header.tensors["token_embd.weight"][0]
+    if tokens > rows:
+        raise CheckpointError(f"{path}: has {tokens} tokens and {rows} rows for them; pick another conversion")
     head_dim = metadata.get(f"{prefix}.attention.key_length") or values["hidden_size"] // heads
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := metadata.get(f"{prefix}.{key}", head_dim)) != head_dim:
@@ -273,8 +271,7 @@ def config_values(path: Path, header: GgufHeader, factors: np.ndarray | None) ->
         raise refuse("attention.sliding_window", window, "none, or the whole context: which layers slide is not said")
     values |= {
         "model_type": prefix,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": header.tensors["token_embd.weight"][0],
+        "vocab_size": rows,
         "tie_word_embeddings": "output.weight" not in header.tensors,
         "rope_parameters": _rope_values(path, header, head_dim, factors),
         "dtype": header.dtype,
@@ -286,6 +283,26 @@ def config_values(path: Path, header: GgufHeader, factors: np.ndarray | None) ->
     if prefix == "llama":
         values["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     return values | {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in _TOKENS.items()}
+
+
+def _sizes(header: GgufHeader, refuse: Callable[[str, object, str], CheckpointError]) -> dict:
+    """The numbers of a config that have to be positive, of which some may be missing."""
+
+    def needed(key: str):
+        value = header.metadata.get(f"{header.architecture}.{key}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise refuse(key, value, "a positive number")
+        return value
+
+    for key in _MAY_BE_MISSING:
+        value = header.metadata.get(f"{header.architecture}.{key}")
+        if value is not None and not (value == 0 and key in _NONE_IF_0):
+            needed(key)
+    values = {name: needed(key) for name, key in _SIZES.items()}
+    heads, kv_heads = values["num_attention_heads"], values["num_key_value_heads"]
+    if heads % kv_heads:
+        raise refuse("attention.head_count_kv", kv_heads, f"a number that divides the {heads} heads of queries")
+    return values
 
 
 def _rope_values(path: Path, header: GgufHeader, head_dim: int, factors: np.ndarray | None) -> dict:

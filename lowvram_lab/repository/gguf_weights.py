@@ -13,15 +13,12 @@ import numpy as np
 import torch
 
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.repository.gguf_blocks import codes_of
+from lowvram_lab.repository.gguf_blocks import KEPT, codes_of
 from lowvram_lab.repository.gguf_config import ROPE_FACTORS, is_read_here
 from lowvram_lab.repository.gguf_header import GgufHeader, row_bytes
 
 ROWS_AT_ONCE = 1 << 22
 """Weights that are restored at once: 16 MiB in float32."""
-
-KEPT = {"Q4_0": "int4-g32", "Q4_1": "int4-g32", "Q4_K": "int4-g32", "Q5_0": "int5-g32", "Q8_0": "int8-g32"}
-"""A type's name → the format that takes its codes as they lie; scales and zeros are rounded to the format's."""
 
 NEAR = {"Q5_1": "int8-g32", "Q5_K": "int8-g32", "Q6_K": "int8-g32"}
 """A type's name → the format that loses next to nothing of it, of types whose groups no format has."""
@@ -29,7 +26,7 @@ NEAR = {"Q5_1": "int8-g32", "Q5_K": "int8-g32", "Q6_K": "int8-g32"}
 _PERMUTED = ("attn_q", "attn_k")
 
 
-def kept_formats(header: GgufHeader, names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+def kept_formats(header: GgufHeader, names: dict[str, str]) -> tuple[dict[str, str], frozenset[str], list[str]]:
     """In which formats a file's matrices can be held as they lie, or nearly.
 
     Args:
@@ -37,13 +34,15 @@ def kept_formats(header: GgufHeader, names: dict[str, str]) -> tuple[dict[str, s
         names: Module name → what GGUF calls its weight, of the matrices.
 
     Returns:
-        Module name → format; what the file holds in floats is not among them. And the types that no format is near to:
-        where there are any, the file is read in floats.
+        Module name → format; what the file holds in floats is not among them. Those that are near alone. And the types
+        that no format is near to: where there are any, the file is read in floats.
     """
     kinds = {module: header.type_name(name) for module, name in names.items()}
-    known = KEPT | NEAR
-    other = sorted(set(kinds.values()) - known.keys() - {"F32", "F16", "BF16"})
-    return {} if other else {module: known[kind] for module, kind in kinds.items() if kind in known}, other
+    known = {kind: kept.format for kind, kept in KEPT.items()} | NEAR
+    if other := sorted(set(kinds.values()) - known.keys() - {"F32", "F16", "BF16"}):
+        return {}, frozenset(), other
+    near = frozenset(module for module, kind in kinds.items() if kind in NEAR)
+    return {module: known[kind] for module, kind in kinds.items() if kind in known}, near, []
 
 
 def tensor_names(header: GgufHeader, parameters: Iterable[str], layers: int) -> dict[str, str]:
@@ -89,6 +88,25 @@ def refuse_incomplete(path: Path, header: GgufHeader, missing: Sequence[str], kn
         )
 
 
+def refuse_misfits(path: Path, header: GgufHeader, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuses a file whose tensors are of other sizes than its metadata says.
+
+    Args:
+        path: The file, for messages.
+        header: Of it.
+        shapes: GGUF's name of a tensor → the shape that its metadata asks for.
+
+    Raises:
+        CheckpointError: Names the first.
+    """
+    for name, shape in shapes.items():
+        if tuple(header.tensors[name]) != tuple(shape):
+            raise CheckpointError(
+                f"{path}: tensor {name}: expected shape {tuple(shape)} by the file's metadata, found "
+                f"{tuple(header.tensors[name])}; download the file again, or pick another conversion of the model"
+            )
+
+
 class GgufWeights:
     """A file's tensors by the names of a model's parameters.
 
@@ -125,6 +143,7 @@ class GgufWeights:
         self._names = tensor_names(header, shapes, layers)
         missing = [parameter for parameter in shapes if parameter not in self._names]
         refuse_incomplete(path, header, missing, set(self._names.values()))
+        refuse_misfits(path, header, {self._names[parameter]: shape for parameter, shape in shapes.items()})
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -184,12 +203,13 @@ class GgufWeights:
 
     def held_format(self, name: str) -> str | None:
         """The name of the format that takes a tensor's ``integers`` as they lie, if there is one."""
-        return KEPT.get(self._header.type_name(self._names[name]))
+        kept = KEPT.get(self._header.type_name(self._names[name]))
+        return kept.format if kept else None
 
     def integers(self, name: str, rows: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Some rows of a matrix as the codes, scales and zeros that the file holds, see ``codes_of``."""
         order, data = self._order(name), self._data(name)
-        kind = self._header.places[self._names[name]][0]
+        kind = self._header.type_name(self._names[name])
         return codes_of(kind, data[rows if order is None else order[rows]])
 
     def _data(self, name: str) -> torch.Tensor:
@@ -197,7 +217,10 @@ class GgufWeights:
         shape, (kind, start) = self.shape(name), self._header.places[self._names[name]]
         rows = shape[0] if len(shape) > 1 else 1
         width = row_bytes(self._names[name], shape, kind)
-        mapped = torch.from_file(str(self._path), shared=False, size=start + rows * width, dtype=torch.uint8)
+        try:
+            mapped = torch.from_file(str(self._path), shared=False, size=start + rows * width, dtype=torch.uint8)
+        except RuntimeError as error:  # gone, or shorter than when its header was read
+            raise CheckpointError(f"{self.where(name)}: cannot be read any more; download the file again") from error
         data = mapped[start : start + rows * width]
         return data.view(rows, width) if len(shape) > 1 else data
 

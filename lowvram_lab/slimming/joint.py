@@ -24,7 +24,7 @@ from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.source import find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text, sample_text
-from lowvram_lab.slimming.search import BITS, SLIM_ALONE, Folder, Search
+from lowvram_lab.slimming.search import BITS, SLIM_ALONE, Folder, Search, weight_bytes_of
 from lowvram_lab.slimming.slim import read_texts
 from lowvram_lab.units import format_bytes, parse_bytes
 
@@ -131,9 +131,9 @@ def slim_to_size(
     if spec.stored:
         raise LowvramError(f"{model} is a converted model; begin with the 16-bit original it was made from")
     most = _checked_most(most_layers, spec)
-    if 2 * spec.num_parameters <= budget:
+    if (held := weight_bytes_of(spec)) <= budget:
         raise LowvramError(
-            f"expected fewer bytes than the model's {format_bytes(2 * spec.num_parameters)}, found "
+            f"expected fewer bytes than the model's {format_bytes(held)}, found "
             f"{format_bytes(budget)}: there is nothing to remove"
         )
     with locked(output) as lock:

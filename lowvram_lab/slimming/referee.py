@@ -136,6 +136,10 @@ def rival_of(
     Returns:
         ``None`` where no recipe is so small.
     """
+    if whole.spec.held:
+        held = Plan.uniform(whole.spec, "stored", context=2).weight_bytes()
+        if held <= weight_bytes:
+            return Rival("the file as it is", held, yardstick.distance(whole), read and read(whole))
     plan = uniform_plan(whole.spec)
     if plan.weight_bytes() <= weight_bytes:
         stream = RestoredLayers(whole.spec, whole.checkpoint, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from tqdm.auto import tqdm
 
 from lowvram_lab.conversion.resumable import PartialDirectory
 from lowvram_lab.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from lowvram_lab.units import MiB
+from lowvram_lab.model.plan import Plan
+from lowvram_lab.model.spec import ModelSpec
+from lowvram_lab.units import MiB, format_bytes
+
+logger = logging.getLogger(__name__)
 
 SHARD_BYTES = 512 * MiB
 """Of a file, which is held at once, as read and as written."""
@@ -100,3 +105,10 @@ class Rewritten:
             shards[-1].append(name)
             size += nbytes
         return shards
+
+
+def say_held(spec: ModelSpec) -> None:
+    """Says so where the files hold fewer bits than the 16 that are written."""
+    if spec.held:
+        held = format_bytes(Plan.uniform(spec, "stored", context=2).weight_bytes())
+        logger.warning("%s: its files hold %s of quantised weights; what is written is in 16 bits", spec.name, held)

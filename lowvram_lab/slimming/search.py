@@ -178,7 +178,7 @@ class Search:
             "source": self.source.public_name,
             "layers_before": self.spec.num_hidden_layers,
             "vocab_before": self._rows(self.spec),
-            "source_weight_bytes": 2 * self.spec.num_parameters,
+            "source_weight_bytes": weight_bytes_of(self.spec),
             "kind": best.kind,
             "kept_ids": self.kept["kept"] if best.fewer_tokens else None,
             **found[best.key],
@@ -257,7 +257,7 @@ class Search:
         distance = self.yardstick.distance(stream, self.kept["kept"] if fewer_tokens else None)
         return {
             "vocab_after": self._rows(spec),
-            "weight_bytes": _weight_bytes(spec),
+            "weight_bytes": weight_bytes_of(spec),
             "parameters": spec.num_parameters,
             "kl": distance.kl,
             "kl_interval": list(distance.interval),
@@ -329,5 +329,6 @@ def _of_layers(sensitivity: Sensitivity, spec: ModelSpec, removed: list[int]) ->
     )
 
 
-def _weight_bytes(spec: ModelSpec) -> int:
-    return Plan.uniform(spec, "stored" if spec.stored else "bf16", context=2).weight_bytes()
+def weight_bytes_of(spec: ModelSpec) -> int:
+    """Of a model as its files hold it, in bf16 where they hold floats."""
+    return Plan.uniform(spec, "stored" if spec.as_it_is else "bf16", context=2).weight_bytes()

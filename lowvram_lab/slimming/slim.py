@@ -26,7 +26,7 @@ from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text, sample_text
 from lowvram_lab.repository.text import equal_windows, first_ids, plain_ids
 from lowvram_lab.slimming.referee import Refereed, Verdict, rival_of
-from lowvram_lab.slimming.rewritten import Changed, Rewritten
+from lowvram_lab.slimming.rewritten import Changed, Rewritten, say_held
 from lowvram_lab.slimming.small_files import SmallFiles, small_files, text_hash, tokenizer_json
 from lowvram_lab.slimming.vocabulary import (
     chat_tokens,
@@ -289,6 +289,7 @@ def _float_spec(source: Source) -> ModelSpec:
         raise LowvramError(
             f"{source.name} is a converted model; make the 16-bit original it was made from smaller, then convert that"
         )
+    say_held(spec)
     if (directory := small_files(source)) is not None:
         refuse_other_models(tokenizer_json(directory), source.name)
     return spec

@@ -32,7 +32,7 @@ from lowvram_lab.slimming.choice import choice_windows, choose_layers
 from lowvram_lab.slimming.heal import LowRank, heal, state_bytes
 from lowvram_lab.slimming.referee import Refereed, Verdict, rival_of
 from lowvram_lab.slimming.repair import refuse_unrepairable, repair
-from lowvram_lab.slimming.rewritten import Changed, Rewritten
+from lowvram_lab.slimming.rewritten import Changed, Rewritten, say_held
 from lowvram_lab.slimming.small_files import SLIM
 from lowvram_lab.slimming.yardstick import WINDOW, Distance, Yardstick
 from lowvram_lab.weights.calibration import LEAST_TOKENS, calibration_windows
@@ -239,7 +239,7 @@ class _Work:
         """See ``Repair.explained``; its keys are text, as in a file."""
         facts, tensors = self._partial.load_json("state/repair.json"), None
         if facts is not None:
-            tensors = self._partial.load_tensors("state/repair.safetensors") if facts["changed"] else {}
+            tensors = self._partial.load_tensors("state/repair.safetensors") if facts.get("changed", True) else {}
         if tensors is None:
             found = repair(self._stream, self._removed, self._ids, progress=self._progress)
             facts, tensors = {"explained": {str(at): share for at, share in found.explained.items()}}, found.weights
@@ -304,6 +304,7 @@ def _checked_layers(layers: int | Sequence[int], spec: ModelSpec) -> int | list[
         raise LowvramError(
             f"{spec.name} is a converted model; leave layers of the 16-bit original out, then convert what is left"
         )
+    say_held(spec)
     if isinstance(layers, int) and not isinstance(layers, bool):
         if not 1 <= layers < count:
             raise LowvramError(

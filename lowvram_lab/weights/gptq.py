@@ -85,20 +85,19 @@ def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """
     if not bool(torch.isfinite(moments).all()):
         raise CheckpointError("expected finite calibration moments, found NaN or infinite values")
-    ordered = moments[order][:, order]
-    diagonal = ordered.diagonal().clone()
-    mean = diagonal.mean().clamp(min=1e-30)
+    mean = moments.diagonal().mean().clamp(min=1e-30)
     for damping in DAMPINGS:
-        ordered.diagonal().copy_(diagonal + damping * mean)
-        found, failed = torch.linalg.cholesky_ex(ordered)
+        found = moments[order.unsqueeze(1), order]
+        found.diagonal().add_(damping * mean)
+        found, failed = torch.linalg.cholesky_ex(found)  # each takes the place of the one before: hundreds of MiB
         if failed:
             continue
-        found = torch.cholesky_inverse(found)  # each takes the place of the one before: they are hundreds of MiB
+        found = torch.cholesky_inverse(found)
         found, failed = torch.linalg.cholesky_ex(found, upper=True)
         if not failed and bool(torch.isfinite(found).all()):
             return found
     # beyond repair by damping: rounding each column for itself is what remains
-    return torch.eye(len(ordered))
+    return torch.eye(len(moments))
 
 
 def output_error(change: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:

@@ -35,14 +35,17 @@ def captured_inputs(modules: dict[str, torch.nn.Module]):
 class InputMoments:
     """Second moments of modules' inputs over all tokens added: ``E[x x^T]``, and with a second model's ``E[y x^T]``.
 
-    Modules that are given the very same tensor (q, k and v; gate and up) share their matrices.
+    Modules that are given the very same tensor (q, k and v; gate and up) share their matrices. All tokens are added
+    before a mean is read: it takes the place of the sum, for the matrices are hundreds of MiB.
     """
 
     def __init__(self):
         self.tokens = 0
+        self._are_means = False
         self._sums: dict[str, torch.Tensor] = {}
         self._cross: dict[str, torch.Tensor] = {}
         self._shares: dict[str, str] = {}
+        self._users: dict[str, set[str]] = {}
 
     def add(self, inputs: dict[str, torch.Tensor], others: dict[str, torch.Tensor] | None = None) -> None:
         """Adds what ``captured_inputs`` holds after a forward pass.
@@ -50,13 +53,20 @@ class InputMoments:
         Args:
             inputs: Module name → input ``(..., in)``.
             others: The same modules' inputs in another model, ``y`` above, for the same tokens.
+
+        Raises:
+            RuntimeError: A mean was read.
         """
+        if self._are_means:
+            raise RuntimeError("moments are means by now: add all tokens before one is read")
         leader, latest = "", None
         for name, tensor in inputs.items():
             if tensor is latest:
                 self._shares[name] = leader
+                self._users[leader].add(name)
                 continue
             leader, latest = name, tensor
+            self._users.setdefault(name, {name})
             rows = tensor.detach().reshape(-1, tensor.shape[-1]).float()
             accumulate(self._sums, name, rows, rows)
             if others is not None:
@@ -65,11 +75,25 @@ class InputMoments:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """``(in, in)`` float32, the mean over tokens of ``x x^T``."""
-        return self._sums[self._shares.get(name, name)] / self.tokens
+        return self._means()._sums[self._shares.get(name, name)]
 
     def cross(self, name: str) -> torch.Tensor:
         """``(in, in)`` float32, the mean over tokens of ``y x^T``."""
-        return self._cross[self._shares.get(name, name)] / self.tokens
+        return self._means()._cross[self._shares.get(name, name)]
+
+    def forget(self, name: str) -> None:
+        """Lets a module's matrices go, once no other shares them."""
+        leader = self._shares.get(name, name)
+        self._users[leader].discard(name)
+        if not self._users[leader]:
+            del self._sums[leader]
+            self._cross.pop(leader, None)
+
+    def _means(self) -> "InputMoments":
+        for matrix in () if self._are_means else (*self._sums.values(), *self._cross.values()):
+            matrix.div_(self.tokens)
+        self._are_means = True
+        return self
 
 
 def head_moments(stream: LayerByLayer, ids: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.evaluation.fidelity import load_reference
 from lowvram_lab.faces.split import SplitState, recipes_of, split_plan
+from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.checkpoint import Checkpoint
@@ -29,13 +30,17 @@ from lowvram_lab.model.source import find_source
 from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_workload
+from lowvram_lab.planner.moves import weights_loss
 from lowvram_lab.planner.profile import Workload
-from lowvram_lab.repository.gguf_blocks import BLOCKS, codes_of
-from lowvram_lab.repository.gguf_weights import KEPT, NEAR, GgufWeights
+from lowvram_lab.planner.suited import RECIPES, not_above_held, quick_recipes
+from lowvram_lab.repository.gguf_blocks import KEPT as BLOCKS
+from lowvram_lab.repository.gguf_blocks import codes_of
+from lowvram_lab.repository.gguf_weights import NEAR, GgufWeights
 from lowvram_lab.units import MiB
 from tests.helpers.gguf_files import blocks, write_gguf
 from tests.helpers.tiny import relative_error
 
+KEPT = {name: kept.format for name, kept in BLOCKS.items()}
 SIZES = {
     "hidden_size": 256,
     "num_hidden_layers": 2,
@@ -69,16 +74,15 @@ def written(folder: Path, kind: str, arch: str = "llama", tied: bool = True, **o
     return path
 
 
-@pytest.mark.parametrize("number", BLOCKS, ids=lambda number: BLOCKS[number].name)
-def test_codes_scales_and_zeros_make_the_weights_that_gguf_py_makes(number):
-    kind, block = gguf.GGMLQuantizationType(number), BLOCKS[number]
-    assert kind.name == block.name
+@pytest.mark.parametrize("name", KEPT)
+def test_codes_scales_and_zeros_make_the_weights_that_gguf_py_makes(name):
+    kind, fmt = gguf.GGMLQuantizationType[name], get_format(KEPT[name])
     values = np.random.default_rng(1).normal(0, 0.02, (9, 768)).astype(np.float32)
     data = blocks(values, kind)
-    codes, scale, zero = codes_of(number, torch.from_numpy(data))
-    assert (codes.dtype, codes.shape, scale.shape) == (torch.int8, (9, 768), (9, 768 // block.group_size))
-    assert (zero is not None) == block.zeros
-    half = 1 << (block.bits - 1)
+    codes, scale, zero = codes_of(name, torch.from_numpy(data))
+    assert (codes.dtype, codes.shape, scale.shape) == (torch.int8, (9, 768), (9, 768 // fmt.group_size))
+    assert (zero is not None) == (name in ("Q4_1", "Q4_K"))
+    half = 1 << (fmt.bits - 1)
     assert -half <= codes.min().item() and codes.max().item() < half
     found = codes.double().view(*scale.shape, -1) * scale.double().unsqueeze(-1)
     found = found if zero is None else found + zero.double().unsqueeze(-1)
@@ -263,3 +267,67 @@ def test_the_panel_offers_what_the_file_holds_first(tmp_path):
     assert recipes_of(spec) == ("stored", "bf16", "int8", "int4")
     plan = split_plan(SplitState(spec.num_hidden_layers, 64, recipe="stored"), spec)
     assert plan.modules == Plan.uniform(spec, "stored", context=64).modules
+
+
+ODD = {
+    "llama__attention__layer_norm_rms_epsilon": (float("nan"), "nan for llama.attention.layer_norm_rms_epsilon"),
+    "llama__rope__freq_base": (0.0, "0.0 for llama.rope.freq_base; expected a positive number"),
+    "llama__rope__scaling__factor": (-2.0, "-2.0 for llama.rope.scaling.factor"),
+    "llama__attention__head_count_kv": (3, "expected a number that divides the 8 heads of queries"),
+    "llama__embedding_length": (128, r"tensor token_embd.weight: expected shape \(260, 128\) by the file's metadata"),
+    "llama__feed_forward_length": (320, r"ffn_\w+.weight: expected shape"),
+}
+
+
+@pytest.mark.parametrize("key", ODD)
+def test_numbers_that_no_model_has_are_refused_by_the_header(tmp_path, key):
+    value, words = ODD[key]
+    path = written(tmp_path, "Q8_0", **{key: value})
+    with pytest.raises(CheckpointError, match=words) as error:
+        find_source(path).spec()
+    assert "config.json" not in str(error.value)
+
+
+def test_more_tokens_than_rows_are_refused_before_a_text_is_read(tmp_path):
+    path = tmp_path / "m.gguf"
+    config = LlamaConfig(**{**SIZES, "vocab_size": 250}, tie_word_embeddings=True)
+    write_gguf(path, LlamaForCausalLM(config), kind="Q8_0")
+    with pytest.raises(CheckpointError, match="tokens and 250 rows for them"):
+        find_source(path).spec()
+
+
+def test_a_file_that_is_cut_short_after_it_was_opened_is_refused(tmp_path):
+    path = written(tmp_path, "Q8_0")
+    weights = find_source(path).checkpoint(progress=False)
+    with path.open("rb+") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="cannot be read any more; download the file again"):
+        for name in weights:
+            weights.read(name)
+
+
+def test_on_a_card_without_bf16_the_files_codes_are_multiplied_in_fp16(tmp_path):
+    spec = find_source(written(tmp_path, "Q8_0", "qwen2", tied=False)).spec()
+    choice = auto_plan(spec, GpuBudget.parse("1GiB", card="t4"), 64)
+    assert choice.plan.asked == "stored" and choice.plan.dtype == choice.plan.kv_format == "fp16"
+
+
+def test_for_speed_no_recipe_takes_more_bytes_than_the_file(tmp_path):
+    spec = find_source(written(tmp_path, "Q4_0", "qwen2", tied=False)).spec()
+    offered = not_above_held(spec, quick_recipes(RECIPES))
+    held = Plan.uniform(spec, "stored", context=64).weight_bytes()
+    assert offered[0] == "stored" and "int6" not in offered
+    assert all(Plan.uniform(spec, name, context=64).weight_bytes() < held for name in offered[1:])
+
+
+def test_codes_that_are_rounded_again_are_said_and_count_as_loss(tmp_path, caplog):
+    path = written(tmp_path, "Q6_K", "qwen2", tied=False).rename(tmp_path / "rounded.gguf")  # said once a name
+    exact, near = find_source(written(tmp_path, "Q8_0", "qwen2", tied=False)).spec(), find_source(path).spec()
+    assert not exact.rounded and near.rounded == near.held.keys()
+    losses = [weights_loss(Plan.uniform(spec, "stored", context=64)) for spec in (exact, near)]
+    assert losses[0] == 0 < losses[1]
+    assert not_above_held(exact, RECIPES, fidelity=True)[0] == not_above_held(near, RECIPES)[0] == "stored"
+    assert not_above_held(near, RECIPES, fidelity=True)[:2] == ("bf16", "stored")
+    said = [record.getMessage() for record in caplog.records]
+    text = "no format here takes the codes of {} of its matrices as they lie: these are rounded to int8-g32"
+    assert said == [f"rounded.gguf: {text.format(len(near.held))}"]
