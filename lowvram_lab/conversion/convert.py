@@ -22,6 +22,7 @@ from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import cache_dir, expanded, known_sha256, refuse_occupied, remember, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model import low_plane
+from lowvram_lab.model.compressed import KEY as QUANTISED
 from lowvram_lab.model.compressed import quantization_config
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
@@ -263,11 +264,12 @@ def _finish(
     if spec.tied and get_format(plan.modules[spec.head].format).kind == "packed":
         formats.pop(spec.head, None)
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", QUANTISED):  # the source's own
+        config.pop(key, None)
     config["tie_word_embeddings"] = spec.tied  # which the files decided
     config["dtype"] = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[plan.dtype]
     if formats:
-        config["quantization_config"] = quantization_config(formats)
+        config[QUANTISED] = quantization_config(formats)
     if work.low_planes:
         config[low_plane.KEY] = low_plane.block(partial.sha256(low_plane.FILE), work.low_planes)
     weight_map = {}

@@ -13,6 +13,9 @@ from lowvram_lab.errors import CheckpointError, SourceError
 from lowvram_lab.layouts.compressed import closest, matches, targets
 from lowvram_lab.model.formats import FORMATS, get_format
 
+KEY = "quantization_config"
+"""Of ``config.json``: how the weights beside it are quantised. Where they are written anew, it goes."""
+
 METHOD = "compressed-tensors"
 _LAYOUTS = {"int8": "naive-quantized", "int4": "pack-quantized", "packed": "pack-quantized"}
 

@@ -22,6 +22,7 @@ from lowvram_lab.errors import CheckpointError, LowvramError
 from lowvram_lab.files import expanded, known_sha256, refuse_occupied, require_space
 from lowvram_lab.memory.host import peak_rss_bytes
 from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.compressed import KEY as QUANTISED
 from lowvram_lab.model.source import config_from_values, find_source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.packaged import calibration_text, sample_text
@@ -341,6 +342,7 @@ def config_without(directory: Path, spec: ModelSpec, removed: list[int]) -> dict
     would be derived for others.
     """
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config.pop(QUANTISED, None)
     count, known = spec.num_hidden_layers, spec.pretrained_config()
     key = type(known).attribute_map.get("num_hidden_layers", "num_hidden_layers")
     for name, values in known.to_dict().items():

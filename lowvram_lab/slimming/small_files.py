@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lowvram_lab.conversion.resumable import PartialDirectory
 from lowvram_lab.errors import CheckpointError, SourceError, first_line
+from lowvram_lab.model.compressed import KEY as QUANTISED
 from lowvram_lab.model.source import Source
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.repository import hub
@@ -51,6 +52,7 @@ class SmallFiles:
         refuse_other_models(self.tokenizer, directory)
         config = source.config()
         self.config = _read_json(directory / "config.json")
+        self.config.pop(QUANTISED, None)
         self._vocab_size = type(config).attribute_map.get("vocab_size", "vocab_size")
         assumed = {key: value for key, value in config.to_dict().items() if key.endswith("_token_id")}
         self.config |= {
