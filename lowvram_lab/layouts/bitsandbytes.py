@@ -52,6 +52,7 @@ class FourBits(Layout):
         kind: ``nf4`` or ``fp4``.
     """
 
+    by_rows = False
     kind: str
 
     @property

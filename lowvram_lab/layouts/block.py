@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from lowvram_lab.errors import CheckpointError, SourceError
 from lowvram_lab.layouts.bitsandbytes import FourBits, Int8
-from lowvram_lab.layouts.compressed import Compressed, closest, matches, targets
+from lowvram_lab.layouts.compressed import Compressed, closest, matches, targets, weights_of
 from lowvram_lab.layouts.gptq import Awq, Gptq
 from lowvram_lab.layouts.layout import Layout
 from lowvram_lab.layouts.scaled import Fp8, Mxfp4, Nvfp4
@@ -104,8 +104,7 @@ def _bitsandbytes(block: dict, where: str) -> Callable[[object], Make | None]:
 
 def _fp8(block: dict, where: str) -> Callable[[object], Make | None]:
     block_size = block.get("weight_block_size")
-    sizes = isinstance(block_size, list) and len(block_size) == 2 and all(type(n) is int and n > 0 for n in block_size)
-    if block_size is not None and not sizes:
+    if block_size is not None and not _are_sizes(block_size):
         raise _unread(where, f"fp8 with weight_block_size {block_size!r}", "two numbers, or none")
     left_out = block.get("modules_to_not_convert")
 
@@ -130,9 +129,11 @@ def _compressed(block: dict, where: str) -> Callable[[object], Make | None]:
 
 def _scheme(group: dict, block: dict, where: str) -> Make:
     """How the matrices of one of compressed-tensors' groups lie."""
-    weights, kind = group.get("weights") or {}, group.get("format") or block.get("format")
+    weights, kind = weights_of(group), group.get("format") or block.get("format")
     bits, size, strategy = (weights.get(key) for key in ("num_bits", "group_size", "strategy"))
     strategy = strategy or ("group" if size else "tensor")
+    if size is not None and (type(size) is not int or (size < 1 and size != -1)):
+        raise _unread(where, f"group_size {size!r}", "a number of columns")
     if weights.get("dynamic") or group.get("output_activations"):
         raise _unread(where, "weights that are quantised while running, or outputs", "weights that lie quantised")
     of = (weights.get("type", "int"), kind)
@@ -155,9 +156,8 @@ def _scheme(group: dict, block: dict, where: str) -> Make:
 
 
 def _unread_scheme(weights: dict, kind: object, strategy: object, where: str) -> SourceError:
-    found = (
-        f"weights as {kind} of {weights.get('type', 'int')}s with {weights.get('num_bits')} bits, strategy {strategy}"
-    )
+    of, bits = weights.get("type", "int"), weights.get("num_bits")
+    found = f"weights as {kind} of {of}s with {bits} bits, strategy {strategy}"
     return _unread(where, found, "integers of 2 to 8 bits, fp8, mxfp4 or nvfp4, by group, channel or tensor")
 
 
@@ -169,8 +169,8 @@ def _fp8_scheme(weights: dict, strategy: str, size: int | None, where: str) -> M
         "group": lambda shape: (1, _within(size, shape)),
         "block": lambda shape: tuple(structure),
     }
-    if strategy not in known or (strategy == "block" and not structure):
-        raise _unread(where, f"fp8 with the strategy {strategy}", ", ".join(known))
+    if strategy not in known or (strategy == "block" and not _are_sizes(structure)):
+        raise _unread(where, f"fp8 with the strategy {strategy} and blocks of {structure!r}", ", ".join(known))
     return lambda shape: Fp8(*shape, "weight_scale", known[strategy](shape))
 
 
@@ -181,6 +181,10 @@ def _converts(module, left_out: object) -> bool:
     if not left_out:
         return module.layer is not None
     return should_convert_module(module.name, _names(left_out))
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
 
 
 def _names(value: object) -> list[str]:

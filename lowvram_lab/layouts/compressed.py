@@ -75,9 +75,16 @@ class Compressed(Integers):
         return stored.reshape(1, 1).expand(stop - start, 1) if self.whole else stored[rows]
 
 
+def weights_of(group: dict) -> dict:
+    """What a group of a config says of its weights."""
+    found = group.get("weights")
+    return found if isinstance(found, dict) else {}
+
+
 def targets(group: dict) -> list[str]:
     """What a group of a config names."""
-    return [target for target in group.get("targets") or [] if isinstance(target, str)]
+    found = group.get("targets")
+    return [target for target in found if isinstance(target, str)] if isinstance(found, list) else []
 
 
 def matches(module, names: list[str]) -> bool:

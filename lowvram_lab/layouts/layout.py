@@ -9,6 +9,7 @@ floats and rounded to eight bits in groups of 32, which is near to anything.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -45,8 +46,10 @@ class Layout(ABC):
     Attributes:
         rows: Output features.
         columns: Input features.
+        by_rows: Whether some rows are restored without the others.
     """
 
+    by_rows: ClassVar[bool] = True
     rows: int
     columns: int
 

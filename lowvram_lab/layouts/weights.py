@@ -7,6 +7,9 @@ import torch
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.layouts.layout import Integers, Layout
 
+ROWS_AT_ONCE = 1 << 22
+"""Weights that are restored at once: 16 MiB in float32."""
+
 _ONE_REPOSITORY = "config.json and the weights are not of one model: take both from one repository"
 
 
@@ -69,8 +72,15 @@ class QuantizedWeights:
         return self._checkpoint.where(f"{name.removesuffix('weight')}{next(iter(layout.tensors()))}")
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in floats."""
-        return self.rows(name)(slice(None))
+        """A tensor in floats; a quantised one some rows at a time, so that of its float32 not all is there."""
+        layout = self._layouts.get(name)
+        if layout is None or not layout.by_rows:
+            return self.rows(name)(slice(None))
+        found, look_up = torch.empty(self.shape(name), dtype=self._dtype), self.rows(name)
+        step = max(8, ROWS_AT_ONCE // layout.columns // 8 * 8)
+        for start in range(0, layout.rows, step):
+            found[start : start + step] = look_up(slice(start, start + step))
+        return found
 
     def rows(self, name: str) -> Callable[[slice | torch.Tensor], torch.Tensor]:
         """What gives some rows of a tensor in floats."""

@@ -10,7 +10,7 @@ initialise), only here.
 from collections.abc import Iterable, Mapping
 
 from lowvram_lab.errors import CheckpointError, SourceError
-from lowvram_lab.layouts.compressed import closest, matches, targets
+from lowvram_lab.layouts.compressed import closest, matches, targets, weights_of
 from lowvram_lab.model.formats import FORMATS, get_format
 
 KEY = "quantization_config"
@@ -103,7 +103,7 @@ def stored_formats(block: dict, modules: Iterable, where: str) -> dict[str, str]
 
 def _format_of(group: dict, block: dict) -> str | None:
     """The format here that a group's tensors are those of, if there is one."""
-    weights = group.get("weights") or {}
+    weights = weights_of(group)
     layout = group.get("format") or block.get("format")
     size = weights.get("group_size") if weights.get("strategy") == "group" else None
     plain = (

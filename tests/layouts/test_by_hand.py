@@ -131,6 +131,18 @@ REFUSED = {
     "awq packed the other way": (AWQ | {"version": "gemv"}, "AWQ packed as gemv; expected gemm"),
     "awq of 3 bits": (AWQ | {"bits": 3}, "bits 3"),
     "fp8 in odd blocks": (FP8 | {"weight_block_size": [128]}, "weight_block_size"),
+    "fp8 of compressed-tensors in blocks of words": (
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"], "format": "float-quantized",
+                    "weights": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": "128x128"},
+                }
+            },
+        },
+        "blocks of '128x128'",
+    ),
     "bitsandbytes without bits": ({"quant_method": "bitsandbytes"}, "neither 4 nor 8 bits"),
     "bitsandbytes of another type": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "'af4'"

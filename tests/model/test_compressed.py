@@ -200,6 +200,8 @@ REFUSED = {
     "another method": ({"quant_method": "aqlm"}, r"already quantised \(aqlm\)"),
     "no method": ({"quant_method": None}, "already quantised"),
     "no groups": ({"config_groups": None}, "config_groups"),
+    "weights that are a word": ({"weights": "int4"}, "with None bits"),
+    "a group size in words": ({"weights_group_size": "large"}, "group_size 'large'"),
     "a named scheme": ({"config_groups": {"W4A16": ["Linear"]}}, "config_groups"),
 }
 
