@@ -396,11 +396,9 @@ class LiveDecoder:
 
     def _others_let_go(self) -> bool:
         """Whether another chat held a KV cache and holds it no longer: its next message has it read again."""
-        for other in list(loaded(self.model).chats):
-            if other is not self and not other.answers and other._decoder is not None:
-                other.forget()
-                logger.warning("the GPU has no room for the KV caches of several chats; the others are read again")
-                return True
+        if let_idle_chats_go(self.model, but=self):
+            logger.warning("the GPU has no room for the KV caches of several chats; the others are read again")
+            return True
         return False
 
     def come_back(self) -> None:
@@ -444,6 +442,23 @@ def _timed(tokens: Iterator[int]) -> Iterator[tuple[int, float | None]]:
     for token in tokens:
         yield token, None if began is None else time.perf_counter() - began
         began = time.perf_counter()
+
+
+def let_idle_chats_go(model: torch.nn.Module, but: LiveDecoder | None = None) -> bool:
+    """Makes room: one chat on a model that answers nothing gives its KV cache up; its next message has it read again.
+
+    Args:
+        model: From ``load``.
+        but: The chat that asks.
+
+    Returns:
+        Whether there was one.
+    """
+    for chat in list(loaded(model).chats):
+        if chat is not but and not chat.answers and chat._decoder is not None:
+            chat.forget()
+            return True
+    return False
 
 
 def is_whole(cache: PreallocatedCache) -> bool:

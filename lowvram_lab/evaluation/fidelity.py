@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowvram_lab.chat.live import let_idle_chats_go
 from lowvram_lab.engine.kv_cache import PreallocatedCache
 from lowvram_lab.engine.loaded import Loaded
 from lowvram_lab.errors import BudgetError, CheckpointError, LowvramError, first_line
@@ -296,7 +297,15 @@ def _log_probabilities(model: PreTrainedModel, window: torch.Tensor) -> torch.Te
     if not isinstance(state, Loaded):
         logits = model(window[None, :-1], use_cache=False).logits[0]
         return torch.log_softmax(logits.cpu().float(), dim=-1)
-    slice_tokens = SLICE if state.gpu.budget else len(window)
+    while True:
+        try:
+            return _by_slices(model, window, SLICE if state.gpu.budget else len(window))
+        except torch.OutOfMemoryError:  # what is measured beside a chat was not planned for
+            if not let_idle_chats_go(model):
+                raise
+
+
+def _by_slices(model: PreTrainedModel, window: torch.Tensor, slice_tokens: int) -> torch.Tensor:
     cache, pieces = PreallocatedCache(model, len(window)), []
     for ids in window[None, :-1].split(slice_tokens, dim=1):
         logits = model(ids, past_key_values=cache, use_cache=True).logits[0]

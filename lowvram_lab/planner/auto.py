@@ -93,9 +93,10 @@ def auto_plan(
         prefer: ``"balance"``: of the plans whose layers and head are all on the GPU the one that loses least, formats
             and KV cache together, and of those the one of least time: the embedding on the CPU and prompts read in
             pieces come before any loss. If none fits, the one that leaves least for the CPU to compute: the smallest
-            recipe, split. ``"fidelity"``: the most precise recipe, however much must go to the CPU; an int4 KV cache
-            only where nothing else fits. ``"speed"``: the fastest by this machine's rates, which are measured if they
-            are not known, never one that another dominates (``frontier``). ``moves.py`` has the order and its figures.
+            recipe, split; codes that files hold are split before they are rounded again. ``"fidelity"``: the most
+            precise recipe, however much must go to the CPU; an int4 KV cache only where nothing else fits.
+            ``"speed"``: the fastest by this machine's rates, which are measured if they are not known, never one that
+            another dominates (``frontier``). ``moves.py`` has the order and its figures.
         recipes: Recipes to try, the most precise first; by default what ``suited`` finds for the card (``"speed"``:
             and int6, int5, int3), or what a converted model holds.
         gpu_layers: Keep to so many layers on the GPU, and choose the rest.
@@ -117,11 +118,12 @@ def auto_plan(
     usual, dtype, of_card = (("stored",), None, "") if spec.stored else suited(spec, budget, context)
     quick = prefer == "speed" and not spec.stored
     offered = not_above_held(spec, quick_recipes(usual) if quick else usual, fidelity=prefer == "fidelity")
-    if recipes is None:
-        recipes = offered
-    elif recipes != usual:
+    if recipes is not None and recipes != usual:
         of_card = ""
-    if not recipes:
+    tried = [offered if recipes is None else recipes]
+    if recipes is None and spec.held and prefer == "balance":
+        tried.insert(0, ("stored",))  # a split costs time, codes that are rounded again far more
+    if not tried[0]:
         raise PlanError("expected one recipe or more to choose from, found none")
     if prefer not in PREFERENCES:
         raise PlanError(f"expected prefer {', '.join(PREFERENCES)}, found {prefer!r}")
@@ -129,11 +131,17 @@ def auto_plan(
         raise PlanError(f"prefer={prefer!r} chooses the split, found gpu_layers={gpu_layers} as well; give one of them")
     sizes = (None if size is None else parse_bytes(size) for size in (ram, disk))
     room, machine = Room(spec, budget, *sizes, kv_format), machine or Machine()
-    wishes = _Wishes(recipes, dtype, prefer, gpu_layers, threads, machine)
-    if context is not None:
-        choice = _at_context(context, room, wishes)
-    else:
-        choice = _at_longest_context(min(DEFAULT_CONTEXT, spec.longest_context), room, wishes)
+    for recipes in tried:
+        wishes = _Wishes(recipes, dtype, prefer, gpu_layers, threads, machine)
+        try:
+            if context is not None:
+                choice = _at_context(context, room, wishes)
+            else:
+                choice = _at_longest_context(min(DEFAULT_CONTEXT, spec.longest_context), room, wishes)
+            break
+        except BudgetError:
+            if recipes is tried[-1]:
+                raise
     choice = _with_streaming(choice, room, machine)
     return replace(choice, why=(of_card, *choice.why[1 - MOST_REASONS :])) if of_card else choice
 

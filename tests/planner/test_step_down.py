@@ -15,6 +15,7 @@ from lowvram_lab.engine import room
 from lowvram_lab.engine.load import replan
 from lowvram_lab.engine.placement import Placement
 from lowvram_lab.errors import BudgetError, CheckpointError, PlanError
+from lowvram_lab.evaluation.fidelity import fidelity
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.planner.measure import run_workload
 from lowvram_lab.planner.moves import cost
@@ -298,6 +299,16 @@ def test_of_two_chats_on_a_full_card_the_idle_one_is_read_again(caplog):
     assert one.ask("and now?") == fresh_answer(one, one.history[:2], "and now?")
     assert one.turns[1].cached_tokens == 0 and other._live._decoder is None
     assert kept and one.model.lowvram.plan == plan and not any(turn.given_up for turn in one.turns + other.turns)
+
+
+@SIMULATED
+def test_what_is_measured_beside_an_idle_chat_on_a_full_card_has_its_room():
+    one = letters_chat(open_gpu("64MiB"), context=1024)
+    one.ask("hi")
+    kept = filled(one.model.lowvram.gpu)
+    found = fidelity(one.model, one.model, tiny_tokenizer(), "some letters to be read " * 9, progress=False)
+    assert found.kl_mean == 0 and one._live._decoder is None and kept
+    assert one.ask("and now?") == fresh_answer(one, one.history[:2], "and now?")
 
 
 def test_a_chat_that_answers_lets_go_of_nothing():

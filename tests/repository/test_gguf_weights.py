@@ -312,6 +312,15 @@ def test_on_a_card_without_bf16_the_files_codes_are_multiplied_in_fp16(tmp_path)
     assert choice.plan.asked == "stored" and choice.plan.dtype == choice.plan.kv_format == "fp16"
 
 
+def test_codes_are_split_before_they_are_rounded_again(tmp_path):
+    spec = find_source(written(tmp_path, "Q4_1", "qwen2", tied=False)).spec()
+    plan = Plan.uniform(spec, "stored", context=64)
+    smallest = replace(plan, kv_format="int4")
+    card = next(n * MiB for n in range(60, 0, -1) if not forecast(smallest, n * MiB).fits)
+    choice = auto_plan(spec, card, 64)
+    assert choice.plan.asked == "stored" and choice.plan.weight_bytes("cpu") > 0
+
+
 def test_for_speed_no_recipe_takes_more_bytes_than_the_file(tmp_path):
     spec = find_source(written(tmp_path, "Q4_0", "qwen2", tied=False)).spec()
     offered = not_above_held(spec, quick_recipes(RECIPES))
