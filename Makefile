@@ -121,7 +121,7 @@ books = [nbformat.read(name, 4) for name in names]; \
 endef
 
 define run_notebooks
-	$(if $(NOTEBOOKS),$(BIN)/pytest --nbmake --nbmake-timeout=180 --durations=0 $(NOTEBOOKS),@echo "no notebooks yet")
+	$(if $(NOTEBOOKS),$(BIN)/pytest --nbmake --nbmake-timeout=600 --durations=0 $(NOTEBOOKS),@echo "no notebooks yet")
 endef
 
 # The stamp is written last. An install that was killed half-way leaves .venv/.installing behind, and the next run
