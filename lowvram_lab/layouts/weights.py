@@ -28,7 +28,8 @@ class QuantizedWeights:
     def __init__(self, checkpoint, layouts: dict[str, Layout], dtype: torch.dtype):
         self._checkpoint, self._dtype = checkpoint, dtype
         self._layouts = {f"{module}.weight": layout for module, layout in layouts.items()}
-        self._beside = {f"{module}.{key}" for module, layout in layouts.items() for key in layout.tensors()}
+        # what a quantised weight is made of → that weight
+        self._beside = {f"{m}.{key}": f"{m}.weight" for m, layout in layouts.items() for key in layout.tensors()}
         for module, layout in layouts.items():
             self._check(module, layout)
 
@@ -49,11 +50,7 @@ class QuantizedWeights:
 
     def keys(self) -> list[str]:
         """The parameters' names, in the order in which they lie on disk, a quantised one where its first part does."""
-        named = {}
-        for name in self._checkpoint:
-            module = name.rpartition(".")[0] if name not in self._beside else self._module_of(name)
-            named.setdefault(f"{module}.weight" if name in self._beside else name)
-        return list(named)
+        return list(dict.fromkeys(self._beside.get(name, name) for name in self._checkpoint))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of the plain weight."""
@@ -120,9 +117,6 @@ class QuantizedWeights:
             return of(read)
         except CheckpointError as error:
             raise CheckpointError(f"{self.where(name)}: {error}") from error
-
-    def _module_of(self, name: str) -> str:
-        return next(weight for weight in self._layouts if name.startswith(weight.removesuffix("weight")))[:-7]
 
     def _check(self, module: str, layout: Layout) -> None:
         """Names, shapes and dtypes, from headers alone."""

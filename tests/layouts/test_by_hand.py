@@ -8,15 +8,12 @@ import torch
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, SourceError
 from lowvram_lab.layouts.weights import QuantizedWeights
-from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source, read_config
-from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.measure import run_workload
-from lowvram_lab.planner.profile import Workload
 from tests.helpers.tiny import random_ids, relative_error, tiny_config, tiny_stock
+from tests.layouts.forecasts import check_forecast
 from tests.layouts.writers import awq, fp8, gptq, write
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": False}
@@ -104,11 +101,7 @@ def test_logits_are_those_of_stock_transformers_on_the_restored_weights(written)
 
 def test_the_forecast_is_what_is_metered(written):
     folder, *_ = written
-    plan, workload = Plan.uniform(find_source(folder).spec(), "stored", context=64), Workload(40, 4)
-    dry = forecast(plan, open_gpu("1000MiB"), workload=workload)
-    real = run_workload(load(plan, open_gpu("1000MiB"), progress=False), workload)
-    assert (dry.compare(real)["difference"] == 0).all(), dry.compare(real)
-    assert real.weights_bytes == plan.weight_bytes()
+    check_forecast(folder)
 
 
 def test_a_row_of_many_columns_in_one_group(tmp_path):

@@ -8,14 +8,11 @@ from safetensors.torch import load_file, save_file
 
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError
-from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source
-from lowvram_lab.planner.forecast import forecast
-from lowvram_lab.planner.measure import run_workload
-from lowvram_lab.planner.profile import Workload
 from tests.helpers.tiny import random_ids, relative_error, tiny_stock, tiny_tokenizer
+from tests.layouts.forecasts import check_forecast
 
 INT8 = {"num_bits": 8, "strategy": "channel"}
 FP8 = {"num_bits": 8, "type": "float"}
@@ -149,11 +146,7 @@ def test_logits_are_those_of_stock_transformers(written, stock):
 
 def test_the_forecast_is_what_is_metered(written):
     folder, _ = written
-    plan, workload = Plan.uniform(find_source(folder).spec(), "stored", context=64), Workload(40, 4)
-    dry = forecast(plan, open_gpu("1000MiB"), workload=workload)
-    real = run_workload(load(plan, open_gpu("1000MiB"), progress=False), workload)
-    assert (dry.compare(real)["difference"] == 0).all(), dry.compare(real)
-    assert real.weights_bytes == plan.weight_bytes()
+    check_forecast(folder)
 
 
 def test_floats_are_the_librarys_own(written):
