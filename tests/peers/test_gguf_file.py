@@ -61,7 +61,7 @@ def test_where_the_file_comes_from(tmp_path, spec, monkeypatch):
     file.write_bytes(b"")
     assert gguf_file(Source("anything", "directory"), str(file), plans["int3"], tmp_path) == (file, "")
     assert gguf_file(Source(str(file), "gguf"), None, plans["int3"], tmp_path) == (file, "the model's own file")
-    monkeypatch.setattr(module, "_default_gguf", lambda progress: file)
+    monkeypatch.setattr(module.builtin, "default_file", lambda progress: file)
     builtin = Source("smollm2-135m", "builtin")
     for name in ("int4", "nf4"):
         assert gguf_file(builtin, None, plans[name], tmp_path) == (file, "the model's own file")
@@ -74,7 +74,7 @@ def test_where_the_file_comes_from(tmp_path, spec, monkeypatch):
     def unreachable(progress):
         raise SourceError("no network")
 
-    monkeypatch.setattr(module, "_default_gguf", unreachable)
+    monkeypatch.setattr(module.builtin, "default_file", unreachable)
     gguf_file(builtin, None, plans["int4"], tmp_path)
     names = ("smollm2-135m", "smollm2-135m", str(file), "x", "smollm2-135m")
     assert made == list(zip(names, ("Q3_K_M", "Q4_0", "Q8_0", "IQ4_NL", "Q4_0"), strict=True))

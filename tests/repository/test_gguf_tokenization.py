@@ -7,7 +7,7 @@ import pytest
 from lowvram_lab.conversion.gguf_export import export_gguf
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.model.source import find_source
-from lowvram_lab.repository.builtin import default_gguf
+from lowvram_lab.repository.builtin import default_file
 from lowvram_lab.repository.gguf_header import read_gguf_header
 from lowvram_lab.repository.gguf_tokenizer import OTHER_NAMES, PRE_TOKENIZERS, UNNAMED, read_tokenizer
 from tests.conversion.test_gguf_export import byte_level, make_model, open_in_llama_cpp, sentencepiece
@@ -69,9 +69,9 @@ def test_sentencepieces_are_llama_cpps(tmp_path, count):
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_the_built_in_models_tokens_are_llama_cpps(tmp_path):
+def test_the_built_in_models_tokens_are_llama_cpps():
     pytest.importorskip("llama_cpp")
-    path = default_gguf(tmp_path, False)
+    path = default_file(False)
     assert differing(path, MANY) == []
     theirs, ours = open_in_llama_cpp(path, vocab_only=True), find_source(path).tokenizer()
     for text in texts(FEW, seed=6):
