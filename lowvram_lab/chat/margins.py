@@ -80,5 +80,5 @@ def _identity(model: PreTrainedModel, files: Sequence[Path], windows: torch.Tens
     plan = loaded(model).plan
     formats = sorted((name, assignment.format) for name, assignment in plan.modules.items())
     stamps = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    facts = [__version__, plan.model, plan.dtype, formats, stamps, windows.tolist()]
+    facts = [__version__, plan.model, plan.dtype, plan.solver, formats, stamps, windows.tolist()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]

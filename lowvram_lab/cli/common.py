@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lowvram_lab.errors import UnitError
 from lowvram_lab.files import cache_dir, writable
+from lowvram_lab.model.formats import LOADING_SOLVERS
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.planner.profile import MemoryProfile
@@ -58,6 +59,16 @@ def share(text: str) -> float:
     return value
 
 
+def add_solver_option(parser: argparse.ArgumentParser) -> None:
+    """Of weights in floats that are quantised while they are loaded."""
+    parser.add_argument(
+        "--solver",
+        choices=LOADING_SOLVERS,
+        help="of weights that are quantised while loading: search (by error), or rtn, round to nearest, which is "
+        "quicker and loses more (search)",
+    )
+
+
 def with_settings(args: argparse.Namespace, plan: Plan) -> Plan:
     """A stated plan with what the options say beside its modules."""
     return replace(
@@ -68,6 +79,7 @@ def with_settings(args: argparse.Namespace, plan: Plan) -> Plan:
         prefill_chunk=args.prefill_chunk or plan.prefill_chunk,
         remember=args.remember or plan.remember,
         remember_ram=args.remember_ram or plan.remember_ram,
+        solver=args.solver or plan.solver,
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowvram_lab.cli.chat import add_template_option, template_arguments
-from lowvram_lab.cli.common import positive, print_json, prose, spec_of, tokens
+from lowvram_lab.cli.common import add_solver_option, positive, print_json, prose, spec_of, tokens
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.evaluation.battery import battery, battery_context, battery_way, check_battery_context
@@ -40,6 +40,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--battery", action="store_true", help="short questions instead, judged by rules; with --reference in pairs"
     )
     add_template_option(parser)
+    add_solver_option(parser)
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
 
@@ -125,7 +126,8 @@ def _evaluated_plan(args: argparse.Namespace, spec: ModelSpec, window: int):
         name: a.stored_as(args.dtype if get_format(a.format).kind == "float" else a.format).moved("cpu")
         for name, a in plan.modules.items()
     }
-    return replace(plan, modules=modules, dtype=args.dtype, kv_format=args.dtype, threads=args.threads)
+    settings = {"dtype": args.dtype, "kv_format": args.dtype, "threads": args.threads}
+    return replace(plan, modules=modules, solver=args.solver or plan.solver, **settings)
 
 
 def stated_format(args: argparse.Namespace, spec: ModelSpec):

@@ -5,7 +5,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lowvram_lab.cli.common import positive, print_json, size, spec_of, table_note, tokens, with_settings
+from lowvram_lab.cli.common import (
+    add_solver_option,
+    positive,
+    print_json,
+    size,
+    spec_of,
+    table_note,
+    tokens,
+    with_settings,
+)
 from lowvram_lab.cli.target import add_target_option, plan_for_target
 from lowvram_lab.errors import BudgetError, LowvramError
 from lowvram_lab.memory.budget import GpuBudget
@@ -77,6 +86,7 @@ def add_plan_options(parser: argparse.ArgumentParser, *, chooses: bool = True) -
     parser.add_argument("--prefill-chunk", type=tokens, metavar="N", help="read prompts N tokens at a time (at once)")
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, int4, or the model's own 16 bits")
     parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    add_solver_option(parser)
     _add_plane_options(parser)
     _add_remember_options(parser)
 
@@ -252,7 +262,7 @@ def chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
         formats = set(spec.stored.values()) if as_stored else {canonical_name(args.format)}
         check_precision(spec, args.precision, set(filter(has_low_plane, formats)))
     plan, profile, why = _chosen_plan(args, spec, gpu)
-    return replace(plan, precision=args.precision or plan.precision), profile, why
+    return replace(plan, precision=args.precision or plan.precision, solver=args.solver or plan.solver), profile, why
 
 
 def _chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):

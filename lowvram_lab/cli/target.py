@@ -65,6 +65,7 @@ def plan_for_target(args: argparse.Namespace) -> int:
         if args.disk_layers is not None or args.precision:
             raise LowvramError("--disk-layers and --precision go with --format or --plan: the planner has --disk")
         choice = plan_on(spec, target, args.context or 2048, **chosen, **settings)
+        choice = replace(choice, plan=replace(choice.plan, solver=args.solver or choice.plan.solver))
     if args.output:
         choice.plan.to_json(Path(args.output))
     if args.json:

@@ -64,9 +64,9 @@ class Filler:
             weight = self._read(module, "weight")
             weight = weight.T.contiguous() if module.transposed else weight
             if isinstance(layer, NestedLinear):
-                layer.store(weight, self._mover(module), self._mover(module, low=True))
+                layer.store(weight, self._mover(module), self.plan.solver, self._mover(module, low=True))
             else:
-                layer.store(weight, self._mover(module))
+                layer.store(weight, self._mover(module), self.plan.solver)
         if "bias" in module.parameters:
             layer.bias = self._parameter(module, "bias")
         return layer

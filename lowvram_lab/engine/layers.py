@@ -51,12 +51,13 @@ class Quantized(nn.Module):
 
     format: Format
 
-    def store(self, weight: torch.Tensor, move: Move) -> None:
+    def store(self, weight: torch.Tensor, move: Move, solver: str = "rtn") -> None:
         """Quantises a weight and keeps the result where ``move`` puts it.
 
         Args:
             weight: ``(rows, columns)`` float, on the CPU or on meta.
             move: Puts a tensor at its final place.
+            solver: See ``quantize``.
 
         Raises:
             CheckpointError: The weight is not finite.
@@ -66,7 +67,7 @@ class Quantized(nn.Module):
             empty = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in tensors.items()}
             self.fill(empty, move)
         else:
-            self.fill(quantize(weight, self.format), move)
+            self.fill(quantize(weight, self.format, solver=solver), move)
 
     def fill(self, tensors: dict[str, torch.Tensor], move: Move) -> None:
         """Keeps a weight quantised before, where ``move`` puts it.

@@ -83,13 +83,13 @@ class NestedLinear(Int4Linear):
         super().__init__(in_features, out_features, fmt, kernels, card=card)
         self.low, self.planes, self.elsewhere = low, planes, elsewhere
 
-    def store(self, weight: torch.Tensor, move: Move, move_low: Move | None = None) -> None:
+    def store(self, weight: torch.Tensor, move: Move, solver: str = "rtn", move_low: Move | None = None) -> None:
         """Quantises a weight, and what its high plane is off by; see ``Quantized``."""
         if weight.is_meta:
             super().store(weight, move)
             self.low.store(weight, move_low or move)
             return
-        high = quantize(weight, self.format.plane)
+        high = quantize(weight, self.format.plane, solver=solver)
         low = low_plane(weight, high, self.format)
         self.fill(high, move)
         self.low.fill(low, move_low or move)

@@ -25,6 +25,9 @@ KERNEL_GROUP_SIZES = (32, 64, 128, 256)
 SCALE_DTYPE = torch.bfloat16
 """torch's CPU int4 and int8 kernels want scales in bfloat16; the solvers round the scale *before* they choose codes."""
 
+LOADING_SOLVERS = ("search", "rtn")
+"""How weights in floats become codes without any data, see ``Plan.solver``."""
+
 
 _SPELLINGS = {
     "float32": "fp32",

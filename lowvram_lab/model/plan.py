@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
-from lowvram_lab.model.formats import DTYPES, canonical_name, get_format
+from lowvram_lab.model.formats import DTYPES, LOADING_SOLVERS, canonical_name, get_format
 from lowvram_lab.model.geometry import KVLayer
 from lowvram_lab.model.rules import (
     BLOCK_TOKENS,
@@ -60,6 +60,9 @@ class Plan:
             Where anything is remembered, prompts are read in blocks of 128 tokens, so that a block's keys and values
             depend on what is before it alone.
         remember_ram: The same in RAM, for as long as a chat's decoder lives; taken at once, in whole blocks.
+        solver: How weights in floats become codes while they are loaded: ``"search"`` (half-quadratic where the format
+            has zero points, else a clip search) or ``"rtn"`` (round to nearest, in a tenth of the time). Codes that the
+            files hold are taken as they are.
         asked: The recipe that ``uniform`` was asked for, so that ``summary`` can say what could not be given. It is no
             part of what a plan is: two plans that differ in it alone are equal, and its JSON lacks it.
 
@@ -78,6 +81,7 @@ class Plan:
     precision: str | None = None
     remember: int | None = None
     remember_ram: int | None = None
+    solver: str = "search"
     asked: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class Plan:
             prefill_chunk=self.prefill_chunk,
             remembers=self.remembers,
         )
+        if self.solver not in LOADING_SOLVERS:
+            raise PlanError(f"expected solver {' or '.join(LOADING_SOLVERS)}, found {self.solver!r}")
         if self.precision is not None:
             check_precision(self.spec, self.precision, self.low_planes())
         for name in ("remember", "remember_ram"):
@@ -348,6 +354,7 @@ class Plan:
             **({} if self.precision is None else {"precision": self.precision}),
             **({} if self.remember is None else {"remember": self.remember}),
             **({} if self.remember_ram is None else {"remember_ram": self.remember_ram}),
+            **({} if self.solver == "search" else {"solver": self.solver}),
             "modules": {name: _entry(assignment) for name, assignment in self.modules.items()},
         }
 
@@ -479,7 +486,9 @@ def _role(name: str) -> str:
 
 
 VERSION = 1
-_MAY_LACK = ("stream_from", "prefill_chunk", "precision", "remember", "remember_ram")
+_LACKING = {"solver": "search"}
+_LACKING |= dict.fromkeys(("stream_from", "prefill_chunk", "precision", "remember", "remember_ram"))
+"""What fields stand for that a plan's JSON may leave out."""
 _TYPES = {
     "model": (str, "str"),
     "fingerprint": (str, "str"),
@@ -492,6 +501,7 @@ _TYPES = {
     "precision": (str | None, "text"),
     "remember": (int | None, "a whole number"),
     "remember_ram": (int | None, "a whole number"),
+    "solver": (str, "text"),
     "modules": (dict, "dict"),
 }
 
@@ -515,7 +525,7 @@ def read_values(text: str | Path) -> dict:
         raise PlanError(f"expected a plan as a JSON object, found {type(values).__name__}")
     if type(values.get("version")) is not int or values["version"] != VERSION:
         raise PlanError(f"expected plan version {VERSION}, found {values.get('version')!r}")
-    values = {**dict.fromkeys(_MAY_LACK), **values}
+    values = {**_LACKING, **values}
     if odd := set(values) ^ {"version", *_TYPES}:
         name = sorted(odd)[0]
         raise PlanError(f"plan field {name!r} is {'missing' if name in _TYPES else 'not known'}")

@@ -157,7 +157,7 @@ def root_of(model: torch.nn.Module, salt: str = "", progress: bool = False, plan
     formats = [(name, each.format) for name, each in plan.modules.items()]
     quantised_by = version("bitsandbytes") if any(get_format(name).kind == "nf4" for _, name in formats) else None
     fields = {  # what decides others before them: with the formats, other tensors are weights too
-        "formats": _field(plan.weight_formats, repr(formats), plan.dtype, str(quantised_by)),
+        "formats": _field(plan.weight_formats, repr(formats), plan.dtype, plan.solver, str(quantised_by)),
         "rope": _field("", json.dumps(rope, sort_keys=True, default=str)),
         "config": _field("", json.dumps(config, sort_keys=True, default=str)),
         "weights": _weights(model, progress),

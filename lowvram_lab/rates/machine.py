@@ -406,7 +406,7 @@ class _Case:
         spec = ModelSpec.from_config(config, "tiny")
         plan = Plan.uniform(spec, self.dtype, context=4 * LONG)
         plan = plan.with_modules("*_proj", format=self.fmt).with_modules("*", device=self.place)
-        plan = replace(plan, kv_format=self.kv_format, threads=torch.get_num_threads())
+        plan = replace(plan, kv_format=self.kv_format, threads=torch.get_num_threads(), solver="rtn")
         gpu = CudaGpu(None, set_cap=False) if torch.cuda.is_available() else StandInGpu(None)
         model = load(plan, gpu, checkpoint=RandomWeights(spec), progress=False)
         if self.engine == MODULES:

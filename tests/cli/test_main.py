@@ -287,6 +287,15 @@ def test_plan_round_trips_through_its_file(capsys, tmp_path, small_workspace, kn
     assert status == 0 and json.loads(out)["fits"] is True
 
 
+def test_a_solver_is_the_plans(capsys, tmp_path, small_workspace, known_rates):
+    model, target = directory_with(tmp_path, **{**SMALL, "num_hidden_layers": 2}), tmp_path / "plan.json"
+    for words in (["--gpu", "20MiB"], ["--format", "int4"]):
+        run(capsys, "plan", model, *words, "--context", 256, "--solver", "rtn", "--output", target)
+        assert json.loads(target.read_text())["solver"] == "rtn"
+    status, _, err = run(capsys, "plan", model, "--format", "int4", "--solver", "gptq")
+    assert status == 2 and "search" in err and "rtn" in err
+
+
 def test_a_plan_for_another_model_is_refused(capsys, tmp_path):
     target = tmp_path / "plan.json"
     Plan.uniform(packaged_spec("smollm2-135m"), "int8", context=256).to_json(target)

@@ -1,6 +1,7 @@
 """Solvers keep their error bounds, and every kernel computes with exactly the weight that the solver stored."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import find_card
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.model.checkpoint import ShapesOnly
-from lowvram_lab.model.formats import FORMATS, get_format
+from lowvram_lab.model.formats import FORMATS, LOADING_SOLVERS, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.weights.solvers import dequantize, quantize, search_clip
@@ -281,9 +282,11 @@ def test_a_tied_head_shares_the_embeddings_tensors(name):
     assert sum(b.nbytes for b in head.buffers()) == fmt.weight_bytes((64, 192))
 
 
+@pytest.mark.parametrize("solver", LOADING_SOLVERS)
 @pytest.mark.parametrize("name", ["int8", "int4", "int3"])
-def test_a_loaded_model_has_its_tied_table_once(name):
-    plan = tiny_plan("llama", "fp32").with_modules("model.embed_tokens", "lm_head", format=name)
+def test_a_loaded_model_has_its_tied_table_once(name, solver):
+    plan = replace(tiny_plan("llama", "fp32"), solver=solver)
+    plan = plan.with_modules("model.embed_tokens", "lm_head", format=name)
     model, ids = load_tiny("llama", plan), random_ids(70)
     tables = [dict(m.named_buffers()) for m in (model.model.embed_tokens, model.lm_head)]
     assert len(tables[0]) == 2

@@ -151,7 +151,7 @@ def dequantised_state(kind: str, plan: Plan) -> dict[str, torch.Tensor]:
 
             state[name] = dequantize_4bit(*quantize_4bit(state[name], blocksize=fmt.group_size, quant_type="nf4"))
         else:
-            high = quantize(state[name], fmt.plane)
+            high = quantize(state[name], fmt.plane, solver=plan.solver)
             low = dequantize(low_plane(state[name], high, fmt), fmt.low_plane) if fmt.planes > 1 else 0
             state[name] = dequantize(high, fmt.plane) + low
     return {name: value.to(DTYPES[plan.dtype]).float() for name, value in state.items()}

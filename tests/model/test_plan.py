@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowvram_lab.errors import LowvramError, PlanError, SourceError
-from lowvram_lab.model.formats import FORMATS
+from lowvram_lab.model.formats import FORMATS, LOADING_SOLVERS
 from lowvram_lab.model.plan import Assignment, Plan
 from lowvram_lab.model.rules import DEVICES, PRECISIONS
 from lowvram_lab.model.source import find_source
@@ -54,7 +54,8 @@ def valid_plans(draw):
     kv_format = draw(st.sampled_from([dtype, "int8"]))
     nested = any(assignment.low for assignment in modules.values())
     precision = draw(st.sampled_from([None, *PRECISIONS] if nested else [None, "fast"]))
-    return Plan(spec, modules, dtype, kv_format, context, threads, precision=precision)
+    solver = draw(st.sampled_from(LOADING_SOLVERS))
+    return Plan(spec, modules, dtype, kv_format, context, threads, precision=precision, solver=solver)
 
 
 @given(valid_plans())

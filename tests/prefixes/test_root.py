@@ -15,6 +15,7 @@ from lowvram_lab.engine.load import load
 from lowvram_lab.engine.nested import NestedLinear
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.formats import LOADING_SOLVERS
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.prefixes import keys
@@ -98,6 +99,11 @@ def test_another_field_is_a_miss_that_names_it(field, kept, monkeypatch):
     assert field != "rope" or store.root.fields["config"] == root_of(model_of()).fields["config"]
     same = model_of() if field in ("kv_format", "formats") else None
     assert same is None or Remembered(same, decoder_for(same, 512, progress=False).cache, "", kept).find(IDS).places
+
+
+def test_how_weights_were_quantised_is_said_by_their_formats():
+    found, other = (root_of(model_of(tiny_plan("llama", "int4"), solver=solver)).fields for solver in LOADING_SOLVERS)
+    assert found["formats"] != other["formats"] and found["config"] == other["config"]
 
 
 def test_nothing_changed_is_found(kept):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lowvram_lab.errors import CheckpointError
-from lowvram_lab.model.formats import FORMATS, SCALE_DTYPE, get_format
+from lowvram_lab.errors import CheckpointError, PlanError
+from lowvram_lab.model.formats import FORMATS, LOADING_SOLVERS, SCALE_DTYPE, get_format
 from lowvram_lab.weights import solvers
 from lowvram_lab.weights.codes import IntegerWeight
 from lowvram_lab.weights.solvers import by_rows, dequantize, half_quadratic, quantize, round_to_nearest, search_clip
-from tests.helpers.tiny import seeded
+from tests.helpers.tiny import relative_error, seeded
 
 QUANTISED = [name for name, fmt in FORMATS.items() if fmt.kind != "float" and fmt.planes == 1]
 INTEGERS = [name for name in QUANTISED if name != "nf4"]
@@ -130,11 +130,10 @@ def test_one_huge_weight_comes_back_and_troubles_its_own_group_only(solver, name
     spoilt[1, 5] = 1000.0
     calm, found = SOLVERS[solver](weight, fmt), SOLVERS[solver](spoilt, fmt)
     assert found.dequantize()[1, 5] == pytest.approx(1000, rel=2.0**-7)
-    if solver != "half-quadratic":  # its iterations stop when the whole weight's error grows
-        others = torch.ones_like(found.scale, dtype=torch.bool)
-        others[1, 0] = False
-        assert torch.equal(found.scale[others], calm.scale[others])
-        assert torch.equal(found.codes.view(*others.shape, -1)[others], calm.codes.view(*others.shape, -1)[others])
+    others = torch.ones_like(found.scale, dtype=torch.bool)
+    others[1, 0] = False
+    assert torch.equal(found.scale[others], calm.scale[others])
+    assert torch.equal(found.codes.view(*others.shape, -1)[others], calm.codes.view(*others.shape, -1)[others])
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -164,6 +163,30 @@ def test_stored_tensors_say_what_the_solution_says(name, dtype):
     assert set(tensors) - {"codes"} == set(shapes) - ({"packed"} if "codes" in tensors else set())
     kept = round_to_nearest(weight, fmt, symmetric=fmt.kind != "int4").tensors(fmt)
     assert all(torch.equal(value, kept[key]) for key, value in quantize(weight, fmt).items())
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_what_is_loaded_is_searched_and_loses_less_than_the_nearest_codes(name):
+    weight, fmt = heavy_tailed(24, COLUMNS), get_format(name)
+    power = 0.7 if fmt.kind == "int4" else 2  # the norm that each search is for
+    errors = {
+        solver: (dequantize(quantize(weight, fmt, solver=solver), fmt) - weight).abs().pow(power).sum()
+        for solver in LOADING_SOLVERS
+    }
+    assert errors["search"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_what_codes_can_say_is_loaded_as_it_is_whatever_the_solver(name):
+    fmt = get_format(name)
+    once = dequantize(quantize(heavy_tailed(24, COLUMNS), fmt), fmt)
+    for solver in LOADING_SOLVERS:
+        assert relative_error(dequantize(quantize(once, fmt, solver=solver), fmt), once) < 2.0**-8, solver
+
+
+def test_another_solver_is_refused():
+    with pytest.raises(PlanError, match="expected solver search or rtn, found 'gptq'$"):
+        quantize(seeded(4, COLUMNS), get_format("int4"), solver="gptq")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
