@@ -34,10 +34,7 @@ from lowvram_lab.model.rules import odd_for_int4
 from lowvram_lab.model.spec import ModelSpec
 
 KV_LOSS = {"int8": 0.0007, "int4": 0.018}
-"""KL in nats of all weights in a format, rounded to nearest; ``load`` searches, and loses less (SmolLM2-135M,
-WikiText-2: ``benchmarks/results/fidelity.json``). int5, int6 and int2 by the rule that a bit less quadruples the squared
-error, int4+4 by its ratio to int8, 0.6. A larger model loses less, in the same order, which is all that is taken from
-here; groups of other sizes count as 64."""
+"""KL in nats of a KV cache in these formats (SmolLM2-135M, WikiText-2: ``benchmarks/results/engine_cpu.json``)."""
 
 FORMAT_LOSS = {
     "int4+4": 0.0026,
@@ -49,7 +46,7 @@ FORMAT_LOSS = {
     "int3": 2.2,
     "int2": 8.8,
 }
-"""KL in nats of all weights in a format, rounded to nearest; ``load`` searches, and loses less (SmolLM2-135M, WikiText-2:
+"""KL in nats of all weights in a format, rounded to nearest, which ``load`` improves upon (SmolLM2-135M, WikiText-2:
 ``benchmarks/results/fidelity.json``). int5, int6 and int2 by the rule that a bit less quadruples the squared error,
 int4+4 by its ratio to int8, 0.6. A larger model loses less, in the same order, which is all that is taken from here;
 groups of other sizes count as 64."""
