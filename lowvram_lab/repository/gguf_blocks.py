@@ -1,8 +1,8 @@
 """The blocks of a ``.gguf`` file's quantised tensors: integers, scales and zeros as they lie, and weights in floats.
 
-A weight is ``code * scale + zero``, with one scale, and perhaps a zero, for every group of codes. What a type of block
-holds by other rules (codes that look values up, scales for fewer codes than a kernel reads together) has no place in a
-format here: such a tensor is read in floats.
+A weight is ``code * scale + zero``, with one scale, and perhaps a zero, for every group of codes. Where codes look up
+values that are whole numbers, those numbers are the codes here, of more bits. What a type of block holds by other rules
+(scales for fewer codes than a kernel reads together) has no place in a format here.
 
 Source: ggml's ``ggml-common.h`` and ``ggml-quants.c`` (ggml-org/llama.cpp), where the blocks are described; a test
 holds every type to ``gguf.quants``, another reader of them.
@@ -36,8 +36,8 @@ def codes_of(kind: str, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor,
         data: ``(rows, bytes of a row)`` uint8.
 
     Returns:
-        Codes ``(rows, columns)`` int8, signed and of the type's bits; scales and zeros ``(rows, groups)`` float32, the
-        latter ``None`` for types that have none.
+        Codes ``(rows, columns)`` int8, signed and of the format's bits; scales and zeros ``(rows, groups)`` float32,
+        the latter ``None`` for types that have none.
     """
     rows = data.shape[0]
     codes, scale, zero = KEPT[kind].read(data)
@@ -75,12 +75,41 @@ def _q4_k(data: torch.Tensor) -> tuple:
     return codes.sub_(8), scale, 8 * scale - least
 
 
+_IQ4 = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8)
+"""What the codes of IQ4 stand for, in scales (``kvalues_iq4nl``)."""
+
+_FP4 = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.int8)
+"""What numbers of 4 bits (e2m1) stand for, in halves (``kvalues_mxfp4``)."""
+
+
+def _iq4_nl(data: torch.Tensor) -> tuple:
+    scale, nibbles = _parts(data, 2, 16)
+    return _IQ4[_nibbles(nibbles).int()], _floats(scale), None
+
+
+def _iq4_xs(data: torch.Tensor) -> tuple:
+    scale, upper, lower, nibbles = _parts(data, 2, 2, 4, 128)
+    pairs = torch.arange(4, dtype=torch.uint8) * 2
+    upper = ((upper.unsqueeze(-1) >> pairs) & 3).flatten(-2)
+    lower = torch.stack((lower & 15, lower >> 4), dim=-1).flatten(-2)
+    codes = _nibbles(nibbles.reshape(*nibbles.shape[:-1], 8, 16))
+    return _IQ4[codes.int()], _floats(scale) * (lower + 16 * upper).float().sub_(32), None
+
+
+def _mxfp4(data: torch.Tensor) -> tuple:
+    exponent, nibbles = _parts(data, 1, 16)
+    return _FP4[_nibbles(nibbles).int()], torch.exp2(exponent.float() - 128), None
+
+
 KEPT = {
     "Q4_0": Kept("int4-g32", _q4_0),
     "Q4_1": Kept("int4-g32", _q4_1),
     "Q4_K": Kept("int4-g32", _q4_k),
     "Q5_0": Kept("int5-g32", _q5_0),
     "Q8_0": Kept("int8-g32", _q8_0),
+    "IQ4_NL": Kept("int8-g32", _iq4_nl),
+    "IQ4_XS": Kept("int8-g32", _iq4_xs),
+    "MXFP4": Kept("int5-g32", _mxfp4),
 }
 """By GGML's name of a type."""
 

@@ -91,7 +91,7 @@ def test_codes_scales_and_zeros_make_the_weights_that_gguf_py_makes(name):
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *KEPT, *NEAR, "Q3_K", "IQ4_NL"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", *KEPT, *NEAR, "TQ2_0"])
 def test_tensors_are_those_of_the_directory_that_stock_transformers_makes(tmp_path, kind, arch):
     source = find_source(written(tmp_path, kind, arch, tied=arch == "llama"))
     weights, converted = source.checkpoint(progress=False), Checkpoint(source.fetch(progress=False))
@@ -134,7 +134,8 @@ def test_logits_are_near_those_of_stock_transformers(tmp_path, kind, arch):
         decoder.prefill(ids[:, :-1])
         last = decoder.decode(ids[:, -1:])
     # scales to 8 bits of mantissa; inputs to bfloat16 where that is the kernel's; nearly kept codes are of 8 bits
-    most = 0.05 if kind in NEAR else 0.02  # any scales side by side, as these are, share one badly
+    # any scales side by side, as these are, share one badly; IQ4_XS makes weights of them that are five times as large
+    most = 0.05 if kind in (*NEAR, "IQ4_XS") else 0.02
     assert relative_error(found, expected) < most
     assert relative_error(last.flatten(), expected[0, -1]) < most
 
@@ -153,11 +154,13 @@ def test_the_forecast_by_the_header_is_what_is_metered(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KEPT)
-def test_codes_take_no_more_bytes_than_in_the_file(tmp_path, kind):
+def test_codes_take_the_bytes_that_the_files_take_or_so_many_more(tmp_path, kind):
     fmt, number = get_format(KEPT[kind]), gguf.GGMLQuantizationType[kind]
     elements, size = gguf.GGML_QUANT_SIZES[number]
     excess = fmt.weight_bytes((256, 512)) * elements / (256 * 512 * size) - 1
-    assert excess == (pytest.approx(5 / 4.5 - 1) if kind in ("Q4_0", "Q4_K") else 0)  # which here have zeros of 16 bits
+    more = {"Q4_0": 5 / 4.5, "Q4_K": 5 / 4.5}  # which here have zeros of 16 bits
+    more |= {"IQ4_NL": 8.5 / 4.5, "IQ4_XS": 8.5 / 4.25, "MXFP4": 5.5 / 4.25}  # whose codes look whole numbers up
+    assert excess == pytest.approx(more.get(kind, 1) - 1)
 
 
 def test_a_plan_of_the_files_format_takes_its_codes_and_another_rounds_them(tmp_path):
@@ -181,7 +184,7 @@ def test_the_planner_takes_what_the_file_holds_before_anything_larger(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "IQ4_NL"])
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
 def test_a_type_without_a_format_is_read_in_floats_and_that_is_said(tmp_path, kind, caplog):
     spec = find_source(written(tmp_path, "Q8_0", kinds={"ffn_up": kind})).spec()
     assert spec.held == {}
