@@ -31,7 +31,7 @@ def bytes_by_type(path: Path) -> dict[str, int]:
     """Bytes of a file's tensors, by GGML's names of their types."""
     header, found = read_gguf_header(path), Counter()
     for name, shape in header.tensors.items():
-        found[header.type_name(name)] += math.prod(shape[:-1]) * row_bytes(name, shape, header.places[name][0])
+        found[header.type_name(name)] += math.prod(shape[:-1]) * row_bytes(name, shape, header.places[name].kind)
     return dict(found)
 
 

@@ -11,7 +11,6 @@ import functools
 import json
 import logging
 import os
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from lowvram_lab.model.tensor_names import differing_ties, with_model_names
 from lowvram_lab.packaged import packaged_config, packaged_facts
 from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository import builtin, chat_template, hub, names
+from lowvram_lab.repository.gguf_header import part_names
 from lowvram_lab.repository.tokenizer_files import cannot_open, require_tokenizer_files
 
 if TYPE_CHECKING:
@@ -629,9 +629,8 @@ def _directory_source(text: str, path: Path) -> Source:
 def _file_source(text: str, path: Path) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
-        if re.search(r"-\d{5}-of-\d{5}$", path.stem):
-            raise SourceError(f"{text}: one part of a split GGUF; join the parts first (llama-gguf-split --merge)")
-        return Source(text, "gguf")
+        first = path.with_name(part_names(path.name)[0])  # which llama.cpp wants, whichever part was named
+        return Source(text if first == path else str(first), "gguf")
     if suffix in PICKLE_SUFFIXES:
         raise SourceError(refuse_pickle(f"{text} is a pickled checkpoint"))
     if suffix in (".safetensors", ".json"):

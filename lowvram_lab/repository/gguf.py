@@ -7,6 +7,7 @@ converted to one, once. De-quantising is transformers' and gguf's.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +18,9 @@ from lowvram_lab.errors import CheckpointError, LowvramError, first_line
 from lowvram_lab.files import build_directory, cache_dir, is_finished, known_sha256, recorded_sha256, writable
 from lowvram_lab.quiet import quiet_transformers
 from lowvram_lab.repository.gguf_config import ROPE_FACTORS, check_keys, complete, config_values, is_read_here
-from lowvram_lab.repository.gguf_header import GgufHeader, read_gguf_header, read_gguf_tensor
+from lowvram_lab.repository.gguf_header import GgufHeader, read_gguf_header, read_gguf_tensor, whole_stem
 from lowvram_lab.repository.gguf_tokenizer import check_reopens, read_tokenizer
-from lowvram_lab.repository.gguf_weights import refuse_incomplete, tensor_names
+from lowvram_lab.repository.gguf_weights import GgufWeights, refuse_incomplete, tensor_names
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -45,7 +46,7 @@ def gguf_config(path: Path):
     header = read_gguf_header(path)
     with _one_line_errors(path, f"read a config for architecture {header.architecture!r}"), quiet_transformers():
         if is_read_here(header):
-            factors = read_gguf_tensor(path, header, ROPE_FACTORS) if ROPE_FACTORS in header.tensors else None
+            factors = read_gguf_tensor(header, ROPE_FACTORS) if ROPE_FACTORS in header.tensors else None
             config = CONFIG_MAPPING[header.architecture].from_dict(config_values(path, header, factors))
         else:
             config = AutoConfig.from_pretrained(str(path.parent), gguf_file=str(path.absolute()), local_files_only=True)
@@ -56,18 +57,15 @@ def gguf_config(path: Path):
 
 
 def fetch_gguf(path: Path, progress: bool = True) -> Path:
-    """The finished directory for a ``.gguf`` file: converted once, then found by the file's SHA-256.
+    """The finished directory for a ``.gguf`` file: converted once, then found by its SHA-256.
 
     Raises:
         CheckpointError: Damaged file, or one that does not hold the whole model.
         LowvramError: The cache folder cannot be written to.
     """
-    read_gguf_header(path)  # a damaged file is refused before it is hashed
-    if recorded_sha256(path) is None:
-        writable(cache_dir())  # so is a folder that could not keep the conversion
-    digest = known_sha256(path, progress)
+    digest = _digest(path, progress)
     return build_directory(
-        converted_path(path.stem, digest),
+        converted_path(whole_stem(path.name), digest),
         converted_identity(digest),
         lambda directory: convert_gguf(path, directory, progress),
         source=str(path.absolute()),
@@ -81,27 +79,47 @@ def small_files(path: Path, progress: bool = True) -> Path:
         CheckpointError: Damaged file.
         LowvramError: The cache folder cannot be written to.
     """
-    header = read_gguf_header(path)  # a damaged file is refused before it is hashed
-    if recorded_sha256(path) is None:
-        writable(cache_dir())  # so is a folder that could not keep the files
-    digest = known_sha256(path, progress)
-    if is_finished(converted_path(path.stem, digest), converted_identity(digest)):
-        return converted_path(path.stem, digest)  # they are beside the converted weights
+    digest = _digest(path, progress)
+    if is_finished(converted_path(whole_stem(path.name), digest), converted_identity(digest)):
+        return converted_path(whole_stem(path.name), digest)  # they are beside the converted weights
     return build_directory(
-        _small_path(path.stem, digest),
+        _small_path(whole_stem(path.name), digest),
         converted_identity(digest),
-        lambda directory: _write_small_files(path, header, directory),
+        lambda directory: _write_small_files(path, directory),
         source=str(path.absolute()),
     )
 
 
 def has_small_files(path: Path) -> bool:
     """Whether they are there: by themselves, or beside converted weights."""
-    digest = recorded_sha256(path)
+    digest = _recorded_digest(path)
     if not digest:
         return False
-    folders = converted_path(path.stem, digest), _small_path(path.stem, digest)
+    folders = converted_path(whole_stem(path.name), digest), _small_path(whole_stem(path.name), digest)
     return any(is_finished(folder, converted_identity(digest)) for folder in folders)
+
+
+def _digest(path: Path, progress: bool) -> str:
+    """The SHA-256 of a file; of several parts, that of theirs in a row.
+
+    Raises:
+        CheckpointError: Damaged file.
+        LowvramError: The cache folder cannot be written to.
+    """
+    files = read_gguf_header(path).files  # a damaged file is refused before it is hashed
+    if _recorded_digest(path) is None:
+        writable(cache_dir())  # so is a folder that could not keep what is made of it
+    return _of_all([known_sha256(file, progress) for file in files])
+
+
+def _recorded_digest(path: Path) -> str | None:
+    """``_digest``, where it is known already."""
+    digests = [recorded_sha256(file) for file in read_gguf_header(path).files]
+    return _of_all(digests) if all(digests) else None
+
+
+def _of_all(digests: list[str]) -> str:
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def converted_path(stem: str, sha256: str) -> Path:
@@ -131,15 +149,13 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
 
     header, config = read_gguf_header(path), gguf_config(path)
     empty = _empty(directory)
-    location = _location(path)
     with (
         tqdm(total=3, desc="converting GGUF", disable=not progress, leave=False) as steps,
         _one_line_errors(path, "convert it"),
         quiet_transformers(),
     ):
         steps.set_postfix_str("de-quantising tensors")
-        loaded, report = _dequantised(empty, config, location)
-        _check_complete(path, header, loaded, report)
+        loaded = _dequantised(path, header, config, empty)
         steps.update()
 
         steps.set_postfix_str("saving safetensors")
@@ -155,18 +171,19 @@ def convert_gguf(path: Path, directory: Path, progress: bool = True) -> None:
 def dequantised(path: Path) -> PreTrainedModel:
     """A ``.gguf`` file as stock transformers opens it: in RAM, in floats.
 
+    Transformers reads no parts: of those each tensor is read here, to the bit what transformers makes of it, and put
+    into its model.
+
     Raises:
         CheckpointError: The file is damaged, lacks tensors, or holds some that the model has no place for.
     """
     header, config = read_gguf_header(path), gguf_config(path)
     with tempfile.TemporaryDirectory() as empty, _one_line_errors(path, "read it"), quiet_transformers():
-        loaded, report = _dequantised(Path(empty), config, _location(path))
-        _check_complete(path, header, loaded, report)
-    return loaded
+        return _dequantised(path, header, config, Path(empty))
 
 
-def _write_small_files(path: Path, header: GgufHeader, directory: Path) -> None:
-    config, empty = gguf_config(path), _empty(directory)
+def _write_small_files(path: Path, directory: Path) -> None:
+    header, config, empty = read_gguf_header(path), gguf_config(path), _empty(directory)
     with _one_line_errors(path, "read its tokenizer"), quiet_transformers():
         fresh = _fresh(config, header)
         config.architectures = [type(fresh).__name__]
@@ -196,19 +213,40 @@ def _save_tokenizer(path: Path, header: GgufHeader, config: PretrainedConfig, di
     check_reopens(tokenizer, directory, header, path)
 
 
-def _dequantised(empty: Path, config: PretrainedConfig, location: dict) -> tuple:
-    """The model in its config's dtype, and transformers' report of what it loaded."""
+def _dequantised(path: Path, header: GgufHeader, config: PretrainedConfig, empty: Path) -> PreTrainedModel:
+    """The model in its config's dtype."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
-    return AutoModelForCausalLM.from_pretrained(
+    if len(header.files) > 1:
+        return _from_parts(path, header, config, empty)
+    loaded, report = AutoModelForCausalLM.from_pretrained(
         str(empty),
         config=config,
         dtype=config.dtype,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
-        **location,
+        **_location(path),
     )
+    _check_complete(path, header, loaded, report)
+    return loaded
+
+
+def _from_parts(path: Path, header: GgufHeader, config: PretrainedConfig, empty: Path) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    if not is_read_here(header):
+        raise CheckpointError(
+            f"{path}: parts of a {header.architecture} model, which are not read here; join them first "
+            "(llama-gguf-split --merge)"
+        )
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    heads = config.num_attention_heads, config.num_key_value_heads
+    weights = GgufWeights(path, header, shapes, config.num_hidden_layers, heads, empty)
+    for name, parameter in model.named_parameters():
+        parameter.data = weights.read(name)
+    return model
 
 
 def _save(loaded: PreTrainedModel, config: PretrainedConfig, header: GgufHeader, directory: Path) -> None:

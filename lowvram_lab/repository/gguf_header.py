@@ -1,9 +1,9 @@
-"""The header of a ``.gguf`` file: its metadata, and where its tensors lie.
+"""The header of a ``.gguf`` file: its metadata, and where its tensors lie, in one file or in several parts.
 
 Parsed here rather than with ``gguf.GGUFReader``, which takes seconds over a vocabulary and meets tensor data that runs
 past the end of the file only when it is used.
 
-Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``.
+Source: the GGUF specification, ggml-org/ggml ``docs/gguf.md``; parts, llama.cpp's ``gguf-split``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,15 +24,39 @@ from lowvram_lab.errors import CheckpointError
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _GGML_F32, _GGML_F16 = 0, 1
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
+_COUNT, _NUMBER, _ALL = "split.count", "split.no", "split.tensors.count"
+
+
+class Place(NamedTuple):
+    """Where a tensor lies.
+
+    Attributes:
+        kind: Its GGML type.
+        start: Its first byte.
+        file: In which file.
+    """
+
+    kind: int
+    start: int
+    file: Path
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Metadata by key; of each tensor its shape (outermost dimension first), and its GGML type and first byte."""
+    """What a file, or the parts of one, say of themselves.
+
+    Attributes:
+        metadata: By key; of several parts the first one's.
+        tensors: The shape of each, outermost dimension first.
+        places: Where each lies.
+        files: The file, or its parts in order.
+    """
 
     metadata: dict
     tensors: dict[str, tuple[int, ...]]
-    places: dict[str, tuple[int, int]]
+    places: dict[str, Place]
+    files: tuple[Path, ...]
 
     @property
     def architecture(self) -> str:
@@ -40,7 +66,7 @@ class GgufHeader:
     @property
     def dtype(self) -> str:
         """What holds its matrices exactly where they are floats; bfloat16 where some are quantised."""
-        kinds = {self.places[name][0] for name, shape in self.tensors.items() if len(shape) > 1}
+        kinds = {self.places[name].kind for name, shape in self.tensors.items() if len(shape) > 1}
         if kinds == {_GGML_F16}:
             return "float16"
         return "float32" if kinds <= {_GGML_F32, _GGML_F16} else "bfloat16"
@@ -49,15 +75,73 @@ class GgufHeader:
         """GGML's name for the type of a tensor, such as ``"Q4_K"``."""
         from gguf import GGMLQuantizationType
 
-        return GGMLQuantizationType(self.places[name][0]).name
+        return GGMLQuantizationType(self.places[name].kind).name
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts of a split GGUF, of which ``name`` is one; of a whole file its own alone."""
+    stem, suffix = name[: -len(".gguf")], name[-len(".gguf") :]
+    match = _PART.fullmatch(stem)
+    if match is None:
+        return [name]
+    return [f"{match[1]}-{number:05}-of-{match[3]}{suffix}" for number in range(1, int(match[3]) + 1)]
+
+
+def whole_stem(name: str) -> str:
+    """A file's name without its suffix, and without what says which part it is."""
+    stem = name[: -len(".gguf")]
+    match = _PART.fullmatch(stem)
+    return match[1] if match else stem
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
     """Reads metadata and the tensor table, and checks that every tensor lies within the file.
 
+    Args:
+        path: The file; of several parts any one, beside which the others lie.
+
     Raises:
-        CheckpointError: Not a GGUF file, an unknown version, truncated, or damaged.
+        CheckpointError: Not a GGUF file, an unknown version, truncated, or damaged; or a part is missing or of another
+            file.
     """
+    files = [path.with_name(name) for name in part_names(path.name)] if path.suffix.lower() == ".gguf" else [path]
+    if missing := [file.name for file in files if not file.is_file()] if len(files) > 1 else []:
+        raise CheckpointError(
+            f"{path}: one of {len(files)} parts, of which {missing[0]} is missing; download all of them into one folder"
+        )
+    parts = [_read_part(file) for file in files]
+    header = parts[0] if len(parts) == 1 else _joined(path, parts)
+    if not isinstance(header.metadata.get("general.architecture"), str):
+        raise CheckpointError(
+            f"{path}: damaged or truncated GGUF (no general.architecture in its metadata); download the file again"
+        )
+    if header.metadata.get(_COUNT, 1) not in (0, len(parts)):
+        raise CheckpointError(
+            f"{path}: one of {header.metadata[_COUNT]} parts, under another name; expected names that end in "
+            f"-00001-of-{header.metadata[_COUNT]:05}.gguf and so on"
+        )
+    return header
+
+
+def _joined(path: Path, parts: list[GgufHeader]) -> GgufHeader:
+    """One header of the parts' own."""
+    tensors, places = {}, {}
+    for number, part in enumerate(parts):
+        if (part.metadata.get(_NUMBER), part.metadata.get(_COUNT)) != (number, len(parts)):
+            raise CheckpointError(f"{part.files[0]}: expected part {number + 1} of {len(parts)}; download it again")
+        if twice := tensors.keys() & part.tensors.keys():
+            raise CheckpointError(f"{part.files[0]}: holds {min(twice)}, which another part holds too; download again")
+        tensors |= part.tensors
+        places |= part.places
+    if parts[0].metadata.get(_ALL, len(tensors)) != len(tensors):
+        raise CheckpointError(
+            f"{path}: expected {parts[0].metadata[_ALL]} tensors in its parts, found {len(tensors)}; they are of "
+            "several conversions: download all of one"
+        )
+    return GgufHeader(parts[0].metadata, tensors, places, tuple(part.files[0] for part in parts))
+
+
+def _read_part(path: Path) -> GgufHeader:
     try:
         facts = path.stat()
         return _parse_file(path.absolute(), (facts.st_size, facts.st_mtime_ns))
@@ -67,23 +151,23 @@ def read_gguf_header(path: Path) -> GgufHeader:
         ) from error
 
 
-def read_gguf_tensor(path: Path, header: GgufHeader, name: str) -> np.ndarray:
-    """A small tensor of a file, in float32, shaped as in its header."""
+def read_gguf_tensor(header: GgufHeader, name: str) -> np.ndarray:
+    """A small tensor, in float32, shaped as in the header."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    shape, (kind, start) = header.tensors[name], header.places[name]
-    data = np.fromfile(path, np.uint8, _tensor_bytes(name, shape, kind), offset=start)
+    shape, (kind, start, file) = header.tensors[name], header.places[name]
+    data = np.fromfile(file, np.uint8, _tensor_bytes(name, shape, kind), offset=start)
     return dequantize(data, GGMLQuantizationType(kind)).reshape(shape)
 
 
-@functools.lru_cache(maxsize=4)  # of a vocabulary, parsed whenever a spec is asked for
+@functools.lru_cache(maxsize=16)  # of a vocabulary, parsed whenever a spec is asked for, and of other parts
 def _parse_file(path: Path, _stamp: tuple) -> GgufHeader:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _parse(data)
+        return _parse(data, path)
 
 
-def _parse(data: mmap.mmap) -> GgufHeader:
+def _parse(data: mmap.mmap, path: Path) -> GgufHeader:
     magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", data, 0)
     if magic != b"GGUF":
         raise ValueError(f"expected the letters GGUF at its start, found {magic!r}")
@@ -95,8 +179,6 @@ def _parse(data: mmap.mmap) -> GgufHeader:
         key, position = _string(data, position)
         (kind,) = struct.unpack_from("<I", data, position)
         metadata[key], position = _value(data, position + 4, kind)
-    if not isinstance(metadata.get("general.architecture"), str):
-        raise ValueError("no general.architecture in its metadata")
     for _ in range(tensor_count):
         name, position = _string(data, position)
         (rank,) = struct.unpack_from("<I", data, position)
@@ -112,8 +194,8 @@ def _parse(data: mmap.mmap) -> GgufHeader:
     for name, (shape, kind, offset) in tensors.items():
         if (end := start + offset + _tensor_bytes(name, shape, kind)) > len(data):
             raise ValueError(f"tensor {name} ends at byte {end:,}, the file at {len(data):,}")
-    places = {name: (kind, start + offset) for name, (_, kind, offset) in tensors.items()}
-    return GgufHeader(metadata, {name: shape for name, (shape, _, _) in tensors.items()}, places)
+    places = {name: Place(kind, start + offset, path) for name, (_, kind, offset) in tensors.items()}
+    return GgufHeader(metadata, {name: shape for name, (shape, _, _) in tensors.items()}, places, (path,))
 
 
 def row_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:

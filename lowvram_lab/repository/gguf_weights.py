@@ -15,7 +15,7 @@ import torch
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.repository.gguf_blocks import KEPT, codes_of
 from lowvram_lab.repository.gguf_config import ROPE_FACTORS, is_read_here
-from lowvram_lab.repository.gguf_header import GgufHeader, row_bytes
+from lowvram_lab.repository.gguf_header import GgufHeader, Place, row_bytes
 
 ROWS_AT_ONCE = 1 << 22
 """Weights that are restored at once: 16 MiB in float32."""
@@ -130,7 +130,7 @@ class GgufWeights:
 
     Attributes:
         directory: See above.
-        files: The file.
+        files: The file, or its parts.
 
     Raises:
         CheckpointError: It holds a tensor that the model has no place for, or lacks one.
@@ -145,7 +145,7 @@ class GgufWeights:
         heads: tuple[int, int],
         directory: Path,
     ):
-        self.files, self.directory = [path], directory
+        self.files, self.directory = list(header.files), directory
         self._path, self._header, self._heads = path, header, heads
         self._names = tensor_names(header, shapes, layers)
         missing = [parameter for parameter in shapes if parameter not in self._names]
@@ -166,7 +166,7 @@ class GgufWeights:
 
     def keys(self) -> list[str]:
         """The parameters' names, in the order in which the tensors lie in the file."""
-        return sorted(self._names, key=lambda name: self._header.places[self._names[name]][1])
+        return sorted(self._names, key=lambda name: (self._place(name).file, self._place(name).start))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
@@ -178,7 +178,7 @@ class GgufWeights:
 
     def where(self, name: str) -> str:
         """The file and the tensor's name there, in words."""
-        return f"{self._path}: tensor {self._names[name]}"
+        return f"{self._place(name).file}: tensor {self._names[name]}"
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor in floats."""
@@ -196,7 +196,7 @@ class GgufWeights:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        kind = GGMLQuantizationType(self._header.places[self._names[name]][0])
+        kind = GGMLQuantizationType(self._place(name).kind)
         order, dtype = self._order(name), self.dtype(name)
 
         def look_up(select: slice | torch.Tensor) -> torch.Tensor:
@@ -221,15 +221,18 @@ class GgufWeights:
 
     def _data(self, name: str) -> torch.Tensor:
         """``(rows, bytes of a row)`` of a matrix or the bytes of a vector, mapped; pages go when the tensor does."""
-        shape, (kind, start) = self.shape(name), self._header.places[self._names[name]]
+        shape, (kind, start, file) = self.shape(name), self._place(name)
         rows = shape[0] if len(shape) > 1 else 1
         width = row_bytes(self._names[name], shape, kind)
         try:
-            mapped = torch.from_file(str(self._path), shared=False, size=start + rows * width, dtype=torch.uint8)
+            mapped = torch.from_file(str(file), shared=False, size=start + rows * width, dtype=torch.uint8)
         except RuntimeError as error:  # gone, or shorter than when its header was read
             raise CheckpointError(f"{self.where(name)}: cannot be read any more; download the file again") from error
         data = mapped[start : start + rows * width]
         return data.view(rows, width) if len(shape) > 1 else data
+
+    def _place(self, name: str) -> Place:
+        return self._header.places[self._names[name]]
 
     def _order(self, name: str) -> torch.Tensor | None:
         """Which row of the file is each of the model's; ``None`` where they are in one order.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowvram_lab.errors import SourceError, first_line
+from lowvram_lab.repository.gguf_header import part_names
 from lowvram_lab.repository.names import choose_gguf
 from lowvram_lab.repository.tokenizer_files import TOKENIZER_FILES
 
@@ -61,7 +62,7 @@ def snapshot(repo_id: str, patterns: list[str], progress: bool = True, local_onl
 
 
 def gguf_file(repo_id: str, wanted: str, progress: bool = True) -> Path:
-    """One of a repository's GGUF files, in the hub's own cache; one that is there already is not asked for again.
+    """One of a repository's GGUF files, or all its parts, in the hub's own cache; what is there is not asked for again.
 
     Args:
         repo_id: ``owner/name``.
@@ -82,7 +83,7 @@ def gguf_file(repo_id: str, wanted: str, progress: bool = True) -> Path:
             raise errors.OfflineModeIsEnabled("the repository's files are not listed")
         found = HfApi().model_info(repo_id, timeout=_ETAG_TIMEOUT_S).siblings or []
     name = choose_gguf(repo_id, [file.rfilename for file in found if "/" not in file.rfilename], wanted)
-    return snapshot(repo_id, [name], progress) / name
+    return snapshot(repo_id, part_names(name), progress) / name
 
 
 @contextlib.contextmanager

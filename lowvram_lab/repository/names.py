@@ -8,17 +8,17 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from pathlib import PureWindowsPath
 
 from lowvram_lab.errors import SourceError
 from lowvram_lab.packaged import packaged_facts
+from lowvram_lab.repository.gguf_header import part_names, whole_stem
 
 _SITE = re.compile(r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/+|hf://", re.IGNORECASE)
 _ID_AND_TAG = r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?"
 _REPOSITORY = re.compile(rf"{_ID_AND_TAG}/?")
 _PAGE = re.compile(rf"{_ID_AND_TAG}(?:/(?:tree|blob|resolve|raw)/([^/]+)(?:/(.*))?)?")
 _OTHERS = ("datasets/", "spaces/", "collections/", "models/", "docs/")
-_PART = re.compile(r"-\d{5}-of-\d{5}$")
 _QUANTISATION = re.compile(r"(?:^|[-._])((?:UD-)?(?:I?Q\d\w*|TQ\d_\d|MXFP4\w*|BF16|F16|F32|FP16))$", re.IGNORECASE)
 _MOST_LISTED = 8
 
@@ -76,22 +76,28 @@ def _named(repo_id: str, tag: str | None) -> HubName:
 def choose_gguf(repo_id: str, files: list[str], wanted: str) -> str:
     """Which file of a repository a quantisation or a file's name means; with ``""``, the only one there is.
 
+    Of one that is split, the first part.
+
     Raises:
         SourceError: None or several; the message names those there are.
     """
-    models = sorted(name for name in files if name.lower().endswith(".gguf") and "mmproj" not in name.lower())
+    ggufs = sorted(name for name in files if name.lower().endswith(".gguf") and "mmproj" not in name.lower())
+    parts = {name: part_names(name) for name in ggufs}
+    models = [name for name in ggufs if name == parts[name][0] or parts[name][0] not in parts]
     if not models:
         drop = f"; leave out ':{wanted}'" if wanted else ""
         raise SourceError(f"{repo_id}: expected a .gguf file in the repository, found none{drop}")
     ending = re.compile(rf"(?:^|[-._]){re.escape(wanted)}$", re.IGNORECASE)
-    stems = {name: _PART.sub("", Path(name).stem) for name in models}
-    found = [name for name in models if not wanted or wanted.lower() == name.lower() or ending.search(stems[name])]
+    stems = {name: whole_stem(name) for name in models}
+    words = {name: [word.lower() for word in parts[name]] for name in models}
+    found = [name for name in models if not wanted or wanted.lower() in words[name] or ending.search(stems[name])]
     if len(found) > 1 and wanted:  # UD-Q4_K_M ends in Q4_K_M too
         found = [n for n in found if (q := _QUANTISATION.search(stems[n])) and q[1].lower() == wanted.lower()] or found
-    if len(found) == 1 and not _PART.search(Path(found[0]).stem):
-        return found[0]
-    if found and all(_PART.search(Path(name).stem) for name in found):
-        raise SourceError(f"{repo_id}: {found[0]} is one part of a split GGUF; download and join the parts first")
+    if len(found) == 1:
+        first, whole = found[0], parts[found[0]]
+        if missing := [name for name in whole if name not in parts]:
+            raise SourceError(f"{repo_id}: {first} is one of {len(whole)} parts, and {missing[0]} is not there")
+        return first
     there = list(dict.fromkeys(q[1] if (q := _QUANTISATION.search(stem)) else stem for stem in stems.values()))
     listed = ", ".join(there[:_MOST_LISTED]) + (" …" if len(there) > _MOST_LISTED else "")
     asked = f"found {len(found)} files for {wanted!r}" if wanted else "found several"

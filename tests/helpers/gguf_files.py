@@ -36,10 +36,11 @@ def write_gguf(path, model, arch="llama", kind="F32", skip=(), template=CHAT_TEM
     """Writes a model as llama.cpp's converter would: its tensor names, and for Llama its order of rotary dimensions.
 
     ``extra`` are further tensors, ``kinds`` types of some tensors by a part of their GGUF names, ``metadata`` further
-    keys (``__`` for a dot) or, with ``None``, keys to leave out.
+    keys (``__`` for a dot) or, with ``None``, keys to leave out; ``in_part`` is no key: so many tensors a part
+    has, of a file that gguf-py is to split.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, arch)
+    writer = gguf.GGUFWriter(path, arch, split_max_tensors=metadata.pop("in_part", 0))
     add_metadata(writer, config, arch, {key.replace("__", "."): value for key, value in metadata.items()})
     add_vocabulary(writer, template)
     for name, values in dict(extra).items():

@@ -29,6 +29,7 @@ from lowvram_lab.packaged import packaged_config, packaged_facts, sample_text
 from lowvram_lab.repository import builtin, hub, tokenizer_files
 from lowvram_lab.repository import gguf as gguf_convert
 from lowvram_lab.repository.builtin import builtin_names
+from lowvram_lab.repository.gguf_header import part_names
 from lowvram_lab.repository.gguf_weights import GgufWeights
 from lowvram_lab.repository.names import choose_gguf
 from tests.helpers.gguf_files import CHAT_TEMPLATE, write_gguf
@@ -182,11 +183,13 @@ GGUF_FILES = [
         ("iq4_xs", "m-IQ4_XS.gguf"),
         ("F16", "m-f16.gguf"),
         ("m-Q4_K_M.gguf", "m-Q4_K_M.gguf"),
+        ("q8_0", "m-Q8_0-00001-of-00002.gguf"),
+        ("m-Q8_0-00002-of-00002.gguf", "m-Q8_0-00001-of-00002.gguf"),
     ],
 )
 def test_a_quantisation_names_one_file(wanted, file):
     assert choose_gguf("o/m", GGUF_FILES, wanted) == file
-    assert choose_gguf("o/m", [file], "") == file
+    assert choose_gguf("o/m", part_names(file), "") == file
 
 
 def test_a_quantisation_that_names_no_file_is_answered_with_those_there_are():
@@ -194,7 +197,9 @@ def test_a_quantisation_that_names_no_file_is_answered_with_those_there_are():
         said = refused(choose_gguf, "o/m", GGUF_FILES, wanted, error=SourceError, match=f"files for .{wanted}.")
         assert "o/m:IQ4_XS" in said and "(it has IQ4_XS, Q4_K_M, Q4_K_S, Q8_0, UD-Q4_K_M, f16)" in said
     refused(choose_gguf, "o/m", GGUF_FILES, "", error=SourceError, match="found several; write o/m:IQ4_XS")
-    refused(choose_gguf, "o/m", GGUF_FILES, "Q8_0", error=SourceError, match="one part of a split GGUF")
+    lacking = [name for name in GGUF_FILES if "00002-of" not in name]
+    missing = "Q8_0-00001-of-00002.gguf is one of 2 parts, and m-Q8_0-00002-of-00002.gguf is not there"
+    refused(choose_gguf, "o/m", lacking, "Q8_0", error=SourceError, match=missing)
     refused(choose_gguf, "o/m", ["model.safetensors"], "Q8_0", error=SourceError, match="found none; leave out ':Q8_0'")
 
 
@@ -208,7 +213,6 @@ def test_directories_and_files_that_are_no_model(tmp_path):
         ("a.ckpt", "unpickling"),
         ("a.safetensors", "name .* instead"),
         ("a.txt", "another file"),
-        ("a-00001-of-00002.gguf", "split GGUF"),
     ]:
         (tmp_path / name).touch()
         refused(find_source, tmp_path / name, error=SourceError, match=says)

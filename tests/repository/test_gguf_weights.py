@@ -202,10 +202,63 @@ def test_a_file_without_a_tensor_or_with_one_too_many_is_refused(tmp_path):
         find_source(odd).checkpoint(progress=False)
 
 
+def parts_of(folder: Path, kind: str = "Q4_0", **options) -> list[Path]:
+    """A file that gguf-py has split, four tensors a part."""
+    written(folder, kind, in_part=4, **options)
+    return sorted(folder.glob("*.gguf"))
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q6_K"])
+def test_a_file_in_parts_is_the_file(tmp_path, kind):
+    (tmp_path / "whole").mkdir()
+    whole = find_source(written(tmp_path / "whole", kind))
+    parts = parts_of(tmp_path, kind)
+    assert len(parts) > 2 and parts[0].name == f"{kind}-00001-of-{len(parts):05}.gguf"
+    source = find_source(parts[1])
+    assert source == find_source(parts[0])
+    assert source.spec().held == whole.spec().held and source.config().to_dict() == whole.config().to_dict()
+    weights, expected = source.checkpoint(progress=False), whole.checkpoint(progress=False)
+    assert weights.files == parts and set(weights) == set(expected)
+    assert all(torch.equal(weights.read(name), expected.read(name)) for name in expected)
+    plan = Plan.uniform(source.spec(), "stored", context=64)
+    measured = run_workload(load(plan, open_gpu("1000MiB"), progress=False), Workload(40, 4))
+    assert (forecast(plan, open_gpu("1000MiB"), workload=Workload(40, 4)).compare(measured)["difference"] == 0).all()
+    stock = load_reference(Plan.uniform(whole.spec(), "stored", context=64), progress=False)
+    found, ids = load_reference(plan, progress=False), torch.randint(250, (1, 40))
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, stock(ids).logits)
+    assert source.tokenizer()("he said 12")["input_ids"] == whole.tokenizer()("he said 12")["input_ids"]
+    directories = [Checkpoint(each.fetch(progress=False)) for each in (source, whole)]
+    assert all(torch.equal(directories[0].read(name), directories[1].read(name)) for name in directories[1])
+
+
+def test_parts_that_are_no_whole_are_refused(tmp_path):
+    parts = parts_of(tmp_path)
+    gone = parts[2].rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"one of {len(parts)} parts, of which {parts[2].name} is missing"):
+        find_source(parts[0]).spec()
+    parts[1].rename(parts[2])
+    gone.rename(parts[1])
+    with pytest.raises(CheckpointError, match=f"{parts[1].name}: expected part 2 of {len(parts)}"):
+        find_source(parts[0]).spec()
+    alone = parts[0].rename(tmp_path / "alone.gguf")
+    with pytest.raises(CheckpointError, match=f"one of {len(parts)} parts, under another name; expected"):
+        find_source(alone).spec()
+
+
+def test_a_part_of_another_conversion_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    parts, others = parts_of(tmp_path), parts_of(tmp_path / "other", skip=("blk.0.attn_q.weight",))
+    assert len(others) == len(parts)
+    others[1].replace(parts[1])
+    with pytest.raises(CheckpointError, match="which another part holds too|expected .* tensors in its parts"):
+        find_source(parts[0]).spec()
+
+
 def test_scales_that_are_not_finite_are_refused(tmp_path):
     path = written(tmp_path, "Q8_0")
     weights = find_source(path).checkpoint(progress=False)
-    start = weights._header.places["blk.0.ffn_up.weight"][1]
+    start = weights._header.places["blk.0.ffn_up.weight"].start
     data = bytearray(path.read_bytes())
     data[start : start + 2] = np.float16(np.inf).tobytes()
     path.write_bytes(data)
