@@ -73,7 +73,8 @@ def _solver(fmt: Format, solver: str) -> Callable[[torch.Tensor], IntegerWeight]
     if solver == "rtn" or fmt.kind == "int8":
         return lambda rows: round_to_nearest(rows, fmt, symmetric=symmetric)
     if symmetric:
-        return lambda rows: search_clip(rows, fmt, stride=2)
+        stride = 4 if fmt.bits <= 3 else 1  # few bits have many scales to try, which are near one another
+        return lambda rows: search_clip(rows, fmt, stride=stride)
     return lambda rows: half_quadratic(rows, fmt, iterations=ITERATIONS)
 
 
