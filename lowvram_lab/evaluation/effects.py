@@ -7,7 +7,7 @@ import datetime
 import gc
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def effects(
         gpu: The card to be, such as ``"4GiB"``.
         context: Tokens to plan for; by default 2048, or what the model has.
         converted: ``"medium"`` or ``"deep"`` → a directory from ``convert`` to measure for that claim; by default a
-            recipe of that size is quantised while loading, which loses more than ``convert`` does.
+            recipe of that size is rounded to nearest while loading, which loses more than ``convert`` does.
         formats: For recipes to choose among.
         calibration_tokens: Read so many to estimate what the formats cost.
         progress: Show the progress bars of the stages.
@@ -356,7 +356,8 @@ def compress(case: Case, claim: str) -> Effect:
         size = int(2 * spec.num_parameters * (1 - CLAIMS[claim].saved))
         sensitivity = case.need("sensitivity", "sensitivity")
         plan = recipe(spec, sensitivity, weight_bytes=size, context=case.context, stock=False).plan
-        how = "measured, quantised while loading"
+        plan = replace(plan, solver="rtn")  # what the recipe's estimates are of
+        how = "measured, rounded to nearest"
         note = f"--{claim} DIR measures what lowvram convert made instead"
     reference = case.need("reference", "sensitivity")
     plan = plan.with_modules("*", device="cpu")
