@@ -37,6 +37,7 @@ from lowvram_lab.repository.tokenizer_files import cannot_open, require_tokenize
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from lowvram_lab.repository.gguf_header import GgufHeader
     from lowvram_lab.repository.gguf_weights import GgufWeights
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Source:
         if self.kind == "gguf":
             from lowvram_lab.repository.gguf import gguf_config
 
-            return gguf_config(self.path())
+            return gguf_config(*self._header())
         if self.kind == "directory":
             return read_config(self.path())
         return self._config_on_the_hub()
@@ -127,15 +128,14 @@ class Source:
     def _as_held(self, spec: ModelSpec) -> ModelSpec:
         """The spec of a ``.gguf`` file with ``held`` and ``rounded``, from its header alone."""
         from lowvram_lab.repository.gguf_config import is_read_here
-        from lowvram_lab.repository.gguf_header import read_gguf_header
         from lowvram_lab.repository.gguf_weights import kept_formats, refuse_misfits, tensor_names
 
-        header = read_gguf_header(self.path())
+        path, header = self._header()
         if not is_read_here(header):
             return spec
         shapes = {f"{module.name}.{key}": shape for module in spec.modules for key, shape in module.own.items()}
         names = tensor_names(header, shapes, spec.num_hidden_layers)
-        refuse_misfits(self.path(), header, {names[parameter]: shapes[parameter] for parameter in names})
+        refuse_misfits(path, header, {names[parameter]: shapes[parameter] for parameter in names})
         matrices = [module for module in spec.modules if module.kind != "other"]
         weights = {module.name: names.get(f"{module.name}.weight") for module in matrices if not module.tied_to}
         found, near, other = kept_formats(header, {module: name for module, name in weights.items() if name})
@@ -144,6 +144,18 @@ class Source:
         tied = {module.name: module.tied_to for module in matrices if module.tied_to in found}
         held = found | {module: found[owner] for module, owner in tied.items()}
         return replace(spec, held=held, rounded=near | {module for module, owner in tied.items() if owner in near})
+
+    def _header(self) -> tuple[Path, GgufHeader]:
+        """A ``.gguf`` file and its header, for which one that is on the hub need not be fetched."""
+        from lowvram_lab.repository.gguf_config import is_read_here
+        from lowvram_lab.repository.gguf_header import read_gguf_header
+
+        on_hub = None if Path(self.name).expanduser().exists() else names.hub_name(self.name)
+        if on_hub:
+            path, header = hub.gguf_header(on_hub.repo_id, on_hub.gguf or "")
+            if is_read_here(header):
+                return path, header
+        return self.path(), read_gguf_header(self.path())
 
     def fetch(self, progress: bool = True) -> Path:
         """A finished local directory that stock transformers opens: config, ``*.safetensors``, the tokenizer's files.

@@ -30,8 +30,12 @@ _CONTROL_TOKEN = 3
 _STOP_WORDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
 
 
-def gguf_config(path: Path):
+def gguf_config(path: Path, header: GgufHeader | None = None):
     """The transformers config a ``.gguf`` file describes, from its metadata alone.
+
+    Args:
+        path: The file; it need not be on this machine where its architecture is one that is read here.
+        header: Of the file, where that was read already.
 
     Returns:
         A ``PretrainedConfig`` whose ``dtype`` is what the conversion stores: bfloat16 for a quantised file.
@@ -43,7 +47,7 @@ def gguf_config(path: Path):
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    header = read_gguf_header(path)
+    header = header or read_gguf_header(path)
     with _one_line_errors(path, f"read a config for architecture {header.architecture!r}"), quiet_transformers():
         if is_read_here(header):
             factors = read_gguf_tensor(header, ROPE_FACTORS) if ROPE_FACTORS in header.tensors else None

@@ -13,7 +13,8 @@ import math
 import mmap
 import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,10 @@ _GGML_F32, _GGML_F16 = 0, 1
 _STRING, _ARRAY, _FLOAT32 = 8, 9, 6
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})")
 _COUNT, _NUMBER, _ALL = "split.count", "split.no", "split.tensors.count"
+_DAMAGED = OSError, ValueError, KeyError, struct.error, OverflowError
+
+FIRST_BYTES = 1 << 20
+"""Read of a file elsewhere at first, and four times as much where the header goes on."""
 
 
 class Place(NamedTuple):
@@ -51,12 +56,14 @@ class GgufHeader:
         tensors: The shape of each, outermost dimension first.
         places: Where each lies.
         files: The file, or its parts in order.
+        small: The bytes of small tensors, of a file that is not on this machine.
     """
 
     metadata: dict
     tensors: dict[str, tuple[int, ...]]
     places: dict[str, Place]
     files: tuple[Path, ...]
+    small: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -109,7 +116,19 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise CheckpointError(
             f"{path}: one of {len(files)} parts, of which {missing[0]} is missing; download all of them into one folder"
         )
-    parts = [_read_part(file) for file in files]
+    return whole_header(path, [_read_part(file) for file in files])
+
+
+def whole_header(path: Path, parts: list[GgufHeader]) -> GgufHeader:
+    """The header of a file from those of its parts.
+
+    Args:
+        path: The file, for messages.
+        parts: In order; of a whole file one.
+
+    Raises:
+        CheckpointError: They are not the parts of one file.
+    """
     header = parts[0] if len(parts) == 1 else _joined(path, parts)
     if not isinstance(header.metadata.get("general.architecture"), str):
         raise CheckpointError(
@@ -138,17 +157,49 @@ def _joined(path: Path, parts: list[GgufHeader]) -> GgufHeader:
             f"{path}: expected {parts[0].metadata[_ALL]} tensors in its parts, found {len(tensors)}; they are of "
             "several conversions: download all of one"
         )
-    return GgufHeader(parts[0].metadata, tensors, places, tuple(part.files[0] for part in parts))
+    small = {name: data for part in parts for name, data in part.small.items()}
+    return GgufHeader(parts[0].metadata, tensors, places, tuple(part.files[0] for part in parts), small)
 
 
 def _read_part(path: Path) -> GgufHeader:
     try:
         facts = path.stat()
         return _parse_file(path.absolute(), (facts.st_size, facts.st_mtime_ns))
-    except (OSError, ValueError, KeyError, struct.error, OverflowError) as error:
-        raise CheckpointError(
-            f"{path}: damaged or truncated GGUF ({error or 'unreadable'}); download the file again"
-        ) from error
+    except _DAMAGED as error:
+        raise _damaged(path, error) from error
+
+
+def read_part_elsewhere(
+    path: Path, size: int, read: Callable[[int, int], bytes], small: Collection[str] = ()
+) -> GgufHeader:
+    """The header of a file, or of a part of one, that is not on this machine; nothing else of it is read.
+
+    Args:
+        path: Its name, for messages.
+        size: Its bytes.
+        read: The bytes from one position up to another.
+        small: Names of small tensors that are read as well, where it holds them.
+
+    Raises:
+        CheckpointError: See ``read_gguf_header``.
+    """
+    taken = min(size, FIRST_BYTES)
+    while True:
+        try:
+            header = _parse(read(0, taken), path, size)
+            break
+        except _DAMAGED as error:
+            if taken == size:
+                raise _damaged(path, error) from error
+        taken = min(size, 4 * taken)  # a vocabulary takes megabytes
+    for name in header.tensors.keys() & set(small):
+        kind, start, _ = header.places[name]
+        header.small[name] = read(start, start + _tensor_bytes(name, header.tensors[name], kind))
+    return header
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged or truncated GGUF ({error or 'unreadable'}); download the file again")
 
 
 def read_gguf_tensor(header: GgufHeader, name: str) -> np.ndarray:
@@ -157,17 +208,21 @@ def read_gguf_tensor(header: GgufHeader, name: str) -> np.ndarray:
     from gguf.quants import dequantize
 
     shape, (kind, start, file) = header.tensors[name], header.places[name]
-    data = np.fromfile(file, np.uint8, _tensor_bytes(name, shape, kind), offset=start)
+    if name in header.small:
+        data = np.frombuffer(header.small[name], np.uint8)
+    else:
+        data = np.fromfile(file, np.uint8, _tensor_bytes(name, shape, kind), offset=start)
     return dequantize(data, GGMLQuantizationType(kind)).reshape(shape)
 
 
 @functools.lru_cache(maxsize=16)  # of a vocabulary, parsed whenever a spec is asked for, and of other parts
 def _parse_file(path: Path, _stamp: tuple) -> GgufHeader:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _parse(data, path)
+        return _parse(data, path, len(data))
 
 
-def _parse(data: mmap.mmap, path: Path) -> GgufHeader:
+def _parse(data: mmap.mmap | bytes, path: Path, size: int) -> GgufHeader:
+    """The header that ``data`` begins with, of a file of ``size`` bytes."""
     magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", data, 0)
     if magic != b"GGUF":
         raise ValueError(f"expected the letters GGUF at its start, found {magic!r}")
@@ -192,8 +247,8 @@ def _parse(data: mmap.mmap, path: Path) -> GgufHeader:
         raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-position // alignment) * alignment
     for name, (shape, kind, offset) in tensors.items():
-        if (end := start + offset + _tensor_bytes(name, shape, kind)) > len(data):
-            raise ValueError(f"tensor {name} ends at byte {end:,}, the file at {len(data):,}")
+        if (end := start + offset + _tensor_bytes(name, shape, kind)) > size:
+            raise ValueError(f"tensor {name} ends at byte {end:,}, the file at {size:,}")
     places = {name: Place(kind, start + offset, path) for name, (_, kind, offset) in tensors.items()}
     return GgufHeader(metadata, {name: shape for name, (shape, _, _) in tensors.items()}, places, (path,))
 
@@ -218,7 +273,7 @@ def _tensor_bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
     return math.prod(shape[:-1]) * row_bytes(name, shape, kind)
 
 
-def _string(data: mmap.mmap, position: int) -> tuple[str, int]:
+def _string(data: mmap.mmap | bytes, position: int) -> tuple[str, int]:
     (length,) = struct.unpack_from("<Q", data, position)
     end = position + 8 + length
     if end > len(data):
@@ -226,7 +281,7 @@ def _string(data: mmap.mmap, position: int) -> tuple[str, int]:
     return data[position + 8 : end].decode("utf-8", errors="replace"), end
 
 
-def _value(data: mmap.mmap, position: int, kind: int):
+def _value(data: mmap.mmap | bytes, position: int, kind: int):
     if kind == _STRING:
         return _string(data, position)
     if kind == _ARRAY:

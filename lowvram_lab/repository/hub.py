@@ -1,13 +1,21 @@
 """Fetch from the Hugging Face hub: chosen files only, no retries that hang, every failure one clear line."""
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from lowvram_lab.errors import SourceError, first_line
-from lowvram_lab.repository.gguf_header import part_names
+from lowvram_lab.repository.gguf_config import ROPE_FACTORS
+from lowvram_lab.repository.gguf_header import (
+    GgufHeader,
+    part_names,
+    read_gguf_header,
+    read_part_elsewhere,
+    whole_header,
+)
 from lowvram_lab.repository.names import choose_gguf
 from lowvram_lab.repository.tokenizer_files import TOKENIZER_FILES
 
@@ -72,18 +80,69 @@ def gguf_file(repo_id: str, wanted: str, progress: bool = True) -> Path:
     Raises:
         SourceError: Unreachable, no such repository, or not one file of that name.
     """
-    from huggingface_hub import HfApi, errors
-
     if wanted or offline():  # without a name, what lies here may be one of several
         with contextlib.suppress(SourceError):
-            here = snapshot(repo_id, ["*.gguf"], progress=False, local_only=True)
-            return here / choose_gguf(repo_id, [file.name for file in here.glob("*.gguf")], wanted)
+            return _gguf_here(repo_id, wanted)
+    name = _gguf_name(repo_id, wanted)
+    return snapshot(repo_id, part_names(name), progress) / name
+
+
+def gguf_header(repo_id: str, wanted: str) -> tuple[Path, GgufHeader]:
+    """The header of one of a repository's GGUF files: of one that is not here by range requests, without its weights.
+
+    Args:
+        repo_id: ``owner/name``.
+        wanted: See ``gguf_file``.
+
+    Returns:
+        The file, or what it is called there; and its header.
+
+    Raises:
+        CheckpointError: Damaged.
+        SourceError: See ``gguf_file``.
+    """
+    if wanted or offline():
+        with contextlib.suppress(SourceError):
+            here = _gguf_here(repo_id, wanted)
+            return here, read_gguf_header(here)
+    return _header_elsewhere(repo_id, wanted)
+
+
+@functools.lru_cache(maxsize=4)
+def _header_elsewhere(repo_id: str, wanted: str) -> tuple[Path, GgufHeader]:
+    from huggingface_hub import HfFileSystem
+
+    name, parts = _gguf_name(repo_id, wanted), []
+    for part in part_names(name):
+        path = f"{repo_id}/{part}"
+        with _one_line(repo_id):
+            files = HfFileSystem()
+            size = files.info(path)["size"]
+
+        def read(start: int, end: int, path: str = path, files: HfFileSystem = files) -> bytes:
+            with _one_line(repo_id):
+                return files.cat_file(path, start, end)
+
+        parts.append(read_part_elsewhere(Path(path), size, read, (ROPE_FACTORS,)))
+    path = Path(f"{repo_id}/{name}")
+    return path, whole_header(path, parts)
+
+
+def _gguf_here(repo_id: str, wanted: str) -> Path:
+    """A repository's GGUF file in the hub's cache."""
+    here = snapshot(repo_id, ["*.gguf"], progress=False, local_only=True)
+    return here / choose_gguf(repo_id, [file.name for file in here.glob("*.gguf")], wanted)
+
+
+def _gguf_name(repo_id: str, wanted: str) -> str:
+    """What ``wanted`` is called in the repository."""
+    from huggingface_hub import HfApi, errors
+
     with _one_line(repo_id):
         if offline():
             raise errors.OfflineModeIsEnabled("the repository's files are not listed")
         found = HfApi().model_info(repo_id, timeout=_ETAG_TIMEOUT_S).siblings or []
-    name = choose_gguf(repo_id, [file.rfilename for file in found if "/" not in file.rfilename], wanted)
-    return snapshot(repo_id, part_names(name), progress) / name
+    return choose_gguf(repo_id, [file.rfilename for file in found if "/" not in file.rfilename], wanted)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from lowvram_lab import files as cache
 from lowvram_lab.errors import CheckpointError, LowvramError, SourceError
 from lowvram_lab.model import source as source_module
 from lowvram_lab.model.checkpoint import Checkpoint
+from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source, read_config
 from lowvram_lab.packaged import packaged_config, packaged_facts, sample_text
-from lowvram_lab.repository import builtin, hub, tokenizer_files
+from lowvram_lab.planner.forecast import forecast
+from lowvram_lab.repository import builtin, gguf_header, hub, tokenizer_files
 from lowvram_lab.repository import gguf as gguf_convert
 from lowvram_lab.repository.builtin import builtin_names
 from lowvram_lab.repository.gguf_header import part_names
@@ -601,13 +604,23 @@ class FakeHub:
 
     def __init__(self, monkeypatch, folder, files):
         self.folder, self.files, self.listed, self.fetched, self.offline = folder, files, 0, [], False
+        self.read = 0  # bytes, by ranges
+        hub._header_elsewhere.cache_clear()
+        monkeypatch.setattr(
+            "huggingface_hub.HfFileSystem", lambda: SimpleNamespace(info=self.facts, cat_file=self.piece)
+        )
         monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.info)
         monkeypatch.setattr(hub, "offline", lambda: self.offline)
 
-    def info(self, repo_id, timeout):
-        from types import SimpleNamespace
+    def facts(self, path):
+        return {"size": self.files[path.rpartition("/")[2]].stat().st_size}
 
+    def piece(self, path, start, end):
+        self.read += end - start
+        return self.files[path.rpartition("/")[2]].read_bytes()[start:end]
+
+    def info(self, repo_id, timeout):
         self.listed += 1
         assert timeout <= 5
         return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in (*self.files, "sub/x-Q4_0.gguf")])
@@ -623,6 +636,32 @@ class FakeHub:
         return str(self.folder)
 
 
+@pytest.mark.parametrize("in_part", [0, 5])
+def test_a_forecast_of_a_gguf_file_on_the_hub_fetches_no_weights(monkeypatch, tmp_path, tiny, in_part):
+    model, factors = with_factors(tiny)
+    write_gguf(tmp_path / "t-Q8_0.gguf", model, kind="Q8_0", in_part=in_part, extra={"rope_freqs.weight": factors})
+    (tmp_path / "snapshot").mkdir()
+    files = {path.name: path for path in tmp_path.glob("*.gguf")}
+    assert (len(files) > 1) == bool(in_part)
+    served = FakeHub(monkeypatch, tmp_path / "snapshot", files)
+    monkeypatch.setattr(gguf_header, "FIRST_BYTES", 1000)
+    source, here = find_source("owner/t-GGUF:Q8_0"), find_source(next(iter(sorted(files.values()))))
+    spec = source.spec()
+    assert spec.held and spec.held == here.spec().held
+    assert source.config().to_dict() == here.config().to_dict()
+    assert served.fetched == [] and served.listed == 1
+    assert served.read < sum(path.stat().st_size for path in files.values()) / 3
+    assert forecast(Plan.uniform(spec, "stored", context=64), "64MiB").fits
+    assert set(source.checkpoint(progress=False)) == set(here.checkpoint(progress=False))
+    assert sorted(served.fetched) == sorted(files)
+    damaged = {name: tmp_path / f"damaged-{name}" for name in files}
+    for name, path in damaged.items():
+        path.write_bytes(files[name].read_bytes()[:700])
+    served = FakeHub(monkeypatch, tmp_path / "nothing", damaged)
+    (tmp_path / "nothing").mkdir()
+    refused(source.spec, error=CheckpointError, match="owner/t-GGUF/t-Q8_0.*: damaged or truncated GGUF")
+
+
 def test_a_gguf_file_of_a_repository(monkeypatch, tmp_path, tiny):
     write_gguf(tmp_path / "a.gguf", tiny)
     (tmp_path / "snapshot").mkdir()
@@ -631,12 +670,14 @@ def test_a_gguf_file_of_a_repository(monkeypatch, tmp_path, tiny):
     source = find_source("hf.co/owner/tiny-GGUF:q4_k_m")
     assert source.spec().num_hidden_layers == 2
     assert source.public_name == "owner/tiny-GGUF:q4_k_m"
+    assert served.fetched == []  # a header is enough for a spec
     source.require_chat_template()
     assert read_config(source.fetch(progress=False)).hidden_size == 64
-    assert (served.listed, served.fetched) == (1, ["t-Q4_K_M.gguf"])
+    assert served.fetched == ["t-Q4_K_M.gguf"]
+    listed = served.listed
     served.offline = True
     assert source.config().hidden_size == 64
-    assert served.listed == 1
+    assert served.listed == listed
     refused(
         find_source("owner/tiny-GGUF:Q8_0").config, error=SourceError, match="owner/tiny-GGUF: not in the hub's cache"
     )
@@ -855,21 +896,32 @@ def test_gguf_rotary_factors(tmp_path, tiny):
         refused(find_source(tmp_path / f"{name}.gguf").config, error=CheckpointError, match="not Llama 3's")
 
 
-def test_gguf_rotary_factors_of_llama3(tmp_path, tiny):
-    """As llama.cpp's converter writes them: the factors, and no word of where they come from."""
-    from transformers import LlamaConfig
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def frequencies(config):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
-    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    scaled = LlamaRotaryEmbedding(LlamaConfig(head_dim=16, rope_parameters=rope)).inv_freq.numpy()
-    factors = 500000.0 ** (-np.arange(8) / 8) / scaled
+    return LlamaRotaryEmbedding(config).inv_freq.numpy()
+
+
+def with_factors(tiny):
+    """A model and its factors, as llama.cpp's converter writes them: without a word of where they come from."""
+    from transformers import LlamaConfig
+
     model = copy.deepcopy(tiny)
     model.config.rope_parameters["rope_theta"] = 500000.0
+    scaled = frequencies(LlamaConfig(head_dim=16, rope_parameters=LLAMA3))
+    return model, 500000.0 ** (-np.arange(8) / 8) / scaled
+
+
+def test_gguf_rotary_factors_of_llama3(tmp_path, tiny):
+    model, factors = with_factors(tiny)
     write_gguf(tmp_path / "t.gguf", model, extra={"rope_freqs.weight": factors})
     read = find_source(tmp_path / "t.gguf").config()
-    np.testing.assert_allclose(LlamaRotaryEmbedding(read).inv_freq.numpy(), scaled, rtol=1e-6)
-    assert read.rope_parameters == rope
+    np.testing.assert_allclose(frequencies(read), 500000.0 ** (-np.arange(8) / 8) / factors, rtol=1e-6)
+    assert read.rope_parameters == LLAMA3
 
 
 @pytest.mark.parametrize(
