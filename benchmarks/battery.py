@@ -10,6 +10,7 @@ results/battery_cpu.json.
 
 import argparse
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pandas
@@ -33,6 +34,7 @@ def asked(model: str, recipe: str, whole: Battery) -> Battery:
     source = find_source(model)
     tokenizer = source.tokenizer()
     plan = Plan.uniform(source.spec(), recipe, context=battery_context(tokenizer)).with_modules("*", device="cpu")
+    plan = replace(plan, solver="rtn")
     return battery(load(plan, StandInGpu(None), progress=False), tokenizer, compare=whole, progress=False)
 
 

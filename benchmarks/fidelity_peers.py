@@ -41,7 +41,7 @@ def in_float16(weight: torch.Tensor) -> Stored:
 
 
 def rounded(fmt: str) -> Callable[[torch.Tensor], Stored]:
-    """Our formats as ``load`` makes them on the spot: round to nearest."""
+    """Our formats, rounded to nearest."""
 
     def store(weight: torch.Tensor) -> Stored:
         tensors = quantize(weight, get_format(fmt))

@@ -46,7 +46,7 @@ def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., 
     source.require_chat_template()
     spec = source.spec()
 
-    say(f"1. Forecast: {spec.name} in fp16 on a {format_bytes(gpu.budget.total_bytes)} GPU, from its config alone")
+    say(f"1. Forecast: {spec.name} in fp16 on a {format_bytes(gpu.budget.total_bytes)} GPU, without a weight in RAM")
     say(f"   {forecast(Plan.uniform(spec, 'fp16', context=context), gpu).summary()}\n")
 
     say("2. Try it anyway")

@@ -104,7 +104,7 @@ def load(
 
 
 def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None:
-    """Makes a loaded model realise another plan: only modules whose format or device changes are loaded again.
+    """Makes a loaded model realise another plan: only modules whose format, device or solver changes are loaded again.
 
     Decoders and KV caches made before are of the old plan; make new ones.
 
@@ -126,7 +126,7 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
         raise PlanError(f"this model computes in {old.dtype}, found a plan in {plan.dtype}; load it anew")
     if plan == old:
         return
-    changed = [m for m in plan.spec.modules if plan.modules[m.name] != old.modules[m.name]]
+    changed = [module for module in plan.spec.modules if _is_changed(module, old, plan)]
     if low_planes_alone(old, plan):
         _move_low_planes(model, changed, plan)
         return
@@ -140,6 +140,14 @@ def replan(model: PreTrainedModel, plan: Plan, *, progress: bool = True) -> None
         raise
     if plan.decodes_by != old.decodes_by:
         state.planes.both = plan.decodes_by != "fast"
+
+
+def _is_changed(module: ModuleSpec, before: Plan, after: Plan) -> bool:
+    """Whether a module is to be loaded again: for another format, another place, or codes of another solver."""
+    if before.modules[module.name] != after.modules[module.name]:
+        return True
+    quantised = get_format(after.modules[module.name].format).kind != "float"
+    return before.solver != after.solver and quantised and module.name not in after.spec.stored
 
 
 def low_planes_alone(before: Plan, after: Plan) -> bool:

@@ -196,8 +196,8 @@ def split_plan(state: SplitState, spec: ModelSpec, base: Plan | None = None) -> 
         plan = plan.with_modules(*names, device="cpu" if state.embedding_on_cpu else "gpu")
     plan = replace(plan, context=state.context, kv_format=state.kv_format, threads=state.threads)
     if base is not None:
-        kept = {name: getattr(base, name) for name in ("stream_from", "prefill_chunk", "remember", "remember_ram")}
-        plan = replace(plan, **kept)
+        kept = "stream_from", "prefill_chunk", "remember", "remember_ram", "solver"
+        plan = replace(plan, **{name: getattr(base, name) for name in kept})
     return plan
 
 

@@ -642,7 +642,7 @@ def _file_source(text: str, path: Path) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".gguf":
         first = path.with_name(part_names(path.name)[0])  # which llama.cpp wants, whichever part was named
-        return Source(text if first == path else str(first), "gguf")
+        return Source(str(first) if first != path and first.exists() else text, "gguf")
     if suffix in PICKLE_SUFFIXES:
         raise SourceError(refuse_pickle(f"{text} is a pickled checkpoint"))
     if suffix in (".safetensors", ".json"):

@@ -30,7 +30,14 @@ _COUNT, _NUMBER, _ALL = "split.count", "split.no", "split.tensors.count"
 _DAMAGED = OSError, ValueError, KeyError, struct.error, OverflowError
 
 FIRST_BYTES = 1 << 20
-"""Read of a file elsewhere at first, and four times as much where the header goes on."""
+"""Read of a file elsewhere at first; where the header goes on, four times as many and so on."""
+
+MOST_BYTES = 1 << 26
+"""No vocabulary takes so many: a header that goes on is damaged."""
+
+
+class _PastTheEnd(ValueError):
+    """What is read goes on behind the bytes that are there."""
 
 
 class Place(NamedTuple):
@@ -89,7 +96,7 @@ def part_names(name: str) -> list[str]:
     """The names of all parts of a split GGUF, of which ``name`` is one; of a whole file its own alone."""
     stem, suffix = name[: -len(".gguf")], name[-len(".gguf") :]
     match = _PART.fullmatch(stem)
-    if match is None:
+    if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return [name]
     return [f"{match[1]}-{number:05}-of-{match[3]}{suffix}" for number in range(1, int(match[3]) + 1)]
 
@@ -116,7 +123,11 @@ def read_gguf_header(path: Path) -> GgufHeader:
         raise CheckpointError(
             f"{path}: one of {len(files)} parts, of which {missing[0]} is missing; download all of them into one folder"
         )
-    return whole_header(path, [_read_part(file) for file in files])
+    try:
+        stamps = tuple((facts.st_size, facts.st_mtime_ns) for facts in (file.stat() for file in files))
+    except OSError as error:
+        raise _damaged(path, error) from error
+    return _read_files(path, tuple(files), stamps)
 
 
 def whole_header(path: Path, parts: list[GgufHeader]) -> GgufHeader:
@@ -134,10 +145,13 @@ def whole_header(path: Path, parts: list[GgufHeader]) -> GgufHeader:
         raise CheckpointError(
             f"{path}: damaged or truncated GGUF (no general.architecture in its metadata); download the file again"
         )
-    if header.metadata.get(_COUNT, 1) not in (0, len(parts)):
+    count = header.metadata.get(_COUNT, 1)
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise CheckpointError(f"{path}: damaged GGUF ({_COUNT} is {str(count)[:80]}); download the file again")
+    if count not in (0, len(parts)):
         raise CheckpointError(
-            f"{path}: one of {header.metadata[_COUNT]} parts, under another name; expected names that end in "
-            f"-00001-of-{header.metadata[_COUNT]:05}.gguf and so on"
+            f"{path}: one of {count} parts, under another name; expected names that end in -00001-of-{count:05}.gguf "
+            "and so on"
         )
     return header
 
@@ -161,40 +175,46 @@ def _joined(path: Path, parts: list[GgufHeader]) -> GgufHeader:
     return GgufHeader(parts[0].metadata, tensors, places, tuple(part.files[0] for part in parts), small)
 
 
+@functools.lru_cache(maxsize=4)  # of a vocabulary, parsed whenever a spec is asked for
+def _read_files(path: Path, files: tuple[Path, ...], _stamps: tuple) -> GgufHeader:
+    return whole_header(path, [_read_part(file.absolute()) for file in files])
+
+
 def _read_part(path: Path) -> GgufHeader:
     try:
-        facts = path.stat()
-        return _parse_file(path.absolute(), (facts.st_size, facts.st_mtime_ns))
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _parse(data, path, len(data))
     except _DAMAGED as error:
         raise _damaged(path, error) from error
 
 
 def read_part_elsewhere(
-    path: Path, size: int, read: Callable[[int, int], bytes], small: Collection[str] = ()
+    path: Path, read: Callable[[int, int], tuple[bytes, int]], small: Collection[str] = ()
 ) -> GgufHeader:
     """The header of a file, or of a part of one, that is not on this machine; nothing else of it is read.
 
     Args:
         path: Its name, for messages.
-        size: Its bytes.
-        read: The bytes from one position up to another.
+        read: The bytes from one position up to another, or to the file's end; and how many the file has.
         small: Names of small tensors that are read as well, where it holds them.
 
     Raises:
         CheckpointError: See ``read_gguf_header``.
     """
-    taken = min(size, FIRST_BYTES)
+    data, size = read(0, FIRST_BYTES)
     while True:
         try:
-            header = _parse(read(0, taken), path, size)
+            header = _parse(data, path, size)
             break
-        except _DAMAGED as error:
-            if taken == size:
+        except (_PastTheEnd, struct.error) as error:
+            if len(data) >= min(size, MOST_BYTES):
                 raise _damaged(path, error) from error
-        taken = min(size, 4 * taken)  # a vocabulary takes megabytes
+        except _DAMAGED as error:
+            raise _damaged(path, error) from error
+        data += read(len(data), 4 * len(data))[0]  # a vocabulary takes megabytes
     for name in header.tensors.keys() & set(small):
         kind, start, _ = header.places[name]
-        header.small[name] = read(start, start + _tensor_bytes(name, header.tensors[name], kind))
+        header.small[name] = read(start, start + _tensor_bytes(name, header.tensors[name], kind))[0]
     return header
 
 
@@ -213,12 +233,6 @@ def read_gguf_tensor(header: GgufHeader, name: str) -> np.ndarray:
     else:
         data = np.fromfile(file, np.uint8, _tensor_bytes(name, shape, kind), offset=start)
     return dequantize(data, GGMLQuantizationType(kind)).reshape(shape)
-
-
-@functools.lru_cache(maxsize=16)  # of a vocabulary, parsed whenever a spec is asked for, and of other parts
-def _parse_file(path: Path, _stamp: tuple) -> GgufHeader:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _parse(data, path, len(data))
 
 
 def _parse(data: mmap.mmap | bytes, path: Path, size: int) -> GgufHeader:
@@ -277,7 +291,7 @@ def _string(data: mmap.mmap | bytes, position: int) -> tuple[str, int]:
     (length,) = struct.unpack_from("<Q", data, position)
     end = position + 8 + length
     if end > len(data):
-        raise ValueError(f"a string of {length:,} bytes runs past its end")
+        raise _PastTheEnd(f"a string of {length:,} bytes runs past its end")
     return data[position + 8 : end].decode("utf-8", errors="replace"), end
 
 
@@ -295,7 +309,7 @@ def _value(data: mmap.mmap | bytes, position: int, kind: int):
             return values, position
         code = f"<{count}{_scalar(element)}"
         if position + struct.calcsize(code) > len(data):
-            raise ValueError(f"an array of {count:,} values runs past its end")
+            raise _PastTheEnd(f"an array of {count:,} values runs past its end")
         return list(struct.unpack_from(code, data, position)), position + struct.calcsize(code)
     code = "<" + _scalar(kind)
     (value,) = struct.unpack_from(code, data, position)

@@ -24,7 +24,7 @@ NEAR = {
     **{"Q5_1": "int8-g32", "Q5_K": "int8-g32", "Q6_K": "int8-g32"},
     **{"Q3_K": "int5-g32", "Q2_K": "int4-g32"},
 }
-"""A type's name → the format that its weights are searched for in, of types whose groups or rules no format has.
+"""A type's name → the format that its weights are rounded to, or searched for in, of types whose groups no format has.
 
 The smallest one whose squared error is little beside the type's own (on weights of Student's t of 3 degrees, quantised
 by llama.cpp): 4 % of it for Q2_K, 5 % for Q3_K, 3 % for Q5_K, 8 % for Q6_K.

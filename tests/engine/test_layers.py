@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lowvram_lab.engine import layers as linear
 from lowvram_lab.engine.layers import quantized_embedding, quantized_linear
-from lowvram_lab.engine.load import load
+from lowvram_lab.engine.load import load, replan
 from lowvram_lab.errors import CheckpointError
 from lowvram_lab.kernels import int4_layout
 from lowvram_lab.layouts.packing import unpack
@@ -294,6 +294,19 @@ def test_a_loaded_model_has_its_tied_table_once(name, solver):
     with torch.no_grad():
         expected = tiny_stock("llama", dequantised_state("llama", plan))(ids).logits
         assert relative_error(model(ids).logits, expected) < 1e-5  # another order of summation
+
+
+def test_another_solver_is_another_model():
+    plan = tiny_plan("llama", "int4")
+    nearest = replace(plan, solver="rtn")
+    model, ids = load_tiny("llama", nearest), random_ids(30)
+    with torch.no_grad():
+        expected = load_tiny("llama", plan)(ids).logits
+        assert not torch.equal(model(ids).logits, expected)
+        for changed in (plan, nearest, plan.with_gpu_layers(1)):
+            replan(model, changed, progress=False)
+            assert model.lowvram.plan.solver == changed.solver
+            assert torch.equal(model(ids).logits, expected) == (changed.solver == "search")
 
 
 @pytest.mark.parametrize("kernels", ["cpu", "cuda"])

@@ -89,6 +89,8 @@ def test_a_plans_settings_give_the_plan_back(kind, recipe, placement):
     state = state_of(plan)
     assert split_plan(state, spec, plan) == plan
     assert (state.recipe == AS_LOADED) == (recipe in ("nf4", "int3"))
+    nearest = replace(plan, solver="rtn")
+    assert split_plan(state, spec, nearest) == nearest
     moved = split_plan(replace(state, gpu_layers=2), spec, plan)
     assert moved.layer_devices() == ["cpu", "gpu", "gpu"]
     assert {n: a.format for n, a in moved.modules.items()} == {n: a.format for n, a in plan.modules.items()}

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -606,19 +607,15 @@ class FakeHub:
         self.folder, self.files, self.listed, self.fetched, self.offline = folder, files, 0, [], False
         self.read = 0  # bytes, by ranges
         hub._header_elsewhere.cache_clear()
-        monkeypatch.setattr(
-            "huggingface_hub.HfFileSystem", lambda: SimpleNamespace(info=self.facts, cat_file=self.piece)
-        )
+        monkeypatch.setattr(hub, "_read_range", self.piece)
         monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.info)
         monkeypatch.setattr(hub, "offline", lambda: self.offline)
 
-    def facts(self, path):
-        return {"size": self.files[path.rpartition("/")[2]].stat().st_size}
-
-    def piece(self, path, start, end):
-        self.read += end - start
-        return self.files[path.rpartition("/")[2]].read_bytes()[start:end]
+    def piece(self, repo_id, name, start, end):
+        data = self.files[name].read_bytes()
+        self.read += len(data[start:end])
+        return data[start:end], len(data)
 
     def info(self, repo_id, timeout):
         self.listed += 1
@@ -634,6 +631,80 @@ class FakeHub:
                 shutil.copy(self.files[name], self.folder / name)
                 self.fetched.append(name)
         return str(self.folder)
+
+
+class Ranges(BaseHTTPRequestHandler):
+    """A server of one file, by ranges unless its name says otherwise; it counts what it is asked."""
+
+    data, asked = bytes(range(256)) * 40, []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        begin, end = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups())
+        piece = self.data[begin : end + 1]
+        whole, failing = "whole" in self.path, "failing" in self.path
+        self.send_response(503 if failing else 200 if whole else 206)
+        if not whole:
+            self.send_header("Content-Range", f"bytes {begin}-{begin + len(piece) - 1}/{len(self.data)}")
+        self.send_header("Content-Length", str(len(piece)))
+        self.end_headers()
+        self.wfile.write(piece)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def ranges(monkeypatch):
+    with HTTPServer(("127.0.0.1", 0), Ranges) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/{revision}/{filename}"
+        )
+        Ranges.asked.clear()
+        yield Ranges
+        server.shutdown()
+
+
+def test_ranges_of_a_file_are_asked_for_once(ranges):
+    assert hub._read_range("owner/m", "a.gguf", 100, 300) == (ranges.data[100:300], len(ranges.data))
+    assert hub._read_range("owner/m", "a.gguf", 10200, 99999) == (ranges.data[10200:], len(ranges.data))
+    assert ranges.asked == ["/owner/m/main/a.gguf"] * 2
+
+
+@pytest.mark.parametrize(("name", "says"), [("failing.gguf", "503"), ("whole.gguf", "status 200")])
+def test_ranges_that_are_not_given_are_refused_at_once(ranges, name, says):
+    refused(hub._read_range, "owner/m", name, 0, 100, error=SourceError, match=f"owner/m: download failed .*{says}")
+    assert len(ranges.asked) == 1
+
+
+def test_a_header_elsewhere_is_read_on_only_where_it_goes_on(tmp_path, tiny, monkeypatch):
+    """A type that is not known, say, is no reason to read a file of gigabytes."""
+    write_gguf(tmp_path / "t.gguf", tiny)
+    whole = (tmp_path / "t.gguf").read_bytes()
+    monkeypatch.setattr(gguf_header, "FIRST_BYTES", 500)
+    asked = []
+
+    def reading(data):
+        def read(start, end):
+            asked.append((start, end))
+            return data[start:end], 1 << 33
+
+        return read
+
+    header = gguf_header.read_part_elsewhere(Path("t.gguf"), reading(whole))
+    assert header.tensors == gguf_header.read_gguf_header(tmp_path / "t.gguf").tensors
+    assert asked[:2] == [(0, 500), (500, 2000)] and asked[-1][1] <= 4 * len(whole)
+    for damaged in (b"GGML" + whole[4:], whole[:4] + b"\x09" + whole[5:]):
+        asked.clear()
+        refused(
+            gguf_header.read_part_elsewhere, Path("t.gguf"), reading(damaged), error=CheckpointError, match="t.gguf"
+        )
+        assert asked == [(0, 500)]
+    monkeypatch.setattr(gguf_header, "MOST_BYTES", 3000)
+    refused(gguf_header.read_part_elsewhere, Path("t.gguf"), reading(whole[:3000]), error=CheckpointError, match="damaged")
 
 
 @pytest.mark.parametrize("in_part", [0, 5])

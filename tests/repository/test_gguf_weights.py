@@ -246,6 +246,28 @@ def test_parts_that_are_no_whole_are_refused(tmp_path):
         find_source(alone).spec()
 
 
+def test_a_part_without_the_first_is_refused_by_its_own_name(tmp_path, monkeypatch):
+    parts = parts_of(tmp_path)
+    parts[0].unlink()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=f"^{parts[1].name}: .* of which {parts[0].name} is missing"):
+        find_source(parts[1].name).spec()
+
+
+@pytest.mark.parametrize(
+    ("count", "says"), [("3", "split.count is 3"), (-1, "split.count is -1"), (2, "one of 2 parts")]
+)
+def test_a_count_of_parts_that_cannot_be_is_refused(tmp_path, count, says):
+    with pytest.raises(CheckpointError, match=says):
+        find_source(written(tmp_path, "Q4_0", split__count=count)).spec()
+
+
+@pytest.mark.parametrize("ending", ["00001-of-00000", "00003-of-00002", "00000-of-00001"])
+def test_a_name_that_counts_wrongly_is_a_name(tmp_path, ending):
+    path = written(tmp_path, "Q4_0").rename(tmp_path / f"m-{ending}.gguf")
+    assert find_source(path).spec().num_hidden_layers == 2
+
+
 def test_a_part_of_another_conversion_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     parts, others = parts_of(tmp_path), parts_of(tmp_path / "other", skip=("blk.0.attn_q.weight",))
