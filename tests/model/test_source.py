@@ -704,7 +704,9 @@ def test_a_header_elsewhere_is_read_on_only_where_it_goes_on(tmp_path, tiny, mon
         )
         assert asked == [(0, 500)]
     monkeypatch.setattr(gguf_header, "MOST_BYTES", 3000)
-    refused(gguf_header.read_part_elsewhere, Path("t.gguf"), reading(whole[:3000]), error=CheckpointError, match="damaged")
+    refused(
+        gguf_header.read_part_elsewhere, Path("t.gguf"), reading(whole[:3000]), error=CheckpointError, match="damaged"
+    )
 
 
 @pytest.mark.parametrize("in_part", [0, 5])

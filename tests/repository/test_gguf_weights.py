@@ -255,7 +255,7 @@ def test_a_part_without_the_first_is_refused_by_its_own_name(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("count", "says"), [("3", "split.count is 3"), (-1, "split.count is -1"), (2, "one of 2 parts")]
+    ("count", "says"), [("3", "split.count is 3"), (True, "split.count is True"), (2, "one of 2 parts")]
 )
 def test_a_count_of_parts_that_cannot_be_is_refused(tmp_path, count, says):
     with pytest.raises(CheckpointError, match=says):
