@@ -95,7 +95,7 @@ def quantised(directory, plan):
             fmt = get_format(plan.modules[module.name].format)
             if fmt.kind != "float" and not module.tied_to:
                 weight = model.get_submodule(module.name).weight
-                weight.copy_(dequantize(quantize(weight, fmt), fmt))
+                weight.copy_(dequantize(quantize(weight, fmt, solver=plan.solver), fmt))
     return model.eval()
 
 
