@@ -50,8 +50,7 @@ def tell_story(model_name: str, gpu_size: str, context: int, say: Callable[..., 
     say(f"   {forecast(Plan.uniform(spec, 'fp16', context=context), gpu).summary()}\n")
 
     say("2. Try it anyway")
-    checkpoint = source.checkpoint(progress)
-    say(f"   weights from {(weights_from := _origin(source, progress))}")
+    checkpoint, weights_from = _fetched(source, say, progress)
     spec = source.spec()  # the files decide, now that they are here
     oom = _provoke_oom(Plan.uniform(spec, "fp16", context=context), gpu_size, checkpoint, progress)
     say(f"   {oom['type']}: {oom['message']}\n" if oom else "   it fits: no need to compress\n")
@@ -101,10 +100,13 @@ def _validated(
     return report
 
 
-def _origin(source: Source, progress: bool) -> str:
-    """Where the weights of a fetched model come from, in words."""
-    place = source.path(progress).parent if source.kind == "gguf" else source.fetch(progress)
-    return (read_marker(place) or {}).get("source", source.name)
+def _fetched(source: Source, say: Callable[..., None], progress: bool) -> tuple[Checkpoint, str]:
+    """A model's weights, and where they come from, in words."""
+    checkpoint = source.checkpoint(progress)
+    marker = read_marker(checkpoint.files[0].parent) or {}
+    weights_from = marker.get("source", source.name)
+    say(f"   weights from {weights_from}")
+    return checkpoint, weights_from
 
 
 def _provoke_oom(plan: Plan, gpu_size: str, checkpoint: Checkpoint, progress: bool) -> dict | None:

@@ -186,6 +186,16 @@ def _table() -> dict[str, Format]:
 FORMATS = _table()
 
 
+def check_solver(name: str) -> None:
+    """Refuses what is none of ``LOADING_SOLVERS``.
+
+    Raises:
+        PlanError: Says which there are.
+    """
+    if name not in LOADING_SOLVERS:
+        raise PlanError(f"expected solver {' or '.join(LOADING_SOLVERS)}, found {name!r}")
+
+
 def get_format(name: str) -> Format:
     """Looks a format up by name, in any case and in the spellings that :func:`canonical_name` reads.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lowvram_lab.errors import PlanError
 from lowvram_lab.files import write_atomically
-from lowvram_lab.model.formats import DTYPES, LOADING_SOLVERS, canonical_name, get_format
+from lowvram_lab.model.formats import DTYPES, canonical_name, check_solver, get_format
 from lowvram_lab.model.geometry import KVLayer
 from lowvram_lab.model.rules import (
     BLOCK_TOKENS,
@@ -98,8 +98,7 @@ class Plan:
             prefill_chunk=self.prefill_chunk,
             remembers=self.remembers,
         )
-        if self.solver not in LOADING_SOLVERS:
-            raise PlanError(f"expected solver {' or '.join(LOADING_SOLVERS)}, found {self.solver!r}")
+        check_solver(self.solver)
         if self.precision is not None:
             check_precision(self.spec, self.precision, self.low_planes())
         for name in ("remember", "remember_ram"):
@@ -349,12 +348,7 @@ class Plan:
             "context": self.context,
             "threads": self.threads,
             # only where it says something: plans without it keep the digest they had before there was one
-            **({} if self.stream_from is None else {"stream_from": self.stream_from}),
-            **({} if self.prefill_chunk is None else {"prefill_chunk": self.prefill_chunk}),
-            **({} if self.precision is None else {"precision": self.precision}),
-            **({} if self.remember is None else {"remember": self.remember}),
-            **({} if self.remember_ram is None else {"remember_ram": self.remember_ram}),
-            **({} if self.solver == "search" else {"solver": self.solver}),
+            **{name: stated for name, usual in _LACKING.items() if (stated := getattr(self, name)) != usual},
             "modules": {name: _entry(assignment) for name, assignment in self.modules.items()},
         }
 
@@ -486,9 +480,15 @@ def _role(name: str) -> str:
 
 
 VERSION = 1
-_LACKING = {"solver": "search"}
-_LACKING |= dict.fromkeys(("stream_from", "prefill_chunk", "precision", "remember", "remember_ram"))
-"""What fields stand for that a plan's JSON may leave out."""
+_LACKING = {
+    "stream_from": None,
+    "prefill_chunk": None,
+    "precision": None,
+    "remember": None,
+    "remember_ram": None,
+    "solver": "search",
+}
+"""Fields that a plan's JSON leaves out where they say no more than this."""
 _TYPES = {
     "model": (str, "str"),
     "fingerprint": (str, "str"),

@@ -155,7 +155,8 @@ class Source:
             path, header = hub.gguf_header(on_hub.repo_id, on_hub.gguf or "")
             if is_read_here(header):
                 return path, header
-        return self.path(), read_gguf_header(self.path())
+        path = self.path()
+        return path, read_gguf_header(path)
 
     def fetch(self, progress: bool = True) -> Path:
         """A finished local directory that stock transformers opens: config, ``*.safetensors``, the tokenizer's files.
@@ -309,9 +310,7 @@ class Source:
         path, config = self.path(progress), self.config()
         spec = ModelSpec.from_config(config, self.name)
         shapes = {f"{module.name}.{key}": shape for module in spec.modules for key, shape in module.own.items()}
-        heads = config.num_attention_heads, config.num_key_value_heads
-        header = read_gguf_header(path)
-        return GgufWeights(path, header, shapes, spec.num_hidden_layers, heads, self.small_files(progress))
+        return GgufWeights(path, read_gguf_header(path), shapes, config, self.small_files(progress))
 
     def _checkpoint_here(self) -> Checkpoint | None:
         """The files of a model whose config may err, where all of them are on this machine."""

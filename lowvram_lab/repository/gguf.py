@@ -246,8 +246,7 @@ def _from_parts(path: Path, header: GgufHeader, config: PretrainedConfig, empty:
         )
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    heads = config.num_attention_heads, config.num_key_value_heads
-    weights = GgufWeights(path, header, shapes, config.num_hidden_layers, heads, empty)
+    weights = GgufWeights(path, header, shapes, config, empty)
     for name, parameter in model.named_parameters():
         parameter.data = weights.read(name)
     return model

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from lowvram_lab.errors import CheckpointError
 from lowvram_lab.repository.gguf_blocks import KEPT, codes_of
 from lowvram_lab.repository.gguf_config import ROPE_FACTORS, is_read_here
 from lowvram_lab.repository.gguf_header import GgufHeader, Place, row_bytes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ROWS_AT_ONCE = 1 << 22
 """Weights that are restored at once: 16 MiB in float32."""
@@ -124,8 +128,7 @@ class GgufWeights:
         path: The file.
         header: Of it.
         shapes: Parameter name → shape, of the parameters that are the model's own.
-        layers: The model has so many.
-        heads: Of queries and of keys.
+        config: The model's.
         directory: Where the model's small files lie.
 
     Attributes:
@@ -141,13 +144,13 @@ class GgufWeights:
         path: Path,
         header: GgufHeader,
         shapes: dict[str, tuple[int, ...]],
-        layers: int,
-        heads: tuple[int, int],
+        config: PretrainedConfig,
         directory: Path,
     ):
         self.files, self.directory = list(header.files), directory
-        self._path, self._header, self._heads = path, header, heads
-        self._names = tensor_names(header, shapes, layers)
+        self._path, self._header = path, header
+        self._heads = config.num_attention_heads, config.num_key_value_heads
+        self._names = tensor_names(header, shapes, config.num_hidden_layers)
         missing = [parameter for parameter in shapes if parameter not in self._names]
         refuse_incomplete(path, header, missing, set(self._names.values()))
         refuse_misfits(path, header, {self._names[parameter]: shape for parameter, shape in shapes.items()})

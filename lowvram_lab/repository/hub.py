@@ -82,9 +82,8 @@ def gguf_file(repo_id: str, wanted: str, progress: bool = True) -> Path:
     Raises:
         SourceError: Unreachable, no such repository, or not one file of that name.
     """
-    if wanted or offline():  # without a name, what lies here may be one of several
-        with contextlib.suppress(SourceError):
-            return _gguf_here(repo_id, wanted)
+    if here := _gguf_here(repo_id, wanted):
+        return here
     name = _gguf_name(repo_id, wanted)
     return snapshot(repo_id, part_names(name), progress) / name
 
@@ -103,10 +102,8 @@ def gguf_header(repo_id: str, wanted: str) -> tuple[Path, GgufHeader]:
         CheckpointError: Damaged.
         SourceError: See ``gguf_file``.
     """
-    if wanted or offline():
-        with contextlib.suppress(SourceError):
-            here = _gguf_here(repo_id, wanted)
-            return here, read_gguf_header(here)
+    if here := _gguf_here(repo_id, wanted):
+        return here, read_gguf_header(here)
     return _header_elsewhere(repo_id, wanted)
 
 
@@ -141,10 +138,13 @@ def _read_range(repo_id: str, name: str, start: int, end: int) -> tuple[bytes, i
         return response.read(), int(size)
 
 
-def _gguf_here(repo_id: str, wanted: str) -> Path:
-    """A repository's GGUF file in the hub's cache."""
-    here = snapshot(repo_id, ["*.gguf"], progress=False, local_only=True)
-    return here / choose_gguf(repo_id, [file.name for file in here.glob("*.gguf")], wanted)
+def _gguf_here(repo_id: str, wanted: str) -> Path | None:
+    """A repository's GGUF file in the hub's cache, if it is there."""
+    if wanted or offline():  # without a name, what lies here may be one of several
+        with contextlib.suppress(SourceError):
+            here = snapshot(repo_id, ["*.gguf"], progress=False, local_only=True)
+            return here / choose_gguf(repo_id, [file.name for file in here.glob("*.gguf")], wanted)
+    return None
 
 
 def _gguf_name(repo_id: str, wanted: str) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from lowvram_lab.errors import CheckpointError, PlanError
 from lowvram_lab.layouts.packing import unpack
-from lowvram_lab.model.formats import LOADING_SOLVERS, SCALE_DTYPE, Format
+from lowvram_lab.model.formats import SCALE_DTYPE, Format, check_solver
 from lowvram_lab.units import MiB
 from lowvram_lab.weights.codes import INT4_OFFSET, IntegerWeight
 
@@ -67,8 +67,7 @@ def quantize(weight: torch.Tensor, fmt: Format, *, solver: str = "rtn") -> dict[
 
 
 def _solver(fmt: Format, solver: str) -> Callable[[torch.Tensor], IntegerWeight]:
-    if solver not in LOADING_SOLVERS:
-        raise PlanError(f"expected solver {' or '.join(LOADING_SOLVERS)}, found {solver!r}")
+    check_solver(solver)
     symmetric = fmt.kind != "int4"
     if solver == "rtn" or fmt.kind == "int8":
         return lambda rows: round_to_nearest(rows, fmt, symmetric=symmetric)
