@@ -127,7 +127,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
         stamps = tuple((facts.st_size, facts.st_mtime_ns) for facts in (file.stat() for file in files))
     except OSError as error:
         raise _damaged(path, error) from error
-    return _read_files(path, tuple(files), stamps)
+    return _read_files(path, tuple(file.absolute() for file in files), stamps)
 
 
 def whole_header(path: Path, parts: list[GgufHeader]) -> GgufHeader:
@@ -177,7 +177,7 @@ def _joined(path: Path, parts: list[GgufHeader]) -> GgufHeader:
 
 @functools.lru_cache(maxsize=4)  # of a vocabulary, parsed whenever a spec is asked for
 def _read_files(path: Path, files: tuple[Path, ...], _stamps: tuple) -> GgufHeader:
-    return whole_header(path, [_read_part(file.absolute()) for file in files])
+    return whole_header(path, [_read_part(file) for file in files])
 
 
 def _read_part(path: Path) -> GgufHeader:
@@ -211,7 +211,12 @@ def read_part_elsewhere(
                 raise _damaged(path, error) from error
         except _DAMAGED as error:
             raise _damaged(path, error) from error
-        data += read(len(data), 4 * len(data))[0]  # a vocabulary takes megabytes
+        more, _ = read(len(data), 4 * len(data))  # a vocabulary takes megabytes
+        if not more:
+            raise CheckpointError(
+                f"{path}: expected {size:,} bytes, as the answer says, found {len(data):,}; try again"
+            )
+        data += more
     for name in header.tensors.keys() & set(small):
         kind, start, _ = header.places[name]
         header.small[name] = read(start, start + _tensor_bytes(name, header.tensors[name], kind))[0]

@@ -703,10 +703,10 @@ def test_a_header_elsewhere_is_read_on_only_where_it_goes_on(tmp_path, tiny, mon
             gguf_header.read_part_elsewhere, Path("t.gguf"), reading(damaged), error=CheckpointError, match="t.gguf"
         )
         assert asked == [(0, 500)]
+    cut = reading(whole[:3000])
+    refused(gguf_header.read_part_elsewhere, Path("t.gguf"), cut, error=CheckpointError, match="found 3,000")
     monkeypatch.setattr(gguf_header, "MOST_BYTES", 3000)
-    refused(
-        gguf_header.read_part_elsewhere, Path("t.gguf"), reading(whole[:3000]), error=CheckpointError, match="damaged"
-    )
+    refused(gguf_header.read_part_elsewhere, Path("t.gguf"), cut, error=CheckpointError, match="damaged")
 
 
 @pytest.mark.parametrize("in_part", [0, 5])

@@ -3,6 +3,7 @@
 No arithmetic of gguf-py's is in the library's way to read codes, none of the library's in what is compared with.
 """
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,6 +231,16 @@ def test_a_file_in_parts_is_the_file(tmp_path, kind):
     assert source.tokenizer()("he said 12")["input_ids"] == whole.tokenizer()("he said 12")["input_ids"]
     directories = [Checkpoint(each.fetch(progress=False)) for each in (source, whole)]
     assert all(torch.equal(directories[0].read(name), directories[1].read(name)) for name in directories[1])
+
+
+def test_a_copy_in_another_folder_is_another_file(tmp_path, monkeypatch):
+    """Of the same name, size and time."""
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.mkdir()
+    shutil.copytree(written(first, "Q4_0").parent, second)
+    for folder in (first, second):
+        monkeypatch.chdir(folder)
+        assert find_source("Q4_0.gguf").checkpoint(progress=False).files == [folder / "Q4_0.gguf"]
 
 
 def test_parts_that_are_no_whole_are_refused(tmp_path):
