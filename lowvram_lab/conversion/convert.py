@@ -196,11 +196,12 @@ def _low_plane_bytes(plan: Plan) -> int:
 
 def _state_bytes(spec: ModelSpec, ids: torch.Tensor, held_out: torch.Tensor, recipe: Recipe | None) -> int:
     """Disk that hidden states take meanwhile: two generations of all runs, or every layer's for the sensitivity."""
-    runs = 4 * spec.hidden_size * 2 * (ids.numel() + held_out.numel())
+    calibration = 4 * spec.hidden_size * 2 * ids.numel()  # once more: those that are worked on
+    runs = calibration + 4 * spec.hidden_size * 2 * held_out.numel()
     if recipe and recipe.plan.low_planes():
         runs += 4 * spec.hidden_size * held_out.numel()  # the held-out text's through both planes
     every_layer = 0 if recipe else 4 * spec.hidden_size * SENSITIVITY_TOKENS * spec.num_hidden_layers
-    return max(2 * runs, every_layer)
+    return max(2 * runs + calibration, every_layer)
 
 
 def _try_for_free(maker: RecipeMaker, spec: ModelSpec) -> None:

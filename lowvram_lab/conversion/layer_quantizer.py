@@ -14,7 +14,7 @@ Source: fitting to the original's outputs over the quantised model's inputs, Ara
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -29,9 +29,10 @@ from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModuleSpec
 from lowvram_lab.weights.codes import IntegerWeight, rows_of
 from lowvram_lab.weights.head import HEAD_TOKENS, head_logits
-from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
+from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.moments import InputMoments, captured_inputs, head_moments
 from lowvram_lab.weights.solve import solve
+from lowvram_lab.weights.states_on_disk import StatesOnDisk
 from lowvram_lab.weights.stored import read_stored, to_stored, to_stored_low
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ Measured at -70 %: stories15M's KL is 0.042, 0.035, 0.146 at 0, 0.5, 1; smollm2-
 
 DAMPING = 0.01
 """Of the mean moment, against directions the calibration text hardly has."""
+
+CALIBRATION = ("calibration", "calibration_quantised")
+"""Runs of the calibration text: through the original's layers and the quantised ones."""
 
 
 @dataclass
@@ -75,6 +79,7 @@ class LayerQuantizer:
     def __post_init__(self) -> None:
         self.spec = self.stream.spec
         self._states: dict[str, torch.Tensor] = {}
+        self._calibration: dict[str, StatesOnDisk] = {}
 
     @property
     def shards(self) -> list[str]:
@@ -127,6 +132,8 @@ class LayerQuantizer:
             modules = self.partial.load_json(f"state/modules-{index}.json")
             made = self.shards[: index + 1] + [self._low_shard(n) for n in self._layers_in_two() if n < index]
             if states and modules is not None and all(map(self.partial.finished, made)):
+                for run in CALIBRATION:
+                    self._keep_on_disk(run, states.pop(run))
                 self._states, self.modules = states, modules
                 self.stream.embed(self.ids[:1])  # notes positions and mask
                 logger.info("going on after %s", self.shards[index])
@@ -135,7 +142,9 @@ class LayerQuantizer:
 
     def _save(self, index: int, tensors: dict) -> None:
         self.partial.save_tensors(self.shards[index], tensors)
-        self.partial.save_tensors(f"state/states-{index}.safetensors", self._states)
+        calibration = {run: states.read() for run, states in self._calibration.items()}
+        self.partial.save_tensors(f"state/states-{index}.safetensors", self._states | calibration)
+        del calibration
         self.partial.save_json(f"state/modules-{index}.json", self.modules)
         if index:
             self.partial.forget(f"state/states-{index - 1}.safetensors")
@@ -159,12 +168,16 @@ class LayerQuantizer:
             def look_up(ids: torch.Tensor) -> torch.Tensor:
                 return rows_of(solution, ids).dequantize()
 
-        for text, ids in (("calibration", self.ids), ("held_out", self.held_out)):
-            self._states[text] = self.stream.embed(ids)
-            self._states[f"{text}_quantised"] = self.stream.embed(ids, look_up)
+        for run, table in zip(CALIBRATION, (None, look_up), strict=True):
+            self._keep_on_disk(run, self.stream.embed(self.ids, table))
+        self._states["held_out"] = self.stream.embed(self.held_out)
+        self._states["held_out_quantised"] = self.stream.embed(self.held_out, look_up)
         if self.low_planes:
             self._states["held_out_both"] = self._states["held_out_quantised"].clone()
         return tensors
+
+    def _keep_on_disk(self, run: str, states: torch.Tensor) -> None:
+        self._calibration[run] = StatesOnDisk(states, self.partial.state / f"{run}.bin")
 
     def _layer(self, index: int) -> dict:
         states, tensors, low_planes, high_planes = self._states, {}, {}, []
@@ -180,6 +193,7 @@ class LayerQuantizer:
                 if fmt.kind != "float":
                     weight = named[module.name].weight
                     target = corrected(weight, moments[module.name], moments.cross(module.name))
+                    moments.forget_cross(module.name)
                     solution = self._solve(module, target.__getitem__, moments[module.name])
                     tensors |= to_stored(module.name, solution, fmt)
                     high = solution.dequantize()
@@ -198,7 +212,7 @@ class LayerQuantizer:
                 self.stream.run_in_place(layer, states["held_out_both"])
             for weight, high in high_planes:
                 weight.copy_(high)
-            self.stream.run_in_place(layer, states["calibration_quantised"])
+            self._calibration["calibration_quantised"].run(self.stream, layer)
             self.stream.run_in_place(layer, states["held_out_quantised"])
         if low_planes:
             self.partial.save_tensors(self._low_shard(index), low_planes)
@@ -209,10 +223,8 @@ class LayerQuantizer:
 
         The original's run moves on.
         """
-        moments, of_original, step = InputMoments(), InputMoments(), max(1, TOKENS_AT_ONCE // self.ids.shape[1])
-        in_two = set(self.low_planes)
-        runs = [self._states[name].split(step) for name in ("calibration", "calibration_quantised")]
-        for original, quantised in zip(*runs, strict=True):
+        moments, of_original, in_two = InputMoments(), InputMoments(), set(self.low_planes)
+        for original, quantised in self._side_by_side():
             with captured_inputs(named) as theirs:
                 after = self.stream.run(layer, original)
             with captured_inputs(named) as ours:
@@ -223,6 +235,10 @@ class LayerQuantizer:
             original.copy_(after)
         return moments, of_original
 
+    def _side_by_side(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Some windows of both runs of the calibration text after the other."""
+        return zip(*(self._calibration[run].windows() for run in CALIBRATION), strict=True)
+
     def _head(self) -> dict:
         tensors = {}
         for module in self.spec.modules:
@@ -232,18 +248,18 @@ class LayerQuantizer:
             tensors |= self._plain(module)
             if fmt.kind != "float":
                 moments = InputMoments()
-                for original, quantised in self._final("calibration", "calibration_quantised"):
-                    moments.add({module.name: quantised}, {module.name: original})
+                for windows in self._side_by_side():
+                    for original, quantised in self._normed(*windows):
+                        moments.add({module.name: quantised}, {module.name: original})
                 rows = self.stream.rows(f"{module.name}.weight")
                 solution = self._solve(module, rows, moments[module.name])
                 tensors |= to_stored(module.name, solution, fmt)
         return tensors
 
-    def _final(self, text: str, ours: str):
-        """Pairs of normed final states ``(tokens, hidden)``, the original's and a quantised model's, by their names."""
-        runs = [self._states[name].flatten(0, 1).split(HEAD_TOKENS) for name in (text, ours)]
-        for original, quantised in zip(*runs, strict=True):
-            yield self.stream.norm(original), self.stream.norm(quantised)
+    def _normed(self, *runs: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Final states of several models ``(windows, tokens, hidden)`` behind the norm, some tokens of each at once."""
+        for states in zip(*(run.flatten(0, 1).split(HEAD_TOKENS) for run in runs), strict=True):
+            yield tuple(map(self.stream.norm, states))
 
     def _format(self, module: ModuleSpec) -> Format:
         return get_format(self.plan.modules[module.name].format)
@@ -281,7 +297,8 @@ class LayerQuantizer:
         targets = self.held_out.flatten().roll(-1).split(HEAD_TOKENS)
         last = self.held_out.shape[1] - 1  # of a window; it predicts nothing that is in the window
         counted = (torch.arange(self.held_out.numel()) % (last + 1) < last).split(HEAD_TOKENS)
-        for (theirs_x, ours_x), target, counts in zip(self._final("held_out", ours), targets, counted, strict=True):
+        runs = self._normed(self._states["held_out"], self._states[ours])
+        for (theirs_x, ours_x), target, counts in zip(runs, targets, counted, strict=True):
             theirs = torch.log_softmax(head_logits(theirs_x[counts], rows, count, bias), -1)
             mine = torch.log_softmax(head_logits(ours_x[counts], head_rows, count, bias), -1)
             target = target[counts].unsqueeze(1)

@@ -9,8 +9,10 @@ layer divides by it: else a few tokens with huge states would be all that is fit
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -18,6 +20,7 @@ from tqdm.auto import tqdm
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.moments import accumulate, captured_inputs
+from lowvram_lab.weights.states_on_disk import StatesOnDisk
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Of the mean diagonal; which one is chosen on windows that the map was not fitted to."""
@@ -41,33 +44,47 @@ class Repair:
 
 
 @torch.no_grad()
-def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *, progress: bool = True) -> Repair:
+def repair(
+    stream: LayerByLayer,
+    removed: Collection[int],
+    ids: torch.Tensor,
+    *,
+    scratch: Path | None = None,
+    progress: bool = True,
+) -> Repair:
     """Finds for the last layer before each gap the weight that makes up for it best.
 
     Args:
         stream: The whole model.
         removed: Indices of the layers that go.
         ids: Tokens ``(windows, tokens)``; half of the windows choose how strongly to regularise.
+        scratch: Where to keep the whole model's hidden states, ``tokens x hidden x 4`` bytes; by default a temporary
+            directory.
         progress: Show a progress bar.
 
     Raises:
         LowvramError: See ``refuse_unrepairable``.
     """
     refuse_unrepairable(stream, ids)
-    whole = stream.embed(ids)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        return _repair(stream, removed, StatesOnDisk(stream.embed(ids), Path(folder) / "whole"), progress)
+
+
+def _repair(stream: LayerByLayer, removed: Collection[int], whole: StatesOnDisk, progress: bool) -> Repair:
+    """``whole`` is what the first layer is given."""
     slim, weights, explained = None, {}, {}  # the model with fewer layers: up to the first gap it is the whole one
     layers = iter(tqdm(range(len(stream)), desc="repair", unit="layer", disable=not progress, leave=False))
     for index in layers:
         gap = gap_behind(removed, index, len(stream))
         if slim is None and (gap or index in removed):
-            slim = whole.clone()
+            slim = whole.read()
         with stream.layer(index) as layer:
-            stream.run_in_place(layer, whole)
+            whole.run(stream, layer)
         if slim is None or index in removed:  # a gap before the first layer: nothing can make up for it
             continue
         for _ in gap:
             with stream.layer(next(layers)) as layer:
-                stream.run_in_place(layer, whole)
+                whole.run(stream, layer)
         name, change = stream.names(index)[-1], None
         last = stream.model.get_submodule(name)
         if gap:
@@ -79,7 +96,7 @@ def repair(stream: LayerByLayer, removed: Collection[int], ids: torch.Tensor, *,
             if change is not None:
                 weights[f"{name}.weight"] = last.weight.data.add_(change).clone()
             stream.run_in_place(layer, slim)
-    return Repair(weights, explained, ids.numel())
+    return Repair(weights, explained, whole.tokens)
 
 
 def gap_behind(removed: Collection[int], index: int, count: int) -> list[int]:
@@ -122,12 +139,12 @@ def refuse_unrepairable(stream: LayerByLayer, ids: torch.Tensor) -> None:
 
 
 def _halves(
-    stream: LayerByLayer, layer: torch.nn.Module, last: torch.nn.Module, slim: torch.Tensor, whole: torch.Tensor
+    stream: LayerByLayer, layer: torch.nn.Module, last: torch.nn.Module, slim: torch.Tensor, whole: StatesOnDisk
 ) -> tuple[_Moments, _Moments]:
     """What is missing behind a layer, with what its last module is given: of every second window, and of the others."""
     halves = _Moments(), _Moments()
     with captured_inputs({"last": last}) as seen:
-        for at, (window, target) in enumerate(zip(slim.split(1), whole.split(1), strict=True)):
+        for at, (window, target) in enumerate(zip(slim.split(1), whole.windows(1), strict=True)):
             missing = target - stream.run(layer, window)
             weight = target.norm(dim=-1, keepdim=True).clamp(min=1e-6).reciprocal()
             halves[at % 2].add(seen["last"] * weight, missing * weight)

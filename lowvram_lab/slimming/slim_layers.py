@@ -242,7 +242,9 @@ class _Work:
         if facts is not None:
             tensors = self._partial.load_tensors("state/repair.safetensors") if facts.get("changed", True) else {}
         if tensors is None:
-            found = repair(self._stream, self._removed, self._ids, progress=self._progress)
+            states = 4 * self._stream.spec.hidden_size * self._ids.numel()
+            require_space(self._partial.path, states, "the hidden states of the repair")
+            found = repair(self._stream, self._removed, self._ids, scratch=self._partial.state, progress=self._progress)
             facts, tensors = {"explained": {str(at): share for at, share in found.explained.items()}}, found.weights
             facts["changed"] = bool(tensors)
             if tensors:

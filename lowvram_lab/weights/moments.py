@@ -81,6 +81,12 @@ class InputMoments:
         """``(in, in)`` float32, the mean over tokens of ``y x^T``."""
         return self._means()._cross[self._shares.get(name, name)]
 
+    def forget_cross(self, name: str) -> None:
+        """Lets ``cross`` of a module go, once no other shares it."""
+        leader = self._shares.get(name, name)
+        if self._users[leader] == {name}:
+            self._cross.pop(leader, None)
+
     def forget(self, name: str) -> None:
         """Lets a module's matrices go, once no other shares them."""
         leader = self._shares.get(name, name)
