@@ -27,6 +27,7 @@ from lowvram_lab.model.formats import DTYPES, Format, get_format
 from lowvram_lab.model.low_plane import FILE as LOW_PLANE
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModuleSpec
+from lowvram_lab.weights.cholesky import factor_, solved
 from lowvram_lab.weights.codes import IntegerWeight, rows_of
 from lowvram_lab.weights.head import HEAD_TOKENS, head_logits
 from lowvram_lab.weights.layerwise import LayerByLayer
@@ -326,10 +327,11 @@ def corrected(weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor) 
     """
     damped = moments.clone()
     damped.diagonal().add_(DAMPING * moments.diagonal().mean().clamp(min=1e-30))
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    del damped  # the matrices of a wide layer are hundreds of MiB: no third one is made
-    shift = torch.cholesky_solve((weight @ cross - weight @ moments).T, factor).T
-    if failed or not bool(torch.isfinite(shift).all()):
+    factor = factor_(damped)
+    if factor is None:
+        return weight
+    shift = solved(factor, (weight @ cross - weight @ moments).T).T
+    if not bool(torch.isfinite(shift).all()):
         return weight
     return weight + CORRECTION * shift
 

@@ -16,7 +16,14 @@ from dataclasses import asdict, dataclass
 
 import psutil
 
+from lowvram_lab.units import MiB
+
 INTERVAL_S = 0.005
+
+LARGE_BLOCK = 8 * MiB
+"""To ask the system for so much costs a thousandth of what is done with it."""
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 @dataclass
@@ -98,3 +105,13 @@ def give_back_heap() -> None:
     """Returns freed memory to the system. glibc keeps it for the next allocation, and layer by layer that adds up."""
     with contextlib.suppress(OSError, AttributeError):  # another C library, another system
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def give_back_large_blocks() -> None:
+    """From now on returns blocks of ``LARGE_BLOCK`` or more to the system as soon as they are freed.
+
+    glibc would do so too, but takes each block that is freed for a reason to keep larger ones, up to 32 MiB. Matrices
+    of a wide layer are about as large, and those of one layer leave holes that the next one's do not fit into.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)

@@ -18,6 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.weights.cholesky import factor_, solved
 from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.moments import accumulate, captured_inputs
 from lowvram_lab.weights.states_on_disk import StatesOnDisk
@@ -198,11 +199,10 @@ class _Moments:
         """``(out, in)``: the least squares' map, held back by a share of the mean diagonal."""
         damped = self.xx.clone()
         damped.diagonal().add_(ridge * self.xx.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if failed:  # rounded, the moments are no longer those of any vectors: nothing is known
+        factor = factor_(damped)
+        if factor is None:  # rounded, the moments are no longer those of any vectors: nothing is known
             return torch.zeros_like(self.yx)
-        return torch.cholesky_solve(self.yx.T, factor).T
+        return solved(factor, self.yx.T).T
 
     def explained(self, found: torch.Tensor) -> float:
         """The share of ``y``'s squares that a map of ``x`` takes away; below 0 where it adds."""

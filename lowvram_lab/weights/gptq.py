@@ -16,6 +16,7 @@ from lowvram_lab.errors import CheckpointError
 from lowvram_lab.machine import one_thread
 from lowvram_lab.model.formats import Format
 from lowvram_lab.units import MiB
+from lowvram_lab.weights.cholesky import factor_
 from lowvram_lab.weights.codes import IntegerWeight, joined
 from lowvram_lab.weights.solvers import search_clip, search_range
 
@@ -87,15 +88,15 @@ def error_spread(moments: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         raise CheckpointError("expected finite calibration moments, found NaN or infinite values")
     mean = moments.diagonal().mean().clamp(min=1e-30)
     for damping in DAMPINGS:
-        found = moments[order.unsqueeze(1), order]
-        found.diagonal().add_(damping * mean)
-        found, failed = torch.linalg.cholesky_ex(found)  # each takes the place of the one before: hundreds of MiB
-        if failed:
+        damped = moments[order.unsqueeze(1), order]
+        damped.diagonal().add_(damping * mean)
+        factor = factor_(damped)
+        if factor is None:
             continue
-        found = torch.cholesky_inverse(found)
-        found, failed = torch.linalg.cholesky_ex(found, upper=True)
-        if not failed and bool(torch.isfinite(found).all()):
-            return found
+        inverse = torch.cholesky_inverse(factor, out=factor).mT
+        spread = factor_(inverse)
+        if spread is not None and bool(torch.isfinite(spread).all()):
+            return spread.mT
     # beyond repair by damping: rounding each column for itself is what remains
     return torch.eye(len(moments))
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 
 from lowvram_lab.errors import CheckpointError, LowvramError
-from lowvram_lab.memory.host import give_back_heap
+from lowvram_lab.memory.host import give_back_heap, give_back_large_blocks
 from lowvram_lab.model.checkpoint import Checkpoint, check_tensor
 from lowvram_lab.model.spec import ModelSpec, build_on_meta
 from lowvram_lab.model.tensor_names import refuse_differing_ties
@@ -61,6 +61,8 @@ class LayerByLayer:
         self._shapes = {f"{m.name}.{key}": tuple(shape) for m in spec.modules for key, shape in m.parameters.items()}
         self.norm = self._fill(norms[0])
         self._arguments: tuple[tuple, dict] = (), {}
+        if self._layer_bytes(0) > TRIMMED_BYTES:
+            give_back_large_blocks()
         self._checked: set[str] = set()
 
     def __len__(self) -> int:
@@ -126,12 +128,15 @@ class LayerByLayer:
                     self._fill(module.name)
             yield layer
         finally:
-            size = sum(parameter.nbytes for parameter in layer.parameters())
             for module in layer.modules():  # not layer.to("meta"): buffers the constructor made are not in the file
                 for key, parameter in module.named_parameters(recurse=False):
                     setattr(module, key, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), False))
-            if size > TRIMMED_BYTES:
+            if self._layer_bytes(index) > TRIMMED_BYTES:
                 give_back_heap()
+
+    def _layer_bytes(self, index: int) -> int:
+        layer = self.model.get_submodule(f"{self.spec.layers_path}.{index}")
+        return self.dtype.itemsize * sum(parameter.numel() for parameter in layer.parameters())
 
     def names(self, index: int) -> list[str]:
         """The linear modules of a layer, in forward order."""
