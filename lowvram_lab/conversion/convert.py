@@ -178,8 +178,9 @@ def _known_recipe(plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> Recipe 
 def _check_plan(plan: Plan, spec: ModelSpec) -> None:
     plan.made_for(spec)
     for name, assignment in plan.modules.items():
-        if get_format(assignment.format).kind == "nf4":
-            raise LowvramError(f"{name}: nf4 has no place in a converted directory; plan with int4")
+        fmt = get_format(assignment.format)
+        if fmt.kind != "float" and not fmt.storable:
+            raise LowvramError(f"{name}: {fmt.name} has no place in a converted directory; plan with int{fmt.bits}")
 
 
 def _most_bytes(recipe: Recipe | None, plan: Plan | Recipe | RecipeMaker, spec: ModelSpec) -> int:

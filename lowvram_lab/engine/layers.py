@@ -209,16 +209,20 @@ class _Int4Rows:
 
 
 class _PackedRows:
-    """Codes packed tight into words; a bf16 scale for every ``group_size`` inputs."""
+    """Codes packed tight into words; a bf16 scale, in some formats also a zero, for every ``group_size`` inputs."""
 
     def weight_rows(self, select: slice | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """See ``Quantized``."""
-        packed = self.packed[select]
+        packed, zero = self.packed[select], None
+        scales = self.scale_and_zero[:, select] if self.format.has_zeros else self.scale[select]
         if self.dequantises(select, dtype):
-            return product.dequantized(packed, self.scale[select], packed.shape[0], self.format.bits, dtype)
-        codes, scale = unpack(packed, self.format.bits), self.scale[select].to(dtype)
-        groups = codes.to(dtype).view(*scale.shape, self.format.group_size)
-        return groups.mul_(scale.unsqueeze(-1)).view(codes.shape)
+            return product.dequantized(packed, scales, packed.shape[0], self.format.bits, dtype)
+        scale = scales.to(dtype)
+        if self.format.has_zeros:
+            scale, zero = scale.transpose(0, 1).unbind(-1)
+        codes = unpack(packed, self.format.bits)
+        groups = codes.to(dtype).view(*scale.shape, self.format.group_size).mul_(scale.unsqueeze(-1))
+        return (groups if zero is None else groups.add_(zero.unsqueeze(-1))).view(codes.shape)
 
 
 class Int8Linear(_Int8Rows, QuantizedLinear):
@@ -317,7 +321,10 @@ class Int4Linear(_Int4Rows, QuantizedLinear):
 class PackedLinear(_PackedRows, QuantizedLinear):
     """Bits and groups that no other kernel has: ours on the CPU."""
 
-    held = ("packed", "scale")
+    @property
+    def held(self) -> tuple[str, str]:
+        """See ``QuantizedLinear``."""
+        return "packed", "scale_and_zero" if self.format.has_zeros else "scale"
 
 
 class Nf4Linear(QuantizedLinear):

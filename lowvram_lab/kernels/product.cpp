@@ -2,7 +2,7 @@
 //
 // A row of the weight is a stream of codes; 32 of them are a unit. Integers of 2 to 6 bits follow one another, the first
 // in the lowest bits; int8 codes are bytes; of nf4 codes two share a byte, the first in its upper half. Groups of codes
-// share a scale, and perhaps a zero: weight = code * scale + zero. Of one row of the input and of several the sums are
+// share a scale, and perhaps a zero: weight = code * scale + zero. A group is some units, or half of one. Of one row of the input and of several the sums are
 // taken in the same order: a row's result does not depend on how many there are.
 //
 // Derived in: notebooks/06_the_engine.ipynb
@@ -60,6 +60,7 @@ struct Weight {
   int64_t out_step;    // from a row of the product to the next: other products may lie beside it
   const uint8_t* next = nullptr;  // codes that are read after these
   int64_t groups() const { return columns / group; }
+  bool halves() const { return group == UNIT / 2 && columns % UNIT == 0; }  // else a whole row of int8
   // What is read when so many bytes more have been: codes of this weight, whose rows have row_bytes, or of the next.
   const uint8_t* behind(const uint8_t* at, int64_t more, int64_t row_bytes) const {
     const uint8_t* end = codes + features * row_bytes;
@@ -77,15 +78,15 @@ int64_t units_of(int64_t codes) { return (codes + UNIT - 1) / UNIT; }
 template <int WIDTH>
 struct Integer {
   static constexpr int BITS = WIDTH, BYTES = 4 * WIDTH, OFFSET = 1 << (WIDTH - 1);
-  static constexpr bool MAY_HAVE_ZEROS = WIDTH == 4;
+  static constexpr bool MAY_HAVE_HALVES = WIDTH != 4;
 };
 struct Nf4 {
   static constexpr int BITS = 4, BYTES = 16, OFFSET = 0;
-  static constexpr bool MAY_HAVE_ZEROS = false;
+  static constexpr bool MAY_HAVE_HALVES = false;
 };
 struct Int8 {
   static constexpr int BITS = 8, BYTES = 32, OFFSET = 0;
-  static constexpr bool MAY_HAVE_ZEROS = false;
+  static constexpr bool MAY_HAVE_HALVES = false;
 };
 
 // Where eight codes of a format begin, in bits of the BITS bytes that hold them.
@@ -232,6 +233,10 @@ Sum scaled(Sum what, float less, float by, float plus) {
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   return _mm512_dpbf16_ps(to, unit, (__m512bh)_mm512_loadu_si512(input));
 }
+Sum add_half(Sum to, const Unit& unit, const Input* input, int half) {
+  // not _mm512_mask_dpbf16_ps: GCC 12 takes but eight bits of its mask
+  return _mm512_mask_mov_ps(to, half ? 0xff00 : 0x00ff, add_products(to, unit, input));
+}
 
 #elif defined(LOWVRAM_AVX2)
 
@@ -340,6 +345,11 @@ Sum add_products(Sum to, const Unit& unit, const Input* input) {
   for (int eight = 0; eight < 4; eight++) to = _mm256_fmadd_ps(unit.eights[eight], load(input + 8 * eight), to);
   return to;
 }
+Sum add_half(Sum to, const Unit& unit, const Input* input, int half) {
+  for (int eight = 2 * half; eight < 2 * half + 2; eight++)
+    to = _mm256_fmadd_ps(unit.eights[eight], load(input + 8 * eight), to);
+  return to;
+}
 
 #else
 
@@ -415,9 +425,13 @@ Sum scaled(Sum what, float less, float by, float plus) {
   for (int i = 0; i < LANES; i++) what.lane[i] = (what.lane[i] - less) * by + plus;
   return what;
 }
-Sum add_products(Sum to, const Unit& unit, const Input* input) {
-  for (int64_t i = 0; i < UNIT; i++) to.lane[i % LANES] += unit.values[i] * input[i];
+Sum add_some(Sum to, const Unit& unit, const Input* input, int64_t first, int64_t count) {
+  for (int64_t i = first; i < first + count; i++) to.lane[i % LANES] += unit.values[i] * input[i];
   return to;
+}
+Sum add_products(Sum to, const Unit& unit, const Input* input) { return add_some(to, unit, input, 0, UNIT); }
+Sum add_half(Sum to, const Unit& unit, const Input* input, int half) {
+  return add_some(to, unit, input, half * UNIT / 2, UNIT / 2);
 }
 
 #endif
@@ -425,24 +439,38 @@ Sum add_products(Sum to, const Unit& unit, const Input* input) {
 // The input as the kernel reads it: a unit of each row, then the next unit of each. And where the sum of each group and
 // row starts, lane by lane: at what the offset of its codes will have added too much.
 struct Prepared {
-  int64_t groups;
+  int64_t count, groups;
   std::vector<Input> input;
   std::vector<float> starts;
   Prepared(const float* rows, int64_t count, const Weight& weight, float added)
-      : groups(weight.groups()),
-        input(count * groups * units_of(weight.group) * UNIT),
+      : count(count),
+        groups(weight.groups()),
+        input(count * (weight.halves() ? weight.columns : groups * units_of(weight.group) * UNIT)),
         starts(count * groups * LANES) {
     Input* to = input.data();
-    for (int64_t group = 0; group < groups; group++) {
-      float* start = starts.data() + group * count * LANES;
-      for (int64_t at = 0; at < weight.group; at += UNIT)
+    for (int64_t group = 0; group < groups; group += weight.halves() ? 2 : 1)
+      for (int64_t at = 0; at < std::max(weight.group, UNIT); at += UNIT)
         for (int64_t row = 0; row < count; row++, to += UNIT) {
-          float unit[UNIT] = {};
-          const int64_t left = weight.group - at;
-          std::memcpy(unit, rows + row * weight.columns + group * weight.group + at, (left < UNIT ? left : UNIT) * sizeof(float));
-          round_unit(unit, to, start + row * LANES);
+          const float* from = rows + row * weight.columns + group * weight.group + at;
+          if (weight.halves())
+            two_groups(from, to, group, row);
+          else
+            one_group(from, std::min(weight.group - at, UNIT), to, group, row);
         }
-      for (int64_t lane = 0; lane < count * LANES; lane++) start[lane] *= -added;
+    for (float& lane : starts) lane *= -added;
+  }
+  float* start(int64_t group, int64_t row) { return starts.data() + (group * count + row) * LANES; }
+  void one_group(const float* from, int64_t codes, Input* to, int64_t group, int64_t row) {
+    float unit[UNIT] = {};
+    std::memcpy(unit, from, codes * sizeof(float));
+    round_unit(unit, to, start(group, row));
+  }
+  void two_groups(const float* from, Input* to, int64_t group, int64_t row) {
+    float sums[LANES] = {};
+    round_unit(from, to, sums);
+    for (int half = 0; half < 2; half++) {  // the same for one half, whose sums alone are kept
+      Input rounded[UNIT];
+      one_group(from + half * UNIT / 2, UNIT / 2, rounded, group + half, row);
     }
   }
 };
@@ -496,32 +524,58 @@ struct Padded {
   }
 };
 
-// FEATURES rows of the weight at once: they share what is loaded of the input, and none waits for its own last sum.
-template <class FORMAT, int ROWS, int FEATURES, bool ZERO>
+// FEATURES rows of the weight at once: they share what is loaded of the input, and none waits for its own last sum. HALVES:
+// a group is half a unit.
+template <class FORMAT, int ROWS, int FEATURES, bool HALVES>
 void features_of(const Values<FORMAT>& values, const Prepared& prepared, const Weight& weight, const Scales& scales,
                  Padded& padded, int64_t tile, int64_t first, float* out) {
   const int64_t bytes = weight.columns * FORMAT::BITS / 8, groups = prepared.groups;
-  const int64_t units = weight.group / UNIT, rest = weight.group % UNIT;  // a rest there is in int8 alone
+  const int64_t units = HALVES ? 1 : weight.group / UNIT, rest = HALVES ? 0 : weight.group % UNIT;  // a rest in int8 alone
   const int64_t group_step = scales.group_step, feature_step = scales.feature_step;
   const uint8_t* at = padded.rows(tile + first, FEATURES);
   // unasked for, memory comes at a sixth of its rate
   const uint8_t* next = weight.behind(weight.codes + (tile + first) * bytes, std::max(AHEAD, FEATURES * bytes), bytes);
   constexpr int LINES = (FEATURES * FORMAT::BYTES + LINE - 1) / LINE;
   const float *scale = scales.scale.data() + first * feature_step, *start = prepared.starts.data();
-  const float* zero = ZERO ? scales.zero.data() + first * feature_step : nullptr;
+  const float* zero = weight.kind == WITH_ZEROS ? scales.zero.data() + first * feature_step : nullptr;
   const Input* input = prepared.input.data();
   Sum whole[FEATURES][ROWS];
   EACH(feature, FEATURES) EACH(row, ROWS) whole[feature][row] = zeros();
-  for (int64_t group = 0; group < groups; group++, start += ROWS * LANES, scale += group_step) {
-    Sum part[FEATURES][ROWS];
+  Sum part[FEATURES][ROWS];
+  const auto begin_group = [&] {
     EACH(row, ROWS) EACH(feature, FEATURES) part[feature][row] = load(start + row * LANES);
+  };
+  const auto end_group = [&] {
+    EACH(feature, FEATURES)
+      EACH(row, ROWS) whole[feature][row] = add_scaled(whole[feature][row], part[feature][row], scale[feature * feature_step]);
+    if (Values<FORMAT>::ADDED != 0 && zero) {
+      EACH(row, ROWS) {
+        EACH(feature, FEATURES)
+          whole[feature][row] = add_scaled(whole[feature][row], load(start + row * LANES), zero[feature * feature_step] / -Values<FORMAT>::ADDED);
+      }
+      zero += group_step;
+    }
+    start += ROWS * LANES;
+    scale += group_step;
+  };
+  for (int64_t group = 0; group < groups; group += HALVES ? 2 : 1) {
+    if (!HALVES) begin_group();
     for (int64_t unit = 0; unit < units; unit++, at += FORMAT::BYTES, input += ROWS * UNIT) {
       EACH(line, LINES) __builtin_prefetch(next + line * LINE);
       next += FEATURES * FORMAT::BYTES;
       Unit read[FEATURES];
       EACH(feature, FEATURES) read[feature] = values.template of<true>(at + feature * bytes);
-      EACH(row, ROWS)
-        EACH(feature, FEATURES) part[feature][row] = add_products(part[feature][row], read[feature], input + row * UNIT);
+      if (HALVES) {
+        EACH(half, 2) {
+          begin_group();
+          EACH(row, ROWS)
+            EACH(feature, FEATURES) part[feature][row] = add_half(part[feature][row], read[feature], input + row * UNIT, half);
+          end_group();
+        }
+      } else {
+        EACH(row, ROWS)
+          EACH(feature, FEATURES) part[feature][row] = add_products(part[feature][row], read[feature], input + row * UNIT);
+      }
     }
     if (FORMAT::BITS == 8 && rest)
       for (int feature = 0; feature < FEATURES; feature++) {
@@ -531,22 +585,14 @@ void features_of(const Values<FORMAT>& values, const Prepared& prepared, const W
         for (int row = 0; row < ROWS; row++)
           part[feature][row] = add_products(part[feature][row], read, input + row * UNIT);
       }
-    EACH(feature, FEATURES)
-      EACH(row, ROWS) whole[feature][row] = add_scaled(whole[feature][row], part[feature][row], scale[feature * feature_step]);
-    if (ZERO) {
-      EACH(row, ROWS) {
-        EACH(feature, FEATURES)
-          whole[feature][row] = add_scaled(whole[feature][row], load(start + row * LANES), zero[feature * feature_step] / -Values<FORMAT>::ADDED);
-      }
-      zero += group_step;
-    }
+    if (!HALVES) end_group();
   }
   out += tile + first;
   for (int feature = 0; feature < FEATURES; feature++)
     for (int row = 0; row < ROWS; row++) out[row * weight.out_step + feature] = total(whole[feature][row]);
 }
 
-template <class FORMAT, int ROWS, bool ZERO>
+template <class FORMAT, int ROWS, bool HALVES>
 void multiply(const float* rows, const Weight& weight, float* out) {
   constexpr int FEATURES = ROWS == 1 ? 8 : ROWS == 2 ? 4 : 2;
   const Prepared prepared(rows, ROWS, weight, Values<FORMAT>::ADDED);
@@ -561,25 +607,30 @@ void multiply(const float* rows, const Weight& weight, float* out) {
       scales.read(tile, features);
       int64_t first = 0;
       for (; first + FEATURES <= features; first += FEATURES)
-        features_of<FORMAT, ROWS, FEATURES, ZERO>(values, prepared, weight, scales, padded, tile, first, out);
+        features_of<FORMAT, ROWS, FEATURES, HALVES>(values, prepared, weight, scales, padded, tile, first, out);
       for (; first < features; first++)
-        features_of<FORMAT, ROWS, 1, ZERO>(values, prepared, weight, scales, padded, tile, first, out);
+        features_of<FORMAT, ROWS, 1, HALVES>(values, prepared, weight, scales, padded, tile, first, out);
     }
   }
 }
 
 template <class FORMAT, int ROWS>
 void multiply(const float* rows, const Weight& weight, float* out) {
-  if constexpr (FORMAT::MAY_HAVE_ZEROS)
-    if (weight.kind == WITH_ZEROS) return multiply<FORMAT, ROWS, true>(rows, weight, out);
+  if constexpr (FORMAT::MAY_HAVE_HALVES)
+    if (weight.halves()) return multiply<FORMAT, ROWS, true>(rows, weight, out);
   multiply<FORMAT, ROWS, false>(rows, weight, out);
 }
 
+// A unit whose halves have each a scale and a zero.
 template <class FORMAT, class VALUE>
-void dequantise_unit(const Values<FORMAT>& values, const uint8_t* at, float scale, float zero, VALUE* to) {
-  Sum read[UNIT / LANES];
+void dequantise_unit(const Values<FORMAT>& values, const uint8_t* at, const float* scale, const float* zero, VALUE* to) {
+  constexpr int VECTORS_OF_UNIT = UNIT / LANES;
+  Sum read[VECTORS_OF_UNIT];
   read_exactly(values, at, read);
-  for (Sum& some : read) some = scaled(some, Values<FORMAT>::ADDED, scale, zero);
+  for (int i = 0; i < VECTORS_OF_UNIT; i++) {
+    const int half = 2 * i / VECTORS_OF_UNIT;
+    read[i] = scaled(read[i], Values<FORMAT>::ADDED, scale[half], zero[half]);
+  }
   store(read, to);
 }
 
@@ -590,10 +641,14 @@ void dequantise_rows(const Values<FORMAT>& values, const Weight& weight, const S
   const uint8_t* at = weight.codes + tile * (weight.columns * FORMAT::BITS / 8);
   for (int64_t feature = 0; feature < features; feature++) {
     VALUE* to = out + feature * step;
-    for (int64_t group = 0; group < weight.groups(); group++) {
-      const int64_t place = group * scales.group_step + feature * scales.feature_step;
-      const float scale = scales.scale[place], zero = weight.kind == WITH_ZEROS ? scales.zero[place] : 0;
-      int64_t left = weight.group;
+    for (int64_t group = 0; group < weight.groups(); group += weight.halves() ? 2 : 1) {
+      float scale[2], zero[2];
+      for (int half = 0; half < 2; half++) {
+        const int64_t place = (group + half * weight.halves()) * scales.group_step + feature * scales.feature_step;
+        scale[half] = scales.scale[place];
+        zero[half] = weight.kind == WITH_ZEROS ? scales.zero[place] : 0;
+      }
+      int64_t left = std::max(weight.group, weight.halves() ? UNIT : 0);
       for (; left >= UNIT; left -= UNIT, at += FORMAT::BYTES, to += UNIT) {
         __builtin_prefetch(at + AHEAD);
         dequantise_unit(values, at, scale, zero, to);

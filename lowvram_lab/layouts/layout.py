@@ -1,9 +1,9 @@
 """How one matrix lies in a checkpoint's files, and which format here takes its codes as they lie.
 
-A weight is ``(code - shift) * scale``, with one scale and one shift, a small integer, for every group of codes. A
-format of four bits has a zero beside the scale, which holds any shift; in the others the shift is taken off the codes,
-which then need one bit more: three bits with shifts are four without, to the bit. What has no such home is read in
-floats and rounded to eight bits in groups of 32, which is near to anything.
+A weight is ``(code - shift) * scale``, with one scale and one shift, a small integer, for every group of codes. Formats
+of four bits and less have a zero beside the scale, which holds any shift; in the others the shift is taken off the
+codes, which then need one bit more, and nothing is lost. What has no such home is read in floats and rounded to eight
+bits in groups of 32, which is near to anything.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,14 @@ Read = Callable[[str], torch.Tensor]
 """The part of a tensor's name behind the module's → the tensor, mapped."""
 
 GROUPS = (256, 128, 64, 32)
-"""Sizes of groups that formats of 2 to 6 bits have, largest first; eight bits have the last, or a whole row."""
+"""Sizes of groups that formats of 2 to 6 bits have, largest first."""
+
+SMALL_GROUP = 16
+IN_SMALL_GROUPS = ((2, True), (3, False), (5, False), (6, False))
+"""Bits, and whether there are zeros, of formats that have such groups too."""
+
+INT8_GROUP = 32
+"""That of eight bits, where it is no whole row."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -74,7 +81,7 @@ class Layout(ABC):
     @property
     def near(self) -> str:
         """The format that loses next to nothing of any weight of this shape."""
-        return "int8" if self.columns % GROUPS[-1] else f"int8-g{GROUPS[-1]}"
+        return "int8" if self.columns % INT8_GROUP else f"int8-g{INT8_GROUP}"
 
 
 @dataclass(frozen=True)
@@ -117,15 +124,23 @@ class Integers(Layout):
     @property
     def _home(self) -> tuple[str, int] | None:
         """A format's name and the size of its groups."""
-        bits = self.bits + (self.shifted and self.bits != 4)
+        bits = self.bits + (self.shifted and not self._with_zeros)
+        bits = 8 if bits == 7 else bits
         if self.reordered or bits > 8 or self.columns % self.group_size:
             return None
-        if bits in (7, 8) and self.group_size == self.columns:
+        if bits == 8 and self.group_size == self.columns:
             return "int8", self.columns
-        sizes = GROUPS[-1:] if bits in (7, 8) else GROUPS
+        sizes = (INT8_GROUP,) if bits == 8 else GROUPS
+        if (bits, self._with_zeros) in IN_SMALL_GROUPS and self.columns % GROUPS[-1] == 0:
+            sizes += (SMALL_GROUP,)
         size = next((size for size in sizes if self.group_size % size == 0), None)
-        name = f"int{8 if bits == 7 else bits}"
-        return size and (name if size == 64 else f"{name}-g{size}", size)
+        ending = "-asym" if self._with_zeros and bits != 4 else ""
+        return size and (f"int{bits}{'' if size == 64 else f'-g{size}'}{ending}", size)
+
+    @property
+    def _with_zeros(self) -> bool:
+        """Whether shifts become zeros of a format."""
+        return self.shifted and self.bits <= 4
 
     @property
     def exact(self) -> bool:
@@ -163,7 +178,7 @@ class Integers(Layout):
             raise CheckpointError("its columns are in groups in another order than its config says; fetch it anew")
         if self.shifted:
             shifts = self.shifts(read, rows)
-            if self.bits == 4:
+            if self._with_zeros:
                 zeros = -shifts * scales
             else:
                 off = codes.to(torch.int16) - shifts.to(torch.int16).repeat_interleave(self.group_size, 1)

@@ -116,6 +116,6 @@ def _format_of(group: dict, block: dict) -> str | None:
     )
     for fmt in FORMATS.values():
         same = (fmt.bits, fmt.group_size, _LAYOUTS.get(fmt.kind)) == (weights.get("num_bits"), size, layout)
-        if plain and same and fmt.planes == 1:
+        if plain and same and fmt.planes == 1 and fmt.storable:
             return fmt.name
     return None

@@ -74,10 +74,13 @@ class Format:
         name: As written in a plan, e.g. ``"int4-g128"``.
         kind: ``"float"``, ``"int8"`` (a scale per output channel or per group), ``"int4"`` (scale and zero per group
             of ``group_size`` inputs, as torch's kernels want them), ``"packed"`` (2 to 6 bits packed tight, a scale per
-            group; on the CPU a kernel of ours) or ``"nf4"`` (bitsandbytes, one fp32 absmax per ``group_size`` values).
+            group, in some a zero; on the CPU a kernel of ours) or ``"nf4"`` (bitsandbytes, one fp32 absmax per
+            ``group_size`` values).
         bits: Bits of one code, without scales.
         group_size: Weights that share a scale, or ``None`` for a whole row.
         modules: Kinds of module that may hold it.
+        has_zeros: Whether each group has a zero beside its scale: a weight is ``code * scale + zero``. A file's zero
+            points or least values say what it is; of weights in floats the solver chooses it with the codes.
         planes: 2 where a second weight, the low plane, holds what the first, the high one, is off by: the high plane is
             a weight by itself, both together are as good as int8 (``int4+4``). The other attributes are the high one's.
     """
@@ -87,7 +90,13 @@ class Format:
     bits: int
     group_size: int | None = None
     modules: tuple[str, ...] = ("linear",)
+    has_zeros: bool = False
     planes: int = 1
+
+    @property
+    def storable(self) -> bool:
+        """Whether a converted directory may hold it: codes and scales, as stock transformers reads them."""
+        return self.kind in ("int8", "int4") or (self.kind == "packed" and not self.has_zeros)
 
     @property
     def plane(self) -> "Format":
@@ -128,10 +137,12 @@ class Format:
                 "packed": TensorSpec((rows, columns // 2), torch.uint8),
                 "scale_and_zero": TensorSpec((groups, rows, 2), SCALE_DTYPE),
             }
-        if self.kind == "packed":  # 32 codes fill exactly ``bits`` words; see weights/codes.py
+        if self.kind == "packed":  # 32 codes fill exactly ``bits`` words; see layouts/packing.py
+            groups = columns // self.group_size
+            scales = {"scale_and_zero": (groups, rows, 2)} if self.has_zeros else {"scale": (rows, groups)}
             return {
                 "packed": TensorSpec((rows, columns * self.bits // 32), torch.int32),
-                "scale": TensorSpec((rows, columns // self.group_size), SCALE_DTYPE),
+                **{name: TensorSpec(sizes, SCALE_DTYPE) for name, sizes in scales.items()},
             }
         return {
             "packed": TensorSpec((rows * columns // 2, 1), torch.uint8),
@@ -154,8 +165,9 @@ class Format:
         if module_kind not in self.modules:
             return f"{self.name} is for {' and '.join(self.modules)} modules, found a module of kind {module_kind}"
         rows, columns = shape
-        if self.kind in ("int8", "int4", "packed") and columns % (self.group_size or 1):
-            return f"{self.name} needs in_features divisible by {self.group_size}, found {columns}"
+        together = max(self.group_size or 1, 32 if self.kind == "packed" else 1)  # codes that are packed together
+        if self.kind in ("int8", "int4", "packed") and columns % together:
+            return f"{self.name} needs in_features divisible by {together}, found {columns}"
         if self.kind == "nf4" and rows * columns % self.group_size:
             return f"{self.name} needs a multiple of {self.group_size} weights, found {rows} x {columns}"
         return None
@@ -166,9 +178,10 @@ def _table() -> dict[str, Format]:
     tables = ("linear", "embedding")
     sizes = (64, *(size for size in KERNEL_GROUP_SIZES if size != 64))
 
-    def grouped(bits: int, size: int) -> Format:
+    def grouped(bits: int, size: int, zeros: bool = False) -> Format:
         kind = "int4" if bits == 4 and size in KERNEL_GROUP_SIZES else "packed"
-        return Format(f"int{bits}" if size == 64 else f"int{bits}-g{size}", kind, bits, size, tables)
+        name = f"int{bits}{'' if size == 64 else f'-g{size}'}{'-asym' if zeros else ''}"
+        return Format(name, kind, bits, size, tables, zeros or kind == "int4")
 
     formats = [
         Format("fp32", "float", 32, modules=everything),
@@ -177,8 +190,15 @@ def _table() -> dict[str, Format]:
         Format("int8", "int8", 8, modules=tables),
         Format("int8-g32", "int8", 8, 32, tables),  # what llama.cpp's Q8_0 holds
         *(grouped(bits, size) for bits in (6, 5, 4, 3, 2) for size in (64, *(s for s in GROUP_SIZES if s != 64))),
+        *(grouped(bits, 16) for bits in (6, 5, 3)),  # these and the next are for what files hold
+        grouped(5, 32, zeros=True),
+        *(grouped(3, size, zeros=True) for size in KERNEL_GROUP_SIZES),
+        *(grouped(2, size, zeros=True) for size in (16, *KERNEL_GROUP_SIZES)),
         Format("nf4", "nf4", 4, group_size=64),
-        *(Format(f"int4+4{'' if size == 64 else f'-g{size}'}", "int4", 4, size, planes=2) for size in sizes),
+        *(
+            Format(f"int4+4{'' if size == 64 else f'-g{size}'}", "int4", 4, size, has_zeros=True, planes=2)
+            for size in sizes
+        ),
     ]
     return {entry.name: entry for entry in formats}
 
@@ -234,7 +254,8 @@ def _nearest(name: object) -> str:
     if text in _NEAREST:
         return f"the nearest to it is {_NEAREST[text]}"
     if group := re.fullmatch(r"(int[2-6]|int4\+4)-g([0-9]{1,9})", text):
-        same_bits = [fmt for fmt in FORMATS.values() if fmt.group_size and fmt.name.partition("-")[0] == group[1]]
+        plain = [fmt for fmt in FORMATS.values() if fmt.group_size and not fmt.name.endswith("-asym")]
+        same_bits = [fmt for fmt in plain if fmt.name.partition("-")[0] == group[1]]
         near = [fmt.name for fmt in sorted(same_bits, key=lambda fmt: abs(fmt.group_size - int(group[2])))]
     else:
         near = difflib.get_close_matches(text, FORMATS, n=3, cutoff=0.5)

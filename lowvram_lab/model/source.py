@@ -126,7 +126,7 @@ class Source:
         return ModelSpec.from_config(config, spec.name)
 
     def _as_held(self, spec: ModelSpec) -> ModelSpec:
-        """The spec of a ``.gguf`` file with ``held`` and ``rounded``, from its header alone."""
+        """The spec of a ``.gguf`` file with ``held``, from its header alone."""
         from lowvram_lab.repository.gguf_config import is_read_here
         from lowvram_lab.repository.gguf_weights import kept_formats, refuse_misfits, tensor_names
 
@@ -138,12 +138,11 @@ class Source:
         refuse_misfits(path, header, {names[parameter]: shapes[parameter] for parameter in names})
         matrices = [module for module in spec.modules if module.kind != "other"]
         weights = {module.name: names.get(f"{module.name}.weight") for module in matrices if not module.tied_to}
-        found, near, other = kept_formats(header, {module: name for module, name in weights.items() if name})
+        found, other = kept_formats(header, {module: name for module, name in weights.items() if name})
         if other:
             _say_in_floats(self.public_name, tuple(other), header.dtype)
         tied = {module.name: module.tied_to for module in matrices if module.tied_to in found}
-        held = found | {module: found[owner] for module, owner in tied.items()}
-        return replace(spec, held=held, rounded=near | {module for module, owner in tied.items() if owner in near})
+        return replace(spec, held=found | {module: found[owner] for module, owner in tied.items()})
 
     def _header(self) -> tuple[Path, GgufHeader]:
         """A ``.gguf`` file and its header, for which one that is on the hub need not be fetched."""

@@ -1,8 +1,7 @@
 """The blocks of a ``.gguf`` file's quantised tensors: integers, scales and zeros as they lie, and weights in floats.
 
 A weight is ``code * scale + zero``, with one scale, and perhaps a zero, for every group of codes. Where codes look up
-values that are whole numbers, those numbers are the codes here, of more bits. What a type of block holds by other rules
-(scales for fewer codes than a kernel reads together) has no place in a format here.
+values that are whole numbers, those numbers are the codes here, of more bits. Scales of scales are multiplied out.
 
 Source: ggml's ``ggml-common.h`` and ``ggml-quants.c`` (ggml-org/llama.cpp), where the blocks are described; a test
 holds every type to ``gguf.quants``, another reader of them.
@@ -61,6 +60,12 @@ def _q5_0(data: torch.Tensor) -> tuple:
     return (_nibbles(nibbles) + 16 * _bits(fifth)).sub_(16), _floats(scale), None
 
 
+def _q5_1(data: torch.Tensor) -> tuple:
+    scale, least, fifth, nibbles = _parts(data, 2, 2, 4, 16)
+    scale = _floats(scale)
+    return (_nibbles(nibbles) + 16 * _bits(fifth)).sub_(16), scale, _floats(least) + 16 * scale
+
+
 def _q8_0(data: torch.Tensor) -> tuple:
     scale, codes = _parts(data, 2, 32)
     return codes.view(torch.int8), _floats(scale), None
@@ -73,6 +78,35 @@ def _q4_k(data: torch.Tensor) -> tuple:
     # 32 bytes hold 64 weights: the lower halves the first 32, the upper halves the others
     codes = _nibbles(nibbles.reshape(*nibbles.shape[:-1], 4, 32))
     return codes.sub_(8), scale, 8 * scale - least
+
+
+def _q5_k(data: torch.Tensor) -> tuple:
+    scale, least, packed, fifth, nibbles = _parts(data, 2, 2, 12, 32, 128)
+    scales, least_codes = _six_bits(packed)
+    scale, least = _floats(scale) * scales, _floats(least) * least_codes
+    lower = _nibbles(nibbles.reshape(*nibbles.shape[:-1], 4, 32)).flatten(-2)
+    return (lower + 16 * _planes(fifth, 1).flatten(-2)).sub_(16), scale, 16 * scale - least
+
+
+def _q6_k(data: torch.Tensor) -> tuple:
+    lower, upper, scales, scale = _parts(data, 128, 64, 16, 2)
+    # a half of the block has 64 and 32 bytes: lower halves of the first are 64 weights, the upper ones the next 64
+    lower = _nibbles(lower.reshape(*lower.shape[:-1], 2, 64)).flatten(-2)
+    upper = _planes(upper.reshape(*upper.shape[:-1], 2, 32), 2).flatten(-3)
+    return (lower + 16 * upper).sub_(32), _floats(scale) * scales.view(torch.int8).float(), None
+
+
+def _q3_k(data: torch.Tensor) -> tuple:
+    third, lower, packed, scale = _parts(data, 32, 64, 12, 2)
+    lower = _planes(lower.reshape(*lower.shape[:-1], 2, 32), 2).flatten(-3)
+    return (lower + 4 * _planes(third, 1).flatten(-2)).sub_(4), _floats(scale) * _sixteen_six_bits(packed), None
+
+
+def _q2_k(data: torch.Tensor) -> tuple:
+    packed, codes, scale, least = _parts(data, 16, 64, 2, 2)
+    scale, least = _floats(scale) * (packed & 15).float(), _floats(least) * (packed >> 4).float()
+    codes = _planes(codes.reshape(*codes.shape[:-1], 2, 32), 2).flatten(-3)
+    return codes.sub_(2), scale, 2 * scale - least
 
 
 _IQ4 = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=torch.int8)
@@ -101,12 +135,31 @@ def _mxfp4(data: torch.Tensor) -> tuple:
     return _FP4[_nibbles(nibbles).int()], torch.exp2(exponent.float() - 128), None
 
 
+def _tq1_0(data: torch.Tensor) -> tuple:
+    many, few, scale = _parts(data, 48, 4, 2)
+    pieces = [_trits(many[..., :32], 5), _trits(many[..., 32:], 5), _trits(few, 4)]
+    return 1 - torch.cat(pieces, dim=-1), -_floats(scale), None
+
+
+def _tq2_0(data: torch.Tensor) -> tuple:
+    codes, scale = _parts(data, 64, 2)
+    # from 1 down, under the negative scale: two bits reach -2, which is what a fourth code would be
+    return 1 - _planes(codes.reshape(*codes.shape[:-1], 2, 32), 2).flatten(-3), -_floats(scale), None
+
+
 KEPT = {
     "Q4_0": Kept("int4-g32", _q4_0),
     "Q4_1": Kept("int4-g32", _q4_1),
     "Q4_K": Kept("int4-g32", _q4_k),
     "Q5_0": Kept("int5-g32", _q5_0),
+    "Q5_1": Kept("int5-g32-asym", _q5_1),
     "Q8_0": Kept("int8-g32", _q8_0),
+    "Q2_K": Kept("int2-g16-asym", _q2_k),
+    "Q3_K": Kept("int3-g16", _q3_k),
+    "Q5_K": Kept("int5-g32-asym", _q5_k),
+    "Q6_K": Kept("int6-g16", _q6_k),
+    "TQ1_0": Kept("int2-g256", _tq1_0),
+    "TQ2_0": Kept("int2-g256", _tq2_0),
     "IQ4_NL": Kept("int8-g32", _iq4_nl),
     "IQ4_XS": Kept("int8-g32", _iq4_xs),
     "MXFP4": Kept("int5-g32", _mxfp4),
@@ -133,6 +186,30 @@ def _bits(data: torch.Tensor) -> torch.Tensor:
     """The bits of the last dimension's bytes, the lowest of each first, int8."""
     shifts = torch.arange(8, dtype=torch.uint8)
     return ((data.unsqueeze(-1) >> shifts) & 1).flatten(-2).view(torch.int8)
+
+
+def _planes(data: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of so many bits ``(…, 8 / bits, bytes)`` int8: the lowest of all bytes, then the next of all."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).unsqueeze(-1)
+    return ((data.unsqueeze(-2) >> shifts) & ((1 << bits) - 1)).view(torch.int8)
+
+
+def _trits(data: torch.Tensor, count: int) -> torch.Tensor:
+    """So many digits to the base of three a byte, 0 to 2: the first of all bytes, then the next of all, int8.
+
+    A byte is what they are of 243, rounded up to so many 256ths: multiplied by three, each digit comes out on top.
+    """
+    shifted = data.unsqueeze(-2).int() * torch.tensor([[3**place] for place in range(count)]) & 255
+    return (shifted * 3 >> 8).to(torch.int8).flatten(-2)
+
+
+def _sixteen_six_bits(packed: torch.Tensor) -> torch.Tensor:
+    """Sixteen signed scales of 6 bits, ``(rows, blocks, 16)``, from their 12 bytes.
+
+    The halves of bytes 0 to 7 are the four lower bits, all lower halves first; bytes 8 to 11 hold the two upper ones.
+    """
+    lower, upper = packed.split((8, 4), dim=-1)
+    return (_nibbles(lower) + 16 * _planes(upper, 2).flatten(-2)).float().sub_(32)
 
 
 def _six_bits(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,36 +24,24 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 1 << 22
 """Weights that are restored at once: 16 MiB in float32."""
 
-NEAR = {
-    **{"Q5_1": "int8-g32", "Q5_K": "int8-g32", "Q6_K": "int8-g32"},
-    **{"Q3_K": "int5-g32", "Q2_K": "int4-g32"},
-}
-"""A type's name → the format that its weights are rounded to, or searched for in, of types whose groups no format has.
-
-The smallest one whose squared error is little beside the type's own (on weights of Student's t of 3 degrees, quantised
-by llama.cpp): 4 % of it for Q2_K, 5 % for Q3_K, 3 % for Q5_K, 8 % for Q6_K.
-"""
-
 _PERMUTED = ("attn_q", "attn_k")
 
 
-def kept_formats(header: GgufHeader, names: dict[str, str]) -> tuple[dict[str, str], frozenset[str], list[str]]:
-    """In which formats a file's matrices can be held as they lie, or nearly.
+def kept_formats(header: GgufHeader, names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """In which formats a file's matrices can be held as they lie.
 
     Args:
         header: Of the file.
         names: Module name → what GGUF calls its weight, of the matrices.
 
     Returns:
-        Module name → format; what the file holds in floats is not among them. Those that are near alone. And the types
-        that no format is near to: where there are any, the file is read in floats.
+        Module name → format; what the file holds in floats is not among them. And the types that no format takes: where
+        there are any, the file is read in floats.
     """
     kinds = {module: header.type_name(name) for module, name in names.items()}
-    known = {kind: kept.format for kind, kept in KEPT.items()} | NEAR
-    if other := sorted(set(kinds.values()) - known.keys() - {"F32", "F16", "BF16"}):
-        return {}, frozenset(), other
-    near = frozenset(module for module, kind in kinds.items() if kind in NEAR)
-    return {module: known[kind] for module, kind in kinds.items() if kind in known}, near, []
+    if other := sorted(set(kinds.values()) - KEPT.keys() - {"F32", "F16", "BF16"}):
+        return {}, other
+    return {module: KEPT[kind].format for module, kind in kinds.items() if kind in KEPT}, []
 
 
 def tensor_names(header: GgufHeader, parameters: Iterable[str], layers: int) -> dict[str, str]:

@@ -40,20 +40,23 @@ class IntegerWeight:
         Returns:
             int8: ``weight`` int8 ``(out, in)``, ``scale`` ``(out,)`` or, with groups, ``(out, groups)``. int4:
             ``codes`` uint8 ``(out, in)`` of 0…15 (the layer packs them as its kernel likes), ``scale_and_zero``
-            ``(groups, out, 2)``. Packed formats: ``packed`` int32, ``scale`` ``(out, groups)``.
+            ``(groups, out, 2)``. Packed formats: ``packed`` int32, and ``scale`` ``(out, groups)`` or, with zeros,
+            ``scale_and_zero``.
 
         Raises:
             PlanError: Zero points, in a format without a place for them.
         """
-        if fmt.kind != "int4" and self.zero is not None:
+        if not fmt.has_zeros and self.zero is not None:
             raise PlanError(f"{fmt.name} has no place for zero points; give it a symmetric solution")
         if fmt.kind == "int8":
             return {"weight": self.codes, "scale": self.scale if fmt.group_size else self.scale.squeeze(1)}
-        if fmt.kind == "int4":
+        scales = {"scale": self.scale}
+        if fmt.has_zeros:
             zero = torch.zeros_like(self.scale) if self.zero is None else self.zero
-            pairs = torch.stack((self.scale.T, zero.T), dim=-1).contiguous()
-            return {"codes": (self.codes + INT4_OFFSET).to(torch.uint8), "scale_and_zero": pairs}
-        return {"packed": pack(self.codes, fmt.bits), "scale": self.scale}
+            scales = {"scale_and_zero": torch.stack((self.scale.T, zero.T), dim=-1).contiguous()}
+        if fmt.kind == "int4":
+            return {"codes": (self.codes + INT4_OFFSET).to(torch.uint8), **scales}
+        return {"packed": pack(self.codes, fmt.bits), **scales}
 
 
 def rows_of(solution: IntegerWeight, select: slice | torch.Tensor) -> IntegerWeight:

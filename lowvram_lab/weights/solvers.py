@@ -41,8 +41,8 @@ ITERATIONS = 10
 def quantize(weight: torch.Tensor, fmt: Format, *, solver: str = "rtn") -> dict[str, torch.Tensor]:
     """Quantises a weight without any data: what ``load`` does where nothing better was prepared.
 
-    int4 has zero points (they cost nothing in torch's layout); int8 and the packed formats are symmetric. In int8 and
-    nf4 nothing is gained by searching, and nothing is searched.
+    int4 has zero points (they cost nothing in torch's layout), and so has what is called ``-asym``; int8 and the other
+    formats are symmetric. In int8 and nf4 nothing is gained by searching, and nothing is searched.
 
     Args:
         weight: ``(out_features, in_features)`` or ``(num_embeddings, embedding_dim)``, any float dtype, finite.
@@ -68,7 +68,7 @@ def quantize(weight: torch.Tensor, fmt: Format, *, solver: str = "rtn") -> dict[
 
 def _solver(fmt: Format, solver: str) -> Callable[[torch.Tensor], IntegerWeight]:
     check_solver(solver)
-    symmetric = fmt.kind != "int4"
+    symmetric = not fmt.has_zeros
     if solver == "rtn" or fmt.kind == "int8":
         return lambda rows: round_to_nearest(rows, fmt, symmetric=symmetric)
     if symmetric:
@@ -128,11 +128,13 @@ def dequantize(tensors: dict[str, torch.Tensor], fmt: Format, dtype: torch.dtype
     if fmt.kind == "int8":
         codes, scale = tensors["weight"], tensors["scale"]
         return IntegerWeight(codes, scale.view(codes.shape[0], -1)).dequantize(dtype)
-    if fmt.kind == "int4":
-        scale, zero = tensors["scale_and_zero"].transpose(0, 1).unbind(-1)  # each (out, groups)
-        return IntegerWeight(tensors["codes"].to(torch.int8) - INT4_OFFSET, scale, zero).dequantize(dtype)
-    if fmt.kind == "packed":
-        return IntegerWeight(unpack(tensors["packed"], fmt.bits), tensors["scale"]).dequantize(dtype)
+    if fmt.kind in ("int4", "packed"):
+        scale, zero = tensors.get("scale"), None
+        if fmt.has_zeros:
+            scale, zero = tensors["scale_and_zero"].transpose(0, 1).unbind(-1)  # each (out, groups)
+        nibbles = fmt.kind == "int4"
+        codes = tensors["codes"].to(torch.int8) - INT4_OFFSET if nibbles else unpack(tensors["packed"], fmt.bits)
+        return IntegerWeight(codes, scale, zero).dequantize(dtype)
     raise NotImplementedError(f"{fmt.name} is dequantised by bitsandbytes, inside its layer")
 
 
@@ -187,7 +189,7 @@ def search_range(weight: torch.Tensor, fmt: Format, importance: torch.Tensor | N
 
     Args:
         weight: ``(out, in)``.
-        fmt: An int4 format.
+        fmt: A format with zeros.
         importance: See ``search_clip``.
     """
     groups, offset = _grouped(weight, fmt), 1 << (fmt.bits - 1)

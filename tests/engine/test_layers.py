@@ -48,7 +48,7 @@ def step_of(tensors, fmt) -> torch.Tensor:
     """The distance between two codes, for every weight."""
     if fmt.kind == "int8" and not fmt.group_size:
         return tensors["scale"].float().unsqueeze(1)
-    scale = tensors["scale_and_zero"][..., 0].T if fmt.kind == "int4" else tensors["scale"]
+    scale = tensors["scale_and_zero"][..., 0].T if fmt.has_zeros else tensors["scale"]
     return scale.float().abs().repeat_interleave(fmt.group_size, dim=1)  # of a packed format it may be negative
 
 
@@ -70,17 +70,18 @@ def codes_of(tensors, fmt) -> torch.Tensor:
 )
 def test_no_weight_is_further_off_than_its_codes_allow(name, rows, groups, magnitude, offset, seed):
     fmt = get_format(name)
-    weight = (seeded(rows, groups * (fmt.group_size or 64), seed=seed) + offset) * 2.0**magnitude
+    size = max(fmt.group_size or 64, 32)  # codes are packed 32 together
+    weight = (seeded(rows, groups * size, seed=seed) + offset) * 2.0**magnitude
     tensors = quantize(weight, fmt)
     restored = dequantize(tensors, fmt)
     largest = weight.abs().amax(dim=1, keepdim=True)
     codes, step, top = codes_of(tensors, fmt), step_of(tensors, fmt), 2 ** (fmt.bits - 1) - 1
     lowest = -top if fmt.kind == "int8" else -top - 1
     assert lowest <= codes.min() <= codes.max() <= top
-    # rounding of the scale lets the outermost code fall short by 127 (int8) or 15 (int4) times half a bf16 unit of it
-    slack = BF16 * (largest + 15 * step * (fmt.kind == "int4"))
+    # rounding of the scale lets the outermost code fall short by as many times half a bf16 unit of it as there are steps
+    slack = BF16 * (largest + (2 * top + 1) * step * fmt.has_zeros)
     # a symmetric group reaches as far as its largest weight on that weight's side, a step less far on the other
-    outermost = step if fmt.kind == "packed" else step / 2
+    outermost = step if fmt.kind == "packed" and not fmt.has_zeros else step / 2
     assert ((restored - weight).abs() <= outermost + slack).all()
     # a code that is not the outermost one was rounded, not clamped: half a step, to float32's rounding
     rounded = (codes > lowest) & (codes < top)

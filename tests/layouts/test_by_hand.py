@@ -12,6 +12,8 @@ from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import find_source, read_config
+from lowvram_lab.planner.moves import weights_loss
+from lowvram_lab.planner.suited import RECIPES, not_above_held
 from tests.helpers.tiny import random_ids, relative_error, tiny_config, tiny_stock
 from tests.layouts.forecasts import check_forecast
 from tests.layouts.writers import awq, fp8, gptq, write
@@ -33,9 +35,9 @@ CASES = {  # config's block, writer, and the formats that matrices of 128 and 19
     "gptq, 4 bits, no zeros": (*by_gptq(4, 32, True), {"int4-g32"}),
     "gptq, 4 bits, version 2": (*by_gptq(4, 64, False, version=2), {"int4"}),
     "gptq, 4 bits, a row a group": (*by_gptq(4, -1, False), {"int4-g128", "int4"}),
-    "gptq, 2 bits": (*by_gptq(2, 64, False), {"int3"}),  # a shift takes a bit more
+    "gptq, 2 bits": (*by_gptq(2, 64, False), {"int2-asym"}),
     "gptq, 2 bits, no zeros": (*by_gptq(2, 64, True), {"int2"}),
-    "gptq, 3 bits": (*by_gptq(3, 32, False), {"int4-g32"}),
+    "gptq, 3 bits": (*by_gptq(3, 32, False), {"int3-g32-asym"}),
     "gptq, 3 bits, no zeros": (*by_gptq(3, 64, True), {"int3"}),
     "gptq, 8 bits, no zeros": (*by_gptq(8, 64, True), {"int8-g32"}),
     "gptq, 8 bits, no zeros, a row a group": (*by_gptq(8, -1, True), {"int8"}),
@@ -102,6 +104,21 @@ def test_logits_are_those_of_stock_transformers_on_the_restored_weights(written)
 def test_the_forecast_is_what_is_metered(written):
     folder, *_ = written
     check_forecast(folder)
+
+
+def test_codes_that_are_rounded_again_are_said_and_count_as_loss(tmp_path, caplog):
+    exact, near = (tmp_path / "exact", tmp_path / "near")
+    for folder, (block, make, _) in ((exact, CASES["gptq, 4 bits"]), (near, NEAR["gptq, act-order"])):
+        write(folder, "qwen2", block, make)
+    exact, near = find_source(exact).spec(), find_source(near).spec()
+    assert not exact.rounded and near.rounded == near.held.keys()
+    losses = [weights_loss(Plan.uniform(spec, "stored", context=64)) for spec in (exact, near)]
+    assert losses[0] == 0 < losses[1]
+    assert not_above_held(exact, RECIPES, fidelity=True)[0] == not_above_held(near, RECIPES)[0] == "stored"
+    assert not_above_held(near, RECIPES, fidelity=True)[:2] == ("bf16", "stored")
+    said = [record.getMessage() for record in caplog.records]
+    text = "no format here takes the codes of {} of its matrices as they lie: these are rounded to int8-g32"
+    assert said == [f"near: {text.format(len(near.held))}"]
 
 
 def test_a_row_of_many_columns_in_one_group(tmp_path):

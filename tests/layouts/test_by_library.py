@@ -20,7 +20,7 @@ ACTIVATIONS = {"num_bits": 8, "strategy": "token", "dynamic": True}
 FOUR = {"num_bits": 4, "strategy": "group", "group_size": 64}
 SCHEMES = {  # weights, activations, format, and what the matrices are held in
     "asymmetric": (FOUR | {"symmetric": False}, None, "pack-quantized", {"int4"}),
-    "asymmetric, 3 bits": (FOUR | {"num_bits": 3, "symmetric": False}, None, "pack-quantized", {"int4"}),
+    "asymmetric, 3 bits": (FOUR | {"num_bits": 3, "symmetric": False}, None, "pack-quantized", {"int3-asym"}),
     "a row a group": ({"num_bits": 4, "strategy": "channel"}, None, "pack-quantized", {"int4-g128", "int4"}),
     "8 bits in words": ({"num_bits": 8, "strategy": "group", "group_size": 64}, None, "pack-quantized", {"int8-g32"}),
     "int8 and activations": (INT8, ACTIVATIONS, "int-quantized", {"int8"}),
@@ -34,7 +34,7 @@ SCHEMES = {  # weights, activations, format, and what the matrices are held in
     ),
     "nvfp4": (
         {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16},
-        None, "nvfp4-pack-quantized", {"int8-g32"},
+        None, "nvfp4-pack-quantized", {"int5-g16"},
     ),
 }  # fmt: skip
 BITSANDBYTES = {

@@ -35,7 +35,7 @@ from tests.helpers.tiny import (
     tiny_tokenizer,
 )
 
-INTEGERS = [name for name, fmt in FORMATS.items() if fmt.kind in ("int8", "int4", "packed") and fmt.planes == 1]
+INTEGERS = [name for name, fmt in FORMATS.items() if fmt.storable and fmt.planes == 1]
 WIDE = 768
 """A multiple of every group size."""
 

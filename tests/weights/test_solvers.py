@@ -42,8 +42,8 @@ def test_the_search_is_never_worse_than_the_nearest_codes(name, weighted):
     best = group_errors(search_clip(weight, fmt, importance), weight, measure)
     nearest = group_errors(round_to_nearest(weight, fmt), weight, measure)
     assert (best <= nearest * (1 + 1e-4)).all()  # float32's sums of errors that are themselves differences
-    # few bits gain most from clipping
-    assert best.sum() < nearest.sum() * (0.9 if fmt.bits <= 3 else 1)
+    # few bits gain most from clipping, of groups with room for outliers
+    assert best.sum() < nearest.sum() * (0.9 if fmt.bits <= 3 and fmt.group_size > 16 else 1)
 
 
 def test_importance_says_whose_error_counts():
@@ -155,20 +155,20 @@ def test_channels_that_calibration_never_used_count_for_nothing(name):
 @pytest.mark.parametrize("name", INTEGERS)
 def test_stored_tensors_say_what_the_solution_says(name, dtype):
     weight, fmt = seeded(16, COLUMNS), get_format(name)
-    solve = half_quadratic if fmt.kind == "int4" else search_clip  # int4 keeps its zero points
+    solve = half_quadratic if fmt.has_zeros else search_clip
     solution = solve(weight, fmt)
     tensors = solution.tensors(fmt)
     assert torch.equal(dequantize(tensors, fmt, dtype), solution.dequantize(dtype))
     shapes = fmt.tensors((16, COLUMNS), torch.bfloat16)
     assert set(tensors) - {"codes"} == set(shapes) - ({"packed"} if "codes" in tensors else set())
-    kept = round_to_nearest(weight, fmt, symmetric=fmt.kind != "int4").tensors(fmt)
+    kept = round_to_nearest(weight, fmt, symmetric=not fmt.has_zeros).tensors(fmt)
     assert all(torch.equal(value, kept[key]) for key, value in quantize(weight, fmt).items())
 
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_what_is_loaded_is_searched_and_loses_less_than_the_nearest_codes(name):
     weight, fmt = heavy_tailed(24, COLUMNS), get_format(name)
-    power = 0.7 if fmt.kind == "int4" else 2  # the norm that each search is for
+    power = 0.7 if fmt.has_zeros else 2  # the norm that each search is for
     errors = {
         solver: (dequantize(quantize(weight, fmt, solver=solver), fmt) - weight).abs().pow(power).sum()
         for solver in LOADING_SOLVERS
