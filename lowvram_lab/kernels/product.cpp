@@ -86,7 +86,7 @@ struct Nf4 {
 };
 struct Int8 {
   static constexpr int BITS = 8, BYTES = 32, OFFSET = 0;
-  static constexpr bool MAY_HAVE_HALVES = false;
+  static constexpr bool MAY_HAVE_HALVES = true;
 };
 
 // Where eight codes of a format begin, in bits of the BITS bytes that hold them.

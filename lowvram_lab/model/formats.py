@@ -190,7 +190,8 @@ def _table() -> dict[str, Format]:
         Format("int8", "int8", 8, modules=tables),
         Format("int8-g32", "int8", 8, 32, tables),  # what llama.cpp's Q8_0 holds
         *(grouped(bits, size) for bits in (6, 5, 4, 3, 2) for size in (64, *(s for s in GROUP_SIZES if s != 64))),
-        *(grouped(bits, 16) for bits in (6, 5, 3)),  # these and the next are for what files hold
+        Format("int8-g16", "int8", 8, 16, tables),  # this and the next are for what files hold
+        *(grouped(bits, 16) for bits in (6, 5, 3)),
         grouped(5, 32, zeros=True),
         *(grouped(3, size, zeros=True) for size in KERNEL_GROUP_SIZES),
         *(grouped(2, size, zeros=True) for size in (16, *KERNEL_GROUP_SIZES)),

@@ -1,7 +1,8 @@
 """The blocks of a ``.gguf`` file's quantised tensors: integers, scales and zeros as they lie, and weights in floats.
 
 A weight is ``code * scale + zero``, with one scale, and perhaps a zero, for every group of codes. Where codes look up
-values that are whole numbers, those numbers are the codes here, of more bits. Scales of scales are multiplied out.
+values that are whole numbers, or several share a code that looks them up together (IQ1 to IQ3), those numbers are the
+codes here, of more bits. Scales of scales are multiplied out.
 
 Source: ggml's ``ggml-common.h`` and ``ggml-quants.c`` (ggml-org/llama.cpp), where the blocks are described; a test
 holds every type to ``gguf.quants``, another reader of them.
@@ -10,6 +11,7 @@ holds every type to ``gguf.quants``, another reader of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -135,6 +137,61 @@ def _mxfp4(data: torch.Tensor) -> tuple:
     return _FP4[_nibbles(nibbles).int()], torch.exp2(exponent.float() - 128), None
 
 
+def _looked_up(
+    kind: str, scales: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]], data: torch.Tensor
+) -> tuple:
+    """Of a type whose tables gguf-py has: the whole numbers that its values are of scales that are known."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    values = torch.from_numpy(dequantize(data.contiguous().numpy(), GGMLQuantizationType[kind]))
+    scale, zero = (each if each is None else each.reshape(data.shape[0], -1, 1) for each in scales(data))
+    groups = values.view(*scale.shape[:2], -1)
+    groups = groups if zero is None else groups - zero
+    return torch.where(scale == 0, 0.0, groups / scale).round_().to(torch.int8), scale, zero
+
+
+def _iq2_xxs(data: torch.Tensor) -> tuple:
+    scale, groups = _parts(data, 2, 64)
+    return _floats(scale) * _upper(groups[..., 7::8]).add_(0.5) / 4, None
+
+
+def _iq2_xs(data: torch.Tensor) -> tuple:
+    scale, _, fourths = _parts(data, 2, 64, 8)
+    return _floats(scale) * _pairs(fourths).add_(0.5) / 4, None
+
+
+def _iq2_s(data: torch.Tensor) -> tuple:
+    scale, _, fourths = _parts(data, 2, 72, 8)
+    return _floats(scale) * _pairs(fourths).add_(0.5) / 4, None
+
+
+def _iq3_xxs(data: torch.Tensor) -> tuple:
+    scale, _, groups = _parts(data, 2, 64, 32)
+    return _floats(scale) * _upper(groups[..., 3::4]).add_(0.5), None  # all of its values are even
+
+
+def _iq3_s(data: torch.Tensor) -> tuple:
+    scale, _, fourths = _parts(data, 2, 104, 4)
+    return _floats(scale) * _pairs(fourths).mul_(2).add_(1), None
+
+
+def _iq1_s(data: torch.Tensor) -> tuple:
+    scale, _, groups = _parts(data, 2, 32, 16)
+    upper = groups[..., 1::2]
+    scale = _floats(scale) * ((upper >> 4) & 7).float().mul_(2).add_(1)
+    return scale, scale * torch.where(upper >> 7 == 0, 0.125, -0.125)
+
+
+def _iq1_m(data: torch.Tensor) -> tuple:
+    _, words = _parts(data, 48, 8)
+    words = words.contiguous().view(torch.int16).int() & 0xFFFF
+    places = torch.arange(4)
+    scale = (words >> 12 << 4 * places).sum(-1, keepdim=True).to(torch.int16).view(torch.float16).float()
+    thirds = (words.unsqueeze(-1) >> 3 * places & 7).flatten(-2).float()
+    return scale * thirds.mul_(2).add_(1) / 8, None  # its values are whole numbers, and an eighth more or less
+
+
 def _tq1_0(data: torch.Tensor) -> tuple:
     many, few, scale = _parts(data, 48, 4, 2)
     pieces = [_trits(many[..., :32], 5), _trits(many[..., 32:], 5), _trits(few, 4)]
@@ -158,6 +215,13 @@ KEPT = {
     "Q3_K": Kept("int3-g16", _q3_k),
     "Q5_K": Kept("int5-g32-asym", _q5_k),
     "Q6_K": Kept("int6-g16", _q6_k),
+    "IQ1_S": Kept("int2-g32-asym", partial(_looked_up, "IQ1_S", _iq1_s)),
+    "IQ1_M": Kept("int5-g16", partial(_looked_up, "IQ1_M", _iq1_m)),
+    "IQ2_XXS": Kept("int8-g32", partial(_looked_up, "IQ2_XXS", _iq2_xxs)),
+    "IQ2_XS": Kept("int8-g16", partial(_looked_up, "IQ2_XS", _iq2_xs)),
+    "IQ2_S": Kept("int8-g16", partial(_looked_up, "IQ2_S", _iq2_s)),
+    "IQ3_XXS": Kept("int6-g32", partial(_looked_up, "IQ3_XXS", _iq3_xxs)),
+    "IQ3_S": Kept("int5-g32", partial(_looked_up, "IQ3_S", _iq3_s)),
     "TQ1_0": Kept("int2-g256", _tq1_0),
     "TQ2_0": Kept("int2-g256", _tq2_0),
     "IQ4_NL": Kept("int8-g32", _iq4_nl),
@@ -192,6 +256,16 @@ def _planes(data: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes of so many bits ``(…, 8 / bits, bytes)`` int8: the lowest of all bytes, then the next of all."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8).unsqueeze(-1)
     return ((data.unsqueeze(-2) >> shifts) & ((1 << bits) - 1)).view(torch.int8)
+
+
+def _upper(data: torch.Tensor) -> torch.Tensor:
+    """The upper halves of bytes, float32."""
+    return (data >> 4).float()
+
+
+def _pairs(data: torch.Tensor) -> torch.Tensor:
+    """The halves of bytes, the lower before the upper one of each, float32."""
+    return torch.stack((data & 15, data >> 4), dim=-1).flatten(-2).float()
 
 
 def _trits(data: torch.Tensor, count: int) -> torch.Tensor:

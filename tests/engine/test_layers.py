@@ -78,7 +78,7 @@ def test_no_weight_is_further_off_than_its_codes_allow(name, rows, groups, magni
     codes, step, top = codes_of(tensors, fmt), step_of(tensors, fmt), 2 ** (fmt.bits - 1) - 1
     lowest = -top if fmt.kind == "int8" else -top - 1
     assert lowest <= codes.min() <= codes.max() <= top
-    # rounding of the scale lets the outermost code fall short by as many times half a bf16 unit of it as there are steps
+    # rounding of the scale lets the outermost code fall short by half a bf16 unit of it, once a step
     slack = BF16 * (largest + (2 * top + 1) * step * fmt.has_zeros)
     # a symmetric group reaches as far as its largest weight on that weight's side, a step less far on the other
     outermost = step if fmt.kind == "packed" and not fmt.has_zeros else step / 2

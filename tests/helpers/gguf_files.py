@@ -12,8 +12,8 @@ HALVES = {
     "Q4_K": (0, 2),
     "Q5_K": (0, 2),
     "Q6_K": (208,),
-    "IQ2_XXS": (0,),
-    "IQ3_S": (0,),
+    **dict.fromkeys(("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), (0,)),
+    "IQ1_M": (),
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
 }
@@ -31,6 +31,10 @@ def blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     for at in HALVES[kind.name]:
         small = noise.normal(0, 2e-3 / elements**0.5, (rows, count, 1)).astype(np.float16)
         data[:, :, at : at + 2] = small.view(np.uint8)
+    if kind.name == "IQ1_M":  # four bits of its scale in each of its last four words
+        small = np.full((rows, count, 1), 2e-4, np.float16).view(np.uint16)
+        upper = small >> np.arange(0, 16, 4, dtype=np.uint16) & 15
+        data[:, :, 49::2] = data[:, :, 49::2] & 15 | upper.astype(np.uint8) << 4
     return data.reshape(rows, -1)
 
 
