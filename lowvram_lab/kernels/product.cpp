@@ -233,9 +233,13 @@ Sum scaled(Sum what, float less, float by, float plus) {
 Sum add_products(Sum to, const Unit& unit, const Input* input) {
   return _mm512_dpbf16_ps(to, unit, (__m512bh)_mm512_loadu_si512(input));
 }
-Sum add_half(Sum to, const Unit& unit, const Input* input, int half) {
-  // not _mm512_mask_dpbf16_ps: GCC 12 takes but eight bits of its mask
-  return _mm512_mask_mov_ps(to, half ? 0xff00 : 0x00ff, add_products(to, unit, input));
+
+float wide(Input value) { return from_bf16(value); }
+using Two = Sum;  // the lower eight lanes are of a unit's first half
+Two two(float first, float second) { return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second)); }
+Sum add_halves(Sum to, const float* start, const Two& by) { return _mm512_fmadd_ps(load(start), by, to); }
+Sum add_halves(Sum to, const float* start, const Unit& unit, const Input* input, const Two& by) {
+  return _mm512_fmadd_ps(add_products(load(start), unit, input), by, to);
 }
 
 #elif defined(LOWVRAM_AVX2)
@@ -436,43 +440,50 @@ Sum add_half(Sum to, const Unit& unit, const Input* input, int half) {
 
 #endif
 
+#if !defined(LOWVRAM_AVX512)
+
+float wide(Input value) { return value; }
+struct Two {
+  float first, second;
+};
+Two two(float first, float second) { return {first, second}; }
+Sum add_halves(Sum to, const float* start, const Two& by) {
+  return add_scaled(add_scaled(to, load(start), by.first), load(start + LANES), by.second);
+}
+Sum add_halves(Sum to, const float* start, const Unit& unit, const Input* input, const Two& by) {
+  to = add_scaled(to, add_half(load(start), unit, input, 0), by.first);
+  return add_scaled(to, add_half(load(start + LANES), unit, input, 1), by.second);
+}
+
+#endif
+
+constexpr int64_t HALF_LANES = 8;  // that sum half a unit
+
 // The input as the kernel reads it: a unit of each row, then the next unit of each. And where the sum of each group and
 // row starts, lane by lane: at what the offset of its codes will have added too much.
 struct Prepared {
-  int64_t count, groups;
+  int64_t groups;
   std::vector<Input> input;
   std::vector<float> starts;
   Prepared(const float* rows, int64_t count, const Weight& weight, float added)
-      : count(count),
-        groups(weight.groups()),
+      : groups(weight.groups()),
         input(count * (weight.halves() ? weight.columns : groups * units_of(weight.group) * UNIT)),
-        starts(count * groups * LANES) {
+        starts(count * groups * (weight.halves() ? HALF_LANES : LANES)) {
     Input* to = input.data();
-    for (int64_t group = 0; group < groups; group += weight.halves() ? 2 : 1)
-      for (int64_t at = 0; at < std::max(weight.group, UNIT); at += UNIT)
+    float* start = starts.data();
+    const int64_t together = std::max(weight.group, weight.halves() ? UNIT : 0);
+    for (int64_t first = 0; first < weight.columns; first += together, start += count * lanes(weight))
+      for (int64_t at = 0; at < together; at += UNIT)
         for (int64_t row = 0; row < count; row++, to += UNIT) {
-          const float* from = rows + row * weight.columns + group * weight.group + at;
+          float unit[UNIT] = {}, sums[LANES] = {}, *its_start = start + row * lanes(weight);
+          std::memcpy(unit, rows + row * weight.columns + first + at, std::min(together - at, UNIT) * sizeof(float));
+          round_unit(unit, to, weight.halves() ? sums : its_start);
           if (weight.halves())
-            two_groups(from, to, group, row);
-          else
-            one_group(from, std::min(weight.group - at, UNIT), to, group, row);
+            for (int64_t i = 0; i < UNIT; i++) its_start[2 * i / UNIT * HALF_LANES + i % HALF_LANES] += wide(to[i]);
         }
     for (float& lane : starts) lane *= -added;
   }
-  float* start(int64_t group, int64_t row) { return starts.data() + (group * count + row) * LANES; }
-  void one_group(const float* from, int64_t codes, Input* to, int64_t group, int64_t row) {
-    float unit[UNIT] = {};
-    std::memcpy(unit, from, codes * sizeof(float));
-    round_unit(unit, to, start(group, row));
-  }
-  void two_groups(const float* from, Input* to, int64_t group, int64_t row) {
-    float sums[LANES] = {};
-    round_unit(from, to, sums);
-    for (int half = 0; half < 2; half++) {  // the same for one half, whose sums alone are kept
-      Input rounded[UNIT];
-      one_group(from + half * UNIT / 2, UNIT / 2, rounded, group + half, row);
-    }
-  }
+  static int64_t lanes(const Weight& weight) { return weight.halves() ? 2 * HALF_LANES : LANES; }
 };
 
 // Scales and zeros of a tile in float32: of group g and the tile's feature f at g * group_step + f * feature_step.
@@ -558,6 +569,24 @@ void features_of(const Values<FORMAT>& values, const Prepared& prepared, const W
     start += ROWS * LANES;
     scale += group_step;
   };
+  const auto add_two_groups = [&](const Unit* read, const Input* input) {
+    constexpr float ADDED = Values<FORMAT>::ADDED;
+    EACH(feature, FEATURES) {
+      const float* its_scale = scale + feature * feature_step;
+      const Two by = two(its_scale[0], its_scale[group_step]);
+      EACH(row, ROWS)
+        whole[feature][row] =
+            add_halves(whole[feature][row], start + 2 * HALF_LANES * row, read[feature], input + row * UNIT, by);
+      if (ADDED != 0 && zero) {
+        const float* its_zero = zero + feature * feature_step;
+        const Two plus = two(its_zero[0] / -ADDED, its_zero[group_step] / -ADDED);
+        EACH(row, ROWS) whole[feature][row] = add_halves(whole[feature][row], start + 2 * HALF_LANES * row, plus);
+      }
+    }
+    start += ROWS * 2 * HALF_LANES;
+    scale += 2 * group_step;
+    if (zero) zero += 2 * group_step;
+  };
   for (int64_t group = 0; group < groups; group += HALVES ? 2 : 1) {
     if (!HALVES) begin_group();
     for (int64_t unit = 0; unit < units; unit++, at += FORMAT::BYTES, input += ROWS * UNIT) {
@@ -566,12 +595,7 @@ void features_of(const Values<FORMAT>& values, const Prepared& prepared, const W
       Unit read[FEATURES];
       EACH(feature, FEATURES) read[feature] = values.template of<true>(at + feature * bytes);
       if (HALVES) {
-        EACH(half, 2) {
-          begin_group();
-          EACH(row, ROWS)
-            EACH(feature, FEATURES) part[feature][row] = add_half(part[feature][row], read[feature], input + row * UNIT, half);
-          end_group();
-        }
+        add_two_groups(read, input);
       } else {
         EACH(row, ROWS)
           EACH(feature, FEATURES) part[feature][row] = add_products(part[feature][row], read[feature], input + row * UNIT);

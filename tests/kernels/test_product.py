@@ -105,7 +105,8 @@ def test_it_is_the_product_with_the_dequantised_weight(name, way):
             tiled = rows > product.MOST_ROWS and number != product.INT4_BLOCKS and in_tiles(way)
             # a weight that is dequantised is rounded to bfloat16; nf4's sixteen values are also where it is not
             expected = x.double() @ (weight.bfloat16().double() if tiled else weight).T
-            assert relative_error(found.double(), expected) < (2e-3 if name == "nf4" else 3e-6)
+            # of two bits what is taken off for the codes' offset, 130, is large beside the sums
+            assert relative_error(found.double(), expected) < {"nf4": 2e-3, "int2": 1e-5}.get(name, 5e-6)
 
 
 @IN_EVERY_WAY
