@@ -33,7 +33,7 @@ from tests.helpers.tiny import (
     tiny_plan,
 )
 
-FORMATS = ("int2", "int3", "int3-g32", "int5", "int6", "int6-g32", "nf4")
+FORMATS = ("int2", "int3", "int3-g32", "int5", "int5-g32-asym", "int6", "int6-g16", "int6-g32", "nf4")
 ROUNDINGS = 2 * TOLERANCES["bf16"]
 """The kernel rounds inputs to bf16, the modules round weights and results."""
 
