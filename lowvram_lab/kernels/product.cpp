@@ -2,8 +2,8 @@
 //
 // A row of the weight is a stream of codes; 32 of them are a unit. Integers of 2 to 6 bits follow one another, the first
 // in the lowest bits; int8 codes are bytes; of nf4 codes two share a byte, the first in its upper half. Groups of codes
-// share a scale, and perhaps a zero: weight = code * scale + zero. A group is some units, or half of one. Of one row of the input and of several the sums are
-// taken in the same order: a row's result does not depend on how many there are.
+// share a scale, and perhaps a zero: weight = code * scale + zero. A group is some units, or half of one. Of one row of the
+// input and of several the sums are taken in the same order: a row's result does not depend on how many there are.
 //
 // Derived in: notebooks/06_the_engine.ipynb
 
@@ -535,8 +535,8 @@ struct Padded {
   }
 };
 
-// FEATURES rows of the weight at once: they share what is loaded of the input, and none waits for its own last sum. HALVES:
-// a group is half a unit.
+// FEATURES rows of the weight at once: they share what is loaded of the input, and none waits for its own last sum.
+// HALVES: a group is half a unit.
 template <class FORMAT, int ROWS, int FEATURES, bool HALVES>
 void features_of(const Values<FORMAT>& values, const Prepared& prepared, const Weight& weight, const Scales& scales,
                  Padded& padded, int64_t tile, int64_t first, float* out) {

@@ -127,9 +127,8 @@ def _iq4_xs(data: torch.Tensor) -> tuple:
     scale, upper, lower, nibbles = _parts(data, 2, 2, 4, 128)
     pairs = torch.arange(4, dtype=torch.uint8) * 2
     upper = ((upper.unsqueeze(-1) >> pairs) & 3).flatten(-2)
-    lower = torch.stack((lower & 15, lower >> 4), dim=-1).flatten(-2)
     codes = _nibbles(nibbles.reshape(*nibbles.shape[:-1], 8, 16))
-    return _IQ4[codes.int()], _floats(scale) * (lower + 16 * upper).float().sub_(32), None
+    return _IQ4[codes.int()], _floats(scale) * (_pairs(lower) + 16 * upper).sub_(32), None
 
 
 def _mxfp4(data: torch.Tensor) -> tuple:
