@@ -103,8 +103,9 @@ def _validated(
 def _fetched(source: Source, say: Callable[..., None], progress: bool) -> tuple[Checkpoint, str]:
     """A model's weights, and where they come from, in words."""
     checkpoint = source.checkpoint(progress)
-    marker = read_marker(checkpoint.files[0].parent) or {}
-    weights_from = marker.get("source", source.name)
+    # a .gguf file that is not read as it is has a directory made of it, whose marker names a path
+    place = (source.path(progress) if source.kind == "gguf" else checkpoint.files[0]).parent
+    weights_from = (read_marker(place) or {}).get("source", source.public_name)
     say(f"   weights from {weights_from}")
     return checkpoint, weights_from
 

@@ -135,7 +135,8 @@ class LayerQuantizer:
             if states and modules is not None and all(map(self.partial.finished, made)):
                 for run in CALIBRATION:
                     self._keep_on_disk(run, states.pop(run))
-                self._states, self.modules = states, modules
+                # copies: the file stays mapped, and on disk, as long as one of its tensors is there
+                self._states, self.modules = {run: of.clone() for run, of in states.items()}, modules
                 self.stream.embed(self.ids[:1])  # notes positions and mask
                 logger.info("going on after %s", self.shards[index])
                 return index + 1

@@ -21,9 +21,9 @@ from lowvram_lab.units import MiB
 INTERVAL_S = 0.005
 
 LARGE_BLOCK = 8 * MiB
-"""To ask the system for so much costs a thousandth of what is done with it."""
+"""To ask the system for so much costs little beside a product of such matrices."""
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass
@@ -114,4 +114,8 @@ def give_back_large_blocks() -> None:
     of a wide layer are about as large, and those of one layer leave holes that the next one's do not fit into.
     """
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc.mallopt(
+            _M_TRIM_THRESHOLD, 2 * LARGE_BLOCK
+        )  # else it stays at what it was by chance when the other was set

@@ -213,14 +213,19 @@ def read_part_elsewhere(
             raise _damaged(path, error) from error
         more, _ = read(len(data), 4 * len(data))  # a vocabulary takes megabytes
         if not more:
-            raise CheckpointError(
-                f"{path}: expected {size:,} bytes, as the answer says, found {len(data):,}; try again"
-            )
+            raise _short(path, size, len(data))
         data += more
     for name in header.tensors.keys() & set(small):
         kind, start, _ = header.places[name]
-        header.small[name] = read(start, start + _tensor_bytes(name, header.tensors[name], kind))[0]
+        wanted = _tensor_bytes(name, header.tensors[name], kind)
+        header.small[name], _ = read(start, start + wanted)
+        if len(header.small[name]) != wanted:
+            raise _short(path, wanted, len(header.small[name]))
     return header
+
+
+def _short(path: Path, expected: int, found: int) -> CheckpointError:
+    return CheckpointError(f"{path}: expected {expected:,} bytes of the server, found {found:,}; try again")
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

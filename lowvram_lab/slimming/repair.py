@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,16 +60,19 @@ def repair(
         stream: The whole model.
         removed: Indices of the layers that go.
         ids: Tokens ``(windows, tokens)``; half of the windows choose how strongly to regularise.
-        scratch: Where to keep the whole model's hidden states, ``tokens x hidden x 4`` bytes; by default a temporary
-            directory.
+        scratch: A directory for the whole model's hidden states, ``tokens x hidden x 4`` bytes; by default a temporary
+            one, which on some systems is in RAM.
         progress: Show a progress bar.
 
     Raises:
         LowvramError: See ``refuse_unrepairable``.
     """
     refuse_unrepairable(stream, ids)
-    with tempfile.TemporaryDirectory(dir=scratch) as folder:
-        return _repair(stream, removed, StatesOnDisk(stream.embed(ids), Path(folder) / "whole"), progress)
+    with tempfile.TemporaryDirectory() if scratch is None else nullcontext(scratch) as folder:
+        file = Path(folder) / "whole.bin"  # always the same one: a run that is killed leaves no second
+        found = _repair(stream, removed, StatesOnDisk(stream.embed(ids), file), progress)
+        file.unlink()
+    return found
 
 
 def _repair(stream: LayerByLayer, removed: Collection[int], whole: StatesOnDisk, progress: bool) -> Repair:

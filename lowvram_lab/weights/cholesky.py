@@ -13,7 +13,7 @@ def factor_(symmetric: torch.Tensor) -> torch.Tensor | None:
     Returns:
         ``(n, n)``, in the matrix's own storage; ``None`` where it has no factor (rounded, it is not positive definite).
     """
-    factor, failed = symmetric.mT, torch.empty((), dtype=torch.int32)
+    factor, failed = symmetric.mT, symmetric.new_empty((), dtype=torch.int32)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
     return None if failed else factor
 

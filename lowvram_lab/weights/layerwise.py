@@ -33,6 +33,9 @@ TRIMMED_BYTES = 64 * MiB
 class LayerByLayer:
     """A 16-bit checkpoint, run layer by layer.
 
+    Where a layer takes more than ``TRIMMED_BYTES``, this process returns large blocks of memory as soon as they are
+    freed, from then on (``give_back_large_blocks``).
+
     Args:
         spec: The model; one whose checkpoint is not quantised.
         checkpoint: Its tensors.

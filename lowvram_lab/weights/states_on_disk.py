@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lowvram_lab.errors import LowvramError
 from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
 
 
@@ -15,11 +16,19 @@ class StatesOnDisk:
     Args:
         states: What they are at first.
         file: Where to keep them; what is there is written over. Whoever made its directory removes it.
+
+    Raises:
+        LowvramError: They cannot be written.
     """
 
     def __init__(self, states: torch.Tensor, file: Path):
+        if states.dtype != torch.float32:
+            raise LowvramError(f"expected hidden states in float32, found {states.dtype}")
         self._file, self._shape = file, tuple(states.shape)
-        states.numpy().tofile(file)
+        try:
+            states.numpy().tofile(file)
+        except OSError as error:
+            raise LowvramError(f"cannot write {file}: {error}; make room, then run the same command again") from error
 
     @property
     def tokens(self) -> int:

