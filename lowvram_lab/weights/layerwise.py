@@ -30,6 +30,11 @@ TRIMMED_BYTES = 64 * MiB
 """A layer larger than this leaves gaps in the heap that the next one does not fit into: it goes back to the system."""
 
 
+def windows_at_once(tokens: int) -> int:
+    """Windows of so many tokens that go through a layer in one forward pass."""
+    return max(1, TOKENS_AT_ONCE // tokens)
+
+
 class LayerByLayer:
     """A 16-bit checkpoint, run layer by layer.
 
@@ -147,10 +152,9 @@ class LayerByLayer:
 
     def run(self, layer: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """``(windows, tokens, hidden)`` through one layer, with whatever autograd mode is on."""
-        step = max(1, TOKENS_AT_ONCE // hidden.shape[1])
         positional, by_name = self._arguments
         pieces = []
-        for piece in hidden.split(step):
+        for piece in hidden.split(windows_at_once(hidden.shape[1])):
             beside = [_for_all(value, len(piece)) for value in positional]
             named = {name: _for_all(value, len(piece)) for name, value in by_name.items()}
             pieces.append(layer(piece, *beside, **named))
@@ -160,7 +164,7 @@ class LayerByLayer:
     @torch.no_grad()
     def run_in_place(self, layer: torch.nn.Module, hidden: torch.Tensor) -> None:
         """Like ``run``, writing over ``hidden``: calibration states are never held twice."""
-        for window in hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])):
+        for window in hidden.split(windows_at_once(hidden.shape[1])):
             window.copy_(self.run(layer, window))
 
     def predictor(self) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from lowvram_lab.errors import LowvramError
-from lowvram_lab.weights.layerwise import TOKENS_AT_ONCE, LayerByLayer
+from lowvram_lab.weights.layerwise import LayerByLayer, windows_at_once
 
 
 class StatesOnDisk:
@@ -47,7 +47,7 @@ class StatesOnDisk:
             at_once: How many; by default those of a forward pass.
         """
         count, tokens, hidden = self._shape
-        step = at_once or max(1, TOKENS_AT_ONCE // tokens)
+        step = at_once or windows_at_once(tokens)
         nbytes = tokens * hidden * np.dtype(np.float32).itemsize
         for first in range(0, count, step):
             shape = (min(step, count - first), tokens, hidden)
