@@ -5,13 +5,16 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-from lowvram_lab.errors import UnitError
+from lowvram_lab.errors import LowvramError, UnitError
 from lowvram_lab.files import cache_dir, writable
 from lowvram_lab.model.formats import LOADING_SOLVERS
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
+from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.profile import MemoryProfile
+from lowvram_lab.planner.suited import names_its_dtype
 from lowvram_lab.units import format_bytes, parse_bytes, parse_tokens
 
 
@@ -67,6 +70,23 @@ def add_solver_option(parser: argparse.ArgumentParser) -> None:
         help="of weights that are quantised while loading: search (by error), or rtn, round to nearest, which is "
         "quicker and loses more (search)",
     )
+
+
+def plan_of_file(args: argparse.Namespace, spec: ModelSpec) -> Plan:
+    """The plan of ``--plan``, perhaps for another context."""
+    if args.dtype:
+        raise LowvramError("--dtype goes with --format: a plan file says its own")
+    plan = Plan.from_json(Path(args.plan), spec)
+    return replace(plan, context=args.context or plan.context)
+
+
+def stated_dtype(args: argparse.Namespace, recipe: str | None, spec: ModelSpec) -> str | None:
+    """What ``--dtype`` says of a recipe, ``None`` for the planner's choice; refuses it where that says its own."""
+    if args.dtype and recipe is None:
+        raise LowvramError("--dtype goes with --format: without it the planner chooses that by itself")
+    if args.dtype and names_its_dtype(recipe, spec):
+        raise LowvramError(f"--dtype is for recipes that compute in any, found {recipe}, which says its own")
+    return args.dtype
 
 
 def with_settings(args: argparse.Namespace, plan: Plan) -> Plan:

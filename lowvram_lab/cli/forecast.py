@@ -50,9 +50,9 @@ def run_forecast(args: argparse.Namespace) -> int:
     budget = GpuBudget.parse(args.gpu, args.cuda_context, args.card) if args.gpu else None
     _check_picture(args.plot)
     _, spec = spec_of(args.model)
-    plan = stated_plan(args, spec, budget or DryRunGpu(None), "fp16")
-    workload = Workload.full_context(plan.context, batch_size=args.batch)
     gpu = open_gpu(budget) if args.compare else budget
+    plan = stated_plan(args, spec, gpu or DryRunGpu(None), "fp16")
+    workload = Workload.full_context(plan.context, batch_size=args.batch)
     profile = forecast(plan, gpu, workload=workload, timeline=bool(args.plot))
     found = suggest(plan, gpu) if budget and not profile.fits else []
     profile = replace(profile, suggestions=tuple(map(str, found)))

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from lowvram_lab.cli.common import (
     add_solver_option,
+    plan_of_file,
     positive,
     print_json,
     size,
     spec_of,
+    stated_dtype,
     table_note,
     tokens,
     with_settings,
@@ -21,7 +23,7 @@ from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
 from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
-from lowvram_lab.model.formats import canonical_name
+from lowvram_lab.model.formats import DTYPES, canonical_name, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import DEVICES, PRECISIONS, check_precision, has_low_plane
 from lowvram_lab.model.spec import ModelSpec
@@ -31,7 +33,7 @@ from lowvram_lab.planner.forecast import forecast
 from lowvram_lab.planner.moves import head_modules
 from lowvram_lab.planner.profile import SpeedProfile
 from lowvram_lab.planner.speed import forecast_speed
-from lowvram_lab.planner.suited import RECIPES, names_its_dtype, sixteen_bits
+from lowvram_lab.planner.suited import RECIPES, computes_in, sixteen_bits
 from lowvram_lab.planner.tune import tune
 from lowvram_lab.rates.machine import Machine
 from lowvram_lab.units import format_bytes, parse_bytes
@@ -85,10 +87,20 @@ def add_plan_options(parser: argparse.ArgumentParser, *, chooses: bool = True) -
     )
     parser.add_argument("--prefill-chunk", type=tokens, metavar="N", help="read prompts N tokens at a time (at once)")
     parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, int4, or the model's own 16 bits")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
-    add_solver_option(parser)
+    _add_arithmetic_options(parser)
     _add_plane_options(parser)
     _add_remember_options(parser)
+
+
+def _add_arithmetic_options(parser: argparse.ArgumentParser) -> None:
+    """In which numbers and on how many cores, and how weights get into theirs."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="activations (16 bits that suit the card; fp32 for a file's codes that run in RAM, without --gpu)",
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
+    add_solver_option(parser)
 
 
 def _add_plane_options(parser: argparse.ArgumentParser) -> None:
@@ -147,14 +159,12 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
     if args.context == LONGEST and (args.plan or args.format or default_format):
         raise LowvramError("--context longest is for the planner: give it --gpu, and neither --format nor --plan")
     if args.plan:
-        plan = Plan.from_json(Path(args.plan), spec)
-        if args.context:
-            plan = replace(plan, context=args.context)
+        plan = plan_of_file(args, spec)
     elif args.format or default_format:
         recipe = args.format or ("stored" if spec.as_it_is else default_format)
         if recipe == SIXTEEN_BITS:
             recipe = sixteen_bits(spec, card, args.context)
-        dtype = None if names_its_dtype(recipe, spec) else sixteen_bits(spec, card, args.context)
+        dtype = stated_dtype(args, recipe, spec) or computes_in(recipe, spec, card, args.context)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048, dtype=dtype)
     elif given := [f"--{name.replace('_', '-')}" for name in CHOSEN if getattr(args, name) is not None]:
         verb = "goes" if len(given) == 1 else "go"
@@ -162,6 +172,7 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
             f"{' and '.join(given)} {verb} with --format or --plan: without them the planner chooses that by itself"
         )
     else:
+        stated_dtype(args, None, spec)
         return None
     if args.gpu_layers is not None or args.disk_layers is not None:
         on_gpu = plan.layer_devices().count("gpu") if args.gpu_layers is None else args.gpu_layers
@@ -214,6 +225,8 @@ def options_between(before: Plan, after: Plan, from_file: bool = False) -> str:
         if recipe is None:
             return ""
         made, words = recipes[recipe], [f"--format {recipe}"]
+        if before.dtype == "fp32" != after.dtype and get_format(recipe).kind != "float":
+            words.append(f"--dtype {after.dtype}")  # where --dtype asked for float32, it would still
     made = replace(made, context=after.context, prefill_chunk=after.prefill_chunk, stream_from=before.stream_from)
     words += [f"--context {after.context}"] if after.context != before.context else []
     if (layers := after.layer_devices().count("gpu")) != made.layer_devices().count("gpu"):

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lowvram_lab.cli.common import print_json, prose, spec_of, with_settings
+from lowvram_lab.cli.common import plan_of_file, print_json, prose, spec_of, stated_dtype, with_settings
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
@@ -64,6 +64,7 @@ def plan_for_target(args: argparse.Namespace) -> int:
         chosen = {"disk": args.disk, "prefer": args.prefer or "balance", "kv_format": args.kv}
         if args.disk_layers is not None or args.precision:
             raise LowvramError("--disk-layers and --precision go with --format or --plan: the planner has --disk")
+        stated_dtype(args, None, spec)
         choice = plan_on(spec, target, args.context or 2048, **chosen, **settings)
         choice = replace(choice, plan=replace(choice.plan, solver=args.solver or choice.plan.solver))
     if args.output:
@@ -103,12 +104,13 @@ def forecast_for_target(args: argparse.Namespace) -> int:
 def _stated(args: argparse.Namespace, spec: ModelSpec, target: Target) -> Plan:
     """The plan that the options state, with everything on the CPU."""
     if args.plan:
-        plan = Plan.from_json(Path(args.plan), spec)
-        plan = replace(plan, context=args.context or plan.context)
+        plan = plan_of_file(args, spec)
         plan = plan if args.disk_layers is None else to_cpu(plan, args.disk_layers)
     else:
         recipe = args.format or ("stored" if spec.as_it_is else "bf16")
-        plan = to_cpu(Plan.uniform(spec, recipe, context=args.context or 2048), args.disk_layers or 0)
+        dtype = stated_dtype(args, recipe, spec)
+        plan = Plan.uniform(spec, recipe, context=args.context or 2048, dtype=dtype)
+        plan = to_cpu(plan, args.disk_layers or 0)
     plan = with_settings(args, plan)
     return replace(plan, threads=threads_of(target, plan.threads), precision=args.precision or plan.precision)
 

@@ -73,6 +73,19 @@ def sixteen_bits(spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> 
     return RECIPES[0] if _has_all(gpu) else _lower_peak(spec, gpu, context)[0]
 
 
+def computes_in(recipe: str, spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> str | None:
+    """In which dtype a recipe computes on a card, see ``sixteen_bits``; ``None`` where it says so itself.
+
+    Codes of a file in RAM without a limit, if no matrix is of floats, are multiplied in float32, which takes no longer:
+    bf16's rounding is further from the model than codes are (``benchmarks/results/gguf_files_cpu.json``).
+    """
+    if names_its_dtype(recipe, spec):
+        return None
+    in_ram = isinstance(gpu, Gpu) and gpu.kernels == "cpu" and gpu.budget is None
+    floats = [module for module in spec.modules if module.kind != "other" and module.name not in spec.held]
+    return "fp32" if recipe == "stored" and in_ram and not floats else sixteen_bits(spec, gpu, context)
+
+
 def suited(spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> tuple[tuple[str, ...], str, str]:
     """Recipes for a card, the most precise first.
 

@@ -66,6 +66,16 @@ def test_one_end_of_a_tied_model_brings_the_other():
     assert typed(spec, "--on-cpu", "head").modules[spec.embedding].device == "cpu"
 
 
+def test_activations_have_an_option_that_a_suggestion_takes_back():
+    spec = tiny_spec("qwen2")
+    whole = Plan.uniform(spec, "int8", context=64, dtype="fp32")
+    assert typed(spec, "--dtype", "fp32") == whole
+    after = Plan.uniform(spec, "int4", context=64)
+    words = options_between(whole, after).split()
+    assert words == ["--format", "int4", "--dtype", "bf16"]
+    assert typed(spec, "--dtype", "fp32", *words) == after
+
+
 def test_a_suggestion_without_options_names_none():
     spec = tiny_spec("qwen2")
     plan = Plan.uniform(spec, "bf16", context=64)

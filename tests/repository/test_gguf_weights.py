@@ -3,6 +3,7 @@
 No arithmetic of gguf-py's is in the library's way to read codes, none of the library's in what is compared with.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lowvram_lab import files
+from lowvram_lab.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.decoding.lean import decoder_for
 from lowvram_lab.engine.load import load
 from lowvram_lab.errors import CheckpointError, PlanError
@@ -23,6 +25,7 @@ from lowvram_lab.evaluation.fidelity import load_reference
 from lowvram_lab.faces.split import SplitState, recipes_of, split_plan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
+from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import StandInGpu
 from lowvram_lab.model.checkpoint import Checkpoint
 from lowvram_lab.model.formats import get_format
@@ -423,3 +426,28 @@ def test_for_speed_no_recipe_takes_more_bytes_than_the_file(tmp_path):
     held = Plan.uniform(spec, "stored", context=64).weight_bytes()
     assert offered[0] == "stored" and "int6" not in offered
     assert all(Plan.uniform(spec, name, context=64).weight_bytes() < held for name in offered[1:])
+
+
+def chosen(spec, gpu, *words):
+    parser = argparse.ArgumentParser()
+    add_plan_options(parser)
+    return chosen_plan(parser.parse_args(["a model", "--context", "64", *words]), spec, gpu)[0]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kernels", "words", "dtype"),
+    [
+        ((), "cpu", (), "fp32"),
+        ((), "cpu", ("--format", "stored"), "fp32"),
+        ((), "cpu", ("--format", "stored", "--dtype", "bf16"), "bf16"),
+        ((), "cpu", ("--format", "int8"), "bf16"),
+        ((), "cuda", (), "bf16"),
+        ((), "cpu", ("--gpu", "64MiB"), "bf16"),
+        ((("output", "F16"),), "cpu", (), "bf16"),
+    ],
+)
+def test_codes_of_a_file_in_ram_compute_in_float32(tmp_path, kinds, kernels, words, dtype):
+    write_gguf(tmp_path / "a.gguf", LlamaForCausalLM(LlamaConfig(**SIZES)), kind="Q8_0", kinds=kinds)
+    budget = GpuBudget.parse(words[1], 0) if "--gpu" in words else None
+    plan = chosen(find_source(tmp_path / "a.gguf").spec(), DryRunGpu(budget, kernels), *words)
+    assert plan.dtype == plan.kv_format == dtype
