@@ -3,7 +3,8 @@
     python benchmarks/gguf_files.py SmolLM2-135M-Instruct.Q4_1.gguf qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
 KL and the share of equal most likely tokens, both models in float32 and both with activations in bfloat16, on the
-library's own bilingual text or a file. Kept by the file's name in results/gguf_files_cpu.json.
+library's own bilingual text or a file. And of stock transformers in bfloat16 beside itself in float32: what that
+dtype's rounding costs, whatever weights are held in. Kept by the file's name in results/gguf_files_cpu.json.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from lowvram_lab.units import MiB
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = ("fp32", "bf16")
+STOCK = "stock bf16 to fp32"
 
 
 def bytes_by_type(path: Path) -> dict[str, int]:
@@ -42,11 +44,16 @@ def measured(path: Path, text: str, tokens: int) -> dict:
     size = Plan.uniform(spec, "stored", context=1024).weight_bytes()
     formats = Counter(spec.held.values())
     found = {"types": types, "file_bytes": sum(types.values()), "formats": dict(formats), "weight_bytes": size}
+    references = {}
+
+    def compare(model, reference):
+        return fidelity(model, reference, source.tokenizer(), text, tokens=tokens, progress=False).to_dict()
+
     for dtype in DTYPES:
         plan = Plan.uniform(spec, "stored", context=1024, dtype=dtype).with_modules("*", device="cpu")
-        model, reference = load(plan, StandInGpu(None), progress=False), load_reference(plan, progress=False)
-        found[dtype] = fidelity(model, reference, source.tokenizer(), text, tokens=tokens, progress=False).to_dict()
-        del model, reference
+        references[dtype] = load_reference(plan, progress=False)
+        found[dtype] = compare(load(plan, StandInGpu(None), progress=False), references[dtype])
+    found[STOCK] = compare(references["bf16"], references["fp32"])
     return found
 
 
@@ -63,8 +70,8 @@ def main() -> None:
         found = measured(path, text, args.tokens)
         keep(args.output, path.name, found)
         row = {"file": path.name, "file MiB": found["file_bytes"] / MiB, "here MiB": found["weight_bytes"] / MiB}
-        for dtype in DTYPES:
-            row |= {f"KL {dtype}": found[dtype]["kl_mean"], f"top-1 {dtype}": found[dtype]["top1_agreement"]}
+        for each in (*DTYPES, STOCK):
+            row |= {f"KL {each}": found[each]["kl_mean"], f"top-1 {each}": found[each]["top1_agreement"]}
         rows.append(row)
         print(pandas.DataFrame(rows).to_string(index=False), flush=True)
 
