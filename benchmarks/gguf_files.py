@@ -4,7 +4,8 @@
 
 KL and the share of equal most likely tokens, both models in float32 and both with activations in bfloat16, on the
 library's own bilingual text or a file. And of stock transformers in bfloat16 beside itself in float32: what that
-dtype's rounding costs, whatever weights are held in. Kept by the file's name in results/gguf_files_cpu.json.
+dtype's rounding costs, whatever weights are held in. Kept by the names of file and text in
+results/gguf_files_cpu.json.
 """
 
 import argparse
@@ -68,7 +69,7 @@ def main() -> None:
     text, rows = args.text.read_text(encoding="utf-8") if args.text else sample_text(), []
     for path in args.files:
         found = measured(path, text, args.tokens)
-        keep(args.output, path.name, found)
+        keep(args.output, f"{path.name}, {args.text.stem if args.text else 'bilingual'}", found)
         row = {"file": path.name, "file MiB": found["file_bytes"] / MiB, "here MiB": found["weight_bytes"] / MiB}
         for each in (*DTYPES, STOCK):
             row |= {f"KL {each}": found[each]["kl_mean"], f"top-1 {each}": found[each]["top1_agreement"]}

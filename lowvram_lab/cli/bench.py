@@ -3,13 +3,10 @@
 import argparse
 import sys
 
-import torch
-
-from lowvram_lab.cli.common import positive, print_json, prose, several, spec_of, tokens
+from lowvram_lab.cli.common import dry_gpu, positive, print_json, prose, several, spec_of, tokens
 from lowvram_lab.cli.plan import LONGEST, add_plan_options, chosen_plan
 from lowvram_lab.errors import LowvramError
 from lowvram_lab.memory.budget import GpuBudget
-from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.peers.bench import BenchSettings, bench, peer_names
 
 
@@ -56,7 +53,7 @@ def run_bench(args: argparse.Namespace) -> int:
     if not args.plan:
         args.context = args.context or settings.context
     # the card itself is for the engines: what fits is asked of a dry run
-    plan, *_ = chosen_plan(args, spec, DryRunGpu(budget, "cuda" if torch.cuda.is_available() else "cpu"))
+    plan, *_ = chosen_plan(args, spec, dry_gpu(budget))
     found = bench(
         source.name,
         budget,

@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from lowvram_lab.errors import LowvramError, UnitError
 from lowvram_lab.files import cache_dir, writable
-from lowvram_lab.model.formats import LOADING_SOLVERS
+from lowvram_lab.memory.budget import GpuBudget
+from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.model.formats import LOADING_SOLVERS, get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.source import Source, find_source
 from lowvram_lab.model.spec import ModelSpec
@@ -80,13 +84,16 @@ def plan_of_file(args: argparse.Namespace, spec: ModelSpec) -> Plan:
     return replace(plan, context=args.context or plan.context)
 
 
-def stated_dtype(args: argparse.Namespace, recipe: str | None, spec: ModelSpec) -> str | None:
-    """What ``--dtype`` says of a recipe, ``None`` for the planner's choice; refuses it where that says its own."""
-    if args.dtype and recipe is None:
-        raise LowvramError("--dtype goes with --format: without it the planner chooses that by itself")
-    if args.dtype and names_its_dtype(recipe, spec):
-        raise LowvramError(f"--dtype is for recipes that compute in any, found {recipe}, which says its own")
+def stated_dtype(args: argparse.Namespace, recipe: str) -> str | None:
+    """What ``--dtype`` says, or ``None``; refuses another than a recipe's own."""
+    if args.dtype and names_its_dtype(recipe) and get_format(recipe).name != args.dtype:
+        raise LowvramError(f"weights in {recipe} compute in {recipe}: leave --dtype out, or take --format {args.dtype}")
     return args.dtype
+
+
+def dry_gpu(budget: GpuBudget | None) -> DryRunGpu:
+    """A GPU to imitate what this machine would run a plan on: its card, or RAM in the place of one."""
+    return DryRunGpu(budget, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def with_settings(args: argparse.Namespace, plan: Plan) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from lowvram_lab.cli.common import positive, print_json, prose, spec_of, table_note
+from lowvram_lab.cli.common import dry_gpu, positive, print_json, prose, spec_of, table_note
 from lowvram_lab.cli.plan import add_card_option, add_plan_options, options_between, stated_plan
 from lowvram_lab.cli.target import add_target_option, forecast_for_target
 from lowvram_lab.engine.load import load
@@ -15,7 +15,6 @@ from lowvram_lab.errors import LowvramError
 from lowvram_lab.files import write_atomically
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.cuda import open_gpu
-from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.memory.gpu import Gpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.rules import BLOCK_TOKENS
@@ -51,7 +50,7 @@ def run_forecast(args: argparse.Namespace) -> int:
     _check_picture(args.plot)
     _, spec = spec_of(args.model)
     gpu = open_gpu(budget) if args.compare else budget
-    plan = stated_plan(args, spec, gpu or DryRunGpu(None), "fp16")
+    plan = stated_plan(args, spec, gpu or dry_gpu(None), "fp16")
     workload = Workload.full_context(plan.context, batch_size=args.batch)
     profile = forecast(plan, gpu, workload=workload, timeline=bool(args.plot))
     found = suggest(plan, gpu) if budget and not profile.fits else []

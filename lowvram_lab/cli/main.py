@@ -1,6 +1,7 @@
 """The ``lowvram`` command. Results on stdout, progress on stderr; a user's mistake is one line and exit status 2."""
 
 import argparse
+import difflib
 import importlib
 import logging
 import os
@@ -59,7 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     try:
         _refuse_sizes_in_two_words(words)
-        args = _parser(words).parse_args(words)
+        args, unknown = _parser(words).parse_known_args(words)
+        if unknown:
+            raise LowvramError(_unknown(args.command, args.help_text(), unknown))
         return args.run(args)
     except LowvramError as error:
         return _complain(str(error))
@@ -76,6 +79,14 @@ def _run(words: list[str]) -> int:
         if os.environ.get("LOWVRAM_TRACEBACK"):
             raise
         return _complain(_unexpected(error))
+
+
+def _unknown(command: str, help_text: str, words: list[str]) -> str:
+    """What to say of words that a command does not take."""
+    option = next((word.partition("=")[0] for word in words if word.startswith("-")), "")
+    near = difflib.get_close_matches(option, set(re.findall("--[a-z][a-z0-9-]+", help_text)), n=1) if option else []
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{command}: unrecognized arguments: {' '.join(words)}{hint} (see lowvram {command} --help)"
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -126,7 +137,7 @@ def _parser(arguments: list[str]) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help)
         if name == asked:
             module = importlib.import_module(f"lowvram_lab.cli.{file}")
-            command.set_defaults(run=getattr(module, f"run_{name}"))
+            command.set_defaults(run=getattr(module, f"run_{name}"), help_text=command.format_help)
             command.add_argument("--json", action="store_true", help="print JSON on stdout, everything else on stderr")
             if add_arguments := getattr(module, f"add_{name}", None):  # doctor and models have none
                 add_arguments(command)

@@ -5,6 +5,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from lowvram_lab.cli.common import (
     add_solver_option,
     plan_of_file,
@@ -86,7 +88,7 @@ def add_plan_options(parser: argparse.ArgumentParser, *, chooses: bool = True) -
         help="from N tokens on, a prompt brings CPU layers' weights to the GPU",
     )
     parser.add_argument("--prefill-chunk", type=tokens, metavar="N", help="read prompts N tokens at a time (at once)")
-    parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, int4, or the model's own 16 bits")
+    parser.add_argument("--kv", metavar="NAME", help="KV cache: int8, int4, or the activations' dtype")
     _add_arithmetic_options(parser)
     _add_plane_options(parser)
     _add_remember_options(parser)
@@ -164,7 +166,7 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
         recipe = args.format or ("stored" if spec.as_it_is else default_format)
         if recipe == SIXTEEN_BITS:
             recipe = sixteen_bits(spec, card, args.context)
-        dtype = stated_dtype(args, recipe, spec) or computes_in(recipe, spec, card, args.context)
+        dtype = stated_dtype(args, recipe) or computes_in(recipe, spec, card, args.context)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048, dtype=dtype)
     elif given := [f"--{name.replace('_', '-')}" for name in CHOSEN if getattr(args, name) is not None]:
         verb = "goes" if len(given) == 1 else "go"
@@ -172,7 +174,6 @@ def stated_plan(args: argparse.Namespace, spec: ModelSpec, card: GpuBudget | Gpu
             f"{' and '.join(given)} {verb} with --format or --plan: without them the planner chooses that by itself"
         )
     else:
-        stated_dtype(args, None, spec)
         return None
     if args.gpu_layers is not None or args.disk_layers is not None:
         on_gpu = plan.layer_devices().count("gpu") if args.gpu_layers is None else args.gpu_layers
@@ -225,8 +226,9 @@ def options_between(before: Plan, after: Plan, from_file: bool = False) -> str:
         if recipe is None:
             return ""
         made, words = recipes[recipe], [f"--format {recipe}"]
-        if before.dtype == "fp32" != after.dtype and get_format(recipe).kind != "float":
-            words.append(f"--dtype {after.dtype}")  # where --dtype asked for float32, it would still
+        in_floats = any(get_format(assignment.format).kind != "float" for assignment in before.modules.values())
+        if before.dtype == "fp32" != after.dtype and in_floats:
+            words.append(f"--dtype {after.dtype}")
     made = replace(made, context=after.context, prefill_chunk=after.prefill_chunk, stream_from=before.stream_from)
     words += [f"--context {after.context}"] if after.context != before.context else []
     if (layers := after.layer_devices().count("gpu")) != made.layer_devices().count("gpu"):
@@ -300,6 +302,7 @@ def _chosen_plan(args: argparse.Namespace, spec: ModelSpec, gpu: Gpu):
         prefer=args.prefer or "balance",
         gpu_layers=args.gpu_layers,
         kv_format=args.kv,
+        dtype=args.dtype,
         threads=args.threads,
     )
     if args.remember or args.remember_ram:
@@ -369,16 +372,26 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _speed(plan: Plan, ram: str | None) -> SpeedProfile:
-    """The plan's forecast speed; says once that rates are measured for it, where they are not known yet."""
-    told = []
+    """The plan's forecast speed; says which rates are measured for it, where they are not known yet."""
+    bar = None
 
     def tell(name: str) -> None:
-        if not told:
-            print("measuring how fast this machine is, for the speed: minutes the first time ...", file=sys.stderr)
-        told.append(name)
+        nonlocal bar
+        if bar is None:
+            print(
+                "measuring how fast this machine is, for the speed: minutes the first time, and where other work "
+                "disturbed it ...",
+                file=sys.stderr,
+            )
+            bar = tqdm(unit="rate", leave=False, disable=not sys.stderr.isatty())
+        bar.set_description(name, refresh=False)
+        bar.update()
 
     for_model = max(1, parse_bytes(ram) - plan.remembered_ram_bytes) if ram else None
-    return forecast_speed(plan, machine=Machine(on_measure=tell), ram=for_model)
+    found = forecast_speed(plan, machine=Machine(on_measure=tell), ram=for_model)
+    if bar is not None:
+        bar.close()
+    return found
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:

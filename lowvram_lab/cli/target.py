@@ -7,11 +7,13 @@ from pathlib import Path
 
 from lowvram_lab.cli.common import plan_of_file, print_json, prose, spec_of, stated_dtype, with_settings
 from lowvram_lab.errors import LowvramError
+from lowvram_lab.memory.dry_run import DryRunGpu
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.model.spec import ModelSpec
 from lowvram_lab.planner.on_target import TargetChoice, forecast_on, plan_on, threads_of, to_cpu
 from lowvram_lab.planner.profile import Workload
 from lowvram_lab.planner.speed import forecast_speed
+from lowvram_lab.planner.suited import computes_in
 from lowvram_lab.rates.target import Target, find_target, targets
 from lowvram_lab.units import GiB
 
@@ -62,9 +64,8 @@ def plan_for_target(args: argparse.Namespace) -> int:
     else:
         settings = {name: getattr(args, name) for name in ("threads", "prefill_chunk", "remember", "remember_ram")}
         chosen = {"disk": args.disk, "prefer": args.prefer or "balance", "kv_format": args.kv}
-        if args.disk_layers is not None or args.precision:
-            raise LowvramError("--disk-layers and --precision go with --format or --plan: the planner has --disk")
-        stated_dtype(args, None, spec)
+        if args.disk_layers is not None or args.precision or args.dtype:
+            raise LowvramError("--disk-layers, --precision and --dtype go with --format: the planner chooses that")
         choice = plan_on(spec, target, args.context or 2048, **chosen, **settings)
         choice = replace(choice, plan=replace(choice.plan, solver=args.solver or choice.plan.solver))
     if args.output:
@@ -108,7 +109,7 @@ def _stated(args: argparse.Namespace, spec: ModelSpec, target: Target) -> Plan:
         plan = plan if args.disk_layers is None else to_cpu(plan, args.disk_layers)
     else:
         recipe = args.format or ("stored" if spec.as_it_is else "bf16")
-        dtype = stated_dtype(args, recipe, spec)
+        dtype = stated_dtype(args, recipe) or computes_in(recipe, spec, DryRunGpu(None, "cpu"), args.context)
         plan = Plan.uniform(spec, recipe, context=args.context or 2048, dtype=dtype)
         plan = to_cpu(plan, args.disk_layers or 0)
     plan = with_settings(args, plan)

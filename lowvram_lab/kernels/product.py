@@ -55,6 +55,7 @@ LONGEST_FORMAT = INT4_BLOCKS + _SHORTEST
 _LENGTHS = torch.zeros(LONGEST_FORMAT, dtype=torch.uint8)
 _BITS = {0: 4, INT4_BLOCKS: 4}
 _BFLOAT16, _FLOAT32, _WITH_ZEROS = range(3)
+_HALF_UNIT = 16  # the smallest group: two are read together, and none is of 4 bits
 
 
 def _on_cpu(
@@ -68,6 +69,8 @@ def _on_cpu(
     sizes = []
     for its_scales, rows_of_it, format in zip(scales, features, formats, strict=True):
         kind, groups, step = _lie(its_scales, rows_of_it)
+        if columns // groups == _HALF_UNIT and (format == 4 or columns % (2 * _HALF_UNIT)):
+            raise RuntimeError(f"expected groups of {2 * _HALF_UNIT} or more of {format} bits in {columns} columns")
         sizes += [kind, rows_of_it, format, columns // groups, step]
     addresses = ctypes.c_void_p * several
     kernels.lowvram_products(

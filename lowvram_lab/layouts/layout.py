@@ -22,7 +22,7 @@ GROUPS = (256, 128, 64, 32)
 """Sizes of groups that formats of 2 to 6 bits have, largest first."""
 
 SMALL_GROUP = 16
-IN_SMALL_GROUPS = ((2, True), (3, False), (5, False), (6, False))
+IN_SMALL_GROUPS = ((2, True), (3, False), (5, False), (6, False), (8, False))
 """Bits, and whether there are zeros, of formats that have such groups too."""
 
 INT8_GROUP = 32

@@ -165,7 +165,8 @@ class Format:
         if module_kind not in self.modules:
             return f"{self.name} is for {' and '.join(self.modules)} modules, found a module of kind {module_kind}"
         rows, columns = shape
-        together = max(self.group_size or 1, 32 if self.kind == "packed" else 1)  # codes that are packed together
+        unit = 32 if self.kind == "packed" or self.group_size else 1  # codes that kernels read together
+        together = max(self.group_size or 1, unit)
         if self.kind in ("int8", "int4", "packed") and columns % together:
             return f"{self.name} needs in_features divisible by {together}, found {columns}"
         if self.kind == "nf4" and rows * columns % self.group_size:
@@ -241,7 +242,7 @@ def canonical_name(text: str) -> str:
     name = text.strip().lower().replace("_", "-")
     if bits := _BITS.fullmatch(name):
         name = f"int{bits[1] or bits[2]}"
-    name = _SPELLINGS.get(name, name).removesuffix("-g64")  # 64 is the size that a name leaves out
+    name = re.sub("-g64(?=-asym$|$)", "", _SPELLINGS.get(name, name))  # 64 is the size that a name leaves out
     return name if name in FORMATS else text
 
 

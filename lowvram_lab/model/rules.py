@@ -194,7 +194,10 @@ def check_settings(
     if dtype not in DTYPES:
         raise PlanError(f"expected dtype {', '.join(DTYPES)}, found {dtype!r}")
     if kv_format not in (dtype, "int8", "int4"):
-        raise PlanError(f"expected kv_format {dtype} (the plan's dtype), int8 or int4, found {kv_format!r}")
+        raise PlanError(
+            f"expected kv_format {dtype} (the plan's dtype), int8 or int4, found {kv_format!r}; for another "
+            "dtype let the plan compute in it (dtype, --dtype)"
+        )
     if kv_format == "int4" and (odd := odd_for_int4(spec)):
         raise PlanError(f"kv_format int4 needs heads of 32, 64 … features, found {odd[0]}; take int8")
     _check_context(spec, context)

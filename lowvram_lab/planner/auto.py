@@ -77,6 +77,7 @@ def auto_plan(
     recipes: tuple[str, ...] | None = None,
     gpu_layers: int | None = None,
     kv_format: str | None = None,
+    dtype: str | None = None,
     threads: int | None = None,
     machine: Machine | None = None,
 ) -> PlanChoice:
@@ -101,6 +102,7 @@ def auto_plan(
             and int6, int5, int3), or what a converted model holds.
         gpu_layers: Keep to so many layers on the GPU, and choose the rest.
         kv_format: Keep to this, ``"int8"``, ``"int4"`` or the plan's dtype.
+        dtype: Compute in this, ``"bf16"``, ``"fp16"`` or ``"fp32"``; by default 16 bits that suit the card.
         threads: CPU threads for the plan; by default torch's number, for ``"speed"`` the fastest of one, half, all.
         machine: Rates for ``"speed"`` and for weights that travel; by default this machine's.
 
@@ -115,7 +117,9 @@ def auto_plan(
     if isinstance(gpu, dict):
         gpu, ram, disk = _budgets(gpu, ram, disk)
     budget = budget_of(gpu)
-    usual, dtype, of_card = (("stored",), None, "") if spec.stored else suited(spec, budget, context)
+    usual, of_its, of_card = (("stored",), None, "") if spec.stored else suited(spec, budget, context)
+    if dtype:
+        usual, of_card = tuple(dtype if names_its_dtype(name) else name for name in usual), ""
     quick = prefer == "speed" and not spec.stored
     offered = not_above_held(spec, quick_recipes(usual) if quick else usual, fidelity=prefer == "fidelity")
     if recipes is not None and recipes != usual:
@@ -132,7 +136,7 @@ def auto_plan(
     sizes = (None if size is None else parse_bytes(size) for size in (ram, disk))
     room, machine = Room(spec, budget, *sizes, kv_format), machine or Machine()
     for recipes in tried:
-        wishes = _Wishes(recipes, dtype, prefer, gpu_layers, threads, machine)
+        wishes = _Wishes(recipes, dtype or of_its, prefer, gpu_layers, threads, machine)
         try:
             if context is not None:
                 choice = _at_context(context, room, wishes)
@@ -174,7 +178,7 @@ def _at_context(context: int, room: Room, wishes: _Wishes) -> PlanChoice:
 
 def _bases(recipe: str, context: int, room: Room, wishes: _Wishes) -> list[Plan]:
     """A recipe's plans that differ in the KV format, the most precise first."""
-    dtype = None if names_its_dtype(recipe, room.spec) else wishes.dtype
+    dtype = None if names_its_dtype(recipe) else wishes.dtype
     plan = replace(Plan.uniform(room.spec, recipe, context=context, dtype=dtype), threads=wishes.threads)
     if wishes.gpu_layers is not None:
         plan = plan.with_gpu_layers(wishes.gpu_layers)

@@ -53,13 +53,9 @@ def not_above_held(spec: ModelSpec, recipes: tuple[str, ...], *, fidelity: bool 
     return (*floats, "stored", *smaller)
 
 
-def names_its_dtype(recipe: str, spec: ModelSpec) -> bool:
-    """Whether a recipe says itself in which dtype to compute: a float format, or what a converted directory holds.
-
-    Raises:
-        PlanError: There is no such format.
-    """
-    return bool(spec.stored) if recipe == "stored" else get_format(recipe).kind == "float"
+def names_its_dtype(recipe: str) -> bool:
+    """Whether a recipe says itself in which dtype to compute, as a float format does."""
+    return recipe != "stored" and get_format(recipe).kind == "float"
 
 
 def sixteen_bits(spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> str:
@@ -76,10 +72,10 @@ def sixteen_bits(spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> 
 def computes_in(recipe: str, spec: ModelSpec, gpu: GpuBudget | Gpu, context: int | None) -> str | None:
     """In which dtype a recipe computes on a card, see ``sixteen_bits``; ``None`` where it says so itself.
 
-    Codes of a file in RAM without a limit, if no matrix is of floats, are multiplied in float32, which takes no longer:
-    bf16's rounding is further from the model than codes are (``benchmarks/results/gguf_files_cpu.json``).
+    Codes of a file in RAM without a limit, if no matrix is of floats, are multiplied in float32, which takes hardly
+    longer: bf16 rounds further from the model than the codes are (``benchmarks/results/gguf_files_cpu.json``).
     """
-    if names_its_dtype(recipe, spec):
+    if names_its_dtype(recipe) or (recipe == "stored" and spec.stored):
         return None
     in_ram = isinstance(gpu, Gpu) and gpu.kernels == "cpu" and gpu.budget is None
     floats = [module for module in spec.modules if module.kind != "other" and module.name not in spec.held]

@@ -247,9 +247,9 @@ def read_gguf_tensor(header: GgufHeader, name: str) -> np.ndarray:
 
 def _parse(data: mmap.mmap | bytes, path: Path, size: int) -> GgufHeader:
     """The header that ``data`` begins with, of a file of ``size`` bytes."""
-    magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", data, 0)
-    if magic != b"GGUF":
-        raise ValueError(f"expected the letters GGUF at its start, found {magic!r}")
+    if data[:4] != b"GGUF":
+        raise CheckpointError(f"{path}: is no GGUF file: expected the letters GGUF at its start; name another file")
+    version, tensor_count, key_count = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):
         raise ValueError(f"expected GGUF version 2 or 3, little-endian, found {version}")
     metadata, tensors = {}, {}

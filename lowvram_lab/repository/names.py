@@ -130,6 +130,8 @@ def did_you_mean(text: str, names: Iterable[str]) -> str:
     names, plain = list(names), text.lower().replace(":", "-")
     near = difflib.get_close_matches(plain, names, n=3, cutoff=0.5)
     near = [name for name in near if _family(name) == _family(plain)]
+    if tagged := [name for name in names if ":" in name and name.partition(":")[0] == text.lower().partition(":")[0]]:
+        return f"did you mean {' or '.join(tagged)}? It is the one file of that model that is known by name"
     if ":" in text:
         hint = f"did you mean {near[0]}?" if near else "write a hub id (owner/name);"
         return f"{hint} Names and files of ollama are not read"

@@ -70,9 +70,10 @@ def repair(
     refuse_unrepairable(stream, ids)
     with tempfile.TemporaryDirectory() if scratch is None else nullcontext(scratch) as folder:
         file = Path(folder) / "whole.bin"  # always the same one: a run that is killed leaves no second
-        found = _repair(stream, removed, StatesOnDisk(stream.embed(ids), file), progress)
-        file.unlink()
-    return found
+        try:
+            return _repair(stream, removed, StatesOnDisk(stream.embed(ids), file), progress)
+        finally:
+            file.unlink(missing_ok=True)
 
 
 def _repair(stream: LayerByLayer, removed: Collection[int], whole: StatesOnDisk, progress: bool) -> Repair:

@@ -28,6 +28,7 @@ class StatesOnDisk:
         try:
             states.numpy().tofile(file)
         except OSError as error:
+            file.unlink(missing_ok=True)
             raise LowvramError(f"cannot write {file}: {error}; make room, then run the same command again") from error
 
     @property

@@ -78,6 +78,9 @@ MISTAKES = {
     "longest where nothing is chosen": (["forecast", "smollm2-135m", "--context", "longest"], "--max-context"),
     "thousands of tokens beyond the model": (["forecast", "smollm2-135m", "--context", "128k"], "131072 is beyond"),
     "llama.cpp's format": (["forecast", "smollm2-135m", "--format", "Q4_K_M"], "the nearest is int4-g32"),
+    "a type that the built-in file is not of": (["plan", "smollm2-135m:Q3_X"], "did you mean smollm2-135m:Q4_1?"),
+    "a misspelt option": (["chat", "smollm2-135m", "--promt", "hi"], "--promt hi; did you mean --prompt?"),
+    "a word too many": (["models", "extra"], "unrecognized arguments: extra (see lowvram models --help)"),
     "ollama's name": (["plan", "qwen2.5:3b", "--gpu", "4G"], "did you mean qwen2.5-3b?"),
     "a release nobody knows": (["forecast", "Qwen/Qwen3-4B-Instruct-2507"], "qwen3-4b is known"),
     "an unknown KV format": (["plan", "smollm2-135m", "--gpu", "1GiB", "--kv", "int7"], "kv_format bf16"),
@@ -181,7 +184,8 @@ def test_a_plan_comes_before_its_speed_is_measured(capsys, monkeypatch):
     status, out, err = run(capsys, "plan", "smollm2-135m", "--gpu", "1GiB", "--context", 512, "--format", "int8")
     assert status == 0 and "int8 weights" in shown[0] and "fits in" in shown[0]
     assert "tokens/s" in out and err.splitlines() == [
-        "measuring how fast this machine is, for the speed: minutes the first time ..."
+        "measuring how fast this machine is, for the speed: minutes the first time, and where other "
+        "work disturbed it ..."
     ]
 
 
@@ -197,6 +201,13 @@ def test_what_does_not_fit_is_said_to_be_without_a_limit(capsys):
     lines = run(capsys, *words, "--gpu", "192MiB")[1].splitlines()
     assert [limit in line for line in lines if "does not fit in" in line] == [True]
     assert "without a limit" not in run(capsys, *words, "--gpu", "2GiB")[1]
+
+
+@pytest.mark.parametrize("content", [b"# log\n", b"# a text file that somebody named so\n" * 3])
+def test_a_file_that_is_no_gguf_is_called_none(capsys, tmp_path, content):
+    (tmp_path / "notes.gguf").write_bytes(content)
+    status, out, err = run(capsys, "chat", tmp_path / "notes.gguf", "--prompt", "hi")
+    assert (status, out) == (2, "") and "notes.gguf: is no GGUF file" in err and "download" not in err
 
 
 def test_a_truncated_gguf_is_one_line(capsys, tmp_path):

@@ -117,8 +117,8 @@ MISTAKES = {
     "the longest, planned": ([*PLAN, "--context", "longest"], "a number of tokens"),
     "a stated plan is not chosen": ([*PLAN, "--format", "int8", "--prefer", "speed"], "--prefer and --disk"),
     "places without a plan": ([*PLAN, "--disk-layers", "3"], "--disk-layers"),
-    "a dtype without a plan": ([*PLAN, "--dtype", "fp32"], "--dtype goes with --format"),
-    "a dtype of bf16": ([*FORECAST, "--format", "bf16", "--dtype", "fp32"], "found bf16, which says its own"),
+    "a dtype without a plan": ([*PLAN, "--dtype", "fp32"], "--dtype go with --format"),
+    "a dtype of bf16": ([*FORECAST, "--format", "bf16", "--dtype", "fp32"], "weights in bf16 compute in bf16"),
     "too many threads": ([*PLAN, "--threads", "5"], "computes on 4 cores, found threads 5"),
     "fits in no format": (["plan", "qwen1.5-4b", "--target", "pi4-4gb"], "MiB too much (assumed)"),
 }

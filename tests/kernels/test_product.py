@@ -46,6 +46,15 @@ def whole_bytes(columns: int, features: int = 40):
     return codes, scale, codes.double() * scale.double()[:, None]
 
 
+def grouped_bytes(group: int, features: int = 33):
+    """The same of int8 with a scale for every group."""
+    random = torch.Generator().manual_seed(group)
+    codes = torch.randint(-128, 128, (features, 6 * group), dtype=torch.int8, generator=random)
+    scale = torch.randn(features, 6, generator=random).bfloat16()
+    weight = codes.double().view(features, 6, group) * scale.double()[..., None]
+    return codes, scale, weight.view(features, -1)
+
+
 def normal_floats(group: int, features: int = 40):
     """The same of nf4, by bitsandbytes."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
@@ -78,6 +87,8 @@ CASES = {
         if group > 16 or bits != 4
     },
     **{("int8", columns, False): (8, lambda columns=columns: whole_bytes(columns)) for columns in (1, 31, 32, 50, 577)},
+    **{("int8", f"groups of {size}", False): (8, lambda size=size: grouped_bytes(size)) for size in (16, 32, 128)},
+    **{("int5", f"{rows} rows", True): (5, lambda rows=rows: integers(5, 32, rows, True)) for rows in (25, 33)},
     **{("nf4", group, False): (0, lambda group=group: normal_floats(group)) for group in (64, 128)},
 }
 BLOCKS = {("blocks", group, True): (product.INT4_BLOCKS, lambda group=group: blocks(group)) for group in GROUPS}
@@ -111,26 +122,33 @@ def test_it_is_the_product_with_the_dequantised_weight(name, way):
 
 @IN_EVERY_WAY
 def test_in_bfloat16_it_is_the_same_rounded_once(name, way):
-    number, make = next(made for (case, *_), made in (CASES | BLOCKS).items() if case == name)
-    codes, scales, weight = make()
-    for rows in (1, 8, 9, 140):
-        x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)).bfloat16()
-        found = quantized_product(x, codes, scales, len(weight), number)
-        assert torch.equal(found, quantized_product(x.float(), codes, scales, len(weight), number).bfloat16())
+    for number, make in (made for (case, *_), made in (CASES | BLOCKS).items() if case == name):
+        codes, scales, weight = make()
+        for rows in (1, 8, 9, 140):
+            x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows)).bfloat16()
+            found = quantized_product(x, codes, scales, len(weight), number)
+            assert torch.equal(found, quantized_product(x.float(), codes, scales, len(weight), number).bfloat16())
 
 
 @IN_EVERY_WAY
 def test_a_rows_result_does_not_depend_on_the_others(name, way):
-    number, make = next(made for (case, *_), made in (CASES | BLOCKS).items() if case == name)
-    codes, scales, weight = make()
-    features, columns = weight.shape
-    x = torch.randn(17, columns)
-    alone = torch.cat([quantized_product(row[None], codes, scales, features, number) for row in x])
-    many = quantized_product(x, codes, scales, features, number)
-    assert relative_error(many, alone) < 5e-3
-    for rows in range(1, 18):
-        expected = alone if rows <= product.MOST_ROWS else many
-        assert torch.equal(quantized_product(x[:rows], codes, scales, features, number), expected[:rows])
+    for number, make in (made for (case, *_), made in (CASES | BLOCKS).items() if case == name):
+        codes, scales, weight = make()
+        features, columns = weight.shape
+        x = torch.randn(17, columns)
+        alone = torch.cat([quantized_product(row[None], codes, scales, features, number) for row in x])
+        many = quantized_product(x, codes, scales, features, number)
+        assert relative_error(many, alone) < 5e-3
+        for rows in range(1, 18):
+            expected = alone if rows <= product.MOST_ROWS else many
+            assert torch.equal(quantized_product(x[:rows], codes, scales, features, number), expected[:rows])
+
+
+@pytest.mark.parametrize(("bits", "columns"), [(8, 48), (8, 80), (4, 96)])
+def test_halves_of_units_that_no_format_has_are_refused(bits, columns):
+    codes = torch.zeros(4, columns * bits // 8, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match=f"expected groups of 32 or more of {bits} bits in {columns} columns"):
+        quantized_product(torch.zeros(1, columns), codes, torch.ones(4, columns // 16).bfloat16(), 4, bits)
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)

@@ -41,6 +41,7 @@ CASES = {  # config's block, writer, and the formats that matrices of 128 and 19
     "gptq, 3 bits, no zeros": (*by_gptq(3, 64, True), {"int3"}),
     "gptq, 8 bits, no zeros": (*by_gptq(8, 64, True), {"int8-g32"}),
     "gptq, 8 bits, no zeros, a row a group": (*by_gptq(8, -1, True), {"int8"}),
+    "gptq, 8 bits, no zeros, groups of 16": (*by_gptq(8, 16, True), {"int8-g16"}),
     "awq": (AWQ, awq, {"int4"}),
 }
 NEAR = {

@@ -276,8 +276,10 @@ def folder(tmp_path, monkeypatch):
         (["--format", "int8", "--stream-from", "none"], "expected a whole number of tokens above zero, such as 4096"),
         (["--format", "int8", "--context", "longest"], "--context longest is for the planner"),
         (["--context", "short"], "expected a whole number of tokens above zero, such as 4096 or 4k, found 'short'"),
-        (["--dtype", "fp32"], "--dtype goes with --format: without it the planner chooses"),
-        (["--format", "fp16", "--dtype", "fp32"], "found fp16, which says its own"),
+        (
+            ["--format", "fp16", "--dtype", "fp32"],
+            "compute in fp16: leave --dtype out, or take --format fp32",
+        ),
         (["--plan", "plan.json", "--dtype", "fp32"], "a plan file says its own"),
         (["--format", "int8", "--dtype", "fp8"], "fp8"),
         (["--format", "int8", "--disk", "1GiB"], "--prefer and --disk are for the planner"),

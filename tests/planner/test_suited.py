@@ -9,6 +9,7 @@ from lowvram_lab.cli.plan import add_plan_options, chosen_plan
 from lowvram_lab.memory.budget import GpuBudget
 from lowvram_lab.memory.card import CARDS
 from lowvram_lab.memory.dry_run import DryRunGpu
+from lowvram_lab.model.formats import get_format
 from lowvram_lab.model.plan import Plan
 from lowvram_lab.planner import suited
 from lowvram_lab.planner.auto import auto_plan
@@ -99,6 +100,18 @@ def test_without_a_size_a_t4s_16_bits_are_fp16(monkeypatch):
     add_plan_options(parser)
     plan, _, _ = chosen_plan(parser.parse_args(["a model"]), packaged_spec("smollm2-135m"), DryRunGpu(None))
     assert held(plan) == {"fp16"}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("prefer", ["balance", "fidelity"])
+def test_a_dtype_asked_for_is_that_of_every_recipe(dtype, prefer):
+    spec = packaged_spec("smollm2-135m")
+    for size in ("2GiB", "192MiB"):
+        plan = auto_plan(spec, on("rtx3050", size), 512, prefer=prefer, dtype=dtype).plan
+        floats = {a.format for a in plan.modules.values() if get_format(a.format).kind == "float"}
+        assert plan.dtype == dtype and floats == {dtype}
+        assert plan.kv_format in (dtype, "int8", "int4")
+    assert auto_plan(spec, on("rtx3050", "2GiB"), 512, dtype=dtype).plan.layer_devices().count("gpu") == 30
 
 
 class Speed:

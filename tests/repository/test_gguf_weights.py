@@ -4,6 +4,7 @@ No arithmetic of gguf-py's is in the library's way to read codes, none of the li
 """
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -40,6 +41,7 @@ from lowvram_lab.repository.gguf_blocks import KEPT as BLOCKS
 from lowvram_lab.repository.gguf_blocks import codes_of
 from lowvram_lab.repository.gguf_weights import GgufWeights
 from lowvram_lab.units import MiB
+from tests.helpers.commands import run_command
 from tests.helpers.gguf_files import blocks, write_gguf
 from tests.helpers.tiny import relative_error
 
@@ -451,3 +453,12 @@ def test_codes_of_a_file_in_ram_compute_in_float32(tmp_path, kinds, kernels, wor
     budget = GpuBudget.parse(words[1], 0) if "--gpu" in words else None
     plan = chosen(find_source(tmp_path / "a.gguf").spec(), DryRunGpu(budget, kernels), *words)
     assert plan.dtype == plan.kv_format == dtype
+
+
+def test_a_forecast_is_of_what_a_run_computes(tmp_path, capsys):
+    write_gguf(tmp_path / "a.gguf", LlamaForCausalLM(LlamaConfig(**SIZES)), kind="Q8_0")
+    words = ("forecast", str(tmp_path / "a.gguf"), "--context", "64", "--json")
+    alone, run = (json.loads(run_command(capsys, *words, *more)[1]) for more in ((), ("--compare",)))
+    target = json.loads(run_command(capsys, *words, "--target", "pi5-8gb")[1])
+    assert alone["plan"] == run["plan"]
+    assert target["plan"]["dtype"] == "fp32"

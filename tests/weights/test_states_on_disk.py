@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lowvram_lab.errors import LowvramError
 from lowvram_lab.weights.layerwise import LayerByLayer
 from lowvram_lab.weights.states_on_disk import StatesOnDisk
 from tests.helpers.tiny import TINY, DictCheckpoint, random_ids, tiny_spec, tiny_state
@@ -41,3 +42,9 @@ def test_what_is_written_to_a_window_is_in_the_file_and_nowhere_else(tmp_path):
     assert bool((on_disk.read() == 1).all())
     assert bool((states == 0).all())
     assert (tmp_path / "states").stat().st_size == states.nbytes
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(LowvramError, match="cannot write .*; make room") as caught:
+        StatesOnDisk(torch.zeros(1, 2, 3), tmp_path / "none" / "states")
+    assert "\n" not in str(caught.value)
