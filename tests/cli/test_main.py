@@ -78,7 +78,7 @@ MISTAKES = {
     "longest where nothing is chosen": (["forecast", "smollm2-135m", "--context", "longest"], "--max-context"),
     "thousands of tokens beyond the model": (["forecast", "smollm2-135m", "--context", "128k"], "131072 is beyond"),
     "llama.cpp's format": (["forecast", "smollm2-135m", "--format", "Q4_K_M"], "the nearest is int4-g32"),
-    "a type that the built-in file is not of": (["plan", "smollm2-135m:Q3_X"], "did you mean smollm2-135m:Q4_1?"),
+    "a type that the built-in file is not of": (["forecast", "smollm2-135m:Q3_X"], "did you mean smollm2-135m:Q4_1?"),
     "a misspelt option": (["chat", "smollm2-135m", "--promt", "hi"], "--promt hi; did you mean --prompt?"),
     "a word too many": (["models", "extra"], "unrecognized arguments: extra (see lowvram models --help)"),
     "ollama's name": (["plan", "qwen2.5:3b", "--gpu", "4G"], "did you mean qwen2.5-3b?"),
