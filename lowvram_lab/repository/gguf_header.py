@@ -247,7 +247,7 @@ def read_gguf_tensor(header: GgufHeader, name: str) -> np.ndarray:
 
 def _parse(data: mmap.mmap | bytes, path: Path, size: int) -> GgufHeader:
     """The header that ``data`` begins with, of a file of ``size`` bytes."""
-    if data[:4] != b"GGUF":
+    if not b"GGUF".startswith(data[:4]):
         raise CheckpointError(f"{path}: is no GGUF file: expected the letters GGUF at its start; name another file")
     version, tensor_count, key_count = struct.unpack_from("<IQQ", data, 4)
     if version not in (2, 3):

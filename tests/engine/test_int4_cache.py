@@ -145,7 +145,8 @@ def test_a_chat_with_it_says_what_decodes():
     model = load_tiny("qwen2", plan_of(context=256), None, letters_state())
     session = ChatSession(model, tiny_tokenizer(), max_new_tokens=12)
     assert (
-        session.engine == "the model's modules (its KV cache is in int4, which without a C++ compiler the modules read)"
+        session.engine
+        == "the model's modules (its KV cache is in int4, which without kernels of a C++ compiler the modules read)"
     )
     assert session.ask("hello") and session.ask("and more?")
     assert session.turns[-1].cached_tokens > 0
