@@ -39,7 +39,7 @@ def why_not(plan: Plan, kernels: str, max_tokens: int | None = None) -> str:
     if plan.kv_format == "int4" and kernels == "cuda" and "gpu" in plan.layer_places():
         return "its KV cache on the card is in int4, which the modules read"
     if plan.kv_format == "int4" and not there():
-        return "its KV cache is in int4, which without kernels of a C++ compiler the modules read"
+        return "its KV cache is in int4, which without compiled kernels the modules read"
     return _format_without_kernel(plan, kernels)
 
 

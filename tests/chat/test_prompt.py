@@ -108,7 +108,7 @@ def test_the_session_says_what_decodes_and_why():
     small = session(gpu=open_gpu("3MiB"), plan=tiny_plan("qwen2", "fp32", context=1024))
     assert (
         small.engine
-        == "the model's modules (its KV cache is in int4, which without kernels of a C++ compiler the modules read)"
+        == "the model's modules (its KV cache is in int4, which without compiled kernels the modules read)"
     )
     assert small.ask("hi")
     given_up = small.turns[0].given_up  # there was no room for the KV cache

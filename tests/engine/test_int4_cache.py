@@ -146,7 +146,7 @@ def test_a_chat_with_it_says_what_decodes():
     session = ChatSession(model, tiny_tokenizer(), max_new_tokens=12)
     assert (
         session.engine
-        == "the model's modules (its KV cache is in int4, which without kernels of a C++ compiler the modules read)"
+        == "the model's modules (its KV cache is in int4, which without compiled kernels the modules read)"
     )
     assert session.ask("hello") and session.ask("and more?")
     assert session.turns[-1].cached_tokens > 0
