@@ -107,8 +107,7 @@ def test_the_session_says_what_decodes_and_why():
     assert session(plan=plan).engine == "the model's modules (gate_proj is in int3, which has no kernel)"
     small = session(gpu=open_gpu("3MiB"), plan=tiny_plan("qwen2", "fp32", context=1024))
     assert (
-        small.engine
-        == "the model's modules (its KV cache is in int4, which without compiled kernels the modules read)"
+        small.engine == "the model's modules (its KV cache is in int4, which without compiled kernels the modules read)"
     )
     assert small.ask("hi")
     given_up = small.turns[0].given_up  # there was no room for the KV cache

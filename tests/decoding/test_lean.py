@@ -373,7 +373,5 @@ def test_what_it_does_not_know_is_refused_by_name():
     assert (why_not(torn, "cpu"), why_not(torn, "cuda")) == ("", apart)
     assert why_not(plan.with_modules("model.layers.2.*", device="cpu"), "cuda") == apart
     assert why_not(plan.with_modules("lm_head", device="cpu"), "cuda") == ""
-    assert "int4, which without compiled kernels the modules read" in why_not(
-        replace(plan, kv_format="int4"), "cpu"
-    )
+    assert "int4, which without compiled kernels the modules read" in why_not(replace(plan, kv_format="int4"), "cpu")
     assert why_not(replace(split, stream_from=16), "cpu") == why_not(replace(split, stream_from=16), "cuda") == ""
